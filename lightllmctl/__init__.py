@@ -1,0 +1,1 @@
+"""lightllmctl: asks and commands a lightllmd daemon over its control socket."""

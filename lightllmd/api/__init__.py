@@ -1,0 +1,1 @@
+"""The HTTP front end: routes, server-sent events and the ledger of requests in flight."""

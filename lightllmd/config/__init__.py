@@ -1,0 +1,1 @@
+"""The settings: one declaration, precise loading, pure resolution."""

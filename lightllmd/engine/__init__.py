@@ -1,0 +1,1 @@
+"""The engine: scheduler, slots, runner and sampler of one rank."""

@@ -1,0 +1,229 @@
+"""Every error this project raises on purpose, with its exit code and HTTP status: the one table.
+
+An error is a name with parameters. It travels to HTTP clients as ``{"message": …}``, over the control socket as
+``{"error": name, "message": …, **parameters}``, and to the shell as an exit code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+# Exit codes of the daemon and of its children (sysexits where one fits).
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_NO_DEVICE = 69
+EXIT_SYSTEM = 71
+EXIT_TRY_AGAIN = 75
+EXIT_CONFIG = 78
+EXIT_OUT_OF_MEMORY = 80  # a worker's device or host memory ran out: never retried with the same parameters
+
+# Exit codes of lightllmctl, one table for all verbs.
+CTL_DONE = 0
+CTL_FAILED = 1
+CTL_USAGE = 2
+CTL_NOT_ACTIVE = 3
+CTL_NOT_FOUND = 4
+CTL_NOT_PERMITTED = 5
+CTL_CONFIG_INVALID = 6
+CTL_BUSY = 7
+CTL_DOES_NOT_FIT = 8
+CTL_ROLLED_BACK = 9
+CTL_TIMED_OUT = 10
+CTL_INTERRUPTED = 130
+
+
+class LightllmdError(Exception):
+    """Base of all. ``status`` is the HTTP status, ``exit_code`` the daemon's, ``ctl_code`` lightllmctl's."""
+
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = EXIT_FAILED
+    ctl_code: ClassVar[int] = CTL_FAILED
+    retry_after: float | None = None  # seconds; sent as Retry-After where set
+
+    def __init__(self, message: str, *, retry_after: float | None = None, **parameters: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.parameters = parameters
+        if retry_after is not None:
+            self.retry_after = retry_after
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def as_dict(self) -> dict[str, Any]:
+        """The control plane's form of this error."""
+        return {"error": self.name, "message": self.message, **self.parameters}
+
+
+# --- configuration and start ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of a configuration: where it is and what was allowed there."""
+
+    key: str  # dotted path, such as "http.workers"
+    message: str  # says the value and the bound
+    file: str | None = None  # None: the fault is on the command line
+    line: int | None = None  # 1-based; None where the key is missing altogether
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.file and self.line else (self.file or "command line")
+        return f"{where}: {self.key}: {self.message}" if self.key else f"{where}: {self.message}"
+
+
+class ConfigInvalid(LightllmdError):
+    """The configuration can't be used; carries every problem that was found, not just the first."""
+
+    status = 400
+    exit_code = EXIT_CONFIG
+    ctl_code = CTL_CONFIG_INVALID
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+        self.parameters = {"problems": [vars(problem) for problem in problems]}
+
+
+class NoUsableDevice(LightllmdError):
+    exit_code = EXIT_NO_DEVICE
+
+
+class SystemFailure(LightllmdError):
+    """Address in use, no permission, no descriptor left: the host refuses."""
+
+    exit_code = EXIT_SYSTEM
+
+
+class TryAgain(LightllmdError):
+    status = 503
+    exit_code = EXIT_TRY_AGAIN
+
+
+# --- requests of HTTP clients ----------------------------------------------------------------------------
+
+
+class RequestError(LightllmdError):
+    """Base of what a client is told. Raised before or instead of running the request."""
+
+    status = 400
+
+
+class InvalidRequest(RequestError):
+    status = 400
+
+
+class Unauthorized(RequestError):
+    status = 401
+
+
+class NotFound(RequestError):
+    status = 404
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+
+
+class QueueFull(RequestError):
+    status = 429
+    retry_after = 1.0
+
+
+class ClientClosed(RequestError):
+    status = 499
+
+
+class RequestFailed(RequestError):
+    """The request itself ended the engine more than once; it is not tried again."""
+
+    status = 500
+
+
+class NotReady(RequestError):
+    status = 503
+    retry_after = 5.0
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+
+
+# --- engine --------------------------------------------------------------------------------------------------
+
+
+class EngineError(LightllmdError):
+    """The engine can't go on; the generation ends."""
+
+
+class OutOfMemory(EngineError):
+    exit_code = EXIT_OUT_OF_MEMORY
+
+
+class WeightsInvalid(EngineError):
+    """A checkpoint is missing tensors, is truncated or has other shapes than its config says."""
+
+    exit_code = EXIT_CONFIG
+
+
+# --- control plane --------------------------------------------------------------------------------------------
+
+
+class ControlError(LightllmdError):
+    """Base of what lightllmctl is told."""
+
+    status = 400
+
+
+class Usage(ControlError):
+    ctl_code = CTL_USAGE
+
+
+class DaemonNotRunning(ControlError):
+    ctl_code = CTL_NOT_ACTIVE
+
+
+class NoSuchModel(ControlError):
+    status = 404
+    ctl_code = CTL_NOT_FOUND
+
+
+class NoSuchWorker(ControlError):
+    status = 404
+    ctl_code = CTL_NOT_FOUND
+
+
+class NoSuchJob(ControlError):
+    status = 404
+    ctl_code = CTL_NOT_FOUND
+
+
+class NotPermitted(ControlError):
+    status = 403
+    ctl_code = CTL_NOT_PERMITTED
+
+
+class Busy(ControlError):
+    status = 409
+    ctl_code = CTL_BUSY
+
+
+class DoesNotFit(ControlError):
+    status = 507
+    ctl_code = CTL_DOES_NOT_FIT
+
+
+class NotAvailableYet(ControlError):
+    """The verb exists in the design, its feature is not built in this version."""
+
+    status = 501
+    ctl_code = CTL_USAGE
+
+
+class StaleGeneration(ControlError):
+    """``If-Match`` named another generation than the one in force."""
+
+    status = 412
+    ctl_code = CTL_BUSY

@@ -1,0 +1,1 @@
+"""Plain data between processes and the two kinds of channel that carry it."""

@@ -1,0 +1,1 @@
+"""One small file per Hugging Face ``model_type``."""

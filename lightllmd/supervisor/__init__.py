@@ -1,0 +1,1 @@
+"""The supervisor: desired state, child processes, jobs and the control plane."""

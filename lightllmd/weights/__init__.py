@@ -1,0 +1,1 @@
+"""Checkpoint formats. ``headers`` and ``probe`` import no torch; the loaders do."""
