@@ -1,0 +1,98 @@
+"""What configuration and probing end in: plain, immutable, serialisable data that every child receives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from lightllmd.config.parameters import Config
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """Read by the probe child from file headers; no weight was loaded for it."""
+
+    path: str  # resolved: a directory, or a .gguf file
+    format: str  # "safetensors" | "gguf"
+    model_type: str  # Hugging Face name, e.g. "llama"
+    hf_config: dict[str, Any]  # config.json, or what a GGUF header says in the same words
+    files: list[str]  # weight files, absolute, in order
+    weight_elements: int  # parameters stored (tied ones once)
+    weight_bytes: int  # bytes in the files
+    checkpoint_dtype: str | None  # "float16" | "bfloat16" | "float32"; None where the format names none
+    context_length: int | None
+    eos_ids: list[int]  # generation_config, config, chat end of turn; may be empty
+    has_tokenizer: bool
+    has_chat_template: bool
+
+
+class DeviceFacts(msgspec.Struct, frozen=True):
+    """Read by the probe child."""
+
+    kind: str  # "cpu" | "cuda"
+    name: str
+    count: int  # usable devices of that kind (1 for a CPU)
+    memory_total: int  # bytes
+    memory_free: int  # bytes: what can be had now (MemAvailable on a CPU)
+    fast_dtypes: list[str]  # dtypes this device multiplies at full speed, best first
+    cpu_threads: int  # physical cores usable by this process
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """The probe child's whole answer."""
+
+    model: ModelFacts | None  # None with the fake backend
+    device: DeviceFacts
+
+
+class Derived(msgspec.Struct, frozen=True):
+    """One value that `resolve` chose, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+class BudgetRow(msgspec.Struct, frozen=True):
+    name: str  # "weights" | "kv cache" | "activations" | "graphs" | "margin" | …
+    bytes: int
+    how: str  # the arithmetic in words
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """Memory per device, planned before anything is loaded."""
+
+    rows: list[BudgetRow]
+    available: int  # bytes that the plan may use
+
+    @property
+    def needed(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A configuration with nothing left open. `config` keeps what was written; the fields below are in force."""
+
+    config: Config
+    model: ModelFacts | None
+    device: DeviceFacts
+    derived: list[Derived]
+    budget: Budget
+    # the resolved values of what may be "auto" or unset
+    max_total_token_num: int
+    batch_max_tokens: int
+    eos_id: list[int]
+    data_type: str  # "float16" | "bfloat16" | "float32"
+    tokenizer_mode: str  # "slow" | "fast"
+    log_stats_interval: float  # seconds
+    vocab_size: int
+    model_name: str  # what /get_model_name and /v1/models say
+    config_file: str | None = None
+
+
+def encode_plan(plan: Plan) -> bytes:
+    return msgspec.msgpack.encode(plan)
+
+
+def decode_plan(body: bytes) -> Plan:
+    return msgspec.msgpack.decode(body, type=Plan)

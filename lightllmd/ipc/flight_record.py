@@ -1,0 +1,58 @@
+"""Anonymous shared memory in which an engine notes what it is doing, so that its death can be explained.
+
+The supervisor makes the memory (a memfd: no name, nothing to leak) and hands the descriptor to the child; the
+engine writes before each step whose membership changed; the supervisor reads after the process is dead, so the
+two never touch it at the same time, and it survives SIGKILL.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import msgspec
+
+SIZE = 1 << 18  # bytes: room for some 25,000 request numbers
+
+
+class Flight(msgspec.Struct):
+    """The last step that was begun."""
+
+    step: int = 0
+    kind: str = "idle"  # "prefill" | "decode" | "idle"
+    rows: int = 0
+    tokens: int = 0  # tokens fed in this step
+    unproven: list[int] = []  # requests admitted that have produced no token since their (re)admission
+
+
+def create() -> int:
+    """A fresh record; the descriptor is the supervisor's and inheritable on demand (pass_fds)."""
+    fd = os.memfd_create("lightllmd-flight", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SIZE)
+    return fd
+
+
+class FlightRecorder:
+    """The engine's end."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, SIZE)
+        os.close(fd)
+
+    def write(self, flight: Flight) -> None:
+        body = msgspec.msgpack.encode(flight)
+        if len(body) > SIZE - 4:
+            flight.unproven = flight.unproven[-20_000:]
+            body = msgspec.msgpack.encode(flight)
+        # Length 0 while the body changes: a death in between reads as "unknown", never as garbage.
+        self._map[0:4] = bytes(4)
+        self._map[4 : 4 + len(body)] = body
+        self._map[0:4] = len(body).to_bytes(4, "little")
+
+
+def read(fd: int) -> Flight:
+    """The record of a process that is dead. An unwritten or half-written one reads as an idle step 0."""
+    length = int.from_bytes(os.pread(fd, 4, 0), "little")
+    if not length:
+        return Flight()
+    return msgspec.msgpack.decode(os.pread(fd, length, 4), type=Flight)

@@ -1,0 +1,237 @@
+"""Every message that crosses a process border, as msgspec structs in MessagePack. Plain data only.
+
+Three links exist:
+
+* supervisor <-> child, over a socketpair (`Channel`): `Down` messages go down, `Up` messages come up;
+* api -> engine, over ZeroMQ (`bus`): `ToEngine`;
+* engine -> api, over ZeroMQ: `ToApi`, one `StepOutput` per step and api worker, arrays of deltas.
+
+A *branch* is one of the ``n`` sequences of a request; `position` counts that branch's generated tokens from 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+PROTOCOL = 1  # raised when a message changes its meaning; both ends must agree
+
+
+def request_id(api: int, epoch: int, sequence: int) -> int:
+    """A number unique within a daemon's life: 8 bits api worker, 16 bits its epoch, 39 bits sequence."""
+    return (api & 0xFF) << 55 | (epoch & 0xFFFF) << 39 | (sequence & 0x7FFFFFFFFF)
+
+
+# --- requests ---------------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token of each branch is chosen. Already validated; the engine trusts it.
+
+    ``do_sample = False`` is greedy: temperature, top_p and top_k are ignored. The order of application is
+    penalties, eos decay, eos mask below ``min_new_tokens``, temperature, softmax, top_p, top_k.
+    """
+
+    n: int = 1  # branches, each numbered 0..n-1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = -1  # -1: off
+    presence_penalty: float = 0.0  # subtracted once from each token that occurred
+    frequency_penalty: float = 0.0  # subtracted per occurrence
+    repetition_penalty: float = 1.0  # logit > 0: divided, else multiplied
+    exponential_decay_length_penalty: tuple[int, float] = (1, 1.0)  # (start, factor) on the eos logits
+    input_penalty: bool = False  # the three penalties count the prompt's tokens too
+    ignore_eos: bool = False
+    max_new_tokens: int = 16
+    min_new_tokens: int = 1
+    seed: int = 0  # always set by the ledger: the client's, or one that it drew; 0 .. 2**63 - 1
+    top_logprobs: int = 0  # alternatives reported beside the chosen token, 0..20
+
+
+class Submit(msgspec.Struct, tag="submit"):
+    """A request enters (or, after an engine's death, re-enters) an engine generation."""
+
+    request: int
+    api: int
+    epoch: int
+    arrival_ns: int  # time.monotonic_ns() when the ledger took it; replay goes in this order
+    prompt_ids: list[int]
+    params: SamplingParams
+    branches: list[int]  # the branches still unfinished
+    emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
+    replay: bool = False  # enters as paused, ahead of the queue
+    suspect: bool = False  # was without a token when an engine died: admitted alone, see Scheduler
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """Ends some branches (None: all) of a request. Unknown requests are ignored."""
+
+    request: int
+    branches: list[int] | None = None
+
+
+class Hello(msgspec.Struct, tag="hello"):
+    """The first message of an api worker, so that the engine knows whom to send `Load`."""
+
+    api: int
+    epoch: int
+    protocol: int = PROTOCOL
+
+
+ToEngine = Submit | Abort | Hello
+
+FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = 0, 1, 2, 3
+
+
+class StepOutput(msgspec.Struct, tag="step"):
+    """What one step produced for one api worker. Parallel arrays, one entry per branch that moved.
+
+    The ledger takes entry i only when ``positions[i]`` equals the number of tokens it has for that branch.
+    """
+
+    generation: int
+    requests: list[int]
+    branches: list[int]
+    positions: list[int]
+    tokens: list[int]
+    logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
+    finishes: list[int]  # FINISH_*
+    alternatives: list[list[tuple[int, float]] | None] | None = None  # top_logprobs, best first
+
+
+class Rejected(msgspec.Struct, tag="rejected"):
+    """The scheduler will not take this request: its queue is full, or it could never fit."""
+
+    generation: int
+    request: int
+    reason: str  # "queue_full" | "invalid"
+    message: str
+    retry_after: float | None = None
+
+
+class Load(msgspec.Struct, tag="load"):
+    """The scheduler's state, sent when it changed, at most a few times a second, and when it falls idle."""
+
+    generation: int
+    slots_total: int
+    slots_used: int
+    running: int  # branches in the running batch
+    waiting: int  # branches not yet admitted
+    paused: int  # branches that were admitted, then paused (replayed ones too)
+    estimated_peak: float  # dynamic_max_load: the admission rule's worst need over slots_total
+
+
+ToApi = StepOutput | Rejected | Load
+
+# --- supervisor -> child --------------------------------------------------------------------------------------
+
+
+class EngineConfigure(msgspec.Struct, tag="engine-configure"):
+    """First message to an engine rank."""
+
+    plan: bytes  # a config.plan.Plan in MessagePack
+    generation: int
+    rank: int
+    endpoint: str  # ZeroMQ endpoint that rank 0 binds
+    metrics_dir: str
+
+
+class ApiConfigure(msgspec.Struct, tag="api-configure"):
+    """First message to an api worker. `listener_fds` are inherited, already bound and listening."""
+
+    plan: bytes
+    api: int
+    epoch: int  # counts the starts of this api worker, from 1
+    listener_fds: list[int]
+    metrics_dir: str
+
+
+class EngineUp(msgspec.Struct, tag="engine-up"):
+    """Generation `generation` is ready; connect to it, replay what is held, send what is new."""
+
+    generation: int
+    endpoint: str
+
+
+class EngineDown(msgspec.Struct, tag="engine-down"):
+    """Generation `generation` is dead. Close its socket first, then hold what was in flight there."""
+
+    generation: int
+    cause: str  # in words
+    unproven: list[int]  # requests that had been admitted and had no token since; from the flight record
+    self_inflicted: bool  # a fault of its own (signal from inside, exception), not a kill or a hang
+
+
+class Health(msgspec.Struct, tag="health"):
+    """What /health and /readiness answer until the next such message."""
+
+    ready: bool
+    reason: str
+    retry_after: float = 5.0
+
+
+class ApiGone(msgspec.Struct, tag="api-gone"):
+    """To the engine: every request of this api worker's epoch is to be aborted, its output dropped."""
+
+    api: int
+    epoch: int
+
+
+class Drain(msgspec.Struct, tag="drain"):
+    """Refuse new requests with 503, let those in flight finish. `Resume` undoes it."""
+
+
+class Resume(msgspec.Struct, tag="resume"):
+    pass
+
+
+class Retire(msgspec.Struct, tag="retire"):
+    """To an api worker that is being replaced: stop accepting, finish what is in flight, then exit 0."""
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """End now in good order: an api worker ends its streams with an error frame; exit 0."""
+
+
+Down = EngineConfigure | ApiConfigure | EngineUp | EngineDown | Health | ApiGone | Drain | Resume | Retire | Stop
+
+# --- child -> supervisor ------------------------------------------------------------------------------------
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat"):
+    """Sent through the same loop as the work, at least every half second.
+
+    A child makes progress when `phase` or `progress` changed since its last heartbeat, or when it is not `busy`.
+    Phases: "boot", "load", "warmup", "ready" for engines; "boot", "ready" for api workers. "ready" of an engine
+    means that it has produced a real token.
+    """
+
+    phase: str
+    progress: int  # grows with the work: bytes loaded, steps (or layers) run
+    busy: bool = True
+    total: int = 0  # what `progress` heads for, where known
+    stats: dict[str, float] = {}
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """Said before an exit that the child foresaw; the supervisor's cause in words."""
+
+    kind: str  # "config" | "device" | "memory" | "weights" | "error"
+    message: str
+
+
+Up = Heartbeat | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Any) -> bytes:
+    return _encoder.encode(message)
+
+
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_api = msgspec.msgpack.Decoder(ToApi).decode
+decode_down = msgspec.msgpack.Decoder(Down).decode
+decode_up = msgspec.msgpack.Decoder(Up).decode
