@@ -1,0 +1,169 @@
+"""Kills across the whole process tree, with clients that check every byte."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from harness import Daemon, generate_stream, run, wait_for
+
+from lightllmd.engine.fake import fake_token
+
+STREAMS = 64
+TOKENS = 200
+FAST_FAKE = ("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1")
+
+
+def expected(prompt: str, tokens: int, branch: int = 0) -> list[int]:
+    return [fake_token(list(prompt.encode()), 0, branch, position) for position in range(tokens)]
+
+
+class Killer:
+    """Signals the engine each time the clients together have seen a drawn number of tokens."""
+
+    def __init__(self, daemon: Daemon, number: int, kills: int, total: int, seed: int) -> None:
+        self.daemon, self.number = daemon, number
+        self.moments = sorted(random.Random(seed).sample(range(1, total - 1), kills), reverse=True)
+        self.seen = 0
+        self.killed: list[int] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def __call__(self) -> None:
+        self.seen += 1
+        if self.moments and self.seen >= self.moments[-1] and (self._task is None or self._task.done()):
+            self.moments.pop()
+            self._task = asyncio.ensure_future(asyncio.to_thread(self._kill))
+
+    def _kill(self) -> None:
+        def fresh_engine() -> int | None:
+            pid = self.daemon.pid("engine")
+            return pid if pid and pid not in self.killed else None
+
+        pid = wait_for(fresh_engine, what="a living engine to signal")
+        self.killed.append(pid)
+        os.kill(pid, self.number)
+
+
+@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 5)], ids=["SIGKILL", "SIGSTOP"])
+def test_killed_worker_loses_no_stream(tmp_path: Path, number: int, kills: int) -> None:
+    with Daemon(tmp_path, *FAST_FAKE, "--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2") as daemon:
+        killer = Killer(daemon, number, kills, STREAMS * TOKENS, seed=int(number))
+
+        async def all_streams() -> list[tuple[list[int], str]]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+                streams = [generate_stream(client, daemon.url, f"p{i}", TOKENS, killer) for i in range(STREAMS)]
+                return await asyncio.gather(*streams)
+
+        answers = run(all_streams())
+        assert len(killer.killed) == kills
+        for i, (ids, text) in enumerate(answers):
+            assert ids == expected(f"p{i}", TOKENS)
+            assert text == bytes(ids).decode()
+        status = daemon.status()
+        assert status["requests"]["failed"] == 0
+        assert daemon.stop() == 0
+
+
+def test_killed_worker_loses_no_branch_and_no_plain_answer(tmp_path: Path) -> None:
+    """n = 4 and non-streaming requests go on like streams."""
+    with Daemon(tmp_path, *FAST_FAKE) as daemon:
+        killer = Killer(daemon, signal.SIGKILL, 3, 16 * TOKENS, seed=4)
+
+        async def plain(client: httpx.AsyncClient, prompt: str, n: int) -> list[str]:
+            parameters = {"max_new_tokens": TOKENS, "ignore_eos": True, "best_of": n}
+            answer = await client.post(f"{daemon.url}/generate", json={"inputs": prompt, "parameters": parameters})
+            assert answer.status_code == 200, answer.text
+            return answer.json()["generated_text"]
+
+        async def all_requests() -> list[object]:
+            async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+                streams = [generate_stream(client, daemon.url, f"s{i}", TOKENS, killer) for i in range(16)]
+                return await asyncio.gather(
+                    *streams,
+                    *(plain(client, f"one{i}", 1) for i in range(8)),
+                    *(plain(client, f"n{i}", 4) for i in range(8)),
+                )
+
+        answers = run(all_requests())
+        assert len(killer.killed) == 3
+        for i in range(16):
+            assert answers[i][0] == expected(f"s{i}", TOKENS)
+        for i in range(8):
+            assert answers[16 + i] == [bytes(expected(f"one{i}", TOKENS)).decode()]
+            assert answers[24 + i] == [bytes(expected(f"n{i}", TOKENS, branch)).decode() for branch in range(4)]
+
+
+@pytest.mark.parametrize("way", ["SIGSEGV", "exception", "hang"])
+def test_poison_request_gets_its_500_and_the_others_finish(tmp_path: Path, way: str) -> None:
+    flags = (*FAST_FAKE, "--engine.fake.poison", "arsenic", "--engine.fake.poison_way", way)
+    with Daemon(tmp_path, *flags, "--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2") as daemon:
+
+        async def poison(client: httpx.AsyncClient) -> httpx.Response:
+            return await client.post(f"{daemon.url}/generate", json={"inputs": "some arsenic please"})
+
+        async def all_requests() -> list[object]:
+            async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+                streams = [generate_stream(client, daemon.url, f"q{i}", TOKENS, lambda: None) for i in range(63)]
+                return await asyncio.gather(*streams[:31], poison(client), *streams[31:])
+
+        answers = run(all_requests())
+        guilty = answers.pop(31)
+        assert guilty.status_code == 500, guilty.text
+        assert "message" in guilty.json()
+        for i, (ids, _) in enumerate(answers):
+            assert ids == expected(f"q{i}", TOKENS)
+        assert daemon.wait_ready()["requests"]["failed"] == 1
+
+
+def test_killed_front_end_refuses_no_connection_and_its_slots_come_back(tmp_path: Path) -> None:
+    with Daemon(tmp_path, *FAST_FAKE) as daemon:
+
+        async def scenario() -> None:
+            async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+                started = asyncio.Event()
+                doomed = [
+                    asyncio.ensure_future(generate_stream(client, daemon.url, f"d{i}", 2000, started.set))
+                    for i in range(8)
+                ]
+                await started.wait()
+                first = daemon.kill("api")
+                # Connections made while no front end lives wait in the supervisor's listener.
+                late = await asyncio.gather(
+                    *(generate_stream(client, daemon.url, f"l{i}", 20, lambda: None) for i in range(8))
+                )
+                for i, (ids, _) in enumerate(late):
+                    assert ids == expected(f"l{i}", 20)
+                ended = await asyncio.gather(*doomed, return_exceptions=True)
+                assert all(isinstance(failure, Exception) for failure in ended), (
+                    "a killed front end's streams end, never hang"
+                )
+                assert daemon.pid("api") != first
+
+        run(scenario())
+        wait_for(lambda: daemon.status()["model"]["kv_slots_used"] == 0, what="slots of the dead front end's requests")
+
+
+def test_killed_supervisor_leaves_nothing_and_the_next_start_clears_up(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, *FAST_FAKE).start()
+    shm = set(os.listdir("/dev/shm"))
+    family = daemon.processes()
+    daemon.process.kill()
+    daemon.process.wait()
+    gone, alive = psutil.wait_procs(family[1:], timeout=2)
+    assert not alive, f"alive 2 s after the supervisor's death: {alive}"
+    assert set(os.listdir("/dev/shm")) <= shm
+    assert daemon.control.exists(), "a killed process can't unlink its socket; the next start has to"
+    with Daemon(tmp_path, *FAST_FAKE, port=daemon.port) as again:
+        answer = httpx.post(
+            f"{again.url}/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 3}}, timeout=30
+        )
+        assert answer.json()["generated_text"] == [bytes(expected("x", 3)).decode()]
+        assert again.stop() == 0
+    assert not list(tmp_path.rglob("*.sock"))
