@@ -1,0 +1,186 @@
+"""The control plane's wire types: what `GET /v1/status` and its sisters answer, version 1.
+
+Everything is JSON with snake_case keys. Instants are Unix seconds (float), durations seconds, sizes bytes. A field
+is never removed or given another meaning within ``api`` 1; new ones may be added, so readers ignore what they don't
+know. Streams (`/v1/jobs/{id}`, `/v1/events`, `/v1/logs`) are newline-delimited JSON, one of these structs a line;
+an empty line is a keep-alive.
+
+=============================== ============================================ =================================
+request                         answer                                       errors beside NotPermitted
+=============================== ============================================ =================================
+GET /v1/status                  `Status`
+GET /v1/version                 `Version`
+GET /v1/workers                 list of `Worker`
+GET /v1/config                  the configuration as written (JSON)
+GET /v1/config?effective=1      `Effective`                                  TryAgain (before the plan is made)
+POST /v1/check {file}           `Checked`                                    ConfigInvalid
+POST /v1/restart {worker?}      202 `Job`                                    NoSuchWorker, Busy, StaleGeneration
+POST /v1/drain                  202 `Job`                                    Busy, StaleGeneration
+POST /v1/resume                 202 `Job`                                    Busy, StaleGeneration
+POST /v1/stop {now?}            202 `Job`                                    StaleGeneration
+POST /v1/reload, /v1/swap,      501                                          NotAvailableYet
+/v1/reset-failed
+GET /v1/jobs                    list of `Job`, oldest first
+GET /v1/jobs/{id}               stream of `Job`, ends with the job           NoSuchJob
+GET /v1/events?follow=&lines=   stream of `Event`                            Usage
+GET /v1/logs?follow=&lines=     stream of `LogLine`                          Usage, NoSuchWorker
+&worker=&format=text
+=============================== ============================================ =================================
+
+An error is ``{"error": name, "message": text, **parameters}`` with the status of `lightllmd.errors`. Mutations take
+``If-Match: <generation>``, the number in `Status.generation`, and answer StaleGeneration when it is another one.
+A `stop` job's stream ends with the daemon itself: the end of file is its success.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from lightllmd.config.plan import Budget, Derived
+
+API = 1
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker process ended."""
+
+    cause: str  # in words: "killed by SIGKILL", "hung: no progress for 10 s while ready", "exit 78: configuration"
+    at: float
+    back_in_s: float | None = None  # from this exit until the worker was ready again; None: not yet
+    stderr: list[str] = []  # the last lines that it printed
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """One child process, or the place of one that will be started again."""
+
+    name: str  # "api-0", "engine-0": kind and index, stable over restarts
+    kind: str  # "api" | "engine"
+    index: int  # the api worker's number, the engine's rank
+    rank: int | None  # engines only
+    pid: int | None  # None: no process now
+    state: str  # "starting" | "running" | "backoff" | "stopping" | "exited" | "fatal"
+    phase: str  # as its heartbeats say: "boot" | "load" | "warmup" | "ready"; "" without a process
+    progress: int  # within the phase: bytes while loading, steps when ready
+    progress_total: int  # what `progress` heads for; 0: unknown
+    restarts: int  # starts after the first
+    generation: int  # the engine's generation, the api worker's epoch
+    memory_bytes: int  # resident set; 0 without a process
+    heartbeat_age_s: float | None  # since the last heartbeat
+    started: float | None  # of the present process
+    last_exit: Exit | None
+    next_try_at: float | None  # in back-off: when it is started again
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    state: str  # "planning" | "loading" | "ready" | "down" | "failed"
+    progress: float | None  # 0..1 while loading, where known
+    device: str
+    data_type: str
+    weight_bytes: int
+    tensor_parallel: int
+    kv_slots_used: int  # one slot holds one token
+    kv_slots_total: int
+
+
+class Requests(msgspec.Struct, frozen=True, kw_only=True):
+    """The first three are now, the others count since the daemon's start."""
+
+    running: int  # branches in the running batch
+    waiting: int  # branches queued or paused in the engine
+    held: int  # requests waiting in api workers for an engine
+    in_flight: int  # requests open in api workers, held ones too
+    ok: int
+    cancelled: int
+    failed: int
+    resumed: int  # went on after an engine's death
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One mutation, from request to outcome."""
+
+    id: int
+    verb: str  # "restart" | "drain" | "resume" | "stop"
+    target: str  # what it acts on: "", "engine", "api-0", …
+    phase: str  # in words; "done" at the end
+    progress: float | None  # 0..1, where known
+    outcome: str | None  # None while it runs; "done" | "failed" | "cancelled"
+    message: str  # why it failed, or what it did
+    started: float
+    ended: float | None
+    by_uid: int | None  # the peer that asked; None: the daemon itself (a signal)
+    by_pid: int | None
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to the daemon, as an operator would tell it."""
+
+    seq: int  # grows by one
+    at: float
+    kind: str  # "start" | "ready" | "exit" | "hang" | "restart" | "job" | "drain" | "stop" | "warning" …
+    worker: str | None
+    message: str
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True):
+    at: float
+    worker: str  # "lightllmd" for the supervisor itself
+    level: str  # "debug" | "info" | "warning" | "error"
+    message: str
+
+
+class ConfigSource(msgspec.Struct, frozen=True, kw_only=True):
+    file: str | None  # None: all from the command line
+    loaded: float
+    pending_changes: int = 0
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    api: int = API
+    name: str
+    version: str
+    pid: int
+    state: str  # "starting" | "serving" | "degraded" | "draining" | "drained" | "stopping"
+    since: float  # when `state` was entered
+    started: float  # when the daemon was started
+    ready: bool  # new requests are accepted and an engine runs
+    health: str  # why it is ready or not, in words
+    heartbeat_age_s: float | None  # the oldest among the running workers'
+    generation: int  # the engine generation in force; 0 before the first
+    restarts: int  # of all workers together
+    config: ConfigSource
+    listeners: list[str]  # URLs
+    control_socket: str
+    model: Model | None  # None before the plan is made
+    requests: Requests
+    workers: list[Worker]
+    jobs: list[Job]  # those in progress
+    events: list[Event]  # the last ten, oldest first
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    api: int = API
+    name: str = "lightllmd"
+    version: str
+    python: str
+    pid: int
+
+
+class Effective(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/config?effective=1`: the plan in force."""
+
+    config: dict[str, Any]  # as written, defaults filled in
+    values: dict[str, Any]  # what replaced "auto" and unset values
+    derived: list[Derived]  # each with its reason
+    budget: Budget
+    budget_needed: int  # bytes
+    report: str  # the same as text, as it was printed at the start
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/check` of a file without a fault."""
+
+    file: str
+    ok: bool = True
