@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from harness import Daemon, generate_stream, run, wait_for
-
 from lightllmd.engine.fake import fake_token
+
+from harness import Daemon, generate_stream, run, wait_for
 
 STREAMS = 64
 TOKENS = 200
@@ -156,7 +156,7 @@ def test_killed_supervisor_leaves_nothing_and_the_next_start_clears_up(tmp_path:
     family = daemon.processes()
     daemon.process.kill()
     daemon.process.wait()
-    gone, alive = psutil.wait_procs(family[1:], timeout=2)
+    _, alive = psutil.wait_procs(family[1:], timeout=2)
     assert not alive, f"alive 2 s after the supervisor's death: {alive}"
     assert set(os.listdir("/dev/shm")) <= shm
     assert daemon.control.exists(), "a killed process can't unlink its socket; the next start has to"

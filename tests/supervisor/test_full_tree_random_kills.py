@@ -1,0 +1,139 @@
+"""Random kills at every state of the tree, under load, while the control socket is asked all the time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+from lightllmd.engine.fake import fake_token
+
+from harness import Daemon, generate_stream, run, wait_for
+
+KILLS = 1000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 50
+SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
+CLIENTS = 8
+TOKENS = 60
+FLAGS = (
+    *("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1"),
+    *("--supervisor.backoff_initial", "0.01", "--supervisor.backoff_max", "0.05"),
+    *("--supervisor.start_limit_burst", "100000", "--supervisor.retry_interval", "0.1"),
+    *("--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2", "--http.workers", "2"),
+)
+# (kind, phase in which it is to be hit; None: whatever it is in)
+TARGETS = [
+    ("engine", "boot"),
+    ("engine", "load"),
+    ("engine", "ready"),
+    ("engine", None),
+    ("api", "boot"),
+    ("api", "ready"),
+]
+SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGSEGV, signal.SIGTERM, signal.SIGABRT]
+
+
+class StatusProbe(threading.Thread):
+    """Asks /v1/status over one connection all the time and keeps each answer's latency, in seconds."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        super().__init__(daemon=True)
+        self.target, self.latencies, self.failure, self.over = daemon, [], None, threading.Event()
+
+    def run(self) -> None:
+        with self.target.control_client() as client:
+            while not self.over.wait(0.02):
+                begun = time.perf_counter()
+                try:
+                    client.get("/v1/status").raise_for_status()
+                except httpx.HTTPError as error:
+                    self.failure = error
+                    return
+                self.latencies.append(time.perf_counter() - begun)
+
+
+def hit(daemon: Daemon, draw: random.Random, hits: Counter[str]) -> None:
+    """One kill: a drawn worker in a drawn phase; a phase that doesn't come soon is taken as it is."""
+    kind, phase = draw.choice(TARGETS)
+    number = draw.choice(SIGNALS)
+    patience = time.monotonic() + 0.5
+    while True:
+        workers = [worker for worker in daemon.workers(kind) if worker["pid"]]
+        wanted = [worker for worker in workers if phase in (None, worker["phase"])]
+        late = time.monotonic() > patience
+        if wanted or (late and workers):
+            victim = draw.choice(wanted or workers)
+            break
+        assert not late or time.monotonic() < patience + 30, f"no {kind} to kill for 30 s"
+        time.sleep(0.002)
+    try:
+        os.kill(victim["pid"], number)
+        hits[f"{kind} {victim['phase']}"] += 1
+    except ProcessLookupError:
+        hits["already dead"] += 1
+
+
+def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
+    draw, hits = random.Random(SEED), Counter()
+    with Daemon(tmp_path, *FLAGS) as daemon:
+        family = {process.pid for process in daemon.processes()}
+        probe = StatusProbe(daemon)
+        probe.start()
+        outcomes: Counter[str] = Counter()
+
+        async def client_loop(number: int, over: asyncio.Event) -> None:
+            turn = 0
+            while not over.is_set():
+                prompt = f"c{number}-{turn}"
+                turn += 1
+                try:
+                    async with httpx.AsyncClient(timeout=60) as client:
+                        ids, _ = await generate_stream(client, daemon.url, prompt, TOKENS, lambda: None)
+                except httpx.TransportError:
+                    outcomes["front end killed"] += 1  # the one loss that is allowed: its connections end
+                    continue
+                assert ids == [fake_token(list(prompt.encode()), 0, 0, p) for p in range(TOKENS)]
+                outcomes["exact"] += 1
+
+        def kills() -> None:
+            for _ in range(KILLS):
+                hit(daemon, draw, hits)
+                family.update(process.pid for process in daemon.processes())
+
+        async def scenario() -> None:
+            over = asyncio.Event()
+            clients = [asyncio.ensure_future(client_loop(i, over)) for i in range(CLIENTS)]
+            await asyncio.to_thread(kills)
+            over.set()
+            await asyncio.gather(*clients)
+
+        run(scenario(), timeout=120 + 3 * KILLS)
+        status = daemon.wait_ready()
+        probe.over.set()
+        probe.join()
+        assert probe.failure is None, f"status failed: {probe.failure!r}"
+        wait_for(
+            lambda: (
+                (s := daemon.status())["model"]["kv_slots_used"] == 0
+                and s["requests"]["running"] == s["requests"]["waiting"] == s["requests"]["held"] == 0
+                and not s["jobs"]
+            ),
+            what="an idle daemon with every slot free and no job in progress",
+        )
+        living = {process.pid for process in daemon.processes()}
+        orphans = [pid for pid in family - living if psutil.pid_exists(pid)]
+        assert not orphans
+        assert len(living) == 4, "supervisor, two front ends, one engine"
+        assert outcomes["exact"] > 0
+        ordered = sorted(probe.latencies)
+        p99 = ordered[int(len(ordered) * 0.99)]
+        print(f"kills {dict(hits)}; answers {dict(outcomes)}; status p99 {p99 * 1e3:.1f} ms of {len(ordered)}")
+        assert p99 < 0.050
+        assert status["requests"]["failed"] == 0
+        assert daemon.stop() == 0
