@@ -87,7 +87,7 @@ class Daemon:
         return self.process.returncode
 
     def __enter__(self) -> Daemon:
-        return self.start()
+        return self if self.process else self.start()
 
     def __exit__(self, *failure: object) -> None:
         if failure[0]:

