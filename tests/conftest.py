@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -11,10 +12,6 @@ import psutil
 import pytest
 
 
-def _descendants() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
-
-
 def _shared_memory() -> set[str]:
     try:
         return set(os.listdir("/dev/shm"))
@@ -22,32 +19,36 @@ def _shared_memory() -> set[str]:
         return set()
 
 
-def _lightllmd_processes() -> set[int]:
-    """Processes of ours wherever they hang: an orphan is no descendant any more."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if (
-            "lightllmd.engine" in line
-            or "lightllmd.api" in line
-            or "-m lightllmd" in line
-            or "lightllmd.weights.probe" in line
-        ):
-            found.add(process.info["pid"])
+def _is_ours(process: psutil.Process) -> bool:
+    """Of lightllmd wherever it hangs in the tree: an orphan is no descendant of the tests any more."""
+    words = process.info["cmdline"] or []
+    return any(word == "lightllmd" or word.startswith("lightllmd.") for word in words)
+
+
+def _strangers(before: set[int]) -> list[psutil.Process]:
+    """Living processes that began during a test; children of a daemon that was there before it don't count."""
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        if process.info["status"] == psutil.STATUS_ZOMBIE or not (process.pid in mine or _is_ours(process)):
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ancestors = {parent.pid for parent in process.parents()} - {os.getpid()}
+            if process.pid not in before and not (ancestors & before):
+                found.append(process)
     return found
 
 
 @pytest.fixture(autouse=True)
 def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No process, /dev/shm file or unix socket file remains after a test (module-scoped daemons are in `before`)."""
-    before, shm = _descendants() | _lightllmd_processes(), _shared_memory()
+    """No process, /dev/shm file or unix socket file remains after a test."""
+    shm = _shared_memory()
+    before = {process.pid for process in _strangers(set())}
     yield
     deadline = time.monotonic() + 5
-    while (left := (_descendants() | _lightllmd_processes()) - before) and time.monotonic() < deadline:
+    while (left := _strangers(before)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left, (
-        f"processes left behind: {[psutil.Process(pid).cmdline() for pid in left if psutil.pid_exists(pid)]}"
-    )
+    assert not left, f"processes left behind: {left}"
     assert not _shared_memory() - shm, "shared memory left behind"
     if "tmp_path" in request.fixturenames:
         tmp_path: Path = request.getfixturevalue("tmp_path")
