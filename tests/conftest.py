@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,34 +20,38 @@ def _shared_memory() -> set[str]:
         return set()
 
 
-def _is_ours(process: psutil.Process) -> bool:
-    """Of lightllmd wherever it hangs in the tree: an orphan is no descendant of the tests any more."""
-    words = process.info["cmdline"] or []
-    return any(word == "lightllmd" or word.startswith("lightllmd.") for word in words)
+os.environ["LIGHTLLMD_TEST_RUN"] = uuid.uuid4().hex  # inherited by all that the tests start, orphans included
 
 
-def _strangers(before: set[int]) -> list[psutil.Process]:
-    """Living processes that began during a test; children of a daemon that was there before it don't count."""
-    mine = {child.pid for child in psutil.Process().children(recursive=True)}
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        if process.info["status"] == psutil.STATUS_ZOMBIE or not (process.pid in mine or _is_ours(process)):
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            ancestors = {parent.pid for parent in process.parents()} - {os.getpid()}
-            if process.pid not in before and not (ancestors & before):
-                found.append(process)
+def _ours() -> dict[int, psutil.Process]:
+    """Living processes of this test run, wherever they hang in the tree."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mark = process.environ().get("LIGHTLLMD_TEST_RUN")
+            if mark == os.environ["LIGHTLLMD_TEST_RUN"] and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = process
     return found
+
+
+def _left(before: set[int]) -> list[psutil.Process]:
+    """Those that began since; the children of a daemon that was there before are its own business."""
+    left = []
+    for pid, process in _ours().items():
+        with contextlib.suppress(psutil.Error):
+            if pid not in before and not {parent.pid for parent in process.parents()} & (before - {os.getpid()}):
+                left.append(process)
+    return left
 
 
 @pytest.fixture(autouse=True)
 def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
     """No process, /dev/shm file or unix socket file remains after a test."""
     shm = _shared_memory()
-    before = {process.pid for process in _strangers(set())}
+    before = {os.getpid(), *_ours()}
     yield
     deadline = time.monotonic() + 5
-    while (left := _strangers(before)) and time.monotonic() < deadline:
+    while (left := _left(before)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, f"processes left behind: {left}"
     assert not _shared_memory() - shm, "shared memory left behind"
