@@ -1,0 +1,70 @@
+"""One step of the engine as plain data: all that passes between the scheduler and a runner.
+
+A runner sees nothing else, so a step can be broadcast to the ranks of a tensor-parallel group as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import msgspec
+
+from lightllmd.config.plan import Plan
+from lightllmd.ipc.messages import SamplingParams
+
+
+class SamplingRow(msgspec.Struct):
+    """What the runner needs to (re)build a row's sampling state, penalty counts included."""
+
+    params: SamplingParams
+    prompt_ids: list[int]  # empty unless params.input_penalty
+    emitted: list[int]  # generated before the row (re)entered: empty for a fresh one
+
+
+class Row(msgspec.Struct):
+    """One branch in one step. Invariant: ``len(slots) == len(tokens) >= 1``.
+
+    The fed tokens have the positions ``start .. start + len(tokens) - 1`` in the sequence, and their keys and values
+    go to `slots`, which join the row's entries of the request->slot table at those indices.
+    """
+
+    table_row: int  # 0 .. running_max_req_size - 1; one owner from entry until it appears in Step.freed
+    request: int
+    branch: int
+    start: int  # tokens whose keys and values are already in the cache; 0 when the row (re)enters
+    tokens: list[int]  # ids fed in this step: prompt + emitted on (re)entry, the last token in decode
+    slots: list[int]
+    sample: bool  # the last fed token yields a next token
+    position: int  # index among the branch's generated tokens of the one to come (part of the random key)
+    sampling: SamplingRow | None  # set when the row (re)enters, None while it stays
+
+
+class Step(msgspec.Struct):
+    """`freed` rows are released before `rows` are read: the same number may be in both, with a new owner."""
+
+    number: int  # counts from 1 within a generation
+    kind: Literal["prefill", "decode"]
+    rows: list[Row]
+    freed: list[int]  # table rows released since the last step
+
+
+class StepResult(msgspec.Struct):
+    """One entry per row with ``sample = True``, in row order."""
+
+    tokens: list[int]
+    logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
+    alternatives: list[list[tuple[int, float]] | None]  # best first; None where params.top_logprobs is 0
+
+
+class Runner(Protocol):
+    """What computes steps. Owns the KV cache and the request->slot table."""
+
+    def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
+        """Loads the model. Calls ``progress(done, total)`` (bytes) several times a second.
+
+        Raises WeightsInvalid, OutOfMemory, NoUsableDevice, ConfigInvalid.
+        """
+
+    def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
+        """Computes one step; calls `beat` between layers, which keeps heartbeats going. Raises OutOfMemory."""
