@@ -227,3 +227,33 @@ class StaleGeneration(ControlError):
 
     status = 412
     ctl_code = CTL_BUSY
+
+
+class JobFailed(ControlError):
+    """The job that lightllmctl waited for came to a bad end."""
+
+    ctl_code = CTL_FAILED
+
+
+class JobRolledBack(ControlError):
+    """It failed, and what ran before runs again."""
+
+    ctl_code = CTL_ROLLED_BACK
+
+
+class JobGoesOn(ControlError):
+    """lightllmctl waited long enough; the job itself continues."""
+
+    ctl_code = CTL_TIMED_OUT
+
+
+class ConnectionLost(ControlError):
+    """The daemon closed the control connection before its answer was complete."""
+
+
+class NoAnswer(ControlError):
+    """The daemon accepted the control connection and said nothing in time."""
+
+
+class BadAnswer(ControlError):
+    """What listens on the socket does not speak the control plane's protocol."""
