@@ -1,0 +1,74 @@
+"""How a worker ended, in words and in what follows from it."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from lightllmd import errors
+from lightllmd.ipc.messages import Failed
+
+# Signals that a process brings upon itself; any other came from outside.
+FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
+
+# kind of Failed (or the exit code that means the same) -> exit code of the daemon if it never came to serve
+PERMANENT = {
+    "config": errors.EXIT_CONFIG,
+    "weights": errors.EXIT_CONFIG,
+    "device": errors.EXIT_NO_DEVICE,
+    "memory": errors.EXIT_FAILED,
+}
+_KIND_OF_CODE = {
+    errors.EXIT_CONFIG: "config",
+    errors.EXIT_NO_DEVICE: "device",
+    errors.EXIT_OUT_OF_MEMORY: "memory",
+}
+_WORDS = {
+    "config": "configuration error",
+    "weights": "unusable weights",
+    "device": "no usable device",
+    "memory": "out of memory",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    cause: str
+    self_inflicted: bool  # a fault of its own, so a request may be to blame
+    exit_code: int | None = None  # permanent: not tried again with the same plan; the daemon's exit code then
+
+    @property
+    def permanent(self) -> bool:
+        return self.exit_code is not None
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # real-time signals have no names
+
+
+def classify(
+    returncode: int, *, failed: Failed | None = None, hung: str | None = None, asked: str | None = None
+) -> Ending:
+    """`returncode` as subprocess gives it (negative: a signal).
+
+    `failed`: the last word of the worker; `hung`: why the supervisor ended it; `asked`: what it was asked to end for.
+    """
+    if hung:
+        return Ending(
+            f"hung: {hung}; ended by {signal_name(-returncode) if returncode < 0 else f'exit {returncode}'}", False
+        )
+    if asked:
+        return Ending(asked, False)
+    kind = failed.kind if failed else _KIND_OF_CODE.get(returncode, "error")
+    if kind in PERMANENT:
+        detail = f": {failed.message}" if failed else f" (exit {returncode})"
+        return Ending(_WORDS[kind] + detail, True, PERMANENT[kind])
+    if returncode < 0:
+        name = signal_name(-returncode)
+        return Ending(f"killed by {name}", -returncode in FAULTS)
+    if failed:
+        return Ending(failed.message, True)
+    return Ending(f"ended by itself with exit {returncode}", True)

@@ -1,0 +1,70 @@
+"""The hang rule: a worker without progress is overdue after a time that depends on its phase. Pure but for the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightllmd.config.parameters import SupervisorSettings
+from lightllmd.ipc.messages import Heartbeat
+
+LONGEST_STEP = 0.5  # seconds that one turn of the supervisor's loop may count for
+
+
+class RunningClock:
+    """Seconds that the supervisor really ran.
+
+    Deadlines are measured with it, so a supervisor that was stopped (SIGSTOP, a suspended machine) finds its
+    workers as it left them instead of overdue. `advance` is called at every turn of the loop.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._last = monotonic()
+        self.now = 0.0
+
+    def advance(self) -> float:
+        last, self._last = self._last, self._monotonic()
+        self.now += min(self._last - last, LONGEST_STEP)
+        return self.now
+
+
+@dataclass
+class Vitals:
+    """What one worker's heartbeats say. Times are of the `RunningClock`."""
+
+    moved: float  # of the last progress; the spawn before the first heartbeat
+    heard: float | None = None  # of the last heartbeat
+    phase: str = "boot"
+    progress: int = 0
+    total: int = 0
+    beats: int = 0
+
+    def hear(self, beat: Heartbeat, now: float) -> None:
+        # Only a worker in service can be idle; one that is still starting has work to do, whatever it says.
+        idle = beat.phase == "ready" and not beat.busy
+        if idle or beat.phase != self.phase or beat.progress != self.progress or self.heard is None:
+            self.moved = now
+        self.heard = now
+        self.phase, self.progress, self.total = beat.phase, beat.progress, beat.total
+        self.beats += 1
+
+
+def patience(phase: str, settings: SupervisorSettings) -> float:
+    """Seconds without progress that a worker in `phase` may take."""
+    return {
+        "boot": settings.boot_timeout,
+        "load": settings.load_timeout,
+        "warmup": settings.warmup_timeout,
+    }.get(phase, settings.hang_timeout)
+
+
+def overdue(vitals: Vitals, settings: SupervisorSettings, now: float) -> str | None:
+    """Why this worker counts as hung, in words; None while it is well."""
+    limit = patience(vitals.phase, settings)
+    if now - vitals.moved <= limit:
+        return None
+    silent = vitals.heard is None or now - vitals.heard > limit
+    what = "heartbeat" if silent else "progress"
+    return f"no {what} for {limit:g} s in phase {vitals.phase}"

@@ -1,0 +1,168 @@
+"""One operating-system process below us: started, watched through its pidfd, its output read line by line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+
+from lightllmd.errors import SystemFailure
+from lightllmd.supervisor.orphans import kill_group
+
+LONGEST_LINE = 16 << 10  # bytes; a longer line is cut into several
+# Said to us by systemd, not to our children.
+_OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    inherited = {name: value for name, value in environment.items() if name not in _OURS_ALONE}
+    return {**inherited, "PYTHONUNBUFFERED": "1"}
+
+
+class Process:
+    """Leads a session and process group of its own. `on_exit` and `on_output` are called from the loop.
+
+    `capture` keeps stdout apart (`captured`) and gives `on_output` stderr only. Raises SystemFailure where the host
+    refuses (no process, memory or descriptor left); nothing is left open then.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        on_exit: Callable[[], None],
+        on_output: Callable[[str], None],
+        pass_fds: Sequence[int] = (),
+        stdin: bytes | None = None,
+        capture: bool = False,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_exit, self._on_output = on_exit, on_output
+        self._pipes: dict[int, bytearray] = {}  # descriptor -> what of it is no whole line yet
+        self.captured: bytearray | None = None
+        writers: list[int] = []
+        try:
+            errors, writer = os.pipe2(os.O_CLOEXEC)
+            self._pipes[errors] = bytearray()
+            writers.append(writer)
+            if capture:
+                output, out_writer = os.pipe2(os.O_CLOEXEC)
+                self._pipes[output] = self.captured = bytearray()
+                writers.append(out_writer)
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                stdout=writers[-1],
+                stderr=writers[0],
+                pass_fds=pass_fds,
+                start_new_session=True,
+                env=child_environment(os.environ),
+            )
+            try:
+                self._pidfd = os.pidfd_open(self._popen.pid)
+            except OSError:
+                self._popen.kill()
+                self._popen.wait()
+                raise
+        except OSError as refused:
+            for fd in self._pipes:
+                os.close(fd)
+            raise SystemFailure(f"can't start {command[0]}: {refused}") from refused
+        finally:
+            for fd in writers:
+                os.close(fd)
+        if stdin is not None:
+            self._feed(stdin)
+        for fd in self._pipes:
+            os.set_blocking(fd, False)
+            self._loop.add_reader(fd, self._read, fd)
+        self._loop.add_reader(self._pidfd, self._exited)
+        _restore_oom_score(self.pid)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def reap(self) -> int | None:
+        """The return code as of subprocess, None while it runs."""
+        return self._popen.poll()
+
+    def send_signal(self, number: int) -> None:
+        """To this very process, even if its number was given to another meanwhile; SIGKILL to its whole group."""
+        if self._popen.returncode is not None:
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return
+        if number == signal.SIGKILL:
+            kill_group(self.pid)
+
+    def dispose(self) -> None:
+        """After its death: ends what is left of its group, reads its last words, lets go of every descriptor."""
+        kill_group(self.pid)
+        for fd in list(self._pipes):
+            self._read(fd)
+        for fd, rest in self._pipes.items():
+            if rest and rest is not self.captured:
+                self._say(rest)
+            self._loop.remove_reader(fd)
+            os.close(fd)
+        self._pipes.clear()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._pidfd)  # readable for ever from now on
+        self._on_exit()
+
+    def _feed(self, body: bytes) -> None:
+        """Small enough for the pipe's buffer, so this never waits for the reader."""
+        assert self._popen.stdin is not None
+        try:
+            self._popen.stdin.write(body)
+            self._popen.stdin.close()
+        except BrokenPipeError:
+            pass  # it is dead already; its exit tells why
+
+    def _read(self, fd: int) -> None:
+        """Everything that is there now."""
+        pending = self._pipes[fd]
+        while True:
+            try:
+                chunk = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return
+            if not chunk:
+                self._loop.remove_reader(fd)
+                return
+            pending += chunk
+            if pending is self.captured:
+                continue
+            *lines, rest = pending.split(b"\n")
+            for line in lines:
+                self._say(line)
+            while len(rest) > LONGEST_LINE:
+                self._say(rest[:LONGEST_LINE])
+                rest = rest[LONGEST_LINE:]
+            pending[:] = rest
+            # One worker that prints without end must not keep the loop: the rest waits for the next turn.
+            if len(chunk) == 1 << 16:
+                return
+
+    def _say(self, line: bytes | bytearray) -> None:
+        self._on_output(line.decode(errors="replace").rstrip("\r"))
+
+
+def _restore_oom_score(pid: int) -> None:
+    """A unit may protect the supervisor from the kernel's memory killer; its workers are not worth that."""
+    try:
+        with open("/proc/self/oom_score_adj") as own:
+            if int(own.read()) >= 0:
+                return
+        with open(f"/proc/{pid}/oom_score_adj", "w") as theirs:
+            theirs.write("0")
+    except OSError:
+        return  # dead already, or a kernel that hides it: nothing depends on it
