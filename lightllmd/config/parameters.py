@@ -1,119 +1,428 @@
-"""The one declaration of every setting. (Types and names are fixed here; documentation metadata is added to it.)"""
+"""The documented LightLLM API-server parameters, and the whole configuration: the one declaration of every setting.
+
+`page_default` is the documented page's value where ours differs: those four are "auto", with the page's value as what
+auto falls back to. Our own tables are in tables.py.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+from lightllmd.config.setting import Setting
+from lightllmd.config.tables import (
+    EngineSettings,
+    FakeSettings,
+    HttpSettings,
+    LogSettings,
+    SupervisorSettings,
+)
+
+__all__ = [
+    "Config",
+    "EngineSettings",
+    "FakeSettings",
+    "HttpSettings",
+    "LogSettings",
+    "Params",
+    "SupervisorSettings",
+]
+
+SERVING = "Serving"
+MODEL = "Model"
+CAPACITY = "Capacity and lengths"
+SCHEDULING = "Scheduling"
+MODES = "Modes of generation"
+IMAGES = "Images"
+STATISTICS = "Statistics and metrics"
+
+_COUNT = 2**31 - 1  # slots and tokens are indexed with 32 bits
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
     """The 40 documented LightLLM API-server parameters."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    model_dir: str | None = None
-    tokenizer_mode: Literal["auto", "slow", "fast"] = "auto"
-    load_way: Literal["HF", "DS", "DUMMY"] = "HF"
-    max_total_token_num: int | Literal["auto"] = "auto"
-    batch_max_tokens: int | None = None
-    eos_id: list[int] | Literal["auto"] = "auto"
-    running_max_req_size: int = 1000
-    tp: int = 1
-    max_req_input_len: int = 2048
-    max_req_total_len: int = 3072
-    nccl_port: int = 28765
-    mode: list[str] = []
-    trust_remote_code: bool = False
-    disable_log_stats: bool = False
-    log_stats_interval: float = 0.0
-    router_token_ratio: float = 0.0
-    router_max_new_token_len: int = 1024
-    router_max_wait_tokens: int = 10
-    use_dynamic_prompt_cache: bool = False
-    splitfuse_block_size: int = 256
-    splitfuse_mode: bool = False
-    beam_mode: bool = False
-    diverse_mode: bool = False
-    token_healing_mode: bool = False
-    enable_multimodal: bool = False
-    cache_capacity: int = 200
-    cache_reserved_ratio: float = 0.5
-    data_type: Literal["auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32"] = "auto"
-    return_all_prompt_logprobs: bool = False
-    use_reward_model: bool = False
-    long_truncation_mode: Literal["head", "center"] | None = None
-    use_tgi_api: bool = False
-    health_monitor: bool = False
-    metric_gateway: str | None = None
-    job_name: str = "lightllm"
-    grouping_key: list[str] = []
-    push_interval: int = 10
-    enable_monitor_auth: bool = False
-
-
-class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """[supervisor]. Times in seconds."""
-
-    control_socket: str = ""  # "": control.sock in $RUNTIME_DIRECTORY, else the default place
-    drain_timeout: float = 60.0  # SIGTERM: what is in flight may finish this long
-    stop_timeout: float = 10.0  # a child told to stop is killed after this
-    hang_timeout: float = 10.0  # no progress while idle or serving
-    boot_timeout: float = 120.0  # from spawn to the first heartbeat and to the end of imports
-    load_timeout: float = 60.0  # without a byte of progress while loading
-    warmup_timeout: float = 120.0
-    abort_grace: float = 2.0  # between SIGABRT (stacks) and SIGKILL
-    backoff_initial: float = 0.5
-    backoff_max: float = 30.0
-    start_limit_burst: int = 5  # failed starts within the interval, then only slow retries
-    start_limit_interval: float = 600.0
-    retry_interval: float = 60.0  # the slow retry after the limit
-    log_lines: int = 2000  # kept per worker for `lightllmctl logs`
-
-
-class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """[http]"""
-
-    workers: int = 1
-    api_keys_file: str = ""  # one key a line; "": no authentication
-    served_model_name: str = ""  # "": the last component of model_dir
-    hold_timeout: float = 120.0  # seconds a request is held without an engine, then 504
-    max_held: int = 1024  # requests held per api worker without an engine, then 429
-    max_queue: int = 1024  # branches waiting in the scheduler, then 429
-    hold_keepalive: float = 5.0  # seconds between SSE comments while a stream is held
-    max_body_bytes: int = 16 << 20
-    cors_origins: list[str] = []
-    tls_certificate: str = ""
-    tls_key: str = ""
-
-
-class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """[log]"""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["text", "json"] = "text"
-
-
-class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """[engine.fake]: the engine without a model, for tests of everything around it."""
-
-    tokens_per_second: float = 0.0  # per branch; 0: as fast as the loop turns
-    load_seconds: float = 0.0
-    load_bytes: int = 0  # pretended size, for progress
-    poison: str = ""  # a prompt that contains this text ends the engine when it is first run
-    poison_way: Literal["SIGSEGV", "SIGKILL", "SIGABRT", "exception", "exit", "hang"] = "SIGSEGV"
-    fault: Literal["", "exit_at_boot", "config", "memory", "crash_in_load", "hang_in_load", "hang_when_ready"] = ""
-    fault_file: str = ""  # a fault that needs this file to exist: tests make and remove it
-
-
-class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """[engine]"""
-
-    backend: Literal["torch", "fake"] = "torch"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0  # CPU threads of the engine; 0: the physical cores
-    memory_fraction: float = 0.9  # of the free memory that the plan may use
-    fake: FakeSettings = FakeSettings()
+    host: Annotated[
+        str,
+        Setting(
+            doc="Address that the HTTP server listens on: an IP address or a host name. 127.0.0.1 is reachable from "
+            "this machine only; 0.0.0.0 and :: listen on every interface (then set [http] api_keys_file too).",
+            group=SERVING,
+            filled=True,
+            pattern=r"[A-Za-z0-9._:%-]+",
+            form="an IP address or a host name, without scheme and port",
+            reload="front end",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Setting(
+            doc="TCP port of the HTTP server. 0 takes any free one; lightllmctl status shows which.",
+            group=SERVING,
+            minimum=0,
+            maximum=65535,
+            reload="front end",
+        ),
+    ] = 8000
+    model_dir: Annotated[
+        str | None,
+        Setting(
+            doc="The model: a directory in Hugging Face layout (config.json, tokenizer, *.safetensors), a .gguf file, "
+            "a directory that holds exactly one .gguf file, or package:NAME for a model inside an installed Python "
+            "package, which is found without importing it.",
+            group=MODEL,
+            filled=True,
+            example='"/srv/models/llama-3.1-8b-instruct"',
+        ),
+    ] = None
+    tokenizer_mode: Annotated[
+        Literal["auto", "slow", "fast"],
+        Setting(
+            doc="Which tokenizer implementation reads and writes text. fast is tokenizer.json in the tokenizers "
+            "library; slow is the sentencepiece library on tokenizer.model, exact to the last space, and the fast one "
+            "where the model has no such file; auto is the fast one, converted from tokenizer.model where need be.",
+            group=MODEL,
+            page_default="slow",
+            reload="front end",
+        ),
+    ] = "auto"
+    load_way: Annotated[
+        Literal["HF", "DS", "DUMMY"],
+        Setting(
+            doc="Layout of the weight files. HF: Hugging Face names in safetensors or GGUF files. DS: Megatron-DeepSpeed "
+            "pipeline checkpoints. DUMMY: random weights of the right shapes.",
+            group=MODEL,
+            needs="load_way other than HF",
+        ),
+    ] = "HF"
+    max_total_token_num: Annotated[
+        int | Literal["auto"],
+        Setting(
+            doc="Size of the KV cache: how many tokens, of all running requests together, it holds. auto takes what the "
+            "device's free memory can hold after the weights and the worst step; 6000 where nothing can be measured.",
+            group=CAPACITY,
+            unit="tokens",
+            minimum=2,
+            maximum=_COUNT,
+            page_default=6000,
+        ),
+    ] = "auto"
+    batch_max_tokens: Annotated[
+        int | None,
+        Setting(
+            doc="Most prompt tokens that one prefill step may hold, over all requests that it admits; at least "
+            "max_req_total_len. Unset: max(max_total_token_num / 6, max_req_total_len) when max_total_token_num is a "
+            "number, max(8192, max_req_total_len) when it is auto.",
+            group=CAPACITY,
+            unit="tokens",
+            minimum=1,
+            maximum=_COUNT,
+            example="8192",
+        ),
+    ] = None
+    eos_id: Annotated[
+        list[int] | Literal["auto"],
+        Setting(
+            doc="Token ids that end a generation. auto takes them from generation_config.json, config.json or the GGUF "
+            "metadata and adds the chat template's end of turn; [2] where the model names none.",
+            group=MODEL,
+            unit="token ids",
+            minimum=0,
+            maximum=_COUNT,
+            filled=True,
+            page_default=[2],
+        ),
+    ] = "auto"
+    running_max_req_size: Annotated[
+        int,
+        Setting(
+            doc="Most sequences that are admitted at a time, running and paused; a request with n = 4 counts as four.",
+            group=CAPACITY,
+            unit="sequences",
+            minimum=1,
+            maximum=65536,
+        ),
+    ] = 1000
+    tp: Annotated[
+        int,
+        Setting(
+            doc="Tensor parallelism: over how many devices the model is split.",
+            group=MODEL,
+            unit="devices",
+            minimum=1,
+            maximum=1024,
+            needs="tensor parallelism",
+        ),
+    ] = 1
+    max_req_input_len: Annotated[
+        int,
+        Setting(
+            doc="Most prompt tokens of one request, special tokens counted; less than max_req_total_len. What is longer "
+            "is refused or, with long_truncation_mode, cut.",
+            group=CAPACITY,
+            unit="tokens",
+            minimum=1,
+            maximum=_COUNT,
+        ),
+    ] = 2048
+    max_req_total_len: Annotated[
+        int,
+        Setting(
+            doc="Most tokens of one request, prompt and max_new_tokens together. At most the model's context and, when "
+            "that is a number, max_total_token_num.",
+            group=CAPACITY,
+            unit="tokens",
+            minimum=2,
+            maximum=_COUNT,
+        ),
+    ] = 3072
+    nccl_port: Annotated[
+        int,
+        Setting(
+            doc="First port of the rendezvous between the ranks of a tensor-parallel model. Unused with tp = 1.",
+            group=SERVING,
+            minimum=1,
+            maximum=65535,
+        ),
+    ] = 28765
+    mode: Annotated[
+        list[str],
+        Setting(
+            doc="Kernels and quantisation by their documented names: one for attention or the KV cache and one for the "
+            "weights, such as triton_int8kv and triton_w8a16, and gN for the group size of the 4-bit ones.",
+            group=MODES,
+            needs="mode",
+            example='["triton_int8kv"]',
+        ),
+    ] = []
+    trust_remote_code: Annotated[
+        bool,
+        Setting(
+            doc="Allows Python code that a model's directory brings along. Model families and tokenizers are built in and "
+            "run no such code, so that it changes nothing for the models of this version.",
+            group=MODEL,
+            reload="front end",
+        ),
+    ] = False
+    disable_log_stats: Annotated[
+        bool,
+        Setting(doc="No line with the throughput in the log.", group=STATISTICS, reload="live"),
+    ] = False
+    log_stats_interval: Annotated[
+        float,
+        Setting(
+            doc="Time between two throughput lines while requests run; 0 means the built-in pace of 10 s.",
+            group=STATISTICS,
+            unit="s",
+            minimum=0,
+            maximum=86400,
+            reload="live",
+        ),
+    ] = 0.0
+    router_token_ratio: Annotated[
+        float,
+        Setting(
+            doc="Below this share of used KV slots a request is admitted on the guess that it generates no more than "
+            "router_max_new_token_len tokens; from it on, and always at 0, its whole max_new_tokens are reserved. "
+            "When a guess was wrong the newest request is paused and goes on later.",
+            group=SCHEDULING,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = 0.0
+    router_max_new_token_len: Annotated[
+        int,
+        Setting(
+            doc="The guess that router_token_ratio speaks of.",
+            group=SCHEDULING,
+            unit="tokens",
+            minimum=1,
+            maximum=_COUNT,
+        ),
+    ] = 1024
+    router_max_wait_tokens: Annotated[
+        int,
+        Setting(
+            doc="While requests run, new ones are admitted every so many rounds, run or waited: more favours the running "
+            "ones, fewer the waiting ones.",
+            group=SCHEDULING,
+            unit="rounds",
+            minimum=1,
+            maximum=_COUNT,
+        ),
+    ] = 10
+    use_dynamic_prompt_cache: Annotated[
+        bool,
+        Setting(
+            doc="Keeps the KV cache of finished requests and reuses the part that a new prompt begins with.",
+            group=SCHEDULING,
+            needs="the prompt cache",
+        ),
+    ] = False
+    splitfuse_block_size: Annotated[
+        int,
+        Setting(
+            doc="Prompt tokens of one request that one step of splitfuse_mode takes. Unused without it.",
+            group=SCHEDULING,
+            unit="tokens",
+            minimum=1,
+            maximum=_COUNT,
+        ),
+    ] = 256
+    splitfuse_mode: Annotated[
+        bool,
+        Setting(
+            doc="Cuts prompts into blocks and computes them together with the running requests' next tokens.",
+            group=SCHEDULING,
+            needs="chunked prefill",
+        ),
+    ] = False
+    beam_mode: Annotated[
+        bool,
+        Setting(doc="best_of > 1 means beam search.", group=MODES, needs="beam search"),
+    ] = False
+    diverse_mode: Annotated[
+        bool,
+        Setting(
+            doc="best_of > 1 means independent samples that share the prompt's KV cache.",
+            group=MODES,
+            needs="diverse mode",
+        ),
+    ] = False
+    token_healing_mode: Annotated[
+        bool,
+        Setting(
+            doc="Takes back the prompt's last tokens and lets the model write them anew, so that a prompt that ends "
+            "inside a word goes on well.",
+            group=MODES,
+            needs="token healing",
+        ),
+    ] = False
+    enable_multimodal: Annotated[
+        bool,
+        Setting(
+            doc="Serves a vision-language model: requests may bring images.",
+            group=IMAGES,
+            needs="vision-language models",
+        ),
+    ] = False
+    cache_capacity: Annotated[
+        int,
+        Setting(
+            doc="Images whose encoding is kept. Unused without enable_multimodal.",
+            group=IMAGES,
+            unit="images",
+            minimum=1,
+            maximum=1_000_000,
+        ),
+    ] = 200
+    cache_reserved_ratio: Annotated[
+        float,
+        Setting(
+            doc="Share of the image cache that stays filled when room is made. Unused without enable_multimodal.",
+            group=IMAGES,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = 0.5
+    data_type: Annotated[
+        Literal["auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32"],
+        Setting(
+            doc="Number format of weights, activations and KV cache. auto takes the checkpoint's own, float16 where it "
+            "names none; on a CPU that is slow at it, the best that this CPU is fast at.",
+            group=MODEL,
+            page_default="float16",
+        ),
+    ] = "auto"
+    return_all_prompt_logprobs: Annotated[
+        bool,
+        Setting(
+            doc="Answers carry the log-probability of every prompt token.",
+            group=MODES,
+            needs="prompt log-probabilities",
+        ),
+    ] = False
+    use_reward_model: Annotated[
+        bool,
+        Setting(doc="Serves a reward model on /get_score.", group=MODEL, needs="reward models"),
+    ] = False
+    long_truncation_mode: Annotated[
+        Literal["head", "center"] | None,
+        Setting(
+            doc="What happens to a prompt longer than max_req_input_len: head cuts its beginning, center its middle; "
+            'unset (or "None") the request is refused.',
+            group=CAPACITY,
+            reload="front end",
+            needs="truncation of long prompts",
+            example='"None"',
+        ),
+    ] = None
+    use_tgi_api: Annotated[
+        bool,
+        Setting(
+            doc="/generate, /generate_stream and / speak the format of Text Generation Inference.",
+            group=SERVING,
+            reload="front end",
+            needs="the TGI format",
+        ),
+    ] = False
+    health_monitor: Annotated[
+        bool,
+        Setting(
+            doc="Sends a one-token request to every engine from time to time and restarts the one that does not answer. "
+            "What dies or makes no progress is always restarted, with or without it.",
+            group=SERVING,
+            reload="live",
+            needs="the active health probe",
+        ),
+    ] = False
+    metric_gateway: Annotated[
+        str | None,
+        Setting(
+            doc="host:port of a Prometheus Pushgateway that the metrics are pushed to. /metrics can always be pulled.",
+            group=STATISTICS,
+            reload="live",
+            needs="pushed metrics",
+            example='"pushgateway.example.org:9091"',
+        ),
+    ] = None
+    job_name: Annotated[
+        str,
+        Setting(doc="The job that pushed metrics name.", group=STATISTICS, filled=True, reload="live"),
+    ] = "lightllm"
+    grouping_key: Annotated[
+        list[str],
+        Setting(
+            doc='Labels of pushed metrics: a list of "key=value" or a table.',
+            group=STATISTICS,
+            pattern=r"[^=]+=[^=]*",
+            form='of the form "key=value"',
+            reload="live",
+            needs="pushed metrics",
+            example='["instance=node7"]',
+        ),
+    ] = []
+    push_interval: Annotated[
+        int,
+        Setting(
+            doc="Time between two pushes of the metrics.",
+            group=STATISTICS,
+            unit="s",
+            minimum=1,
+            maximum=86400,
+            reload="live",
+        ),
+    ] = 10
+    enable_monitor_auth: Annotated[
+        bool,
+        Setting(
+            doc="Pushes with HTTP basic authentication; user and password come from the environment.",
+            group=STATISTICS,
+            reload="live",
+            needs="pushed metrics",
+        ),
+    ] = False
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,3 +434,5 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log: LogSettings = LogSettings()
     engine: EngineSettings = EngineSettings()
     models: dict[str, dict[str, object]] = {}
+    # where each key that is not a default was set: its line in the file, or 0 for the command line
+    places: dict[str, int] = {}

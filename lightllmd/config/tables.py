@@ -1,0 +1,240 @@
+"""Our own tables beside the documented parameters. Times are in seconds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from lightllmd.config.setting import Reload, Setting
+
+_YEAR = 366 * 86400.0
+
+
+def _seconds(doc: str, *, zero: bool = False, reload: Reload = "live") -> Setting:
+    """A span of time; `zero` allows 0."""
+    above = None if zero else 0.0
+    return Setting(doc=doc, unit="s", minimum=0 if zero else None, above=above, maximum=_YEAR, reload=reload)
+
+
+class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the daemon keeps its workers alive."""
+
+    control_socket: Annotated[
+        str,
+        Setting(
+            doc="Path of the control socket that lightllmctl talks to. Empty: control.sock in $RUNTIME_DIRECTORY, else "
+            "in /run/lightllmd for root, else in $XDG_RUNTIME_DIR/lightllmd.",
+            example='"/run/lightllmd/control.sock"',
+            reload="live",
+        ),
+    ] = ""
+    drain_timeout: Annotated[float, _seconds("SIGTERM: how long requests in flight may go on.", zero=True)] = 60.0
+    stop_timeout: Annotated[float, _seconds("A child that was told to stop is killed after this.")] = 10.0
+    hang_timeout: Annotated[
+        float, _seconds("A worker that makes no progress this long, idle or serving, is aborted and replaced.")
+    ] = 10.0
+    boot_timeout: Annotated[float, _seconds("From a worker's start to the end of its imports.")] = 120.0
+    load_timeout: Annotated[float, _seconds("Longest time without a byte of progress while weights load.")] = 60.0
+    warmup_timeout: Annotated[float, _seconds("From loaded weights to the first real token.")] = 120.0
+    abort_grace: Annotated[
+        float, _seconds("Between SIGABRT, on which a worker prints its stacks, and SIGKILL.", zero=True)
+    ] = 2.0
+    backoff_initial: Annotated[
+        float, _seconds("Pause before the second start of an engine that died without a token.")
+    ] = 0.5
+    backoff_max: Annotated[float, _seconds("The pause doubles with each such death, up to this.")] = 30.0
+    start_limit_burst: Annotated[
+        int,
+        Setting(
+            doc="Failed starts within start_limit_interval after which only slow retries go on.",
+            unit="starts",
+            minimum=1,
+            maximum=10_000,
+            reload="live",
+        ),
+    ] = 5
+    start_limit_interval: Annotated[float, _seconds("The span that start_limit_burst counts in.")] = 600.0
+    retry_interval: Annotated[float, _seconds("Pause between the slow retries.")] = 60.0
+    log_lines: Annotated[
+        int,
+        Setting(
+            doc="Lines of each worker that are kept for lightllmctl logs.",
+            unit="lines",
+            minimum=10,
+            maximum=1_000_000,
+            reload="live",
+        ),
+    ] = 2000
+
+
+class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTP front end."""
+
+    workers: Annotated[
+        int,
+        Setting(
+            doc="Processes that answer HTTP requests, sharing one listening socket.",
+            unit="processes",
+            minimum=1,
+            maximum=64,
+            reload="front end",
+        ),
+    ] = 1
+    api_keys_file: Annotated[
+        str,
+        Setting(
+            doc="File with one API key a line; clients send one as 'Authorization: Bearer KEY'. Empty: no authentication.",
+            example='"/etc/lightllmd/api_keys"',
+            reload="front end",
+        ),
+    ] = ""
+    served_model_name: Annotated[
+        str,
+        Setting(
+            doc="Name of the model in answers. Empty: the last component of model_dir.",
+            example='"smollm2"',
+            reload="front end",
+        ),
+    ] = ""
+    hold_timeout: Annotated[
+        float, _seconds("How long a request waits for an engine to come back, then 504.", reload="front end")
+    ] = 120.0
+    max_held: Annotated[
+        int,
+        Setting(
+            doc="Requests that each front end process holds while no engine is ready; beyond that, 429.",
+            unit="requests",
+            minimum=0,
+            maximum=1_000_000,
+            reload="front end",
+        ),
+    ] = 1024
+    max_queue: Annotated[
+        int,
+        Setting(
+            doc="Sequences that wait for admission; beyond that, 429.",
+            unit="sequences",
+            minimum=1,
+            maximum=1_000_000,
+            reload="engine",
+        ),
+    ] = 1024
+    hold_keepalive: Annotated[
+        float, _seconds("Time between the comments that keep a held stream's connection open.", reload="front end")
+    ] = 5.0
+    max_body_bytes: Annotated[
+        int,
+        Setting(
+            doc="Largest body of a request; a larger one gets 413.",
+            unit="bytes",
+            minimum=1024,
+            maximum=1 << 30,
+            reload="front end",
+        ),
+    ] = 16 << 20
+    cors_origins: Annotated[
+        list[str],
+        Setting(
+            doc='Web origins whose pages may call the server; "*" for all.',
+            pattern=r"\*|https?://[^/\s]+",
+            form='"*" or an origin such as "https://chat.example.org", without a path',
+            example='["https://chat.example.org"]',
+            reload="front end",
+        ),
+    ] = []
+    tls_certificate: Annotated[
+        str,
+        Setting(
+            doc="PEM file with the certificate chain; HTTPS instead of HTTP.",
+            example='"/etc/lightllmd/tls.crt"',
+            reload="front end",
+            needs="TLS",
+        ),
+    ] = ""
+    tls_key: Annotated[
+        str,
+        Setting(
+            doc="PEM file with the certificate's key.",
+            example='"/etc/lightllmd/tls.key"',
+            reload="front end",
+            needs="TLS",
+        ),
+    ] = ""
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The log on standard error."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Setting(doc="The least important lines that are written.", reload="live"),
+    ] = "info"
+    format: Annotated[
+        Literal["text", "json"],
+        Setting(doc="Lines for people, or one JSON object a line.", reload="live"),
+    ] = "text"
+
+
+class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine without a model, for tests of everything around it."""
+
+    tokens_per_second: Annotated[
+        float,
+        Setting(
+            doc="Pace of each sequence; 0: as fast as the engine's loop turns.",
+            unit="tokens/s",
+            minimum=0,
+            maximum=1e9,
+        ),
+    ] = 0.0
+    load_seconds: Annotated[float, _seconds("How long loading pretends to take.", zero=True, reload="engine")] = 0.0
+    load_bytes: Annotated[
+        int, Setting(doc="Pretended size of the weights.", unit="bytes", minimum=0, maximum=1 << 50)
+    ] = 0
+    poison: Annotated[
+        str,
+        Setting(
+            doc="The engine dies when it first runs a prompt that contains this text. Empty: none.",
+            example='"poison"',
+        ),
+    ] = ""
+    poison_way: Annotated[
+        Literal["SIGSEGV", "SIGKILL", "SIGABRT", "exception", "exit", "hang"],
+        Setting(doc="How it dies of poison."),
+    ] = "SIGSEGV"
+    fault: Annotated[
+        Literal["", "exit_at_boot", "config", "memory", "crash_in_load", "hang_in_load", "hang_when_ready"],
+        Setting(doc="What goes wrong on the way to readiness. Empty: nothing.", example='"hang_in_load"'),
+    ] = ""
+    fault_file: Annotated[
+        str,
+        Setting(doc="The fault happens only while this file exists. Empty: always.", example='"/tmp/fault"'),
+    ] = ""
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine: what computes tokens."""
+
+    backend: Annotated[
+        Literal["torch", "fake"],
+        Setting(doc="torch runs the model; fake invents deterministic tokens without one (see [engine.fake])."),
+    ] = "torch"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Setting(doc="Where the model runs. auto: a GPU where there is a usable one, else the CPU."),
+    ] = "auto"
+    threads: Annotated[
+        int,
+        Setting(
+            doc="CPU threads that compute. 0: one for each physical core that the daemon may use.",
+            unit="threads",
+            minimum=0,
+            maximum=4096,
+        ),
+    ] = 0
+    memory_fraction: Annotated[
+        float,
+        Setting(doc="Share of the device's free memory that the engine may plan with.", above=0, maximum=1),
+    ] = 0.9
+    fake: FakeSettings = FakeSettings()
