@@ -1,1 +1,13 @@
-"""The verbs of lightllmctl."""
+"""The verbs of lightllmctl, a module for each kind: asking, commanding, following, configuration."""
+
+from __future__ import annotations
+
+import click
+
+from lightllmctl.commands import act, ask, completion, follow, settings
+
+
+def register(group: click.Group) -> None:
+    for module in (ask, act, follow, settings, completion):
+        for command in module.COMMANDS:
+            group.add_command(command)

@@ -1,0 +1,95 @@
+"""The command line: global options, the verbs, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from lightllmctl import commands
+from lightllmctl.context import Context
+from lightllmd import __version__
+from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_INTERRUPTED, CTL_USAGE, ConfigInvalid, LightllmdError
+
+PROGRAM = "lightllmctl"
+COMPLETION_VARIABLE = "_LIGHTLLMCTL_COMPLETE"
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+)
+@click.option(
+    "--socket",
+    "socket_path",
+    metavar="PATH",
+    type=click.Path(),
+    help="The daemon's control socket. Default: $LIGHTLLMD_SOCKET, else your own daemon's if it has one, else the "
+    "system's (/run/lightllmd/control.sock).",
+)
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.pass_context
+def cli(context: click.Context, socket_path: str | None) -> int:
+    """Asks and commands a lightllmd daemon over its control socket.
+
+    Exit codes: 0 done or active, 1 failed or degraded, 2 usage, 3 not active or not running, 4 no such worker, job
+    or model, 5 not permitted, 6 configuration invalid, 7 busy, 8 does not fit, 9 rolled back, 10 timed out while
+    the job goes on, 130 interrupted.
+    """
+    context.obj = Context(socket_path)
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+    return CTL_USAGE
+
+
+commands.register(cli)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns its exit code, one of CTL_* in ``lightllmd.errors``."""
+    try:
+        if instruction := os.environ.get(COMPLETION_VARIABLE):
+            from click.shell_completion import shell_complete
+
+            return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has seen enough. What is left in the buffer would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return CTL_DONE
+    except (KeyboardInterrupt, click.Abort):
+        return CTL_INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        with cli.make_context(PROGRAM, arguments) as context:
+            return cli.invoke(context) or CTL_DONE
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), CTL_USAGE)
+    except ConfigInvalid as error:
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        return error.ctl_code
+    except LightllmdError as error:
+        return _fail(error.message, error.ctl_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail(str(error), CTL_FAILED)
+    except Exception as error:  # a fault of this program; the shell that called it still gets a line and a code
+        return _fail(f"internal error: {type(error).__name__}: {error}", CTL_FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"{PROGRAM}: {' '.join(message.split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

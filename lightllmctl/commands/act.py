@@ -1,0 +1,112 @@
+"""Verbs that change what runs: restart, drain, resume, stop. Each is a job of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lightllmctl.commands.follow import complete_worker
+from lightllmctl.context import Context, pass_context
+from lightllmd.errors import ConnectionLost, JobGoesOn, NotAvailableYet
+
+
+def waiting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--no-block", is_flag=True, help="Start the job and return at once.")(command)
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="Wait no longer; exit code 10.",
+    )(command)
+
+
+def _run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> None:
+    from lightllmctl import jobs
+    from lightllmctl.render import clean, job_name
+
+    job = context.client.post(f"/v1/{verb}", body)
+    if no_block:
+        click.echo(f"job {job_name(job)} started")
+        return
+    job = jobs.wait(context, job, timeout)
+    message = clean(job.get("message") or "")
+    click.echo(f"job {job_name(job)} done{f': {message}' if message else ''}")
+
+
+@click.command()
+@click.argument("worker", required=False, shell_complete=complete_worker)
+@waiting_options
+@pass_context
+def restart(context: Context, worker: str | None, no_block: bool, timeout: float | None) -> None:
+    """Restart WORKER, or the engine.
+
+    Requests in flight are held, not lost, and go on on the next generation.
+    """
+    _run(context, "restart", {"worker": worker} if worker else {}, no_block, timeout)
+
+
+@click.command()
+@waiting_options
+@pass_context
+def drain(context: Context, no_block: bool, timeout: float | None) -> None:
+    """Refuse new requests, let those in flight finish."""
+    _run(context, "drain", {}, no_block, timeout)
+
+
+@click.command()
+@waiting_options
+@pass_context
+def resume(context: Context, no_block: bool, timeout: float | None) -> None:
+    """Accept requests again after a drain."""
+    _run(context, "resume", {}, no_block, timeout)
+
+
+@click.command()
+@click.option("--now", is_flag=True, help="End the requests in flight instead of letting them finish.")
+@waiting_options
+@pass_context
+def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> None:
+    """Drain, then end the daemon; return when it is gone."""
+    import time
+
+    from lightllmctl import jobs
+    from lightllmctl.render import job_name
+
+    began = time.monotonic()
+    client = context.client
+    pid = client.get("/v1/status").get("pid")
+    pid = pid if pid == client.daemon_pid() else None  # the daemon may live in another pid namespace
+    job = client.post("/v1/stop", {"now": now})
+    if no_block:
+        click.echo(f"job {job_name(job)} started")
+        return
+    try:
+        jobs.wait(context, job, timeout)
+    except ConnectionLost:
+        pass  # a stop job's stream ends with the daemon itself
+    left = None if timeout is None else max(timeout - (time.monotonic() - began), 0.0)
+    if not client.wait_gone(pid, left):
+        raise JobGoesOn(f"the daemon was not gone within {timeout:g} s; job {job_name(job)} goes on")
+    click.echo("lightllmd has stopped")
+
+
+def _not_available(name: str, help_text: str) -> click.Command:
+    @click.command(name, help=f"{help_text} (Not available yet.)", context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
+    def command(arguments: tuple[str, ...]) -> None:
+        raise NotAvailableYet(f"{name} is not available yet in this version")
+
+    return command
+
+
+COMMANDS = (
+    restart,
+    drain,
+    resume,
+    stop,
+    _not_available("reload", "Read the configuration again and apply what changed."),
+    _not_available("swap", "Serve another model without dropping a request."),
+    _not_available("reset-failed", "Forget past failures."),
+)

@@ -1,0 +1,65 @@
+"""Verbs that read streams: logs, events."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from lightllmctl.commands.ask import json_option
+from lightllmctl.context import Context, pass_context
+from lightllmd.errors import LightllmdError
+
+lines_option = click.option(
+    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last ones."
+)
+
+
+def complete_worker(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Worker names for the shell's completion; none when no daemon answers."""
+    socket_path = context.find_root().params.get("socket_path")
+    try:
+        workers = Context(socket_path).client.get_list("/v1/workers")
+    except LightllmdError:
+        return []
+    return [name for worker in workers if (name := str(worker.get("name", ""))).startswith(incomplete)]
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is logged from now on, until ^C.")
+@lines_option
+@json_option
+@click.argument("worker", required=False, shell_complete=complete_worker)
+@pass_context
+def logs(context: Context, follow: bool, lines: int, as_json: bool, worker: str | None) -> None:
+    """What the daemon and its workers logged. WORKER: as list-workers names it, or lightllmd."""
+    from lightllmctl.render import log_line
+
+    _print_stream(context, "/v1/logs", log_line, as_json, follow=int(follow), lines=lines, worker=worker)
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on, until ^C.")
+@lines_option
+@json_option
+@pass_context
+def events(context: Context, follow: bool, lines: int, as_json: bool) -> None:
+    """What happened: starts, deaths, restarts, jobs."""
+    from lightllmctl.render import event_line
+
+    _print_stream(context, "/v1/events", event_line, as_json, follow=int(follow), lines=lines)
+
+
+def _print_stream(context: Context, path: str, render: Any, as_json: bool, **query: Any) -> None:
+    import json
+
+    for entry in context.client.stream(path, **query):
+        if as_json:
+            click.echo(json.dumps(entry, ensure_ascii=False))
+        else:
+            context.console.print(render(entry))
+        sys.stdout.flush()
+
+
+COMMANDS = (logs, events)

@@ -1,0 +1,129 @@
+"""Verbs about the configuration: check, config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lightllmctl.commands.ask import json_option
+from lightllmctl.context import Context, pass_context
+
+
+@click.command()
+@click.argument("file", type=click.Path())
+@json_option
+@pass_context
+def check(context: Context, file: str, as_json: bool) -> None:
+    """Check a configuration file.
+
+    Needs no daemon. One problem a line; exit code 6 if there is one.
+    """
+    from lightllmd.config.load import load
+
+    from lightllmd.errors import ConfigInvalid
+
+    try:
+        load(file)
+    except ConfigInvalid as error:
+        if as_json:
+            context.echo_json({"api": 1, "file": file, "ok": False, "problems": error.parameters["problems"]})
+        raise
+    if as_json:
+        context.echo_json({"api": 1, "file": file, "ok": True, "problems": []})
+    else:
+        click.echo(f"{file}: no problems found")
+
+
+@click.command()
+@click.option("--effective", is_flag=True, help="What is in force, each derived value with its reason, and the memory.")
+@json_option
+@pass_context
+def config(context: Context, effective: bool, as_json: bool) -> None:
+    """Show the configuration and what became of it.
+
+    As TOML; with --effective as tables of what is in force.
+    """
+    answer = context.client.get("/v1/config", effective=1 if effective else None)
+    if as_json:
+        context.echo_json({"api": 1, **answer})
+    elif effective:
+        _print_effective(context, answer)
+    else:
+        click.echo(to_toml(answer))
+
+
+def _print_effective(context: Context, answer: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from lightllmctl import units
+    from lightllmctl.render import BAD, GOOD, clean, table
+
+    reasons = {entry.get("name"): entry for entry in answer.get("derived") or []}
+    values = answer.get("values") or {name: entry.get("value") for name, entry in reasons.items()}
+    rows = [(clean(name), _toml_value(value), _reason(reasons.get(name))) for name, value in values.items()]
+    rows += [
+        (clean(name), _toml_value(entry.get("value")), _reason(entry))
+        for name, entry in reasons.items()
+        if name not in values
+    ]
+    context.console.print(table(("SETTING", "VALUE", "REASON"), rows))
+
+    budget = answer.get("budget") or {}
+    parts = budget.get("rows") or []
+    if not parts:
+        return
+    needed = answer.get("budget_needed") or sum(part.get("bytes", 0) for part in parts)
+    available = budget.get("available") or 0
+    memory: list[tuple[Text | str, ...]] = [
+        (clean(part.get("name", "?")), units.size(part.get("bytes", 0)), clean(part.get("how", ""))) for part in parts
+    ]
+    fits = needed <= available
+    verdict = Text(
+        f"of {units.size(available)}; " + ("fits" if fits else f"{units.size(needed - available)} too much"),
+        GOOD if fits else BAD,
+    )
+    memory.append(("total", units.size(needed), verdict))
+    context.console.print("", table(("MEMORY", "BYTES", "HOW"), memory, right=(1,)), sep="\n")
+
+
+def _reason(entry: dict[str, Any] | None) -> str:
+    from lightllmctl.render import clean
+
+    return clean((entry or {}).get("reason") or "as configured")
+
+
+def to_toml(config: dict[str, Any]) -> str:
+    """The daemon's Config as the file that would say the same: parameters first, then the tables."""
+    top = dict(config.get("params") or {})
+    tables = {name: value for name, value in config.items() if name != "params"}
+    lines = _pairs(top)
+    for name, table in tables.items():
+        _table(name, table, lines)
+    return "\n".join(lines)
+
+
+def _table(name: str, table: Any, lines: list[str]) -> None:
+    if not isinstance(table, dict):
+        lines.extend(_pairs({name: table}))
+        return
+    inner = {key: value for key, value in table.items() if isinstance(value, dict)}
+    own = {key: value for key, value in table.items() if key not in inner}
+    if own:
+        lines += ["", f"[{name}]", *_pairs(own)]
+    for key, value in inner.items():
+        _table(f"{name}.{key}", value, lines)
+
+
+def _pairs(table: dict[str, Any]) -> list[str]:
+    return [f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}" for key, value in table.items()]
+
+
+def _toml_value(value: Any) -> str:
+    """Of what JSON carries, TOML writes everything alike but null."""
+    import json
+
+    return "-" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+COMMANDS = (check, config)

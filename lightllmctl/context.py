@@ -1,0 +1,83 @@
+"""What every verb shares: which daemon is meant, and how to print."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightllmctl.client import Client
+
+SYSTEM_SOCKET = Path("/run/lightllmd/control.sock")
+
+
+@dataclass
+class Context:
+    """Passed to every verb by click. Opening connections and importing rich and httpx wait until they are needed."""
+
+    socket_option: str | None = None
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    @cached_property
+    def socket_path(self) -> Path:
+        return choose_socket(self.socket_option, self.environ, os.getuid())
+
+    @cached_property
+    def client(self) -> Client:
+        from lightllmctl.client import Client
+
+        return Client(self.socket_path)
+
+    @cached_property
+    def console(self) -> Console:
+        return _console(sys.stdout)
+
+    def echo_json(self, value: Any) -> None:
+        import json
+
+        click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+
+
+pass_context = click.make_pass_decorator(Context)
+
+
+def choose_socket(option: str | None, environ: Mapping[str, str], uid: int) -> Path:
+    """``--socket``, else $LIGHTLLMD_SOCKET, else the user's own if present, else the system's."""
+    if option:
+        return Path(option)
+    if named := environ.get("LIGHTLLMD_SOCKET"):
+        return Path(named)
+    own = [Path(f"/tmp/lightllmd-{uid}/control.sock")]
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        own.insert(0, Path(runtime) / "lightllmd" / "control.sock")
+    return next((path for path in own if _is_socket_of(path, uid)), SYSTEM_SOCKET)
+
+
+def _is_socket_of(path: Path, uid: int) -> bool:
+    """/tmp is everyone's: what another user put where our socket would be is not ours."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISSOCK(found.st_mode) and found.st_uid == uid
+
+
+def _console(file: Any) -> Console:
+    """A rich console that never wraps or guesses, is plain when not on a terminal, and leaves EPIPE to `main`."""
+    from rich.console import Console
+
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PlainConsole(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)

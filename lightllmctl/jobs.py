@@ -1,0 +1,87 @@
+"""Waiting for a job: a progress bar on a terminal, a line per phase elsewhere, and its outcome as an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import click
+
+from lightllmctl.context import Context
+from lightllmctl.render import clean, job_name
+from lightllmd.errors import ConnectionLost, JobFailed, JobGoesOn, JobRolledBack, NoAnswer
+
+Job = dict[str, Any]
+
+
+class Display(Protocol):
+    def show(self, job: Job) -> None: ...
+
+
+def wait(context: Context, job: Job, timeout: float | None) -> Job:
+    """Follows ``job`` to its end and returns its last state.
+
+    Raises JobFailed or JobRolledBack by its outcome, JobGoesOn after ``timeout`` seconds, ConnectionLost when the
+    daemon went away before there was an outcome. ^C leaves the job running and says so.
+    """
+    try:
+        with _display(context) as display:
+            display.show(job)
+            for job in context.client.stream(f"/v1/jobs/{job['id']}", wait=timeout):  # noqa: B020 - its newest state
+                display.show(job)
+    except NoAnswer as error:
+        raise JobGoesOn(f"job {job_name(job)} was not finished within {timeout:g} s and goes on") from error
+    except KeyboardInterrupt:
+        click.echo(f"\njob {job_name(job)} goes on; see lightllmctl list-jobs", err=True)
+        raise
+    return judged(job)
+
+
+def judged(job: Job) -> Job:
+    outcome, message = job.get("outcome"), clean(job.get("message") or "no reason was given")
+    if outcome == "done":
+        return job
+    if outcome is None:
+        raise ConnectionLost(f"the daemon ended before job {job_name(job)} did")
+    if outcome == "rolled-back":
+        raise JobRolledBack(f"job {job_name(job)} was rolled back: {message}")
+    raise JobFailed(f"job {job_name(job)} {outcome}: {message}")
+
+
+@contextmanager
+def _display(context: Context) -> Iterator[Display]:
+    if not context.console.is_terminal:
+        yield Lines()
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=context.console, transient=True) as progress:
+        yield Bar(progress)
+
+
+class Lines:
+    """A line whenever the phase changed."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def show(self, job: Job) -> None:
+        line = f"job {job_name(job)}: {clean(job.get('phase', ''))}"
+        if line != self.last:
+            click.echo(line)
+            self.last = line
+
+
+class Bar:
+    """One bar; it pulses while the job doesn't know how far it is."""
+
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None)
+
+    def show(self, job: Job) -> None:
+        done = job.get("progress")
+        description = f"{job_name(job)}: {clean(job.get('phase', ''))}"
+        self.progress.update(self.task, description=description, completed=done or 0, total=None if done is None else 1)

@@ -1,0 +1,281 @@
+"""What people read: the status page, tables, log lines. Pure functions from the daemon's JSON to rich text.
+
+The JSON is read tolerantly: a field that an older or newer daemon doesn't send is left out of the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+from lightllmctl import units
+
+GOOD, WARN, BAD, FAINT, STRONG = "green", "yellow", "red", "dim", "bold"
+LABEL_WIDTH = 11  # "   Requests", right-aligned as systemctl does
+HEAD_WIDTH = 92  # where "generation 7" ends
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    active: str
+    failed: str
+    branch: str
+    last: str
+
+
+UNICODE = Glyphs("●", "×", "├─", "└─")
+ASCII = Glyphs("*", "x", "|-", "`-")
+
+
+@dataclass(frozen=True)
+class Activity:
+    """A state of the daemon in systemctl's words."""
+
+    word: str
+    style: str
+    failed: bool = False
+
+
+ACTIVITIES = {
+    "serving": Activity("active", GOOD),
+    "draining": Activity("active", WARN),
+    "drained": Activity("active", WARN),
+    "degraded": Activity("degraded", BAD, failed=True),
+    "starting": Activity("activating", ""),
+    "stopping": Activity("deactivating", ""),
+}
+
+
+def activity(status: Json) -> Activity:
+    return ACTIVITIES.get(str(status.get("state")), Activity("unknown", ""))
+
+
+def clean(text: Any) -> str:
+    """Text from elsewhere without control characters: a worker's output must not drive the reader's terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in str(text))
+
+
+# --- status ---------------------------------------------------------------------------------------------------
+
+
+def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
+    """The layout of ``systemctl status``. ``now``: Unix seconds, for everything that is said as an age."""
+    page = Text()
+    act = activity(status)
+    title = f"{status.get('name', 'lightllmd')} - LightLLM serving daemon"
+    page.append(glyphs.failed if act.failed else glyphs.active, act.style)
+    generation = f"generation {status.get('generation', 0)}"
+    page.append(f" {title}{generation:>{HEAD_WIDTH - len(title) - 2}}\n")
+    for label, value in (
+        ("Loaded", _loaded(status, now)),
+        ("Active", _active(status, act, now)),
+        ("Health", _health(status)),
+        ("Main PID", _main_pid(status)),
+        ("Listen", Text(clean(", ".join([*status.get("listeners", []), status.get("control_socket", "")])))),
+        ("Model", _model(status)),
+        ("Requests", _requests(status.get("requests") or {})),
+        *_tree(_workers(status, now), "Workers", glyphs),
+        *(("Job" if i == 0 else "", job_line(job, now)) for i, job in enumerate(status.get("jobs") or [])),
+    ):
+        page.append(f"{label:>{LABEL_WIDTH}}{':' if label else ' '} ")
+        page.append_text(value).append("\n")
+    for event in status.get("events") or []:
+        page.append_text(event_line(event)).append("\n")
+    page.rstrip()
+    return page
+
+
+def _loaded(status: Json, now: float) -> Text:
+    config = status.get("config") or {}
+    file = clean(config.get("file") or "from the command line")
+    notes = []
+    if (loaded := config.get("loaded")) is not None:
+        notes.append(f"loaded {units.about(now - loaded)} ago")
+    notes.append(f"{config.get('pending_changes', 0)} pending changes")
+    return Text(f"{file} ({'; '.join(notes)})")
+
+
+def _active(status: Json, act: Activity, now: float) -> Text:
+    line = Text(f"{act.word} ({status.get('state', '?')})", act.style)
+    if (since := status.get("since")) is not None:
+        line.append(f" since {units.instant(since)}; {units.duration(now - since)} ago", "not bold default")
+    return line
+
+
+def _health(status: Json) -> Text:
+    line = Text(clean(status.get("health", "")), "" if status.get("ready") else WARN)
+    if (age := status.get("heartbeat_age_s")) is not None:
+        line.append(f"; heartbeat {units.duration(age)} ago", "default")
+    return line
+
+
+def _main_pid(status: Json) -> Text:
+    return Text(f"{status.get('pid', '?')} ({status.get('name', 'lightllmd')})   Restarts: {status.get('restarts', 0)}")
+
+
+def _model(status: Json) -> Text:
+    model = status.get("model")
+    if not model:
+        return Text("not planned yet", FAINT)
+    state = model.get("state", "?")
+    styles = {"ready": GOOD, "down": BAD, "failed": BAD}
+    line = Text(clean(model.get("name", "?")), STRONG)
+    line.append("  ").append(state, f"not bold {styles.get(state, WARN)}")
+    if (progress := model.get("progress")) is not None and state != "ready":
+        line.append(f" {progress:.0%}", "not bold")
+        line.append(_loaded_bytes(status), "not bold")
+    facts = [" ".join(filter(None, (model.get("device"), model.get("data_type"))))]
+    if (ranks := model.get("tensor_parallel", 1)) > 1:
+        facts.append(f"tp {ranks}")
+    if weights := model.get("weight_bytes"):
+        facts.append(f"{units.size(weights)} weights")
+    if total := model.get("kv_slots_total"):
+        facts.append(f"KV {model.get('kv_slots_used', 0) / total:.0%} of {units.count(total)} tokens")
+    for fact in filter(None, facts):
+        line.append(f"  {fact}", "not bold")
+    return line
+
+
+def _loaded_bytes(status: Json) -> str:
+    """(12.4/20.3 GB): the furthest engine rank that says what it loads."""
+    for worker in status.get("workers") or []:
+        if worker.get("kind") == "engine" and worker.get("phase") == "load" and worker.get("progress_total"):
+            return f" ({units.size(worker.get('progress', 0))} of {units.size(worker['progress_total'])})"
+    return ""
+
+
+def _requests(requests: Json) -> Text:
+    def number(key: str) -> str:
+        return f"{requests.get(key, 0):,}"
+
+    return Text(
+        f"{number('running')} running, {number('waiting')} waiting, {number('held')} held   (since start: "
+        f"{number('ok')} ok, {number('cancelled')} cancelled, {number('failed')} failed, {number('resumed')} resumed)"
+    )
+
+
+def _workers(status: Json, now: float) -> list[Text]:
+    workers = status.get("workers") or []
+    api_workers = sum(worker.get("kind") == "api" for worker in workers)
+    labels = [_label(worker, api_workers) for worker in workers]
+    width = max((len(label) for label in labels), default=0)
+    return [_worker(worker, f"{label:<{width}}", now) for worker, label in zip(workers, labels, strict=True)]
+
+
+def _label(worker: Json, api_workers: int) -> str:
+    pid = worker.get("pid")
+    name = str(worker.get("kind", worker.get("name", "?")))
+    if worker.get("rank") is not None:
+        name += f" rank {worker['rank']}"
+    elif api_workers > 1 and worker.get("index") is not None:
+        name += f" {worker['index']}"
+    return f"{'-' if pid is None else pid:>5} {clean(name)}"
+
+
+def worker_state(worker: Json) -> tuple[str, str]:
+    """(word, style): the phase of a running worker, else its state."""
+    state, phase = str(worker.get("state", "?")), str(worker.get("phase") or "")
+    if state == "running" and phase == "ready":
+        return "ready", GOOD
+    if state in ("running", "starting"):
+        word = {"boot": "booting", "load": "loading", "warmup": "warming up"}.get(phase, state)
+        total = worker.get("progress_total") or 0
+        return (f"{word} {worker.get('progress', 0) / total:.0%}" if total and phase == "load" else word), WARN
+    return state, {"backoff": WARN, "fatal": BAD}.get(state, FAINT)
+
+
+def _worker(worker: Json, label: str, now: float) -> Text:
+    word, style = worker_state(worker)
+    line = Text(f"{label}   ")
+    line.append(f"{word:<12}", style)
+    facts = []
+    if memory := worker.get("memory_bytes"):
+        facts.append(f"{units.size(memory):>7}")
+    if (next_try := worker.get("next_try_at")) is not None:
+        facts.append(f"next try in {units.duration(next_try - now)}")
+    last = worker.get("last_exit") or {}
+    if restarts := worker.get("restarts"):
+        facts.append(f"restarts {restarts}{_last_exit(last, now)}")
+    elif last:
+        facts.append(_last_exit(last, now).strip())
+    line.append("  ".join(facts), "default")
+    line.rstrip()
+    return line
+
+
+def _last_exit(last: Json, now: float) -> str:
+    if not last:
+        return ""
+    notes = f"{clean(last.get('cause', '?'))}"
+    if (at := last.get("at")) is not None:
+        notes += f", {units.about(now - at)} ago"
+    if (back := last.get("back_in_s")) is not None:
+        notes += f"; back in {units.duration(back)}"
+    return f" ({notes})"
+
+
+def _tree(rows: Sequence[Text], label: str, glyphs: Glyphs) -> Iterable[tuple[str, Text]]:
+    for i, row in enumerate(rows):
+        bar = glyphs.last if i == len(rows) - 1 else glyphs.branch
+        yield label if i == 0 else "", Text(f"{bar} ").append_text(row)
+
+
+# --- jobs, events, logs -----------------------------------------------------------------------------------------
+
+
+def job_name(job: Json) -> str:
+    return " ".join(filter(None, (f"#{job.get('id', '?')}", clean(job.get("verb", "")), clean(job.get("target", "")))))
+
+
+def job_line(job: Json, now: float) -> Text:
+    line = Text(f"{job_name(job)}  {clean(job.get('phase', ''))}")
+    if (progress := job.get("progress")) is not None:
+        line.append(f" {progress:.0%}")
+    if (started := job.get("started")) is not None:
+        line.append(f"  {units.duration((job.get('ended') or now) - started)}")
+    return line
+
+
+_EVENT_STYLES = {"exit": BAD, "hang": BAD, "warning": WARN, "ready": GOOD}
+
+
+def event_line(event: Json) -> Text:
+    line = Text(f"{units.stamp(event.get('at', 0.0))} ")
+    if worker := event.get("worker"):
+        line.append(f"{clean(worker)}: ")
+    return line.append(clean(event.get("message", "")), _EVENT_STYLES.get(str(event.get("kind")), ""))
+
+
+_LEVEL_STYLES = {"debug": FAINT, "warning": WARN, "error": BAD}
+
+
+def log_line(entry: Json) -> Text:
+    line = Text(f"{units.stamp(entry.get('at', 0.0))} {clean(entry.get('worker', '?'))}: ")
+    return line.append(clean(entry.get("message", "")), _LEVEL_STYLES.get(str(entry.get("level")), ""))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], right: Iterable[int] = ()) -> Text:
+    """Columns two spaces apart, none cut or wrapped; columns of ``right`` are right-aligned. The last one is free."""
+    right = set(right)
+    cells = [[value if isinstance(value, Text) else Text(value) for value in row] for row in rows]
+    heads = [Text(header, STRONG) for header in headers]
+    widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(headers))]
+    page = Text()
+    for row in [heads, *cells]:
+        line = Text()
+        for i, cell in enumerate(row):
+            pad = " " * (widths[i] - len(cell))
+            line.append("  " if i else "")
+            line.append_text(Text(pad) + cell if i in right else cell + Text(pad))
+        line.rstrip()
+        page.append_text(line).append("\n")
+    page.rstrip()
+    return page
