@@ -90,8 +90,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     load_way: Annotated[
         Literal["HF", "DS", "DUMMY"],
         Setting(
-            doc="Layout of the weight files. HF: Hugging Face names in safetensors or GGUF files. DS: Megatron-DeepSpeed "
-            "pipeline checkpoints. DUMMY: random weights of the right shapes.",
+            doc="Layout of the weight files. HF: Hugging Face names in safetensors or GGUF files. DS: "
+            "Megatron-DeepSpeed pipeline checkpoints. DUMMY: random weights of the right shapes.",
             group=MODEL,
             needs="load_way other than HF",
         ),
@@ -99,8 +99,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     max_total_token_num: Annotated[
         int | Literal["auto"],
         Setting(
-            doc="Size of the KV cache: how many tokens, of all running requests together, it holds. auto takes what the "
-            "device's free memory can hold after the weights and the worst step; 6000 where nothing can be measured.",
+            doc="Size of the KV cache: how many tokens, of all running requests together, it holds. auto takes "
+            "what the device's free memory holds after the weights and the worst step; 6000 where nothing can be measured.",
             group=CAPACITY,
             unit="tokens",
             minimum=2,
@@ -158,8 +158,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     max_req_input_len: Annotated[
         int,
         Setting(
-            doc="Most prompt tokens of one request, special tokens counted; less than max_req_total_len. What is longer "
-            "is refused or, with long_truncation_mode, cut.",
+            doc="Most prompt tokens of one request, special tokens counted; less than max_req_total_len. What is "
+            "longer is refused or, with long_truncation_mode, cut.",
             group=CAPACITY,
             unit="tokens",
             minimum=1,
@@ -199,8 +199,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: Annotated[
         bool,
         Setting(
-            doc="Allows Python code that a model's directory brings along. Model families and tokenizers are built in and "
-            "run no such code, so that it changes nothing for the models of this version.",
+            doc="Allows Python code that a model's directory brings along. Model families and tokenizers are built in "
+            "and run no such code, so that it changes nothing for the models of this version.",
             group=MODEL,
             reload="front end",
         ),
@@ -244,8 +244,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     router_max_wait_tokens: Annotated[
         int,
         Setting(
-            doc="While requests run, new ones are admitted every so many rounds, run or waited: more favours the running "
-            "ones, fewer the waiting ones.",
+            doc="While requests run, new ones are admitted every so many rounds, run or waited: more favours the "
+            "running ones, fewer the waiting ones.",
             group=SCHEDULING,
             unit="rounds",
             minimum=1,
@@ -370,8 +370,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     health_monitor: Annotated[
         bool,
         Setting(
-            doc="Sends a one-token request to every engine from time to time and restarts the one that does not answer. "
-            "What dies or makes no progress is always restarted, with or without it.",
+            doc="Sends a one-token request to every engine from time to time and restarts the one that does not "
+            "answer. What dies or makes no progress is always restarted, with or without it.",
             group=SERVING,
             reload="live",
             needs="the active health probe",
@@ -398,6 +398,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             group=STATISTICS,
             pattern=r"[^=]+=[^=]*",
             form='of the form "key=value"',
+            pairs=True,
             reload="live",
             needs="pushed metrics",
             example='["instance=node7"]',

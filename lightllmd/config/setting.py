@@ -39,6 +39,7 @@ class Setting:
     pattern: str = ""  # a string, or each of a list, matches this entirely
     form: str = ""  # the pattern in words
     filled: bool = False  # the string or list is not empty
+    pairs: bool = False  # a list of "key=value" that may be written as a table
     group: str = ""  # heading in --help; "" inside a table, whose own title is the heading
     page_default: Any = SAME  # what the documented parameter page says, where we default to something else
     reload: Reload = "engine"  # what has to be replaced for a new value to take effect

@@ -84,7 +84,8 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys_file: Annotated[
         str,
         Setting(
-            doc="File with one API key a line; clients send one as 'Authorization: Bearer KEY'. Empty: no authentication.",
+            doc="File with one API key a line, which clients send as 'Authorization: Bearer KEY'. "
+            "Empty: no authentication.",
             example='"/etc/lightllmd/api_keys"',
             reload="front end",
         ),

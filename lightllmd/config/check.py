@@ -1,0 +1,188 @@
+"""Is this value one that the setting takes? Each answer names the value and the bound."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lightllmd.config.modes import ALIASES, NAMES, is_mode
+from lightllmd.config.setting import Field
+
+_KIND_WORDS = {
+    "boolean": "true or false",
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "integers": "a list of integers",
+    "strings": "a list of strings",
+}
+
+
+class Fault(Exception):
+    """What is wrong with a value; `index` names the element of a list."""
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.index = index
+
+
+def expected(field: Field) -> str:
+    """What may stand there, in words: '"auto" or an integer'."""
+    if field.choices:
+        return " | ".join(f'"{choice}"' for choice in field.choices)
+    return " or ".join([*(f'"{word}"' for word in field.words), _KIND_WORDS[field.kind]])
+
+
+def bounds(field: Field) -> str:
+    """'1 … 65535', '> 0', 'at least 1', or nothing."""
+    low, high, above = field.setting.minimum, field.setting.maximum, field.setting.above
+    if above is not None:
+        return f"> {above:g}" + (f", at most {_number(high)}" if high is not None else "")
+    if low is not None and high is not None:
+        return f"{_number(low)} … {_number(high)}"
+    if low is not None:
+        return f"at least {_number(low)}"
+    return f"at most {_number(high)}" if high is not None else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def show(value: Any) -> str:
+    """A value as the file would write it, shortened."""
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, str):
+        text = '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    elif isinstance(value, list):
+        text = "[" + ", ".join(show(element) for element in value[:8]) + (", …]" if len(value) > 8 else "]")
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key} = {show(inner)}" for key, inner in list(value.items())[:4]) + "}"
+    elif isinstance(value, int) and abs(value) >= 10**60:
+        text = "an integer of more than 60 digits"
+    else:
+        text = str(value)
+    text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def kind_of(value: Any) -> str:
+    """The type of a TOML value in words."""
+    for kind, word in (
+        (bool, "a boolean"),
+        (int, "an integer"),
+        (float, "a number"),
+        (str, "a string"),
+        (list, "a list"),
+        (dict, "a table"),
+    ):
+        if isinstance(value, kind):
+            return word
+    return "a date or time"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The likeliest meant name, or nothing."""
+    plain = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1, cutoff=0.6)
+    return plain[close[0]] if close else ""
+
+
+def check(field: Field, value: Any) -> tuple[Any, list[Fault]]:
+    """The value in its declared type, and everything that is wrong with it."""
+    setting = field.setting
+    if field.optional and value == "None" and (field.choices or field.kind != "string"):
+        return None, []
+    if isinstance(value, str) and value in field.words:
+        return value, []
+    if setting.pairs and isinstance(value, dict):
+        value = [f"{key}={inner}" if isinstance(inner, str) else inner for key, inner in value.items()]
+    try:
+        if field.kind not in ("integers", "strings"):
+            return _scalar(field, field.kind, value), []
+        if not isinstance(value, list):
+            raise _wrong_kind(field, value)
+        if setting.filled and not value:
+            raise Fault("is empty; it needs at least one element")
+    except Fault as fault:
+        return None, [fault]
+    checked, faults = [], []
+    for index, element in enumerate(value):
+        try:
+            checked.append(_scalar(field, field.kind.removesuffix("s"), element))
+        except Fault as fault:
+            faults.append(Fault(fault.message, index))
+    return checked, faults
+
+
+def _wrong_kind(field: Field, value: Any, kind: str | None = None) -> Fault:
+    wanted = _KIND_WORDS[kind] if kind else expected(field)
+    hint = ""
+    if field.kind == "boolean" and value in ("true", "false", "True", "False"):
+        hint = f"; write {str(value).lower()} without quotes"
+    elif isinstance(value, str) and field.words and (word := nearest(value, field.words)):
+        hint = f'; nearest: "{word}"'
+    return Fault(f"{show(value)} is {kind_of(value)}, expected {wanted}{hint}")
+
+
+def _scalar(field: Field, kind: str, value: Any) -> Any:
+    if kind == "boolean":
+        if not isinstance(value, bool):
+            raise _wrong_kind(field, value)
+        return value
+    if kind == "string":
+        return _string(field, value)
+    number = (int, float) if kind == "number" else int
+    if isinstance(value, bool) or not isinstance(value, number):
+        raise _wrong_kind(field, value, kind if field.kind != kind else None)
+    if not math.isfinite(value) if isinstance(value, float) else False:
+        raise Fault(f"{value} is no finite number")
+    setting = field.setting
+    low, high, above = setting.minimum, setting.maximum, setting.above
+    outside = (low is not None and value < low) or (high is not None and value > high)
+    if outside or (above is not None and value <= above):
+        unit = f" {setting.unit}" if setting.unit else ""
+        raise Fault(f"{show(value)} is out of bounds: {bounds(field)}{unit}")
+    return float(value) if kind == "number" else value
+
+
+def _string(field: Field, value: Any) -> str:
+    setting = field.setting
+    if not isinstance(value, str):
+        raise _wrong_kind(field, value, "string" if field.kind == "strings" else None)
+    if field.choices:
+        if value not in field.choices:
+            close = nearest(value, field.choices)
+            hint = f'; nearest: "{close}"' if close else ""
+            raise Fault(f"{show(value)} is not one of {expected(field)}{hint}")
+        return value
+    if setting.filled and not value:
+        raise Fault("is empty")
+    if "\0" in value:
+        raise Fault(f"{show(value)} contains a NUL character")
+    if setting.pattern and not re.fullmatch(setting.pattern, value):
+        raise Fault(f"{show(value)} is not {setting.form}")
+    return value
+
+
+def refusals(field: Field, value: Any) -> list[Fault]:
+    """Why a valid value can't be had in this version: its feature is not built yet, or its name is unknown."""
+    if value == field.default or not field.setting.needs:
+        return []
+    if field.key == "mode":
+        return [_mode_fault(name, index) for index, name in enumerate(value)]
+    return [Fault(f"{show(value)} is not available yet: {field.setting.needs}")]
+
+
+def _mode_fault(name: str, index: int) -> Fault:
+    if not is_mode(name):
+        close = nearest(name, NAMES)
+        hint = f'nearest: "{close}"' if close else f"known: {', '.join(NAMES)}"
+        return Fault(f"{show(name)} is no known mode; {hint}", index)
+    alias = f" (alias of {ALIASES[name]})" if name in ALIASES else ""
+    return Fault(f"{show(name)}{alias} is not available yet: quantisation and kernel modes", index)

@@ -1,0 +1,117 @@
+"""Which settings contradict each other. Every rule is one entry of `RULES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lightllmd.config.parameters import Config, Params
+
+UNIX_SOCKET_PATH_MAX = 107  # bytes, sun_path without its NUL
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken` says in words what is wrong, or nothing. The problem is put where the last of `keys` that was set is."""
+
+    keys: tuple[str, ...]
+    broken: Callable[[Config], str]
+
+
+def _input_below_total(config: Config) -> str:
+    params = config.params
+    if params.max_req_input_len < params.max_req_total_len:
+        return ""
+    return (
+        f"max_req_input_len = {params.max_req_input_len} must be less than max_req_total_len = "
+        f"{params.max_req_total_len}: at least one token is generated"
+    )
+
+
+def _total_fits_slots(config: Config) -> str:
+    slots, total = config.params.max_total_token_num, config.params.max_req_total_len
+    if slots == "auto" or total <= slots:
+        return ""
+    return f"max_req_total_len = {total} must be at most max_total_token_num = {slots}"
+
+
+def _prefill_takes_longest(config: Config) -> str:
+    batch, total = config.params.batch_max_tokens, config.params.max_req_total_len
+    if batch is None or batch >= total:
+        return ""
+    return f"batch_max_tokens = {batch} must be at least max_req_total_len = {total}"
+
+
+def _socket_path_length(config: Config) -> str:
+    path = config.supervisor.control_socket
+    if len(path.encode()) <= UNIX_SOCKET_PATH_MAX:
+        return ""
+    return f"a socket path of {len(path.encode())} bytes; at most {UNIX_SOCKET_PATH_MAX} are possible"
+
+
+def _backoff_order(config: Config) -> str:
+    initial, longest = config.supervisor.backoff_initial, config.supervisor.backoff_max
+    return "" if initial <= longest else f"backoff_initial = {initial:g} s must be at most backoff_max = {longest:g} s"
+
+
+def _tls_pair(config: Config) -> str:
+    if bool(config.http.tls_certificate) == bool(config.http.tls_key):
+        return ""
+    return "http.tls_certificate and http.tls_key must be set together"
+
+
+def _needs_gateway(key: str) -> Rule:
+    def broken(config: Config) -> str:
+        changed = getattr(config.params, key) != getattr(Params(), key)
+        return f"{key} needs metric_gateway" if changed and config.params.metric_gateway is None else ""
+
+    return Rule((key,), broken)
+
+
+def _pair(first: str, second: str, reason: str) -> Rule:
+    """Two switches that exclude each other."""
+
+    def broken(config: Config) -> str:
+        both = getattr(config.params, first) and getattr(config.params, second)
+        return f"{first} and {second} exclude each other: {reason}" if both else ""
+
+    return Rule((first, second), broken)
+
+
+def _exact_reservation(key: str) -> Rule:
+    def broken(config: Config) -> str:
+        if not getattr(config.params, key) or config.params.router_token_ratio == 0:
+            return ""
+        return f"{key} needs router_token_ratio = 0: its sequences can't be paused one by one"
+
+    return Rule((key, "router_token_ratio"), broken)
+
+
+ONE_STEP = "each is a way of its own to choose a step's tokens"
+
+RULES: tuple[Rule, ...] = (
+    Rule(("max_req_input_len", "max_req_total_len"), _input_below_total),
+    Rule(("max_total_token_num", "max_req_total_len"), _total_fits_slots),
+    Rule(("max_req_total_len", "batch_max_tokens"), _prefill_takes_longest),
+    Rule(("supervisor.control_socket",), _socket_path_length),
+    Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
+    Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
+    _needs_gateway("grouping_key"),
+    _needs_gateway("enable_monitor_auth"),
+    _pair("splitfuse_mode", "beam_mode", ONE_STEP),
+    _pair("splitfuse_mode", "diverse_mode", ONE_STEP),
+    _pair("splitfuse_mode", "token_healing_mode", ONE_STEP),
+    _pair("beam_mode", "diverse_mode", ONE_STEP),
+    _pair("beam_mode", "token_healing_mode", ONE_STEP),
+    _pair("diverse_mode", "token_healing_mode", ONE_STEP),
+    _pair("use_reward_model", "return_all_prompt_logprobs", "a reward model has no next-token probabilities"),
+    _exact_reservation("beam_mode"),
+    _exact_reservation("diverse_mode"),
+)
+
+
+def contradictions(config: Config, faulty: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(keys, message) of each broken rule; rules over a `faulty` key are skipped, its value being unknown."""
+    for rule in RULES:
+        if faulty.isdisjoint(rule.keys) and (message := rule.broken(config)):
+            yield rule.keys, message
