@@ -72,7 +72,7 @@ def problem_at(config: Config, file: str | None, keys: tuple[str, ...], message:
     for key in reversed(keys):
         if key in config.places:
             line = config.places[key]
-            return Problem(key, message, *((None, None) if line == COMMAND_LINE else (file, line)))
+            return Problem(key, message) if line == COMMAND_LINE else Problem(key, message, file, line)
     return Problem(keys[-1], message, file)
 
 
@@ -139,17 +139,16 @@ def _parse(file: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]
     except RecursionError:
         raise _Unreadable("is nested too deeply") from None
     except ValueError as error:
-        message, line = _syntax_error(str(error), text)
-        raise _Unreadable(f"TOML syntax: {message}", line) from None
+        raise _syntax_error(str(error), text) from None
 
 
-def _syntax_error(message: str, text: str) -> tuple[str, int | None]:
-    """tomli's message without its position, and the line."""
+def _syntax_error(message: str, text: str) -> _Unreadable:
+    """tomli's message, its position taken apart."""
     match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
     if match is None:
-        return message, None
+        return _Unreadable(f"TOML syntax: {message}")
     line = int(match[1]) if match[1] else max(1, len(text.splitlines()))
-    return message[: match.start()], line
+    return _Unreadable(f"TOML syntax: {message[: match.start()]}", line)
 
 
 def _collect(

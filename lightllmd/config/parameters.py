@@ -100,7 +100,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         int | Literal["auto"],
         Setting(
             doc="Size of the KV cache: how many tokens, of all running requests together, it holds. auto takes "
-            "what the device's free memory holds after the weights and the worst step; 6000 where nothing can be measured.",
+            "what the device's free memory holds after the weights and the worst step; 6000 where nothing can "
+            "be measured.",
             group=CAPACITY,
             unit="tokens",
             minimum=2,

@@ -1,0 +1,176 @@
+"""The command line of `lightllmd`: every setting is a flag, and goes through the same checks as the file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from lightllmd import __version__
+from lightllmd.config import reference
+from lightllmd.config.load import load, nearest_key
+from lightllmd.config.parameters import Config
+from lightllmd.config.setting import Field, fields, tables
+from lightllmd.errors import EXIT_OK, ConfigInvalid, Problem
+
+DEFAULT_FILE = "/etc/lightllmd/lightllmd.toml"
+
+Action = Literal["run", "check", "print-config", "json-schema"]
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a command line asks for."""
+
+    config: Config
+    config_file: str | None  # None: none was named, and the default one is not there
+    action: Action = "run"
+
+
+def parse(argv: Sequence[str] | None = None) -> Invocation:
+    """Reads the command line and the file that it names.
+
+    Raises ConfigInvalid. Exits by itself on --help and --version (0) and on a flag that doesn't exist (2).
+    """
+    parser = _parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse_unknown(parser, unknown)
+    given = vars(options)
+    if given.pop("print_config", False):
+        return Invocation(Config(), None, "print-config")
+    if given.pop("json_schema", False):
+        return Invocation(Config(), None, "json-schema")
+    named, checked = given.pop("config", None), given.pop("check", None)
+    flags = {field.key: _value(field, given[field.key]) for field in fields(Config) if field.key in given}
+    file = _choose_file(checked or named, flags)
+    return Invocation(load(file, flags), file, "run" if checked is None else "check")
+
+
+def _choose_file(named: str | None, flags: dict[str, Any]) -> str | None:
+    if named is not None:
+        return named
+    if os.path.lexists(DEFAULT_FILE):
+        return DEFAULT_FILE
+    if "model_dir" in flags or "engine.backend" in flags:
+        return None
+    raise ConfigInvalid(
+        [Problem("", "does not exist; name a file with --config FILE, or a model with --model_dir", DEFAULT_FILE)]
+    )
+
+
+# --- text -> values ------------------------------------------------------------------------------------------
+
+
+def _value(field: Field, text: Any) -> Any:
+    """The flag's text as the TOML value it stands for; text that is none is left for the checks to refuse."""
+    if isinstance(text, list):
+        if len(text) == 1 and text[0] in field.words:
+            return text[0]
+        return [_number(int, one) for one in text] if field.kind == "integers" else text
+    if field.kind == "boolean":
+        return {"true": True, "false": False}.get(text, text)
+    if field.kind == "integer":
+        return _number(int, text)
+    return _number(float, text) if field.kind == "number" else text
+
+
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+# --- the parser ------------------------------------------------------------------------------------------------
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=8)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightllmd",
+        usage="lightllmd [--config FILE] [--any-setting VALUE ...]",
+        description="A supervised daemon that serves a large language model and loses no stream when a worker dies.",
+        epilog="Flags override the file; the environment does not. Lists: --eos_id 2 7. Switches: "
+        "--disable_log_stats, or --disable_log_stats=false over a file that says true. "
+        "Exit codes: 0, 78 configuration, 69 no usable device, 71 address in use, 75 try again.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    actions = parser.add_argument_group("Files and actions")
+    actions.add_argument("--config", metavar="FILE", help=f"the TOML file (default: {DEFAULT_FILE})")
+    actions.add_argument(
+        "--check",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="only say what is wrong with the configuration: exit 0, or 78 with one line per problem",
+    )
+    actions.add_argument("--print-config", action="store_true", help="print a file with every setting commented")
+    actions.add_argument("--json-schema", action="store_true", help="print the JSON schema of the file, for editors")
+    actions.add_argument("--version", action="version", version=f"lightllmd {__version__}")
+    actions.add_argument("-h", "--help", action="help", help="show this")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in reference.grouped():
+        title = field.setting.group or f"[{field.table}] {tables(Config)[field.table]}"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], field)
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, field: Field) -> None:
+    said = f"{field.setting.doc} [{'; '.join(reference.facts(field))}]".replace("%", "%%")
+    keywords: dict[str, Any] = {"dest": field.key, "help": said, "metavar": _metavar(field)}
+    if field.kind == "boolean":
+        keywords |= {"nargs": "?", "const": "true"}
+    elif field.kind in ("integers", "strings"):
+        keywords |= {"nargs": "*", "action": "extend"}
+    group.add_argument(f"--{field.key}", **keywords)
+
+
+def _metavar(field: Field) -> str:
+    if field.choices:
+        return "|".join(choice for choice in field.choices if choice)
+    words = {
+        "boolean": "true|false",
+        "integer": "N",
+        "number": "X",
+        "string": "TEXT",
+        "integers": "N",
+        "strings": "TEXT",
+    }
+    return "|".join([*field.words, words[field.kind]])
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+    flag = unknown[0].partition("=")[0]
+    if not flag.startswith("-"):
+        parser.error(f"unexpected argument: {flag}")
+    close = nearest_key(flag.lstrip("-"))
+    parser.error(f"unknown flag: {flag}" + (f"; nearest: --{close}" if close else ""))
+
+
+# --- what needs no daemon -----------------------------------------------------------------------------------------
+
+
+def finish(invocation: Invocation) -> int | None:
+    """Does what needs no daemon and returns the exit code; None: the daemon is to run."""
+    if invocation.action == "print-config":
+        sys.stdout.write(reference.sample())
+    elif invocation.action == "json-schema":
+        sys.stdout.write(reference.schema_text())
+    elif invocation.action == "check":
+        sys.stdout.write(f"{invocation.config_file or 'command line'}: valid\n")
+    else:
+        return None
+    return EXIT_OK
