@@ -47,6 +47,8 @@ def _left(before: set[int]) -> list[psutil.Process]:
 @pytest.fixture(autouse=True)
 def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
     """No process, /dev/shm file or unix socket file remains after a test."""
+    # Asked for now, so that it is torn down after this fixture.
+    tmp_path: Path | None = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     shm = _shared_memory()
     before = {os.getpid(), *_ours()}
     yield
@@ -55,7 +57,6 @@ def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
         time.sleep(0.05)
     assert not left, f"processes left behind: {left}"
     assert not _shared_memory() - shm, "shared memory left behind"
-    if "tmp_path" in request.fixturenames:
-        tmp_path: Path = request.getfixturevalue("tmp_path")
+    if tmp_path is not None:
         sockets = [path for path in tmp_path.rglob("*") if path.is_socket()]
         assert not sockets, f"sockets left behind: {sockets}"
