@@ -1,0 +1,52 @@
+"""The process of one engine rank: ``python -m lightllmd.engine CHANNEL_FD PARENT_PID FLIGHT_FD``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from lightllmd import errors
+from lightllmd.config.plan import decode_plan
+from lightllmd.ipc import child, messages
+from lightllmd.ipc.flight_record import FlightRecorder
+from lightllmd.observe import log
+
+_KINDS: tuple[tuple[type[Exception], str, int], ...] = (
+    (errors.ConfigInvalid, "config", errors.EXIT_CONFIG),
+    (errors.WeightsInvalid, "weights", errors.EXIT_CONFIG),
+    (errors.NoUsableDevice, "device", errors.EXIT_NO_DEVICE),
+    (errors.OutOfMemory, "memory", errors.EXIT_OUT_OF_MEMORY),
+    (MemoryError, "memory", errors.EXIT_OUT_OF_MEMORY),
+    (errors.SystemFailure, "error", errors.EXIT_SYSTEM),
+)
+
+
+def main(arguments: list[str]) -> None:
+    # Between layers and in every wait, so SIGTERM ends a long prefill too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.EXIT_OK))
+    link = child.adopt(arguments)
+    recorder = FlightRecorder(int(arguments[2]))
+    configure = child.first_message(link)
+    try:
+        if not isinstance(configure, messages.EngineConfigure):
+            raise TypeError(f"the first message to an engine was {type(configure).__name__}")
+        plan = decode_plan(configure.plan)
+        log.set_up_child(plan.config.log.level)
+        # Before prometheus_client is imported, which the worker does.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
+        from lightllmd.engine.worker import EngineWorker
+
+        EngineWorker(link, recorder, configure, plan).run()
+    except Exception as error:
+        kind, code = next(
+            ((kind, code) for type_, kind, code in _KINDS if isinstance(error, type_)), ("error", errors.EXIT_FAILED)
+        )
+        link.send(messages.Failed(kind, str(error) or type(error).__name__))
+        logging.getLogger(__name__).exception("the engine ends")
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,163 @@
+"""A runner without a model: deterministic tokens, a chosen pace, and faults on demand. No torch.
+
+It goes through the real worker loop and scheduler, so that everything around a model can be tested, deaths included.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from lightllmd.config.parameters import FakeSettings
+from lightllmd.config.plan import Plan
+from lightllmd.engine.batch import Row, Step, StepResult
+from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
+
+_LAG = 0.02  # seconds that a late loop may catch up
+_MASK = (1 << 64) - 1
+
+
+def _key(prompt_ids: list[int], seed: int, branch: int) -> int:
+    """What the tokens of one branch depend on beside their position; 64 bits."""
+    return zlib.crc32(repr((prompt_ids, seed, branch)).encode()) * 0x9E3779B97F4A7C15 & _MASK
+
+
+def _token(key: int, position: int) -> int:
+    """The finaliser of SplitMix64 on (key, position), folded to the 95 printable ASCII bytes."""
+    x = (key + position * 0xBF58476D1CE4E5B9) & _MASK
+    x = (x ^ x >> 30) * 0x94D049BB133111EB & _MASK
+    return 32 + (x ^ x >> 31) % 95
+
+
+def fake_token(prompt_ids: list[int], seed: int, branch: int, position: int) -> int:
+    """The token that a fake generation has at `position`: a printable ASCII byte, never eos. ``seed = 0``: greedy."""
+    return _token(_key(prompt_ids, seed, branch), position)
+
+
+class Pace:
+    """Holds decode steps to `tokens_per_second` per branch; all branches advance together.
+
+    The worker's loop waits the delay out in its poll. A torch engine has the pace of default settings: none.
+    """
+
+    def __init__(self, settings: FakeSettings) -> None:
+        self._interval = 1 / settings.tokens_per_second if settings.tokens_per_second else 0.0
+        self._due = 0.0  # monotonic seconds at which the next step may begin; 0: at once
+
+    def delay(self, now: float) -> float:
+        return max(0.0, self._due - now)
+
+    def ran(self, step: Step, now: float, idle: bool) -> None:
+        """A step ended; `idle`: nothing is left to do, and the next request begins a new beat."""
+        if idle:
+            self._due = 0.0
+        elif not self._due:
+            self._due = now + self._interval
+        elif step.kind == "decode":
+            self._due = max(self._due, now - _LAG) + self._interval
+
+
+class Faults:
+    """`fault` of the settings: what goes wrong, and when. With a fault_file only while that file exists."""
+
+    def __init__(self, settings: FakeSettings) -> None:
+        self._settings = settings
+
+    @property
+    def _due(self) -> str:
+        file = self._settings.fault_file
+        return self._settings.fault if not file or os.path.exists(file) else ""
+
+    def at_boot(self) -> None:
+        if self._due == "exit_at_boot":
+            os._exit(1)
+        if self._due == "config":
+            raise ConfigInvalid([Problem("engine.fake.fault", "a configuration that this fault pretends is wrong")])
+
+    def in_load(self, fraction: float) -> None:
+        """Called over and over; they strike half-way."""
+        if fraction < 0.5:
+            return
+        if self._due == "memory":
+            raise OutOfMemory("this fault pretends that the weights don't fit")
+        if self._due == "crash_in_load":
+            end_by("SIGSEGV")
+        if self._due == "hang_in_load":
+            end_by("hang")
+
+    def when_ready(self) -> None:
+        if self._due == "hang_when_ready":
+            end_by("hang")
+
+
+def end_by(way: str) -> NoReturn:
+    """Ends this process as `poison_way` names it; "hang" never returns and never beats again."""
+    if way == "exception":
+        raise RuntimeError("the fake engine was poisoned")
+    if way == "exit":
+        os._exit(1)
+    while True:
+        if way != "hang":
+            os.kill(os.getpid(), signal.Signals[way])
+        time.sleep(3600)
+
+
+class _Branch(NamedTuple):
+    key: int
+    top_logprobs: int
+
+
+class FakeRunner:
+    """A Runner whose tokens are `fake_token`'s."""
+
+    def __init__(self, settings: FakeSettings) -> None:
+        self._settings = settings
+        self._poison = settings.poison.encode()
+        self._branches: dict[int, _Branch] = {}  # by table row
+
+    def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
+        """Pretends to read load_bytes for load_seconds."""
+        total = self._settings.load_bytes or 1
+        faults = Faults(self._settings)
+        begun = time.monotonic()
+        while True:
+            elapsed = time.monotonic() - begun
+            fraction = min(1.0, elapsed / self._settings.load_seconds) if self._settings.load_seconds else 1.0
+            progress(int(total * fraction), total)
+            faults.in_load(fraction)
+            if fraction >= 1.0:
+                return
+            time.sleep(min(0.02, self._settings.load_seconds - elapsed))
+
+    def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
+        beat()
+        for table_row in step.freed:
+            self._branches.pop(table_row, None)
+        if step.kind == "prefill":
+            for row in step.rows:
+                self._enter(row)
+        tokens, alternatives = [], []
+        for row in step.rows:
+            branch = self._branches[row.table_row]
+            token = _token(branch.key, row.position)
+            tokens.append(token)
+            alternatives.append(_alternatives(token, branch.top_logprobs) if branch.top_logprobs else None)
+        return StepResult(tokens, [0.0] * len(tokens), alternatives)
+
+    def _enter(self, row: Row) -> None:
+        assert row.sampling is not None  # batch.Row: set whenever a row enters
+        params = row.sampling.params
+        prompt = row.tokens[: len(row.tokens) - row.position]
+        key = _key(prompt, params.seed if params.do_sample else 0, row.branch)
+        self._branches[row.table_row] = _Branch(key, params.top_logprobs)
+        if self._poison and self._poison in bytes(token for token in prompt if token < 256):
+            end_by(self._settings.poison_way)
+
+
+def _alternatives(token: int, count: int) -> list[tuple[int, float]]:
+    """The chosen token first, then its neighbours in ASCII, each less likely by a factor of e."""
+    return [(32 + (token - 32 + i) % 95, -float(i)) for i in range(count)]

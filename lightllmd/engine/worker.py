@@ -1,0 +1,256 @@
+"""A rank's main loop: one thread that takes requests in, lets the scheduler decide, runs steps and sends tokens out.
+
+Heartbeats go through this same loop, so a loop that is stuck falls silent. While nothing runs it sleeps in poll.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from typing import NoReturn
+
+import zmq
+
+from lightllmd import errors
+from lightllmd.config.parameters import FakeSettings
+from lightllmd.config.plan import Plan
+from lightllmd.engine import fake
+from lightllmd.engine.admission import Limits
+from lightllmd.engine.batch import Runner, Step
+from lightllmd.engine.request import Owner
+from lightllmd.engine.scheduler import Scheduler
+from lightllmd.ipc import messages
+from lightllmd.ipc.bus import EngineSocket
+from lightllmd.ipc.channel import Channel
+from lightllmd.ipc.flight_record import Flight, FlightRecorder
+from lightllmd.observe.metrics import EngineMetrics
+from lightllmd.observe.stats import Statistics
+
+HEARTBEAT = 0.25  # seconds, for Load too; the supervisor expects a sign of life every 0.5 s
+SELF: Owner = (-1, 0)  # the api number of the engine's own warm-up request, which has the number 0
+
+log = logging.getLogger(__name__)
+
+
+class EngineWorker:
+    """One rank 0. Owns the scheduler, the runner and the socket to the api workers."""
+
+    def __init__(
+        self, link: Channel[messages.Down], recorder: FlightRecorder, configure: messages.EngineConfigure, plan: Plan
+    ) -> None:
+        self._link = link
+        self._recorder = recorder
+        self._generation = configure.generation
+        self._endpoint = configure.endpoint
+        self._plan = plan
+        self._scheduler = Scheduler(Limits.of(plan), configure.generation)
+        params, engine = plan.config.params, plan.config.engine
+        self._metrics = EngineMetrics(params.max_req_input_len)
+        self._statistics = Statistics(math.inf if params.disable_log_stats else plan.log_stats_interval)
+        # The defaults set no pace and no fault.
+        settings = engine.fake if engine.backend == "fake" else FakeSettings()
+        self._pace, self._faults = fake.Pace(settings), fake.Faults(settings)
+        self._runner: Runner
+        self._socket: EngineSocket
+        self._peers: set[Owner] = set()  # who is told the Load
+        self._phase, self._progress, self._total = "boot", 0, 0
+        self._tokens_out = 0
+        self._next_beat = 0.0  # monotonic seconds
+        self._next_load = 0.0
+        self._told: messages.Load | None = None  # the last Load sent
+        self._recorded = 0  # the scheduler's membership as the flight record has it
+        self._pending: list[messages.Down] = []  # read from the channel in the middle of a step
+
+    # --- life ------------------------------------------------------------------------------------------------
+    def run(self) -> NoReturn:
+        """Ends by SystemExit (Stop, SIGTERM, a supervisor that is gone) or by the error that it can't go on with."""
+        self._enter("boot")
+        self._faults.at_boot()
+        try:
+            self._socket = EngineSocket(self._endpoint)
+        except zmq.ZMQError as refused:
+            raise errors.SystemFailure(f"can't listen on {self._endpoint}: {refused}") from refused
+        try:
+            self._runner = self._make_runner()
+            self._enter("load")
+            self._runner.load(self._plan, self._load_progress)
+            self._enter("warmup")
+            self._warm_up()
+            self._enter("ready")
+            self._faults.when_ready()
+            self._serve()
+        finally:
+            self._socket.close()
+
+    def _make_runner(self) -> Runner:
+        if self._plan.config.engine.backend == "fake":
+            return fake.FakeRunner(self._plan.config.engine.fake)
+        from lightllmd.engine.runner import TorchRunner  # here, so that the fake back end needs no torch
+
+        return TorchRunner()
+
+    def _warm_up(self) -> None:
+        """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens."""
+        prompt = list(range(min(4, self._plan.vocab_size, self._plan.max_total_token_num - 3)))
+        params = messages.SamplingParams(max_new_tokens=2, ignore_eos=True)
+        own = messages.Submit(0, *SELF, time.monotonic_ns(), prompt, params, branches=[0], emitted=[[]])
+        refused = self._scheduler.submit(own)
+        if refused:
+            raise errors.EngineError(f"the engine refuses its own warm-up request: {refused.message}")
+        while self._scheduler.busy:
+            self._turn()
+
+    def _serve(self) -> NoReturn:
+        poller = zmq.Poller()
+        poller.register(self._socket.socket, zmq.POLLIN)
+        poller.register(self._link, zmq.POLLIN)
+        while True:
+            for source, _ in poller.poll(self._sleep()):
+                if source is self._socket.socket:
+                    for message in self._socket.receive():
+                        self._hear_api(message)
+                else:
+                    self._read_link()
+            self._hear_supervisor()
+            now = time.monotonic()
+            if self._scheduler.busy and not self._pace.delay(now):
+                self._turn()
+            if now >= self._next_beat:
+                self._beat(now)
+            if now >= self._next_load:
+                self._tell_load(now)
+            elif not self._scheduler.busy:
+                self._statistics.idle()
+                self._tell_load(now)
+
+    def _sleep(self) -> int:
+        """Milliseconds until there is something to do of our own accord, rounded up."""
+        now = time.monotonic()
+        wait = self._next_beat - now
+        if self._scheduler.busy:
+            wait = min(wait, self._pace.delay(now))
+        return max(0, math.ceil(wait * 1000))
+
+    # --- steps -----------------------------------------------------------------------------------------------
+    def _turn(self) -> None:
+        """One step, if the scheduler has one."""
+        step = self._scheduler.next_step()
+        if step is None:
+            return
+        begun = time.monotonic()
+        self._record(step)
+        result = self._runner.run(step, self._layer)
+        outputs = self._scheduler.complete(result)
+        for owner, output in outputs.items():
+            if owner != SELF:
+                self._socket.send(*owner, output)
+        if step.kind == "prefill":
+            self._recorder.write(Flight(step.number, "idle"))  # everybody has a token: nobody is unproven
+        ended = time.monotonic()
+        self._progress += 1
+        self._tokens_out += len(step.rows)
+        self._pace.ran(step, ended, idle=not self._scheduler.busy)
+        if self._phase == "ready":
+            self._count(step, begun, ended)
+
+    def _record(self, step: Step) -> None:
+        """Leaves for the supervisor what this process was doing, should the step be its last."""
+        if step.kind == "decode" and self._recorded == self._scheduler.membership:
+            return
+        self._recorded = self._scheduler.membership
+        # Every prefill row yields a token, so requests are unproven during their prefill and never after it.
+        unproven = list(dict.fromkeys(row.request for row in step.rows)) if step.kind == "prefill" else []
+        fed = sum(len(row.tokens) for row in step.rows)
+        self._recorder.write(Flight(step.number, step.kind, len(step.rows), fed, unproven))
+
+    def _count(self, step: Step, begun: float, ended: float) -> None:
+        self._metrics.step(step.kind, ended - begun, len(step.rows))
+        fed = 0
+        if step.kind == "prefill":
+            fed = sum(len(row.tokens) for row in step.rows)
+            for arrival_ns in self._scheduler.first_admitted:
+                self._metrics.admitted(max(0.0, begun - arrival_ns * 1e-9))
+        if self._statistics.count(fed, len(step.rows), ended):
+            load = self._scheduler.load()
+            log.info(
+                "%s; running %d, waiting %d, paused %d, slots %d of %d",
+                self._statistics.line(ended),
+                *(load.running, load.waiting, load.paused, load.slots_used, load.slots_total),
+            )
+
+    # --- messages ----------------------------------------------------------------------------------------------
+    def _hear_api(self, message: messages.ToEngine) -> None:
+        match message:
+            case messages.Submit():
+                rejected = self._scheduler.submit(message)
+                if rejected:
+                    self._socket.send(message.api, message.epoch, rejected)
+            case messages.Abort():
+                self._scheduler.abort(message.request, message.branches)
+            case messages.Hello():
+                self._peers.add((message.api, message.epoch))
+                self._told = None
+
+    def _read_link(self) -> None:
+        """Takes in what the supervisor says. Ends the process at once when it says so, or is gone."""
+        for message in self._link.receive():
+            if isinstance(message, messages.Stop):
+                sys.exit(errors.EXIT_OK)
+            self._pending.append(message)
+        if self._link.closed:
+            sys.exit(errors.EXIT_OK)
+
+    def _hear_supervisor(self) -> None:
+        """Acts on what was read; only between steps, since it changes what the scheduler has."""
+        pending, self._pending = self._pending, []
+        for message in pending:
+            if isinstance(message, messages.ApiGone):
+                self._scheduler.api_gone(message.api, message.epoch)
+                self._peers.discard((message.api, message.epoch))
+
+    # --- signs of life -------------------------------------------------------------------------------------------
+    def _enter(self, phase: str) -> None:
+        self._phase, self._progress, self._total = phase, 0, 0
+        self._beat(time.monotonic())
+
+    def _load_progress(self, done: int, total: int) -> None:
+        self._progress, self._total = done, total
+        self._beat_if_due()
+
+    def _layer(self) -> None:
+        self._progress += 1
+        self._beat_if_due()
+
+    def _beat_if_due(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._read_link()
+            self._beat(now)
+
+    def _beat(self, now: float) -> None:
+        self._next_beat = now + HEARTBEAT
+        load = self._scheduler.load()
+        stats: dict[str, float] = {
+            "tokens_out": self._tokens_out,
+            "slots_total": load.slots_total,
+            "slots_used": load.slots_used,
+            "running": load.running,
+            "waiting": load.waiting,
+            "paused": load.paused,
+        }
+        busy = self._phase != "ready" or self._scheduler.busy
+        self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats))
+
+    def _tell_load(self, now: float) -> None:
+        """To everybody, when it changed: a few times a second while busy, at once when idle."""
+        self._next_load = now + HEARTBEAT
+        load = self._scheduler.load()
+        if load == self._told:
+            return
+        self._told = load
+        peak_tokens = round(load.estimated_peak * load.slots_total)
+        self._metrics.load(load.running, load.waiting, load.paused, peak_tokens)
+        for peer in self._peers:
+            self._socket.send(*peer, load)

@@ -1,0 +1,130 @@
+"""The Prometheus metrics, under the names of LightLLM's. prometheus_client appends ``_total`` to counters and
+``_bucket``, ``_sum``, ``_count`` to histograms.
+
+Every process keeps its values in files of a common directory (multiprocess mode), so that any one of them can render
+the sum of all. The environment variable PROMETHEUS_MULTIPROC_DIR has to be set before this module is imported;
+without it a process counts for itself only. A kind of process declares no more than it sets: what is declared takes
+room in its files, which outlive it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render"]
+
+_SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
+_BATCH_SIZES = [float(size) for size in range(1, 129)]
+_RATIOS = [i / 10 for i in range(11)]
+
+
+def _hundredths(most: int) -> list[float]:
+    return [i * most / 100 for i in range(101)]
+
+
+class _Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"lightllm_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"lightllm_{name}", text, registry=self.registry, multiprocess_mode="livesum")
+
+    def _histogram(self, name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
+        return Histogram(f"lightllm_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+
+class ApiMetrics(_Metrics):
+    """What an api worker knows. Durations in seconds. A request counts as failed when it was refused or ended with an
+    error, as neither when its client went away."""
+
+    def __init__(self, max_req_input_len: int, max_req_total_len: int) -> None:
+        super().__init__()
+        counter, histogram = self._counter, self._histogram
+        inputs, totals = _hundredths(max_req_input_len), _hundredths(max_req_total_len)
+        self._count = counter("request_count", "Requests that entered")
+        self._success = counter("request_success", "Requests of which every branch finished")
+        self._failure = counter("request_failure", "Requests that were refused or ended with an error")
+        self._duration = histogram("request_duration", "From arrival to the end", _SECONDS)
+        self._validation = histogram("request_validation_duration", "From arrival to the engine's queue", _SECONDS)
+        self._inference = histogram("request_inference_duration", "From the engine's queue to the end", _SECONDS)
+        self._per_token = histogram(
+            "request_mean_time_per_token_duration", "Inference time over generated tokens", _SECONDS
+        )
+        self._first_token = histogram("request_first_token_duration", "From arrival to the first token", _SECONDS)
+        self._input_length = histogram("request_input_length", "Prompt tokens of a request", inputs)
+        self._max_new_tokens = histogram("request_max_new_tokens", "max_new_tokens of a request", totals)
+        self._generated = histogram("request_generated_tokens", "Generated tokens of a branch", totals)
+
+    def entered(self) -> None:
+        self._count.inc()
+
+    def submitted(self, seconds: float, input_length: int, max_new_tokens: int) -> None:
+        """It is valid and tokenised, and on its way to the engine `seconds` after its arrival."""
+        self._validation.observe(seconds)
+        self._input_length.observe(input_length)
+        self._max_new_tokens.observe(max_new_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def succeeded(self, seconds: float, inference_seconds: float, generated: list[int]) -> None:
+        """`generated`: tokens of each branch."""
+        self._success.inc()
+        self._duration.observe(seconds)
+        self._inference.observe(inference_seconds)
+        self._per_token.observe(inference_seconds / max(1, sum(generated)))
+        for tokens in generated:
+            self._generated.observe(tokens)
+
+    def failed(self) -> None:
+        self._failure.inc()
+
+
+class EngineMetrics(_Metrics):
+    """What the scheduler's process knows. Sizes count branches."""
+
+    def __init__(self, max_req_input_len: int) -> None:
+        super().__init__()
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        count = counter("batch_inference_count", "Steps run", "method")
+        duration = histogram("batch_inference_duration_bucket", "Of one step, in seconds", _SECONDS, "method")
+        self._steps = {kind: (count.labels(kind), duration.labels(kind)) for kind in ("prefill", "decode")}
+        self._queued = histogram("request_queue_duration_bucket", "From arrival to the first admission", _SECONDS)
+        self._next_size = histogram("batch_next_size", "Branches of a prefill batch", _BATCH_SIZES)
+        self._waiting = gauge("queue_size", "Branches never admitted yet")
+        self._running = gauge("batch_current_size", "Branches running")
+        self._paused = gauge("batch_pause_size", "Branches paused")
+        self._peak = gauge("batch_current_max_tokens", "Token slots that the running batch may come to need at once")
+        self.cache_length = histogram(
+            "cache_length", "Prompt tokens found in the prompt cache", _hundredths(max_req_input_len)
+        )
+        self.cache_ratio = histogram("cache_ratio", "Their share of the prompt", _RATIOS)
+
+    def step(self, kind: Literal["prefill", "decode"], seconds: float, branches: int) -> None:
+        count, duration = self._steps[kind]
+        count.inc()
+        duration.observe(seconds)
+        if kind == "prefill":
+            self._next_size.observe(branches)
+
+    def admitted(self, queued_seconds: float) -> None:
+        self._queued.observe(queued_seconds)
+
+    def load(self, running: int, waiting: int, paused: int, peak_tokens: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._paused.set(paused)
+        self._peak.set(peak_tokens)
+
+
+def render(directory: str) -> bytes:
+    """What all processes of `directory` counted, in Prometheus' text format (CONTENT_TYPE_LATEST)."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=directory)
+    return generate_latest(registry)
