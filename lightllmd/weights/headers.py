@@ -451,12 +451,17 @@ def _package_folder(name: str) -> Path:
 
 
 def _find_inside(root: Path, shown: str, *, deep: bool) -> Path:
-    """The one model in `root`: root itself or (`deep`) a folder below it, or a .gguf file."""
-    configs = [path.parent for path in (sorted(root.rglob("config.json")) if deep else [root / "config.json"])]
-    candidates = [folder for folder in configs if (folder / "config.json").is_file()]
-    if not deep and candidates:
-        return root
-    candidates += sorted(root.rglob("*.gguf") if deep else root.glob("*.gguf"))
+    """The one model in `root`: the folder itself, a .gguf file in it or (`deep`) either of them further down."""
+    folders = [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())] if deep else [root]
+    candidates: list[Path] = []
+    for folder in folders:
+        ggufs = sorted(folder.glob("*.gguf"))
+        # A config.json beside .gguf files and no other weights only describes them.
+        weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        if (folder / "config.json").is_file() and (weights or not ggufs):
+            candidates.append(folder)
+            continue
+        candidates += ggufs
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:

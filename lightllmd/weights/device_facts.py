@@ -1,0 +1,220 @@
+"""The device's facts: GPUs through NVML, the CPU through /proc, /sys and the process's own limits."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from lightllmd.config.plan import DeviceFacts
+from lightllmd.errors import NoUsableDevice
+
+
+def device_facts(wanted: str, threads: int) -> DeviceFacts:
+    """`wanted` is "auto", "cpu" or "cuda"; `threads` 0 means the physical cores. Raises NoUsableDevice."""
+    threads = threads or usable_cores()
+    if wanted == "cpu":
+        return cpu_facts(threads)
+    try:
+        return _cuda_facts(threads)
+    except NoUsableDevice:
+        if wanted == "cuda":
+            raise
+        return cpu_facts(threads)
+
+
+# --- CPU ----------------------------------------------------------------------------------------------------------
+
+
+def cpu_facts(threads: int, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> DeviceFacts:
+    memory = psutil.virtual_memory()
+    limits = list(cgroup_memory(proc, sys))
+    flags, name = _cpu_info(proc)
+    return DeviceFacts(
+        kind="cpu",
+        name=name,
+        count=1,
+        memory_total=min([memory.total, *(limit for limit, _ in limits)]),
+        memory_free=max(0, min([memory.available, *(limit - used for limit, used in limits)])),
+        fast_dtypes=cpu_fast_dtypes(flags),
+        cpu_threads=threads,
+    )
+
+
+def cpu_fast_dtypes(flags: set[str]) -> list[str]:
+    """The dtypes that this instruction set multiplies at full speed, best first (x86 and Arm names)."""
+    fast = []
+    if flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}:
+        fast.append("bfloat16")
+    if flags & {"avx512_fp16", "amx_fp16", "asimdhp"}:
+        fast.append("float16")
+    return [*fast, "float32"]
+
+
+def _cpu_info(proc: Path) -> tuple[set[str], str]:
+    """(flags, name) of the first processor."""
+    try:
+        text = (proc / "cpuinfo").read_text(errors="replace").split("\n\n")[0]
+    except OSError:
+        text = ""
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = set((entries.get("flags") or entries.get("Features") or "").split())
+    return flags, entries.get("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> int:
+    """Physical cores within the process's affinity, and no more than its cgroup's CPU quota."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        siblings = sys / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min([len(cores), *cgroup_cpus(proc, sys)]))
+
+
+# --- control groups --------------------------------------------------------------------------------------------------
+
+
+def _groups(proc: Path, sys: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's control group and its ancestors, of version 2 and of version 1's `controller`."""
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, group = line.split(":", 2)
+        if number == "0":
+            root = sys / "fs/cgroup"
+        elif controller in controllers.split(","):
+            root = sys / "fs/cgroup" / controller
+        else:
+            continue
+        folder = root / group.lstrip("/")
+        while True:
+            if folder.is_dir():
+                yield folder
+            if folder == root or root not in folder.parents:
+                break
+            folder = folder.parent
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def cgroup_memory(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of each group that limits memory; page cache that can be dropped is not used."""
+    for folder in _groups(proc, sys, "memory"):
+        limit = _read_number(folder / "memory.max") or _read_number(folder / "memory.limit_in_bytes")
+        if limit is None or limit >= 1 << 60:  # version 1 says "none" with a huge number
+            continue
+        used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0
+        yield limit, max(0, used - _droppable(folder))
+
+
+def _droppable(folder: Path) -> int:
+    try:
+        text = (folder / "memory.stat").read_text()
+    except OSError:
+        return 0
+    entries = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
+    return int(entries.get("total_inactive_file") or entries.get("inactive_file") or 0)
+
+
+def cgroup_cpus(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Iterator[int]:
+    """CPUs' worth of time that each group with a quota may use, rounded up."""
+    for folder in _groups(proc, sys, "cpu"):
+        try:
+            quota, period = (int(word) for word in (folder / "cpu.max").read_text().split())
+        except (OSError, ValueError):
+            quota = _read_number(folder / "cpu.cfs_quota_us") or 0
+            period = _read_number(folder / "cpu.cfs_period_us") or 0
+        if quota > 0 and period > 0:
+            yield math.ceil(quota / period)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def torch_cuda_version() -> str | None:
+    """The CUDA version that the installed torch was built for, read from its version.py; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        text = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^cuda[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _cuda_facts(threads: int) -> DeviceFacts:
+    if torch_cuda_version() is None:
+        raise NoUsableDevice("the installed torch is a CPU build")
+    try:
+        import pynvml
+    except ImportError:
+        raise NoUsableDevice("no GPU can be asked for: nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise NoUsableDevice(f"no NVIDIA driver: {error}") from None
+    try:
+        handles = [_handle(pynvml, which) for which in _visible(pynvml.nvmlDeviceGetCount())]
+        if not handles:
+            raise NoUsableDevice("no GPU is visible (CUDA_VISIBLE_DEVICES)")
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0])
+        name = pynvml.nvmlDeviceGetName(handles[0])
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[0]))
+        return DeviceFacts(
+            kind="cuda",
+            name=name.decode() if isinstance(name, bytes) else name,
+            count=len(handles),
+            memory_total=int(memory.total),
+            memory_free=int(memory.free),
+            fast_dtypes=cuda_fast_dtypes(capability),
+            cpu_threads=threads,
+        )
+    except pynvml.NVMLError as error:
+        raise NoUsableDevice(f"the GPU can't be asked: {error}") from None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def cuda_fast_dtypes(capability: tuple[int, ...]) -> list[str]:
+    return ["bfloat16", "float16", "float32"] if capability >= (8, 0) else ["float16", "float32"]
+
+
+def _visible(count: int) -> list[int | str]:
+    """The devices that CUDA_VISIBLE_DEVICES leaves, in its order: indices, or UUIDs. As CUDA, stops at a bad one."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return list(range(count))
+    found: list[int | str] = []
+    for entry in filter(None, (part.strip() for part in listed.split(","))):
+        if entry.startswith(("GPU-", "MIG-")):
+            found.append(entry)
+        elif entry.isdecimal() and int(entry) < count:
+            found.append(int(entry))
+        else:
+            break
+    return found
+
+
+def _handle(pynvml, which: int | str):  # type: ignore[no-untyped-def]
+    if isinstance(which, int):
+        return pynvml.nvmlDeviceGetHandleByIndex(which)
+    return pynvml.nvmlDeviceGetHandleByUUID(which)
