@@ -38,6 +38,7 @@ class Row(msgspec.Struct):
     sample: bool  # the last fed token yields a next token
     position: int  # index among the branch's generated tokens of the one to come (part of the random key)
     sampling: SamplingRow | None  # set when the row (re)enters, None while it stays
+    prompt_length: int = 0  # 0: this row feeds all that there is, so the prompt is start + len(tokens) - position long
 
 
 class Step(msgspec.Struct):

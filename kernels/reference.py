@@ -1,0 +1,74 @@
+"""What every operation means, in plain torch: the truth that eager and Triton versions are tested against.
+
+Slow on purpose: one row at a time, fp32 inside, no fusion. Shapes: T tokens packed from all rows of a step, H query
+heads, K key/value heads (H a multiple of K), D head_dim, S slots of the cache. One layer's cache is
+``[S, 2K, D]``: keys in heads 0..K-1, values in K..2K-1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """``x [T, in] @ weight[out, in].T + bias [out] + residual [T, out]``."""
+    out = x.float() @ weight.float().T
+    if bias is not None:
+        out = out + bias.float()
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm (Zhang and Sennrich 2019) over the last dimension of ``x [T, hidden]``."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` of ``gate_up [T, 2 * intermediate]``, gate first."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
+
+
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021), halves paired: element i of ``x [T, heads, D]`` turns with i + D/2.
+
+    ``cos [T, 1, D]``; ``sin [T, 1, D]`` carries the minus sign of its first half.
+    """
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos.float() + torch.cat([second, first], -1) * sin.float()).to(x.dtype)
+
+
+def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
+    """Puts ``kv [T, 2K, D]`` into the cache at ``slots [T]``."""
+    for slot, entry in zip(slots.tolist(), kv, strict=True):
+        cache[slot] = entry
+
+
+def attention(q: Tensor, cache: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """Causal attention of one row: ``q [t, H, D]`` are its newest t tokens, `slots` [length >= t] all of them.
+
+    Returns ``[t, H, D]``. Grouped queries: head h reads key/value head ``h // (H / K)``.
+    """
+    count, heads, _ = q.shape
+    length, kv_heads = len(slots), cache.shape[1] // 2
+    kept = cache[slots.long()].float()
+    keys = kept[:, :kv_heads].repeat_interleave(heads // kv_heads, 1)
+    values = kept[:, kv_heads:].repeat_interleave(heads // kv_heads, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    newest = torch.arange(length - count, length, device=q.device)
+    hidden = torch.arange(length, device=q.device)[None] > newest[:, None]
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)

@@ -1,0 +1,47 @@
+"""What loading and the steps really took, to be shown beside the plan's budget. Measures, decides nothing."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import torch
+
+
+class MemoryMeter:
+    """Bytes of this process on its device: resident memory on a CPU, torch's allocator on a GPU.
+
+    KV cache pages of a CPU become resident as slots are first used, so `used` grows towards the budget.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._process = psutil.Process(os.getpid())
+        self.before = self.used()
+        self.loaded = 0  # weights and tables, set by `mark_loaded`
+        self.worst_step = 0  # most that a step took beyond what it found
+
+    def used(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return int(self._process.memory_info().rss)
+
+    def mark_loaded(self) -> None:
+        self.loaded = self.used() - self.before
+
+    def begin_step(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self.used()
+
+    def end_step(self, begun: int) -> None:
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.used()
+        self.worst_step = max(self.worst_step, peak - begun)
+
+    def stats(self) -> dict[str, float]:
+        """For the heartbeat: names of gauges, bytes."""
+        return {
+            "memory_loaded_bytes": float(self.loaded),
+            "memory_worst_step_bytes": float(self.worst_step),
+            "memory_used_bytes": float(self.used()),
+        }

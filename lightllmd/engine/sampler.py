@@ -1,0 +1,195 @@
+"""From logits to the next token of each row. The order of operations is that of LightLLM's `sample`:
+
+repetition, frequency and presence penalties; exponential decay on the eos logits; eos mask below min_new_tokens;
+temperature; softmax; top-p; top-k; draw. The log-probability is that of the softmax before truncation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightllmd.engine.batch import SamplingRow
+from lightllmd.kernels.philox import uniform
+
+EOS_MASKED = -1e6
+GREEDY_BELOW = 1e-5  # temperature
+CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger are sorted whole
+
+# Columns of the parameter table.
+(GREEDY, TEMPERATURE, TOP_P, TOP_K, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR, MIN_NEW,
+ ALTERNATIVES) = range(11)  # fmt: skip
+
+Sampled = tuple[Tensor, Tensor, list[list[tuple[int, float]] | None]]
+
+
+class Sampler:
+    """Sampling state of every row of the request table; a row's state is set by `enter` and `record` alone.
+
+    A row's token depends on its own logits, parameters, history, seed, branch and position, and on nothing else in
+    the batch.
+    """
+
+    def __init__(self, rows: int, width: int, vocab: int, eos_ids: list[int], device: torch.device) -> None:
+        self.device, self.vocab = device, vocab
+        self._parameters = torch.zeros((rows, 11), dtype=torch.float64)
+        self._seeds = torch.zeros((rows, 2), dtype=torch.int64)  # seed, branch
+        self._plain = [True] * rows  # greedy, and nothing changes or asks for more than the highest logit
+        self._history = torch.zeros((rows, width), dtype=torch.int32)  # tokens that the penalties count
+        self._lengths = [0] * rows  # of the history; stays 0 where there are no penalties
+        self._penalised = [False] * rows
+        self._eos = torch.tensor([eos for eos in eos_ids if 0 <= eos < vocab], dtype=torch.int64, device=device)
+
+    def enter(self, row: int, sampling: SamplingRow, branch: int) -> None:
+        """A row (re)enters: all that was known of the number is forgotten."""
+        params = sampling.params
+        greedy = not params.do_sample or params.temperature < GREEDY_BELOW
+        start, factor = params.exponential_decay_length_penalty
+        self._penalised[row] = (
+            params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+        )
+        self._plain[row] = (
+            greedy
+            and not self._penalised[row]
+            and factor == 1
+            and params.min_new_tokens <= 1
+            and params.top_logprobs == 0
+        )
+        self._parameters[row] = torch.tensor(
+            [
+                greedy,
+                1.0 if greedy else params.temperature,
+                params.top_p,
+                params.top_k if params.top_k > 0 else self.vocab,
+                params.presence_penalty,
+                params.frequency_penalty,
+                params.repetition_penalty,
+                start,
+                factor,
+                params.min_new_tokens,
+                params.top_logprobs,
+            ],
+            dtype=torch.float64,
+        )
+        self._seeds[row] = torch.tensor([params.seed, branch])
+        counted = sampling.prompt_ids + sampling.emitted if params.input_penalty else sampling.emitted
+        self._lengths[row] = len(counted) if self._penalised[row] else 0
+        if self._lengths[row]:
+            self._history[row, : len(counted)] = torch.tensor(counted, dtype=torch.int32)
+
+    def record(self, rows: list[int], tokens: list[int]) -> None:
+        """`tokens` were emitted; they count towards the penalties of the next step."""
+        for row, token in zip(rows, tokens, strict=True):
+            if self._penalised[row]:
+                self._history[row, self._lengths[row]] = token
+                self._lengths[row] += 1
+
+    def sample(self, logits: Tensor, rows: list[int], positions: list[int]) -> Sampled:
+        """``logits [B, V]`` fp32 (overwritten) of the given table rows; `positions` of the tokens to come.
+
+        Returns tokens [B], log-probabilities [B] and the alternatives of the rows that ask for some.
+        """
+        if all(self._plain[row] for row in rows):
+            highest, tokens = logits.max(-1)
+            return tokens, highest - logits.logsumexp(-1), [None] * len(rows)
+        table = self._parameters[rows]
+        generated = torch.tensor(positions, dtype=torch.float64)
+        self._penalise(logits, rows, table)
+        self._shape_eos(logits, table, generated)
+        hot = (table[:, TEMPERATURE] != 1).nonzero()[:, 0].to(self.device)
+        if len(hot):
+            logits[hot] /= table[:, TEMPERATURE].to(self.device, torch.float32)[hot, None]
+        total = logits.logsumexp(-1, keepdim=True)
+        tokens = logits.argmax(-1)
+        drawn = (table[:, GREEDY] == 0).nonzero()[:, 0]
+        if len(drawn):
+            seeds = self._seeds[rows][drawn]
+            u = uniform(seeds[:, 0], seeds[:, 1], torch.tensor(positions)[drawn]).to(self.device)
+            at = drawn.to(self.device)
+            probabilities = (logits[at] - total[at]).exp()
+            limits = table[drawn].to(self.device)
+            tokens[at] = draw(probabilities, limits[:, TOP_P], limits[:, TOP_K], u)
+        chosen = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
+        return tokens, chosen, _alternatives(logits, total, table[:, ALTERNATIVES].int().tolist())
+
+    def _penalise(self, logits: Tensor, rows: list[int], table: Tensor) -> None:
+        at = [index for index, row in enumerate(rows) if self._lengths[row]]
+        if not at:
+            return
+        lengths = torch.tensor([self._lengths[rows[index]] for index in at])
+        longest = int(lengths.max())
+        history = self._history[[rows[index] for index in at], :longest].long()
+        counted = (torch.arange(longest) < lengths[:, None]).float()
+        counts = torch.zeros((len(at), self.vocab), device=self.device)
+        counts.scatter_add_(1, history.to(self.device), counted.to(self.device))
+        of = table[at].to(self.device, torch.float32)
+        some = logits[at]
+        factor = torch.where(some > 0, 1 / of[:, REPETITION, None], of[:, REPETITION, None])
+        changed = some * factor - counts * of[:, FREQUENCY, None] - of[:, PRESENCE, None]
+        logits[at] = torch.where(counts > 0, changed, some)
+
+    def _shape_eos(self, logits: Tensor, table: Tensor, generated: Tensor) -> None:
+        beyond = (generated - table[:, DECAY_START]).clamp(min=0)
+        growth = table[:, DECAY_FACTOR].pow(beyond) - 1
+        masked = generated < table[:, MIN_NEW] - 1
+        at = ((growth != 0) | masked).nonzero()[:, 0]
+        if not len(at) or not len(self._eos):
+            return
+        index = at.to(self.device)[:, None]
+        eos = logits[index, self._eos]
+        grown = eos + eos.abs() * growth[at].to(self.device, torch.float32)[:, None]
+        logits[index, self._eos] = grown.masked_fill(masked[at].to(self.device)[:, None], EOS_MASKED)
+
+
+def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, u: Tensor) -> Tensor:
+    """Inverse transform sampling: one token of each row of ``probabilities [B, V]`` at ``u [B]`` in (0, 1).
+
+    Tokens are ranked by probability, equal ones by id; those whose preceding mass exceeds top_p go, then those at
+    rank top_k and beyond. A row with neither limit is read in order of ids, without a sort.
+    """
+    vocab = probabilities.shape[1]
+    limited = (top_p < 1) | (top_k < vocab)
+    tokens = torch.empty(len(u), dtype=torch.int64, device=probabilities.device)
+    free = (~limited).nonzero()[:, 0]
+    if len(free):
+        tokens[free] = _invert(probabilities[free].double(), u[free])
+    left = limited.nonzero()[:, 0]
+    for width in (min(CANDIDATES, vocab), vocab):
+        if not len(left):
+            break
+        values, ids = _ranked(probabilities[left], width)
+        before = values.double().cumsum(-1) - values.double()
+        rank = torch.arange(width, device=values.device)
+        kept = (before <= top_p[left, None]) & (rank < top_k[left, None])
+        # Equal values at the end of a partial ranking may go on behind it, with lower ids: not yet decided.
+        sure = ~kept[:, -1] & ((values > values[:, -1:]) | ~kept).all(-1) if width < vocab else kept[:, 0]
+        done = sure.nonzero()[:, 0]
+        at = _invert((values[done] * kept[done]).double(), u[left[done]])
+        tokens[left[done]] = ids[done].gather(-1, at[:, None])[:, 0]
+        left = left[~sure]
+    return tokens
+
+
+def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest of each row, descending, equal ones by ascending id."""
+    if width == probabilities.shape[1]:
+        return probabilities.sort(-1, descending=True, stable=True)
+    ids = probabilities.topk(width, -1, sorted=False).indices.sort(-1).values
+    values, order = probabilities.gather(-1, ids).sort(-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+def _invert(mass: Tensor, u: Tensor) -> Tensor:
+    """The first index whose cumulative mass exceeds u times the whole; never one without mass."""
+    cumulative = mass.cumsum(-1)
+    target = u[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=mass.shape[1] - 1)
+
+
+def _alternatives(logits: Tensor, total: Tensor, wanted: list[int]) -> list[list[tuple[int, float]] | None]:
+    most = max(wanted, default=0)
+    if most == 0:
+        return [None] * len(wanted)
+    values, ids = (logits - total).topk(min(most, logits.shape[1]), -1)
+    pairs = zip(ids.tolist(), values.tolist(), wanted, strict=True)
+    return [list(zip(of, at, strict=True))[:count] if count else None for of, at, count in pairs]

@@ -1,0 +1,114 @@
+"""The request->slot table, and how a `Step` becomes the tensors that the decoder reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightllmd.engine.batch import Row, Step
+from lightllmd.models.layers import DecodeGroup, Packed, PrefillRow, Rope, Slots
+
+# Decode rows are read together while the shortest has at least this share of the longest's length: padding costs
+# reads, a further group costs calls. Rows up to SHORT tokens are never parted.
+ALIKE = 0.5
+SHORT = 128
+
+
+class SlotTable:
+    """``[rows, width]``: the slot of each token of each table row. Lives in host memory; entries at or beyond a
+    row's length are stale."""
+
+    def __init__(self, rows: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.slots = torch.zeros((rows, width), dtype=torch.int32)
+        self._run = [-1] * rows  # the first slot of a row whose slots are one run, else -1
+        self._device, self._dtype = device, dtype
+
+    def pack(self, step: Step, rope: Rope) -> Packed:
+        """Enters the step's slots into the table and lays its rows out. The order of tokens is that of the rows."""
+        rows = step.rows
+        for row in rows:
+            self._enter(row)
+        tokens = [token for row in rows for token in row.tokens]
+        starts, first = [], 0  # of each row among the packed tokens
+        for row in rows:
+            starts.append(first)
+            first += len(row.tokens)
+        single = [index for index, row in enumerate(rows) if len(row.tokens) == 1]
+        prefill = [
+            PrefillRow(starts[index], len(row.tokens), row.start, self._row_slots(row))
+            for index, row in enumerate(rows)
+            if len(row.tokens) > 1
+        ]
+        positions = [position for row in rows for position in range(row.start, row.start + len(row.tokens))]
+        lengths = [length for row in rows for length in _rope_lengths(row)] if rope.by_length else None
+        cos, sin = rope.angles(self._to_device(positions), None if lengths is None else self._to_device(lengths))
+        sampled = [start + len(row.tokens) - 1 for start, row in zip(starts, rows, strict=True) if row.sample]
+        return Packed(
+            tokens=self._to_device(tokens),
+            slots=self._to_device([slot for row in rows for slot in row.slots]),
+            cos=cos,
+            sin=sin,
+            decode=self._groups([rows[index] for index in single], [starts[index] for index in single], len(tokens)),
+            prefill=prefill,
+            sampled=None if len(sampled) == len(tokens) else self._to_device(sampled),
+        )
+
+    def _enter(self, row: Row) -> None:
+        end = row.start + len(row.tokens)
+        if len(row.slots) == 1:
+            self.slots[row.table_row, row.start] = row.slots[0]
+        else:
+            self.slots[row.table_row, row.start : end] = torch.tensor(row.slots, dtype=torch.int32)
+        run = row.slots[0] if row.start == 0 else self._run[row.table_row]
+        contiguous = run >= 0 and row.slots[0] == run + row.start and row.slots[-1] == run + end - 1
+        self._run[row.table_row] = run if contiguous and _ascending(row.slots) else -1
+
+    def _row_slots(self, row: Row) -> Slots:
+        end = row.start + len(row.tokens)
+        run = self._run[row.table_row]
+        return slice(run, run + end) if run >= 0 else self.slots[row.table_row, :end].to(self._device)
+
+    def _groups(self, rows: list[Row], starts: list[int], total: int) -> list[DecodeGroup]:
+        """Rows of like length together, longest first."""
+        order = sorted(range(len(rows)), key=lambda index: -rows[index].start)
+        groups: list[list[int]] = []
+        for index in order:
+            longest = rows[groups[-1][0]].start + 1 if groups else 0
+            if groups and (longest <= SHORT or rows[index].start + 1 >= ALIKE * longest):
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        out = []
+        for group in groups:
+            members = sorted(group)
+            whole = len(members) == total
+            tokens = None if whole else self._to_device([starts[index] for index in members])
+            out.append(self._group([rows[index] for index in members], tokens))
+        return out
+
+    def _group(self, rows: list[Row], tokens: Tensor | None) -> DecodeGroup:
+        if len(rows) == 1:
+            return DecodeGroup(tokens, self._row_slots(rows[0]), None)
+        lengths = torch.tensor([row.start + 1 for row in rows])
+        longest = int(lengths.max())
+        slots = self.slots[[row.table_row for row in rows], :longest]
+        beyond = torch.arange(longest) >= lengths[:, None]
+        if not bool(beyond.any()):
+            return DecodeGroup(tokens, slots.flatten().to(self._device), None)
+        slots = torch.where(beyond, slots[:, :1], slots)
+        mask = torch.zeros(beyond.shape, dtype=self._dtype).masked_fill_(beyond, float("-inf"))
+        return DecodeGroup(tokens, slots.flatten().to(self._device), mask[:, None, None].to(self._device))
+
+    def _to_device(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self._device)
+
+
+def _ascending(slots: list[int]) -> bool:
+    return len(slots) == 1 or slots == list(range(slots[0], slots[0] + len(slots)))
+
+
+def _rope_lengths(row: Row) -> list[int]:
+    """See `Rope.angles`: the whole prompt for its tokens, position + 1 for generated ones."""
+    end = row.start + len(row.tokens)
+    prompt = row.prompt_length or end - row.position
+    return [max(prompt, position + 1) for position in range(row.start, end)]

@@ -1,0 +1,62 @@
+"""The one decoder: runs any `DecoderSpec` on packed tokens over the token-slot KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from lightllmd.kernels.dispatch import Kernels
+from lightllmd.kernels.linear import Linear
+from lightllmd.models.heads import LanguageHead
+from lightllmd.models.layers import DecoderLayer, Packed, Rope
+from lightllmd.models.spec import DecoderSpec
+
+
+class Decoder:
+    """Takes over the weights that `stream` yields; each product is packed as soon as it has come."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        kernels: Kernels,
+        weights: Iterable[tuple[str, Tensor, Tensor | None]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec = spec
+        self.rope = Rope(spec.rope, device, dtype)
+        vectors: dict[str, Tensor] = {}
+        products: dict[str, Linear] = {}
+        for key, tensor, bias in weights:
+            if tensor.dim() == 1 or key == "embed":
+                vectors[key] = tensor
+            else:
+                products[key] = kernels.linear(tensor, bias)
+        self.embedding = vectors["embed"]
+        self.layers = [
+            DecoderLayer(
+                spec,
+                kernels,
+                input_norm=vectors[f"{index}.input_norm"],
+                qkv=products[f"{index}.qkv"],
+                out=products[f"{index}.out"],
+                mlp_norm=vectors[f"{index}.mlp_norm"],
+                gate_up=products[f"{index}.gate_up"],
+                down=products[f"{index}.down"],
+            )
+            for index in range(spec.layers)
+        ]
+        head = kernels.linear(self.embedding, None) if spec.tied else products["head"]
+        self.head = LanguageHead(kernels, vectors["norm"], spec.norm_eps, head)
+
+    def forward(self, batch: Packed, caches: list[Tensor], beat: Callable[[], None]) -> Tensor:
+        """Writes the step's keys and values into `caches` (one ``[S, 2K, D]`` per layer) and returns the hidden
+        states ``[R, hidden]`` of the sampled tokens, for `head.logits`. Calls `beat` once per layer."""
+        x = functional.embedding(batch.tokens, self.embedding)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.forward(x, cache, batch)
+            beat()
+        return x if batch.sampled is None else x.index_select(0, batch.sampled)

@@ -1,0 +1,38 @@
+"""A checkpoint as a table of named tensors, whatever its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from lightllmd.config.plan import ModelFacts
+from lightllmd.weights.headers import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Bytes of the file that are read and converted at a time: keeps temporaries small and progress flowing.
+CHUNK_BYTES = 16 << 20
+
+
+class Checkpoint(Protocol):
+    """Names are those of Hugging Face checkpoints; a format with other names translates them."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, out: Tensor) -> Iterator[int]:
+        """Fills `out` (the tensor's shape, any float dtype) and yields the bytes of each chunk that it has read.
+
+        Raises WeightsInvalid when the file can't be read or holds a type that is no number for a weight.
+        """
+
+
+def open_checkpoint(facts: ModelFacts) -> Checkpoint:
+    """Reads the headers again: the files may have changed since the probe. Raises WeightsInvalid."""
+    if facts.format == "gguf":
+        from lightllmd.weights.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(facts.files[0])
+    from lightllmd.weights.safetensors import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(facts.files)
