@@ -1,0 +1,38 @@
+"""``python -m lightllmd.api CHANNEL_FD PARENT_PID``: the process of one api worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lightllmd.config.plan import decode_plan
+from lightllmd.errors import EXIT_CONFIG, LightllmdError
+from lightllmd.ipc import child, messages
+from lightllmd.observe import log
+
+
+def main() -> int:
+    channel = child.adopt(sys.argv[1:])
+    configure = child.first_message(channel)
+    if not isinstance(configure, messages.ApiConfigure):
+        channel.send(messages.Failed("error", f"the first message is {type(configure).__name__}, not ApiConfigure"))
+        return 1
+    log.set_up_child(decode_plan(configure.plan).config.log.level)
+    channel.send(messages.Heartbeat("boot", progress=0, busy=False))
+    # prometheus_client reads it once, when it is imported.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
+    import uvloop
+
+    from lightllmd.api.worker import Worker
+
+    try:
+        uvloop.run(Worker(channel, configure).run())
+    except LightllmdError as failure:
+        kind = "config" if failure.exit_code == EXIT_CONFIG else "error"
+        channel.send(messages.Failed(kind, failure.message))
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""What happened to requests, told to the metrics: each entered one ends as a success, a failure, or was cancelled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightllmd.api.ledger import Entry
+from lightllmd.errors import ClientClosed, LightllmdError
+from lightllmd.observe.metrics import ApiMetrics
+
+
+class Accounts:
+    def __init__(self, metrics: ApiMetrics) -> None:
+        self._metrics = metrics
+
+    @contextmanager
+    def admission(self) -> Iterator[float]:
+        """Around parsing, checking and handing over; a refusal there is a request that entered and failed.
+
+        Gives the time of arrival, time.monotonic().
+        """
+        try:
+            yield time.monotonic()
+        except LightllmdError as error:
+            self._metrics.entered()
+            if not isinstance(error, ClientClosed):
+                self._metrics.failed()
+            raise
+
+    def submitted(self, entry: Entry) -> None:
+        """In the ledger now."""
+        self._metrics.entered()
+        validation = entry.started_at - entry.arrived_at
+        self._metrics.submitted(validation, len(entry.prompt_ids), entry.params.max_new_tokens)
+
+    def ended(self, entry: Entry) -> None:
+        if entry.first_token_at is not None:
+            self._metrics.first_token(entry.first_token_at - entry.arrived_at)
+        if entry.outcome == "failed":
+            self._metrics.failed()
+        elif entry.outcome == "ok":
+            assert entry.ended_at is not None
+            self._metrics.succeeded(
+                entry.ended_at - entry.arrived_at,
+                entry.ended_at - entry.started_at,
+                [len(branch.ids) for branch in entry.branches],
+            )

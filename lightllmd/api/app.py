@@ -1,0 +1,58 @@
+"""The ASGI application: routes, errors, and the middleware around them (plain ASGI only, it is on every token's way)."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lightllmd import __version__
+from lightllmd.api import native, openai, probes
+from lightllmd.api.auth import BearerKeys
+from lightllmd.api.errors import MethodNotAllowed, error_response
+from lightllmd.api.frontend import FrontEnd
+from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
+
+
+def build_app(front: FrontEnd, *, metrics_dir: str, api_keys: list[str]) -> FastAPI:
+    """`api_keys`: empty for no authentication."""
+    app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
+    app.include_router(native.router(front))
+    app.include_router(openai.router(front))
+    app.include_router(probes.router(front, metrics_dir))
+    app.add_exception_handler(LightllmdError, _known)
+    app.add_exception_handler(HTTPException, _by_framework)
+    app.add_exception_handler(Exception, _unexpected)
+    if api_keys:
+        app.add_middleware(BearerKeys, keys=api_keys)
+    if front.http.cors_origins:
+        # Outermost: a browser's preflight request carries no key.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=front.http.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LightllmdError)
+    return error_response(error, request.url.path)
+
+
+async def _by_framework(request: Request, error: Exception) -> Response:
+    """A route or method that does not exist."""
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is no {path}; see /docs"), path)
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"{path} does not take {method}; see /docs"), path)
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(InvalidRequest(str(error.detail)), path)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """The traceback goes to the log."""
+    return error_response(RequestFailed("internal error of the HTTP front end"), request.url.path)

@@ -1,0 +1,115 @@
+"""From the bytes of a body to a checked model: size, JSON, fields, bounds. Nothing here reaches the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any, TypeVar, get_args
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from lightllmd.api.errors import from_validation
+from lightllmd.errors import BodyTooLarge, ClientClosed, InvalidRequest
+
+MAX_DEPTH = 64  # of nested JSON arrays and objects
+_INLINE = 128 << 10  # bytes; a larger body is decoded in a thread so that streams go on
+
+Model = TypeVar("Model", bound="Body")
+
+
+class Body(BaseModel):
+    """Strict: no "1" for 1, no 2.0 for 2, no NaN, no unknown field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Drops what is accepted without effect, refuses by name what is not built yet."""
+        return body
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body, at most `limit` bytes whatever Content-Length says. Raises BodyTooLarge, ClientClosed."""
+    too_large = BodyTooLarge(f"the body is larger than max_body_bytes = {limit}")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientClosed("the client closed the connection before its body was complete")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def decode(raw: bytes, model: type[Model]) -> Model:
+    """Raises InvalidRequest with every fault that was found."""
+    if not raw.strip():
+        raise InvalidRequest("the body is empty; a JSON object is expected")
+    try:
+        body = msgspec.json.decode(raw)
+    except UnicodeDecodeError as failure:
+        raise InvalidRequest(f"the body is not UTF-8: {failure.reason} at byte {failure.start}") from None
+    except RecursionError:
+        raise InvalidRequest(f"the body nests deeper than {MAX_DEPTH} levels") from None
+    except msgspec.MsgspecError as failure:
+        raise InvalidRequest(f"the body is not JSON: {failure}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object; got {_kind(body)}")
+    _check_depth(body)
+    try:
+        return model.model_validate(model.prepare(body))
+    except ValidationError as failure:
+        raise from_validation(failure, field_names(model)) from None
+
+
+async def parse(request: Request, model: type[Model], limit: int) -> Model:
+    raw = await read(request, limit)
+    if len(raw) > _INLINE:
+        return await asyncio.get_running_loop().run_in_executor(None, decode, raw, model)
+    return decode(raw, model)
+
+
+def field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[str]]:
+    """The field names of `model` and of the models inside it, by dotted path."""
+    known: dict[str, Iterable[str]] = {path: list(model.model_fields)}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                known |= field_names(kind, f"{path}.{name}" if path else name)
+    return known
+
+
+def schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI fragment of a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+
+
+def _check_depth(body: Any) -> None:
+    level = [body]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"the body nests deeper than {MAX_DEPTH} levels")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return names[type(value)]

@@ -1,0 +1,210 @@
+"""How OpenAI's two routes show a sequence: whole, in chunks of a stream, and with log-probabilities."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lightllmd.api.branch import Branch
+from lightllmd.api.errors import openai_error
+from lightllmd.api.ledger import Entry
+from lightllmd.errors import RequestError
+from lightllmd.text.interface import Tokenizer
+
+_json = msgspec.json.Encoder()
+_FLOOR = -9999.0  # JSON has no -inf; OpenAI's own floor
+
+
+class Choice:
+    """One sequence of the answer, and how much of it a stream has sent."""
+
+    __slots__ = ("begun", "branch", "finished", "index", "offset", "prompt", "sent")
+
+    def __init__(self, index: int, prompt: int, branch: Branch) -> None:
+        self.index = index
+        self.prompt = prompt  # the number of its prompt in the body
+        self.branch = branch
+        self.sent = 0  # tokens
+        self.offset = 0  # characters
+        self.begun = False
+        self.finished = False
+
+
+def usage(entries: Sequence[Entry]) -> dict[str, int]:
+    prompt = sum(len(entry.prompt_ids) for entry in entries)
+    completion = sum(entry.generated for entry in entries)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class Shape(ABC):
+    """What the two routes differ in."""
+
+    object: str
+    chunk_object: str
+
+    def __init__(self, answer_id: str, model: str, tokenizer: Tokenizer, alternatives: int | None) -> None:
+        """`alternatives`: shown per token; None: no log-probabilities at all."""
+        self.id = answer_id
+        self.model = model
+        self.created = int(time.time())
+        self._tokenizer = tokenizer
+        self._alternatives = alternatives
+
+    @abstractmethod
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """An entry of `choices` of an answer in one piece."""
+
+    @abstractmethod
+    def pieces(self, choice: Choice) -> list[dict[str, Any]]:
+        """The entries of `choices`, one per chunk, for what the sequence gained; marks it as sent."""
+
+    def token_text(self, token: int) -> str:
+        return (self._tokenizer.token_bytes(token) or b"").decode("utf-8", "replace")
+
+    def alternatives_at(self, branch: Branch, index: int) -> list[tuple[int, float]]:
+        return (branch.alternatives[index] or [])[: self._alternatives]
+
+
+class ChatShape(Shape):
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        branch = choice.branch
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": branch.text, "refusal": None},
+            "logprobs": self._logprobs(branch, 0, len(branch.ids)),
+            "finish_reason": branch.finish,
+        }
+
+    def pieces(self, choice: Choice) -> list[dict[str, Any]]:
+        branch, pieces = choice.branch, []
+        first, count = choice.sent, len(branch.ids)
+        if not choice.begun and count:
+            choice.begun = True
+            pieces.append(self._delta(choice, {"role": "assistant", "content": ""}))
+        if count > first:
+            choice.sent = count
+            text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
+            logprobs = self._logprobs(branch, first, count)
+            if text or logprobs is not None:
+                pieces.append(self._delta(choice, {"content": text}, logprobs))
+        if branch.finish is not None and not choice.finished:
+            choice.finished = True
+            pieces.append(self._delta(choice, {}, finish=branch.finish))
+        return pieces
+
+    @staticmethod
+    def _delta(
+        choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, branch: Branch, first: int, end: int) -> dict[str, Any] | None:
+        if self._alternatives is None:
+            return None
+        content = [
+            self._token(branch.ids[index], branch.logprobs[index])
+            | {"top_logprobs": [self._token(*other) for other in self.alternatives_at(branch, index)]}
+            for index in range(first, end)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._tokenizer.token_bytes(token) or b""
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, _FLOOR), "bytes": list(raw)}
+
+
+class CompletionShape(Shape):
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        answer_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        alternatives: int | None,
+        echoed: Sequence[str] = (),
+    ) -> None:
+        """`echoed`: the prompts' texts, where the answer begins with them."""
+        super().__init__(answer_id, model, tokenizer, alternatives)
+        self._echoed = echoed
+
+    def _prompt(self, choice: Choice) -> str:
+        return self._echoed[choice.prompt] if self._echoed else ""
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        branch = choice.branch
+        return {
+            "index": choice.index,
+            "text": self._prompt(choice) + branch.text,
+            "logprobs": self._logprobs(branch, 0, len(branch.ids), 0),
+            "finish_reason": branch.finish,
+        }
+
+    def pieces(self, choice: Choice) -> list[dict[str, Any]]:
+        branch = choice.branch
+        first, count = choice.sent, len(branch.ids)
+        if count == first:
+            return []
+        choice.sent = count
+        text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
+        logprobs = self._logprobs(branch, first, count, choice.offset)
+        choice.offset += len(text)
+        if not choice.begun:
+            choice.begun = True
+            text = self._prompt(choice) + text
+        if not text and logprobs is None and branch.finish is None:
+            return []
+        return [{"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": branch.finish}]
+
+    def _logprobs(self, branch: Branch, first: int, end: int, offset: int) -> dict[str, Any] | None:
+        if self._alternatives is None:
+            return None
+        offsets, tops = [], []
+        for index in range(first, end):
+            offsets.append(offset)
+            offset += len(branch.texts[index])
+            others = self.alternatives_at(branch, index)
+            tops.append({self.token_text(token): max(logprob, _FLOOR) for token, logprob in others})
+        return {
+            "tokens": [self.token_text(token) for token in branch.ids[first:end]],
+            "token_logprobs": [max(logprob, _FLOOR) for logprob in branch.logprobs[first:end]],
+            "top_logprobs": tops if self._alternatives else None,
+            "text_offset": offsets,
+        }
+
+
+class Chunks:
+    """The frames of an OpenAI stream: several tokens that came together share a chunk."""
+
+    def __init__(self, shape: Shape, choices: list[Choice], entries: Sequence[Entry], include_usage: bool) -> None:
+        self._shape = shape
+        self._choices = choices
+        self._entries = entries
+        self._include_usage = include_usage
+        head = {"id": shape.id, "object": shape.chunk_object, "created": shape.created, "model": shape.model}
+        self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def take(self) -> bytes:
+        pieces = self._shape.pieces
+        return b"".join(
+            b"%b%b%b" % (self._head, _json.encode(piece), self._tail)
+            for choice in self._choices
+            for piece in pieces(choice)
+        )
+
+    def end(self) -> bytes:
+        if not self._include_usage:
+            return b"data: [DONE]\n\n"
+        return b'%b],"usage":%b}\n\ndata: [DONE]\n\n' % (self._head, _json.encode(usage(self._entries)))
+
+    def error(self, error: RequestError) -> bytes:
+        return b"data: %b\n\ndata: [DONE]\n\n" % _json.encode(openai_error(error))

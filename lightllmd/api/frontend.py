@@ -1,0 +1,125 @@
+"""What every route shares: the plan, the tokenizer, the ledger, the answers to health questions."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from lightllmd.api.accounts import Accounts
+from lightllmd.api.branch import Branch
+from lightllmd.api.ledger import Entry, Ledger
+from lightllmd.api.limits import Limits
+from lightllmd.api.reply import EventStream, Pending, Signal
+from lightllmd.config.plan import Plan
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.text.interface import Tokenizer
+from lightllmd.text.stop import StopMatcher
+
+_INLINE = 16 << 10  # characters; a longer prompt is tokenised in a thread so that streams go on
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How tokens become text: where it stops and what of it is shown."""
+
+    stop_strings: list[str] = field(default_factory=list)
+    stop_ids: list[list[int]] = field(default_factory=list)
+    include_stop: bool = True  # native output shows the stop text, OpenAI's does not
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    print_eos_token: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt, checked and ready to run."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int | None
+    text: TextOptions
+
+
+class FrontEnd:
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.special_ids = tokenizer.special_ids
+        self.ledger = ledger
+        self.accounts = accounts
+        self.limits = Limits.of(plan)
+        self.http = plan.config.http
+        self.model_name = plan.config.http.served_model_name or plan.model_name
+        self.healthy = False  # what the supervisor last said
+        self.reason = "the engine is starting"
+        self.retry_after = 5.0
+        self.streams: set[EventStream] = set()  # those that are open
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises InvalidRequest for text that is no valid Unicode."""
+        work = partial(self.tokenizer.encode, text, add_special_tokens)
+        return work() if len(text) <= _INLINE else await asyncio.get_running_loop().run_in_executor(None, work)
+
+    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Raises InvalidRequest when the model has no chat template or its template refuses the messages."""
+        work = partial(self.tokenizer.encode_chat, messages)
+        short = len(msgspec.json.encode(messages)) <= _INLINE
+        return work() if short else await asyncio.get_running_loop().run_in_executor(None, work)
+
+    def branch(self, index: int, prompt_ids: list[int], options: TextOptions) -> Branch:
+        detokenizer = self.tokenizer.detokenizer(
+            prompt_ids,
+            skip_special_tokens=options.skip_special_tokens,
+            spaces_between_special_tokens=options.spaces_between_special_tokens,
+            print_eos_token=options.print_eos_token,
+        )
+        stop = None
+        if options.stop_strings or options.stop_ids:
+            stop = StopMatcher(options.stop_strings, options.stop_ids, options.include_stop)
+        return Branch(index, detokenizer, stop)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def open(self, jobs: list[Job], arrived_at: float) -> Pending:
+        """Enters every job into the ledger, or none. Raises NotReady, QueueFull."""
+        signal = Signal()
+        entries: list[Entry] = []
+        try:
+            for job in jobs:
+                branches = [self.branch(index, job.prompt_ids, job.text) for index in range(job.params.n)]
+                entry = self.ledger.open(
+                    job.prompt_ids, job.params, branches, signal.set, seed=job.seed, arrived_at=arrived_at
+                )
+                entries.append(entry)
+        except BaseException:
+            for entry in entries:
+                self.ledger.cancel(entry)
+            raise
+        for entry in entries:
+            self.accounts.submitted(entry)
+        return Pending(self.ledger, entries, signal)
+
+    def tick(self, now: float) -> None:
+        """Ends what was held too long, keeps quiet streams alive. Called a few times a second."""
+        self.ledger.expire()
+        for stream in self.streams:
+            stream.keep_alive(now, self.http.hold_keepalive)
+
+    # --- health ---------------------------------------------------------------------------------------------------
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this worker is not ready; None when it is."""
+        if self.ledger.refusal is not None:
+            return self.ledger.refusal
+        if not self.healthy:
+            return self.reason
+        if not self.ledger.connected:
+            return "the engine is being restarted"
+        return None

@@ -1,0 +1,353 @@
+"""The record of every request in flight. It outlives engine generations: what one lost, the next goes on with.
+
+Pure logic: no HTTP, no sockets, no event loop. A `Link` carries messages to one generation; `notify` of an entry
+tells its reader that something changed. All calls come from one thread.
+
+A request is *held* while there is no link, *replayed* when a new generation is up, and *suspect* when an engine died
+while the request had been admitted and had no token since. A suspect is admitted alone (the scheduler's part); the
+engine dying on it again is its verdict.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+
+from lightllmd.api.branch import Branch
+from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
+from lightllmd.ipc import messages
+from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, SamplingParams, StepOutput, Submit
+
+log = logging.getLogger(__name__)
+
+TRIALS = 2  # deaths on trial that convict where the engine was killed from outside; one is enough where it was not
+
+
+class Link(Protocol):
+    """The way to one engine generation."""
+
+    def send(self, message: messages.ToEngine) -> None: ...
+
+    def receive(self) -> Iterable[messages.ToApi]: ...
+
+    def close(self) -> None:
+        """Drops what was sent and what was received but not read."""
+
+
+class Entry:
+    """One request in flight. Changed by the ledger only; read by the response that streams it."""
+
+    __slots__ = (
+        "arrival_ns",
+        "arrived_at",
+        "branches",
+        "ended_at",
+        "error",
+        "first_token_at",
+        "held_since",
+        "notify",
+        "outcome",
+        "params",
+        "prompt_ids",
+        "proven",
+        "request",
+        "started_at",
+        "submitted",
+        "suspect",
+        "trial_deaths",
+    )
+
+    def __init__(
+        self,
+        request: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        branches: list[Branch],
+        notify: Callable[[], None],
+        arrived_at: float,
+        now: float,
+    ) -> None:
+        self.request = request
+        self.arrival_ns = time.monotonic_ns()
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.branches = branches
+        self.notify = notify
+        self.error: RequestError | None = None
+        self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
+        self.submitted = False  # to any generation
+        self.proven = False  # has a token of the generation that it was last submitted to
+        self.suspect = False
+        self.trial_deaths = 0
+        self.held_since: float | None = None
+        self.arrived_at = arrived_at  # seconds of the ledger's clock: when its HTTP request came
+        self.started_at = now
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+
+    @property
+    def generated(self) -> int:
+        return sum(len(branch.ids) for branch in self.branches)
+
+
+class Ledger:
+    """`connect` opens the link to an endpoint; `on_end` is told of every entry that ended, for statistics."""
+
+    def __init__(
+        self,
+        api: int,
+        epoch: int,
+        *,
+        hold_timeout: float,
+        max_held: int,
+        connect: Callable[[str], Link],
+        on_end: Callable[[Entry], None] = lambda entry: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.api = api
+        self.epoch = epoch
+        self.hold_timeout = hold_timeout
+        self.max_held = max_held
+        self.generation: int | None = None
+        self.load: Load | None = None  # the scheduler's last word; None without an engine
+        self.refusal: str | None = None  # the reason while new requests are refused
+        self.counts = {"ok": 0, "cancelled": 0, "failed": 0, "resumed": 0}
+        self._connect = connect
+        self._on_end = on_end
+        self._clock = clock
+        self._link: Link | None = None
+        self._entries: dict[int, Entry] = {}  # in arrival order
+        self._sequence = 0
+        self._touched: set[Entry] = set()  # readers to notify once the messages at hand are all read
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        branches: list[Branch],
+        notify: Callable[[], None],
+        *,
+        seed: int | None = None,
+        arrived_at: float | None = None,
+    ) -> Entry:
+        """Takes a request, draws its seed if it has none, and sends it to the engine or holds it.
+
+        Raises NotReady while refusing, QueueFull when `max_held` requests are held already.
+        """
+        if self.refusal is not None:
+            raise NotReady(self.refusal)
+        if self._link is None and len(self._entries) >= self.max_held:
+            raise QueueFull(f"{self.max_held} requests are waiting for the engine to be ready", retry_after=5.0)
+        self._sequence += 1
+        params = msgspec.structs.replace(params, seed=secrets.randbits(63) if seed is None else seed)
+        number = messages.request_id(self.api, self.epoch, self._sequence)
+        now = self._clock()
+        entry = Entry(number, prompt_ids, params, branches, notify, now if arrived_at is None else arrived_at, now)
+        self._entries[number] = entry
+        if self._link is None:
+            entry.held_since = now
+        else:
+            self._submit(entry)
+        return entry
+
+    def cancel(self, entry: Entry) -> None:
+        """The client is gone. Nothing happens to an entry that has ended."""
+        if entry.outcome is None:
+            self._abort(entry)
+            self._end(entry, "cancelled")
+
+    def fail(self, entry: Entry, error: RequestError) -> None:
+        if entry.outcome is None:
+            self._abort(entry)
+            entry.error = error
+            self._end(entry, "failed")
+            entry.notify()
+
+    def refuse(self, reason: str | None) -> None:
+        """From now on new requests are told `reason`; None takes them again."""
+        self.refusal = reason
+
+    def fail_all(self, error: RequestError) -> None:
+        for entry in list(self._entries.values()):
+            self.fail(entry, error)
+
+    def expire(self) -> None:
+        """Ends what has been held longer than `hold_timeout`. Call a few times a second."""
+        if self._link is not None:
+            return
+        limit = self._clock() - self.hold_timeout
+        for entry in list(self._entries.values()):
+            if entry.held_since is not None and entry.held_since <= limit:
+                message = f"no engine became ready within the {self.hold_timeout:g} s that a request is held"
+                self.fail(entry, DeadlineExceeded(message))
+
+    # --- generations ------------------------------------------------------------------------------------------
+
+    def engine_up(self, generation: int, endpoint: str) -> None:
+        """Connects; what was in flight is replayed first, then what never ran, both in arrival order."""
+        if self._link is not None:
+            if generation == self.generation:
+                return
+            self._drop_link()
+        self.generation = generation
+        self._link = self._connect(endpoint)
+        entries = list(self._entries.values())
+        replayed = [entry for entry in entries if entry.submitted]
+        self.counts["resumed"] += len(replayed)
+        for entry in replayed + [entry for entry in entries if not entry.submitted]:
+            self._submit(entry)
+
+    def engine_down(self, generation: int, unproven: Iterable[int], self_inflicted: bool) -> None:
+        """The socket is closed before anything else is decided, so nothing of the dead arrives afterwards."""
+        if self._link is None or generation != self.generation:
+            return
+        self._drop_link()
+        accused = set(unproven)
+        for entry in list(self._entries.values()):
+            if entry.request in accused and not entry.proven:
+                self._accuse(entry, self_inflicted)
+
+    def _drop_link(self) -> None:
+        assert self._link is not None
+        self._link.close()
+        self._link = None
+        self.load = None
+        now = self._clock()
+        for entry in self._entries.values():
+            entry.held_since = now
+
+    def _accuse(self, entry: Entry, self_inflicted: bool) -> None:
+        if not entry.suspect:
+            entry.suspect = True
+            return
+        entry.trial_deaths += 1
+        if self_inflicted or entry.trial_deaths >= TRIALS:
+            self.fail(entry, RequestFailed("the engine died each time it ran this request; it is not tried again"))
+
+    def _submit(self, entry: Entry) -> None:
+        assert self._link is not None
+        unfinished = [branch for branch in entry.branches if branch.finish is None]
+        self._link.send(
+            Submit(
+                entry.request,
+                self.api,
+                self.epoch,
+                entry.arrival_ns,
+                entry.prompt_ids,
+                entry.params,
+                branches=[branch.index for branch in unfinished],
+                emitted=[branch.ids for branch in unfinished],
+                replay=entry.submitted,
+                suspect=entry.suspect,
+            )
+        )
+        entry.submitted = True
+        entry.proven = False
+        entry.held_since = None
+
+    # --- what the engine says -------------------------------------------------------------------------------
+
+    def receive(self) -> None:
+        """Reads all that is there; each reader is notified once however many tokens came."""
+        if self._link is None:
+            return
+        for message in self._link.receive():
+            if message.generation != self.generation:
+                continue
+            if isinstance(message, StepOutput):
+                self._step(message)
+            elif isinstance(message, Rejected):
+                self._rejected(message)
+            else:
+                self.load = message
+        touched, self._touched = self._touched, set()
+        for entry in touched:
+            entry.notify()
+
+    def _step(self, output: StepOutput) -> None:
+        entries, touched, alternatives = self._entries, self._touched, output.alternatives
+        rows = zip(
+            output.requests,
+            output.branches,
+            output.positions,
+            output.tokens,
+            output.logprobs,
+            output.finishes,
+            alternatives if alternatives is not None else [None] * len(output.requests),
+            strict=True,
+        )
+        for request, index, position, token, logprob, finish, others in rows:
+            entry = entries.get(request)
+            if entry is None:
+                continue  # ended here while this step was on its way
+            branch = entry.branches[index]
+            if branch.finish is not None or position != len(branch.ids):
+                continue
+            if finish == FINISH_ABORT:
+                self.fail(entry, RequestFailed("the engine ended this request"))
+                continue
+            if not entry.proven:
+                self._prove(entry)
+            try:
+                stopped = branch.take(token, logprob, others, finish)
+            except Exception:
+                log.exception("request %d: its text can't be made", request)
+                self.fail(entry, RequestFailed("the tokens of this request could not be turned into text"))
+                continue
+            if branch.finish is not None:
+                if stopped and self._link is not None:
+                    self._link.send(Abort(request, [index]))
+                if all(other.finish is not None for other in entry.branches):
+                    self._end(entry, "ok")
+            touched.add(entry)
+
+    def _prove(self, entry: Entry) -> None:
+        entry.proven = True
+        entry.suspect = False
+        entry.trial_deaths = 0
+        if entry.first_token_at is None:
+            entry.first_token_at = self._clock()
+
+    def _rejected(self, message: Rejected) -> None:
+        entry = self._entries.get(message.request)
+        if entry is None:
+            return
+        if message.reason == "queue_full":
+            entry.error = QueueFull(message.message, retry_after=message.retry_after)
+        else:
+            entry.error = InvalidRequest(message.message)
+        self._end(entry, "failed")
+        entry.notify()
+
+    # --- ends and counts ----------------------------------------------------------------------------------------
+
+    def _abort(self, entry: Entry) -> None:
+        if self._link is not None:
+            self._link.send(Abort(entry.request))
+
+    def _end(self, entry: Entry, outcome: str) -> None:
+        entry.outcome = outcome
+        entry.ended_at = self._clock()
+        del self._entries[entry.request]
+        self.counts[outcome] += 1
+        self._on_end(entry)
+
+    @property
+    def connected(self) -> bool:
+        return self._link is not None
+
+    @property
+    def entries(self) -> Iterable[Entry]:
+        """Those in flight, in arrival order."""
+        return self._entries.values()
+
+    def stats(self) -> dict[str, float]:
+        in_flight = len(self._entries)
+        return {"in_flight": in_flight, "held": 0 if self.connected else in_flight, **self.counts}

@@ -1,0 +1,79 @@
+"""Which prompt and how many new tokens fit: the documented length rules, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightllmd.config.plan import Plan
+from lightllmd.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_req_input_len: int
+    max_req_total_len: int
+    max_total_token_num: int
+    running_max_req_size: int
+    vocab_size: int
+    long_truncation_mode: str | None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Limits:
+        params = plan.config.params
+        return cls(
+            params.max_req_input_len,
+            params.max_req_total_len,
+            plan.max_total_token_num,
+            params.running_max_req_size,
+            plan.vocab_size,
+            params.long_truncation_mode,
+        )
+
+    def prompt(self, ids: list[int], field: str) -> list[int]:
+        """The ids that are run; longer ones are cut by `long_truncation_mode` or refused."""
+        length, limit = len(ids), self.max_req_input_len
+        if not ids:
+            raise InvalidRequest(f"{field}: the prompt has no tokens", param=field)
+        if length <= limit:
+            return ids
+        if self.long_truncation_mode == "head":
+            return ids[-limit:]
+        if self.long_truncation_mode == "center":
+            half = limit // 2
+            return ids[:half] + ids[half - limit :]
+        raise InvalidRequest(
+            f"{field}: the prompt has {length} tokens, more than max_req_input_len = {limit}",
+            param=field,
+            code="context_length_exceeded",
+        )
+
+    def room(self, prompt_tokens: int) -> int:
+        """New tokens that fit behind the prompt; may be < 1."""
+        return min(self.max_req_total_len, self.max_total_token_num - 1) - prompt_tokens
+
+    def new_tokens(self, prompt_tokens: int, max_new_tokens: int, field: str) -> None:
+        total = prompt_tokens + max_new_tokens
+        asked = f"{field}: {prompt_tokens} prompt tokens + {max_new_tokens} new tokens"
+        if total > self.max_req_total_len:
+            raise InvalidRequest(
+                f"{asked} = {total}, more than max_req_total_len = {self.max_req_total_len}",
+                param=field,
+                code="context_length_exceeded",
+            )
+        if total + 1 > self.max_total_token_num:
+            raise InvalidRequest(
+                f"{asked} + 1 = {total + 1}, more than max_total_token_num = {self.max_total_token_num}",
+                param=field,
+                code="context_length_exceeded",
+            )
+
+    def branches(self, n: int, field: str) -> None:
+        if n > self.running_max_req_size:
+            raise InvalidRequest(
+                f"{field}: {n} sequences, more than running_max_req_size = {self.running_max_req_size}", param=field
+            )
+
+    def token_ids(self, ids: list[int], field: str) -> None:
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InvalidRequest(f"{field}: token id {bad} is not within 0 .. {self.vocab_size - 1}", param=field)

@@ -1,0 +1,183 @@
+"""LightLLM's own routes: /generate, /generate_stream, / and /tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lightllmd.api import bodies
+from lightllmd.api.branch import Branch
+from lightllmd.api.frontend import FrontEnd, Job, TextOptions
+from lightllmd.api.ledger import Entry
+from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
+from lightllmd.api.reply import EventStream, Pending
+from lightllmd.errors import InvalidRequest, RequestError
+
+_json = msgspec.json.Encoder()
+
+
+class Token(msgspec.Struct):
+    """One token as streams and `return_details` show it."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    count_output_tokens: int  # tokens of this sequence up to and with this one
+    prompt_tokens: int
+
+
+class DetailedToken(Token):
+    prompt_cache_len: int = 0
+
+
+class Frame(msgspec.Struct):
+    token: Token
+    generated_text: str | None
+    finished: bool
+    finish_reason: str | None
+    details: None = None
+
+
+class TokenFrames:
+    """One frame per token, of the only branch of `entry`."""
+
+    def __init__(self, entry: Entry, special: frozenset[int]) -> None:
+        self.branch = entry.branches[0]
+        self.prompt_tokens = len(entry.prompt_ids)
+        self.special = special
+        self.sent = 0
+
+    def take(self) -> bytes:
+        branch, special, prompt_tokens, encode = self.branch, self.special, self.prompt_tokens, _json.encode
+        first, count = self.sent, len(branch.ids)
+        if first == count:
+            return b""
+        self.sent = count
+        parts = []
+        for index in range(first, count):
+            token = branch.ids[index]
+            finish = branch.finish if index + 1 == count else None
+            shown = Token(
+                token, branch.texts[index], branch.logprobs[index], token in special, index + 1, prompt_tokens
+            )
+            parts.append(b"data:%b\n\n" % encode(Frame(shown, None, finish is not None, finish)))
+        return b"".join(parts)
+
+    def end(self) -> bytes:
+        return b""
+
+    def error(self, error: RequestError) -> bytes:
+        return b"data:%b\n\n" % _json.encode({"message": error.message, "status": error.status})
+
+
+def detailed_tokens(branch: Branch, prompt_tokens: int, special: frozenset[int]) -> list[DetailedToken]:
+    return [
+        DetailedToken(token, text, logprob, token in special, index + 1, prompt_tokens)
+        for index, (token, text, logprob) in enumerate(zip(branch.ids, branch.texts, branch.logprobs, strict=True))
+    ]
+
+
+def generated(entry: Entry, special: frozenset[int], return_details: bool) -> dict[str, Any]:
+    """The 200 body of /generate: scalars for one sequence, lists for several."""
+    prompt_tokens = len(entry.prompt_ids)
+    counts: list[Any] = [len(branch.ids) for branch in entry.branches]
+    reasons: list[Any] = [branch.finish for branch in entry.branches]
+    several = len(entry.branches) > 1
+    body = {
+        "generated_text": [branch.text for branch in entry.branches],
+        "count_output_tokens": counts if several else counts[0],
+        "finish_reason": reasons if several else reasons[0],
+        "prompt_tokens": prompt_tokens,
+    }
+    if return_details:
+        tokens: list[Any] = [detailed_tokens(branch, prompt_tokens, special) for branch in entry.branches]
+        body["tokens"] = tokens if several else tokens[0]
+    return body
+
+
+def json_response(body: Any, status: int = 200) -> Response:
+    return Response(_json.encode(body), status, media_type="application/json")
+
+
+async def prepare(front: FrontEnd, body: GenerateBody) -> Job:
+    """Tokenises and checks lengths. Raises InvalidRequest."""
+    parameters = body.parameters
+    front.limits.branches(parameters.sequences, "parameters.best_of")
+    prompt_ids = front.limits.prompt(await front.encode(body.inputs), "inputs")
+    front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, "parameters.max_new_tokens")
+    stop_strings, stop_ids = parameters.stops()
+    for ids in stop_ids:
+        front.limits.token_ids(ids, "parameters.stop_sequences")
+    text = TextOptions(
+        stop_strings,
+        stop_ids,
+        include_stop=True,
+        skip_special_tokens=parameters.skip_special_tokens,
+        spaces_between_special_tokens=parameters.add_spaces_between_special_tokens,
+        print_eos_token=parameters.print_eos_token,
+    )
+    return Job(prompt_ids, parameters.sampling(), parameters.drawn_seed, text)
+
+
+async def respond(front: FrontEnd, request: Request, pending: Pending, return_details: bool) -> Response:
+    await pending.finish(request.receive)
+    return json_response(generated(pending.entries[0], front.special_ids, return_details))
+
+
+def stream(front: FrontEnd, pending: Pending) -> Response:
+    return EventStream(pending, TokenFrames(pending.entries[0], front.special_ids), front.streams)
+
+
+def one_sequence(body: GenerateBody) -> None:
+    """Raises InvalidRequest for what a stream can't do."""
+    asked = body.parameters.sequences
+    if asked != 1:
+        raise InvalidRequest(f"parameters.best_of: a stream has one sequence, so should be 1; got {asked}")
+
+
+def router(front: FrontEnd) -> APIRouter:
+    routes = APIRouter(tags=["lightllm"])
+    limit = front.http.max_body_bytes
+
+    @routes.post("/generate", openapi_extra=bodies.schema(GenerateBody))
+    async def generate(request: Request) -> Response:
+        """Generates, then answers with the whole text."""
+        with front.accounts.admission() as arrived_at:
+            body = await bodies.parse(request, GenerateBody, limit)
+            pending = front.open([await prepare(front, body)], arrived_at)
+        return await respond(front, request, pending, body.parameters.return_details)
+
+    @routes.post("/generate_stream", openapi_extra=bodies.schema(GenerateBody))
+    async def generate_stream(request: Request) -> Response:
+        """Server-sent events, one frame per token."""
+        with front.accounts.admission() as arrived_at:
+            body = await bodies.parse(request, GenerateBody, limit)
+            one_sequence(body)
+            pending = front.open([await prepare(front, body)], arrived_at)
+        return stream(front, pending)
+
+    @routes.post("/", openapi_extra=bodies.schema(GenerateOrStreamBody))
+    async def either(request: Request) -> Response:
+        """/generate_stream if `stream` is true, else /generate."""
+        with front.accounts.admission() as arrived_at:
+            body = await bodies.parse(request, GenerateOrStreamBody, limit)
+            if body.stream:
+                one_sequence(body)
+            pending = front.open([await prepare(front, body)], arrived_at)
+        if body.stream:
+            return stream(front, pending)
+        return await respond(front, request, pending, body.parameters.return_details)
+
+    @routes.api_route("/tokens", methods=["GET", "POST"], openapi_extra=bodies.schema(TokensBody))
+    async def tokens(request: Request) -> Response:
+        """Counts a text's tokens, special ones included."""
+        body = await bodies.parse(request, TokensBody, limit)
+        special = body.parameters.get("add_special_tokens", True)
+        return json_response({"ntokens": len(await front.encode(body.text, add_special_tokens=special))})
+
+    return routes

@@ -1,0 +1,149 @@
+"""The bodies of LightLLM's own routes, with the documented names, types, defaults and bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lightllmd.api.bodies import Body
+from lightllmd.errors import InvalidRequest
+from lightllmd.ipc.messages import SamplingParams
+
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1  # of tokens, ids and the like
+MAX_PENALTY = 1000.0  # beyond it fp32 logits mean nothing any more
+MAX_STOPS = 64
+DEFAULT_MAX_NEW_TOKENS = 16
+
+_NOT_YET = ("regular_constraint", "allowed_token_ids", "guided_grammar", "guided_json", "prompt_logprobs")
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024)]
+
+
+class Parameters(Body):
+    """`parameters` of /generate, /generate_stream and /."""
+
+    return_details: bool = False
+    best_of: Annotated[int, Field(ge=1, le=8)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    do_sample: bool = False
+    presence_penalty: float = Field(0.0, ge=0, le=MAX_PENALTY)
+    frequency_penalty: float = Field(0.0, ge=0, le=MAX_PENALTY)
+    repetition_penalty: float = Field(1.0, ge=1, le=MAX_PENALTY)
+    exponential_decay_length_penalty: tuple[Count, Annotated[float, Field(ge=1, le=MAX_PENALTY)]] = (1, 1.0)
+    temperature: float = Field(1.0, ge=0, le=MAX_PENALTY)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1, le=MAX_COUNT)
+    ignore_eos: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    min_new_tokens: int = Field(1, ge=1, le=MAX_COUNT)
+    stop_sequences: (
+        StopText
+        | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+        | Annotated[list[StopIds], Field(max_length=MAX_STOPS)]
+        | None
+    ) = None
+    skip_special_tokens: bool = True
+    add_spaces_between_special_tokens: bool = True
+    print_eos_token: bool = False
+    input_penalty: bool = False
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(None, description="-1 or absent: drawn")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arrays_may_be_tuples(cls, values: Any) -> Any:
+        """Strict validation takes no JSON array for a tuple."""
+        decay = values.get("exponential_decay_length_penalty") if isinstance(values, dict) else None
+        if isinstance(decay, list):
+            return values | {"exponential_decay_length_penalty": tuple(decay)}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.top_k == 0:
+            raise ValueError("top_k should be -1 (off) or at least 1; got 0")
+        if self.n is not None and self.best_of is not None and self.n != self.best_of:
+            raise ValueError(f"n should equal best_of; got n = {self.n}, best_of = {self.best_of}")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens should be at most max_new_tokens = {self.max_new_tokens}; got {self.min_new_tokens}"
+            )
+        return self
+
+    @property
+    def sequences(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens or max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens)
+
+    @property
+    def drawn_seed(self) -> int | None:
+        return None if self.seed is None or self.seed < 0 else self.seed
+
+    def stops(self) -> tuple[list[str], list[list[int]]]:
+        """Stop texts and stop token sequences."""
+        given = self.stop_sequences
+        if given is None:
+            return [], []
+        if isinstance(given, str):
+            return [given], []
+        texts = [stop for stop in given if isinstance(stop, str)]
+        return texts, [stop for stop in given if not isinstance(stop, str)]
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            n=self.sequences,
+            do_sample=self.do_sample and self.temperature >= 1e-5,
+            temperature=self.temperature if self.do_sample else 1.0,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            exponential_decay_length_penalty=self.exponential_decay_length_penalty,
+            input_penalty=self.input_penalty,
+            ignore_eos=self.ignore_eos,
+            max_new_tokens=self.new_tokens,
+            min_new_tokens=self.min_new_tokens,
+        )
+
+
+class Multimodal(Body):
+    images: list[Any] = []
+
+
+class GenerateBody(Body):
+    inputs: str
+    parameters: Parameters = Parameters()
+    multimodal_params: Multimodal = Multimodal()
+
+    @classmethod
+    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
+        parameters = body.get("parameters")
+        if isinstance(parameters, dict):
+            for name in _NOT_YET:
+                if parameters.get(name) is not None:
+                    raise InvalidRequest(f"parameters.{name}: not available yet", param=f"parameters.{name}")
+            body = body | {"parameters": {key: value for key, value in parameters.items() if key not in _NOT_YET}}
+        elif "parameters" in body and parameters is None:
+            body = {key: value for key, value in body.items() if key != "parameters"}
+        multimodal = body.get("multimodal_params")
+        if isinstance(multimodal, dict) and multimodal.get("images"):
+            raise InvalidRequest("multimodal_params.images: not available yet", param="multimodal_params.images")
+        return body
+
+
+class GenerateOrStreamBody(GenerateBody):
+    """The body of POST /."""
+
+    stream: bool = False
+
+
+class TokensBody(Body):
+    text: str
+    parameters: dict[Literal["add_special_tokens"], bool] = {}

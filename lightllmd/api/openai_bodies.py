@@ -1,0 +1,250 @@
+"""The bodies of the OpenAI routes: their own fields, LightLLM's sampling extensions, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lightllmd.api.bodies import Body
+from lightllmd.api.native_bodies import MAX_COUNT, MAX_PENALTY, MAX_SEED, MAX_STOPS, Count, StopText
+from lightllmd.errors import InvalidRequest
+from lightllmd.ipc.messages import SamplingParams
+
+MAX_N = 32
+MAX_PROMPTS = 2048
+MAX_TOP_LOGPROBS = 20
+
+# Accepted without effect: they change nothing that a client could see here.
+_HARMLESS = frozenset(
+    "user metadata store parallel_tool_calls service_tier safety_identifier prompt_cache_key "
+    "prompt_cache_retention verbosity".split()
+)
+# Features that are not built: accepted only with a value that asks for nothing.
+_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logit_bias": (None, {}),
+    "modalities": (None, ["text"]),
+    "suffix": (None, ""),
+    **dict.fromkeys(
+        (
+            "audio",
+            "prediction",
+            "reasoning_effort",
+            "web_search_options",
+            "allowed_token_ids",
+            "regular_constraint",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "structured_outputs",
+            "prompt_logprobs",
+            "use_beam_search",
+            "chat_template",
+        ),
+        (None,),
+    ),
+}
+
+
+def refuse_unbuilt(body: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`body` without the fields that have no effect. Raises InvalidRequest for one that asks for a missing feature."""
+    for name, idle in _NOT_YET.items():
+        if name in body and body[name] not in idle:
+            raise InvalidRequest(f"{path}{name}: not available yet", param=f"{path}{name}")
+    return {name: value for name, value in body.items() if name not in _HARMLESS and name not in _NOT_YET}
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class OpenAIBody(Body):
+    """What both routes share."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_PENALTY)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
+    # LightLLM's extensions
+    do_sample: bool | None = Field(None, description="false: greedy, whatever temperature says")
+    top_k: int = Field(-1, ge=-1, le=MAX_COUNT)
+    repetition_penalty: float = Field(1.0, ge=1, le=MAX_PENALTY)
+    ignore_eos: bool = False
+    min_tokens: int = Field(1, ge=0, le=MAX_COUNT)
+    skip_special_tokens: bool = True
+
+    @classmethod
+    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
+        return refuse_unbuilt(body)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.top_k == 0:
+            raise ValueError("top_k should be -1 (off) or at least 1; got 0")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams only; stream is not true")
+        if self.asked_tokens is not None and self.min_tokens > self.asked_tokens:
+            raise ValueError(f"min_tokens should be at most max_tokens = {self.asked_tokens}; got {self.min_tokens}")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives per token; None: no logprobs at all."""
+        raise NotImplementedError
+
+    @property
+    def branches(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def folded_seed(self) -> int | None:
+        """OpenAI's seeds may be negative; ours are 63 bits."""
+        return None if self.seed is None else self.seed & MAX_SEED
+
+    def sampling(self, max_new_tokens: int) -> SamplingParams:
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return SamplingParams(
+            n=self.branches,
+            do_sample=self.do_sample is not False and temperature >= 1e-5,
+            temperature=temperature if temperature >= 1e-5 else 1.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            ignore_eos=self.ignore_eos,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max(1, min(self.min_tokens, max_new_tokens)),
+            top_logprobs=self.alternatives or 0,
+        )
+
+
+PromptIds = Annotated[list[Count], Field(min_length=1)]
+
+
+class CompletionBody(OpenAIBody):
+    prompt: (
+        str
+        | PromptIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _best_of(self) -> Self:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of should be at least n = {self.n or 1}; got {self.best_of}")
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise ValueError(f"best_of should equal n = {self.n or 1} in a stream; got {self.best_of}")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs: not available yet")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def branches(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+
+    # What an assistant's earlier answer may carry when a client sends it back.
+    _harmless: ClassVar[frozenset[str]] = frozenset({"name", "refusal", "annotations"})
+    _not_yet: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": (None, []),
+        "function_call": (None,),
+        "audio": (None,),
+        "tool_call_id": (None,),
+        "reasoning_content": (None,),
+    }
+
+
+class ChatBody(OpenAIBody):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PROMPTS)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @classmethod
+    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
+        body = super().prepare(body)
+        messages = body.get("messages")
+        if isinstance(messages, list):
+            body["messages"] = [_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+        return body
+
+    @model_validator(mode="after")
+    def _logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _message(message: Any, path: str) -> Any:
+    if not isinstance(message, dict):
+        return message
+    for name, idle in Message._not_yet.items():
+        if name in message and message[name] not in idle:
+            raise InvalidRequest(f"{path}.{name}: not available yet", param=f"{path}.{name}")
+    if message.get("role") in ("tool", "function"):
+        raise InvalidRequest(f"{path}.role: {message['role']!r} is not available yet", param=f"{path}.role")
+    if isinstance(message.get("content"), list):
+        for part in message["content"]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image_url", "input_audio", "file", "video_url", "audio_url"):
+                raise InvalidRequest(f"{path}.content: {kind} is not available yet", param=f"{path}.content")
+    dropped = Message._harmless | Message._not_yet.keys()
+    return {name: value for name, value in message.items() if name not in dropped}

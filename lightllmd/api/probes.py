@@ -1,0 +1,64 @@
+"""What is asked about the daemon rather than of the model: health, load, name, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from lightllmd.api.frontend import FrontEnd
+from lightllmd.api.native import json_response
+from lightllmd.observe import metrics
+
+
+def router(front: FrontEnd, metrics_dir: str) -> APIRouter:
+    routes = APIRouter(tags=["daemon"])
+
+    @routes.api_route("/health", methods=["GET", "HEAD"])
+    @routes.api_route("/healthz", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        """200 when a request would be answered now; passive, runs nothing."""
+        trouble = front.trouble
+        return json_response({"message": "Ok"}) if trouble is None else unavailable(front, {"message": trouble})
+
+    @routes.api_route("/liveness", methods=["GET", "POST"])
+    async def liveness() -> Response:
+        """200 as long as this worker's loop turns."""
+        return json_response({"status": "ok"})
+
+    @routes.api_route("/readiness", methods=["GET", "POST"])
+    async def readiness() -> Response:
+        """200 when a request would be answered now, else 503 with the reason."""
+        trouble = front.trouble
+        if trouble is None:
+            return json_response({"status": "ok"})
+        return unavailable(front, {"status": "unavailable", "message": trouble})
+
+    @routes.api_route("/get_model_name", methods=["GET", "POST"])
+    async def get_model_name() -> Response:
+        return json_response({"model_name": front.model_name})
+
+    @routes.get("/token_load")
+    async def token_load() -> Response:
+        """Shares of the KV slots: in use, and what the admitted requests may come to need at worst."""
+        load = front.ledger.load
+        used = load.slots_used / load.slots_total if load is not None and load.slots_total else 0.0
+        peak = load.estimated_peak if load is not None else 0.0
+        return json_response({"current_load": used, "logical_max_load": peak, "dynamic_max_load": peak})
+
+    @routes.get("/metrics")
+    async def prometheus() -> Response:
+        """The sum over all processes of this daemon."""
+        text = await asyncio.get_running_loop().run_in_executor(None, partial(metrics.render, metrics_dir))
+        return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE_LATEST})
+
+    return routes
+
+
+def unavailable(front: FrontEnd, body: dict[str, str]) -> Response:
+    response = json_response(body, 503)
+    response.headers["Retry-After"] = str(max(1, math.ceil(front.retry_after)))
+    return response

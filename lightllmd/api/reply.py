@@ -1,0 +1,161 @@
+"""How the ledger's entries become an HTTP response: one task waits on one signal, however many entries it answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from lightllmd.api.errors import error_response
+from lightllmd.api.ledger import Entry, Ledger
+from lightllmd.errors import ClientClosed, RequestError
+
+HELD = b": held\n\n"  # SSE comments: they keep proxies and clients from giving up
+WAITING = b": waiting\n\n"
+
+
+class Signal:
+    """Wakes the one task that waits on it; a `set` before the wait is not lost."""
+
+    __slots__ = ("_future", "_set")
+
+    def __init__(self) -> None:
+        self._set = False
+        self._future: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._set = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def wait(self) -> None:
+        if not self._set:
+            self._future = asyncio.get_running_loop().create_future()
+            await self._future
+            self._future = None
+        self._set = False
+
+
+class Pending:
+    """The entries of one HTTP request, their signal, and the watch over its connection."""
+
+    def __init__(self, ledger: Ledger, entries: list[Entry], signal: Signal) -> None:
+        self.ledger = ledger
+        self.entries = entries
+        self.signal = signal
+
+    @property
+    def error(self) -> RequestError | None:
+        if all(entry.outcome != "cancelled" for entry in self.entries):
+            return next((entry.error for entry in self.entries if entry.error is not None), None)
+        return ClientClosed("the client closed the connection")
+
+    @property
+    def done(self) -> bool:
+        return all(entry.outcome is not None for entry in self.entries)
+
+    def cancel(self) -> None:
+        for entry in self.entries:
+            self.ledger.cancel(entry)
+        self.signal.set()
+
+    async def watch(self, receive: Receive) -> None:
+        """Ends the entries when the client closes its connection."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+
+    async def finish(self, receive: Receive) -> None:
+        """Waits until every entry is done. Raises the first error; the others are cancelled then."""
+        watcher = asyncio.create_task(self.watch(receive))
+        try:
+            while True:
+                if (error := self.error) is not None:
+                    raise error
+                if self.done:
+                    return
+                await self.signal.wait()
+        finally:
+            watcher.cancel()
+            self.cancel()
+
+
+class Frames(Protocol):
+    """Turns what the entries gained since the last call into bytes of SSE frames."""
+
+    def take(self) -> bytes: ...
+
+    def end(self) -> bytes:
+        """After the last token."""
+
+    def error(self, error: RequestError) -> bytes:
+        """The last frame of a stream that has started and can't go on."""
+
+
+class EventStream(Response):
+    """Server-sent events, straight onto ASGI: all that came since the last wake-up goes out in one send.
+
+    The status line waits for the first token, comment or error, so that a refusal by the engine still gets its own
+    status.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pending: Pending, frames: Frames, streams: set[EventStream]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.pending = pending
+        self.frames = frames
+        self.last_sent = asyncio.get_running_loop().time()
+        self._comment = b""
+        self._streams = streams  # those that are open, for keep_alive
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+
+    def keep_alive(self, now: float, idle: float) -> None:
+        """Asks for a comment if nothing was sent for `idle` seconds."""
+        if now - self.last_sent >= idle:
+            self.last_sent = now
+            self._comment = WAITING if self.pending.ledger.connected else HELD
+            self.pending.signal.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pending, frames, loop = self.pending, self.frames, asyncio.get_running_loop()
+        watcher = asyncio.create_task(pending.watch(receive))
+        self._streams.add(self)
+        started = False
+        try:
+            while True:
+                await pending.signal.wait()
+                error = pending.error
+                if isinstance(error, ClientClosed):
+                    return
+                if error is not None and not started:
+                    await error_response(error, scope["path"])(scope, receive, send)
+                    return
+                done = pending.done
+                body = frames.take()
+                if error is not None:
+                    body += frames.error(error)
+                elif done:
+                    body += frames.end()
+                elif not body:
+                    body = self._comment
+                self._comment = b""
+                last = done or error is not None
+                if not body and not last:
+                    continue
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                self.last_sent = loop.time()
+                await send({"type": "http.response.body", "body": body, "more_body": not last})
+                if last:
+                    return
+        finally:
+            self._streams.discard(self)
+            watcher.cancel()
+            pending.cancel()
