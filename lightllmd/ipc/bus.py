@@ -6,6 +6,7 @@ what is in flight is bounded by max_new_tokens. What is addressed to an api work
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import zmq
@@ -21,6 +22,7 @@ class EngineSocket:
     """Rank 0's end. Poll `socket` for reading with zmq.Poller, beside the supervisor's channel."""
 
     def __init__(self, endpoint: str) -> None:
+        self._path = endpoint.removeprefix("ipc://")
         self.context = zmq.Context(io_threads=1)
         self.socket = self.context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
@@ -33,7 +35,7 @@ class EngineSocket:
 
     def receive(self) -> list[messages.ToEngine]:
         """All that is there now, in order per api worker."""
-        received = []
+        received: list[messages.ToEngine] = []
         while True:
             try:
                 _, body = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -45,8 +47,11 @@ class EngineSocket:
         self.socket.send_multipart([identity(api, epoch), messages.encode(message)], zmq.NOBLOCK)
 
     def close(self) -> None:
+        """Also removes the socket's file, which ZeroMQ leaves behind."""
         self.socket.close(0)
         self.context.term()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
 
 
 class ApiSocket:
