@@ -1,1 +1,17 @@
-"""Text to token ids and back: tokenizers, chat templates, stop strings, truncation."""
+"""Text to token ids and back: tokenizers, detokenising, chat templates, stop strings. Imports no torch."""
+
+from lightllmd.text.chat_template import ChatTemplate
+from lightllmd.text.detokenize import IncrementalDetokenizer
+from lightllmd.text.interface import Tokenizer
+from lightllmd.text.stop import StopMatcher
+from lightllmd.text.tokenizer import ByteTokenizer, load_tokenizer, open_tokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "ChatTemplate",
+    "IncrementalDetokenizer",
+    "StopMatcher",
+    "Tokenizer",
+    "load_tokenizer",
+    "open_tokenizer",
+]

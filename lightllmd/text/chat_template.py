@@ -1,0 +1,198 @@
+"""A conversation as the prompt that the model was trained on, by the model's own Jinja template.
+
+The template is the operator's and still runs in a sandbox; the messages are a client's: they reach the template as
+plain data, and their number and depth, the length of the prompt and the time spent on it are bounded.
+The names that templates use beyond Jinja's (raise_exception, strftime_now, tojson, generation blocks) are those of
+https://huggingface.co/docs/transformers/chat_templating_writing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from lightllmd.errors import InvalidRequest
+
+MAX_MESSAGES = 4096
+MAX_DEPTH = 64  # of lists and objects inside each other
+MAX_CHARACTERS = 32 << 20  # of the rendered prompt
+MAX_SECONDS = 5.0
+
+
+class _TemplateRefusal(jinja2.TemplateError):
+    """The template called raise_exception: it doesn't take this conversation, and says why."""
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """``{% generation %}…{% endgeneration %}`` marks what training learns from; for a prompt it is just its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: object) -> None:
+    raise _TemplateRefusal(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own filter it escapes nothing for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """Renders messages. Compiled once; rendering keeps no state, so any thread may call it."""
+
+    def __init__(self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        """`sources`: the template, or several by name, of which "default" and "tool_use" are used. `special_tokens`:
+        bos_token, eos_token and the like, as templates name them. Raises ValueError on a syntax error."""
+        named = {"default": sources} if isinstance(sources, str) else dict(sources)
+        environment = _environment()
+        self._templates: dict[str, jinja2.Template] = {}
+        for name, source in named.items():
+            try:
+                self._templates[name] = environment.from_string(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
+        if not self._templates:
+            raise ValueError("no chat template")
+        self._special_tokens = dict(special_tokens or {})
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        **variables: Any,
+    ) -> str:
+        """The prompt, special tokens included: encode it with ``add_special_tokens=False``.
+
+        A message has a ``role`` and a ``content`` (a string, None, or a list of text parts); other keys reach the
+        template as they are. `variables` are further names that the template may know, such as ``enable_thinking``.
+        Raises InvalidRequest with the template's own words when it refuses the conversation.
+        """
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequest(f"messages: {len(messages)} messages, at most {MAX_MESSAGES}")
+        names = {
+            **self._special_tokens,
+            **_plain(variables, "chat_template_kwargs"),
+            "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(messages)],
+            "tools": _plain(list(tools), "tools") if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._run(self._choose(bool(tools)), names, clock)
+
+    def _choose(self, with_tools: bool) -> jinja2.Template:
+        for name in ("tool_use", "default") if with_tools else ("default",):
+            if name in self._templates:
+                return self._templates[name]
+        return next(iter(self._templates.values()))
+
+    @staticmethod
+    def _run(template: jinja2.Template, names: dict[str, Any], clock: Callable[[], float]) -> str:
+        parts: list[str] = []
+        length, deadline = 0, clock() + MAX_SECONDS
+        try:
+            for part in template.generate(names):
+                parts.append(part)
+                length += len(part)
+                if length > MAX_CHARACTERS:
+                    raise InvalidRequest(f"messages: the rendered prompt is longer than {MAX_CHARACTERS} characters")
+                if clock() > deadline:
+                    raise InvalidRequest(f"messages: rendering the prompt took longer than {MAX_SECONDS:g} s")
+        except _TemplateRefusal as error:
+            raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
+        except RecursionError:
+            raise InvalidRequest("messages: nested too deeply for the model's chat template") from None
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # what a template does with a message that lacks a key or has another type than it expects
+            raise InvalidRequest(f"messages: they don't suit the model's chat template: {error}") from None
+        return "".join(parts)
+
+
+def _message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where}: must be an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise InvalidRequest(f"{where}.role: must be a string")
+    plain = _plain(message, where)
+    if "content" in plain:
+        plain["content"] = _content(plain["content"], f"{where}.content")
+    calls = plain.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        _parse_arguments(call)
+    return plain
+
+
+def _content(content: object, where: str) -> str | None:
+    """Text parts are joined by line breaks: most templates take a string only."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where}: must be a string or a list of parts")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind != "text":
+            raise InvalidRequest(f"{where}[{index}]: parts of type {kind!r} are not supported by this model, text is")
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{where}[{index}].text: must be a string")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _parse_arguments(call: object) -> None:
+    """Clients send a tool call's arguments as a JSON text, templates expect the object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            function["arguments"] = _plain(json.loads(function["arguments"]), "arguments")
+        except (ValueError, RecursionError):
+            return  # no JSON: the template sees the text
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A deep copy of JSON data. Anything else never reaches a template, nor does what is nested too deeply."""
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item, where, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where, depth + 1) for item in value]
+    raise InvalidRequest(f"{where}: {type(value).__name__} is no JSON value")

@@ -1,0 +1,126 @@
+"""What every tokenizer can do, whatever files it came from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightllmd.errors import InvalidRequest
+from lightllmd.text.chat_template import ChatTemplate
+from lightllmd.text.detokenize import IncrementalDetokenizer, open_detokenizer
+from lightllmd.text.vocabulary import Vocabulary
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Holds no state of a request, so one object serves all of them, from any thread."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        chat_template: ChatTemplate | None = None,
+        warnings: Iterable[str] = (),
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.bos_id = bos_id
+        self.eos_ids = list(eos_ids)
+        self.chat_template = chat_template
+        self.warnings = list(warnings)  # for the caller to log
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer; the model's embedding may have more rows."""
+        return len(self.vocabulary.tokens)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self.vocabulary.special_ids
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self.vocabulary.special_ids
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """As the model's files write it, such as ``Ġthe``; None for an id that is no token."""
+        tokens = self.vocabulary.tokens
+        return tokens[token_id] if 0 <= token_id < len(tokens) else None
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What the token adds to a text; None where it has no bytes of its own."""
+        return self.vocabulary.token_bytes(token_id)
+
+    # --- text to ids ----------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises InvalidRequest for a text that is no valid Unicode (a lone surrogate)."""
+        _check_unicode(text)
+        return self._encode(text, add_special_tokens)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        for text in texts:
+            _check_unicode(text)
+        return self._encode_batch(texts, add_special_tokens)
+
+    @abstractmethod
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        return [self._encode(text, add_special_tokens) for text in texts]
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """The ids of a rendered conversation; options as `ChatTemplate.render`. Raises InvalidRequest."""
+        if self.chat_template is None:
+            raise InvalidRequest(
+                "this model has no chat template, so it can't take messages; send a plain prompt "
+                "(/generate or /v1/completions)"
+            )
+        return self.encode(self.chat_template.render(messages, **options), add_special_tokens=False)
+
+    # --- ids to text ----------------------------------------------------------------------------------------------
+
+    def detokenizer(
+        self,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        print_eos_token: bool | None = False,
+    ) -> IncrementalDetokenizer:
+        """For one sequence that continues `prompt_ids` (whose text it does not repeat).
+
+        `spaces_between_special_tokens` puts a space between an added token that is shown and its neighbours.
+        `print_eos_token`: True shows the ids that end a generation, False hides them, None treats them as any other.
+        """
+        vocabulary = self.vocabulary
+        hidden = vocabulary.special_ids if skip_special_tokens else frozenset()
+        if print_eos_token is not None:
+            hidden = hidden.difference(self.eos_ids) if print_eos_token else hidden.union(self.eos_ids)
+        return open_detokenizer(vocabulary, hidden, prompt_ids, separate_added=spaces_between_special_tokens)
+
+    def decode(
+        self,
+        ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        print_eos_token: bool | None = None,
+    ) -> str:
+        """The text of all ids; unknown ids have none. Options as `detokenizer`."""
+        stream = self.detokenizer(
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            print_eos_token=print_eos_token,
+        )
+        return stream.push(ids) + stream.flush()
+
+
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the text is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        ) from None

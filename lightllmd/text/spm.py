@@ -1,0 +1,263 @@
+"""Sentencepiece vocabularies: run by the sentencepiece library itself, or converted to a BPE of `tokenizers`.
+
+Both cut a text at the added tokens first and encode each run between them on its own.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, models
+
+from lightllmd.text.interface import Tokenizer
+from lightllmd.text.vocabulary import BYTEWISE, SPACE_MARK, LeadingSpace, Vocabulary, sentencepiece_texts
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces; GGUF uses the same numbers
+_BPE = 2  # TrainerSpec.ModelType
+
+RunEncoder = Callable[[str, bool], list[int]]  # (a text without added tokens, whether a space is put in front) -> ids
+
+
+@dataclass(frozen=True)
+class PieceModel:
+    """A sentencepiece model, as sentencepiece_model.proto describes it."""
+
+    pieces: list[str]
+    scores: list[float]
+    kinds: list[int]
+    model_type: int = _BPE
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = False
+    plain: bool = True  # no normalisation but spaces to marks
+
+    @property
+    def is_plain_bpe(self) -> bool:
+        """Whether the converted form encodes exactly as the library does."""
+        usual = self.plain and not self.remove_extra_whitespaces and UNUSED not in self.kinds
+        return self.model_type == _BPE and usual
+
+    @property
+    def leading_space(self) -> LeadingSpace:
+        if self.remove_extra_whitespaces:
+            return LeadingSpace.STRIP_ALL
+        return LeadingSpace.STRIP_ONE if self.add_dummy_prefix else LeadingSpace.KEEP
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token that is matched in a text as a whole."""
+
+    content: str
+    special: bool = True
+    lstrip: bool = False  # white space before it belongs to it
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a model wants its special tokens."""
+
+    add_bos: bool = True
+    add_eos: bool = False
+    prefix_every_run: bool = True  # a space in front of each run, or (transformers' legacy=False) of the first only
+    added: dict[int, Added] = field(default_factory=dict)
+
+
+class PieceTokenizer(Tokenizer):
+    def __init__(
+        self,
+        model: PieceModel,
+        encode_run: RunEncoder,
+        manner: Manner,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        **rest: Any,
+    ) -> None:
+        eos_ids = list(eos_ids)
+        added = {
+            number: Added(model.pieces[number])
+            for number, kind in enumerate(model.kinds)
+            if kind in (CONTROL, UNKNOWN) and model.pieces[number]
+        }
+        added |= manner.added
+        super().__init__(_vocabulary(model, added), bos_id=bos_id, eos_ids=eos_ids, **rest)
+        self._encode_run = encode_run
+        self._model = model
+        self._every_run = manner.prefix_every_run
+        self._before = [bos_id] if manner.add_bos and bos_id is not None else []
+        self._after = eos_ids[:1] if manner.add_eos else []
+        longest_first = sorted(added, key=lambda number: -len(added[number].content))
+        self._added_ids = longest_first
+        self._added_pattern = re.compile("|".join(_pattern(added[number]) for number in longest_first))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        at = 0
+        if self._added_ids:
+            for match in self._added_pattern.finditer(text):
+                ids += self._run(text, at, match.start())
+                ids.append(self._added_ids[match.lastindex - 1])  # type: ignore[operator]
+                at = match.end()
+        ids += self._run(text, at, len(text))
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+
+    def _run(self, text: str, start: int, end: int) -> list[int]:
+        if start == end:
+            return []
+        return self._encode_run(text[start:end], self._model.add_dummy_prefix and (self._every_run or start == 0))
+
+
+def _pattern(token: Added) -> str:
+    before, after = (r"\s*" if strip else "" for strip in (token.lstrip, token.rstrip))
+    return f"{before}({re.escape(token.content)}){after}"
+
+
+def _vocabulary(model: PieceModel, added: dict[int, Added]) -> Vocabulary:
+    tokens: list[str | None] = [*model.pieces]
+    tokens += [None] * (max(added, default=-1) + 1 - len(tokens))
+    for number, token in added.items():
+        tokens[number] = token.content
+    byte_ids = [number for number, kind in enumerate(model.kinds) if kind == BYTE and number not in added]
+    texts, fragments = sentencepiece_texts(tokens, byte_ids)
+    return Vocabulary(
+        tokens,
+        frozenset(number for number, token in added.items() if token.special),
+        frozenset(added),
+        texts=texts,
+        fragments=fragments,
+        byte_errors=BYTEWISE,
+        leading_space=model.leading_space,
+    )
+
+
+# --- ways to encode a run ------------------------------------------------------------------------------------------
+
+
+def library_encoder(path: Path, model: PieceModel) -> RunEncoder:
+    """The sentencepiece library on the model's own file: exact for every kind of model."""
+    import sentencepiece
+
+    raw = path.read_bytes()
+    as_trained = sentencepiece.SentencePieceProcessor(model_proto=raw)
+    # Protocol buffers merge what is said twice: normalizer_spec { add_dummy_prefix: false }
+    without_prefix = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
+
+    def encode(text: str, prefix: bool) -> list[int]:
+        return (as_trained if prefix else without_prefix).encode(text)
+
+    return encode
+
+
+def converted_encoder(model: PieceModel) -> RunEncoder:
+    """The same merges as a BPE of `tokenizers`: exact for a plain BPE model (`is_plain_bpe`), and several times faster.
+
+    Sentencepiece merges the pair whose union has the best score; so the merges of a piece are all its cuts into two
+    pieces, and pieces rank by score.
+    """
+    vocabulary = {piece: number for number, piece in enumerate(model.pieces)}
+    ranked: list[tuple[float, str, str]] = []
+    for piece, number in vocabulary.items():
+        if model.kinds[number] in (CONTROL, UNKNOWN, BYTE, USER_DEFINED):
+            continue
+        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        known = [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]
+        known.sort(key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
+        ranked += [(model.scores[number], left, right) for left, right in known]
+    ranked.sort(key=lambda entry: -entry[0])  # stable: cuts of one piece keep their order
+    unknown = next((model.pieces[n] for n, kind in enumerate(model.kinds) if kind == UNKNOWN), None)
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for _, left, right in ranked],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=BYTE in model.kinds,
+        )
+    )
+    backend.add_tokens(
+        [AddedToken(model.pieces[n], normalized=False) for n, kind in enumerate(model.kinds) if kind == USER_DEFINED]
+    )
+
+    def encode(text: str, prefix: bool) -> list[int]:
+        marked = text.replace(" ", SPACE_MARK)
+        return backend.encode(SPACE_MARK + marked if prefix else marked, add_special_tokens=False).ids
+
+    return encode
+
+
+# --- the model file ---------------------------------------------------------------------------------------------------
+
+
+def read_model(path: Path) -> PieceModel:
+    """Reads a .model file (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
+
+    Raises ValueError when it is something else.
+    """
+    model = PieceModel([], [], [], model_type=1)  # a unigram model where the file doesn't say
+    escape = True
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:
+                piece = dict(_fields(value))
+                model.pieces.append(bytes(piece[1]).decode())
+                model.scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
+                model.kinds.append(piece.get(3, NORMAL))
+            elif number == 2:
+                model = replace(model, model_type=dict(_fields(value)).get(3, 1))
+            elif number == 3:
+                spec = dict(_fields(value))
+                escape = bool(spec.get(5, 1))
+                model = replace(
+                    model,
+                    add_dummy_prefix=bool(spec.get(3, 1)),
+                    remove_extra_whitespaces=bool(spec.get(4, 1)),
+                    plain=escape and not spec.get(2),
+                )
+    except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+        raise ValueError(f"{path} is no sentencepiece model ({error})") from None
+    if not model.pieces:
+        raise ValueError(f"{path} is no sentencepiece model (no pieces)")
+    return model
+
+
+def _fields(data: bytes | memoryview) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a protocol buffer message: int for varints, bytes for everything else."""
+    view = memoryview(data)
+    at = 0
+    while at < len(view):
+        key, at = _varint(view, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(view, at)
+            yield number, value
+            continue
+        if wire == 2:
+            size, at = _varint(view, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at + size > len(view):
+            raise ValueError("truncated")
+        yield number, view[at : at + size]
+        at += size
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at
+        if shift > 63:
+            raise ValueError("varint too long")

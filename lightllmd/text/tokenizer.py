@@ -1,0 +1,69 @@
+"""Opens the tokenizer that a plan, a directory or a GGUF file names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightllmd.config.plan import Plan
+from lightllmd.errors import ConfigInvalid, Problem, WeightsInvalid
+from lightllmd.text.chat_template import ChatTemplate
+from lightllmd.text.interface import Tokenizer
+from lightllmd.text.vocabulary import Vocabulary, split_texts
+
+_PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class ByteTokenizer(Tokenizer):
+    """The fake backend's: ids 0..255 are the bytes of the UTF-8 text, 256 ends a generation."""
+
+    EOS = 256
+
+    def __init__(self, eos_ids: Sequence[int] = (EOS,)) -> None:
+        texts, fragments = split_texts([*(bytes([byte]) for byte in range(256)), b"<eos>"])
+        names: list[str | None] = [f"<0x{byte:02X}>" for byte in range(256)]
+        vocabulary = Vocabulary(
+            [*names, "<eos>"], frozenset({self.EOS}), frozenset({self.EOS}), texts=texts, fragments=fragments
+        )
+        super().__init__(vocabulary, eos_ids=eos_ids, chat_template=ChatTemplate(_PLAIN_TEMPLATE))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+def load_tokenizer(plan: Plan) -> Tokenizer:
+    """The tokenizer of the model that a generation serves. Raises ConfigInvalid. The caller logs its `warnings`."""
+    if plan.model is None:
+        return ByteTokenizer(plan.eos_id)
+    return open_tokenizer(plan.model.path, plan.model.format, plan.tokenizer_mode, plan.eos_id)
+
+
+def open_tokenizer(
+    path: str | os.PathLike[str],
+    file_format: str | None = None,
+    mode: str = "auto",
+    eos_ids: Sequence[int] | None = None,
+) -> Tokenizer:
+    """`file_format`: "gguf", or anything else for a directory; None tells by the path. `mode`: auto, slow or fast.
+
+    `eos_ids`: the ids that end a generation; None takes what the model's files say. Raises ConfigInvalid.
+    """
+    path = Path(path)
+    if file_format is None:
+        file_format = "gguf" if path.suffix == ".gguf" else "huggingface"
+    if file_format == "gguf":
+        from lightllmd.text.gguf_vocab import open_metadata
+        from lightllmd.weights.headers import read_gguf_header
+
+        try:
+            metadata = read_gguf_header(path).metadata
+        except (WeightsInvalid, OSError) as error:
+            raise ConfigInvalid([Problem("model_dir", str(error))]) from None
+        return open_metadata(metadata, mode, eos_ids)
+    from lightllmd.text.huggingface import open_directory
+
+    return open_directory(path, mode, eos_ids)
