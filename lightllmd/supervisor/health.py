@@ -1,4 +1,4 @@
-"""The hang rule: a worker without progress is overdue after a time that depends on its phase. Pure but for the clock."""
+"""The hang rule: a worker without progress is overdue after a time that depends on its phase."""
 
 from __future__ import annotations
 

@@ -118,17 +118,9 @@ class LogBook:
             return list(self._rings.get(worker, ()))[-count:]
         return sorted((line for ring in self._rings.values() for line in ring), key=lambda line: line.at)[-count:]
 
-    def debug(self, message: str) -> None:
-        self.write(OWN, "debug", message)
-
-    def info(self, message: str) -> None:
-        self.write(OWN, "info", message)
-
-    def warning(self, message: str) -> None:
-        self.write(OWN, "warning", message)
-
-    def error(self, message: str) -> None:
-        self.write(OWN, "error", message)
+    def own(self, level: str, message: str) -> None:
+        """The supervisor's own word."""
+        self.write(OWN, level, message)
 
 
 class EventBook:
@@ -146,7 +138,7 @@ class EventBook:
 
 
 class StandardLogging(logging.Handler):
-    """Takes what libraries (asyncio, uvicorn) say through `logging` into the book, from any thread's loop calls."""
+    """Takes what libraries (asyncio, uvicorn) say through `logging` into the book; they say it in the loop's thread."""
 
     def __init__(self, log: LogBook) -> None:
         super().__init__(logging.WARNING)

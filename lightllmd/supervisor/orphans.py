@@ -23,7 +23,7 @@ def reap_strangers(reap_known: Callable[[int], bool]) -> list[int]:
     WNOWAIT looks before it takes: a child with an owner is left to `reap_known(pid)`, which reaps it, keeps its
     status, and answers True; else the status would be stolen from subprocess.Popen.
     """
-    strangers = []
+    strangers: list[int] = []
     while True:
         try:
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from lightllmd.errors import SystemFailure
+from lightllmd.ipc.child import die_with_parent
 from lightllmd.supervisor.orphans import kill_group
 
 LONGEST_LINE = 16 << 10  # bytes; a longer line is cut into several
+LAST_WORDS = 1 << 20  # bytes read at most of what a dead process left in its pipe
 # Said to us by systemd, not to our children.
 _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
 
@@ -24,8 +27,9 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 class Process:
     """Leads a session and process group of its own. `on_exit` and `on_output` are called from the loop.
 
-    `capture` keeps stdout apart (`captured`) and gives `on_output` stderr only. Raises SystemFailure where the host
-    refuses (no process, memory or descriptor left); nothing is left open then.
+    `capture` keeps stdout apart (`captured`) and gives `on_output` stderr only. `tied` arms the death of the child
+    with ours before it runs anything; those that call `ipc.child.adopt` do that themselves, more cheaply. Raises
+    SystemFailure where the host refuses (no process, memory or descriptor left); nothing is left open then.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Process:
         pass_fds: Sequence[int] = (),
         stdin: bytes | None = None,
         capture: bool = False,
+        tied: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_exit, self._on_output = on_exit, on_output
@@ -59,6 +64,7 @@ class Process:
                 pass_fds=pass_fds,
                 start_new_session=True,
                 env=child_environment(os.environ),
+                preexec_fn=partial(die_with_parent, os.getpid()) if tied else None,
             )
             try:
                 self._pidfd = os.pidfd_open(self._popen.pid)
@@ -104,7 +110,9 @@ class Process:
         """After its death: ends what is left of its group, reads its last words, lets go of every descriptor."""
         kill_group(self.pid)
         for fd in list(self._pipes):
-            self._read(fd)
+            for _ in range(LAST_WORDS >> 16):
+                if not self._read(fd):
+                    break
         for fd, rest in self._pipes.items():
             if rest and rest is not self.captured:
                 self._say(rest)
@@ -127,30 +135,30 @@ class Process:
         except BrokenPipeError:
             pass  # it is dead already; its exit tells why
 
-    def _read(self, fd: int) -> None:
-        """Everything that is there now."""
+    def _read(self, fd: int) -> bool:
+        """What is there now, up to 64 KiB: one worker that prints without end must not keep the loop.
+
+        True when there may be more.
+        """
+        try:
+            chunk = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            self._loop.remove_reader(fd)
+            return False
         pending = self._pipes[fd]
-        while True:
-            try:
-                chunk = os.read(fd, 1 << 16)
-            except BlockingIOError:
-                return
-            if not chunk:
-                self._loop.remove_reader(fd)
-                return
-            pending += chunk
-            if pending is self.captured:
-                continue
-            *lines, rest = pending.split(b"\n")
-            for line in lines:
-                self._say(line)
-            while len(rest) > LONGEST_LINE:
-                self._say(rest[:LONGEST_LINE])
-                rest = rest[LONGEST_LINE:]
-            pending[:] = rest
-            # One worker that prints without end must not keep the loop: the rest waits for the next turn.
-            if len(chunk) == 1 << 16:
-                return
+        pending += chunk
+        if pending is self.captured:
+            return True
+        *lines, rest = pending.split(b"\n")
+        for line in lines:
+            self._say(line)
+        while len(rest) > LONGEST_LINE:
+            self._say(rest[:LONGEST_LINE])
+            rest = rest[LONGEST_LINE:]
+        pending[:] = rest
+        return True
 
     def _say(self, line: bytes | bytearray) -> None:
         self._on_output(line.decode(errors="replace").rstrip("\r"))

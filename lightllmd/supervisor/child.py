@@ -1,0 +1,218 @@
+"""One process of a worker, from its spawn to its death."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from lightllmd.errors import SystemFailure
+from lightllmd.ipc import channel
+from lightllmd.ipc.messages import Down, Failed, Heartbeat, Stop
+from lightllmd.supervisor import exits, health
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.process import Process
+from lightllmd.supervisor.restart import PROVED_AFTER
+
+TAIL = 40  # lines of its output kept with its exit: a stack of each thread fits
+STOP_GRACE = 2.0  # seconds at most between `Stop` and SIGTERM
+# Counters of which any growth since "ready" shows that the worker has served somebody.
+_SERVICE = ("tokens_out", "ok", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Exited:
+    """Event: the process is dead and not yet reaped."""
+
+    child: Child
+
+
+@dataclass(frozen=True)
+class Readable:
+    """Event: there are messages in the child's channel, or it was closed."""
+
+    child: Child
+
+
+class Child:
+    """Owned by one `Worker`. Everything but the two event callbacks happens inside the single-writer loop.
+
+    starting -> running -> stopping -> exited; any of the first three may go straight to exited.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        worker: str,
+        number: int,
+        command: Callable[[int], Sequence[str]],
+        first: Down,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self.worker = worker
+        self.number = number  # the engine's generation, the api worker's epoch
+        self.started = time.time()
+        self.vitals = health.Vitals(moved=context.clock.now)
+        self.stats: dict[str, float] = {}
+        self.ready_at: float | None = None  # running clock
+        self.memory = 0  # bytes resident, as last measured
+        self.tail: deque[str] = deque(maxlen=TAIL)
+        self.asked: str | None = None  # what it was asked to end for; its end is no failure then
+        self.hung: str | None = None
+        self.failed: Failed | None = None
+        self.exited = False
+        self._service_at_ready: dict[str, float] = {}
+        self._ladder: list[tuple[float, int]] = []  # (running clock, signal), what is still to be sent
+        self._announced = False  # it reads its channel no more, so its death is near
+        try:
+            self.channel, theirs = channel.pair()
+        except OSError as refused:
+            raise SystemFailure(f"can't make a socket pair: {refused}") from refused
+        try:
+            self.process = Process(
+                command(theirs.fileno()),
+                on_exit=lambda: context.post(Exited(self)),
+                on_output=self._output,
+                pass_fds=(theirs.fileno(), *pass_fds),
+            )
+        except SystemFailure:
+            self.channel.close()
+            raise
+        finally:
+            theirs.close()
+        self._loop.add_reader(self.channel.fileno(), self._readable)
+        self.send(first)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def ready(self) -> bool:
+        return self.ready_at is not None and not self.exited
+
+    @property
+    def state(self) -> str:
+        if self.exited:
+            return "exited"
+        if self._ladder or self.asked:
+            return "stopping"
+        return "running" if self.ready else "starting"
+
+    @property
+    def proved(self) -> bool:
+        """Whether it has been of use, so that its death doesn't count as a failed start."""
+        if self.ready_at is None:
+            return False
+        if self._context.clock.now - self.ready_at >= PROVED_AFTER:
+            return True
+        return any(self.stats.get(name, 0) > self._service_at_ready.get(name, 0) for name in _SERVICE)
+
+    # --- messages --------------------------------------------------------------------------------------------
+    def send(self, message: Down) -> None:
+        if not self.exited and not self.channel.send(message):
+            self._context.log.own(
+                "warning", f"{self.worker}: {type(message).__name__} could not be sent to pid {self.pid}"
+            )
+
+    def receive(self) -> bool:
+        """Takes in all messages that are there. True when the worker has just become ready."""
+        was_ready = self.ready_at is not None
+        try:
+            for message in self.channel.receive():
+                if isinstance(message, Heartbeat):
+                    self._hear(message)
+                else:
+                    self.failed = message
+        except msgspec.DecodeError as garbage:
+            self._context.log.own("error", f"{self.worker}: not a message: {garbage}")
+        if self.channel.closed and not self.exited:
+            self._loop.remove_reader(self.channel.fileno())
+        return not was_ready and self.ready_at is not None
+
+    def _hear(self, beat: Heartbeat) -> None:
+        now = self._context.clock.now
+        self.vitals.hear(beat, now)
+        self.stats = beat.stats
+        if beat.phase == "ready" and self.ready_at is None:
+            self.ready_at = now
+            self._service_at_ready = dict(beat.stats)
+
+    def _readable(self) -> None:
+        # Read inside the single-writer loop, so that a last word is never overtaken by the death it explains.
+        self._loop.remove_reader(self.channel.fileno())
+        self._context.post(Readable(self))
+
+    def listen(self) -> None:
+        """Wait for the next message; called when the last ones have been taken in."""
+        if not self.exited and not self.channel.closed:
+            self._loop.add_reader(self.channel.fileno(), self._readable)
+
+    def _output(self, line: str) -> None:
+        self.tail.append(line)
+        self._context.log.write_output(self.worker, line)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+    def terminate(self, why: str) -> None:
+        """SIGTERM now, SIGKILL after stop_timeout."""
+        now = self._context.clock.now
+        self.asked = why
+        self._climb((now, signal.SIGTERM), (now + self._context.config.supervisor.stop_timeout, signal.SIGKILL))
+
+    def stop(self, why: str) -> None:
+        """A `Stop` message, SIGTERM if that is not heard, SIGKILL after stop_timeout."""
+        now, timeout = self._context.clock.now, self._context.config.supervisor.stop_timeout
+        self.asked = why
+        self.send(Stop())
+        self._climb((now + min(STOP_GRACE, timeout / 2), signal.SIGTERM), (now + timeout, signal.SIGKILL))
+
+    def retire(self, why: str) -> None:
+        """It finishes by itself (`Retire` was sent); who doesn't within drain_timeout is ended."""
+        settings = self._context.config.supervisor
+        late = self._context.clock.now + settings.drain_timeout
+        self.asked = why
+        self._climb((late, signal.SIGTERM), (late + settings.stop_timeout, signal.SIGKILL))
+
+    def kill(self, why: str) -> None:
+        self.asked = why
+        self._climb((self._context.clock.now, signal.SIGKILL))
+
+    def check(self) -> None:
+        """At every tick: sends the signals that are due and looks for a hang."""
+        now, settings = self._context.clock.now, self._context.config.supervisor
+        if self.exited:
+            return
+        if self.hung is None and (reason := health.overdue(self.vitals, settings, now)):
+            self.hung = reason
+            self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
+            # SIGABRT makes faulthandler print every thread's stack; a stopped process can't, SIGKILL always works.
+            self._climb((now, signal.SIGABRT), (now + settings.abort_grace, signal.SIGKILL))
+        self._climb(*self._ladder)
+
+    def _climb(self, *ladder: tuple[float, int]) -> None:
+        now = self._context.clock.now
+        for _, number in (rung for rung in ladder if rung[0] <= now):
+            self.process.send_signal(number)
+        self._ladder = [rung for rung in ladder if rung[0] > now]
+
+    def autopsy(self) -> exits.Ending | None:
+        """Reaps it, hears its last words and says how it ended; None when it isn't dead."""
+        returncode = self.process.reap()
+        if returncode is None:
+            return None
+        self.receive()
+        self.exited = True
+        return exits.classify(returncode, failed=self.failed, hung=self.hung, asked=self.asked)
+
+    def dispose(self) -> None:
+        """After the autopsy: ends its group, keeps its last output, lets go of every descriptor."""
+        self.process.dispose()
+        self._loop.remove_reader(self.channel.fileno())
+        self.channel.close()

@@ -1,0 +1,49 @@
+"""What the parts of the supervisor share: settings, clock, books, and the way into the single-writer loop."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lightllmd.config.parameters import Config
+from lightllmd.supervisor.health import RunningClock
+from lightllmd.supervisor.logs import EventBook, LogBook
+from lightllmd.supervisor.runtime import Runtime
+
+
+def _nowhere(event: object) -> None:
+    raise RuntimeError(f"no supervisor runs: {event}")
+
+
+@dataclass(frozen=True)
+class Commands:
+    """How the children are started; tests put stand-ins here."""
+
+    python: str = sys.executable
+
+    def probe(self) -> list[str]:
+        return [self.python, "-m", "lightllmd.weights.probe"]
+
+    def api(self, channel_fd: int) -> list[str]:
+        return [self.python, "-m", "lightllmd.api", str(channel_fd), str(os.getpid())]
+
+    def engine(self, channel_fd: int, flight_fd: int) -> list[str]:
+        return [self.python, "-m", "lightllmd.engine", str(channel_fd), str(os.getpid()), str(flight_fd)]
+
+
+@dataclass
+class Context:
+    config: Config
+    clock: RunningClock
+    log: LogBook
+    events: EventBook
+    runtime: Runtime
+    commands: Commands
+    listeners: list[socket.socket]
+    post: Callable[[object], None] = _nowhere  # puts an event into the supervisor's queue; the only way in
+    random: random.Random = field(default_factory=random.Random)
+    plan: bytes = b""  # the plan in force, encoded; empty before it is made

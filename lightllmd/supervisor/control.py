@@ -1,0 +1,287 @@
+"""The control plane: HTTP and JSON on a Unix socket, served by the supervisor's own loop. Shapes: see `snapshot`.
+
+Reads are answered from the state as it is; mutations are put into the supervisor's queue and decided there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from lightllmd import __version__
+from lightllmd.config import resolve
+from lightllmd.config.load import load
+from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotAvailableYet, NotPermitted, TryAgain, Usage
+from lightllmd.supervisor import logs, snapshot, status
+from lightllmd.supervisor.jobs import RunningJob
+from lightllmd.supervisor.peers import BODY_TIMEOUT, ControlProtocol, Peer, may_mutate
+from lightllmd.supervisor.verbs import Asked
+
+if TYPE_CHECKING:
+    from lightllmd.supervisor.supervisor import Supervisor
+
+LONGEST_BODY = 1 << 20  # bytes
+KEEP_ALIVE = 10.0  # seconds between empty lines on a quiet stream
+DEFAULT_LINES = 100
+VALUES = (
+    "max_total_token_num",
+    "batch_max_tokens",
+    "eos_id",
+    "data_type",
+    "tokenizer_mode",
+    "log_stats_interval",
+    "vocab_size",
+    "model_name",
+)  # of a plan: what is in force where the configuration may say "auto" or nothing
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals stay the supervisor's."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
+class Server:
+    """The listening end. `start` returns once requests are answered."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._socket = supervisor.context.runtime.bind_control()
+        config = uvicorn.Config(
+            ControlPlane(supervisor).app(),
+            http=ControlProtocol,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = _Uvicorn(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+
+
+class ControlPlane:
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    def app(self) -> Starlette:
+        later = ("/v1/reload", "/v1/swap", "/v1/reset-failed")
+        routes = [
+            Route("/v1/status", self.status),
+            Route("/v1/version", self.version),
+            Route("/v1/workers", self.workers),
+            Route("/v1/config", self.config),
+            Route("/v1/check", self.check, methods=["POST"]),
+            Route("/v1/restart", self.restart, methods=["POST"]),
+            Route("/v1/drain", self.drain, methods=["POST"]),
+            Route("/v1/resume", self.resume, methods=["POST"]),
+            Route("/v1/stop", self.stop, methods=["POST"]),
+            Route("/v1/jobs", self.jobs),
+            Route("/v1/jobs/{id}", self.job),
+            Route("/v1/events", self.events),
+            Route("/v1/logs", self.logs),
+            *(Route(path, self.not_available_yet, methods=["POST"]) for path in later),
+        ]
+        return Starlette(routes=routes, exception_handlers={LightllmdError: _refuse})
+
+    # --- reads ---------------------------------------------------------------------------------------------------
+    async def status(self, request: Request) -> Response:
+        return _json(status.build(self._supervisor))
+
+    async def version(self, request: Request) -> Response:
+        return _json(snapshot.Version(version=__version__, python=platform.python_version(), pid=self._supervisor.pid))
+
+    async def workers(self, request: Request) -> Response:
+        return _json(status.workers(self._supervisor))
+
+    async def config(self, request: Request) -> Response:
+        if not _switch(request, "effective"):
+            return _json(self._supervisor.context.config)
+        plan = self._supervisor.plan
+        if plan is None:
+            raise TryAgain("the plan is not made yet")
+        return _json(
+            snapshot.Effective(
+                config=msgspec.to_builtins(plan.config),
+                values={name: getattr(plan, name) for name in VALUES},
+                derived=plan.derived,
+                budget=plan.budget,
+                budget_needed=plan.budget.needed,
+                report=resolve.report(plan),
+            )
+        )
+
+    async def check(self, request: Request) -> Response:
+        body = await _body(request, {"file"})
+        file = body.get("file")
+        if not isinstance(file, str) or not file.startswith("/"):
+            raise Usage('check needs {"file": an absolute path}')
+        await asyncio.to_thread(load, file)
+        return _json(snapshot.Checked(file=file))
+
+    async def jobs(self, request: Request) -> Response:
+        return _json(self._supervisor.verbs.jobs.all())
+
+    async def job(self, request: Request) -> Response:
+        number = request.path_params["id"]
+        job = self._supervisor.verbs.jobs.get(int(number) if number.isdecimal() and len(number) < 16 else -1)
+        return _stream(job.follow(KEEP_ALIVE))
+
+    async def events(self, request: Request) -> Response:
+        feed = self._supervisor.context.events.feed
+        lines = _count(request, "lines", DEFAULT_LINES)
+        following = feed.follow(KEEP_ALIVE) if _switch(request, "follow") else None
+        return _stream(_history(feed.last(lines), following))
+
+    async def logs(self, request: Request) -> Response:
+        book, worker = self._supervisor.context.log, request.query_params.get("worker") or None
+        names = [logs.OWN, *(worker.name for worker in status.workers(self._supervisor))]
+        if worker is not None and worker not in names:
+            raise NoSuchWorker(f"no worker {worker!r}: there are {', '.join(names)}", worker=worker, candidates=names)
+        following = book.feed.follow(KEEP_ALIVE) if _switch(request, "follow") else None
+        if following is not None and worker is not None:
+            following = _only(following, worker)
+        text = request.query_params.get("format") == "text"
+        lines = _history(book.last(_count(request, "lines", DEFAULT_LINES), worker), following)
+        return _stream(lines, logs.text_line if text else None)
+
+    # --- mutations -----------------------------------------------------------------------------------------------
+    async def restart(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        worker = (await _body(request, {"worker"})).get("worker") or ""
+        if not isinstance(worker, str):
+            raise Usage('worker is a name such as "engine" or "api-0"')
+        return await self._job(lambda: self._supervisor.verbs.restart(asked, worker))
+
+    async def drain(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        await _body(request, set())
+        return await self._job(lambda: self._supervisor.verbs.drain(asked))
+
+    async def resume(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        await _body(request, set())
+        return await self._job(lambda: self._supervisor.verbs.resume(asked))
+
+    async def stop(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        now = (await _body(request, {"now"})).get("now", False)
+        if not isinstance(now, bool):
+            raise Usage("now is true or false")
+        return await self._job(lambda: self._supervisor.verbs.stop(asked, now))
+
+    async def not_available_yet(self, request: Request) -> Response:
+        self._mutation(request)
+        verb = request.url.path.rsplit("/", 1)[1]
+        raise NotAvailableYet(f"{verb} is not available yet in version {__version__}", verb=verb)
+
+    def _mutation(self, request: Request) -> Asked:
+        """Who asks, if they may."""
+        peer: Peer = request.state.peer
+        if not may_mutate(peer):
+            self._supervisor.context.log.own("warning", f"{request.url.path} refused to uid {peer.uid}, pid {peer.pid}")
+            raise NotPermitted(
+                f"uid {peer.uid} may not do this: only root, the daemon's user and members of group lightllmd may",
+                uid=peer.uid,
+            )
+        premise = request.headers.get("if-match")
+        if premise is not None and not premise.strip('"').isdecimal():
+            raise Usage("If-Match carries a generation number")
+        return Asked(peer.uid, peer.pid, None if premise is None else int(premise.strip('"')))
+
+    async def _job(self, act: Callable[[], RunningJob]) -> Response:
+        job = await self._supervisor.call(act)
+        return _json(job.snapshot, status=202)
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+async def _refuse(request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, LightllmdError)
+    headers = {"Retry-After": f"{refusal.retry_after:g}"} if refusal.retry_after is not None else None
+    return Response(msgspec.json.encode(refusal.as_dict()), refusal.status, headers, "application/json")
+
+
+async def _body(request: Request, known: set[str]) -> dict[str, Any]:
+    """The JSON object of a request; no body is an empty one. Raises BodyTooLarge, Usage."""
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > LONGEST_BODY:
+                    raise BodyTooLarge(f"the body is larger than {LONGEST_BODY} bytes", limit=LONGEST_BODY)
+    except TimeoutError:
+        raise Usage(f"the body did not arrive within {BODY_TIMEOUT:g} s") from None
+    try:
+        parsed = msgspec.json.decode(body, type=dict[str, Any]) if body.strip() else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as wrong:
+        raise Usage(f"the body is not a JSON object: {wrong}") from None
+    if unknown := sorted(set(parsed) - known):
+        raise Usage(f"unknown {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'nothing'}")
+    return parsed
+
+
+def _switch(request: Request, name: str) -> bool:
+    value = request.query_params.get(name, "")
+    if value.lower() in ("", "0", "false", "no"):
+        return False
+    if value.lower() in ("1", "true", "yes"):
+        return True
+    raise Usage(f"{name}={value}: 1 or 0")
+
+
+def _count(request: Request, name: str, default: int) -> int:
+    value = request.query_params.get(name, str(default))
+    if not value.isdecimal() or len(value) > 9:
+        raise Usage(f"{name}={value}: a number of lines from 0 up")
+    return int(value)
+
+
+async def _history(past: list[Any], following: AsyncIterator[list[Any]] | None) -> AsyncIterator[list[Any]]:
+    yield past
+    if following is not None:
+        async for batch in following:
+            yield batch
+
+
+async def _only(batches: AsyncIterator[list[snapshot.LogLine]], worker: str) -> AsyncIterator[list[snapshot.LogLine]]:
+    async for batch in batches:
+        yield [line for line in batch if line.worker == worker]
+
+
+def _stream(batches: AsyncIterator[list[Any]], render: Callable[[Any], str] | None = None) -> Response:
+    """One item a line; an empty line for an empty batch, so that a vanished reader is noticed."""
+
+    async def body() -> AsyncIterator[bytes]:
+        async for batch in batches:
+            encoded = [render(item).encode() if render else msgspec.json.encode(item) for item in batch]
+            yield b"\n".join(encoded) + b"\n"
+
+    media_type = "text/plain; charset=utf-8" if render else "application/x-ndjson"
+    return StreamingResponse(body(), media_type=media_type)

@@ -1,0 +1,143 @@
+"""The engine side: one generation at a time, and the next when it dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import msgspec
+
+from lightllmd.errors import SystemFailure
+from lightllmd.ipc import flight_record
+from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp
+from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.exits import Ending
+from lightllmd.supervisor.memory import available_memory
+from lightllmd.supervisor.worker import Worker
+
+MEMORY_PATIENCE = 30.0  # seconds that a start waits for the planned bytes to be free again
+
+
+class Generation:
+    """One engine process, its endpoint, and the record of what it was doing."""
+
+    def __init__(self, context: Context, worker: str, number: int) -> None:
+        self.number = number
+        self._path = context.runtime.endpoint_path(number)
+        self.endpoint = f"ipc://{self._path}"
+        try:
+            self._flight = flight_record.create()
+        except OSError as refused:
+            raise SystemFailure(f"can't make the flight record: {refused}") from refused
+        first = EngineConfigure(
+            plan=context.plan,
+            generation=number,
+            rank=0,
+            endpoint=self.endpoint,
+            metrics_dir=str(context.runtime.metrics),
+        )
+        try:
+            self.child = Child(
+                context,
+                worker,
+                number,
+                lambda fd: context.commands.engine(fd, self._flight),
+                first,
+                pass_fds=(self._flight,),
+            )
+        except SystemFailure:
+            os.close(self._flight)
+            raise
+
+    def unproven(self) -> list[int]:
+        """The requests that were admitted and without a token when it died."""
+        try:
+            return flight_record.read(self._flight).unproven
+        except (msgspec.MsgspecError, OSError):
+            return []  # it scribbled over its own record: nothing is known of its last step
+
+    def dispose(self) -> None:
+        self.child.dispose()
+        os.close(self._flight)
+        self._path.unlink(missing_ok=True)
+
+
+class Engine:
+    """Keeps one generation in service. `tell_apis` sends a message to every api worker."""
+
+    def __init__(self, context: Context, tell_apis: Callable[[Down], None]) -> None:
+        self._context = context
+        self._tell_apis = tell_apis
+        self.worker = Worker(context, "engine", 0, self._launch)
+        self.generation: Generation | None = None
+        self.waits_for_memory: int | None = None  # bytes, while a start is put off
+        self._waited_since: float | None = None
+        self.bytes_needed = 0  # by the plan
+
+    def _launch(self, number: int) -> Child:
+        self.generation = Generation(self._context, self.worker.name, number)
+        return self.generation.child
+
+    def owns(self, child: Child) -> bool:
+        return self.generation is not None and self.generation.child is child
+
+    def up(self) -> EngineUp | None:
+        """What a new api worker has to be told; None while no generation is ready."""
+        if self.generation is None or not self.generation.child.ready:
+            return None
+        return EngineUp(self.generation.number, self.generation.endpoint)
+
+    def became_ready(self) -> None:
+        self.worker.became_ready()
+        if up := self.up():
+            self._tell_apis(up)
+
+    def died(self, child: Child, ending: Ending, again: bool) -> None:
+        """The api workers hear of it before anything else is done."""
+        generation, self.generation = self.generation, None
+        assert generation is not None
+        asked = child.asked is not None
+        self._tell_apis(
+            EngineDown(
+                generation=generation.number,
+                cause=ending.cause,
+                unproven=[] if asked else generation.unproven(),
+                self_inflicted=ending.self_inflicted,
+            )
+        )
+        generation.dispose()
+        self._context.runtime.forget_metrics(child.pid)
+        self.worker.died(ending, again)
+        self.tick()
+
+    def api_gone(self, api: int, epoch: int) -> None:
+        if self.generation is not None:
+            self.generation.child.send(ApiGone(api, epoch))
+
+    def restart(self) -> int:
+        """Ends the generation, if one lives; the number of the one that follows."""
+        self.worker.forgive()
+        if self.generation is not None:
+            self.generation.child.terminate("restart requested")
+        return self.worker.number + 1
+
+    def tick(self) -> None:
+        """Starts the next generation when it is due and the bytes of its plan are free."""
+        now = self._context.clock.now
+        if self.worker.due is None or now < self.worker.due:
+            return
+        free = available_memory()
+        if free is not None and free < self.bytes_needed:
+            if self._waited_since is None:
+                self._waited_since = now
+                self._context.log.own(
+                    "warning",
+                    f"{self.worker.name}: the plan needs {self.bytes_needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+                    f"free: waiting at most {MEMORY_PATIENCE:g} s",
+                )
+            if now - self._waited_since < MEMORY_PATIENCE:
+                self.waits_for_memory = self.bytes_needed
+                return
+        self._waited_since = self.waits_for_memory = None
+        self.worker.start()

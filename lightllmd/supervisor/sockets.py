@@ -1,0 +1,123 @@
+"""The HTTP listeners: bound here or handed to us by systemd; api workers inherit them, connections outlive those."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+
+from lightllmd.errors import SystemFailure
+
+BACKLOG = 4096  # connections that wait while no api worker lives
+_FIRST_FD = 3  # SD_LISTEN_FDS_START
+_PATIENCE = 1.0  # seconds for a predecessor's dying workers to let go of the port
+
+
+def activated(environment: MutableMapping[str, str], pid: int) -> list[socket.socket]:
+    """Stream listeners of sd_listen_fds(3), in order; the variables are taken out of `environment`."""
+    meant_for_us = environment.get("LISTEN_PID") == str(pid)
+    count = environment.get("LISTEN_FDS", "0")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environment.pop(name, None)
+    if not meant_for_us or not count.isdigit():
+        return []
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as broken:
+            raise SystemFailure(f"LISTEN_FDS={count}, but descriptor {fd} is no socket: {broken}") from broken
+        os.set_inheritable(fd, False)
+        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise SystemFailure(f"LISTEN_FDS: descriptor {fd} is no listening stream socket")
+        sock.setblocking(False)
+        sockets.append(sock)
+    return sockets
+
+
+def bind(host: str, port: int, sleep: Callable[[float], None] = time.sleep) -> list[socket.socket]:
+    """Listens on every address of `host`; port 0 is chosen once for all of them. Raises SystemFailure."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as unknown:
+        raise SystemFailure(f"can't resolve host {host!r}: {unknown.strerror}") from unknown
+    sockets: list[socket.socket] = []
+    both_families = len({entry[0] for entry in found}) > 1  # one socket each; else "::" takes IPv4 as well
+    deadline = time.monotonic() + _PATIENCE
+    for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+        if sockets and port == 0:
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        while True:
+            try:
+                sockets.append(_listen(family, address, both_families))
+                break
+            except OSError as refused:
+                if refused.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                    sleep(0.05)
+                    continue
+                # A name may stand for an address that this host doesn't have (::1 without IPv6): the others do.
+                if refused.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(found) > 1:
+                    break
+                for sock in sockets:
+                    sock.close()
+                raise SystemFailure(_why(refused, host, int(address[1]))) from refused
+    if not sockets:
+        raise SystemFailure(f"no address of {host!r} can be listened on")
+    return sockets
+
+
+def _listen(family: int, address: tuple, v6_only: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _why(refused: OSError, host: str, port: int) -> str:
+    if refused.errno == errno.EADDRINUSE:
+        return f"{host}:{port} is in use by {holder(port) or 'another process'}"
+    if refused.errno == errno.EACCES:
+        return f"no permission to listen on {host}:{port}"
+    return f"can't listen on {host}:{port}: {refused.strerror}"
+
+
+def holder(port: int) -> str | None:
+    """Who listens on this port, as "pid 812 (nginx)"; None where the host doesn't tell."""
+    import psutil  # costs memory that only this failure is worth
+
+    try:
+        connections = psutil.net_connections(kind="tcp")
+    except psutil.Error:
+        return None
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            try:
+                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+            except psutil.Error:
+                return f"pid {connection.pid}"
+    return None
+
+
+def url(sock: socket.socket, tls: bool = False) -> str:
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    address, port = sock.getsockname()[:2]
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{address}]:{port}" if sock.family == socket.AF_INET6 else f"{scheme}://{address}:{port}"
+
+
+def beyond_loopback(sock: socket.socket) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    return not ipaddress.ip_address(sock.getsockname()[0].split("%")[0]).is_loopback

@@ -1,0 +1,131 @@
+"""The status page as data: one consistent look at everything, made inside the loop's thread, waiting for nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightllmd import __version__
+from lightllmd.supervisor import snapshot
+from lightllmd.supervisor.verbs import describe, fraction
+
+if TYPE_CHECKING:
+    from lightllmd.supervisor.supervisor import Supervisor
+
+EVENTS_SHOWN = 10
+
+
+def health(supervisor: Supervisor) -> tuple[bool, str]:
+    """Whether new requests are served, and why or why not. The reason changes with the state, not with progress."""
+    verbs, worker = supervisor.verbs, supervisor.engine.worker
+    if verbs.stopping is not None:
+        return False, "stopping"
+    if verbs.draining:
+        return False, "drained" if verbs.drained else "draining"
+    if supervisor.plan is None:
+        return False, "planning: reading the model's headers"
+    if worker.ready:
+        return True, "ready"
+    if worker.fatal is not None:
+        return False, f"the engine is not started again: {worker.fatal.cause}"
+    if supervisor.engine.waits_for_memory is not None:
+        return False, "waiting for memory to become free"
+    if worker.last_exit is not None:
+        return False, f"the engine is restarting: {worker.last_exit.cause}"
+    return False, "the model is loading"
+
+
+def state(supervisor: Supervisor) -> str:
+    verbs = supervisor.verbs
+    if verbs.ending:
+        return "stopping"
+    if verbs.draining:
+        return "drained" if verbs.drained else "draining"
+    if supervisor.served_since is None:
+        return "starting"
+    workers = [supervisor.engine.worker, *(api.worker for api in supervisor.front.apis)]
+    return "serving" if all(worker.ready for worker in workers) else "degraded"
+
+
+def sentence(supervisor: Supervisor) -> str:
+    """The state in one line, as systemctl status shows it."""
+    verbs, worker = supervisor.verbs, supervisor.engine.worker
+    if verbs.stopping is not None:
+        return f"Stopping: {verbs.stopping.snapshot.phase}"
+    if verbs.draining:
+        return f"Draining: {supervisor.front.now('in_flight')} requests in flight"
+    if supervisor.plan is None:
+        return "Reading the model's headers"
+    if worker.ready:
+        return f"Serving {supervisor.plan.model_name}"
+    why = f" after: {worker.last_exit.cause}" if worker.last_exit else ""
+    return describe(worker) + why
+
+
+def _model(supervisor: Supervisor) -> snapshot.Model | None:
+    plan, worker = supervisor.plan, supervisor.engine.worker
+    if plan is None:
+        return None
+    if worker.ready:
+        how = "ready"
+    elif worker.fatal is not None:
+        how = "failed"
+    else:
+        how = "loading" if worker.child is not None else "down"
+    stats = worker.child.stats if worker.child else {}
+    return snapshot.Model(
+        name=plan.model_name,
+        state=how,
+        progress=fraction(worker),
+        device=plan.device.kind,
+        data_type=plan.data_type,
+        weight_bytes=next((row.bytes for row in plan.budget.rows if row.name == "weights"), 0),
+        tensor_parallel=plan.config.params.tp,
+        kv_slots_used=int(stats.get("slots_used", 0)),
+        kv_slots_total=int(stats.get("slots_total", plan.max_total_token_num)),
+    )
+
+
+def _requests(supervisor: Supervisor) -> snapshot.Requests:
+    front, child = supervisor.front, supervisor.engine.worker.child
+    stats = child.stats if child else {}
+    return snapshot.Requests(
+        running=int(stats.get("running", 0)),
+        waiting=int(stats.get("waiting", 0) + stats.get("paused", 0)),
+        held=front.now("held"),
+        in_flight=front.now("in_flight"),
+        ok=front.total("ok"),
+        cancelled=front.total("cancelled"),
+        failed=front.total("failed"),
+        resumed=front.total("resumed"),
+    )
+
+
+def workers(supervisor: Supervisor) -> list[snapshot.Worker]:
+    return [api.worker.snapshot() for api in supervisor.front.apis] + [supervisor.engine.worker.snapshot()]
+
+
+def build(supervisor: Supervisor) -> snapshot.Status:
+    shown = workers(supervisor)
+    ready, reason = health(supervisor)
+    ages = [worker.heartbeat_age_s for worker in shown if worker.heartbeat_age_s is not None]
+    return snapshot.Status(
+        name="lightllmd",
+        version=__version__,
+        pid=supervisor.pid,
+        state=supervisor.state,
+        since=supervisor.since,
+        started=supervisor.started,
+        ready=ready and supervisor.front.ready,
+        health=reason if supervisor.front.ready or not ready else "no api worker is ready",
+        heartbeat_age_s=max(ages, default=None),
+        generation=supervisor.engine.worker.number,
+        restarts=sum(worker.restarts for worker in shown),
+        config=snapshot.ConfigSource(file=supervisor.config_file, loaded=supervisor.started),
+        listeners=supervisor.urls,
+        control_socket=str(supervisor.context.runtime.control_socket),
+        model=_model(supervisor),
+        requests=_requests(supervisor),
+        workers=shown,
+        jobs=[job.snapshot for job in supervisor.verbs.jobs.running()],
+        events=supervisor.context.events.feed.last(EVENTS_SHOWN),
+    )

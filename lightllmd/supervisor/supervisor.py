@@ -1,0 +1,341 @@
+"""The supervisor: one queue of events, one task that applies them.
+
+Signals, exits, messages, control requests and timers only enqueue; `Supervisor._apply` and what it calls are the
+only code that changes state, and they never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightllmd import __version__
+from lightllmd.config import resolve
+from lightllmd.config.cli import Invocation
+from lightllmd.config.plan import Plan, encode_plan
+from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
+from lightllmd.ipc.messages import Drain, Health
+from lightllmd.supervisor import control, logs, orphans, planning, sockets, status
+from lightllmd.supervisor.child import Child, Exited, Readable
+from lightllmd.supervisor.context import Commands, Context
+from lightllmd.supervisor.frontend import FrontEnd
+from lightllmd.supervisor.generation import Engine
+from lightllmd.supervisor.health import RunningClock
+from lightllmd.supervisor.memory import resident
+from lightllmd.supervisor.notify import Notifier, is_journal
+from lightllmd.supervisor.runtime import Runtime, control_socket_path
+from lightllmd.supervisor.verbs import Asked, Verbs
+
+TICK = 0.1  # seconds between two looks at deadlines
+_SLOW_EVERY = 10  # ticks between two looks at what changes slowly (memory, systemd's time-outs)
+_EXTENSION = 30  # seconds of start-up time asked of systemd at a time
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """Event: this process got a signal."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Event: time has passed."""
+
+
+@dataclass(frozen=True)
+class Requested:
+    """Event: a control request that changes something; its answer goes into `answer`."""
+
+    act: Callable[[], Any]
+    answer: asyncio.Future[Any]
+
+
+class Supervisor:
+    """Built outside the loop (so that a refusal of the host comes before anything is started), then `run` once."""
+
+    def __init__(self, context: Context, config_file: str | None, notifier: Notifier) -> None:
+        self.context = context
+        self.config_file = config_file
+        self.notifier = notifier
+        self.pid = os.getpid()
+        self.started = self.since = time.time()
+        self.state = "starting"
+        self.plan: Plan | None = None
+        self.served_since: float | None = None  # Unix time of the first readiness
+        self.urls = [sockets.url(sock, bool(context.config.http.tls_certificate)) for sock in context.listeners]
+        self.queue: asyncio.Queue[object] = asyncio.Queue()
+        context.post = self.queue.put_nowait
+        self.front = FrontEnd(context, context.config.http.workers, self._greet)
+        self.engine = Engine(context, self.front.tell)
+        self.verbs = Verbs(context, self.engine, self.front)
+        self._planner = planning.Planner(context, config_file)
+        self._exit_code = EXIT_OK
+        self._health: tuple[bool, str] = (False, "")
+        self._ticks = 0
+        self._last_watchdog = 0.0
+        self._signals_to_stop = 0
+
+    async def run(self) -> int:
+        """Until told to stop; the daemon's exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            loop.add_signal_handler(number, self.context.post, Signalled(number))
+        orphans.become_subreaper()
+        server = control.Server(self)
+        planner = loop.create_task(self._planner.run())
+        ticker = loop.create_task(self._tick_for_ever())
+        self._announce()
+        try:
+            await server.start()
+            while not self._finished():
+                event = await self.queue.get()
+                self.context.clock.advance()
+                self._apply(event)
+                self._settle()
+        finally:
+            ticker.cancel()
+            planner.cancel()
+            await asyncio.gather(ticker, planner, return_exceptions=True)
+            self._kill_the_rest()
+            if self.verbs.stopping is not None:
+                self.verbs.stopping.finish("done" if self._exit_code == EXIT_OK else "failed", "stopped")
+            self.context.events.add("stop", f"stopped, exit code {self._exit_code}")
+            self.context.log.feed.close()
+            self.context.events.feed.close()
+            await server.stop()
+        return self._exit_code
+
+    async def call(self, act: Callable[[], Any]) -> Any:
+        """Runs `act` inside the single-writer loop and returns (or raises) what it does."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.context.post(Requested(act, answer))
+        return await answer
+
+    # --- events --------------------------------------------------------------------------------------------------
+    def _apply(self, event: object) -> None:
+        match event:
+            case Exited(child):
+                self._bury(child)
+            case Readable(child):
+                self._hear(child)
+            case Requested(act, answer):
+                self._answer(act, answer)
+            case Signalled(signal.SIGCHLD):
+                self._reap_strangers()
+            case Signalled(number):
+                self._on_signal(number)
+            case Ticked():
+                self._on_tick()
+            case planning.Planned(plan):
+                self._on_plan(plan)
+
+    def _settle(self) -> None:
+        """After every event: what follows from the new state."""
+        self.verbs.step()
+        if (state := status.state(self)) != self.state:
+            self.state, self.since = state, time.time()
+        health = status.health(self)
+        if health != self._health:
+            self._health = health
+            self.front.tell(Health(*health))
+        if health[0] and self.front.ready and self.served_since is None:
+            self._first_readiness()
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            self.context.events.add("warning", "SIGHUP: reload is not available yet", level="warning")
+            return
+        self._signals_to_stop += 1
+        self.context.events.add("stop", f"{name}: {'stopping now' if self._signals_to_stop > 1 else 'stopping'}")
+        if self._signals_to_stop > 2:
+            self._kill_the_rest()
+        else:
+            self.verbs.stop(Asked(), now=self._signals_to_stop > 1)
+
+    def _on_tick(self) -> None:
+        self._ticks += 1
+        for child in self._children():
+            child.check()
+        if self.plan is not None and not self.verbs.ending:
+            self.engine.tick()
+            self.front.tick()
+        if self._ticks % _SLOW_EVERY == 1:
+            for child in self._children():
+                child.memory = resident(child.pid)
+        self._tell_systemd()
+
+    def _on_plan(self, made: Plan | LightllmdError) -> None:
+        if self.verbs.ending:
+            return
+        if isinstance(made, LightllmdError):
+            self._give_up(made.message, made.exit_code)
+            return
+        self.plan = made
+        self.context.plan = encode_plan(made)
+        self.engine.bytes_needed = made.budget.needed if made.device.kind == "cpu" else 0
+        for line in resolve.report(made).splitlines():
+            self.context.log.own("info", line)
+        self.front.start()
+        self.engine.worker.start()
+
+    def _hear(self, child: Child) -> None:
+        if child.exited:
+            return
+        became_ready = child.receive()
+        child.listen()
+        if not became_ready:
+            return
+        api = self.front.owner(child)
+        if api is not None:
+            api.became_ready(child)
+        elif self.engine.owns(child):
+            self.engine.became_ready()
+
+    def _bury(self, child: Child) -> None:
+        ending = child.autopsy()
+        if ending is None:
+            return
+        again = not self.verbs.ending
+        api = self.front.owner(child)
+        if api is not None:
+            self.engine.api_gone(api.index, child.number)
+            child.dispose()
+            self.front.died(api, child, ending, again)
+        elif self.engine.owns(child):
+            self.engine.died(child, ending, again)
+        if ending.exit_code is not None and again and not child.asked and self.served_since is None:
+            self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
+
+    def _reap_strangers(self) -> None:
+        owned = {child.pid: child for child in self._children()}
+
+        def reap(pid: int) -> bool:
+            if pid in owned:
+                owned[pid].process.reap()  # its Exited event follows, or is in the queue already
+            return pid in owned or self._planner.reap(pid)
+
+        for pid in orphans.reap_strangers(reap):
+            self.context.log.own("debug", f"reaped an orphan, pid {pid}")
+
+    @staticmethod
+    def _answer(act: Callable[[], Any], answer: asyncio.Future[Any]) -> None:
+        if answer.cancelled():
+            return  # the client is gone: nothing was promised, nothing is done
+        try:
+            answer.set_result(act())
+        except LightllmdError as refusal:
+            answer.set_exception(refusal)
+
+    # --- deeds ---------------------------------------------------------------------------------------------------
+    def _announce(self) -> None:
+        context = self.context
+        context.events.add(
+            "start", f"lightllmd {__version__}, pid {self.pid}, configuration {self.config_file or '(flags)'}"
+        )
+        context.log.own("info", f"listening on {', '.join(self.urls)}; control socket {context.runtime.control_socket}")
+        exposed = [url for url, sock in zip(self.urls, context.listeners, strict=True) if sockets.beyond_loopback(sock)]
+        if exposed and not context.config.http.api_keys_file:
+            context.events.add(
+                "warning",
+                f"{', '.join(exposed)} can be reached from other hosts and asks for no key: set [http] api_keys_file",
+                level="warning",
+            )
+
+    def _greet(self, child: Child) -> None:
+        """Tells a new api worker how things stand."""
+        child.send(Health(*self._health))
+        if self.verbs.draining:
+            child.send(Drain())
+        if up := self.engine.up():
+            child.send(up)
+
+    def _first_readiness(self) -> None:
+        assert self.plan is not None
+        self.served_since = time.time()
+        taken = self.served_since - self.started
+        self.context.events.add("ready", f"serving {self.plan.model_name} {taken:.1f} s after the start")
+        self.notifier.send(READY=1)
+
+    def _give_up(self, why: str, code: int) -> None:
+        """It never came to serve and never will with this plan: the daemon ends with that code."""
+        self._exit_code = code
+        for line in why.splitlines():
+            self.context.events.add("stop", line, level="error")
+        self.verbs.stop(Asked(), now=True)
+
+    def _tell_systemd(self) -> None:
+        if not self.notifier.active:
+            return
+        now = self.context.clock.now
+        interval = self.notifier.watchdog_interval
+        if interval is not None and now - self._last_watchdog >= interval - TICK:
+            self._last_watchdog = now
+            self.notifier.send(WATCHDOG=1)
+        if self.served_since is None and self.verbs.stopping is None and self._ticks % _SLOW_EVERY == 1:
+            self.notifier.send(EXTEND_TIMEOUT_USEC=_EXTENSION * 1_000_000)
+        if self._ticks % (_SLOW_EVERY // 2) == 1:
+            self.notifier.status(status.sentence(self))
+
+    def _children(self) -> list[Child]:
+        generation = self.engine.generation
+        return [*self.front.children(), *([generation.child] if generation else [])]
+
+    def _finished(self) -> bool:
+        return self.verbs.ending and not self._children()
+
+    def _kill_the_rest(self) -> None:
+        for child in self._children():
+            child.kill("stopped")
+
+    # --- sources of events -------------------------------------------------------------------------------------
+    async def _tick_for_ever(self) -> None:
+        while True:
+            self.context.post(Ticked())
+            await asyncio.sleep(TICK)
+
+
+def main(invocation: Invocation, commands: Commands | None = None) -> int:
+    """Runs the daemon; its exit code. `commands` replaces how children are started (for tests)."""
+    config = invocation.config
+    sink = logs.Sink(sys.stderr.fileno())
+    render = logs.json_line if config.log.format == "json" else logs.text_line
+    if config.log.format == "text" and is_journal(os.environ, sys.stderr.fileno()):
+        render = logs.journal_line
+    log = logs.LogBook(config.supervisor.log_lines, config.log.level, render, sink)
+    logging.basicConfig(handlers=[logs.StandardLogging(log)], level=logging.WARNING, force=True)
+    runtime, listeners = None, []
+    notifier = Notifier(os.environ, os.getpid())
+    try:
+        runtime = Runtime(control_socket_path(config.supervisor.control_socket, os.environ, os.getuid()))
+        listeners = sockets.activated(os.environ, os.getpid())
+        listeners = listeners or sockets.bind(config.params.host, config.params.port)
+        context = Context(
+            config=config,
+            clock=RunningClock(),
+            log=log,
+            events=logs.EventBook(log),
+            runtime=runtime,
+            commands=commands or Commands(),
+            listeners=listeners,
+        )
+        return asyncio.run(Supervisor(context, invocation.config_file, notifier).run())
+    except LightllmdError as refusal:
+        for line in refusal.message.splitlines():
+            log.own("error", line)
+        return refusal.exit_code or EXIT_FAILED
+    finally:
+        notifier.close()
+        for sock in listeners:
+            sock.close()
+        if runtime is not None:
+            runtime.close()
+        sink.close()

@@ -1,0 +1,139 @@
+"""The place of one worker: keeps it filled with a process, by the restart policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from lightllmd.errors import SystemFailure
+from lightllmd.supervisor import restart, snapshot
+from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.exits import Ending
+
+
+class Worker:
+    """ "api-0", "engine-0": the name stays, processes come and go.
+
+    `launch(number)` starts process number `number` (1, 2, …) of this place.
+    """
+
+    def __init__(self, context: Context, kind: str, index: int, launch: Callable[[int], Child]) -> None:
+        self._context = context
+        self._launch = launch
+        self.kind, self.index = kind, index
+        self.name = f"{kind}-{index}"
+        self.child: Child | None = None
+        self.number = 0  # of the last process started
+        self.starts = 0
+        self.failures: tuple[float, ...] = ()  # see restart.decide
+        self.limited = False  # past the start limit
+        self.fatal: Ending | None = None  # will not be started again by itself
+        self.last_exit: snapshot.Exit | None = None
+        self.due: float | None = None  # running clock: when it is started again
+        self.due_at: float | None = None  # the same as Unix time
+
+    # --- life ----------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        self.number += 1
+        self.starts += 1
+        self.due = self.due_at = None
+        self.fatal = None
+        try:
+            self.child = self._launch(self.number)
+        except SystemFailure as refused:
+            self._fell(Ending(refused.message, False), proved=False, tail=[])
+
+    def start_if_due(self) -> None:
+        if self.due is not None and self._context.clock.now >= self.due:
+            self.start()
+
+    def became_ready(self) -> None:
+        """Its process is in service."""
+        back = ""
+        if self.last_exit is not None and self.last_exit.back_in_s is None:
+            gone = time.time() - self.last_exit.at
+            self.last_exit = msgspec.structs.replace(self.last_exit, back_in_s=round(gone, 3))
+            back = f", back in {gone:.1f} s"
+        self.limited = False
+        pid = self.child.pid if self.child else 0
+        self._context.events.add("ready", f"ready (pid {pid}{back})", self.name)
+
+    def died(self, ending: Ending, again: bool) -> None:
+        """Its process is dead and disposed of. `again`: it is wanted, so policy decides when it comes back."""
+        child, self.child = self.child, None
+        assert child is not None
+        self._fell(ending, proved=child.proved, tail=list(child.tail), again=again, asked=bool(child.asked))
+
+    def _fell(self, ending: Ending, *, proved: bool, tail: list[str], again: bool = True, asked: bool = False) -> None:
+        clock = self._context.clock
+        self.last_exit = snapshot.Exit(cause=ending.cause, at=time.time(), stderr=tail)
+        if not again:
+            self.due = self.due_at = None
+            self._context.events.add("exit", ending.cause, self.name)
+            return
+        if asked:
+            # Nobody's fault: it neither counts nor is forgiven.
+            decision = restart.Decision(0.0, self.failures, self.limited)
+        else:
+            decision = restart.decide(
+                self.failures,
+                clock.now,
+                proved=proved,
+                permanent=ending.permanent,
+                settings=self._context.config.supervisor,
+                jitter=self._context.random.random(),
+            )
+        self.failures, self.limited = decision.failures, decision.limited
+        if decision.delay is None:
+            self.fatal, self.due, self.due_at = ending, None, None
+            what = "not started again: the same plan would fail the same way"
+        else:
+            self.due, self.due_at = clock.now + decision.delay, time.time() + decision.delay
+            what = f"next start in {decision.delay:.1f} s" if decision.delay else "starting again"
+            if decision.limited:
+                what += f" (failed {len(self.failures)} times in a row)"
+        self._context.events.add("exit", f"{ending.cause}; {what}", self.name, "info" if asked else "warning")
+
+    def forgive(self) -> None:
+        """Forgets its failures: the next start counts as the first one. Due at once if it is down."""
+        self.failures, self.limited, self.fatal = (), False, None
+        if self.child is None:
+            self.due, self.due_at = self._context.clock.now, time.time()
+
+    # --- snapshot ------------------------------------------------------------------------------------------------
+    @property
+    def ready(self) -> bool:
+        return self.child is not None and self.child.ready
+
+    @property
+    def state(self) -> str:
+        if self.child is not None:
+            return self.child.state
+        if self.fatal is not None:
+            return "fatal"
+        return "backoff" if self.due is not None else "exited"
+
+    def snapshot(self) -> snapshot.Worker:
+        child = self.child
+        heard = child.vitals.heard if child else None
+        return snapshot.Worker(
+            name=self.name,
+            kind=self.kind,
+            index=self.index,
+            rank=self.index if self.kind == "engine" else None,
+            pid=child.pid if child else None,
+            state=self.state,
+            phase=child.vitals.phase if child else "",
+            progress=child.vitals.progress if child else 0,
+            progress_total=child.vitals.total if child else 0,
+            restarts=max(self.starts - 1, 0),
+            generation=self.number,
+            memory_bytes=child.memory if child else 0,
+            heartbeat_age_s=round(self._context.clock.now - heard, 3) if heard is not None else None,
+            started=child.started if child else None,
+            last_exit=self.last_exit,
+            next_try_at=self.due_at,
+        )
