@@ -1,0 +1,160 @@
+"""Memory, planned before anything is loaded: what the weights, the worst step and each KV slot take. Pure arithmetic.
+
+All sizes in bytes, for one device. The engine measures what it really took; this is the only place that decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Budget, BudgetRow, DeviceFacts, ModelFacts
+from lightllmd.errors import ConfigInvalid, Problem
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+# What the engine's sampler keeps at a time: rows of fp32 logits, and for each logit the copies that ranking makes
+# (probabilities, sorted values and ids, running sums in fp64).
+LOGIT_ROWS = 64
+BYTES_PER_LOGIT = 64
+# Rows of like length are read together, padded to at most twice what they hold.
+GATHER_PADDING = 2
+SPARE_WIDTH = 8  # entries of the request table beyond the longest request
+RUNTIME = 600_000_000  # interpreter, torch and its thread pools, or a CUDA context
+MARGIN_SHARE, MARGIN_LEAST = 0.02, 256_000_000
+# A CPU decodes a few sequences at a time; more KV cache than this would only take memory from other programs.
+CPU_KV_CAP = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that memory depends on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, model: ModelFacts) -> Shape:
+        """Raises ConfigInvalid when the model's config lacks one of them."""
+        config = model.hf_config
+        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+        return cls(
+            layers=_size(config, "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", max(1, hidden // heads)),
+            intermediate=_size(config, "intermediate_size"),
+            vocab=_size(config, "vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        state = "missing" if value is None else repr(value)
+        raise ConfigInvalid([Problem("model_dir", f"the model's config: {key} is {state}")])
+    return value
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Everything but the number of slots is settled; says what is left for them."""
+
+    rows: list[BudgetRow]  # all that does not depend on the number of slots
+    available: int
+    slot_bytes: int  # keys and values of one token in all layers
+    gather_bytes: int  # per slot: one layer's keys and values, gathered for attention
+
+    @property
+    def room(self) -> int:
+        """Left for slots; negative when even the rest does not fit."""
+        return self.available - sum(row.bytes for row in self.rows)
+
+    @property
+    def most_slots(self) -> int:
+        return max(0, self.room // (self.slot_bytes + self.gather_bytes))
+
+    def with_slots(self, slots: int) -> Budget:
+        kv = BudgetRow("kv cache", slots * self.slot_bytes, f"{slots} slots x {size(self.slot_bytes)}")
+        gather = BudgetRow(
+            "attention", slots * self.gather_bytes, f"one layer's keys and values gathered, padded x {GATHER_PADDING}"
+        )
+        weights, *rest = self.rows
+        return Budget(rows=[weights, kv, gather, *rest], available=self.available)
+
+
+def demand(config: Config, model: ModelFacts, device: DeviceFacts, data_type: str, batch_max_tokens: int) -> Demand:
+    """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
+    shape, item = Shape.of(model), ITEM_BYTES[data_type]
+    available = int(device.memory_free * config.engine.memory_fraction)
+    slot_bytes = shape.layers * 2 * shape.kv_heads * shape.head_dim * item
+    rows = [
+        _weights(shape, model, device, data_type),
+        _activations(shape, batch_max_tokens, item),
+        _logits(shape, item),
+        _tables(config, device),
+        BudgetRow("graphs", 0, "none on a CPU" if device.kind == "cpu" else "none: steps run eagerly"),
+        BudgetRow("runtime", RUNTIME, "the process before it has loaded anything"),
+        BudgetRow("margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least 256 MB"),
+    ]
+    gather = GATHER_PADDING * slot_bytes // shape.layers
+    return Demand(rows, available, slot_bytes, gather)
+
+
+def _weights(shape: Shape, model: ModelFacts, device: DeviceFacts, data_type: str) -> BudgetRow:
+    item = ITEM_BYTES[data_type]
+    elements, how = model.weight_elements, f"{count(model.weight_elements)} parameters in {data_type}"
+    if shape.tied and device.kind == "cpu" and data_type != "float16":
+        elements += shape.vocab * shape.hidden
+        how += ", the tied embedding once more as packed head"
+    return BudgetRow("weights", elements * item, how)
+
+
+def _activations(shape: Shape, tokens: int, item: int) -> BudgetRow:
+    """The largest prefill step: residual and norm, then either attention or the MLP's two halves and their product."""
+    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    rotated = (shape.heads + shape.kv_heads) * shape.head_dim
+    attention = heads + rotated + 2 * shape.heads * shape.head_dim
+    per_token = (2 * shape.hidden + max(attention, 3 * shape.intermediate) + 2 * shape.head_dim) * item
+    return BudgetRow("activations", tokens * per_token, f"prefill of {tokens} tokens x {size(per_token)}")
+
+
+def _logits(shape: Shape, item: int) -> BudgetRow:
+    return BudgetRow(
+        "logits",
+        LOGIT_ROWS * shape.vocab * (BYTES_PER_LOGIT + item),
+        f"{LOGIT_ROWS} rows at a time x {shape.vocab} x {BYTES_PER_LOGIT + item} B, sorted",
+    )
+
+
+def _tables(config: Config, device: DeviceFacts) -> BudgetRow:
+    """request->slot table and penalty history, 32 bits an entry; they live in host memory."""
+    if device.kind != "cpu":
+        return BudgetRow("tables", 0, "request table and history live in host memory")
+    rows, width = config.params.running_max_req_size + 1, config.params.max_req_total_len + SPARE_WIDTH
+    return BudgetRow("tables", 2 * rows * width * 4, f"request table and history, each {rows} x {width} x 4 B")
+
+
+def size(amount: float) -> str:
+    """Bytes in decimal units: 98.4 MB."""
+    sign, amount = ("-" if amount < 0 else ""), abs(amount)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 999.5:
+            return f"{sign}{amount:.0f} {unit}" if unit == "B" or amount >= 99.95 else f"{sign}{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{sign}{amount:.1f} TB"
+
+
+def count(amount: int) -> str:
+    """134.5 M"""
+    return f"{amount / 1e9:.2f} G" if amount >= 1e9 else f"{amount / 1e6:.1f} M"

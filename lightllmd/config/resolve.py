@@ -1,0 +1,276 @@
+"""Config and facts -> Plan: nothing stays open. A pure function, and a reason for each value it derives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from lightllmd.config import budget
+from lightllmd.config.budget import Demand, size
+from lightllmd.config.load import problem_at
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Plan
+from lightllmd.config.report import budget_table, report
+from lightllmd.errors import ConfigInvalid, Problem
+
+__all__ = ["SUPPORTED_MODEL_TYPES", "budget_table", "located", "report", "resolve"]
+
+SUPPORTED_MODEL_TYPES = ("llama",)
+DATA_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # aliases
+FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where "auto" can't know better
+AUTO_PREFILL = 8192  # tokens
+BUILT_IN_STATS_INTERVAL = 10.0  # seconds
+FAKE_VOCABULARY, FAKE_EOS = 257, 256  # bytes, and one id to end with
+
+
+def resolve(config: Config, facts: Facts, config_file: str | None = None) -> Plan:
+    """Raises ConfigInvalid; where something does not fit, its problem names the value that would."""
+    maker = _Fake(config, facts, config_file) if facts.model is None else _Real(config, facts, config_file, facts.model)
+    return maker.plan()
+
+
+def located(problems: list[Problem], config: Config, config_file: str | None) -> list[Problem]:
+    """Problems that were found outside (by the probe), put where their key was written."""
+    return [problem_at(config, config_file, (problem.key,), problem.message) for problem in problems]
+
+
+@dataclass(frozen=True)
+class _Value:
+    """One settled value, and why; no reason means that it is as written."""
+
+    value: Any
+    reason: str = ""
+
+
+class _Maker:
+    """What real and fake plans share: the settled values, their reasons, the problems."""
+
+    def __init__(self, config: Config, facts: Facts, config_file: str | None) -> None:
+        self.config, self.params = config, config.params
+        self.facts, self.device = facts, facts.device
+        self.config_file = config_file
+        self.derived: list[Derived] = []
+        self.problems: list[Problem] = []
+
+    def settle(self, name: str, settled: _Value) -> Any:
+        if settled.reason:
+            self.derived.append(Derived(name, settled.value, settled.reason))
+        return settled.value
+
+    def problem(self, message: str, *keys: str) -> None:
+        self.problems.append(problem_at(self.config, self.config_file, keys, message))
+
+    def stop_if_problems(self) -> None:
+        if self.problems:
+            raise ConfigInvalid(self.problems)
+
+    def batch_max_tokens(self) -> _Value:
+        params, total = self.params, self.params.max_req_total_len
+        if params.batch_max_tokens is not None:
+            return _Value(params.batch_max_tokens)
+        if params.max_total_token_num == "auto":
+            return _Value(
+                max(AUTO_PREFILL, total), f"max({AUTO_PREFILL}, max_req_total_len), max_total_token_num being auto"
+            )
+        sixth = int(params.max_total_token_num / 6)
+        return _Value(max(sixth, total), f"max(max_total_token_num / 6 = {sixth}, max_req_total_len = {total})")
+
+    def log_stats_interval(self) -> _Value:
+        if self.params.log_stats_interval > 0:
+            return _Value(self.params.log_stats_interval)
+        return _Value(BUILT_IN_STATS_INTERVAL, "log_stats_interval = 0 means the built-in pace")
+
+
+# --- the fake engine --------------------------------------------------------------------------------------------
+
+
+class _Fake(_Maker):
+    def plan(self) -> Plan:
+        params = self.params
+        eos = _Value([FAKE_EOS], "the fake engine's") if params.eos_id == "auto" else _Value(list(params.eos_id))
+        slots = self._slots()
+        fake = self.config.engine.fake
+        return Plan(
+            config=self.config,
+            model=None,
+            device=self.device,
+            max_total_token_num=self.settle("max_total_token_num", slots),
+            batch_max_tokens=self.settle("batch_max_tokens", self.batch_max_tokens()),
+            eos_id=self.settle("eos_id", eos),
+            data_type=DATA_TYPES.get(params.data_type, "float32" if params.data_type == "auto" else params.data_type),
+            tokenizer_mode="fast",
+            log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
+            vocab_size=FAKE_VOCABULARY,
+            model_name=self.config.http.served_model_name or _last_component(params.model_dir or "fake"),
+            config_file=self.config_file,
+            derived=self.derived,
+            budget=Budget([BudgetRow("weights", fake.load_bytes, "pretended")], self.device.memory_free),
+        )
+
+    def _slots(self) -> _Value:
+        if self.params.max_total_token_num != "auto":
+            return _Value(self.params.max_total_token_num)
+        slots = max(FALLBACK_SLOTS, self.params.max_req_total_len + 1)
+        return _Value(slots, "the fake engine has no memory to measure")
+
+
+# --- a model ------------------------------------------------------------------------------------------------------
+
+
+class _Real(_Maker):
+    def __init__(self, config: Config, facts: Facts, config_file: str | None, model: ModelFacts) -> None:
+        super().__init__(config, facts, config_file)
+        self.model = model
+
+    def plan(self) -> Plan:
+        self._check_model()
+        self._check_context()
+        self.stop_if_problems()
+        try:
+            vocab = budget.Shape.of(self.model).vocab
+        except ConfigInvalid as invalid:
+            raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
+        self.settle("device", self._device())
+        data_type = self.settle("data_type", self._data_type())
+        eos_id = self.settle("eos_id", self._eos_id(vocab))
+        batch = self.settle("batch_max_tokens", self.batch_max_tokens())
+        demand = budget.demand(self.config, self.model, self.device, data_type, batch)
+        slots = self._slots(demand)
+        self.stop_if_problems()
+        return Plan(
+            config=self.config,
+            model=self.model,
+            device=self.device,
+            max_total_token_num=self.settle("max_total_token_num", slots),
+            batch_max_tokens=batch,
+            eos_id=eos_id,
+            data_type=data_type,
+            tokenizer_mode=self.settle("tokenizer_mode", self._tokenizer_mode()),
+            log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
+            vocab_size=vocab,
+            model_name=self.config.http.served_model_name or self._name(),
+            config_file=self.config_file,
+            derived=self.derived,
+            budget=demand.with_slots(slots.value),
+        )
+
+    def _check_model(self) -> None:
+        kind, config = self.model.model_type, self.model.hf_config
+        if kind not in SUPPORTED_MODEL_TYPES:
+            known = ", ".join(SUPPORTED_MODEL_TYPES)
+            self.problem(f"models of type {kind!r} are not available yet; supported: {known}", "model_dir")
+        architectures = config.get("architectures")
+        named = [str(name) for name in architectures] if isinstance(architectures, list) else []
+        if named and not any(name.endswith("ForCausalLM") for name in named):
+            self.problem(f"the architecture {', '.join(named)} is not available yet; ...ForCausalLM is", "model_dir")
+        if config.get("quantization_config"):
+            self.problem("pre-quantised Hugging Face checkpoints are not available yet", "model_dir")
+        if not self.model.has_tokenizer:
+            self.problem(f"{self.model.path} has no tokenizer (tokenizer.json or tokenizer.model)", "model_dir")
+
+    def _check_context(self) -> None:
+        total, context = self.params.max_req_total_len, self.model.context_length
+        if context is None or total == context:
+            return
+        if total > context:
+            self.problem(
+                f"max_req_total_len = {total} is above the model's context of {context} tokens; "
+                f"write max_req_total_len = {context} and a smaller max_req_input_len",
+                "max_req_total_len",
+            )
+        self.settle("context", _Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
+
+    def _device(self) -> _Value:
+        if self.config.engine.device != "auto":
+            return _Value(self.config.engine.device)
+        found = f"{self.device.name}, {size(self.device.memory_free)} free"
+        return _Value(self.device.kind, found if self.device.kind == "cuda" else f"no usable GPU; {found}")
+
+    def _data_type(self) -> _Value:
+        written = self.params.data_type
+        if written != "auto":
+            return _Value(DATA_TYPES.get(written, written))
+        native, fast = self.model.checkpoint_dtype, self.device.fast_dtypes
+        wanted = native or FALLBACK_DATA_TYPE
+        reason = "the checkpoint's own" if native else f"the checkpoint names none, so {FALLBACK_DATA_TYPE}"
+        if wanted in fast:
+            return _Value(wanted, reason)
+        where = "this CPU" if self.device.kind == "cpu" else self.device.name
+        return _Value(fast[0], f"{reason}; but {where} is slow at {wanted} and fast at {', '.join(fast)}")
+
+    def _eos_id(self, vocab: int) -> _Value:
+        written = self.params.eos_id
+        if written == "auto":
+            if self.model.eos_ids:
+                return _Value(self.model.eos_ids, "named by the model")
+            return _Value(FALLBACK_EOS, "the model names none")
+        beyond = [str(eos) for eos in written if eos >= vocab]
+        if beyond:
+            self.problem(f"{', '.join(beyond)} is not in the model's vocabulary of {vocab} tokens", "eos_id")
+        return _Value(list(written))
+
+    def _tokenizer_mode(self) -> _Value:
+        if self.params.tokenizer_mode != "auto":
+            return _Value(self.params.tokenizer_mode)
+        return _Value("fast", "auto: exact, and the faster one")
+
+    def _name(self) -> str:
+        path = PurePath(self.model.path)
+        return path.stem if self.model.format == "gguf" else path.name
+
+    # --- slots ------------------------------------------------------------------------------------------------
+
+    def _slots(self, demand: Demand) -> _Value:
+        """The size of the KV cache, or a problem that says what would fit."""
+        written, total, most = self.params.max_total_token_num, self.params.max_req_total_len, demand.most_slots
+        if demand.room <= 0:
+            needed = size(demand.available - demand.room)
+            self.problem(
+                f"does not fit: without any KV cache it needs {needed}, and {size(demand.available)} may be used "
+                f"({self.config.engine.memory_fraction:g} of the free memory): {_rows(demand)}",
+                "model_dir",
+            )
+            return _Value(0)
+        if written != "auto":
+            if written > most:
+                self.problem(
+                    f"max_total_token_num = {written} does not fit: each slot takes "
+                    f"{size(demand.slot_bytes + demand.gather_bytes)}, {size(demand.room)} is left for them; "
+                    f"at most {most} fit",
+                    "max_total_token_num",
+                )
+            return _Value(written)
+        if most <= total:
+            self.problem(
+                f"max_req_total_len = {total} does not fit: the free memory holds {most} KV slots; "
+                f"at most max_req_total_len = {most - 1} fits",
+                "max_req_total_len",
+            )
+            return _Value(0)
+        return self._auto_slots(demand)
+
+    def _auto_slots(self, demand: Demand) -> _Value:
+        params, most = self.params, demand.most_slots
+        useful = params.running_max_req_size * params.max_req_total_len + 1
+        chosen = _Value(most, f"what {size(demand.room)} hold at {size(demand.slot_bytes)} a slot, after the rest")
+        if useful < most:
+            chosen = _Value(useful, "running_max_req_size x max_req_total_len + 1: more could never be used")
+        if self.device.kind != "cpu":
+            return chosen
+        capped = max(budget.CPU_KV_CAP // demand.slot_bytes, params.max_req_total_len + 1)
+        if capped >= chosen.value:
+            return chosen
+        return _Value(
+            capped,
+            f"{size(capped * demand.slot_bytes)} of KV cache: on a CPU no more than {size(budget.CPU_KV_CAP)} (or one "
+            f"longest request) is taken unasked; {most} slots would fit, max_total_token_num = N takes as many",
+        )
+
+
+def _rows(demand: Demand) -> str:
+    return "; ".join(f"{row.name} {size(row.bytes)}" for row in demand.rows if row.bytes)
+
+
+def _last_component(model_dir: str) -> str:
+    return PurePath(model_dir.removeprefix("package:")).name or model_dir
