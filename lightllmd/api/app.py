@@ -1,4 +1,4 @@
-"""The ASGI application: routes, errors, and the middleware around them (plain ASGI only, it is on every token's way)."""
+"""The ASGI application: routes, errors, and the middleware around them; plain ASGI, as every token passes it."""
 
 from __future__ import annotations
 

@@ -74,6 +74,6 @@ class Limits:
             )
 
     def token_ids(self, ids: list[int], field: str) -> None:
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequest(f"{field}: token id {bad} is not within 0 .. {self.vocab_size - 1}", param=field)

@@ -15,6 +15,7 @@ from lightllmd.api.frontend import FrontEnd, Job, TextOptions
 from lightllmd.api.ledger import Entry
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.reply import EventStream, Pending
+from lightllmd.api.responses import json_response, on_each
 from lightllmd.errors import InvalidRequest, RequestError
 
 _json = msgspec.json.Encoder()
@@ -100,10 +101,6 @@ def generated(entry: Entry, special: frozenset[int], return_details: bool) -> di
     return body
 
 
-def json_response(body: Any, status: int = 200) -> Response:
-    return Response(_json.encode(body), status, media_type="application/json")
-
-
 async def prepare(front: FrontEnd, body: GenerateBody) -> Job:
     """Tokenises and checks lengths. Raises InvalidRequest."""
     parameters = body.parameters
@@ -173,7 +170,7 @@ def router(front: FrontEnd) -> APIRouter:
             return stream(front, pending)
         return await respond(front, request, pending, body.parameters.return_details)
 
-    @routes.api_route("/tokens", methods=["GET", "POST"], openapi_extra=bodies.schema(TokensBody))
+    @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.schema(TokensBody))
     async def tokens(request: Request) -> Response:
         """Counts a text's tokens, special ones included."""
         body = await bodies.parse(request, TokensBody, limit)

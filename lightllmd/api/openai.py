@@ -14,9 +14,9 @@ from starlette.responses import Response
 from lightllmd.api import bodies
 from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Shape, usage
 from lightllmd.api.frontend import FrontEnd, Job, TextOptions
-from lightllmd.api.native import json_response
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.reply import EventStream, Pending
+from lightllmd.api.responses import json_response
 from lightllmd.errors import NotFound
 
 

@@ -17,8 +17,17 @@ MAX_TOP_LOGPROBS = 20
 
 # Accepted without effect: they change nothing that a client could see here.
 _HARMLESS = frozenset(
-    "user metadata store parallel_tool_calls service_tier safety_identifier prompt_cache_key "
-    "prompt_cache_retention verbosity".split()
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
 )
 # Features that are not built: accepted only with a value that asks for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {

@@ -10,26 +10,26 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from lightllmd.api.frontend import FrontEnd
-from lightllmd.api.native import json_response
+from lightllmd.api.responses import json_response, on_each
 from lightllmd.observe import metrics
 
 
 def router(front: FrontEnd, metrics_dir: str) -> APIRouter:
     routes = APIRouter(tags=["daemon"])
 
-    @routes.api_route("/health", methods=["GET", "HEAD"])
-    @routes.api_route("/healthz", methods=["GET", "HEAD"])
+    @on_each(routes, "/health", ["GET", "HEAD"])
+    @on_each(routes, "/healthz", ["GET", "HEAD"])
     async def health() -> Response:
         """200 when a request would be answered now; passive, runs nothing."""
         trouble = front.trouble
         return json_response({"message": "Ok"}) if trouble is None else unavailable(front, {"message": trouble})
 
-    @routes.api_route("/liveness", methods=["GET", "POST"])
+    @on_each(routes, "/liveness", ["GET", "POST"])
     async def liveness() -> Response:
         """200 as long as this worker's loop turns."""
         return json_response({"status": "ok"})
 
-    @routes.api_route("/readiness", methods=["GET", "POST"])
+    @on_each(routes, "/readiness", ["GET", "POST"])
     async def readiness() -> Response:
         """200 when a request would be answered now, else 503 with the reason."""
         trouble = front.trouble
@@ -37,7 +37,7 @@ def router(front: FrontEnd, metrics_dir: str) -> APIRouter:
             return json_response({"status": "ok"})
         return unavailable(front, {"status": "unavailable", "message": trouble})
 
-    @routes.api_route("/get_model_name", methods=["GET", "POST"])
+    @on_each(routes, "/get_model_name", ["GET", "POST"])
     async def get_model_name() -> Response:
         return json_response({"model_name": front.model_name})
 

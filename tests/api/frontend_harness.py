@@ -1,0 +1,239 @@
+"""An api worker inside the test's own event loop, with a scripted engine at the other end of real ZeroMQ sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from lightllmd.api.worker import Worker
+from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
+from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
+from lightllmd.engine.fake import fake_token
+from lightllmd.ipc import channel, messages
+from lightllmd.ipc.bus import EngineSocket
+from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP
+
+EOS = 256
+PATIENCE = 20.0  # seconds; a bound, never a measure
+
+
+def make_plan(params: dict[str, Any] | None = None, **http: Any) -> Plan:
+    config = Config(
+        params=Params(**({"max_total_token_num": 6000} | (params or {}))),
+        http=HttpSettings(**http),
+        engine=EngineSettings(backend="fake"),
+        supervisor=SupervisorSettings(stop_timeout=4.0),
+    )
+    return Plan(
+        config=config,
+        model=None,
+        device=DeviceFacts("cpu", "test", 1, 1 << 30, 1 << 30, ["float32"], 2),
+        derived=[],
+        budget=Budget([], 0),
+        max_total_token_num=6000,
+        batch_max_tokens=6000,
+        eos_id=[EOS],
+        data_type="float32",
+        tokenizer_mode="fast",
+        log_stats_interval=10.0,
+        vocab_size=257,
+        model_name="fake-model",
+    )
+
+
+def expected(prompt: str, count: int, *, seed: int = 0, branch: int = 0) -> str:
+    """The text of a fake generation; seed 0 is greedy."""
+    ids = list(prompt.encode())
+    return bytes(fake_token(ids, seed, branch, position) for position in range(count)).decode()
+
+
+def fake_tokens(submit: messages.Submit, branch: int, position: int) -> int:
+    seed = submit.params.seed if submit.params.do_sample else 0
+    return fake_token(submit.prompt_ids, seed, branch, position)
+
+
+class ScriptedEngine:
+    """Speaks a generation's part. `token` chooses each token; nothing moves unless `step` is called or `free_run`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        generation: int,
+        token: Callable[[messages.Submit, int, int], int] = fake_tokens,
+    ) -> None:
+        self.generation = generation
+        self.endpoint = f"ipc://{folder}/e{generation}"
+        self.file = folder / f"e{generation}"
+        self.socket = EngineSocket(self.endpoint)
+        self.token = token
+        self.heard: list[messages.ToEngine] = []
+        self.running: dict[int, tuple[messages.Submit, dict[int, int]]] = {}  # request -> branch -> next position
+        self.reject: messages.Rejected | None = None
+        self.free_run = False
+        self._task = asyncio.create_task(self._run())
+
+    def __repr__(self) -> str:
+        return f"generation {self.generation}"
+
+    async def _run(self) -> None:
+        while True:
+            self.listen()
+            if self.free_run:
+                self.step()
+            await asyncio.sleep(0.0005)
+
+    def listen(self) -> None:
+        for message in self.socket.receive():
+            self.heard.append(message)
+            if isinstance(message, messages.Submit):
+                if self.reject is not None:
+                    refusal = msgspec.structs.replace(self.reject, request=message.request)
+                    self.socket.send(message.api, message.epoch, refusal)
+                    continue
+                positions = {b: len(e) for b, e in zip(message.branches, message.emitted, strict=True)}
+                self.running[message.request] = (message, positions)
+            elif isinstance(message, messages.Abort) and message.request in self.running:
+                _, positions = self.running[message.request]
+                for branch in list(positions) if message.branches is None else message.branches:
+                    positions.pop(branch, None)
+                if not positions:
+                    del self.running[message.request]
+
+    @property
+    def submits(self) -> list[messages.Submit]:
+        return [message for message in self.heard if isinstance(message, messages.Submit)]
+
+    @property
+    def aborts(self) -> list[messages.Abort]:
+        return [message for message in self.heard if isinstance(message, messages.Abort)]
+
+    async def submitted(self, count: int) -> None:
+        await until(lambda: len(self.submits) >= count)
+
+    def step(self, only: set[int] | None = None) -> int:
+        """One token for each running branch (of the requests in `only`)."""
+        rows: list[tuple[int, int, int, int, float, int]] = []
+        owner = (0, 1)
+        for request, (submit, positions) in list(self.running.items()):
+            if only is not None and request not in only:
+                continue
+            for branch, position in list(positions.items()):
+                token = self.token(submit, branch, position)
+                finish = FINISH_NONE
+                if token == EOS and not submit.params.ignore_eos:
+                    finish = FINISH_STOP
+                elif position + 1 == submit.params.max_new_tokens:
+                    finish = FINISH_LENGTH
+                rows.append((request, branch, position, token, -0.5, finish))
+                if finish == FINISH_NONE:
+                    positions[branch] = position + 1
+                else:
+                    del positions[branch]
+            if not positions:
+                del self.running[request]
+        if rows:
+            requests, branches, at, tokens, logprobs, finishes = (list(column) for column in zip(*rows, strict=True))
+            others = [[(token, -0.5), (65, -1.5), (66, -2.5)] for token in tokens]
+            output = messages.StepOutput(self.generation, requests, branches, at, tokens, logprobs, finishes, others)
+            self.socket.send(*owner, output)
+        return len(rows)
+
+    def die(self) -> None:
+        self._task.cancel()
+        self.socket.close()
+        self.file.unlink(missing_ok=True)
+
+
+async def until(condition: Callable[[], Any]) -> Any:
+    async with asyncio.timeout(PATIENCE):
+        while not (value := condition()):
+            await asyncio.sleep(0.002)
+        return value
+
+
+class Stack:
+    """One worker, its supervisor's end, an HTTP client."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.supervisor, theirs = channel.pair()
+        configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder))
+        self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure)
+        self.ledger = self.worker.ledger
+        self.running = asyncio.create_task(self.worker.run())
+        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)
+        self.engine: ScriptedEngine | None = None
+        self.generation = 0
+
+    def tell(self, message: messages.Down) -> None:
+        assert self.supervisor.send(message)
+
+    async def up(self, **options: Any) -> ScriptedEngine:
+        """The next generation, ready and connected."""
+        self.generation += 1
+        self.engine = ScriptedEngine(self.folder, self.generation, **options)
+        self.tell(messages.EngineUp(self.generation, self.engine.endpoint))
+        self.tell(messages.Health(True, "ready"))
+        await until(lambda: any(isinstance(m, messages.Hello) for m in self.engine.heard) and self.worker.front.healthy)
+        return self.engine
+
+    async def kill(self, unproven: list[int] | None = None, *, self_inflicted: bool = False) -> None:
+        assert self.engine is not None
+        self.engine.die()
+        self.engine = None
+        self.tell(messages.Health(False, "the engine died"))
+        self.tell(messages.EngineDown(self.generation, "killed", unproven or [], self_inflicted))
+        await until(lambda: not self.ledger.connected)
+
+    async def stop(self) -> None:
+        if self.engine is not None:
+            self.engine.die()
+        await self.client.aclose()
+        if not self.running.done():
+            self.tell(messages.Stop())
+        async with asyncio.timeout(PATIENCE):
+            await self.running
+        self.supervisor.close()
+
+    async def generate(self, prompt: str, **parameters: Any) -> httpx.Response:
+        return await self.client.post("/generate", json={"inputs": prompt, "parameters": parameters})
+
+
+@asynccontextmanager
+async def stack(folder: Path, params: dict[str, Any] | None = None, *, engine: bool = True, **http: Any):
+    """A worker, by default with a generation that runs freely."""
+    one = Stack(folder, make_plan(params, **http))
+    try:
+        if engine:
+            (await one.up()).free_run = True
+        yield one
+    finally:
+        await one.stop()
+
+
+def run(coroutine: Any) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(120):
+            return await coroutine
+
+    return asyncio.run(bounded())
+
+
+def frames(body: str) -> list[dict[str, Any]]:
+    """The JSON frames of a whole SSE body, comments and [DONE] left out."""
+    found = []
+    for block in body.split("\n\n"):
+        if block.startswith("data:") and block[5:].strip() != "[DONE]":
+            found.append(json.loads(block[5:]))
+    return found
