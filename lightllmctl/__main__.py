@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,14 +18,29 @@ PROGRAM = "lightllmctl"
 COMPLETION_VARIABLE = "_LIGHTLLMCTL_COMPLETE"
 
 
+class Verbs(click.Group):
+    """Names the nearest verb when one is misspelt."""
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if arguments and not arguments[0].startswith("-") and self.get_command(context, arguments[0]) is None:
+            near = difflib.get_close_matches(arguments[0], self.list_commands(context), n=1)
+            hint = f", did you mean {near[0]}?" if near else "; lightllmctl --help lists them"
+            raise click.UsageError(f"no such verb: {arguments[0]}{hint}")
+        return super().resolve_command(context, arguments)
+
+
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    invoke_without_command=True,
 )
 @click.option(
     "--socket",
     "socket_path",
     metavar="PATH",
-    type=click.Path(),
+    type=click.Path(readable=False),
     help="The daemon's control socket. Default: $LIGHTLLMD_SOCKET, else your own daemon's if it has one, else the "
     "system's (/run/lightllmd/control.sock).",
 )

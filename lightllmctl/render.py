@@ -162,19 +162,22 @@ def _requests(requests: Json) -> Text:
 def _workers(status: Json, now: float) -> list[Text]:
     workers = status.get("workers") or []
     api_workers = sum(worker.get("kind") == "api" for worker in workers)
-    labels = [_label(worker, api_workers) for worker in workers]
-    width = max((len(label) for label in labels), default=0)
-    return [_worker(worker, f"{label:<{width}}", now) for worker, label in zip(workers, labels, strict=True)]
+    pids = ["-" if worker.get("pid") is None else str(worker["pid"]) for worker in workers]
+    names = [_name(worker, api_workers) for worker in workers]
+    pid_width, name_width = max(map(len, pids), default=0), max(map(len, names), default=0)
+    return [
+        _worker(worker, f"{pid:>{pid_width}} {name:<{name_width}}", now)
+        for worker, pid, name in zip(workers, pids, names, strict=True)
+    ]
 
 
-def _label(worker: Json, api_workers: int) -> str:
-    pid = worker.get("pid")
+def _name(worker: Json, api_workers: int) -> str:
     name = str(worker.get("kind", worker.get("name", "?")))
     if worker.get("rank") is not None:
         name += f" rank {worker['rank']}"
     elif api_workers > 1 and worker.get("index") is not None:
         name += f" {worker['index']}"
-    return f"{'-' if pid is None else pid:>5} {clean(name)}"
+    return clean(name)
 
 
 def worker_state(worker: Json) -> tuple[str, str]:
@@ -192,7 +195,7 @@ def worker_state(worker: Json) -> tuple[str, str]:
 def _worker(worker: Json, label: str, now: float) -> Text:
     word, style = worker_state(worker)
     line = Text(f"{label}   ")
-    line.append(f"{word:<12}", style)
+    line.append(f"{word:<13}", style)
     facts = []
     if memory := worker.get("memory_bytes"):
         facts.append(f"{units.size(memory):>7}")

@@ -9,7 +9,7 @@ import click
 
 from lightllmctl.commands.follow import complete_worker
 from lightllmctl.context import Context, pass_context
-from lightllmd.errors import ConnectionLost, JobGoesOn, NotAvailableYet
+from lightllmd.errors import ConnectionLost, DaemonNotRunning, JobGoesOn, NotAvailableYet
 
 
 def waiting_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> 
         return
     try:
         jobs.wait(context, job, timeout)
-    except ConnectionLost:
+    except (ConnectionLost, DaemonNotRunning):
         pass  # a stop job's stream ends with the daemon itself
     left = None if timeout is None else max(timeout - (time.monotonic() - began), 0.0)
     if not client.wait_gone(pid, left):

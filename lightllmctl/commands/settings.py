@@ -11,7 +11,7 @@ from lightllmctl.context import Context, pass_context
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=click.Path(readable=False))
 @json_option
 @pass_context
 def check(context: Context, file: str, as_json: bool) -> None:
@@ -20,7 +20,6 @@ def check(context: Context, file: str, as_json: bool) -> None:
     Needs no daemon. One problem a line; exit code 6 if there is one.
     """
     from lightllmd.config.load import load
-
     from lightllmd.errors import ConfigInvalid
 
     try:
@@ -96,7 +95,7 @@ def _reason(entry: dict[str, Any] | None) -> str:
 def to_toml(config: dict[str, Any]) -> str:
     """The daemon's Config as the file that would say the same: parameters first, then the tables."""
     top = dict(config.get("params") or {})
-    tables = {name: value for name, value in config.items() if name != "params"}
+    tables = {name: value for name, value in config.items() if name not in ("params", "places")}
     lines = _pairs(top)
     for name, table in tables.items():
         _table(name, table, lines)
