@@ -1,0 +1,221 @@
+"""Every broken configuration file ends `lightllmd --check` with 78 and a line that says where and what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightllmd.config.load import MAX_FILE_BYTES, load
+from lightllmd.errors import EXIT_CONFIG, ConfigInvalid, Problem
+
+MODEL = 'model_dir = "m"\n'
+
+# name -> (text, line, key, part of the message)
+BROKEN: dict[str, tuple[str, int | None, str, str]] = {
+    "unknown-key": (MODEL + "prot = 9000\n", 2, "prot", "nearest: port"),
+    "unknown-long-key": (MODEL + "max_total_token_nums = 1\n", 2, "max_total_token_nums", "max_total_token_num"),
+    "unknown-key-with-dashes": (MODEL + "max-req-total-len = 1\n", 2, "max-req-total-len", "max_req_total_len"),
+    "key-of-another-table": (MODEL + "workers = 2\n", 2, "workers", "nearest: http.workers"),
+    "top-level-key-below-a-table": ("[http]\n" + MODEL, 2, "http.model_dir", "write it above the first [table]"),
+    "unknown-table": (MODEL + "\n[htpp]\nworkers = 1\n", 3, "htpp", "nearest: [http]"),
+    "unknown-nested-table": (MODEL + "[engine.fak]\npoison = 'x'\n", 2, "engine.fak", "nearest: [engine.fake]"),
+    "scalar-for-table": (MODEL + "http = 3\n", 2, "http", "3 is an integer, expected a table"),
+    "table-for-scalar": (MODEL + "[port]\na = 1\n", 2, "port", "a table, expected an integer"),
+    "string-for-integer": (MODEL + 'port = "8000"\n', 2, "port", '"8000" is a string, expected an integer'),
+    "boolean-for-integer": (MODEL + "port = true\n", 2, "port", "true is a boolean, expected an integer"),
+    "number-for-integer": (MODEL + "max_req_input_len = 10.0\n", 2, "max_req_input_len", "expected an integer"),
+    "quoted-switch": (MODEL + 'disable_log_stats = "true"\n', 2, "disable_log_stats", "write true without quotes"),
+    "integer-for-switch": (MODEL + "disable_log_stats = 1\n", 2, "disable_log_stats", "expected true or false"),
+    "date-for-string": (MODEL + "job_name = 2026-01-01\n", 2, "job_name", "a date or time, expected a string"),
+    "integer-for-list": (MODEL + "eos_id = 2\n", 2, "eos_id", 'expected "auto" or a list of integers'),
+    "string-in-integer-list": (MODEL + "eos_id = [\n  2, # ]\n  'x',\n]\n", 4, "eos_id", '"x" is a string'),
+    "empty-list": (MODEL + "eos_id = []\n", 2, "eos_id", "at least one"),
+    "below-bounds": (MODEL + "running_max_req_size = 0\n", 2, "running_max_req_size", "1 … 65536"),
+    "above-bounds": (MODEL + "port = 65536\n", 2, "port", "65536 is out of bounds: 0 … 65535"),
+    "negative-eos": (MODEL + "eos_id = [2, -1]\n", 2, "eos_id", "-1 is out of bounds"),
+    "ratio-above-one": (MODEL + "router_token_ratio = 1.5\n", 2, "router_token_ratio", "0 … 1"),
+    "nan": (MODEL + "router_token_ratio = nan\n", 2, "router_token_ratio", "no finite number"),
+    "infinite": (MODEL + "[supervisor]\nhang_timeout = inf\n", 3, "supervisor.hang_timeout", "no finite number"),
+    "zero-timeout": (MODEL + "[supervisor]\nhang_timeout = 0\n", 3, "supervisor.hang_timeout", "> 0"),
+    "unknown-choice": (MODEL + 'data_type = "fp61"\n', 2, "data_type", 'nearest: "fp16"'),
+    "unknown-word": (MODEL + 'max_total_token_num = "atuo"\n', 2, "max_total_token_num", 'nearest: "auto"'),
+    "host-with-scheme": (MODEL + 'host = "http://127.0.0.1"\n', 2, "host", "without scheme and port"),
+    "empty-host": (MODEL + 'host = ""\n', 2, "host", "is empty"),
+    "nul-in-path": ('model_dir = "a\\u0000b"\n', 1, "model_dir", "NUL"),
+    "cors-origin-with-path": (
+        MODEL + '[http]\ncors_origins = ["https://a/b"]\n',
+        3,
+        "http.cors_origins",
+        "https://a/b",
+    ),
+    "missing-model": ("port = 1\n", None, "model_dir", "is missing"),
+    "missing-keys-file": (MODEL + '[http]\napi_keys_file = "/no/such"\n', 3, "http.api_keys_file", "does not exist"),
+    "input-not-below-total": (MODEL + "max_req_input_len = 3072\n", 2, "max_req_input_len", "less than"),
+    "total-above-slots": (
+        MODEL + "max_total_token_num = 3000\n",
+        2,
+        "max_total_token_num",
+        "at most max_total_token_num",
+    ),
+    "prefill-below-total": (MODEL + "batch_max_tokens = 3071\n", 2, "batch_max_tokens", "at least max_req_total_len"),
+    "backoff-order": (
+        MODEL + "[supervisor]\nbackoff_max = 1\nbackoff_initial = 2\n",
+        3,
+        "supervisor.backoff_max",
+        "must be at most",
+    ),
+    "long-socket-path": (
+        MODEL + f'[supervisor]\ncontrol_socket = "/{"x" * 107}"\n',
+        3,
+        "supervisor.control_socket",
+        "108 bytes",
+    ),
+    "two-modes-of-generation": (
+        MODEL + "beam_mode = true\ndiverse_mode = true\n",
+        3,
+        "diverse_mode",
+        "exclude each other",
+    ),
+    "beam-with-ratio": (
+        MODEL + "beam_mode = true\nrouter_token_ratio = 0.5\n",
+        3,
+        "router_token_ratio",
+        "needs router_token_ratio = 0",
+    ),
+    "auth-without-gateway": (MODEL + "enable_monitor_auth = true\n", 2, "enable_monitor_auth", "metric_gateway"),
+    "grouping-key-form": (MODEL + 'grouping_key = ["a"]\n', 2, "grouping_key", "key=value"),
+    "grouping-key-table": (MODEL + "grouping_key = {a = 1}\n", 2, "grouping_key", "1 is an integer"),
+    "unknown-mode": (MODEL + 'mode = ["triton_int8kb"]\n', 2, "mode", 'nearest: "triton_int8kv"'),
+    "mode": (MODEL + 'mode = ["triton_int8kv"]\n', 2, "mode", "not available yet"),
+    "mode-alias": (MODEL + 'mode = ["ppl_int4weight"]\n', 2, "mode", "alias of ppl_w4a16"),
+    "named-models": (MODEL + '\n[models.big]\nmodel_dir = "b"\n', 3, "models.big", "not available yet"),
+    "syntax": (MODEL + "port = \n", 2, "", "TOML syntax"),
+    "unclosed-string": (MODEL + 'host = "a\n', 2, "", "TOML syntax"),
+    "unclosed-array": (MODEL + "eos_id = [1,\n2\n", 3, "", "TOML syntax"),
+    "key-twice": (MODEL + "port = 1\nport = 2\n", 3, "", "TOML syntax"),
+    "bare-switch": (MODEL + "disable_log_stats\n", 2, "", "TOML syntax"),
+    "deep-nesting": (MODEL + "eos_id = " + "[" * 5000 + "]" * 5000 + "\n", None, "", ""),
+    "huge-integer": (MODEL + "port = " + "9" * 5000 + "\n", None, "", ""),
+}
+
+# Each is valid and refused by name, because its feature is not built yet.
+NOT_AVAILABLE = {
+    "tp": "2",
+    "load_way": '"DS"',
+    "use_dynamic_prompt_cache": "true",
+    "splitfuse_mode": "true",
+    "beam_mode": "true",
+    "diverse_mode": "true",
+    "token_healing_mode": "true",
+    "enable_multimodal": "true",
+    "return_all_prompt_logprobs": "true",
+    "use_reward_model": "true",
+    "long_truncation_mode": '"head"',
+    "use_tgi_api": "true",
+    "health_monitor": "true",
+    "metric_gateway": '"gateway:9091"',
+    "grouping_key": '["a=b"]',
+    "enable_monitor_auth": "true",
+    "http.tls_certificate": '"a.pem"',
+    "http.tls_key": '"a.key"',
+}
+
+
+def problems_of(file: Path) -> list[Problem]:
+    with pytest.raises(ConfigInvalid) as raised:
+        load(str(file))
+    return raised.value.problems
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
+    file = tmp_path / "broken.toml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return file
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lightllmd", "--check", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_exits_78_with_line_and_key(name: str, tmp_path: Path) -> None:
+    text, line, key, part = BROKEN[name]
+    file = write(tmp_path, text)
+    done = check(str(file))
+    assert done.returncode == EXIT_CONFIG, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    place = f"{file}:{line}: " if line else f"{file}"
+    assert any(
+        said.startswith(place) and (not key or f" {key}: " in said) and part in said
+        for said in done.stderr.splitlines()
+    ), done.stderr
+
+
+@pytest.mark.parametrize("key", NOT_AVAILABLE)
+def test_what_is_not_built_is_refused_by_name(key: str, tmp_path: Path) -> None:
+    found = problems_of(write(tmp_path, f"{MODEL}{key} = {NOT_AVAILABLE[key]}\n"))
+    assert any(one.key == key and one.line == 2 and "not available yet" in one.message for one in found), found
+
+
+def test_every_setting_that_needs_a_missing_feature_is_in_the_list() -> None:
+    from lightllmd.config.parameters import Config
+    from lightllmd.config.setting import fields
+
+    assert {field.key for field in fields(Config) if field.setting.needs} == {*NOT_AVAILABLE, "mode"}
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path, 'prot = 1\nport = "x"\neos_id = [-1, "y"]\n[http]\nworkers = 0\n')
+    found = problems_of(file)
+    assert [(one.line, one.key) for one in found] == [
+        (None, "model_dir"),
+        (1, "prot"),
+        (2, "port"),
+        (3, "eos_id"),
+        (3, "eos_id"),
+        (5, "http.workers"),
+    ]
+    assert {one.file for one in found} == {str(file)}
+
+
+def test_invalid_utf8_names_byte_and_line(tmp_path: Path) -> None:
+    (one,) = problems_of(write(tmp_path, b'model_dir = "m"\njob_name = "\xff"\n'))
+    assert one.line == 2
+    assert "0xff is not valid UTF-8" in one.message
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "folder"])
+def test_a_file_that_cant_be_read_is_a_problem(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    done = check(str(tmp_path / name))
+    assert done.returncode == EXIT_CONFIG
+    assert f"{tmp_path / name}: can't be read: " in done.stderr
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    (one,) = problems_of(Path("/dev/zero"))
+    assert str(MAX_FILE_BYTES) in one.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MODEL,
+        MODEL + 'long_truncation_mode = "None"\n',
+        MODEL + "grouping_key = []\n",
+        MODEL + "splitfuse_block_size = 128\ncache_capacity = 3\npush_interval = 5\njob_name = 'x'\n",
+        MODEL + "router_token_ratio = 1\n[supervisor]\nhang_timeout = 3\n",
+        '[engine]\nbackend = "fake"\n',
+        "engine.backend = 'fake'\nengine.fake.poison = 'x'\n",
+    ],
+)
+def test_a_valid_file_passes(text: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text)
+    done = check(str(file))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}: valid\n", "")
