@@ -16,6 +16,7 @@ class Slots:
         self.free = total
         self._owned = bytearray(total)
         self._hint = 0  # no slot below this one is free
+        self._cursor = 0  # behind the room of the sequence that was placed last, where the search for a gap begins
 
     @property
     def used(self) -> int:
@@ -26,9 +27,14 @@ class Slots:
         gap, else a run, else the lowest free ones. Raises RuntimeError when fewer are free."""
         if count > self.free:
             raise RuntimeError(f"{count} slots asked, {self.free} of {self.total} free")
-        start = self._owned.find(bytes(max(room, count)), self._hint)
-        if start < 0 and room > count:
-            start = self._owned.find(bytes(count), self._hint)
+        room = max(room, count)
+        if self.free == self.total:
+            self._cursor = 0
+        for gap, begin in ((room, self._cursor), (room, self._hint), (count, self._hint)):
+            start = self._owned.find(bytes(gap), begin)
+            if start >= 0:
+                self._cursor = start + gap
+                break
         self.free -= count
         if start < 0:
             return self._lowest(count)

@@ -131,7 +131,7 @@ class Model:
 
     def step(self) -> None:
         running = {(s.request, s.branch): s for s in self.scheduler.running}
-        pending = {s.request for s in self.scheduler.suspects}
+        pending, resuming = {s.request for s in self.scheduler.suspects}, bool(self.scheduler.paused)
         step = self.scheduler.next_step()
         if step is None:
             assert not self.scheduler.busy, "a step that nothing can be in, though somebody is in line"
@@ -143,6 +143,8 @@ class Model:
             assert self.limits.router_token_ratio > 0, "ratio 0 reserves the worst case, so nothing is ever paused"
             assert min(s.order for s in paused) > max(s.order for s in self.scheduler.running), "newest first"
         self.check_rows(step, pending)
+        tried = step.kind == "prefill" and pending & {row.request for row in step.rows}
+        assert not (tried and resuming), "suspects come after those who are none"
         outputs = self.scheduler.complete(self.runner.run(step, lambda: None))
         told = 0
         for (api, epoch), output in outputs.items():
