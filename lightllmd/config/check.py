@@ -96,7 +96,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def check(field: Field, value: Any) -> tuple[Any, list[Fault]]:
     """The value in its declared type, and everything that is wrong with it."""
     setting = field.setting
-    if field.optional and value == "None" and (field.choices or field.kind != "string"):
+    says_none = value == "None" and (field.choices or field.kind != "string")
+    if field.optional and (value is None or says_none):
         return None, []
     if isinstance(value, str) and value in field.words:
         return value, []
@@ -140,7 +141,7 @@ def _scalar(field: Field, kind: str, value: Any) -> Any:
     number = (int, float) if kind == "number" else int
     if isinstance(value, bool) or not isinstance(value, number):
         raise _wrong_kind(field, value, kind if field.kind != kind else None)
-    if not math.isfinite(value) if isinstance(value, float) else False:
+    if isinstance(value, float) and not math.isfinite(value):
         raise Fault(f"{value} is no finite number")
     setting = field.setting
     low, high, above = setting.minimum, setting.maximum, setting.above

@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_argument("-h", "--help", action="help", help="show this")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in reference.grouped():
-        title = field.setting.group or f"[{field.table}] {tables(Config)[field.table]}"
+        title = field.setting.group or f"[{field.table}] {tables(Config)[field.table].rstrip('.')}"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add(groups[title], field)
