@@ -117,7 +117,7 @@ class Child:
 
     # --- messages --------------------------------------------------------------------------------------------
     def send(self, message: Down) -> None:
-        if not self.exited and not self.channel.send(message):
+        if not self.exited and not self.channel.send(message) and self.process.reap() is None:
             self._context.log.own(
                 "warning", f"{self.worker}: {type(message).__name__} could not be sent to pid {self.pid}"
             )

@@ -19,8 +19,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from lightllmd import __version__
-from lightllmd.config import resolve
 from lightllmd.config.load import load
+from lightllmd.config.report import report
 from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotAvailableYet, NotPermitted, TryAgain, Usage
 from lightllmd.supervisor import logs, snapshot, status
 from lightllmd.supervisor.jobs import RunningJob
@@ -127,7 +127,7 @@ class ControlPlane:
                 derived=plan.derived,
                 budget=plan.budget,
                 budget_needed=plan.budget.needed,
-                report=resolve.report(plan),
+                report=report(plan),
             )
         )
 

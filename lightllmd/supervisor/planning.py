@@ -91,7 +91,8 @@ class Planner:
             told = {}
         problems = told.get("problems")
         if isinstance(problems, list):
-            return errors.ConfigInvalid([errors.Problem(**problem) for problem in problems])
+            given = [errors.Problem(**problem) for problem in problems]
+            return errors.ConfigInvalid(resolve.located(given, self._context.config, self._config_file))
         message = told.get("message") or (self._stderr[-1] if self._stderr else classify(code).cause)
         if code == errors.EXIT_CONFIG:
             return errors.ConfigInvalid([errors.Problem("model_dir", message, self._config_file)])

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightllmd import __version__
-from lightllmd.config import resolve
 from lightllmd.config.cli import Invocation
 from lightllmd.config.plan import Plan, encode_plan
+from lightllmd.config.report import report
 from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
 from lightllmd.ipc.messages import Drain, Health
 from lightllmd.supervisor import control, logs, orphans, planning, sockets, status
@@ -82,6 +82,7 @@ class Supervisor:
         self._ticks = 0
         self._last_watchdog = 0.0
         self._signals_to_stop = 0
+        self._told_stopping = False
 
     async def run(self) -> int:
         """Until told to stop; the daemon's exit code."""
@@ -146,6 +147,9 @@ class Supervisor:
         if health != self._health:
             self._health = health
             self.front.tell(Health(*health))
+        if self.verbs.stopping is not None and not self._told_stopping:
+            self._told_stopping = True
+            self.notifier.send(STOPPING=1)
         if health[0] and self.front.ready and self.served_since is None:
             self._first_readiness()
 
@@ -182,7 +186,7 @@ class Supervisor:
         self.plan = made
         self.context.plan = encode_plan(made)
         self.engine.bytes_needed = made.budget.needed if made.device.kind == "cpu" else 0
-        for line in resolve.report(made).splitlines():
+        for line in report(made).splitlines():
             self.context.log.own("info", line)
         self.front.start()
         self.engine.worker.start()

@@ -1,0 +1,72 @@
+"""A child that speaks the channel's protocol and does nothing else: `stand_in.py api|engine <channel's arguments>`.
+
+It obeys $STAND_IN/<kind>.json, read when it starts (later ones `live` at each turn), and writes each message that it
+gets to $STAND_IN/<kind>-<number>.jsonl with the time of its arrival.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lightllmd.ipc import child
+from lightllmd.ipc.flight_record import Flight, FlightRecorder
+from lightllmd.ipc.messages import EngineConfigure, Failed, Heartbeat, Retire, Stop
+
+HOME = Path(os.environ["STAND_IN"])
+
+
+def orders(name: str) -> dict:
+    try:
+        return json.loads((HOME / f"{name}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def main() -> None:
+    kind = sys.argv[1]
+    link = child.adopt(sys.argv[2:])
+    first = child.first_message(link)
+    number = first.generation if isinstance(first, EngineConfigure) else first.epoch
+    told = orders(kind)
+    record = (HOME / f"{kind}-{number}.jsonl").open("a", buffering=1)
+    if told.get("ignore_term"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "unproven" in told:
+        FlightRecorder(int(sys.argv[4])).write(Flight(step=1, kind="prefill", rows=1, unproven=told["unproven"]))
+    if told.get("orphan"):
+        # Its parent, a shell, ends at once: only the subreaper is left to take it.
+        subprocess.run(["sh", "-c", f"sleep {told['orphan']} & echo $! > {HOME}/orphan"], check=True)
+    if "fail" in told:
+        link.send(Failed(told["fail"]["kind"], told["fail"]["message"]))
+    if "exit" in told:
+        print("last words", file=sys.stderr, flush=True)
+        sys.exit(told["exit"])
+    print(f"{kind} {number} begins", flush=True)
+    print("<4>a warning", flush=True)
+    born, turns = time.monotonic(), 0
+    while True:
+        turns += 1
+        age = time.monotonic() - born
+        live = orders("live")
+        loading = age < told.get("load_seconds", 0)
+        phase = "load" if loading else told.get("phase", "ready")
+        hangs = live.get("hang") == kind or told.get("hang_in") == phase
+        stats = {key: float(value) for key, value in live.get(kind, {}).items()}
+        progress = int(min(age / max(told.get("load_seconds", 0), 0.001), 1) * 20e9) if loading else turns
+        link.send(Heartbeat(phase, 0 if hangs else progress, busy=hangs or loading, total=20_000_000_000, stats=stats))
+        select.select([link], [], [], 0.05)
+        for message in link.receive():
+            fields = {name: getattr(message, name) for name in message.__struct_fields__ if name != "plan"}
+            record.write(json.dumps({"at": time.time(), "message": type(message).__name__, **fields}) + "\n")
+            if isinstance(message, Stop | Retire) and not told.get("ignore_stop"):
+                sys.exit(0)
+
+
+main()

@@ -1,0 +1,30 @@
+"""The real supervisor with stand-in children: run as `lightllmd`, see `StandInDaemon`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from lightllmd.config.cli import parse
+from lightllmd.errors import LightllmdError
+from lightllmd.supervisor.context import Commands
+from lightllmd.supervisor.supervisor import main
+
+STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+
+
+class StandIns(Commands):
+    def api(self, channel_fd: int) -> list[str]:
+        return [self.python, STAND_IN, "api", str(channel_fd), str(os.getpid())]
+
+    def engine(self, channel_fd: int, flight_fd: int) -> list[str]:
+        return [self.python, STAND_IN, "engine", str(channel_fd), str(os.getpid()), str(flight_fd)]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse(sys.argv[1:]), StandIns()))
+    except LightllmdError as refusal:
+        print(refusal.message, file=sys.stderr)
+        sys.exit(refusal.exit_code)

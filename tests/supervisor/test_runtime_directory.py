@@ -1,0 +1,99 @@
+"""The runtime directory: where it is, whose it is, and what dead daemons left in it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightllmd.errors import EXIT_SYSTEM, SystemFailure
+from lightllmd.supervisor.runtime import Runtime, control_socket_path
+
+
+@pytest.mark.parametrize(
+    ("configured", "environment", "uid", "path"),
+    [
+        ("/x/c.sock", {"RUNTIME_DIRECTORY": "/run/a"}, 0, "/x/c.sock"),
+        ("", {"RUNTIME_DIRECTORY": "/run/a:/run/b", "XDG_RUNTIME_DIR": "/run/user/5"}, 0, "/run/a/control.sock"),
+        ("", {"XDG_RUNTIME_DIR": "/run/user/0"}, 0, "/run/lightllmd/control.sock"),
+        ("", {"XDG_RUNTIME_DIR": "/run/user/5"}, 5, "/run/user/5/lightllmd/control.sock"),
+        ("", {}, 5, "/tmp/lightllmd-5/control.sock"),
+    ],
+)
+def test_place_of_the_control_socket(configured: str, environment: dict[str, str], uid: int, path: str) -> None:
+    assert control_socket_path(configured, environment, uid) == Path(path)
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path: Path) -> None:
+    dead, living = dead_pid(), os.getppid()
+    (tmp_path / "ipc").mkdir()
+    stale = [tmp_path / f".{dead}", tmp_path / "ipc" / f"{dead}-engine-3", tmp_path / f"metrics-{dead}"]
+    kept = [tmp_path / "ipc" / f"{living}-engine-1", tmp_path / f"metrics-{living}", tmp_path / "mine.txt"]
+    for path in stale + kept:
+        if path.name.startswith("metrics"):
+            path.mkdir()
+            (path / "gauge_1.db").touch()
+        else:
+            path.touch()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "control.sock"))
+    runtime = Runtime(tmp_path / "control.sock")
+    assert not [path for path in [*stale, tmp_path / "control.sock"] if path.exists()]
+    assert all(path.exists() for path in kept)
+    runtime.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"ipc", f"metrics-{living}", "mine.txt"}
+
+
+def test_control_socket_is_private_from_its_first_moment(tmp_path: Path) -> None:
+    runtime = Runtime(tmp_path / "control.sock")
+    old = os.umask(0)
+    sock = runtime.bind_control()
+    os.umask(old)
+    assert stat.S_IMODE((tmp_path / "control.sock").stat().st_mode) == 0o660
+    assert stat.S_IMODE((tmp_path / "ipc").stat().st_mode) == 0o700
+    assert [path.name for path in tmp_path.iterdir() if path.is_socket()] == ["control.sock"], "no temporary name left"
+    sock.close()
+    runtime.close()
+
+
+def test_second_daemon_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
+    first = Runtime(tmp_path / "control.sock")
+    with pytest.raises(SystemFailure, match=f"pid {os.getpid()}") as refusal:
+        Runtime(tmp_path / "control.sock")
+    assert refusal.value.exit_code == EXIT_SYSTEM
+    other = Runtime(tmp_path / "other.sock")  # its own socket: several daemons may share the directory
+    other.close()
+    first.close()
+    Runtime(tmp_path / "control.sock").close()
+
+
+def test_a_path_too_long_for_a_socket_is_refused_with_its_limit(tmp_path: Path) -> None:
+    with pytest.raises(SystemFailure, match="107 bytes"):
+        Runtime(tmp_path / ("x" * 100) / "control.sock")
+
+
+def test_a_file_in_the_sockets_place_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "control.sock").write_text("precious")
+    with pytest.raises(SystemFailure, match="not a socket"):
+        Runtime(tmp_path / "control.sock")
+    assert (tmp_path / "control.sock").read_text() == "precious"
+
+
+def test_gauges_of_a_dead_worker_are_forgotten(tmp_path: Path) -> None:
+    runtime = Runtime(tmp_path / "control.sock")
+    for name in ("gauge_livesum_5.db", "gauge_liveall_5.db", "counter_5.db", "gauge_livesum_6.db"):
+        (runtime.metrics / name).touch()
+    runtime.forget_metrics(5)
+    assert {path.name for path in runtime.metrics.iterdir()} == {"counter_5.db", "gauge_livesum_6.db"}
+    runtime.close()

@@ -1,0 +1,80 @@
+"""sd_notify against a socket that plays systemd."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightllmd.supervisor.notify import Notifier, is_journal
+
+
+@pytest.fixture(params=["path", "abstract"])
+def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[socket.socket, str]]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        address = str(tmp_path / "notify") if request.param == "path" else f"@lightllmd-test-{os.getpid()}"
+        sock.bind(address.replace("@", "\0", 1))
+        sock.settimeout(5)
+        yield sock, address
+        (tmp_path / "notify").unlink(missing_ok=True)
+
+
+def test_assignments_arrive_in_one_datagram(systemd: tuple[socket.socket, str]) -> None:
+    sock, address = systemd
+    notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
+    assert notifier.send(READY=1, STATUS="Serving demo")
+    assert sock.recv(1000) == b"READY=1\nSTATUS=Serving demo"
+    notifier.close()
+
+
+def test_status_is_sent_when_it_changes(systemd: tuple[socket.socket, str]) -> None:
+    sock, address = systemd
+    notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
+    for text in ("a", "a", "b"):
+        notifier.status(text)
+    assert [sock.recv(100), sock.recv(100)] == [b"STATUS=a", b"STATUS=b"]
+    notifier.close()
+
+
+def test_nothing_happens_without_systemd() -> None:
+    notifier = Notifier({}, 1)
+    assert not notifier.active
+    assert not notifier.send(READY=1)
+    assert notifier.watchdog_interval is None
+
+
+def test_a_full_or_absent_socket_never_blocks(tmp_path: Path) -> None:
+    assert not Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")}, 1).send(READY=1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "full"))
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "full")}, 1)
+        assert not all(notifier.send(WATCHDOG=1) for _ in range(100_000))
+        notifier.close()
+    (tmp_path / "full").unlink()
+
+
+@pytest.mark.parametrize(
+    ("environment", "interval"),
+    [
+        ({"WATCHDOG_USEC": "30000000"}, 15.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, 15.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_watchdog_is_fed_at_half_of_what_is_asked(environment: dict[str, str], interval: float | None) -> None:
+    assert Notifier({"NOTIFY_SOCKET": "/x", **environment}, 7).watchdog_interval == interval
+
+
+def test_the_journal_is_known_by_its_stream() -> None:
+    reader, writer = os.pipe()
+    stat = os.fstat(writer)
+    assert is_journal({"JOURNAL_STREAM": f"{stat.st_dev}:{stat.st_ino}"}, writer)
+    assert not is_journal({"JOURNAL_STREAM": "1:1"}, writer)
+    assert not is_journal({}, writer)
+    os.close(reader)
+    os.close(writer)
