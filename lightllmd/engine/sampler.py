@@ -173,9 +173,9 @@ def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, u: Tensor) -> Tens
 def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest of each row, descending, equal ones by ascending id."""
     if width == probabilities.shape[1]:
-        return probabilities.sort(-1, descending=True, stable=True)
+        return probabilities.sort(dim=-1, descending=True, stable=True)
     ids = probabilities.topk(width, -1, sorted=False).indices.sort(-1).values
-    values, order = probabilities.gather(-1, ids).sort(-1, descending=True, stable=True)
+    values, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
 
 

@@ -1,0 +1,148 @@
+"""GGUF files: every block type is dequantised as the gguf package does it, names and rotary rows are put back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from lightllmd.errors import WeightsInvalid
+from lightllmd.weights.gguf import READABLE, GgufCheckpoint
+from tiny_models import BASE, VARIANTS, Driver, load, tensors_of, write_model, write_tensors
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# 256 columns everywhere, so that each block type fits.
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+
+
+def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The row order of llama.cpp's converter: element i of a head beside element i + half."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, config: dict[str, Any], kind: Kind, rope_freqs: np.ndarray | None = None) -> Path:
+    """The tiny model of `config` with its matrices stored as `kind`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_token_list([f"t{number}" for number in range(config["vocab_size"])])
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
+    for name, tensor in tensors_of(config).items():
+        weight = tensor.numpy()
+        if ".q_proj." in name:
+            weight = llama_cpp_rows(weight, config["num_attention_heads"])
+        if ".k_proj." in name:
+            weight = llama_cpp_rows(weight, config["num_key_value_heads"])
+        stored = kind if weight.ndim > 1 else Kind.F32
+        writer.add_tensor(gguf_name(name), gguf.quantize(np.ascontiguousarray(weight), stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_name(name: str) -> str:
+    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name == "lm_head.weight":
+        return "output.weight"
+    if name in top:
+        return top[name]
+    _, _, layer, rest = name.split(".", 3)
+    stem, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{NAMES[stem]}.{kind}"
+
+
+def logits(model: Path) -> torch.Tensor:
+    driver = Driver(load(model))
+    return driver.logits(driver.row(0, [5, 77, 3, 42, 100, 9, 1]))[0]
+
+
+@pytest.mark.parametrize("variant", ["plain", "tied", "biases", "three heads"])
+def test_a_gguf_file_is_the_same_model_as_the_directory(tmp_path: Path, variant: str) -> None:
+    config = {**BASE, **VARIANTS[variant]}
+    folder, file = write_model(tmp_path / "hf", VARIANTS[variant]), write_gguf(tmp_path / "m.gguf", config, Kind.F32)
+    assert torch.equal(logits(folder), logits(file))
+
+
+def test_rope_divisors_of_llama3_are_taken_from_their_tensor(tmp_path: Path) -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = {**BASE, "rope_theta": 500000.0}
+    base = 500000.0 ** (np.arange(0, 16, 2) / 16)
+    ramp = np.clip((8192 / (2 * np.pi * base) - 1) / 3, 0, 1)
+    divisors = (1 / ((1 - ramp) / 8 + ramp)).astype(np.float32)
+    folder = write_model(tmp_path / "hf", {**config, "rope_scaling": {"rope_type": "llama3", **scaling}})
+    file = write_gguf(tmp_path / "llama3.gguf", config, Kind.F32, divisors)
+    assert (logits(folder) - logits(file)).abs().max() < 1e-5
+    odd = write_gguf(tmp_path / "odd.gguf", config, Kind.F32, np.linspace(1, 3, 8, dtype=np.float32))
+    assert (logits(folder) - logits(odd)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
+def test_a_quantised_file_computes_what_its_rounded_weights_compute(tmp_path: Path, kind: Kind) -> None:
+    config = {**BASE, **WIDE}
+    file = write_gguf(tmp_path / "m.gguf", config, kind)
+    folder = write_model(tmp_path / "hf", WIDE)
+    # Rounding acts on blocks of a row, so the order of rows makes no difference to it.
+    rounded = {
+        name: torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), kind), kind).copy())
+        if tensor.dim() > 1
+        else tensor
+        for name, tensor in tensors_of(config).items()
+    }
+    write_tensors(folder, rounded)
+    assert torch.equal(logits(file), logits(folder))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # random bytes are NaN and infinite scales too
+@pytest.mark.parametrize("kind", sorted(READABLE))
+def test_every_readable_block_type_is_read_as_the_gguf_package_reads_it(tmp_path: Path, kind: str) -> None:
+    """Random bytes as blocks, a matrix of several chunks, so that a wrong seam would show."""
+    rows, columns = 2100, 256
+    block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    raw = np.random.default_rng(0).integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+    file = tmp_path / "m.gguf"
+    write_gguf(file, {**BASE, **WIDE}, Kind.F32)
+    checkpoint = GgufCheckpoint(file)
+    info = checkpoint.tensors["model.embed_tokens.weight"]
+    checkpoint.tensors["raw"] = replace(info, name="raw", shape=(rows, columns), type=kind, offset=0, nbytes=raw.nbytes)
+    checkpoint._bytes = raw.reshape(-1)
+    out = torch.empty(rows, columns)
+    assert sum(checkpoint.read("raw", out)) == raw.nbytes
+    expected = torch.from_numpy(gguf.dequantize(raw, Kind[kind]).astype(np.float32)).view(rows, columns)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_truncated_or_unreadable_gguf_is_refused_by_tensor(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", BASE, Kind.F32)
+    checkpoint = GgufCheckpoint(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    checkpoint.tensors[name] = replace(checkpoint.tensors[name], type="IQ1_M")
+    with pytest.raises(WeightsInvalid, match=r"mlp\.up_proj\.weight .* is of type IQ1_M"):
+        list(checkpoint.read(name, torch.empty(96, 64)))
+    file.write_bytes(file.read_bytes()[:-4096])
+    with pytest.raises(WeightsInvalid, match="truncated: tensor "):
+        GgufCheckpoint(file)

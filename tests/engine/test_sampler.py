@@ -1,0 +1,230 @@
+"""The sampler against a plain Python reading of the specification, and against what a distribution must look like."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from lightllmd.kernels.philox import uniform
+
+from lightllmd.engine.batch import SamplingRow
+from lightllmd.engine.sampler import Sampler, draw
+from lightllmd.ipc.messages import SamplingParams
+
+VOCAB, EOS = 97, [2, 5]
+
+
+def sampler(vocab: int = VOCAB, rows: int = 8) -> Sampler:
+    return Sampler(rows, 64, vocab, EOS, torch.device("cpu"))
+
+
+def brute(
+    logits: list[float], params: SamplingParams, prompt: list[int], emitted: list[int], branch: int = 0
+) -> tuple[int, float]:
+    """One row, step by step as the specification says it. Returns (token, log-probability)."""
+    row, position = list(logits), len(emitted)
+    counted = (prompt if params.input_penalty else []) + emitted
+    for token in set(counted):
+        value = row[token]
+        value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
+        row[token] = value - counted.count(token) * params.frequency_penalty - params.presence_penalty
+    start, factor = params.exponential_decay_length_penalty
+    for eos in EOS:
+        row[eos] += abs(row[eos]) * (factor ** max(position - start, 0) - 1)
+        if position < params.min_new_tokens - 1:
+            row[eos] = -1e6
+    greedy = not params.do_sample or params.temperature < 1e-5
+    if not greedy:
+        row = [value / params.temperature for value in row]
+    highest = max(row)
+    total = highest + math.log(sum(math.exp(value - highest) for value in row))
+    if greedy:
+        token = row.index(highest)
+        return token, row[token] - total
+    ranked = sorted(range(len(row)), key=lambda token: (-row[token], token))
+    kept: dict[int, float] = {}
+    mass = 0.0
+    for rank, token in enumerate(ranked):
+        probability = math.exp(row[token] - total)
+        if mass > params.top_p or (params.top_k > 0 and rank >= params.top_k):
+            break
+        kept[token] = probability
+        mass += probability
+    u = uniform(torch.tensor([params.seed]), torch.tensor([branch]), torch.tensor([position])).item()
+    order = kept if params.top_p < 1 or 0 < params.top_k < len(row) else sorted(kept)
+    target, reached = u * sum(kept.values()), 0.0
+    for token in order:
+        reached += kept[token]
+        if reached > target:
+            return token, row[token] - total
+    raise AssertionError("u is below 1")
+
+
+def random_params(draw_: random.Random) -> SamplingParams:
+    """Any mixture of settings, each off as often as on."""
+    changes: dict[str, Any] = {
+        "do_sample": draw_.random() < 0.8,
+        "temperature": draw_.choice([1.0, 0.3, 0.7, 1.5, 1e-6]),
+        "top_p": draw_.choice([1.0, 0.1, 0.5, 0.9]),
+        "top_k": draw_.choice([-1, 1, 3, 40, 200]),
+        "presence_penalty": draw_.choice([0.0, 0.0, 1.5]),
+        "frequency_penalty": draw_.choice([0.0, 0.0, 0.4]),
+        "repetition_penalty": draw_.choice([1.0, 1.0, 1.7]),
+        "exponential_decay_length_penalty": draw_.choice([(1, 1.0), (2, 1.3)]),
+        "input_penalty": draw_.random() < 0.5,
+        "min_new_tokens": draw_.choice([1, 1, 6]),
+        "seed": draw_.getrandbits(63),
+    }
+    return SamplingParams(max_new_tokens=40, **changes)
+
+
+def test_every_mixture_of_parameters_follows_the_specification() -> None:
+    draw_ = random.Random(0)
+    for trial in range(60):
+        many = sampler()
+        rows = draw_.sample(range(8), k=6)
+        logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(trial)) * 3
+        expected, positions = [], []
+        for index, row in enumerate(rows):
+            params = random_params(draw_)
+            prompt = draw_.choices(range(VOCAB), k=5)
+            emitted = draw_.choices(range(12), k=draw_.randrange(10))
+            asked = prompt if params.input_penalty else []
+            many.enter(row, SamplingRow(params, asked, emitted), branch=index)
+            positions.append(len(emitted))
+            expected.append(brute(logits[index].double().tolist(), params, prompt, emitted, index))
+        tokens, logprobs, _ = many.sample(logits, rows, positions)
+        assert tokens.tolist() == [token for token, _ in expected], trial
+        assert logprobs.tolist() == pytest.approx([logprob for _, logprob in expected], rel=1e-4, abs=1e-4)
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
+    draw_ = random.Random(3)
+    params = [random_params(draw_) for _ in range(8)]
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    together = sampler()
+    for row in range(8):
+        together.enter(row, SamplingRow(params[row], [], [7, 7, 9]), row)
+    tokens, logprobs, _ = together.sample(logits.clone(), list(range(8)), [3] * 8)
+    for row in range(8):
+        alone = sampler()
+        alone.enter(0, SamplingRow(params[row], [], [7, 7, 9]), row)
+        token, logprob, _ = alone.sample(logits[row : row + 1].clone(), [0], [3])
+        assert token.item() == tokens[row].item()
+        assert logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-5)
+
+
+def test_penalties_go_on_after_a_pause_as_without_one() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.7, repetition_penalty=1.3, input_penalty=True)
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(4))
+    unbroken, resumed, prompt, emitted = sampler(), sampler(), [9, 9, 12], []
+    unbroken.enter(0, SamplingRow(params, prompt, []), 0)
+    for position in range(12):
+        token = unbroken.sample(logits.clone(), [0], [position])[0].tolist()
+        unbroken.record([0], token)
+        emitted += token
+    resumed.enter(3, SamplingRow(params, prompt, emitted[:8]), 0)
+    for position in range(8, 12):
+        token = resumed.sample(logits.clone(), [3], [position])[0].tolist()
+        resumed.record([3], token)
+        assert token == [emitted[position]]
+
+
+def test_a_reused_row_remembers_nothing_of_its_former_owner() -> None:
+    of_two, fresh = sampler(), sampler()
+    of_two.enter(0, SamplingRow(SamplingParams(presence_penalty=50.0), [], [1, 2, 3]), 0)
+    of_two.record([0], [4])
+    for one in (of_two, fresh):
+        one.enter(0, SamplingRow(SamplingParams(presence_penalty=0.1), [], []), 0)
+    logits = torch.randn(1, VOCAB)
+    results = [one.sample(logits.clone(), [0], [0]) for one in (of_two, fresh)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_eos_may_be_the_token_at_min_new_tokens_and_not_before() -> None:
+    one = sampler()
+    one.enter(0, SamplingRow(SamplingParams(min_new_tokens=3, max_new_tokens=9), [], []), 0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, EOS[1]], logits[0, 50] = 10.0, 5.0
+    chosen = [one.sample(logits.clone(), [0], [position])[0].item() for position in range(4)]
+    assert chosen == [50, 50, EOS[1], EOS[1]]
+
+
+def test_alternatives_are_the_highest_of_the_whole_softmax() -> None:
+    one = sampler()
+    one.enter(0, SamplingRow(SamplingParams(do_sample=True, temperature=0.5, top_k=1, top_logprobs=4), [], []), 0)
+    one.enter(1, SamplingRow(SamplingParams(), [], []), 0)
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(8))
+    tokens, logprobs, alternatives = one.sample(logits.clone(), [0, 1], [0, 0])
+    truth = (logits[0] / 0.5).log_softmax(-1).topk(4)
+    assert alternatives[1] is None
+    assert [token for token, _ in alternatives[0]] == truth.indices.tolist()  # type: ignore[union-attr]
+    assert [value for _, value in alternatives[0]] == pytest.approx(truth.values.tolist(), abs=1e-5)  # type: ignore[union-attr]
+    assert alternatives[0][0] == (tokens[0].item(), pytest.approx(logprobs[0].item()))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("vocab", [50, 1500, 5000])
+@pytest.mark.parametrize("levels", [0, 7])  # 7: few distinct values, so that equal ones lie across every border
+def test_truncation_by_parts_equals_a_full_sort(vocab: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(vocab + levels)
+    logits = torch.randn(40, vocab, generator=generator) * 0.5
+    if levels:
+        logits = (logits * levels).round() / levels
+    probabilities = logits.softmax(-1)
+    top_p = torch.rand(40, generator=generator).double()
+    top_k = torch.randint(1, vocab + 1, (40,), generator=generator).double()
+    top_p[:10], top_k[10:20] = 1.0, vocab
+    u = torch.rand(40, generator=generator).double()
+    tokens = draw(probabilities, top_p, top_k, u)
+    for row in range(40):
+        values, ids = probabilities[row].double().sort(dim=-1, descending=True, stable=True)
+        kept = ((values.cumsum(-1) - values) <= top_p[row]) & (torch.arange(vocab) < top_k[row])
+        mass = (values * kept).cumsum(-1) if top_p[row] < 1 or top_k[row] < vocab else None
+        if mass is None:
+            continue
+        at = int(torch.searchsorted(mass, u[row] * mass[-1], right=True))
+        assert tokens[row] == ids[at]
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.8}, {"top_k": 5}, {"temperature": 0.6, "top_p": 0.95, "top_k": 7}])
+def test_frequencies_are_those_of_the_truncated_distribution(limits: dict[str, Any]) -> None:
+    vocab, draws = 12, 8000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(11)) * 1.5
+    one = sampler(vocab)
+    params = SamplingParams(do_sample=True, seed=123456789, max_new_tokens=draws, **limits)
+    one.enter(0, SamplingRow(params, [], []), 0)
+    counts = torch.zeros(vocab)
+    for first in range(0, draws, 1000):
+        positions = list(range(first, first + 1000))
+        tokens = one.sample(logits.expand(1000, -1).clone(), [0] * 1000, positions)[0]
+        counts += torch.bincount(tokens, minlength=vocab)
+    probabilities = (logits[0] / params.temperature).double().softmax(-1)
+    values, ids = probabilities.sort(descending=True)
+    kept = ((values.cumsum(-1) - values) <= params.top_p) & (
+        torch.arange(vocab) < (params.top_k if params.top_k > 0 else vocab)
+    )
+    expected = torch.zeros(vocab, dtype=torch.float64)
+    expected[ids] = values * kept
+    expected *= draws / expected.sum()
+    assert counts[expected == 0].sum() == 0
+    seen = expected > 0
+    chi_square = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum().item()
+    freedom = int(seen.sum()) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom), (chi_square, freedom)
+
+
+def test_a_seed_reproduces_and_branches_differ() -> None:
+    params = SamplingParams(do_sample=True, seed=42, n=2)
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2))
+
+    def text(branch: int) -> list[int]:
+        one = sampler()
+        one.enter(0, SamplingRow(params, [], []), branch)
+        return [one.sample(logits.clone(), [0], [position])[0].item() for position in range(30)]
+
+    assert text(0) == text(0)
+    assert text(0) != text(1)
