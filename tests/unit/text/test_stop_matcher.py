@@ -1,0 +1,131 @@
+"""A stop is found on the text however it was cut into tokens, and nothing of it leaks before it is decided."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightllmd.errors import InvalidRequest
+from lightllmd.text import StopMatcher
+
+LETTERS = st.text("abc", max_size=5)
+TOKENS = st.lists(LETTERS, max_size=12)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def first_stop(text: str, stops: list[str]) -> tuple[int, int] | None:
+    """By brute force: the stop that ends first, the longest of those that end there."""
+    found = [
+        (end, -len(stop)) for stop in stops for end in range(len(text) + 1) if text[:end].endswith(stop) and end >= 1
+    ]
+    if not found:
+        return None
+    end, length = min(found)
+    return end + length, end
+
+
+def run(tokens: list[str], matcher: StopMatcher) -> tuple[str, list[str]]:
+    pieces = [matcher.push(token, [0]) for token in tokens]
+    return "".join(pieces) + matcher.flush(), pieces
+
+
+@settings(max_examples=400, deadline=None)
+@given(TOKENS, STOPS, st.booleans())
+def test_stop_is_the_one_that_brute_force_finds_on_the_whole_text(tokens, stops, include):
+    text = "".join(tokens)
+    matcher = StopMatcher(stops, [], include)
+    out, _ = run(tokens, matcher)
+    expected = first_stop(text, stops)
+    assert matcher.stopped == (expected is not None)
+    if expected is None:
+        assert out == text
+        assert matcher.tokens == len(tokens)
+    else:
+        begin, end = expected
+        assert out == text[: end if include else begin]
+        consumed = next(count for count in range(len(tokens) + 1) if len("".join(tokens[:count])) >= end)
+        assert matcher.tokens == consumed
+
+
+@settings(max_examples=200, deadline=None)
+@given(TOKENS, STOPS)
+def test_result_does_not_depend_on_how_the_text_was_cut(tokens, stops):
+    text = "".join(tokens)
+    whole = run([text], StopMatcher(stops, [], False))[0]
+    assert run(tokens, StopMatcher(stops, [], False))[0] == whole
+    assert run(list(text), StopMatcher(stops, [], False))[0] == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(TOKENS, STOPS)
+def test_an_excluded_stop_is_never_partly_released(tokens, stops):
+    """What was released so far is a prefix of the final text, and held text is only what may become a stop."""
+    matcher = StopMatcher(stops, [], False)
+    final = run(tokens, StopMatcher(stops, [], False))[0]
+    released = ""
+    for count, token in enumerate(tokens, 1):
+        released += matcher.push(token, [0])
+        assert final.startswith(released)
+        if not matcher.stopped:
+            held = "".join(tokens[:count])[len(released) :]
+            assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), LETTERS), max_size=12),
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_stop_id_sequences_end_at_their_last_token(tokens, sequences, include):
+    matcher = StopMatcher([], sequences, include)
+    out = "".join(matcher.push(text, [number]) for number, text in tokens) + matcher.flush()
+    ids = [number for number, _ in tokens]
+    found = [
+        (end, -len(stop)) for stop in sequences for end in range(1, len(ids) + 1) if ids[:end][-len(stop) :] == stop
+    ]
+    assert matcher.stopped == bool(found)
+    if found:
+        end, length = min(found)
+        assert matcher.tokens == end
+        assert out == "".join(text for _, text in tokens[: end if include else end + length])
+    else:
+        assert out == "".join(text for _, text in tokens)
+
+
+def test_shown_stops_hold_nothing_back():
+    matcher = StopMatcher(["\n\nHuman:"], [], True)
+    assert [matcher.push(text, [0]) for text in ("a\n", "\n", "Hum", "an: x", "y")] == ["a\n", "\n", "Hum", "an:", ""]
+    assert matcher.stopped
+    assert matcher.tokens == 4
+
+
+def test_text_stop_within_a_token_wins_over_an_id_stop_of_that_token():
+    matcher = StopMatcher(["b"], [[7]], False)
+    assert matcher.push("abc", [7]) == "a"
+    assert matcher.stopped
+
+
+def test_last_words_of_the_detokenizer_are_searched_too():
+    matcher = StopMatcher(["x\ufffd"], [[1, 2]], False)
+    assert matcher.push("ax", [1]) == ""
+    assert matcher.push("\ufffd") == "a"
+    assert matcher.stopped
+    assert matcher.tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("strings", "sequences"), [([""], []), ([], [[]]), (["x" * 1025], []), (["x"] * 65, []), (["x"] * 40, [[1]] * 40)]
+)
+def test_senseless_stops_are_refused(strings, sequences):
+    with pytest.raises(InvalidRequest):
+        StopMatcher(strings, sequences)
+
+
+def test_long_periodic_stops_cost_no_more_than_the_text():
+    """A stop like aaaa…b is the worst case of naive matching."""
+    matcher = StopMatcher(["a" * 1000 + "b"] * 64, [], False)
+    out = "".join(matcher.push("a" * 4, [0]) for _ in range(5000))
+    assert len(out) == 20000 - 1000
+    assert not matcher.stopped
