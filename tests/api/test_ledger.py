@@ -415,7 +415,8 @@ class RandomEngine:
                 submit.prompt_ids, submit.params.seed if submit.params.do_sample else 0, key[1], position
             )
             last = position + 1 == submit.params.max_new_tokens
-            for column, value in zip(columns, (*key, position, token, FINISH_LENGTH if last else FINISH_NONE)):
+            row = (*key, position, token, FINISH_LENGTH if last else FINISH_NONE)
+            for column, value in zip(columns, row, strict=True):
                 column.append(value)
             if last:
                 del self.rows[key]
@@ -431,7 +432,7 @@ class RandomEngine:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_deaths_change_no_byte_of_any_stream(seed):
-    """Requests come, go and are cancelled while generations die at random moments; what ends is what would have been."""
+    """Requests come, go and are cancelled while generations die at random; what ends is what would have been."""
     chance = random.Random(seed)
     bench = Bench()
     engine: RandomEngine | None = None
