@@ -29,7 +29,8 @@ def wait(context: Context, job: Job, timeout: float | None) -> Job:
         with _display(context) as display:
             display.show(job)
             for job in context.client.stream(f"/v1/jobs/{job['id']}", wait=timeout):  # noqa: B020 - its newest state
-                display.show(job)
+                if job.get("outcome") is None:
+                    display.show(job)
     except NoAnswer as error:
         raise JobGoesOn(f"job {job_name(job)} was not finished within {timeout:g} s and goes on") from error
     except KeyboardInterrupt:

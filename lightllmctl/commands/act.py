@@ -40,9 +40,9 @@ def _run(context: Context, verb: str, body: dict[str, Any], no_block: bool, time
 @waiting_options
 @pass_context
 def restart(context: Context, worker: str | None, no_block: bool, timeout: float | None) -> None:
-    """Restart WORKER, or the engine.
+    """Restart WORKER, or all of them one by one.
 
-    Requests in flight are held, not lost, and go on on the next generation.
+    "engine" is every rank of it. Requests in flight are held, not lost, and go on on the next generation.
     """
     _run(context, "restart", {"worker": worker} if worker else {}, no_block, timeout)
 

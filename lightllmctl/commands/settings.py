@@ -58,14 +58,16 @@ def _print_effective(context: Context, answer: dict[str, Any]) -> None:
     from lightllmctl import units
     from lightllmctl.render import BAD, GOOD, clean, table
 
-    reasons = {entry.get("name"): entry for entry in answer.get("derived") or []}
-    values = answer.get("values") or {name: entry.get("value") for name, entry in reasons.items()}
-    rows = [(clean(name), _toml_value(value), _reason(reasons.get(name))) for name, value in values.items()]
-    rows += [
-        (clean(name), _toml_value(entry.get("value")), _reason(entry))
-        for name, entry in reasons.items()
-        if name not in values
-    ]
+    derived = {entry.get("name"): entry for entry in answer.get("derived") or []}
+    values = {name: entry.get("value") for name, entry in derived.items()} | (answer.get("values") or {})
+    written = (answer.get("config") or {}).get("params") or {}
+
+    def reason(name: str, value: Any) -> str:
+        if name in derived:
+            return clean(derived[name].get("reason") or "")
+        return "as configured" if name in written and written[name] == value else ""
+
+    rows = [(clean(name), _toml_value(value), reason(name, value)) for name, value in values.items()]
     context.console.print(table(("SETTING", "VALUE", "REASON"), rows))
 
     budget = answer.get("budget") or {}
@@ -84,12 +86,6 @@ def _print_effective(context: Context, answer: dict[str, Any]) -> None:
     )
     memory.append(("total", units.size(needed), verdict))
     context.console.print("", table(("MEMORY", "BYTES", "HOW"), memory, right=(1,)), sep="\n")
-
-
-def _reason(entry: dict[str, Any] | None) -> str:
-    from lightllmctl.render import clean
-
-    return clean((entry or {}).get("reason") or "as configured")
 
 
 def to_toml(config: dict[str, Any]) -> str:

@@ -70,7 +70,6 @@ def test_a_job_is_followed_to_its_end(
         "job #31 restart engine: queued",
         "job #31 restart engine: stopping",
         "job #31 restart engine: loading",
-        "job #31 restart engine: done",
         "job #31 restart engine done: back in 4.1 s",
     ]
     assert daemon.seen[0] == ("POST", path, {}, body)
@@ -253,7 +252,7 @@ def test_config_is_the_toml_that_would_say_the_same(ctl: Any, daemon: Any) -> No
 def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, daemon: Any) -> None:
     effective = {
         "config": CONFIG,
-        "values": {"max_total_token_num": 6000, "batch_max_tokens": 8192},
+        "values": {"max_total_token_num": 6000, "eos_id": [2], "vocab_size": 257},
         "derived": [
             {"name": "max_total_token_num", "value": 6000, "reason": "nothing could be measured"},
             {"name": "threads", "value": 2, "reason": "physical cores"},
@@ -274,8 +273,9 @@ def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, dae
     assert result.out.splitlines() == [
         "SETTING              VALUE  REASON",
         "max_total_token_num  6000   nothing could be measured",
-        "batch_max_tokens     8192   as configured",
         "threads              2      physical cores",
+        "eos_id               [2]    as configured",
+        "vocab_size           257",
         "",
         "MEMORY     BYTES  HOW",
         "weights   270 MB  134 M in bfloat16",
