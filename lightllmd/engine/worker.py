@@ -143,11 +143,12 @@ class EngineWorker:
         self._record(step)
         result = self._runner.run(step, self._layer)
         outputs = self._scheduler.complete(result)
+        if step.kind == "prefill":
+            # Everybody has a token. Before it is sent, so that nobody is blamed who was seen to have one.
+            self._recorder.write(Flight(step.number, "idle"))
         for owner, output in outputs.items():
             if owner != SELF:
                 self._socket.send(*owner, output)
-        if step.kind == "prefill":
-            self._recorder.write(Flight(step.number, "idle"))  # everybody has a token: nobody is unproven
         ended = time.monotonic()
         self._progress += 1
         self._tokens_out += len(step.rows)
