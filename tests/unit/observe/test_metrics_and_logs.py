@@ -1,0 +1,118 @@
+"""What is counted and what is said: the original's metric names, log lines that a supervisor can read."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+
+from lightllmd.observe.log import ChildFormatter
+from lightllmd.observe.metrics import ApiMetrics, EngineMetrics
+from lightllmd.observe.stats import Statistics
+
+COUNTERS = {"request_count", "request_success", "request_failure", "batch_inference_count"}
+HISTOGRAMS = {
+    "request_duration": 35,
+    "request_validation_duration": 35,
+    "request_inference_duration": 35,
+    "request_mean_time_per_token_duration": 35,
+    "request_first_token_duration": 35,
+    "request_queue_duration_bucket": 35,
+    "batch_inference_duration_bucket": 35,
+    "request_input_length": 101,
+    "cache_length": 101,
+    "request_max_new_tokens": 101,
+    "request_generated_tokens": 101,
+    "batch_next_size": 128,
+    "cache_ratio": 11,
+}
+GAUGES = {"queue_size", "batch_current_size", "batch_pause_size", "batch_current_max_tokens"}
+
+
+def test_names_kinds_and_buckets_are_the_originals() -> None:
+    metrics = [*ApiMetrics(2048, 3072).registry.collect(), *EngineMetrics(2048).registry.collect()]
+    found = {metric.name.removeprefix("lightllm_"): metric for metric in metrics}
+    assert all(metric.name.startswith("lightllm_") for metric in metrics)
+    assert set(found) == COUNTERS | set(HISTOGRAMS) | GAUGES
+    assert {name for name, metric in found.items() if metric.type == "counter"} == COUNTERS
+    assert {name for name, metric in found.items() if metric.type == "gauge"} == GAUGES
+    for name, count in HISTOGRAMS.items():
+        samples = [
+            sample for sample in found[name].samples if sample.name.endswith("_bucket") and "le" in sample.labels
+        ]
+        bounds = {sample.labels["le"] for sample in samples} - {"+Inf"}
+        assert len(bounds) == count, name
+
+
+def test_bucket_bounds_follow_the_limits() -> None:
+    text = generate_latest(ApiMetrics(2000, 3000).registry).decode()
+    assert 'lightllm_request_input_length_bucket{le="20.0"}' in text
+    assert 'lightllm_request_max_new_tokens_bucket{le="3000.0"}' in text
+    assert 'lightllm_request_duration_bucket{le="0.0015"}' in text
+
+
+def test_a_request_is_counted_once_at_each_station() -> None:
+    metrics = ApiMetrics(100, 200)
+    metrics.entered()
+    metrics.submitted(0.01, input_length=7, max_new_tokens=16)
+    metrics.first_token(0.1)
+    metrics.succeeded(1.0, 0.9, generated=[4, 5])
+    metrics.entered()
+    metrics.failed()
+    value = metrics.registry.get_sample_value
+    assert value("lightllm_request_count_total") == 2
+    assert value("lightllm_request_success_total") == 1
+    assert value("lightllm_request_failure_total") == 1
+    assert value("lightllm_request_generated_tokens_count") == 2
+    assert value("lightllm_request_generated_tokens_sum") == 9
+    assert value("lightllm_request_mean_time_per_token_duration_sum") == pytest.approx(0.1)
+    assert value("lightllm_request_input_length_sum") == 7
+
+
+CHILD = """
+import os, sys
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
+from lightllmd.observe.metrics import ApiMetrics, render
+metrics = ApiMetrics(100, 200)
+metrics.entered()
+print(render(sys.argv[1]).decode())
+"""
+
+
+def test_any_process_renders_the_sum_of_all(tmp_path: Path) -> None:
+    texts = [
+        subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert "lightllm_request_count_total 1.0" in texts[0]
+    assert "lightllm_request_count_total 2.0" in texts[1]
+
+
+def record(level: int, message: str, *arguments: object, failure: Exception | None = None) -> str:
+    exc_info = (type(failure), failure, None) if failure else None
+    return ChildFormatter().format(logging.LogRecord("x", level, "file", 1, message, arguments, exc_info))
+
+
+def test_a_record_is_one_line_with_its_priority() -> None:
+    assert record(logging.INFO, "all %s", "well") == "<6>all well"
+    assert record(logging.WARNING, "two\nlines") == "<4>two\\nlines"
+    assert record(logging.DEBUG, "x") == "<7>x"
+    lines = record(logging.CRITICAL, "it broke", failure=ValueError("why")).splitlines()
+    assert lines[0] == "<3>it broke"
+    assert lines[-1] == "<3>ValueError: why"
+
+
+def test_statistics_are_averages_over_the_time_that_a_batch_ran() -> None:
+    statistics = Statistics(interval=10)
+    assert not statistics.count(100, 1, now=5.0)
+    assert not statistics.count(0, 99, now=14.9)
+    assert statistics.count(100, 100, now=25.0)
+    assert "throughput 20.0 tokens/s, prompt 10.0 tokens/s, generate 10.0 tokens/s" in statistics.line(now=25.0)
+    assert not statistics.count(0, 10, now=34.0)
+    statistics.idle()
+    assert not statistics.count(0, 50, now=1000.0), "the idle time before is no part of the window"
+    assert "generate 5.0 tokens/s" in statistics.line(now=1010.0)
