@@ -34,6 +34,8 @@ def model_facts(model_dir: str) -> ModelFacts:
         raise ConfigInvalid(
             [Problem("model_dir", f"{error.filename or path} can't be read: {error.strerror}")]
         ) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another form than the format's
+        raise WeightsInvalid(f"{path}: its files are not as their format says: {error!r}") from error
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def _dtype(config: dict[str, Any], tensors: list[TensorInfo]) -> str | None:
 
 def _context_length(config: dict[str, Any]) -> int | None:
     context = config.get("max_position_embeddings")
-    if not isinstance(context, int):
+    if not isinstance(context, int) or isinstance(context, bool):
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
