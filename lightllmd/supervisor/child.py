@@ -167,7 +167,13 @@ class Child:
         self._climb((now, signal.SIGTERM), (now + self._context.config.supervisor.stop_timeout, signal.SIGKILL))
 
     def stop(self, why: str) -> None:
-        """A `Stop` message, SIGTERM if that is not heard, SIGKILL after stop_timeout."""
+        """A `Stop` message, SIGTERM if that is not heard, SIGKILL after stop_timeout.
+
+        A worker that is not in service yet may be too busy to listen and has nothing to end: SIGTERM at once.
+        """
+        if not self.ready:
+            self.terminate(why)
+            return
         now, timeout = self._context.clock.now, self._context.config.supervisor.stop_timeout
         self.asked = why
         self.send(Stop())
@@ -212,7 +218,7 @@ class Child:
         return exits.classify(returncode, failed=self.failed, hung=self.hung, asked=self.asked)
 
     def dispose(self) -> None:
-        """After the autopsy: ends its group, keeps its last output, lets go of every descriptor."""
+        """After the autopsy: keeps its last output, lets go of every descriptor."""
         self.process.dispose()
         self._loop.remove_reader(self.channel.fileno())
         self.channel.close()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -102,7 +103,8 @@ class ControlPlane:
             Route("/v1/logs", self.logs),
             *(Route(path, self.not_available_yet, methods=["POST"]) for path in later),
         ]
-        return Starlette(routes=routes, exception_handlers={LightllmdError: _refuse})
+        handlers = {LightllmdError: _refuse, HTTPException: _no_route, Exception: _broken}
+        return Starlette(routes=routes, exception_handlers=handlers)
 
     # --- reads ---------------------------------------------------------------------------------------------------
     async def status(self, request: Request) -> Response:
@@ -225,6 +227,18 @@ async def _refuse(request: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, LightllmdError)
     headers = {"Retry-After": f"{refusal.retry_after:g}"} if refusal.retry_after is not None else None
     return Response(msgspec.json.encode(refusal.as_dict()), refusal.status, headers, "application/json")
+
+
+async def _no_route(request: Request, refusal: Exception) -> Response:
+    """Unknown path or method."""
+    assert isinstance(refusal, HTTPException)
+    message = f"{request.method} {request.url.path}: {refusal.detail}"
+    return _json({"error": "Usage", "message": message}, refusal.status_code)
+
+
+async def _broken(request: Request, fault: Exception) -> Response:
+    """A fault of ours: the log has its traceback, the client only its name."""
+    return _json({"error": "LightllmdError", "message": f"internal error: {type(fault).__name__}"}, 500)
 
 
 async def _body(request: Request, known: set[str]) -> dict[str, Any]:

@@ -50,12 +50,12 @@ class Generation:
             os.close(self._flight)
             raise
 
-    def unproven(self) -> list[int]:
-        """The requests that were admitted and without a token when it died."""
+    def flight(self) -> flight_record.Flight:
+        """What it was doing when it died."""
         try:
-            return flight_record.read(self._flight).unproven
+            return flight_record.read(self._flight)
         except (msgspec.MsgspecError, OSError):
-            return []  # it scribbled over its own record: nothing is known of its last step
+            return flight_record.Flight()  # it scribbled over its own record: nothing is known of its last step
 
     def dispose(self) -> None:
         self.child.dispose()
@@ -97,17 +97,23 @@ class Engine:
         """The api workers hear of it before anything else is done."""
         generation, self.generation = self.generation, None
         assert generation is not None
-        asked = child.asked is not None
+        asked, flight = child.asked is not None, generation.flight()
         self._tell_apis(
             EngineDown(
                 generation=generation.number,
                 cause=ending.cause,
-                unproven=[] if asked else generation.unproven(),
+                unproven=[] if asked else flight.unproven,
                 self_inflicted=ending.self_inflicted,
             )
         )
         generation.dispose()
         self._context.runtime.forget_metrics(child.pid)
+        if flight.step and not asked:
+            self._context.log.own(
+                "warning",
+                f"generation {generation.number} died in step {flight.step}: {flight.kind}, {flight.rows} rows, "
+                f"{flight.tokens} tokens, requests without a token yet: {len(flight.unproven)}",
+            )
         self.worker.died(ending, again)
         self.tick()
 

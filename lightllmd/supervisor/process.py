@@ -92,8 +92,11 @@ class Process:
         return self._popen.pid
 
     def reap(self) -> int | None:
-        """The return code as of subprocess, None while it runs."""
-        return self._popen.poll()
+        """The return code as of subprocess, None while it runs. What is left of its group dies with it."""
+        if self._popen.returncode is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            kill_group(self.pid)  # before the reaping: from then on the number may be another's
+            self._popen.poll()
+        return self._popen.returncode
 
     def send_signal(self, number: int) -> None:
         """To this very process, even if its number was given to another meanwhile; SIGKILL to its whole group."""
@@ -107,8 +110,7 @@ class Process:
             kill_group(self.pid)
 
     def dispose(self) -> None:
-        """After its death: ends what is left of its group, reads its last words, lets go of every descriptor."""
-        kill_group(self.pid)
+        """After its death: reads its last words, lets go of every descriptor."""
         for fd in list(self._pipes):
             for _ in range(LAST_WORDS >> 16):
                 if not self._read(fd):

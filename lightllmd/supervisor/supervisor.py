@@ -216,6 +216,8 @@ class Supervisor:
             self.front.died(api, child, ending, again)
         elif self.engine.owns(child):
             self.engine.died(child, ending, again)
+            if again and (held := self.front.now("in_flight")):
+                self.context.events.add("held", f"{held} requests are held for the next generation")
         if ending.exit_code is not None and again and not child.asked and self.served_since is None:
             self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
 
@@ -284,10 +286,16 @@ class Supervisor:
         if interval is not None and now - self._last_watchdog >= interval - TICK:
             self._last_watchdog = now
             self.notifier.send(WATCHDOG=1)
-        if self.served_since is None and self.verbs.stopping is None and self._ticks % _SLOW_EVERY == 1:
+        if self._starting and self._ticks % _SLOW_EVERY == 1:
             self.notifier.send(EXTEND_TIMEOUT_USEC=_EXTENSION * 1_000_000)
         if self._ticks % (_SLOW_EVERY // 2) == 1:
             self.notifier.status(status.sentence(self))
+
+    @property
+    def _starting(self) -> bool:
+        """On the way to the first readiness; beyond the start limit systemd's own patience shall decide."""
+        on_the_way = self.plan is None or (self.engine.worker.child is not None and not self.engine.worker.limited)
+        return self.served_since is None and self.verbs.stopping is None and on_the_way
 
     def _children(self) -> list[Child]:
         generation = self.engine.generation
