@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+import msgspec
+
 from lightllmd.config import budget
 from lightllmd.config.budget import Demand, size
 from lightllmd.config.load import problem_at
-from lightllmd.config.parameters import Config
+from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Plan
 from lightllmd.config.report import budget_table, report
 from lightllmd.errors import ConfigInvalid, Problem
@@ -43,6 +46,27 @@ class _Value:
     reason: str = ""
 
 
+def _batch_max_tokens(params: Params) -> _Value:
+    total, slots = params.max_req_total_len, params.max_total_token_num
+    if params.batch_max_tokens is not None:
+        return _Value(params.batch_max_tokens)
+    if slots == "auto":
+        return _Value(
+            max(AUTO_PREFILL, total), f"max({AUTO_PREFILL}, max_req_total_len), max_total_token_num being auto"
+        )
+    return _Value(max(slots // 6, total), f"max(max_total_token_num / 6 = {slots // 6}, max_req_total_len = {total})")
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number in low … high that fits, where every smaller one does too; None if not even `low` does."""
+    if low > high or not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 class _Maker:
     """What real and fake plans share: the settled values, their reasons, the problems."""
 
@@ -65,17 +89,6 @@ class _Maker:
         if self.problems:
             raise ConfigInvalid(self.problems)
 
-    def batch_max_tokens(self) -> _Value:
-        params, total = self.params, self.params.max_req_total_len
-        if params.batch_max_tokens is not None:
-            return _Value(params.batch_max_tokens)
-        if params.max_total_token_num == "auto":
-            return _Value(
-                max(AUTO_PREFILL, total), f"max({AUTO_PREFILL}, max_req_total_len), max_total_token_num being auto"
-            )
-        sixth = int(params.max_total_token_num / 6)
-        return _Value(max(sixth, total), f"max(max_total_token_num / 6 = {sixth}, max_req_total_len = {total})")
-
     def log_stats_interval(self) -> _Value:
         if self.params.log_stats_interval > 0:
             return _Value(self.params.log_stats_interval)
@@ -96,7 +109,7 @@ class _Fake(_Maker):
             model=None,
             device=self.device,
             max_total_token_num=self.settle("max_total_token_num", slots),
-            batch_max_tokens=self.settle("batch_max_tokens", self.batch_max_tokens()),
+            batch_max_tokens=self.settle("batch_max_tokens", _batch_max_tokens(self.params)),
             eos_id=self.settle("eos_id", eos),
             data_type=DATA_TYPES.get(params.data_type, "float32" if params.data_type == "auto" else params.data_type),
             tokenizer_mode="fast",
@@ -134,9 +147,9 @@ class _Real(_Maker):
         self.settle("device", self._device())
         data_type = self.settle("data_type", self._data_type())
         eos_id = self.settle("eos_id", self._eos_id(vocab))
-        batch = self.settle("batch_max_tokens", self.batch_max_tokens())
-        demand = budget.demand(self.config, self.model, self.device, data_type, batch)
-        slots = self._slots(demand)
+        batch = self.settle("batch_max_tokens", _batch_max_tokens(self.params))
+        demand = self._demand(data_type, self.params)
+        slots = self._slots(demand, data_type)
         self.stop_if_problems()
         return Plan(
             config=self.config,
@@ -221,34 +234,41 @@ class _Real(_Maker):
 
     # --- slots ------------------------------------------------------------------------------------------------
 
-    def _slots(self, demand: Demand) -> _Value:
+    def _demand(self, data_type: str, params: Params) -> Demand:
+        config = msgspec.structs.replace(self.config, params=params)
+        return budget.demand(config, self.model, self.device, data_type, _batch_max_tokens(params).value)
+
+    def _slots(self, demand: Demand, data_type: str) -> _Value:
         """The size of the KV cache, or a problem that says what would fit."""
-        written, total, most = self.params.max_total_token_num, self.params.max_req_total_len, demand.most_slots
-        if demand.room <= 0:
-            needed = size(demand.available - demand.room)
-            self.problem(
-                f"does not fit: without any KV cache it needs {needed}, and {size(demand.available)} may be used "
-                f"({self.config.engine.memory_fraction:g} of the free memory): {_rows(demand)}",
-                "model_dir",
+        written, total = self.params.max_total_token_num, self.params.max_req_total_len
+        replace = msgspec.structs.replace
+        if written == "auto":
+            if demand.most_slots > total:
+                return self._auto_slots(demand)
+            key = "max_req_total_len"
+            largest = _largest(
+                lambda n: self._demand(data_type, replace(self.params, max_req_total_len=n)).most_slots > n, 2, total
             )
-            return _Value(0)
-        if written != "auto":
-            if written > most:
-                self.problem(
-                    f"max_total_token_num = {written} does not fit: each slot takes "
-                    f"{size(demand.slot_bytes + demand.gather_bytes)}, {size(demand.room)} is left for them; "
-                    f"at most {most} fit",
-                    "max_total_token_num",
-                )
-            return _Value(written)
-        if most <= total:
-            self.problem(
-                f"max_req_total_len = {total} does not fit: the free memory holds {most} KV slots; "
-                f"at most max_req_total_len = {most - 1} fits",
-                "max_req_total_len",
+        else:
+            if demand.most_slots >= written:
+                return _Value(written)
+            key = "max_total_token_num"
+            largest = _largest(
+                lambda n: self._demand(data_type, replace(self.params, max_total_token_num=n)).most_slots >= n,
+                total,
+                written,
             )
-            return _Value(0)
-        return self._auto_slots(demand)
+        may_use = f"{size(demand.available)} ({self.config.engine.memory_fraction:g} of the free memory) may be used"
+        if largest is None:
+            self.problem(f"does not fit: {may_use}; without KV cache it needs {_rows(demand)}", "model_dir")
+        else:
+            self.problem(
+                f"{key} = {total if written == 'auto' else written} does not fit: {may_use}; a slot takes "
+                f"{size(demand.slot_bytes + demand.gather_bytes)}, the rest {_rows(demand)}; "
+                f"at most {key} = {largest} fits",
+                key,
+            )
+        return _Value(0)
 
     def _auto_slots(self, demand: Demand) -> _Value:
         params, most = self.params, demand.most_slots
@@ -269,7 +289,8 @@ class _Real(_Maker):
 
 
 def _rows(demand: Demand) -> str:
-    return "; ".join(f"{row.name} {size(row.bytes)}" for row in demand.rows if row.bytes)
+    total = size(sum(row.bytes for row in demand.rows))
+    return f"{total} ({', '.join(f'{row.name} {size(row.bytes)}' for row in demand.rows if row.bytes)})"
 
 
 def _last_component(model_dir: str) -> str:
