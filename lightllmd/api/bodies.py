@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -83,10 +83,16 @@ def field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[st
     """The field names of `model` and of the models inside it, by dotted path."""
     known: dict[str, Iterable[str]] = {path: list(model.model_fields)}
     for name, field in model.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                known |= field_names(kind, f"{path}.{name}" if path else name)
+        for inner in _models_in(field.annotation):
+            known |= field_names(inner, f"{path}.{name}" if path else name)
     return known
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
 
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:

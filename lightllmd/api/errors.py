@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from lightllmd.errors import (
@@ -25,6 +27,8 @@ from lightllmd.errors import (
 
 OPENAI_PREFIX = "/v1/"
 _SHOWN = 80  # characters of a refused value that a message repeats
+_MOST_FAULTS = 8  # in one message
+_TYPE_WORDS = {"model_type": "should be an object", "tuple_type": "should be an array"}
 
 _OPENAI_TYPES: dict[type[LightllmdError], str] = {
     InvalidRequest: "invalid_request_error",
@@ -81,19 +85,51 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def from_validation(failure: ValidationError, known: dict[str, Iterable[str]]) -> InvalidRequest:
     """One message that names each field, its value and the bound.
 
-    `known` has the field names of each object by its dotted path ("" is the body).
+    `known` has the field names of each object by its dotted path without indices ("" is the body).
     """
-    messages = []
-    first: str | None = None
-    for problem in failure.errors(include_url=False, include_context=False)[:8]:
-        path = ".".join(str(part) for part in problem["loc"])
-        first = first or path
-        if problem["type"] == "extra_forbidden":
-            parent, _, name = path.rpartition(".")
-            messages.append(f"{path}: unknown field; {nearest(name, known.get(parent, ()))}")
-        elif problem["type"] == "missing":
-            messages.append(f"{path}: required")
-        else:
-            words = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-            messages.append(f"{path}: {words}; got {shown(problem['input'])}")
-    return InvalidRequest("; ".join(messages), param=first)
+    faults: dict[str, _Fault] = {}  # by the field that is wrong, so that of a union one alternative speaks
+    for problem in failure.errors(include_url=False, include_context=False):
+        fault = _Fault.of(problem, known)
+        if fault.field not in faults or fault.closeness > faults[fault.field].closeness:
+            faults[fault.field] = fault
+    shown_faults = list(faults.values())[:_MOST_FAULTS]
+    return InvalidRequest("; ".join(fault.message for fault in shown_faults), param=shown_faults[0].path or None)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    field: str  # dotted path up to the first alternative of a union
+    path: str  # dotted path of the value that is wrong
+    message: str
+    closeness: tuple[bool, int]  # how near this alternative of a union came to the value
+
+    @classmethod
+    def of(cls, problem: ErrorDetails, known: dict[str, Iterable[str]]) -> _Fault:
+        kind, place = problem["type"], problem["loc"]
+        path: list[str] = []
+        names: list[str] = []  # the path without indices
+        field = None
+        for depth, part in enumerate(place):
+            if isinstance(part, int):
+                path.append(str(part))
+            elif part in known.get(".".join(names), ()) or (kind == "extra_forbidden" and depth == len(place) - 1):
+                path.append(part)
+                names.append(part)
+            else:  # pydantic's name for an alternative of a union
+                field = field or ".".join(path)
+        where = ".".join(path)
+        words = _words(problem, known.get(".".join(names[:-1]), ()))
+        closeness = (not kind.endswith("_type"), len(path))
+        return cls(where if field is None else field, where, f"{where}: {words}" if where else words, closeness)
+
+
+def _words(problem: ErrorDetails, known: Iterable[str]) -> str:
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown field; {nearest(str(problem['loc'][-1]), known)}"
+    if kind == "missing":
+        return "required"
+    if kind == "value_error":  # from a validator of ours, which says it all
+        return problem["msg"].removeprefix("Value error, ")
+    words = _TYPE_WORDS.get(kind) or problem["msg"].replace("Input should be", "should be")
+    return f"{words}; got {shown(problem['input'])}"
