@@ -13,7 +13,7 @@ from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, E
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.memory import available_memory
+from lightllmd.supervisor.procfs import available_memory
 from lightllmd.supervisor.worker import Worker
 
 MEMORY_PATIENCE = 30.0  # seconds that a start waits for the planned bytes to be free again

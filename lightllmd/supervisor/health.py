@@ -40,6 +40,14 @@ class Vitals:
     progress: int = 0
     total: int = 0
     beats: int = 0
+    stopped: float | None = None  # since when SIGSTOP holds it
+
+    def hold(self, stopped: bool, now: float) -> None:
+        """What the kernel says: whether the process may run at all."""
+        if not stopped:
+            self.stopped = None
+        elif self.stopped is None:
+            self.stopped = now
 
     def hear(self, beat: Heartbeat, now: float) -> None:
         # Only a worker in service can be idle; one that is still starting has work to do, whatever it says.
@@ -62,6 +70,9 @@ def patience(phase: str, settings: SupervisorSettings) -> float:
 
 def overdue(vitals: Vitals, settings: SupervisorSettings, now: float) -> str | None:
     """Why this worker counts as hung, in words; None while it is well."""
+    if vitals.stopped is not None and now - vitals.stopped > settings.hang_timeout:
+        # It can't make progress, so no phase's longer patience applies.
+        return f"stopped by a signal for {settings.hang_timeout:g} s in phase {vitals.phase}"
     limit = patience(vitals.phase, settings)
     if now - vitals.moved <= limit:
         return None

@@ -28,13 +28,13 @@ from lightllmd.supervisor.context import Commands, Context
 from lightllmd.supervisor.frontend import FrontEnd
 from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.health import RunningClock
-from lightllmd.supervisor.memory import resident
+from lightllmd.supervisor.procfs import is_stopped, resident
 from lightllmd.supervisor.notify import Notifier, is_journal
 from lightllmd.supervisor.runtime import Runtime, control_socket_path
 from lightllmd.supervisor.verbs import Asked, Verbs
 
 TICK = 0.1  # seconds between two looks at deadlines
-_SLOW_EVERY = 10  # ticks between two looks at what changes slowly (memory, systemd's time-outs)
+_SLOW_EVERY = 10  # ticks between two looks at what changes slowly (memory, stopped workers, systemd's time-outs)
 _EXTENSION = 30  # seconds of start-up time asked of systemd at a time
 
 
@@ -141,17 +141,17 @@ class Supervisor:
     def _settle(self) -> None:
         """After every event: what follows from the new state."""
         self.verbs.step()
+        health = status.health(self)
+        if health[0] and self.front.ready and self.served_since is None:
+            self._first_readiness()
         if (state := status.state(self)) != self.state:
             self.state, self.since = state, time.time()
-        health = status.health(self)
         if health != self._health:
             self._health = health
             self.front.tell(Health(*health))
         if self.verbs.stopping is not None and not self._told_stopping:
             self._told_stopping = True
             self.notifier.send(STOPPING=1)
-        if health[0] and self.front.ready and self.served_since is None:
-            self._first_readiness()
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -175,6 +175,7 @@ class Supervisor:
         if self._ticks % _SLOW_EVERY == 1:
             for child in self._children():
                 child.memory = resident(child.pid)
+                child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
         self._tell_systemd()
 
     def _on_plan(self, made: Plan | LightllmdError) -> None:

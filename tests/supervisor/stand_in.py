@@ -36,6 +36,8 @@ def main() -> None:
     number = first.generation if isinstance(first, EngineConfigure) else first.epoch
     told = orders(kind)
     record = (HOME / f"{kind}-{number}.jsonl").open("a", buffering=1)
+    if told.get("stop_self"):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if told.get("ignore_term"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "unproven" in told:

@@ -53,6 +53,15 @@ def test_idleness_is_no_excuse_while_loading() -> None:
     assert overdue(vitals, SETTINGS, 61)
 
 
+def test_a_stopped_worker_is_not_waited_for_as_long_as_its_phase_may_take() -> None:
+    vitals = Vitals(moved=0)
+    vitals.hold(True, 1)
+    assert overdue(vitals, SETTINGS, 11) is None
+    assert "stopped by a signal" in str(overdue(vitals, SETTINGS, 12))
+    vitals.hold(False, 12)
+    assert overdue(vitals, SETTINGS, 13) is None
+
+
 def test_a_stopped_supervisor_does_not_count_the_time_it_slept() -> None:
     moments = iter([0.0, 0.1, 3600.0, 3600.1])
     clock = RunningClock(lambda: next(moments))

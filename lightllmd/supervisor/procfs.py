@@ -1,4 +1,4 @@
-"""Host memory, read from /proc."""
+"""What /proc says of the host's memory and of a worker."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def resident(pid: int) -> int:
             return int(statm.read().split()[1]) * _PAGE
     except (OSError, IndexError):
         return 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP or its like holds the process. One that a debugger holds (state t) is not meant."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
