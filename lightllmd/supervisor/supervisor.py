@@ -28,8 +28,8 @@ from lightllmd.supervisor.context import Commands, Context
 from lightllmd.supervisor.frontend import FrontEnd
 from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.health import RunningClock
-from lightllmd.supervisor.procfs import is_stopped, resident
 from lightllmd.supervisor.notify import Notifier, is_journal
+from lightllmd.supervisor.procfs import is_stopped, resident
 from lightllmd.supervisor.runtime import Runtime, control_socket_path
 from lightllmd.supervisor.verbs import Asked, Verbs
 
