@@ -60,7 +60,7 @@ class EngineWorker:
         self._next_beat = 0.0  # monotonic seconds
         self._next_load = 0.0
         self._told: messages.Load | None = None  # the last Load sent
-        self._recorded = 0  # the scheduler's membership as the flight record has it
+        self._recorded = -1  # the scheduler's membership as the flight record has it; -1: it says idle
         self._pending: list[messages.Down] = []  # read from the channel in the middle of a step
 
     # --- life ------------------------------------------------------------------------------------------------
@@ -119,10 +119,10 @@ class EngineWorker:
                 self._turn()
             if now >= self._next_beat:
                 self._beat(now)
-            if now >= self._next_load:
-                self._tell_load(now)
-            elif not self._scheduler.busy:
+            if not self._scheduler.busy:
                 self._statistics.idle()
+                self._tell_load(now)
+            elif now >= self._next_load:
                 self._tell_load(now)
 
     def _sleep(self) -> int:
@@ -143,9 +143,10 @@ class EngineWorker:
         self._record(step)
         result = self._runner.run(step, self._layer)
         outputs = self._scheduler.complete(result)
-        if step.kind == "prefill":
+        if step.kind == "prefill" or not self._scheduler.busy:
             # Everybody has a token. Before it is sent, so that nobody is blamed who was seen to have one.
             self._recorder.write(Flight(step.number, "idle"))
+            self._recorded = -1
         for owner, output in outputs.items():
             if owner != SELF:
                 self._socket.send(*owner, output)

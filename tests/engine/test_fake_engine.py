@@ -312,6 +312,7 @@ def test_poison_ends_the_engine_in_the_step_that_runs_it(start: Start, connect: 
     api = connect(engine)
     proven = api.submit(1, "harmless", 1000)
     api.hear(lambda: api.tokens(proven))
+    engine.hear(lambda: engine.flight().kind == "decode")
     assert engine.flight().unproven == []
     guilty = api.submit(2, "some arsenic please", 5)
     assert engine.wait_end() == code

@@ -10,6 +10,7 @@ import os
 import random
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -259,6 +260,7 @@ def draw_params(draw: random.Random, most: int) -> SamplingParams:
     )
 
 
+@pytest.mark.timeout(60 + OPERATIONS // 500)
 def test_drawn_operations_break_no_invariant_and_every_request_ends() -> None:
     draw = random.Random(SEED)
     done = pauses = 0
