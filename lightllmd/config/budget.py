@@ -146,13 +146,14 @@ def _tables(config: Config, device: DeviceFacts) -> BudgetRow:
 
 
 def size(amount: float) -> str:
-    """Bytes in decimal units: 98.4 MB."""
+    """Bytes in decimal units with three significant digits: 1.49 GB, 98.4 MB."""
     sign, amount = ("-" if amount < 0 else ""), abs(amount)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{sign}{amount:.0f} {unit}" if unit == "B" or amount >= 99.95 else f"{sign}{amount:.1f} {unit}"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if amount < 999.5 or unit == "TB":
+            break
         amount /= 1000
-    return f"{sign}{amount:.1f} TB"
+    digits = 0 if unit == "B" or amount >= 99.95 else 1 if amount >= 9.995 else 2
+    return f"{sign}{amount:.{digits}f} {unit}"
 
 
 def count(amount: int) -> str:
