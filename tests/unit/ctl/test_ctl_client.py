@@ -77,7 +77,7 @@ def test_streams_skip_keep_alives_and_end_with_the_daemons_end(client: Client, d
 
 def test_a_stream_that_breaks_off_is_told_from_one_that_ends(client: Client, daemon: Any, answer: Any) -> None:
     daemon.get("/v1/events", answer(lines=[{"seq": 1}], cut=True))
-    seen = []
+    seen: list[Any] = []
     with pytest.raises(errors.ConnectionLost):
         seen.extend(client.stream("/v1/events"))
     stream = client.stream("/v1/events")

@@ -53,7 +53,12 @@ def test_what_another_user_put_there_is_not_ours(own: Path, short_path: Path) ->
 
 
 def test_tmp_is_searched_after_the_runtime_directory(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(context, "_is_socket_of", lambda path, uid: bool(asked.append(path)))
+    asked: list[Path] = []
+
+    def nothing_there(path: Path, uid: int) -> bool:
+        asked.append(path)
+        return False
+
+    monkeypatch.setattr(context, "_is_socket_of", nothing_there)
     choose_socket(None, {"XDG_RUNTIME_DIR": "/run/user/7"}, 7)
     assert asked == [Path("/run/user/7/lightllmd/control.sock"), Path("/tmp/lightllmd-7/control.sock")]

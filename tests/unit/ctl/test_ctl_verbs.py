@@ -250,7 +250,7 @@ def test_config_is_the_toml_that_would_say_the_same(ctl: Any, daemon: Any) -> No
 
 
 def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, daemon: Any) -> None:
-    effective = {
+    effective: dict[str, Any] = {
         "config": CONFIG,
         "values": {"max_total_token_num": 6000, "eos_id": [2], "vocab_size": 257},
         "derived": [
