@@ -27,16 +27,21 @@ def wait(context: Context, job: Job, timeout: float | None) -> Job:
     """
     try:
         with _display(context) as display:
-            display.show(job)
+            _show(display, job)
             for job in context.client.stream(f"/v1/jobs/{job['id']}", wait=timeout):  # noqa: B020 - its newest state
-                if job.get("outcome") is None:
-                    display.show(job)
+                _show(display, job)
     except NoAnswer as error:
         raise JobGoesOn(f"job {job_name(job)} was not finished within {timeout:g} s and goes on") from error
     except KeyboardInterrupt:
         click.echo(f"\njob {job_name(job)} goes on; see lightllmctl list-jobs", err=True)
         raise
     return judged(job)
+
+
+def _show(display: Display, job: Job) -> None:
+    """The outcome is told by whoever asked, not as one phase more."""
+    if job.get("outcome") is None:
+        display.show(job)
 
 
 def judged(job: Job) -> Job:

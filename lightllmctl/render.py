@@ -101,7 +101,8 @@ def _loaded(status: Json, now: float) -> Text:
 
 
 def _active(status: Json, act: Activity, now: float) -> Text:
-    line = Text(f"{act.word} ({status.get('state', '?')})", act.style)
+    state = clean(status.get("state", "?"))
+    line = Text(act.word if act.word == state else f"{act.word} ({state})", act.style)
     if (since := status.get("since")) is not None:
         line.append(f" since {units.instant(since)}; {units.duration(now - since)} ago", "not bold default")
     return line

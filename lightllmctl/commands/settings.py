@@ -59,7 +59,8 @@ def _print_effective(context: Context, answer: dict[str, Any]) -> None:
     from lightllmctl.render import BAD, GOOD, clean, table
 
     derived = {entry.get("name"): entry for entry in answer.get("derived") or []}
-    values = {name: entry.get("value") for name, entry in derived.items()} | (answer.get("values") or {})
+    values = dict(answer.get("values") or {})
+    values |= {name: entry.get("value") for name, entry in derived.items() if name not in values}
     written = (answer.get("config") or {}).get("params") or {}
 
     def reason(name: str, value: Any) -> str:

@@ -75,6 +75,13 @@ def test_a_job_is_followed_to_its_end(
     assert daemon.seen[0] == ("POST", path, {}, body)
 
 
+def test_a_job_that_ended_at_once_is_told_once(ctl: Any, daemon: Any, answer: Any, new_job: Any) -> None:
+    done = new_job(verb="resume", target="", phase="done", outcome="done", message="new requests are accepted")
+    daemon.post("/v1/resume", answer(done, 202))
+    daemon.get("/v1/jobs/31", answer(lines=[done]))
+    assert ctl("resume").out == "job #31 resume done: new requests are accepted\n"
+
+
 def test_no_block_only_starts_the_job(ctl: Any, daemon: Any, answer: Any, new_job: Any) -> None:
     daemon.post("/v1/restart", answer(new_job(), 202))
     result = ctl("restart", "--no-block")
@@ -273,9 +280,9 @@ def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, dae
     assert result.out.splitlines() == [
         "SETTING              VALUE  REASON",
         "max_total_token_num  6000   nothing could be measured",
-        "threads              2      physical cores",
         "eos_id               [2]    as configured",
         "vocab_size           257",
+        "threads              2      physical cores",
         "",
         "MEMORY     BYTES  HOW",
         "weights   270 MB  134 M in bfloat16",
