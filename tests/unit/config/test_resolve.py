@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllmd.config import budget
@@ -294,6 +294,7 @@ def test_the_table_adds_up_and_names_its_rows() -> None:
     assert text in report(plan)
 
 
+@settings(deadline=None)
 @given(
     free=st.integers(0, 10**12),
     fraction=st.floats(0.01, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import tomli
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllmd.config.toml_lines import Path, key_lines
@@ -107,6 +107,7 @@ def toml(value: Any) -> str:
     return str(value)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.dictionaries(KEYS, VALUES, max_size=3))
 def test_the_locator_finds_the_parsers_keys(top: dict[str, Any], table: dict[str, Any]) -> None:
     text, expected = "", {}
