@@ -144,6 +144,7 @@ class Supervisor:
         health = status.health(self)
         if health[0] and self.front.ready and self.served_since is None:
             self._first_readiness()
+        # After that: state and readiness change in the same event.
         if (state := status.state(self)) != self.state:
             self.state, self.since = state, time.time()
         if health != self._health:
