@@ -6,7 +6,7 @@ import os
 import sys
 
 from lightllmd.config.plan import decode_plan
-from lightllmd.errors import EXIT_CONFIG, LightllmdError
+from lightllmd.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, LightllmdError
 from lightllmd.ipc import child, messages
 from lightllmd.observe import log
 
@@ -16,8 +16,9 @@ def main() -> int:
     configure = child.first_message(channel)
     if not isinstance(configure, messages.ApiConfigure):
         channel.send(messages.Failed("error", f"the first message is {type(configure).__name__}, not ApiConfigure"))
-        return 1
-    log.set_up_child(decode_plan(configure.plan).config.log.level)
+        return EXIT_FAILED
+    plan = decode_plan(configure.plan)
+    log.set_up_child(plan.config.log.level)
     channel.send(messages.Heartbeat("boot", progress=0, busy=False))
     # prometheus_client reads it once, when it is imported.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
@@ -26,12 +27,15 @@ def main() -> int:
     from lightllmd.api.worker import Worker
 
     try:
-        uvloop.run(Worker(channel, configure).run())
+        uvloop.run(Worker(channel, configure, plan).run())
     except LightllmdError as failure:
         kind = "config" if failure.exit_code == EXIT_CONFIG else "error"
         channel.send(messages.Failed(kind, failure.message))
         return failure.exit_code
-    return 0
+    except Exception as failure:
+        channel.send(messages.Failed("error", f"{type(failure).__name__}: {failure}"))
+        raise
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -288,10 +288,12 @@ class Ledger:
             if entry is None:
                 continue  # ended here while this step was on its way
             branch = entry.branches[index]
-            if branch.finish is not None or position != len(branch.ids):
+            if branch.finish is not None or position < len(branch.ids):
                 continue
-            if finish == FINISH_ABORT:
-                self.fail(entry, RequestFailed("the engine ended this request"))
+            if position > len(branch.ids) or finish == FINISH_ABORT:
+                # Neither happens unless the engine is wrong; the client must not wait for ever.
+                log.error("request %d: position %d, finish %d from the engine", request, position, finish)
+                self.fail(entry, RequestFailed("the engine broke off this request"))
                 continue
             if not entry.proven:
                 self._prove(entry)

@@ -30,10 +30,14 @@ class Limits:
         )
 
     def prompt(self, ids: list[int], field: str) -> list[int]:
-        """The ids that are run; longer ones are cut by `long_truncation_mode` or refused."""
+        """The ids that are run; longer ones are cut by `long_truncation_mode` or refused.
+
+        Ids are checked here too: a tokenizer may know more of them than the model has embeddings.
+        """
         length, limit = len(ids), self.max_req_input_len
         if not ids:
             raise InvalidRequest(f"{field}: the prompt has no tokens", param=field)
+        self.token_ids(ids, field)
         if length <= limit:
             return ids
         if self.long_truncation_mode == "head":

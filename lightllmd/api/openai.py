@@ -37,11 +37,7 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     jobs = []
     for index, prompt in enumerate(body.prompts):
         field = "prompt" if len(body.prompts) == 1 else f"prompt.{index}"
-        if isinstance(prompt, str):
-            ids = await front.encode(prompt)
-        else:
-            front.limits.token_ids(prompt, field)
-            ids = prompt
+        ids = await front.encode(prompt) if isinstance(prompt, str) else prompt
         jobs.append(job(front, body, ids, field))
     return jobs
 

@@ -7,10 +7,11 @@ import contextlib
 import gc
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 import zmq
+from starlette.types import ASGIApp
 
 from lightllmd.api.accounts import Accounts
 from lightllmd.api.app import build_app
@@ -18,8 +19,9 @@ from lightllmd.api.auth import read_keys
 from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.ledger import Ledger
 from lightllmd.api.link import EngineLink
-from lightllmd.config.plan import decode_plan
-from lightllmd.errors import NotReady
+from lightllmd.config.parameters import HttpSettings
+from lightllmd.config.plan import Plan
+from lightllmd.errors import ConfigInvalid, NotReady, Problem
 from lightllmd.ipc import messages
 from lightllmd.ipc.channel import Channel
 from lightllmd.observe.metrics import ApiMetrics
@@ -30,6 +32,31 @@ log = logging.getLogger(__name__)
 BEAT = 0.2  # seconds between heartbeats, time-out checks and looks at quiet streams
 KEEP_ALIVE = 30  # seconds that an idle HTTP connection stays open
 BACKLOG = 4096  # as the supervisor's; the kernel caps it at net.core.somaxconn
+
+
+def _uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        backlog=BACKLOG,
+        ssl_certfile=http.tls_certificate or None,
+        ssl_keyfile=http.tls_key or None,
+    )
+    try:
+        config.load()
+    except OSError as failure:  # ssl.SSLError is one
+        message = f"{http.tls_certificate} with key {http.tls_key or 'in the same file'} can't be used: {failure}"
+        raise ConfigInvalid([Problem("http.tls_certificate", message)]) from failure
+    return config
 
 
 class Server(uvicorn.Server):
@@ -46,10 +73,9 @@ class Server(uvicorn.Server):
 
 
 class Worker:
-    """Built before the event loop runs. Raises ConfigInvalid for a keys file or tokenizer that can't be read."""
+    """Raises ConfigInvalid for a keys file, certificate or tokenizer that can't be read."""
 
-    def __init__(self, channel: Channel[messages.Down], configure: messages.ApiConfigure) -> None:
-        plan = decode_plan(configure.plan)
+    def __init__(self, channel: Channel[messages.Down], configure: messages.ApiConfigure, plan: Plan) -> None:
         http = plan.config.http
         self._channel = channel
         self._stop_timeout = plan.config.supervisor.stop_timeout
@@ -62,7 +88,7 @@ class Worker:
             hold_timeout=http.hold_timeout,
             max_held=http.max_held,
             connect=lambda endpoint: EngineLink(
-                endpoint, configure.api, configure.epoch, self._context, self.ledger.receive
+                endpoint, configure.api, configure.epoch, self._context, self._received
             ),
             on_end=accounts.ended,
         )
@@ -71,40 +97,43 @@ class Worker:
             log.warning("tokenizer: %s", warning)
         self.front = FrontEnd(plan, tokenizer, self.ledger, accounts)
         keys = read_keys(http.api_keys_file) if http.api_keys_file else []
-        self._server = Server(
-            uvicorn.Config(
-                build_app(self.front, metrics_dir=configure.metrics_dir, api_keys=keys),
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                log_level=logging.WARNING,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE,
-                backlog=BACKLOG,
-                ssl_certfile=http.tls_certificate or None,
-                ssl_keyfile=http.tls_key or None,
-            )
-        )
+        app = build_app(self.front, metrics_dir=configure.metrics_dir, api_keys=keys)
+        self._server = Server(_uvicorn_config(app, http))
+        self._broken: asyncio.Future[None] | None = None  # ends with the first exception that nobody can handle
 
     async def run(self) -> None:
         """Serves until told to retire or to stop."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._channel.fileno(), self._heard)
+        self._broken = loop.create_future()
+        loop.add_reader(self._channel.fileno(), self._guarded, self._heard)
         beating = asyncio.create_task(self._beat())
         gc.collect()
         gc.freeze()  # what was imported lives for ever; collections need not look at it
-        self._heard()
+        serving = asyncio.create_task(self._server.serve(sockets=self._sockets))
+        self._guarded(self._heard)
         try:
-            await self._server.serve(sockets=self._sockets)
+            await asyncio.wait((serving, beating, self._broken), return_when=asyncio.FIRST_COMPLETED)
+            for ended in (serving, beating, self._broken):
+                if ended.done():
+                    ended.result()
         finally:
             beating.cancel()
+            serving.cancel()
             loop.remove_reader(self._channel.fileno())
             self._heartbeat()
             self._context.destroy(linger=0)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """A callback that fails ends the worker: with half a message read, streams would wait for ever."""
+        try:
+            work()
+        except Exception as failure:
+            if self._broken is None or self._broken.done():
+                raise
+            self._broken.set_exception(failure)
+
+    def _received(self) -> None:
+        self._guarded(self.ledger.receive)
 
     # --- the supervisor ---------------------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ class Stack:
         self.port = self.listener.getsockname()[1]
         self.supervisor, theirs = channel.pair()
         configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder))
-        self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure)
+        self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure, plan)
         self.ledger = self.worker.ledger
         self.running = asyncio.create_task(self.worker.run())
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)

@@ -131,11 +131,12 @@ def test_only_the_next_position_is_accepted():
     bench = Bench()
     bench.up()
     entry = bench.open()
-    bench.say((entry, 0, 1, 66, FINISH_NONE))  # a gap
     bench.say((entry, 0, 0, 65, FINISH_NONE))
     bench.say((entry, 0, 0, 67, FINISH_NONE))  # again
     bench.say((entry, 0, 1, 68, FINISH_NONE), generation=99)  # another generation's
     assert entry.branches[0].ids == [65]
+    bench.say((entry, 0, 2, 66, FINISH_NONE))  # a gap: what is missing can't come any more
+    assert isinstance(entry.error, RequestFailed)
 
 
 def test_replay_has_prompt_and_emitted_apart_in_arrival_order_then_what_is_new():
