@@ -24,7 +24,7 @@ TOKENS = 60
 FLAGS = (
     *("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1"),
     *("--supervisor.backoff_initial", "0.01", "--supervisor.backoff_max", "0.05"),
-    *("--supervisor.start_limit_burst", "100000", "--supervisor.retry_interval", "0.1"),
+    *("--supervisor.start_limit_burst", "10000", "--supervisor.retry_interval", "0.1"),
     *("--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2", "--http.workers", "2"),
 )
 # (kind, phase in which it is to be hit; None: whatever it is in)
