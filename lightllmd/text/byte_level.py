@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -44,6 +44,7 @@ class PreTokenizer:
 
     patterns: tuple[str, ...] = ()  # each isolates its matches; () stands for GPT-2's own pattern
     digits: bool = False  # first isolates every digit, then GPT-2's pattern
+    nfc: bool = False  # the text is normalised to Unicode's composed form first
     ignore_merges: bool = False  # a part that is a token is taken whole
     add_bos: bool = False  # where the file doesn't say
 
@@ -65,8 +66,9 @@ _FAMILIES: list[tuple[PreTokenizer, str]] = [
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
     ),
     (PreTokenizer((_LLAMA3,)), "dbrx smaug-bpe chatglm-bpe glm4"),
-    (PreTokenizer((_QWEN2,)), "qwen2 stablelm2 deepseek-r1-qwen megrez"),
-    (PreTokenizer((_QWEN35,)), "qwen35"),
+    (PreTokenizer((_QWEN2,), nfc=True), "qwen2"),
+    (PreTokenizer((_QWEN2,)), "stablelm2 deepseek-r1-qwen megrez"),
+    (PreTokenizer((_QWEN35,), nfc=True), "qwen35"),
     (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),
     (PreTokenizer((_GPT4O,)), "gpt-4o llama4"),
     (PreTokenizer(_DEEPSEEK3), "deepseek-v3"),
@@ -86,6 +88,8 @@ def byte_level_bpe(
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"vocabulary and merges don't fit: {error}") from None
     backend = tokenizers.Tokenizer(model)
+    if pre_tokenizer.nfc:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer.build()
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -21,6 +21,8 @@ from lightllmd.text.vocabulary import BYTEWISE, SPACE_MARK, LeadingSpace, Vocabu
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces; GGUF uses the same numbers
 _BPE = 2  # TrainerSpec.ModelType
 
+_SPACE = re.compile(r"\s*")
+
 RunEncoder = Callable[[str, bool], list[int]]  # (a text without added tokens, whether a space is put in front) -> ids
 
 
@@ -93,30 +95,45 @@ class PieceTokenizer(Tokenizer):
         self._every_run = manner.prefix_every_run
         self._before = [bos_id] if manner.add_bos and bos_id is not None else []
         self._after = eos_ids[:1] if manner.add_eos else []
-        longest_first = sorted(added, key=lambda number: -len(added[number].content))
-        self._added_ids = longest_first
-        self._added_pattern = re.compile("|".join(_pattern(added[number]) for number in longest_first))
+        self._added = added
+        self._added_ids = {token.content: number for number, token in added.items()}
+        self._added_pattern = re.compile(_any_of(self._added_ids)) if added else None
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = []
-        at = 0
-        if self._added_ids:
-            for match in self._added_pattern.finditer(text):
-                ids += self._run(text, at, match.start())
-                ids.append(self._added_ids[match.lastindex - 1])  # type: ignore[operator]
-                at = match.end()
-        ids += self._run(text, at, len(text))
+        at = 0  # everything before it is encoded
+        for match in self._added_pattern.finditer(text) if self._added_pattern else ():
+            number = self._added_ids[match[0]]
+            token = self._added[number]
+            run = text[at : match.start()]
+            ids += self._run(run.rstrip() if token.lstrip else run, at == 0)
+            ids.append(number)
+            space = _SPACE.match(text, match.end()) if token.rstrip else None
+            at = space.end() if space else match.end()
+        ids += self._run(text[at:], at == 0)
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
-    def _run(self, text: str, start: int, end: int) -> list[int]:
-        if start == end:
-            return []
-        return self._encode_run(text[start:end], self._model.add_dummy_prefix and (self._every_run or start == 0))
+    def _run(self, text: str, first: bool) -> list[int]:
+        return self._encode_run(text, self._model.add_dummy_prefix and (self._every_run or first)) if text else []
 
 
-def _pattern(token: Added) -> str:
-    before, after = (r"\s*" if strip else "" for strip in (token.lstrip, token.rstrip))
-    return f"{before}({re.escape(token.content)}){after}"
+def _any_of(words: Iterable[str]) -> str:
+    """A regular expression for the longest of the words at a place, as a trie: its cost does not grow with them."""
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+
+    def unfold(node: dict[str, Any]) -> str:
+        branches = [re.escape(letter) + unfold(child) for letter, child in node.items() if letter]
+        if not branches:
+            return ""
+        body = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+        return f"(?:{body})?" if "" in node else body
+
+    return unfold(trie)
 
 
 def _vocabulary(model: PieceModel, added: dict[int, Added]) -> Vocabulary:

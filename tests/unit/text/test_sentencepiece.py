@@ -175,6 +175,21 @@ def test_added_tokens_of_the_configuration(llama, tmp_path):
         assert tokenizer.decode([*fox, size + 1, size]) == "fox <tool>"
 
 
+def test_hundreds_of_added_tokens_cost_no_more_than_one(llama, tmp_path):
+    """A text full of their first letters is the worst case; it must be linear, whatever their number."""
+    folder, library = llama
+    size = library.get_piece_size()
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    entries = {str(size + n): {"content": f"[control_{n}]", "special": True, "rstrip": True} for n in range(1000)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("[control_12] [control_1]", False) == [size + 12, size + 1]
+    text = "[" * 20_000 + "[control_999]  " * 20_000
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids.count(size + 999) == 20_000
+    assert tokenizer.encode("[" * 20_000, add_special_tokens=False) == ids[:-20_000]
+
+
 def test_without_legacy_only_the_first_run_gets_a_space(llama, tmp_path):
     folder, library = llama
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
