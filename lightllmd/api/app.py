@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -11,8 +13,11 @@ from starlette.responses import Response
 from lightllmd import __version__
 from lightllmd.api import native, openai, probes
 from lightllmd.api.auth import BearerKeys
+from lightllmd.api.bodies import schemas
 from lightllmd.api.errors import MethodNotAllowed, error_response
 from lightllmd.api.frontend import FrontEnd
+from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
+from lightllmd.api.openai_bodies import ChatBody, CompletionBody
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
 
 
@@ -22,6 +27,7 @@ def build_app(front: FrontEnd, *, metrics_dir: str, api_keys: list[str]) -> Fast
     app.include_router(native.router(front))
     app.include_router(openai.router(front))
     app.include_router(probes.router(front, metrics_dir))
+    _document(app)
     app.add_exception_handler(LightllmdError, _known)
     app.add_exception_handler(HTTPException, _by_framework)
     app.add_exception_handler(Exception, _unexpected)
@@ -33,6 +39,19 @@ def build_app(front: FrontEnd, *, metrics_dir: str, api_keys: list[str]) -> Fast
             CORSMiddleware, allow_origins=front.http.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+def _document(app: FastAPI) -> None:
+    """Routes read their bodies themselves, so OpenAPI is told of the models here."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            components = generate().setdefault("components", {}).setdefault("schemas", {})
+            components |= schemas([GenerateBody, GenerateOrStreamBody, TokensBody, CompletionBody, ChatBody])
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _known(request: Request, error: Exception) -> Response:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
 from lightllmd.api.errors import from_validation
 from lightllmd.errors import BodyTooLarge, ClientClosed, InvalidRequest
 
 MAX_DEPTH = 64  # of nested JSON arrays and objects
+MAX_FIELDS = 1024  # of one object
+_REFERENCE = "#/components/schemas/{model}"
 _INLINE = 128 << 10  # bytes; a larger body is decoded in a thread so that streams go on
 
 Model = TypeVar("Model", bound="Body")
@@ -65,7 +68,7 @@ def decode(raw: bytes, model: type[Model]) -> Model:
         raise InvalidRequest(f"the body is not JSON: {failure}") from None
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object; got {_kind(body)}")
-    _check_depth(body)
+    _check_shape(body)
     try:
         return model.model_validate(model.prepare(body))
     except ValidationError as failure:
@@ -95,14 +98,24 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI fragment of a route that reads its body itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+def documented(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI fragment of a route that reads its body itself; `schemas` has what it refers to."""
+    reference = {"$ref": _REFERENCE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def _check_depth(body: Any) -> None:
+def schemas(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """OpenAPI's components for `models` and the models inside them."""
+    _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REFERENCE)
+    return definitions["$defs"]
+
+
+def _check_shape(body: Any) -> None:
     level = [body]
     for _ in range(MAX_DEPTH):
+        for value in level:
+            if isinstance(value, dict) and len(value) > MAX_FIELDS:
+                raise InvalidRequest(f"an object in the body has {len(value)} fields, more than {MAX_FIELDS}")
         level = [
             child
             for value in level

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -69,10 +70,12 @@ def error_response(error: LightllmdError, path: str) -> Response:
 
 def shown(value: Any) -> str:
     """A refused value as a message may repeat it."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return "an integer of more than 77 digits"
-    text = repr(value if not isinstance(value, (list, dict)) or len(value) < 100 else type(value).__name__)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    if isinstance(value, int) and value.bit_length() > _SHOWN * 3:
+        return "an integer of many digits"
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxdict = 3, 4, 4
+    brief.maxstring = brief.maxlong = brief.maxother = _SHOWN
+    return brief.repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

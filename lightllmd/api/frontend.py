@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,7 +19,15 @@ from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopMatcher
 
-_INLINE = 16 << 10  # characters; a longer prompt is tokenised in a thread so that streams go on
+_INLINE = 16 << 10  # characters; tokenised in a few milliseconds
+Result = TypeVar("Result")
+
+
+async def _off_loop(size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Work on `size` characters: here when they are few, in a thread when they are many, so that streams go on."""
+    if size <= _INLINE:
+        return work(*arguments)
+    return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,14 @@ class FrontEnd:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest for text that is no valid Unicode."""
-        work = partial(self.tokenizer.encode, text, add_special_tokens)
-        return work() if len(text) <= _INLINE else await asyncio.get_running_loop().run_in_executor(None, work)
+        return await _off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+
+    async def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return await _off_loop(sum(map(len, texts)), self.tokenizer.encode_batch, texts)
 
     async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Raises InvalidRequest when the model has no chat template or its template refuses the messages."""
-        work = partial(self.tokenizer.encode_chat, messages)
-        short = len(msgspec.json.encode(messages)) <= _INLINE
-        return work() if short else await asyncio.get_running_loop().run_in_executor(None, work)
+        return await _off_loop(len(msgspec.json.encode(messages)), self.tokenizer.encode_chat, messages)
 
     def branch(self, index: int, prompt_ids: list[int], options: TextOptions) -> Branch:
         detokenizer = self.tokenizer.detokenizer(

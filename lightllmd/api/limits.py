@@ -14,6 +14,7 @@ class Limits:
     max_req_total_len: int
     max_total_token_num: int
     running_max_req_size: int
+    max_queue: int
     vocab_size: int
     long_truncation_mode: str | None
 
@@ -25,6 +26,7 @@ class Limits:
             params.max_req_total_len,
             plan.max_total_token_num,
             params.running_max_req_size,
+            plan.config.http.max_queue,
             plan.vocab_size,
             params.long_truncation_mode,
         )
@@ -75,6 +77,15 @@ class Limits:
         if n > self.running_max_req_size:
             raise InvalidRequest(
                 f"{field}: {n} sequences, more than running_max_req_size = {self.running_max_req_size}", param=field
+            )
+
+    def at_once(self, sequences: int, field: str) -> None:
+        """What one body may ask for: more could never wait in the queue together."""
+        most = self.running_max_req_size + self.max_queue
+        if sequences > most:
+            raise InvalidRequest(
+                f"{field}: {sequences} sequences, more than running_max_req_size + http.max_queue = {most}",
+                param=field,
             )
 
     def token_ids(self, ids: list[int], field: str) -> None:

@@ -141,7 +141,7 @@ def router(front: FrontEnd) -> APIRouter:
     routes = APIRouter(tags=["lightllm"])
     limit = front.http.max_body_bytes
 
-    @routes.post("/generate", openapi_extra=bodies.schema(GenerateBody))
+    @routes.post("/generate", openapi_extra=bodies.documented(GenerateBody))
     async def generate(request: Request) -> Response:
         """Generates, then answers with the whole text."""
         with front.accounts.admission() as arrived_at:
@@ -149,7 +149,7 @@ def router(front: FrontEnd) -> APIRouter:
             pending = front.open([await prepare(front, body)], arrived_at)
         return await respond(front, request, pending, body.parameters.return_details)
 
-    @routes.post("/generate_stream", openapi_extra=bodies.schema(GenerateBody))
+    @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody))
     async def generate_stream(request: Request) -> Response:
         """Server-sent events, one frame per token."""
         with front.accounts.admission() as arrived_at:
@@ -158,7 +158,7 @@ def router(front: FrontEnd) -> APIRouter:
             pending = front.open([await prepare(front, body)], arrived_at)
         return stream(front, pending)
 
-    @routes.post("/", openapi_extra=bodies.schema(GenerateOrStreamBody))
+    @routes.post("/", openapi_extra=bodies.documented(GenerateOrStreamBody))
     async def either(request: Request) -> Response:
         """/generate_stream if `stream` is true, else /generate."""
         with front.accounts.admission() as arrived_at:
@@ -170,7 +170,7 @@ def router(front: FrontEnd) -> APIRouter:
             return stream(front, pending)
         return await respond(front, request, pending, body.parameters.return_details)
 
-    @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.schema(TokensBody))
+    @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:
         """Counts a text's tokens, special ones included."""
         body = await bodies.parse(request, TokensBody, limit)

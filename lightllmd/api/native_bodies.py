@@ -20,7 +20,7 @@ _NOT_YET = ("regular_constraint", "allowed_token_ids", "guided_grammar", "guided
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
-StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024)]
+StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
 class Parameters(Body):
@@ -30,16 +30,16 @@ class Parameters(Body):
     best_of: Annotated[int, Field(ge=1, le=8)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
     do_sample: bool = False
-    presence_penalty: float = Field(0.0, ge=0, le=MAX_PENALTY)
-    frequency_penalty: float = Field(0.0, ge=0, le=MAX_PENALTY)
-    repetition_penalty: float = Field(1.0, ge=1, le=MAX_PENALTY)
+    presence_penalty: float = Field(default=0.0, ge=0, le=MAX_PENALTY)
+    frequency_penalty: float = Field(default=0.0, ge=0, le=MAX_PENALTY)
+    repetition_penalty: float = Field(default=1.0, ge=1, le=MAX_PENALTY)
     exponential_decay_length_penalty: tuple[Count, Annotated[float, Field(ge=1, le=MAX_PENALTY)]] = (1, 1.0)
-    temperature: float = Field(1.0, ge=0, le=MAX_PENALTY)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1, le=MAX_COUNT)
+    temperature: float = Field(default=1.0, ge=0, le=MAX_PENALTY)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=-1, ge=-1, le=MAX_COUNT)
     ignore_eos: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    min_new_tokens: int = Field(1, ge=1, le=MAX_COUNT)
+    min_new_tokens: int = Field(default=1, ge=1, le=MAX_COUNT)
     stop_sequences: (
         StopText
         | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
@@ -50,7 +50,7 @@ class Parameters(Body):
     add_spaces_between_special_tokens: bool = True
     print_eos_token: bool = False
     input_penalty: bool = False
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(None, description="-1 or absent: drawn")
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(default=None, description="-1 or absent: drawn")
 
     @model_validator(mode="before")
     @classmethod

@@ -34,11 +34,14 @@ def job(front: FrontEnd, body: OpenAIBody, prompt_ids: list[int], field: str) ->
 
 
 async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
+    prompts = body.prompts
+    front.limits.at_once(len(prompts) * body.branches, "prompt")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await front.encode_batch(texts))
     jobs = []
-    for index, prompt in enumerate(body.prompts):
-        field = "prompt" if len(body.prompts) == 1 else f"prompt.{index}"
-        ids = await front.encode(prompt) if isinstance(prompt, str) else prompt
-        jobs.append(job(front, body, ids, field))
+    for index, prompt in enumerate(prompts):
+        ids = next(encoded) if isinstance(prompt, str) else prompt
+        jobs.append(job(front, body, ids, "prompt" if len(prompts) == 1 else f"prompt.{index}"))
     return jobs
 
 
@@ -113,7 +116,7 @@ def router(front: FrontEnd) -> APIRouter:
             raise NotFound(f"model: {name!r} is not one of {', '.join(known_models(front))}", code="model_not_found")
         return json_response(model_card(name, started, front))
 
-    @routes.post("/completions", openapi_extra=bodies.schema(CompletionBody))
+    @routes.post("/completions", openapi_extra=bodies.documented(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continues one prompt or several, given as text or as token ids."""
         with front.accounts.admission() as arrived_at:
@@ -125,7 +128,7 @@ def router(front: FrontEnd) -> APIRouter:
         shape = CompletionShape(_new_id("cmpl"), front.model_name, front.tokenizer, body.alternatives, echoed)
         return await respond(front, request, body, pending, shape)
 
-    @routes.post("/chat/completions", openapi_extra=bodies.schema(ChatBody))
+    @routes.post("/chat/completions", openapi_extra=bodies.documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation, rendered by the model's own chat template."""
         with front.accounts.admission() as arrived_at:

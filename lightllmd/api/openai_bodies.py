@@ -13,6 +13,7 @@ from lightllmd.ipc.messages import SamplingParams
 
 MAX_N = 32
 MAX_PROMPTS = 2048
+MAX_MESSAGES = 4096
 MAX_TOP_LOGPROBS = 20
 
 # Accepted without effect: they change nothing that a client could see here.
@@ -78,7 +79,7 @@ class OpenAIBody(Body):
     """What both routes share."""
 
     model: str | None = None
-    n: int | None = Field(None, ge=1, le=MAX_N)
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
@@ -89,11 +90,11 @@ class OpenAIBody(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     # LightLLM's extensions
-    do_sample: bool | None = Field(None, description="false: greedy, whatever temperature says")
-    top_k: int = Field(-1, ge=-1, le=MAX_COUNT)
-    repetition_penalty: float = Field(1.0, ge=1, le=MAX_PENALTY)
+    do_sample: bool | None = Field(default=None, description="false: greedy, whatever temperature says")
+    top_k: int = Field(default=-1, ge=-1, le=MAX_COUNT)
+    repetition_penalty: float = Field(default=1.0, ge=1, le=MAX_PENALTY)
     ignore_eos: bool = False
-    min_tokens: int = Field(1, ge=0, le=MAX_COUNT)
+    min_tokens: int = Field(default=1, ge=0, le=MAX_COUNT)
     skip_special_tokens: bool = True
 
     @classmethod
@@ -154,17 +155,17 @@ class OpenAIBody(Body):
         )
 
 
-PromptIds = Annotated[list[Count], Field(min_length=1)]
+PromptIds = Annotated[list[Count], Field(min_length=1, fail_fast=True)]  # one fault is told, not a million
 
 
 class CompletionBody(OpenAIBody):
     prompt: (
         str
         | PromptIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -189,8 +190,8 @@ class CompletionBody(OpenAIBody):
     @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 class TextPart(Body):
@@ -200,7 +201,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     # What an assistant's earlier answer may carry when a client sends it back.
     _harmless: ClassVar[frozenset[str]] = frozenset({"name", "refusal", "annotations"})
@@ -214,7 +215,7 @@ class Message(Body):
 
 
 class ChatBody(OpenAIBody):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PROMPTS)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -349,3 +349,47 @@ def test_plan_survives_the_wire():
     plan = make_plan()
     assert msgspec.msgpack.decode(encode_plan(plan), type=type(plan)) == plan
     assert json.loads(msgspec.json.encode(plan))["model_name"] == "fake-model"
+
+
+def test_garbage_from_the_engine_ends_the_worker_rather_than_hang_its_streams(tmp_path):
+    async def scenario():
+        async with process(tmp_path) as one:
+            engine = await one.engine()
+            engine.socket.socket.send_multipart([b"api-0-1", b"\xc1 garbage"])
+            assert await one.exit_code() == 1
+            one.listen()
+            assert one.failed is not None
+            assert one.failed.kind == "error"
+            engine.die()
+
+    run(scenario())
+
+
+def test_tls_serves_and_a_missing_certificate_is_a_configuration_error(tmp_path):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    made = subprocess.run(f"{command} -keyout {key} -out {certificate}".split(), capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("no openssl")
+
+    async def scenario():
+        plan = make_plan(tls_certificate=str(certificate), tls_key=str(key))
+        async with process(tmp_path, plan) as one:
+            engine = await one.engine()
+            engine.free_run = True
+            async with httpx.AsyncClient(verify=False) as client:
+                url = f"https://127.0.0.1:{one.port}/generate_stream"
+                answer = await client.post(url, json={"inputs": "x", "parameters": {"max_new_tokens": 5}}, timeout=20)
+            assert "".join(frame["token"]["text"] for frame in frames(answer.text)) == expected("x", 5)
+            engine.die()
+        bad = Process(tmp_path, make_plan(tls_certificate=str(tmp_path / "none.pem")), epoch=2)
+        try:
+            assert await bad.exit_code() == EXIT_CONFIG
+            bad.listen()
+            assert bad.failed is not None
+            assert "none.pem" in bad.failed.message
+        finally:
+            await bad.close()
+            bad.listener.close()
+
+    run(scenario())

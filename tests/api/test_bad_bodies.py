@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
+import threading
 
 import httpx
 import pytest
@@ -300,3 +302,67 @@ def test_random_bytes_and_values_are_never_a_fault_of_ours():
             bodies.decode(bytes(raw), model)
         except RequestError:
             pass
+
+
+def test_body_of_millions_of_faults_is_refused_with_few_words(bad_stack):
+    floats = b'{"prompt": [' + b"1.5," * 400_000 + b"1.5]}"
+    fields = b'{"prompt": "x", ' + b",".join(b'"a%d": 1' % number for number in range(200_000)) + b"}"
+    nested = b'{"prompt": [' + b'[1, "x"],' * 200_000 + b"[1]]}"
+    for body in (floats, fields, nested):
+        answer = bad_stack("/v1/completions", body)
+        assert answer.status_code == 400
+        assert len(answer.content) < 1000
+
+
+def test_more_sequences_than_can_ever_wait_are_refused(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, {"running_max_req_size": 4}, max_queue=6) as one:
+            answer = await one.client.post("/v1/completions", json={"prompt": ["x"] * 11, "max_tokens": 1})
+            assert answer.status_code == 400
+            assert "max_queue = 10" in answer.json()["error"]["message"]
+            answer = await one.client.post("/v1/completions", json={"prompt": ["x"] * 10, "max_tokens": 1})
+            assert answer.status_code == 200
+            answer = await one.generate("x", best_of=5)
+            assert "running_max_req_size = 4" in answer.json()["message"]
+
+    run(scenario())
+
+
+def test_long_prompts_are_tokenised_off_the_loop(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, {"long_truncation_mode": "head"}) as one:
+            tokenizer = one.worker.front.tokenizer
+            encode, threads = tokenizer._encode, []
+            tokenizer._encode = lambda *arguments: threads.append(threading.get_ident()) or encode(*arguments)
+            for length in (10, 1_000_000):
+                assert (await one.generate("x" * length, max_new_tokens=1)).status_code == 200
+                chat = {"messages": [{"role": "user", "content": "x" * length}], "max_tokens": 1}
+                assert (await one.client.post("/v1/chat/completions", json=chat)).status_code == 200
+            here = threading.get_ident()
+            assert [thread == here for thread in threads] == [True, True, False, False]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("head", b"cdefg"), ("center", b"abefg")])
+def test_long_prompts_are_cut_where_that_is_configured(tmp_path, mode, kept):
+    async def scenario():
+        async with stack(tmp_path, {"long_truncation_mode": mode, "max_req_input_len": 5}) as one:
+            answer = await one.generate("abcdefg", max_new_tokens=1)
+            assert answer.json()["prompt_tokens"] == 5
+            assert bytes(one.engine.submits[-1].prompt_ids) == kept
+
+    run(scenario())
+
+
+def test_documented_schemas_are_complete(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for _ in range(2):
+                api = (await one.client.get("/openapi.json")).json()
+                text = json.dumps(api)
+                known = {f"#/components/schemas/{name}" for name in api["components"]["schemas"]}
+                assert set(re.findall(r'"\$ref": "([^"]+)"', text)) <= known
+                assert "top_p" in api["components"]["schemas"]["Parameters"]["properties"]
+
+    run(scenario())
