@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import random
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import psutil
-from lightllmd.engine.fake import fake_token
 
 from harness import Daemon, generate_stream, run, wait_for
+from lightllmd.engine.fake import fake_token
 
 KILLS = 1000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 50
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
@@ -27,8 +31,11 @@ FLAGS = (
     *("--supervisor.start_limit_burst", "10000", "--supervisor.retry_interval", "0.1"),
     *("--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2", "--http.workers", "2"),
 )
-# (kind, phase in which it is to be hit; None: whatever it is in)
+# (kind, phase in which it is to be hit; None: whatever it is in; "serving": ready, and clients were given tokens since
+# the last kill)
+SERVED = 200  # such tokens
 TARGETS = [
+    *[("engine", "serving")] * 3,
     ("engine", "boot"),
     ("engine", "load"),
     ("engine", "ready"),
@@ -39,29 +46,24 @@ TARGETS = [
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGSEGV, signal.SIGTERM, signal.SIGABRT]
 
 
-class StatusProbe(threading.Thread):
-    """Asks /v1/status over one connection all the time and keeps each answer's latency, in seconds."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        super().__init__(daemon=True)
-        self.target, self.latencies, self.failure, self.over = daemon, [], None, threading.Event()
-
-    def run(self) -> None:
-        with self.target.control_client() as client:
-            while not self.over.wait(0.02):
-                begun = time.perf_counter()
-                try:
-                    client.get("/v1/status").raise_for_status()
-                except httpx.HTTPError as error:
-                    self.failure = error
-                    return
-                self.latencies.append(time.perf_counter() - begun)
+@contextlib.contextmanager
+def status_probe(daemon: Daemon) -> Iterator[subprocess.Popen[str]]:
+    script = Path(__file__).parents[1] / "status_probe.py"
+    command = [sys.executable, str(script), str(daemon.control)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as probe:
+        try:
+            yield probe
+        finally:
+            probe.kill()
 
 
-def hit(daemon: Daemon, draw: random.Random, hits: Counter[str]) -> None:
+def hit(daemon: Daemon, draw: random.Random, hits: Counter[str], served: Callable[[], int]) -> None:
     """One kill: a drawn worker in a drawn phase; a phase that doesn't come soon is taken as it is."""
     kind, phase = draw.choice(TARGETS)
     number = draw.choice(SIGNALS)
+    if phase == "serving":
+        wait_for(lambda: served() >= SERVED, what="tokens for the clients")
+        phase = "ready"
     patience = time.monotonic() + 0.5
     while True:
         workers = [worker for worker in daemon.workers(kind) if worker["pid"]]
@@ -81,11 +83,14 @@ def hit(daemon: Daemon, draw: random.Random, hits: Counter[str]) -> None:
 
 def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
     draw, hits = random.Random(SEED), Counter()
-    with Daemon(tmp_path, *FLAGS) as daemon:
+    with Daemon(tmp_path, *FLAGS) as daemon, status_probe(daemon) as probe:
         family = {process.pid for process in daemon.processes()}
-        probe = StatusProbe(daemon)
-        probe.start()
         outcomes: Counter[str] = Counter()
+        tokens = 0
+
+        def seen() -> None:
+            nonlocal tokens
+            tokens += 1
 
         async def client_loop(number: int, over: asyncio.Event) -> None:
             turn = 0
@@ -94,7 +99,7 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
                 turn += 1
                 try:
                     async with httpx.AsyncClient(timeout=60) as client:
-                        ids, _ = await generate_stream(client, daemon.url, prompt, TOKENS, lambda: None)
+                        ids, _ = await generate_stream(client, daemon.url, prompt, TOKENS, seen)
                 except httpx.TransportError:
                     outcomes["front end killed"] += 1  # the one loss that is allowed: its connections end
                     continue
@@ -103,7 +108,8 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
 
         def kills() -> None:
             for _ in range(KILLS):
-                hit(daemon, draw, hits)
+                before = tokens
+                hit(daemon, draw, hits, lambda before=before: tokens - before)
                 family.update(process.pid for process in daemon.processes())
 
         async def scenario() -> None:
@@ -115,9 +121,8 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
 
         run(scenario(), timeout=120 + 3 * KILLS)
         status = daemon.wait_ready()
-        probe.over.set()
-        probe.join()
-        assert probe.failure is None, f"status failed: {probe.failure!r}"
+        asked = json.loads(probe.communicate("over", timeout=30)[0])
+        assert asked["failure"] is None
         wait_for(
             lambda: (
                 (s := daemon.status())["model"]["kv_slots_used"] == 0
@@ -131,7 +136,7 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
         assert not orphans
         assert len(living) == 4, "supervisor, two front ends, one engine"
         assert outcomes["exact"] > 0
-        ordered = sorted(probe.latencies)
+        ordered = sorted(asked["latencies"])
         p99 = ordered[int(len(ordered) * 0.99)]
         print(f"kills {dict(hits)}; answers {dict(outcomes)}; status p99 {p99 * 1e3:.1f} ms of {len(ordered)}")
         assert p99 < 0.050
