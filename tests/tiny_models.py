@@ -122,8 +122,13 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def plan_for(model: Path, *, dtype: str = "float32", slots: int = 512, device: str = "cpu", **params: Any) -> Plan:
-    """A plan as resolution would make it, for a Hugging Face directory or a .gguf file."""
+def plan_for(
+    model: Path, *, dtype: str = "float32", slots: int = 512, device: str = "cpu", threads: int = 1, **params: Any
+) -> Plan:
+    """A plan as resolution would make it, for a Hugging Face directory or a .gguf file.
+
+    One thread: what is this small gains nothing from a second, and loses much where cores are busy.
+    """
     from lightllmd.weights.headers import gguf_hf_config, read_gguf_header, safetensors_files
 
     if model.suffix == ".gguf":
@@ -147,7 +152,7 @@ def plan_for(model: Path, *, dtype: str = "float32", slots: int = 512, device: s
     )
     limits = {"max_req_input_len": 255, "max_req_total_len": 256, "running_max_req_size": 16, **params}
     return Plan(
-        config=Config(params=Params(**limits), engine=EngineSettings(threads=2)),
+        config=Config(params=Params(**limits), engine=EngineSettings(threads=threads)),
         model=facts,
         device=DeviceFacts(device, device, 1, 0, 0, ["float32", "bfloat16"], 2),
         derived=[],

@@ -46,7 +46,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
             name = f"model.layers.{parts[1]}.{BLOCK[parts[2]]}.{parts[3]}"
         else:
             name = f"{TOP[parts[0]]}.weight"
-        state[name] = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
+        state[name] = torch.from_numpy(np.array(weight, dtype=np.float32))
     tied = "lm_head.weight" not in state
     config = LlamaConfig(
         hidden_size=value("embedding_length"),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightllmd.config.plan import Plan
+from lightllmd.config.plan import ModelFacts, Plan
 from lightllmd.engine.batch import Row, Step, StepResult
 from lightllmd.engine.memory import MemoryMeter
 from lightllmd.engine.sampler import Sampler
@@ -45,13 +45,8 @@ class TorchRunner:
         device, dtype = _device(plan.device.kind), getattr(torch, plan.data_type)
         with _memory_errors(), torch.inference_mode():
             self.memory = MemoryMeter(device)
-            family = family_of(plan.model.model_type)
-            spec = family.spec(plan.model.hf_config)
-            layout = family.layout(spec)
-            checkpoint = open_checkpoint(plan.model)
-            place.check(checkpoint, layout)
-            weights = place.stream(checkpoint, layout, dtype, device, progress)
-            self.decoder = Decoder(spec, kernels_for(device, dtype), weights, device, dtype)
+            self.decoder = _decoder(plan.model, device, dtype, progress)
+            spec = self.decoder.spec
             shape = (plan.max_total_token_num, 2 * spec.kv_heads, spec.head_dim)
             self.caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
             params = plan.config.params
@@ -89,6 +84,19 @@ class TorchRunner:
                 raise EngineError(f"request {row.request}: the model's logits are not numbers (NaN)")
         self.sampler.record([row.table_row for row in rows], result.tokens)
         return result
+
+
+def _decoder(
+    model: ModelFacts, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]
+) -> Decoder:
+    """Reads the checkpoint; its files are closed again on return."""
+    family = family_of(model.model_type)
+    spec = family.spec(model.hf_config)
+    layout = family.layout(spec)
+    checkpoint = open_checkpoint(model)
+    place.check(checkpoint, layout)
+    weights = place.stream(checkpoint, layout, dtype, device, progress)
+    return Decoder(spec, kernels_for(device, dtype), weights, device, dtype)
 
 
 def _device(kind: str) -> torch.device:

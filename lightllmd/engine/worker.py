@@ -16,7 +16,7 @@ import zmq
 from lightllmd import errors
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
-from lightllmd.engine import fake
+from lightllmd.engine import fake, openmp
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.batch import Runner, Step
 from lightllmd.engine.request import Owner
@@ -87,6 +87,7 @@ class EngineWorker:
     def _make_runner(self) -> Runner:
         if self._plan.config.engine.backend == "fake":
             return fake.FakeRunner(self._plan.config.engine.fake)
+        openmp.settle()
         from lightllmd.engine.runner import TorchRunner  # here, so that the fake back end needs no torch
 
         return TorchRunner()

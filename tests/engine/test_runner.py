@@ -1,0 +1,100 @@
+"""What a step gives back, and what it does when something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from lightllmd.engine.batch import Step
+from lightllmd.engine.runner import LOGIT_ROWS, TorchRunner
+from lightllmd.errors import EngineError, NoUsableDevice, OutOfMemory
+from lightllmd.ipc.messages import SamplingParams
+from tiny_models import Driver, load, plan_for, write_model
+
+IDS = [3, 14, 15, 92, 65, 35]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> TorchRunner:
+    return load(write_model(tmp_path))
+
+
+def test_only_sampling_rows_have_a_result_and_they_keep_their_order(runner: TorchRunner) -> None:
+    driver = Driver(runner)
+    rows = [driver.row(0, IDS), driver.row(1, IDS[:3], sample=False), driver.row(2, IDS[:1]), driver.row(3, IDS[:4])]
+    result = runner.run(driver.step(*rows), lambda: None)
+    assert len(result.tokens) == len(result.logprobs) == len(result.alternatives) == 3
+    for index, ids in ((0, IDS), (1, IDS[:1]), (2, IDS[:4])):
+        alone = Driver(runner)
+        logits = alone.logits(alone.row(9, ids))[0][-1]
+        assert result.tokens[index] == logits.argmax().item()
+        assert result.logprobs[index] == pytest.approx(logits.log_softmax(-1).max().item(), abs=1e-4)
+
+
+def test_a_step_of_more_rows_than_fit_the_logits_workspace_equals_small_ones(tmp_path: Path) -> None:
+    count = LOGIT_ROWS * 2 + 3
+    runner = load(write_model(tmp_path), running_max_req_size=count, slots=2048)
+    driver = Driver(runner, scattered=True)
+    together = runner.run(driver.step(*[driver.row(n, [n % 128, 5, n % 7]) for n in range(count)]), lambda: None)
+    fed = [driver.row(n, [together.tokens[n]], 1) for n in range(count)]
+    second = runner.run(driver.step(*fed), lambda: None)
+    for number in (0, LOGIT_ROWS - 1, LOGIT_ROWS, count - 1):
+        alone = Driver(runner)
+        first = runner.run(alone.step(alone.row(0, [number % 128, 5, number % 7])), lambda: None)
+        assert first.tokens == [together.tokens[number]]
+        assert runner.run(alone.step(alone.row(0, first.tokens, 1)), lambda: None).tokens == [second.tokens[number]]
+
+
+def test_a_beat_comes_with_every_layer(runner: TorchRunner) -> None:
+    driver, beats = Driver(runner), []
+    runner.run(driver.step(driver.row(0, IDS)), lambda: beats.append(None))
+    assert len(beats) >= runner.decoder.spec.layers
+
+
+def test_logits_that_are_no_numbers_end_the_step_with_the_request_named(runner: TorchRunner) -> None:
+    driver = Driver(runner)
+    with torch.inference_mode():
+        runner.decoder.embedding[92] = float("nan")
+    with pytest.raises(EngineError, match="request 4: the model's logits are not numbers"):
+        runner.run(driver.step(driver.row(4, IDS)), lambda: None)
+
+
+def test_memory_that_does_not_suffice_is_told_as_such(tmp_path: Path) -> None:
+    plan = msgspec.structs.replace(plan_for(write_model(tmp_path)), max_total_token_num=1 << 45)
+    with pytest.raises(OutOfMemory):
+        TorchRunner().load(plan, lambda done, total: None)
+
+
+def test_a_gpu_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(NoUsableDevice):
+        load(write_model(tmp_path), device="cuda")
+
+
+def test_memory_is_measured(runner: TorchRunner) -> None:
+    driver = Driver(runner)
+    runner.run(driver.step(driver.row(0, IDS)), lambda: None)
+    stats = runner.memory.stats()
+    assert stats["memory_used_bytes"] > 0
+    assert stats.keys() == {"memory_loaded_bytes", "memory_worst_step_bytes", "memory_used_bytes"}
+
+
+def test_steps_survive_their_serialisation(runner: TorchRunner) -> None:
+    """A step is all that a rank of a tensor-parallel group would get."""
+    driver = Driver(runner)
+    step = driver.step(driver.row(0, IDS, params=SamplingParams(do_sample=True, seed=5, top_p=0.9)))
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=Step)
+    assert runner.run(step, lambda: None) == runner.run(copy, lambda: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_computes_the_same_logits(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    on_cpu, on_gpu = Driver(load(folder)), Driver(load(folder, device="cuda"), scattered=True)
+    ours, theirs = on_cpu.logits(on_cpu.row(0, IDS))[0], on_gpu.logits(on_gpu.row(0, IDS))[0].cpu()
+    assert (ours - theirs).abs().max() < 1e-3
