@@ -7,6 +7,8 @@ heads, K key/value heads (H a multiple of K), D head_dim, S slots of the cache. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -34,7 +36,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),

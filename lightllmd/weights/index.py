@@ -18,7 +18,8 @@ CHUNK_BYTES = 16 << 20
 class Checkpoint(Protocol):
     """Names are those of Hugging Face checkpoints; a format with other names translates them."""
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, out: Tensor) -> Iterator[int]:
         """Fills `out` (the tensor's shape, any float dtype) and yields the bytes of each chunk that it has read.
