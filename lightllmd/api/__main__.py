@@ -25,7 +25,9 @@ def main() -> int:
     import uvloop
 
     from lightllmd.api.worker import Worker
+    from lightllmd.observe import metrics
 
+    metrics.sit(configure.metrics_seat)
     try:
         uvloop.run(Worker(channel, configure, plan).run())
     except LightllmdError as failure:

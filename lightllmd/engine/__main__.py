@@ -37,7 +37,9 @@ def main(arguments: list[str]) -> None:
         # Before prometheus_client is imported, which the worker does.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
         from lightllmd.engine.worker import EngineWorker
+        from lightllmd.observe import metrics
 
+        metrics.sit(configure.metrics_seat)
         EngineWorker(link, recorder, configure, plan).run()
     except Exception as error:
         kind, code = next(

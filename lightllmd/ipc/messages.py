@@ -136,6 +136,7 @@ class EngineConfigure(msgspec.Struct, tag="engine-configure"):
     rank: int
     endpoint: str  # ZeroMQ endpoint that rank 0 binds
     metrics_dir: str
+    metrics_seat: str  # names its files there; no other living process has it
 
 
 class ApiConfigure(msgspec.Struct, tag="api-configure"):
@@ -146,6 +147,7 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     epoch: int  # counts the starts of this api worker, from 1
     listener_fds: list[int]
     metrics_dir: str
+    metrics_seat: str  # names its files there; no other living process has it
 
 
 class EngineUp(msgspec.Struct, tag="engine-up"):

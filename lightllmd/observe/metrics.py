@@ -4,21 +4,28 @@
 Every process keeps its values in files of a common directory (multiprocess mode), so that any one of them can render
 the sum of all. The environment variable PROMETHEUS_MULTIPROC_DIR has to be set before this module is imported;
 without it a process counts for itself only. A kind of process declares no more than it sets: what is declared takes
-room in its files, which outlive it.
+room in its files, which outlive it. The files are named by a seat that the supervisor lends (`sit`), not by the pid:
+the next process in that seat counts on in them, so totals survive any number of deaths and files don't pile up.
+Readers open these files at any moment, so whatever moment a process dies at leaves them readable.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render"]
+__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render", "sit"]
 
 _SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
 _BATCH_SIZES = [float(size) for size in range(1, 129)]
 _RATIOS = [i / 10 for i in range(11)]
+
+
+def sit(seat: str) -> None:
+    """Names this process's files; before any metric is made."""
+    values.ValueClass = values.MultiProcessValue(lambda: seat)
 
 
 def _hundredths(most: int) -> list[float]:

@@ -52,12 +52,14 @@ class Child:
         number: int,
         command: Callable[[int], Sequence[str]],
         first: Down,
+        seat: str,
         pass_fds: Sequence[int] = (),
     ) -> None:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self.worker = worker
         self.number = number  # the engine's generation, the api worker's epoch
+        self.seat = seat  # Runtime.take_seat; left by whoever hears of this child's death
         self.started = time.time()
         self.vitals = health.Vitals(moved=context.clock.now)
         self.stats: dict[str, float] = {}
@@ -74,6 +76,7 @@ class Child:
         try:
             self.channel, theirs = channel.pair()
         except OSError as refused:
+            context.runtime.leave_seat(seat)
             raise SystemFailure(f"can't make a socket pair: {refused}") from refused
         try:
             self.process = Process(
@@ -83,6 +86,7 @@ class Child:
                 pass_fds=(theirs.fileno(), *pass_fds),
             )
         except SystemFailure:
+            context.runtime.leave_seat(seat)
             self.channel.close()
             raise
         finally:

@@ -31,14 +31,16 @@ class Api:
     def _launch(self, epoch: int) -> Child:
         context = self._context
         fds = [sock.fileno() for sock in context.listeners]
+        seat = context.runtime.take_seat("api")
         first = ApiConfigure(
             plan=context.plan,
             api=self.index,
             epoch=epoch,
             listener_fds=fds,
             metrics_dir=str(context.runtime.metrics),
+            metrics_seat=seat,
         )
-        child = Child(context, self.worker.name, epoch, context.commands.api, first, pass_fds=fds)
+        child = Child(context, self.worker.name, epoch, context.commands.api, first, seat, pass_fds=fds)
         self._greet(child)
         return child
 
@@ -114,7 +116,7 @@ class FrontEnd:
 
     def died(self, api: Api, child: Child, ending: Ending, again: bool) -> None:
         self._past.update({name: int(child.stats.get(name, 0)) for name in TOTALS})
-        self._context.runtime.forget_metrics(child.pid)
+        self._context.runtime.leave_seat(child.seat)
         api.died(child, ending, again)
 
     def tick(self) -> None:

@@ -30,12 +30,14 @@ class Generation:
             self._flight = flight_record.create()
         except OSError as refused:
             raise SystemFailure(f"can't make the flight record: {refused}") from refused
+        seat = context.runtime.take_seat("engine")
         first = EngineConfigure(
             plan=context.plan,
             generation=number,
             rank=0,
             endpoint=self.endpoint,
             metrics_dir=str(context.runtime.metrics),
+            metrics_seat=seat,
         )
         try:
             self.child = Child(
@@ -44,6 +46,7 @@ class Generation:
                 number,
                 lambda fd: context.commands.engine(fd, self._flight),
                 first,
+                seat,
                 pass_fds=(self._flight,),
             )
         except SystemFailure:
@@ -107,7 +110,7 @@ class Engine:
             )
         )
         generation.dispose()
-        self._context.runtime.forget_metrics(child.pid)
+        self._context.runtime.leave_seat(child.seat)
         if flight.step and not asked:
             self._context.log.own(
                 "warning",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import grp
+import itertools
 import os
 import re
 import shutil
@@ -50,6 +51,7 @@ class Runtime:
         self.control_socket = control_socket
         self.directory = control_socket.parent
         self.pid = os.getpid()
+        self._seats: set[str] = set()
         for path in (control_socket, self.directory / _LONGEST_OWN, self._bind_name()):
             if len(os.fsencode(path)) > LONGEST_PATH:
                 raise SystemFailure(
@@ -80,9 +82,16 @@ class Runtime:
     def endpoint_path(self, generation: int) -> Path:
         return self.ipc / f"{self.pid}-engine-{generation}"
 
-    def forget_metrics(self, pid: int) -> None:
-        """A dead worker's gauges that only count for the living (as prometheus_client's mark_process_dead)."""
-        for path in self.metrics.glob(f"gauge_live*_{pid}.db"):
+    def take_seat(self, kind: str) -> str:
+        """A name for a new worker's metrics files: the first that no living worker of its kind has."""
+        seat = next(name for number in itertools.count() if (name := f"{kind}-{number}") not in self._seats)
+        self._seats.add(seat)
+        return seat
+
+    def leave_seat(self, seat: str) -> None:
+        """Its counters stay for whoever takes the seat next; gauges count for the living only."""
+        self._seats.discard(seat)
+        for path in self.metrics.glob(f"gauge_live*_{seat}.db"):
             path.unlink(missing_ok=True)
 
     def bind_control(self) -> socket.socket:

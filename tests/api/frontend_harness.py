@@ -168,7 +168,7 @@ class Stack:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.supervisor, theirs = channel.pair()
-        configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder))
+        configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder), "api-0")
         self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure, plan)
         self.ledger = self.worker.ledger
         self.running = asyncio.create_task(self.worker.run())

@@ -43,7 +43,7 @@ class Process:
         theirs.close()
         self.begun = time.monotonic()
         plan = encode_plan(plan or make_plan())
-        self.tell(messages.ApiConfigure(plan, 0, epoch, [self.listener.fileno()], str(folder / "metrics")))
+        self.tell(messages.ApiConfigure(plan, 0, epoch, [self.listener.fileno()], str(folder / "metrics"), "api-0"))
         self.beats: list[messages.Heartbeat] = []
         self.failed: messages.Failed | None = None
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=20)

@@ -64,7 +64,7 @@ class EngineProcess:
         theirs.close()
         self.stderr = folder / "stderr"
         self.up: list[messages.Up] = []  # all that it said to the supervisor
-        self.link.send(messages.EngineConfigure(encode_plan(plan), 3, 0, self.endpoint, self.metrics))
+        self.link.send(messages.EngineConfigure(encode_plan(plan), 3, 0, self.endpoint, self.metrics, "engine-0"))
 
     def hear(self, until: Callable[[], object]) -> None:
         """Takes in messages until a condition holds."""

@@ -141,4 +141,6 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
         print(f"kills {dict(hits)}; answers {dict(outcomes)}; status p99 {p99 * 1e3:.1f} ms of {len(ordered)}")
         assert p99 < 0.050
         assert status["requests"]["failed"] == 0
+        files = list(tmp_path.glob("metrics-*/*.db"))
+        assert len(files) <= 15, "metrics files are taken over, not piled up"
         assert daemon.stop() == 0

@@ -90,10 +90,12 @@ def test_a_file_in_the_sockets_place_is_not_removed(tmp_path: Path) -> None:
     assert (tmp_path / "control.sock").read_text() == "precious"
 
 
-def test_gauges_of_a_dead_worker_are_forgotten(tmp_path: Path) -> None:
+def test_gauges_of_a_dead_worker_are_forgotten_and_its_counters_are_taken_over(tmp_path: Path) -> None:
     runtime = Runtime(tmp_path / "control.sock")
-    for name in ("gauge_livesum_5.db", "gauge_liveall_5.db", "counter_5.db", "gauge_livesum_6.db"):
+    assert [runtime.take_seat("api") for _ in range(2)] == ["api-0", "api-1"]
+    for name in ("gauge_livesum_api-0.db", "gauge_liveall_api-0.db", "counter_api-0.db", "gauge_livesum_api-1.db"):
         (runtime.metrics / name).touch()
-    runtime.forget_metrics(5)
-    assert {path.name for path in runtime.metrics.iterdir()} == {"counter_5.db", "gauge_livesum_6.db"}
+    runtime.leave_seat("api-0")
+    assert {path.name for path in runtime.metrics.iterdir()} == {"counter_api-0.db", "gauge_livesum_api-1.db"}
+    assert runtime.take_seat("api") == "api-0", "the files of the dead are the next one's"
     runtime.close()
