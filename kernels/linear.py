@@ -35,7 +35,7 @@ class DenseLinear:
 class PackedLinear:
     """oneDNN's product over a weight that it has blocked once, with the residual added inside it.
 
-    On CPUs with AVX-512 this is 1.5 times (bf16) to 2.3 times (fp32) as fast as `DenseLinear` at one row.
+    All products of SmolLM2 at one row, on a CPU with AVX-512: 1.4 times (bf16) and 2.3 times (fp32) `DenseLinear`'s speed.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

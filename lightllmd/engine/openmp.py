@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-# Turns that an OpenMP thread spins at the end of a parallel region before it sleeps. libgomp's own default spins for
-# milliseconds, as if the cores were nobody else's. One decode step of SmolLM2 in bf16 with 2 threads on 2 cores took,
-# alone / beside seven busy processes: default 12 / 470 ms, 20000 12 / 99 ms, 1000 14 / 40 ms, 0 20 / 26 ms. The api
-# worker alone is enough of a neighbour. libgomp takes 1000 itself when it has more threads than cores.
+# Turns that an OpenMP thread spins at the end of a parallel region before it sleeps. libgomp's own default (300,000)
+# spins for milliseconds, as if the cores were nobody else's. Median decode step of SmolLM2 in bf16, 2 threads on 2
+# cores, almost alone: default 12 ms, 1000 14 ms, 0 20 ms; on the same cores while other work kept the load average
+# between 5 and 9: default 470 ms, 10,000 99 ms, 1000 40 ms, 0 26 ms (one run each, the other work varied). The api
+# worker alone is a neighbour. libgomp takes 1000 itself when it has more threads than cores.
 SPINS = "1000"
 
 
