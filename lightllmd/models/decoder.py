@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.dispatch import Kernels
-from lightllmd.kernels.linear import Linear
+from lightllmd.kernels.linear import DenseLinear, Linear
 from lightllmd.models.heads import LanguageHead
 from lightllmd.models.layers import DecoderLayer, Packed, Rope
 from lightllmd.models.spec import DecoderSpec
@@ -31,7 +31,7 @@ class Decoder:
         vectors: dict[str, Tensor] = {}
         products: dict[str, Linear] = {}
         for key, tensor, bias in weights:
-            if tensor.dim() == 1 or key == "embed":
+            if tensor.dim() == 1 or key in ("embed", "head"):
                 vectors[key] = tensor
             else:
                 products[key] = kernels.linear(tensor, bias)
@@ -49,8 +49,10 @@ class Decoder:
             )
             for index in range(spec.layers)
         ]
-        head = kernels.linear(self.embedding, None) if spec.tied else products["head"]
-        self.head = LanguageHead(kernels, vectors["norm"], spec.norm_eps, head)
+        # The head is needed in rows too. Where it is the embedding, another layout of it may be had beside.
+        rows = self.embedding if spec.tied else vectors["head"]
+        head = kernels.linear(rows, None) if spec.tied else DenseLinear(rows)
+        self.head = LanguageHead(kernels, vectors["norm"], spec.norm_eps, head, rows)
 
     def forward(self, batch: Packed, caches: list[Tensor], beat: Callable[[], None]) -> Tensor:
         """Writes the step's keys and values into `caches` (one ``[S, 2K, D]`` per layer) and returns the hidden
