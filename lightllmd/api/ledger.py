@@ -290,9 +290,12 @@ class Ledger:
             branch = entry.branches[index]
             if branch.finish is not None or position < len(branch.ids):
                 continue
-            if position > len(branch.ids) or finish == FINISH_ABORT:
-                # Neither happens unless the engine is wrong; the client must not wait for ever.
-                log.error("request %d: position %d, finish %d from the engine", request, position, finish)
+            if finish == FINISH_ABORT:
+                self.fail(entry, RequestFailed("the model's logits for this request are not numbers (NaN)"))
+                continue
+            if position > len(branch.ids):
+                # A gap: the engine is wrong; the client must not wait for ever.
+                log.error("request %d: position %d where %d follows", request, position, len(branch.ids))
                 self.fail(entry, RequestFailed("the engine broke off this request"))
                 continue
             if not entry.proven:

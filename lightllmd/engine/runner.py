@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -56,7 +55,7 @@ class TorchRunner:
             self.memory.mark_loaded()
 
     def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
-        """Raises OutOfMemory, and EngineError when a row's logits are no numbers."""
+        """Raises OutOfMemory. A row whose logits are no numbers gets a log-probability that is none either."""
         with _memory_errors(), torch.inference_mode():
             begun = self.memory.begin_step()
             for row in step.rows:
@@ -79,9 +78,6 @@ class TorchRunner:
             result.logprobs += logprobs.tolist()
             result.alternatives += alternatives
             beat()
-        for row, logprob in zip(rows, result.logprobs, strict=True):
-            if math.isnan(logprob):
-                raise EngineError(f"request {row.request}: the model's logits are not numbers (NaN)")
         self.sampler.record([row.table_row for row in rows], result.tokens)
         return result
 

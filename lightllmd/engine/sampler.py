@@ -12,6 +12,7 @@ from torch import Tensor
 from lightllmd.engine.batch import SamplingRow
 from lightllmd.kernels.philox import uniform
 
+GROWTH_MOST = 1e30  # a larger one would leave fp32, and infinite logits have no probabilities
 EOS_MASKED = -1e6
 GREEDY_BELOW = 1e-5  # temperature
 CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger are sorted whole
@@ -130,7 +131,7 @@ class Sampler:
 
     def _shape_eos(self, logits: Tensor, table: Tensor, generated: Tensor) -> None:
         beyond = (generated - table[:, DECAY_START]).clamp(min=0)
-        growth = table[:, DECAY_FACTOR].pow(beyond) - 1
+        growth = (table[:, DECAY_FACTOR].pow(beyond) - 1).clamp(max=GROWTH_MOST)
         masked = generated < table[:, MIN_NEW] - 1
         at = ((growth != 0) | masked).nonzero()[:, 0]
         if not len(at) or not len(self._eos):

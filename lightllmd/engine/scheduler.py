@@ -23,7 +23,16 @@ from lightllmd.engine.admission import Admission, Limits
 from lightllmd.engine.batch import Row, SamplingRow, Step, StepResult
 from lightllmd.engine.request import Owner, Sequence, State, sequences_of
 from lightllmd.engine.slots import Slots
-from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Load, Rejected, StepOutput, Submit
+from lightllmd.ipc.messages import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_STOP,
+    Load,
+    Rejected,
+    StepOutput,
+    Submit,
+)
 
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
@@ -172,7 +181,9 @@ class Scheduler:
             position = len(emitted)
             emitted.append(token)
             finish = FINISH_NONE
-            if token in eos_ids and not params.ignore_eos and position + 1 >= params.min_new_tokens:
+            if logprob != logprob:  # NaN: the model can't go on from here, whatever the token is
+                finish = FINISH_ABORT
+            elif token in eos_ids and not params.ignore_eos and position + 1 >= params.min_new_tokens:
                 finish = FINISH_STOP
             elif position + 1 >= params.max_new_tokens:
                 finish = FINISH_LENGTH

@@ -149,8 +149,14 @@ class EngineWorker:
             self._recorder.write(Flight(step.number, "idle"))
             self._recorded = -1
         for owner, output in outputs.items():
+            if messages.FINISH_ABORT in output.finishes:
+                log.error("step %d: the model's logits are not numbers (NaN)", step.number)
             if owner != SELF:
                 self._socket.send(*owner, output)
+            elif messages.FINISH_ABORT in output.finishes:
+                raise errors.EngineError(
+                    "the model's logits are not numbers (NaN): this data_type is too narrow for it"
+                )
         ended = time.monotonic()
         self._progress += 1
         self._tokens_out += len(step.rows)

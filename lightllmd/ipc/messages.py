@@ -82,6 +82,7 @@ class Hello(msgspec.Struct, tag="hello"):
 
 ToEngine = Submit | Abort | Hello
 
+# ABORT: the model's logits are no numbers, this branch can't go on.
 FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = 0, 1, 2, 3
 
 

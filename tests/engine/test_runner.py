@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 
 from lightllmd.engine.batch import Step
 from lightllmd.engine.runner import LOGIT_ROWS, TorchRunner
-from lightllmd.errors import EngineError, NoUsableDevice, OutOfMemory
+from lightllmd.errors import NoUsableDevice, OutOfMemory
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import Driver, load, plan_for, write_model
 
@@ -54,12 +55,13 @@ def test_a_beat_comes_with_every_layer(runner: TorchRunner) -> None:
     assert len(beats) >= runner.decoder.spec.layers
 
 
-def test_logits_that_are_no_numbers_end_the_step_with_the_request_named(runner: TorchRunner) -> None:
+def test_logits_that_are_no_numbers_are_told_of_their_row_alone(runner: TorchRunner) -> None:
     driver = Driver(runner)
     with torch.inference_mode():
         runner.decoder.embedding[92] = float("nan")
-    with pytest.raises(EngineError, match="request 4: the model's logits are not numbers"):
-        runner.run(driver.step(driver.row(4, IDS)), lambda: None)
+    assert 92 in IDS
+    result = runner.run(driver.step(driver.row(4, IDS), driver.row(5, [1, 2, 3])), lambda: None)
+    assert [math.isnan(logprob) for logprob in result.logprobs] == [True, False]
 
 
 def test_memory_that_does_not_suffice_is_told_as_such(tmp_path: Path) -> None:

@@ -228,3 +228,23 @@ def test_a_seed_reproduces_and_branches_differ() -> None:
 
     assert text(0) == text(0)
     assert text(0) != text(1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exponential_decay_length_penalty": (0, 1000.0)},
+        {"exponential_decay_length_penalty": (0, 1000.0), "temperature": 1e-5, "do_sample": True},
+        {"repetition_penalty": 1e300},
+        {"presence_penalty": 1e300, "frequency_penalty": 1e300, "temperature": 1e-5, "do_sample": True},
+        {"temperature": 1e300, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_no_setting_that_validation_lets_pass_makes_a_probability_no_number(changes: dict[str, Any]) -> None:
+    s = sampler()
+    s.enter(0, SamplingRow(SamplingParams(max_new_tokens=4000, seed=1, **changes), [], [7] * 50), 0)
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs, _ = s.sample(logits, [0], [3999])
+    assert 0 <= int(tokens[0]) < VOCAB
+    assert math.isfinite(float(logprobs[0]))

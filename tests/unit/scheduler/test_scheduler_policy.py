@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.admission import Admission, Limits
-from lightllmd.engine.batch import Step
+from lightllmd.engine.batch import Step, StepResult
 from lightllmd.engine.fake import FakeRunner
 from lightllmd.engine.request import Sequence, sequences_of
 from lightllmd.engine.scheduler import Scheduler
-from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Rejected, SamplingParams, StepOutput, Submit
+from lightllmd.ipc.messages import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_STOP,
+    Rejected,
+    SamplingParams,
+    StepOutput,
+    Submit,
+)
 
 DEFAULTS = {
     "max_total_token_num": 1000,
@@ -269,6 +279,18 @@ def test_a_branch_ends_by_eos_or_by_length() -> None:
     assert finishes(8) == [FINISH_NONE] * 3 + [FINISH_LENGTH]
     assert finishes(7, min_new_tokens=3) == [FINISH_NONE] * 2 + [FINISH_STOP]
     assert finishes(7, ignore_eos=True) == [FINISH_NONE] * 3 + [FINISH_LENGTH]
+
+
+def test_a_branch_without_a_probability_is_ended_and_the_others_go_on() -> None:
+    scheduler = Scheduler(limits(), 1)
+    for number in (1, 2):
+        scheduler.submit(submit(number))
+    step = scheduler.next_step()
+    assert step is not None
+    outputs = scheduler.complete(StepResult([5, 5], [math.nan, -1.0], [None, None]))
+    assert [output.finishes for output in outputs.values()] == [[FINISH_ABORT, FINISH_NONE]]
+    assert [sequence.request for sequence in scheduler.running] == [2]
+    scheduler.check()
 
 
 def test_alternatives_are_sent_only_where_asked_for() -> None:
