@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from lightllmd.kernels import eager
 from lightllmd.kernels.linear import DenseLinear, Linear, PackedLinear
-from torch import Tensor
 
 
 @dataclass(frozen=True)

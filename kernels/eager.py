@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
-from lightllmd.kernels.reference import ACTIVATIONS
 from torch import Tensor
+
+from lightllmd.kernels.reference import ACTIVATIONS
 
 # A mask for queries that follow a cached prefix has at most this many rows: bounds its memory.
 MASK_ROWS = 512

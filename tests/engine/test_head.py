@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightllmd.kernels.dispatch import kernels_for
 
+from lightllmd.kernels.dispatch import kernels_for
 from lightllmd.models.heads import LanguageHead
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightllmd.kernels.philox import uniform
 
 from lightllmd.engine.batch import SamplingRow
 from lightllmd.engine.sampler import Sampler, draw
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels.philox import uniform
 
 VOCAB, EOS = 97, [2, 5]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from lightllmd.kernels import eager, reference
 from lightllmd.kernels.linear import DenseLinear, PackedLinear
-from torch import Tensor
 
 DEVICES = [
     "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lightllmd.kernels.philox import philox, uniform
 
 ONES = 0xFFFFFFFF

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from lightllmd.engine.fake import fake_token
 
 from harness import Daemon, generate_stream, run, wait_for
+from lightllmd.engine.fake import fake_token
 
 STREAMS = 64
 TOKENS = 200
