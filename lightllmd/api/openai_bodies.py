@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -75,7 +76,7 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class OpenAIBody(Body):
+class OpenAIBody(Body, ABC):
     """What both routes share."""
 
     model: str | None = None
@@ -116,9 +117,9 @@ class OpenAIBody(Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """Alternatives per token; None: no logprobs at all."""
-        raise NotImplementedError
 
     @property
     def branches(self) -> int:

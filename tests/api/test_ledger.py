@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
+from ledger_bench import TOKENIZER, Bench
 from lightllmd.api.branch import Branch
-from lightllmd.api.ledger import Entry, Ledger
-from lightllmd.engine.fake import fake_token
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestFailed
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
@@ -22,87 +19,6 @@ from lightllmd.ipc.messages import (
     StepOutput,
     Submit,
 )
-from lightllmd.text import ByteTokenizer, StopMatcher
-
-TOKENIZER = ByteTokenizer()
-
-
-class FakeLink:
-    """A link whose messages are really encoded, as on the wire."""
-
-    def __init__(self) -> None:
-        self.sent: list[messages.ToEngine] = []
-        self.inbox: list[messages.ToApi] = []
-        self.closed = False
-
-    def send(self, message):
-        assert not self.closed
-        self.sent.append(messages.decode_to_engine(messages.encode(message)))
-
-    def receive(self):
-        assert not self.closed
-        inbox, self.inbox = self.inbox, []
-        return inbox
-
-    def close(self):
-        self.closed = True
-
-    @property
-    def submits(self) -> list[Submit]:
-        return [message for message in self.sent if isinstance(message, Submit)]
-
-    @property
-    def aborts(self) -> list[Abort]:
-        return [message for message in self.sent if isinstance(message, Abort)]
-
-
-class Bench:
-    def __init__(self, **options) -> None:
-        self.now = 0.0
-        self.links: list[FakeLink] = []
-        self.ended: list[Entry] = []
-        options = {"hold_timeout": 120.0, "max_held": 1000} | options
-        self.ledger = Ledger(0, 1, connect=self._connect, on_end=self.ended.append, clock=lambda: self.now, **options)
-        self.generation = 0
-
-    def _connect(self, endpoint: str) -> FakeLink:
-        self.links.append(FakeLink())
-        return self.links[-1]
-
-    @property
-    def link(self) -> FakeLink:
-        return self.links[-1]
-
-    def up(self) -> FakeLink:
-        self.generation += 1
-        self.ledger.engine_up(self.generation, f"engine-{self.generation}")
-        return self.link
-
-    def down(self, *unproven: int, self_inflicted: bool = True) -> None:
-        self.ledger.engine_down(self.generation, list(unproven), self_inflicted)
-
-    def open(self, prompt: bytes = b"p", n: int = 1, stop: list[str] | None = None, notify=lambda: None, **params):
-        params = SamplingParams(n=n, **({"max_new_tokens": 8} | params))
-        branches = [
-            Branch(index, TOKENIZER.detokenizer(), StopMatcher(stop, [], True) if stop else None) for index in range(n)
-        ]
-        return self.ledger.open(list(prompt), params, branches, notify)
-
-    def say(self, *rows: tuple[Entry, int, int, int, int], generation: int | None = None) -> None:
-        """Rows of (entry, branch, position, token, finish)."""
-        requests, branches, positions, tokens, finishes = (list(c) for c in zip(*rows, strict=True))
-        self.link.inbox.append(
-            StepOutput(
-                self.generation if generation is None else generation,
-                [entry.request for entry in requests],
-                branches,
-                positions,
-                tokens,
-                [-1.0] * len(tokens),
-                finishes,
-            )
-        )
-        self.ledger.receive()
 
 
 def test_request_goes_to_the_engine_with_a_drawn_seed_and_comes_back_whole():
@@ -388,115 +304,6 @@ def test_reader_is_notified_once_for_many_tokens():
     bench.ledger.receive()
     assert notified == [1]
     assert len(entry.branches[0].ids) == 5
-
-
-class RandomEngine:
-    """A generation as the ledger may meet it: slow, ahead of the ledger, or dead in the middle of a message."""
-
-    def __init__(self, bench: Bench, chance: random.Random) -> None:
-        self.bench, self.chance, self.link = bench, chance, bench.link
-        self.read = 0
-        self.rows: dict[tuple[int, int], list] = {}  # (request, branch) -> [submit, position]
-
-    def turn(self) -> None:
-        for message in self.link.sent[self.read :]:
-            if isinstance(message, Submit):
-                for branch, emitted in zip(message.branches, message.emitted, strict=True):
-                    self.rows[message.request, branch] = [message, len(emitted)]
-            elif isinstance(message, Abort):
-                for key in [key for key in self.rows if key[0] == message.request]:
-                    if message.branches is None or key[1] in message.branches:
-                        del self.rows[key]
-        self.read = len(self.link.sent)
-        moved = [key for key in self.rows if self.chance.random() < 0.7]
-        columns: list[list] = [[], [], [], [], []]
-        for key in moved:
-            submit, position = self.rows[key]
-            token = fake_token(
-                submit.prompt_ids, submit.params.seed if submit.params.do_sample else 0, key[1], position
-            )
-            last = position + 1 == submit.params.max_new_tokens
-            row = (*key, position, token, FINISH_LENGTH if last else FINISH_NONE)
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-            if last:
-                del self.rows[key]
-            else:
-                self.rows[key][1] += 1
-        if moved:
-            requests, branches, positions, tokens, finishes = columns
-            output = StepOutput(
-                self.bench.generation, requests, branches, positions, tokens, [0.0] * len(moved), finishes
-            )
-            self.link.inbox.append(messages.decode_to_api(messages.encode(output)))
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_deaths_change_no_byte_of_any_stream(seed):
-    """Requests come, go and are cancelled while generations die at random; what ends is what would have been."""
-    chance = random.Random(seed)
-    bench = Bench()
-    engine: RandomEngine | None = None
-    streams: dict[int, tuple[Entry, int | None]] = {}
-    cancelled = set()
-    deaths = 0
-    for turn in range(3000):
-        act = chance.random()
-        if engine is None:
-            if act < 0.2:
-                bench.up()
-                engine = RandomEngine(bench, chance)
-        elif act < 0.04:
-            unproven = [e.request for e in bench.ledger.entries if e.submitted and not e.proven]
-            guilty_alone = [r for r in unproven if not streams[r][0].suspect]  # nobody is on trial twice here
-            bench.down(*guilty_alone, self_inflicted=chance.random() < 0.5)
-            engine, deaths = None, deaths + 1
-        if turn < 2000 and chance.random() < 0.05:
-            sampled = chance.random() < 0.5
-            entry = bench.open(
-                bytes([chance.randrange(97, 123)]),
-                n=chance.choice([1, 1, 2, 4]),
-                do_sample=sampled,
-                max_new_tokens=chance.randrange(1, 60),
-                stop=["e", "zq"] if chance.random() < 0.3 else None,
-            )
-            streams[entry.request] = (entry, entry.params.seed if sampled else 0)
-        if engine is not None:
-            engine.turn()
-            if chance.random() < 0.6:
-                bench.ledger.receive()
-        if streams and chance.random() < 0.005:
-            victim = chance.choice(list(streams.values()))[0]
-            if victim.outcome is None:
-                bench.ledger.cancel(victim)
-                cancelled.add(victim.request)
-    if engine is None:
-        bench.up()
-        engine = RandomEngine(bench, chance)
-    for _ in range(400):
-        engine.turn()
-        bench.ledger.receive()
-    assert deaths > 5
-    assert len(streams) > 50
-    for entry, seed_used in streams.values():
-        if entry.request in cancelled:
-            continue
-        assert entry.outcome == "ok"
-        for branch in entry.branches:
-            whole = bytes(
-                fake_token(entry.prompt_ids, seed_used, branch.index, position)
-                for position in range(entry.params.max_new_tokens)
-            )
-            assert bytes(branch.ids) == whole[: len(branch.ids)]
-            assert branch.text == whole[: len(branch.ids)].decode()
-            if branch.finish == "length":
-                assert len(branch.ids) == len(whole)
-            else:
-                assert branch.text.endswith(("e", "zq"))
-    stats = bench.ledger.stats()
-    assert stats["in_flight"] == 0
-    assert stats["ok"] + stats["cancelled"] == len(streams)
-    assert len(bench.ended) == len(streams)
 
 
 def test_messages_survive_the_wire():

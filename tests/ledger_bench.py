@@ -1,0 +1,94 @@
+"""A ledger under test, and links that keep what they are given."""
+
+from __future__ import annotations
+
+from lightllmd.api.branch import Branch
+from lightllmd.api.ledger import Entry, Ledger
+from lightllmd.ipc import messages
+from lightllmd.ipc.messages import (
+    Abort,
+    SamplingParams,
+    StepOutput,
+    Submit,
+)
+from lightllmd.text import ByteTokenizer, StopMatcher
+
+TOKENIZER = ByteTokenizer()
+
+
+class FakeLink:
+    """A link whose messages are really encoded, as on the wire."""
+
+    def __init__(self) -> None:
+        self.sent: list[messages.ToEngine] = []
+        self.inbox: list[messages.ToApi] = []
+        self.closed = False
+
+    def send(self, message):
+        assert not self.closed
+        self.sent.append(messages.decode_to_engine(messages.encode(message)))
+
+    def receive(self):
+        assert not self.closed
+        inbox, self.inbox = self.inbox, []
+        return inbox
+
+    def close(self):
+        self.closed = True
+
+    @property
+    def submits(self) -> list[Submit]:
+        return [message for message in self.sent if isinstance(message, Submit)]
+
+    @property
+    def aborts(self) -> list[Abort]:
+        return [message for message in self.sent if isinstance(message, Abort)]
+
+
+class Bench:
+    def __init__(self, **options) -> None:
+        self.now = 0.0
+        self.links: list[FakeLink] = []
+        self.ended: list[Entry] = []
+        options = {"hold_timeout": 120.0, "max_held": 1000} | options
+        self.ledger = Ledger(0, 1, connect=self._connect, on_end=self.ended.append, clock=lambda: self.now, **options)
+        self.generation = 0
+
+    def _connect(self, endpoint: str) -> FakeLink:
+        self.links.append(FakeLink())
+        return self.links[-1]
+
+    @property
+    def link(self) -> FakeLink:
+        return self.links[-1]
+
+    def up(self) -> FakeLink:
+        self.generation += 1
+        self.ledger.engine_up(self.generation, f"engine-{self.generation}")
+        return self.link
+
+    def down(self, *unproven: int, self_inflicted: bool = True) -> None:
+        self.ledger.engine_down(self.generation, list(unproven), self_inflicted)
+
+    def open(self, prompt: bytes = b"p", n: int = 1, stop: list[str] | None = None, notify=lambda: None, **params):
+        params = SamplingParams(n=n, **({"max_new_tokens": 8} | params))
+        branches = [
+            Branch(index, TOKENIZER.detokenizer(), StopMatcher(stop, [], True) if stop else None) for index in range(n)
+        ]
+        return self.ledger.open(list(prompt), params, branches, notify)
+
+    def say(self, *rows: tuple[Entry, int, int, int, int], generation: int | None = None) -> None:
+        """Rows of (entry, branch, position, token, finish)."""
+        requests, branches, positions, tokens, finishes = (list(c) for c in zip(*rows, strict=True))
+        self.link.inbox.append(
+            StepOutput(
+                self.generation if generation is None else generation,
+                [entry.request for entry in requests],
+                branches,
+                positions,
+                tokens,
+                [-1.0] * len(tokens),
+                finishes,
+            )
+        )
+        self.ledger.receive()
