@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -142,6 +143,32 @@ class Daemon:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+
+class Killer:
+    """Signals the engine each time the clients together have seen a drawn number of tokens."""
+
+    def __init__(self, daemon: Daemon, number: int, kills: int, total: int, seed: int) -> None:
+        self.daemon, self.number = daemon, number
+        self.moments = sorted(random.Random(seed).sample(range(1, total - 1), kills), reverse=True)
+        self.seen = 0
+        self.killed: list[int] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def __call__(self) -> None:
+        self.seen += 1
+        if self.moments and self.seen >= self.moments[-1] and (self._task is None or self._task.done()):
+            self.moments.pop()
+            self._task = asyncio.ensure_future(asyncio.to_thread(self._kill))
+
+    def _kill(self) -> None:
+        def fresh_engine() -> int | None:
+            pid = self.daemon.pid("engine")
+            return pid if pid and pid not in self.killed else None
+
+        pid = wait_for(fresh_engine, what="a living engine to signal")
+        self.killed.append(pid)
+        os.kill(pid, self.number)
 
 
 async def stream_frames(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

