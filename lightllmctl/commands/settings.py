@@ -87,6 +87,12 @@ def _print_effective(context: Context, answer: dict[str, Any]) -> None:
     )
     memory.append(("total", units.size(needed), verdict))
     context.console.print("", table(("MEMORY", "BYTES", "HOW"), memory, right=(1,)), sep="\n")
+    measured = [
+        f"{clean(name.removeprefix('memory_')).replace('_', ' ')} {units.size(value)}"
+        for name, value in (answer.get("measured") or {}).items()
+    ]
+    if measured:
+        context.console.print("", f"measured: {', '.join(measured)}", sep="\n")
 
 
 def to_toml(config: dict[str, Any]) -> str:

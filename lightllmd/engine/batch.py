@@ -69,3 +69,6 @@ class Runner(Protocol):
 
     def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
         """Computes one step; calls `beat` between layers, which keeps heartbeats going. Raises OutOfMemory."""
+
+    def memory_stats(self) -> dict[str, float]:
+        """What loading and the steps took so far: names of gauges, bytes."""

@@ -133,6 +133,9 @@ class FakeRunner:
                 return
             time.sleep(min(0.02, self._settings.load_seconds - elapsed))
 
+    def memory_stats(self) -> dict[str, float]:
+        return {}
+
     def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
         beat()
         for table_row in step.freed:

@@ -39,9 +39,9 @@ class MemoryMeter:
         self.worst_step = max(self.worst_step, peak - begun)
 
     def stats(self) -> dict[str, float]:
-        """For the heartbeat: names of gauges, bytes."""
+        """For heartbeat and log: names, bytes."""
         return {
-            "memory_loaded_bytes": float(self.loaded),
-            "memory_worst_step_bytes": float(self.worst_step),
-            "memory_used_bytes": float(self.used()),
+            "memory_loaded": float(self.loaded),
+            "memory_worst_step": float(self.worst_step),
+            "memory_used": float(self.used()),
         }

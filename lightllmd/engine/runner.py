@@ -67,6 +67,9 @@ class TorchRunner:
             self.memory.end_step(begun)
             return result
 
+    def memory_stats(self) -> dict[str, float]:
+        return self.memory.stats()
+
     def _sample(self, rows: list[Row], hidden: Tensor, beat: Callable[[], None]) -> StepResult:
         result = StepResult([], [], [])
         for first in range(0, len(rows), LOGIT_ROWS):

@@ -79,6 +79,8 @@ class EngineWorker:
             self._enter("warmup")
             self._warm_up()
             self._enter("ready")
+            if taken := self._runner.memory_stats():
+                log.info("%s", ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in taken.items()))
             self._faults.when_ready()
             self._serve()
         finally:
@@ -249,6 +251,8 @@ class EngineWorker:
             "waiting": load.waiting,
             "paused": load.paused,
         }
+        if self._phase == "ready":
+            stats |= self._runner.memory_stats()
         busy = self._phase != "ready" or self._scheduler.busy
         self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats))
 

@@ -129,6 +129,7 @@ class ControlPlane:
                 derived=plan.derived,
                 budget=plan.budget,
                 budget_needed=plan.budget.needed,
+                measured=status.measured_memory(self._supervisor),
                 report=report(plan),
             )
         )

@@ -176,6 +176,7 @@ class Effective(msgspec.Struct, frozen=True, kw_only=True):
     derived: list[Derived]  # each with its reason
     budget: Budget
     budget_needed: int  # bytes
+    measured: dict[str, int]  # what the engine says it took: memory_loaded, memory_worst_step, memory_used; bytes
     report: str  # the same as text, as it was printed at the start
 
 

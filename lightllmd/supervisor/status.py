@@ -100,6 +100,13 @@ def _requests(supervisor: Supervisor) -> snapshot.Requests:
     )
 
 
+def measured_memory(supervisor: Supervisor) -> dict[str, int]:
+    """Bytes by the engine's own account; empty before it is ready, and with the fake engine."""
+    child = supervisor.engine.worker.child
+    stats = child.stats if child else {}
+    return {name: int(value) for name, value in stats.items() if name.startswith("memory_")}
+
+
 def workers(supervisor: Supervisor) -> list[snapshot.Worker]:
     return [api.worker.snapshot() for api in supervisor.front.apis] + [supervisor.engine.worker.snapshot()]
 

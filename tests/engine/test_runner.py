@@ -80,9 +80,9 @@ def test_a_gpu_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
 def test_memory_is_measured(runner: TorchRunner) -> None:
     driver = Driver(runner)
     runner.run(driver.step(driver.row(0, IDS)), lambda: None)
-    stats = runner.memory.stats()
-    assert stats["memory_used_bytes"] > 0
-    assert stats.keys() == {"memory_loaded_bytes", "memory_worst_step_bytes", "memory_used_bytes"}
+    stats = runner.memory_stats()
+    assert stats["memory_used"] > 0
+    assert stats.keys() == {"memory_loaded", "memory_worst_step", "memory_used"}
 
 
 def test_steps_survive_their_serialisation(runner: TorchRunner) -> None:

@@ -289,6 +289,9 @@ def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, dae
         "kv cache  138 MB  6,000 slots",
         "total     408 MB  of 4.00 GB; fits",
     ]
+    effective["measured"] = {"memory_loaded": 300_000_000, "memory_used": 400_000_000}
+    assert ctl("config", "--effective").out.splitlines()[-1] == "measured: loaded 300 MB, used 400 MB"
+    del effective["measured"]
     effective["budget"]["available"] = 400_000_000
     assert ctl("config", "--effective").out.splitlines()[-1] == "total     408 MB  of 400 MB; 8.24 MB too much"
 
