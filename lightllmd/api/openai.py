@@ -29,7 +29,12 @@ def job(front: FrontEnd, body: OpenAIBody, prompt_ids: list[int], field: str) ->
     if new_tokens is None:
         new_tokens = limits.room(len(prompt_ids))
     limits.new_tokens(len(prompt_ids), max(1, new_tokens), "max_tokens" if body.asked_tokens else field)
-    text = TextOptions(body.stops, include_stop=False, skip_special_tokens=body.skip_special_tokens)
+    text = TextOptions(
+        body.stops,
+        include_stop=False,
+        skip_special_tokens=body.skip_special_tokens,
+        spaces_between_special_tokens=False,  # a native habit; clients parse what added tokens mark, such as tool calls
+    )
     return Job(prompt_ids, body.sampling(new_tokens), body.folded_seed, text)
 
 
