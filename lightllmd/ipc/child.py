@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import fcntl
 import os
+import resource
 import select
 import signal
 import sys
@@ -12,6 +14,10 @@ import sys
 from lightllmd.ipc import channel, messages
 
 PR_SET_PDEATHSIG = 1
+# The channel's place among a child's descriptors. The kernel lets go of a dying process's files from the highest
+# down, and of a GPU's slowly: on an H100 with 60 GB allocated the supervisor reads the end of file 0.5 ms after a
+# SIGKILL here, 65 ms after it at number 3, while the pidfd tells of the death after 220 ms.
+CHANNEL_FD = 1000
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -34,8 +40,15 @@ def adopt(arguments: list[str]) -> channel.Channel[messages.Down]:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable(file=sys.stderr, all_threads=True)
-    os.set_inheritable(fd, False)
-    return channel.inherited(fd)
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _up_to_limit(CHANNEL_FD))
+    os.close(fd)
+    return channel.inherited(high)
+
+
+def _up_to_limit(fd: int) -> int:
+    """`fd`, or what RLIMIT_NOFILE leaves of it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return fd if soft == resource.RLIM_INFINITY else max(3, min(fd, soft - 16))
 
 
 def first_message(link: channel.Channel[messages.Down]) -> messages.Down:

@@ -72,7 +72,6 @@ class Child:
         self.exited = False
         self._service_at_ready: dict[str, float] = {}
         self._ladder: list[tuple[float, int]] = []  # (running clock, signal), what is still to be sent
-        self._announced = False  # it reads its channel no more, so its death is near
         try:
             self.channel, theirs = channel.pair()
         except OSError as refused:
@@ -99,8 +98,13 @@ class Child:
         return self.process.pid
 
     @property
+    def dying(self) -> bool:
+        """Its end of the channel is closed: the kernel is taking it down, which lasts a while where it held a GPU."""
+        return self.channel.closed and not self.exited
+
+    @property
     def ready(self) -> bool:
-        return self.ready_at is not None and not self.exited
+        return self.ready_at is not None and not self.exited and not self.dying
 
     @property
     def state(self) -> str:

@@ -25,6 +25,8 @@ def health(supervisor: Supervisor) -> tuple[bool, str]:
         return False, "planning: reading the model's headers"
     if worker.ready:
         return True, "ready"
+    if worker.child is not None and worker.child.dying:
+        return False, "the engine is dying"
     if worker.fatal is not None:
         return False, f"the engine is not started again: {worker.fatal.cause}"
     if supervisor.engine.waits_for_memory is not None:

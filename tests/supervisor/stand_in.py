@@ -63,6 +63,9 @@ def main() -> None:
         stats = {key: float(value) for key, value in live.get(kind, {}).items()}
         progress = int(min(age / max(told.get("load_seconds", 0), 0.001), 1) * 20e9) if loading else turns
         link.send(Heartbeat(phase, 0 if hangs else progress, busy=hangs or loading, total=20_000_000_000, stats=stats))
+        if live.get("dying") == kind:  # as a process whose GPU the kernel takes its time to release
+            link.close()
+            signal.pause()
         select.select([link], [], [], 0.05)
         for message in link.receive():
             fields = {name: getattr(message, name) for name in message.__struct_fields__ if name != "plan"}

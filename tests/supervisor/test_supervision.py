@@ -42,6 +42,22 @@ def test_a_death_is_told_to_every_api_worker_within_20_ms_and_the_next_generatio
         assert wait_for(lambda: len(daemon.heard("api-1", "EngineUp")) >= 14)
 
 
+def test_an_engine_that_the_kernel_is_still_taking_down_is_not_ready(tmp_path: Path) -> None:
+    """The end of its channel tells of a death before the pidfd does."""
+    with StandInDaemon(tmp_path) as daemon:
+        descriptors = Path(f"/proc/{daemon.worker('engine-0')['pid']}/fd")
+        highest = max(int(path.name) for path in descriptors.iterdir())
+        assert os.readlink(descriptors / str(highest)).startswith("socket:"), "let go of first, so told first"
+        daemon.order("live", dying="engine")
+        told = wait_for(lambda: [m for m in daemon.heard("api-1", "Health") if m["reason"] == "the engine is dying"])
+        assert not told[0]["ready"]
+        assert not daemon.heard("api-1", "EngineDown"), "nothing is decided before it is dead"
+        daemon.order("live")
+        os.kill(daemon.worker("engine-0")["pid"], signal.SIGKILL)
+        daemon.wait_heard("api-1", "EngineDown")
+        daemon.wait_worker("engine-0", state="running", generation=2)
+
+
 def test_a_fault_of_its_own_is_told_as_such(tmp_path: Path) -> None:
     with StandInDaemon(tmp_path) as daemon:
         os.kill(daemon.worker("engine-0")["pid"], signal.SIGSEGV)
