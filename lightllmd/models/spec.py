@@ -49,6 +49,3 @@ class DecoderSpec:
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5
-
-    def kv_bytes_per_token(self, item_bytes: int) -> int:
-        return self.layers * 2 * self.kv_heads * self.head_dim * item_bytes
