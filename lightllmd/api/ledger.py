@@ -302,7 +302,7 @@ class Ledger:
                 self._prove(entry)
             try:
                 stopped = branch.take(token, logprob, others, finish)
-            except Exception:
+            except Exception:  # whatever a tokenizer may raise is this request's fault; others' tokens wait behind it
                 log.exception("request %d: its text can't be made", request)
                 self.fail(entry, RequestFailed("the tokens of this request could not be turned into text"))
                 continue

@@ -14,12 +14,15 @@ from lightllmd.errors import ConfigInvalid, Problem
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
-# What the engine's sampler keeps at a time: rows of fp32 logits, and for each logit the copies that ranking makes
-# (probabilities, sorted values and ids, running sums in fp64).
+# The engine obeys these bounds on its workspace, so that what is planned here is what it takes.
+# Rows whose fp32 logits exist at a time, however many rows a step has, and for each logit the copies that ranking
+# makes (probabilities, sorted values and ids, running sums in fp64).
 LOGIT_ROWS = 64
 BYTES_PER_LOGIT = 64
-# Rows of like length are read together, padded to at most twice what they hold.
+# Decode rows are read together, padded to at most this many times what they hold; rows of up to SHORT_ROW tokens are
+# never parted, whatever that pads.
 GATHER_PADDING = 2
+SHORT_ROW = 128
 SPARE_WIDTH = 8  # entries of the request table beyond the longest request
 RUNTIME = 600_000_000  # interpreter, torch and its thread pools, or a CUDA context
 MARGIN_SHARE, MARGIN_LEAST = 0.02, 256_000_000
@@ -44,25 +47,27 @@ class Shape:
     def of(cls, model: ModelFacts) -> Shape:
         """Raises ConfigInvalid when the model's config lacks one of them."""
         config = model.hf_config
-        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+        hidden, heads = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
         return cls(
-            layers=_size(config, "num_hidden_layers"),
+            layers=dimension(config, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=_size(config, "num_key_value_heads", heads),
-            head_dim=_size(config, "head_dim", max(1, hidden // heads)),
-            intermediate=_size(config, "intermediate_size"),
-            vocab=_size(config, "vocab_size"),
+            kv_heads=dimension(config, "num_key_value_heads", heads),
+            head_dim=dimension(config, "head_dim", max(1, hidden // heads)),
+            intermediate=dimension(config, "intermediate_size"),
+            vocab=dimension(config, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 
 
-def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+def dimension(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A size out of a Hugging Face config. Raises ConfigInvalid naming the key where it is none."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         state = "missing" if value is None else repr(value)
-        raise ConfigInvalid([Problem("model_dir", f"the model's config: {key} is {state}")])
+        message = f"the model's config: {key} is {state}, a positive integer is needed"
+        raise ConfigInvalid([Problem("model_dir", message)])
     return value
 
 
@@ -97,18 +102,18 @@ def demand(config: Config, model: ModelFacts, device: DeviceFacts, data_type: st
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
     shape, item = Shape.of(model), ITEM_BYTES[data_type]
     available = int(device.memory_free * config.engine.memory_fraction)
-    slot_bytes = shape.layers * 2 * shape.kv_heads * shape.head_dim * item
+    layer_bytes = 2 * shape.kv_heads * shape.head_dim * item  # keys and values of one token in one layer
     rows = [
         _weights(shape, model, device, data_type),
         _activations(shape, batch_max_tokens, item),
         _logits(shape, item),
         _tables(config, device),
+        _short_rows(config, layer_bytes),
         BudgetRow("graphs", 0, "none on a CPU" if device.kind == "cpu" else "none: steps run eagerly"),
         BudgetRow("runtime", RUNTIME, "the process before it has loaded anything"),
         BudgetRow("margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least 256 MB"),
     ]
-    gather = GATHER_PADDING * slot_bytes // shape.layers
-    return Demand(rows, available, slot_bytes, gather)
+    return Demand(rows, available, shape.layers * layer_bytes, GATHER_PADDING * layer_bytes)
 
 
 def _weights(shape: Shape, model: ModelFacts, device: DeviceFacts, data_type: str) -> BudgetRow:
@@ -118,6 +123,13 @@ def _weights(shape: Shape, model: ModelFacts, device: DeviceFacts, data_type: st
         elements += shape.vocab * shape.hidden
         how += ", the tied embedding once more as packed head"
     return BudgetRow("weights", elements * item, how)
+
+
+def _short_rows(config: Config, layer_bytes: int) -> BudgetRow:
+    """A full batch of short rows, one of them SHORT_ROW long, is padded far beyond the slots that it holds."""
+    rows = config.params.running_max_req_size
+    how = f"{rows} rows x {SHORT_ROW} tokens x {size(layer_bytes)}, gathered together"
+    return BudgetRow("short rows", rows * SHORT_ROW * layer_bytes, how)
 
 
 def _activations(shape: Shape, tokens: int, item: int) -> BudgetRow:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightllmd.config.budget import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.config.plan import ModelFacts, Plan
 from lightllmd.engine.batch import Row, Step, StepResult
 from lightllmd.engine.memory import MemoryMeter
@@ -19,12 +20,6 @@ from lightllmd.models.decoder import Decoder
 from lightllmd.models.families import family_of
 from lightllmd.weights import place
 from lightllmd.weights.index import open_checkpoint
-
-# Rows whose logits exist at a time: [LOGIT_ROWS, vocab] in fp32 and a few of that size beside it are the sampler's
-# whole workspace, however many rows a step has.
-LOGIT_ROWS = 64
-# The request->slot table holds this many entries more than the longest request, and one row more than requests.
-SPARE_WIDTH = 8
 
 
 class TorchRunner:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightllmd.config.budget import GATHER_PADDING, SHORT_ROW
 from lightllmd.engine.batch import Row, Step
 from lightllmd.models.layers import DecodeGroup, Packed, PrefillRow, Rope, Slots
 
 # Decode rows are read together while the shortest has at least this share of the longest's length: padding costs
-# reads, a further group costs calls. Rows up to SHORT tokens are never parted.
-ALIKE = 0.5
-SHORT = 128
+# reads, a further group costs calls. Rows up to SHORT_ROW tokens are never parted.
+ALIKE = 1 / GATHER_PADDING
 
 
 class SlotTable:
@@ -74,7 +74,7 @@ class SlotTable:
         groups: list[list[int]] = []
         for index in order:
             longest = rows[groups[-1][0]].start + 1 if groups else 0
-            if groups and (longest <= SHORT or rows[index].start + 1 >= ALIKE * longest):
+            if groups and (longest <= SHORT_ROW or rows[index].start + 1 >= ALIKE * longest):
                 groups[-1].append(index)
             else:
                 groups.append([index])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
-from lightllmd.engine.batch import Step
-from lightllmd.engine.runner import LOGIT_ROWS, TorchRunner
+from lightllmd.config.budget import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW
+from lightllmd.engine.batch import Row, Step
+from lightllmd.engine.runner import TorchRunner
 from lightllmd.errors import NoUsableDevice, OutOfMemory
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import Driver, load, plan_for, write_model
@@ -47,6 +49,20 @@ def test_a_step_of_more_rows_than_fit_the_logits_workspace_equals_small_ones(tmp
         first = runner.run(alone.step(alone.row(0, [number % 128, 5, number % 7])), lambda: None)
         assert first.tokens == [together.tokens[number]]
         assert runner.run(alone.step(alone.row(0, first.tokens, 1)), lambda: None).tokens == [second.tokens[number]]
+
+
+@torch.inference_mode()
+def test_rows_read_together_are_padded_within_what_the_budget_plans(tmp_path: Path) -> None:
+    draw = random.Random(7)
+    runner = load(write_model(tmp_path), slots=64, max_req_total_len=2000, max_req_input_len=1000)
+    for _ in range(50):
+        lengths = [draw.choice([1, 3, 100, SHORT_ROW, 129, 500, 1999]) for _ in range(draw.randrange(2, 9))]
+        rows = [Row(n, n, 0, length - 1, [1], [n], True, 1, None) for n, length in enumerate(lengths)]
+        packed = runner.table.pack(Step(1, "decode", rows, []), runner.decoder.rope)
+        for group in packed.decode:
+            members = range(len(rows)) if group.tokens is None else group.tokens.tolist()
+            held = [lengths[member] for member in members]
+            assert len(held) * max(held) <= max(GATHER_PADDING * sum(held), len(held) * SHORT_ROW)
 
 
 def test_a_beat_comes_with_every_layer(runner: TorchRunner) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+from lightllmd.config.budget import dimension
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.models.spec import DecoderSpec, RopeSpec
 from lightllmd.weights.place import Layout, Part, Target
@@ -21,9 +22,9 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
 
 def spec(config: dict[str, Any]) -> DecoderSpec:
     """Raises ConfigInvalid naming the key where the config is incomplete or asks for what isn't built."""
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", heads)
-    head_dim = _size(config, "head_dim", hidden // heads)
+    hidden, heads = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
+    kv_heads = dimension(config, "num_key_value_heads", heads)
+    head_dim = dimension(config, "head_dim", hidden // heads)
     if heads % kv_heads:
         raise _invalid(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
@@ -32,13 +33,13 @@ def spec(config: dict[str, Any]) -> DecoderSpec:
     if activation not in ACTIVATIONS:
         raise _invalid(f"hidden_act {activation!r} is not available yet ({', '.join(ACTIVATIONS)} are)")
     return DecoderSpec(
-        layers=_size(config, "num_hidden_layers"),
+        layers=dimension(config, "num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=_size(config, "intermediate_size"),
-        vocab=_size(config, "vocab_size"),
+        intermediate=dimension(config, "intermediate_size"),
+        vocab=dimension(config, "vocab_size"),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_rope(config, head_dim),
         activation=ACTIVATIONS[activation],
@@ -89,7 +90,7 @@ def _rope(config: dict[str, Any], head_dim: int) -> RopeSpec:
     words = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(words.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = words.get("rope_type") or words.get("type") or "default"
-    context = _size(config, "max_position_embeddings", 2048)
+    context = dimension(config, "max_position_embeddings", 2048)
     partial = words.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise _invalid(f"partial_rotary_factor {partial} is not available yet")
@@ -117,15 +118,6 @@ def _rope(config: dict[str, Any], head_dim: int) -> RopeSpec:
     if constant and isinstance(divisors, list) and len(divisors) == head_dim // 2:
         return RopeSpec("divided", head_dim, base, divisors=tuple(float(value) for value in divisors))
     raise _invalid(f"rope type {kind!r} is not available yet (default, linear, dynamic and llama3 are)")
-
-
-def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _invalid(f"{key} is {'missing' if value is None else repr(value)}, a positive integer is needed")
-    return value
 
 
 def _invalid(message: str) -> ConfigInvalid:
