@@ -9,10 +9,74 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.linear import DenseLinear, Linear, PackedLinear
 from lightllmd.kernels.reference import ACTIVATIONS
 
 # A mask for queries that follow a cached prefix has at most this many rows: bounds its memory.
 MASK_ROWS = 512
+# The logits computed again in fp32: more than any close race for the next token has runners.
+CLOSE = 32
+
+
+class EagerKernels:
+    """`dispatch.Kernels` of torch's own operations over rows gathered in groups."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._linear = PackedLinear if device.type == "cpu" and PackedLinear.supports(dtype) else DenseLinear
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return self._linear(weight, bias)
+
+    def enter(self, batch: GroupedBatch | TableBatch, embedding: Tensor) -> Tensor:
+        return functional.embedding(batch.tokens, embedding)
+
+    def normed_product(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        return linear(rms_norm(x, norm, eps))
+
+    def add_product(self, a: Tensor, linear: Linear, x: Tensor) -> Tensor:
+        return linear(a, x)
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, linear: Linear, activation: str) -> Tensor:
+        return gated(linear(rms_norm(x, norm, eps)), activation)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        batch: GroupedBatch | TableBatch,
+        heads: Heads,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+    ) -> Tensor:
+        assert isinstance(batch, GroupedBatch)
+        qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
+        q, k = qkv[:, : heads.query], qkv[:, heads.query : heads.query + heads.kv]
+        if q_norm is not None and k_norm is not None:
+            q.copy_(rms_norm(q, q_norm, heads.norm_eps))
+            k.copy_(rms_norm(k, k_norm, heads.norm_eps))
+        rotate_(qkv[:, : heads.query + heads.kv], batch.cos, batch.sin)
+        write_kv(cache, batch.slots, qkv[:, heads.query :])
+        if len(batch.decode) == 1 and batch.decode[0].tokens is None:
+            group = batch.decode[0]
+            return decode_attention(q, cache, group.slots, group.mask, heads.scale).flatten(1)
+        attended = torch.empty_like(q)
+        for group in batch.decode:
+            attended[group.tokens] = decode_attention(q[group.tokens], cache, group.slots, group.mask, heads.scale)
+        for row in batch.prefill:
+            span = slice(row.first, row.first + row.count)
+            attended[span] = prefill_attention(q[span], cache, row.slots, row.start, heads.scale)
+        return attended.flatten(1)
+
+    def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
+        """The highest `CLOSE` of each row are computed again in fp32, which costs the rows that they take."""
+        x = rms_norm(hidden, norm, eps)
+        logits = linear(x).float()
+        if x.dtype is not torch.float32:
+            close = logits.topk(min(CLOSE, logits.shape[-1])).indices
+            exact = torch.einsum("rh,rch->rc", x.float(), rows[close].float())
+            logits.scatter_(-1, close, exact)
+        return logits
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tiny random Llama models on disk, the plan to run them, and a driver that feeds a runner by hand."""
+"""Tiny random models on disk, the plan to run them, and a driver that feeds a runner by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
-from lightllmd.engine.batch import Row, SamplingRow, Step
+from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.ipc.messages import SamplingParams
 
@@ -64,6 +64,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_theta": None,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
     },
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
 }
 
 
@@ -88,8 +90,11 @@ def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         for room, products, biased in (("self_attn", attention, "attention_bias"), ("mlp", mlp, "mlp_bias")):
             for name, shape in products.items():
                 tensors[f"{prefix}{room}.{name}.weight"] = matrix(*shape)
-                if config[biased]:
+                if config[biased] or (config["model_type"] == "qwen2" and name in ("q_proj", "k_proj", "v_proj")):
                     tensors[f"{prefix}{room}.{name}.bias"] = vector(shape[0])
+        if config["model_type"] == "qwen3":
+            tensors[f"{prefix}self_attn.q_norm.weight"] = vector(head_dim, 1.0)
+            tensors[f"{prefix}self_attn.k_norm.weight"] = vector(head_dim, 1.0)
         tensors[f"{prefix}input_layernorm.weight"] = vector(hidden, 1.0)
         tensors[f"{prefix}post_attention_layernorm.weight"] = vector(hidden, 1.0)
     tensors["model.norm.weight"] = vector(hidden, 1.0)
@@ -223,13 +228,10 @@ class Driver:
     @torch.inference_mode()
     def logits(self, *rows: Row) -> list[Tensor]:
         """One step; the logits after every fed token, ``[len(tokens), vocab]`` per row."""
-        step = self.step(*rows)
-        packed = self.runner.table.pack(step, self.runner.decoder.rope)
-        packed.sampled = None
-        hidden = self.runner.decoder.forward(packed, self.runner.caches, lambda: None)
-        return list(self.runner.decoder.head.logits(hidden).split([len(row.tokens) for row in rows]))
+        logits = self.runner.every_logits(self.step(*rows))
+        return list(logits.split([len(row.tokens) for row in rows]))
 
     def step(self, *rows: Row) -> Step:
         self.steps += 1
         kind = "decode" if all(row.start for row in rows) else "prefill"
-        return Step(self.steps, kind, list(rows), [])
+        return Step(self.steps, kind, no_decode(), list(rows), [])

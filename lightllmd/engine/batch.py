@@ -23,7 +23,7 @@ class SamplingRow(msgspec.Struct):
 
 
 class Row(msgspec.Struct):
-    """One branch in one step. Invariant: ``len(slots) == len(tokens) >= 1``.
+    """One branch that is fed tokens which the scheduler names. Invariant: ``len(slots) == len(tokens) >= 1``.
 
     The fed tokens have the positions ``start .. start + len(tokens) - 1`` in the sequence, and their keys and values
     go to `slots`, which join the row's entries of the request->slot table at those indices.
@@ -33,7 +33,7 @@ class Row(msgspec.Struct):
     request: int
     branch: int
     start: int  # tokens whose keys and values are already in the cache; 0 when the row (re)enters
-    tokens: list[int]  # ids fed in this step: prompt + emitted on (re)entry, the last token in decode
+    tokens: list[int]  # ids fed in this step: prompt + emitted on (re)entry
     slots: list[int]
     sample: bool  # the last fed token yields a next token
     position: int  # index among the branch's generated tokens of the one to come (part of the random key)
@@ -41,17 +41,43 @@ class Row(msgspec.Struct):
     prompt_length: int = 0  # 0: this row feeds all that there is, so the prompt is start + len(tokens) - position long
 
 
+class DecodeRows(msgspec.Struct):
+    """Rows that go on with their own newest token, which the runner kept: parallel lists, one entry per row.
+
+    The scheduler need not know that token yet, so a step can be launched before the one before it has ended.
+    """
+
+    table_rows: list[int]
+    starts: list[int]  # tokens in the cache, which is the position of the fed one
+    slots: list[int]  # where the fed token's keys and values go
+    positions: list[int]  # as Row.position
+
+
 class Step(msgspec.Struct):
-    """`freed` rows are released before `rows` are read: the same number may be in both, with a new owner."""
+    """`freed` rows are released before the others are read: the same number may be in both, with a new owner."""
 
     number: int  # counts from 1 within a generation
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "decode"]  # "prefill" when there are `rows`
+    decode: DecodeRows
     rows: list[Row]
     freed: list[int]  # table rows released since the last step
 
+    @property
+    def size(self) -> int:
+        return len(self.decode.table_rows) + len(self.rows)
+
+    @property
+    def fed(self) -> int:
+        """Tokens."""
+        return len(self.decode.table_rows) + sum(len(row.tokens) for row in self.rows)
+
+
+def no_decode() -> DecodeRows:
+    return DecodeRows([], [], [], [])
+
 
 class StepResult(msgspec.Struct):
-    """One entry per row with ``sample = True``, in row order."""
+    """One entry per decode row, then one per row with ``sample = True``, in their order."""
 
     tokens: list[int]
     logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
@@ -59,7 +85,12 @@ class StepResult(msgspec.Struct):
 
 
 class Runner(Protocol):
-    """What computes steps. Owns the KV cache and the request->slot table."""
+    """What computes steps. Owns the KV cache, the request->slot table and each row's newest token.
+
+    Steps are launched in order and collected in the same order, each once.
+    """
+
+    overlaps: bool  # the next step may be launched before the one before it is collected
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Loads the model. Calls ``progress(done, total)`` (bytes) several times a second.
@@ -67,8 +98,16 @@ class Runner(Protocol):
         Raises WeightsInvalid, OutOfMemory, NoUsableDevice, ConfigInvalid.
         """
 
-    def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
-        """Computes one step; calls `beat` between layers, which keeps heartbeats going. Raises OutOfMemory."""
+    def prepare(self, beat: Callable[[], None]) -> None:
+        """After `load`, before the first step: whatever makes later steps fast, and the worst admissible one, so that
+        none of them can run out of memory. Raises OutOfMemory."""
+
+    def launch(self, step: Step, beat: Callable[[], None]) -> None:
+        """Begins one step; a runner that does not overlap computes it here and calls `beat` between layers, which
+        keeps heartbeats going. Raises OutOfMemory."""
+
+    def collect(self, beat: Callable[[], None]) -> StepResult:
+        """Waits for the oldest step that is out. Raises OutOfMemory."""
 
     def memory_stats(self) -> dict[str, float]:
         """What loading and the steps took so far: names of gauges, bytes."""

@@ -1,4 +1,4 @@
-"""The request->slot table, and how a `Step` becomes the tensors that the decoder reads."""
+"""The request->slot table in host memory, and how rows become the tensors that torch's own attention reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lightllmd.config.budget import GATHER_PADDING, SHORT_ROW
-from lightllmd.engine.batch import Row, Step
-from lightllmd.models.layers import DecodeGroup, Packed, PrefillRow, Rope, Slots
+from lightllmd.engine.batch import Row
+from lightllmd.kernels.layout import DecodeGroup, GroupedBatch, PrefillRow, Slots
+from lightllmd.models.layers import Rope
 
 # Decode rows are read together while the shortest has at least this share of the longest's length: padding costs
 # reads, a further group costs calls. Rows up to SHORT_ROW tokens are never parted.
@@ -23,9 +24,8 @@ class SlotTable:
         self._run = [-1] * rows  # the first slot of a row whose slots are one run, else -1
         self._device, self._dtype = device, dtype
 
-    def pack(self, step: Step, rope: Rope) -> Packed:
-        """Enters the step's slots into the table and lays its rows out. The order of tokens is that of the rows."""
-        rows = step.rows
+    def pack(self, rows: list[Row], rope: Rope) -> GroupedBatch:
+        """Enters the rows' slots into the table and lays their tokens out, in the order of the rows."""
         for row in rows:
             self._enter(row)
         tokens = [token for row in rows for token in row.tokens]
@@ -39,19 +39,22 @@ class SlotTable:
             for index, row in enumerate(rows)
             if len(row.tokens) > 1
         ]
-        positions = [position for row in rows for position in range(row.start, row.start + len(row.tokens))]
-        lengths = [length for row in rows for length in _rope_lengths(row)] if rope.by_length else None
-        cos, sin = rope.angles(self._to_device(positions), None if lengths is None else self._to_device(lengths))
-        sampled = [start + len(row.tokens) - 1 for start, row in zip(starts, rows, strict=True) if row.sample]
-        return Packed(
+        cos, sin = self._angles(rows, rope)
+        return GroupedBatch(
             tokens=self._to_device(tokens),
             slots=self._to_device([slot for row in rows for slot in row.slots]),
             cos=cos,
             sin=sin,
             decode=self._groups([rows[index] for index in single], [starts[index] for index in single], len(tokens)),
             prefill=prefill,
-            sampled=None if len(sampled) == len(tokens) else self._to_device(sampled),
         )
+
+    def _angles(self, rows: list[Row], rope: Rope) -> tuple[Tensor, Tensor]:
+        positions = [position for row in rows for position in range(row.start, row.start + len(row.tokens))]
+        lengths = [length for row in rows for length in rope_lengths(row)] if rope.by_length else None
+        angles = rope.cos_sin(self._to_device(positions), None if lengths is None else self._to_device(lengths))
+        cos, sin = angles.unsqueeze(1).chunk(2, -1)
+        return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)
 
     def _enter(self, row: Row) -> None:
         end = row.start + len(row.tokens)
@@ -107,8 +110,8 @@ def _ascending(slots: list[int]) -> bool:
     return len(slots) == 1 or slots == list(range(slots[0], slots[0] + len(slots)))
 
 
-def _rope_lengths(row: Row) -> list[int]:
-    """See `Rope.angles`: the whole prompt for its tokens, position + 1 for generated ones."""
+def rope_lengths(row: Row) -> list[int]:
+    """See `Rope.cos_sin`: the whole prompt for its tokens, position + 1 for generated ones."""
     end = row.start + len(row.tokens)
     prompt = row.prompt_length or end - row.position
     return [max(prompt, position + 1) for position in range(row.start, end)]

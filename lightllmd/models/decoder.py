@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.dispatch import Kernels
+from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
 from lightllmd.kernels.linear import DenseLinear, Linear
 from lightllmd.models.heads import LanguageHead
-from lightllmd.models.layers import DecoderLayer, Packed, Rope
+from lightllmd.models.layers import DecoderLayer, Rope
 from lightllmd.models.spec import DecoderSpec
 
 
@@ -24,10 +24,10 @@ class Decoder:
         kernels: Kernels,
         weights: Iterable[tuple[str, Tensor, Tensor | None]],
         device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
         self.spec = spec
-        self.rope = Rope(spec.rope, device, dtype)
+        self.rope = Rope(spec.rope, device)
+        self._kernels = kernels
         vectors: dict[str, Tensor] = {}
         products: dict[str, Linear] = {}
         for key, tensor, bias in weights:
@@ -36,12 +36,16 @@ class Decoder:
             else:
                 products[key] = kernels.linear(tensor, bias)
         self.embedding = vectors["embed"]
+        heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.norm_eps)
         self.layers = [
             DecoderLayer(
                 spec,
                 kernels,
+                heads,
                 input_norm=vectors[f"{index}.input_norm"],
                 qkv=products[f"{index}.qkv"],
+                q_norm=vectors.get(f"{index}.q_norm"),
+                k_norm=vectors.get(f"{index}.k_norm"),
                 out=products[f"{index}.out"],
                 mlp_norm=vectors[f"{index}.mlp_norm"],
                 gate_up=products[f"{index}.gate_up"],
@@ -54,11 +58,11 @@ class Decoder:
         head = kernels.linear(rows, None) if spec.tied else DenseLinear(rows)
         self.head = LanguageHead(kernels, vectors["norm"], spec.norm_eps, head, rows)
 
-    def forward(self, batch: Packed, caches: list[Tensor], beat: Callable[[], None]) -> Tensor:
+    def forward(self, batch: GroupedBatch | TableBatch, caches: list[Tensor], beat: Callable[[], None]) -> Tensor:
         """Writes the step's keys and values into `caches` (one ``[S, 2K, D]`` per layer) and returns the hidden
-        states ``[R, hidden]`` of the sampled tokens, for `head.logits`. Calls `beat` once per layer."""
-        x = functional.embedding(batch.tokens, self.embedding)
+        states ``[T, hidden]`` of its tokens, for `head.logits`. Calls `beat` once per layer."""
+        x = self._kernels.enter(batch, self.embedding)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.forward(x, cache, batch)
             beat()
-        return x if batch.sampled is None else x.index_select(0, batch.sampled)
+        return x

@@ -45,6 +45,7 @@ class DecoderSpec:
     out_bias: bool  # of the attention's output projection
     mlp_bias: bool
     tied: bool  # the head's weight is the embedding
+    qk_norm: bool = False  # an RMS norm over each query and key head, before the rotation
 
     @property
     def attention_scale(self) -> float:

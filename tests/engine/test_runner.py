@@ -58,7 +58,7 @@ def test_rows_read_together_are_padded_within_what_the_budget_plans(tmp_path: Pa
     for _ in range(50):
         lengths = [draw.choice([1, 3, 100, SHORT_ROW, 129, 500, 1999]) for _ in range(draw.randrange(2, 9))]
         rows = [Row(n, n, 0, length - 1, [1], [n], True, 1, None) for n, length in enumerate(lengths)]
-        packed = runner.table.pack(Step(1, "decode", rows, []), runner.decoder.rope)
+        packed = runner.table.pack(rows, runner.decoder.rope)
         for group in packed.decode:
             members = range(len(rows)) if group.tokens is None else group.tokens.tolist()
             held = [lengths[member] for member in members]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightllmd.errors import ConfigInvalid, Problem
-from lightllmd.models.families import llama
+from lightllmd.models.families import llama, qwen2, qwen3
 from lightllmd.models.spec import DecoderSpec
 from lightllmd.weights.place import Layout
 
@@ -20,6 +20,8 @@ class Family:
 
 FAMILIES = {
     "llama": Family(llama.spec, llama.layout),
+    "qwen2": Family(qwen2.spec, qwen2.layout),
+    "qwen3": Family(qwen3.spec, qwen3.layout),
 }
 
 

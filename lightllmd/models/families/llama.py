@@ -78,6 +78,11 @@ def _layer(spec: DecoderSpec, layer: int) -> list[Target]:
         Target(f"{layer}.input_norm", (Part(f"{prefix}.input_layernorm.weight", (spec.hidden,)),)),
         Target(f"{layer}.mlp_norm", (Part(f"{prefix}.post_attention_layernorm.weight", (spec.hidden,)),)),
     ]
+    if spec.qk_norm:
+        targets += [
+            Target(f"{layer}.{name}", (Part(f"{prefix}.self_attn.{name}.weight", (spec.head_dim,)),))
+            for name in ("q_norm", "k_norm")
+        ]
     for key, sources, columns, biased in products:
         weights = tuple(Part(f"{prefix}.{name}.weight", (rows, columns)) for name, rows in sources)
         biases = tuple(Part(f"{prefix}.{name}.bias", (rows,)) for name, rows in sources) if biased else ()

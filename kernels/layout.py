@@ -1,0 +1,92 @@
+"""What a step looks like to the operations: where its tokens lie, and where their keys and values are.
+
+T tokens packed from all rows of a step; one layer's KV cache is ``[S, 2K, D]``, keys in heads 0..K-1, values behind.
+Made by a runner, carried through the decoder unread, taken apart by the operations of that runner's device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Slots = Tensor | slice  # slots of the cache: their numbers, or a run of them
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of attention. `query` is a multiple of `kv`."""
+
+    query: int
+    kv: int
+    dim: int
+    scale: float
+    norm_eps: float  # of the norm over each query and key head, where a model has one
+
+
+# --- rows are gathered in groups: what torch's own attention reads -----------------------------------------------
+
+
+@dataclass
+class DecodeGroup:
+    """B rows that feed one token each, read together because their lengths are alike."""
+
+    tokens: Tensor | None  # [B], which of the packed tokens; None: all of them, in order
+    slots: Slots  # [B * L]: each row's slots, padded to L with its own first one; a run only where B is 1
+    mask: Tensor | None  # [B, 1, 1, L], 0 or -inf; None where every row has length L
+
+
+@dataclass
+class PrefillRow:
+    """One row that feeds `count` tokens, packed from `first` on, behind `start` cached ones."""
+
+    first: int
+    count: int
+    start: int
+    slots: Slots  # [start + count]
+
+
+@dataclass
+class GroupedBatch:
+    tokens: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, where each token's keys and values go
+    cos: Tensor  # [T, 1, D]
+    sin: Tensor  # [T, 1, D], the first half negated
+    decode: list[DecodeGroup]
+    prefill: list[PrefillRow]
+
+
+# --- rows are read through the request->slot table: what kernels of a GPU read ------------------------------------
+
+
+@dataclass
+class PrefillTiles:
+    """The rows that feed tokens named by the scheduler, packed behind the decode rows. All int32 on the device.
+
+    Row r feeds ``counts[r]`` tokens, packed from ``first[r]`` on, behind ``starts[r]`` cached ones.
+    """
+
+    tiles: Tensor  # [N, 2]: (row, block of its queries), the heaviest first
+    rows: Tensor  # [R] table rows
+    first: Tensor  # [R]
+    counts: Tensor  # [R]
+    starts: Tensor  # [R]
+
+
+@dataclass
+class TableBatch:
+    """The first `decode` of the T tokens are those of rows that feed one token each, then come the others.
+
+    Lengths are on the device only, so a step with as many decode rows and nothing else is the same launches: a graph.
+    """
+
+    tokens: Tensor  # [T] int32; -1: the newest token of its row, ``last[row]``
+    rows: Tensor  # [T] int32, each token's table row
+    positions: Tensor  # [T] int32, in its sequence
+    slots: Tensor  # [T] int32, where its keys and values go
+    decode: int
+    prefill: PrefillTiles | None
+    angles: Tensor  # [T] int32, each token's row of cos_sin
+    cos_sin: Tensor  # [P, D] fp32: cosines, then sines, of half a head each
+    table: Tensor  # [R, W] int32, request->slot
+    last: Tensor  # [R] int32, the newest token of each table row
