@@ -1,0 +1,61 @@
+"""The engine's turn: schedule, launch, collect, complete. Everybody who drives a scheduler and a runner does it here."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from lightllmd.engine.batch import Runner, Step
+from lightllmd.engine.request import Owner
+from lightllmd.engine.scheduler import Scheduler
+from lightllmd.ipc.messages import StepOutput
+
+
+def _nothing(_: Step) -> None:
+    pass
+
+
+class StepLoop:
+    """Launches the next step while the one before it computes, so what a step made is noticed one step late.
+
+    With a runner that does not overlap each step ends before the next is scheduled. Between turns the scheduler may be
+    told things (submit, abort, api_gone), whatever is out::
+
+        loop = StepLoop(scheduler, runner)
+        while loop.busy:
+            for owner, output in loop.turn(beat).items(): ...
+
+    `before` is called with each step right before its launch, when `out` has it already.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, before: Callable[[Step], None] = _nothing) -> None:
+        self.out: deque[Step] = deque()  # launched and not collected, oldest first; between turns one at most
+        self.completed: Step | None = None  # the step whose outputs the newest turn returned
+        self._scheduler = scheduler
+        self._runner = runner
+        self._before = before
+
+    @property
+    def busy(self) -> bool:
+        """Turns have something to do: somebody runs or is in line, or a step is out."""
+        return bool(self.out) or self._scheduler.busy
+
+    def turn(self, beat: Callable[[], None], waiting: Callable[[], None] | None = None) -> dict[Owner, StepOutput]:
+        """Launches the next step if there is one, then completes the oldest if nothing could be launched or more are
+        out than the runner overlaps. Returns what each api worker is to be told; empty when no step was completed.
+
+        `beat` is called as work goes on, `waiting` (unset: `beat`) while the device is waited for. Raises OutOfMemory.
+        """
+        self.completed = None
+        step = self._scheduler.next_step()
+        if step is not None:
+            self.out.append(step)
+            self._before(step)
+            self._runner.launch(step, beat)
+            if len(self.out) <= self._runner.overlaps:
+                return {}
+        if not self.out:
+            return {}
+        result = self._runner.collect(waiting or beat)
+        self.completed = self.out.popleft()
+        return self._scheduler.complete(result)
