@@ -173,11 +173,14 @@ def _string(field: Field, value: Any) -> str:
 
 def refusals(field: Field, value: Any) -> list[Fault]:
     """Why a valid value can't be had in this version: its feature is not built yet, or its name is unknown."""
-    if value == field.default or not field.setting.needs:
+    setting = field.setting
+    if value == field.default or not setting.needs:
         return []
     if field.key == "mode":
         return [_mode_fault(name, index) for index, name in enumerate(value)]
-    return [Fault(f"{show(value)} is not available yet: {field.setting.needs}")]
+    if setting.unbuilt and value not in setting.unbuilt:
+        return []
+    return [Fault(f"{show(value)} is not available yet: {setting.needs}")]
 
 
 def _mode_fault(name: str, index: int) -> Fault:

@@ -91,9 +91,11 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         Literal["HF", "DS", "DUMMY"],
         Setting(
             doc="Layout of the weight files. HF: Hugging Face names in safetensors or GGUF files. DS: "
-            "Megatron-DeepSpeed pipeline checkpoints. DUMMY: random weights of the right shapes.",
+            "Megatron-DeepSpeed pipeline checkpoints. DUMMY: random weights of the shapes that config.json says, "
+            "with no weight files; without tokenizer files the text is token ids in decimal.",
             group=MODEL,
-            needs="load_way other than HF",
+            needs="Megatron-DeepSpeed checkpoints",
+            unbuilt=("DS",),
         ),
     ] = "HF"
     max_total_token_num: Annotated[

@@ -13,10 +13,10 @@ class ModelFacts(msgspec.Struct, frozen=True):
     """Read by the probe child from file headers; no weight was loaded for it."""
 
     path: str  # resolved: a directory, or a .gguf file
-    format: str  # "safetensors" | "gguf"
+    format: str  # "safetensors" | "gguf" | "dummy": random weights
     model_type: str  # Hugging Face name, e.g. "llama"
     hf_config: dict[str, Any]  # config.json, or what a GGUF header says in the same words
-    files: list[str]  # weight files, absolute, in order
+    files: list[str]  # weight files, absolute, in order; none of "dummy"
     weight_elements: int  # parameters stored (tied ones once)
     weight_bytes: int  # bytes in the files
     checkpoint_dtype: str | None  # "float16" | "bfloat16" | "float32"; None where the format names none

@@ -40,7 +40,7 @@ def facts(field: Field) -> list[str]:
         said.append(f"documented page: {toml_value(setting.page_default)}")
     said.append(f"reload: {setting.reload}")
     if setting.needs:
-        said.append("not available yet")
+        said.append("not available yet" + (f": {', '.join(setting.unbuilt)}" if setting.unbuilt else ""))
     return said
 
 

@@ -30,7 +30,8 @@ def _model(plan: Plan) -> str:
     model = plan.model
     if model is None:
         return f"{plan.model_name} (fake engine)"
+    form = "random weights" if model.format == "dummy" else model.format
     return (
-        f"{plan.model_name}: {model.model_type}, {count(model.weight_elements)} parameters, {model.format}, "
+        f"{plan.model_name}: {model.model_type}, {count(model.weight_elements)} parameters, {form}, "
         f"vocabulary {plan.vocab_size}, {model.path}"
     )

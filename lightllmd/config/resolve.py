@@ -19,7 +19,7 @@ from lightllmd.errors import ConfigInvalid, Problem
 
 __all__ = ["SUPPORTED_MODEL_TYPES", "budget_table", "located", "report", "resolve"]
 
-SUPPORTED_MODEL_TYPES = ("llama",)
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 DATA_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # aliases
 FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where "auto" can't know better
 AUTO_PREFILL = 8192  # tokens
@@ -141,7 +141,7 @@ class _Real(_Maker):
         self._check_context()
         self.stop_if_problems()
         try:
-            vocab = budget.Shape.of(self.model).vocab
+            vocab = budget.Shape.of(self.model.model_type, self.model.hf_config).vocab
         except ConfigInvalid as invalid:
             raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
         self.settle("device", self._device())
@@ -177,9 +177,11 @@ class _Real(_Maker):
         named = [str(name) for name in architectures] if isinstance(architectures, list) else []
         if named and not any(name.endswith("ForCausalLM") for name in named):
             self.problem(f"the architecture {', '.join(named)} is not available yet; ...ForCausalLM is", "model_dir")
+        if config.get("use_sliding_window"):
+            self.problem("use_sliding_window: attention over a sliding window is not available yet", "model_dir")
         if config.get("quantization_config"):
             self.problem("pre-quantised Hugging Face checkpoints are not available yet", "model_dir")
-        if not self.model.has_tokenizer:
+        if not self.model.has_tokenizer and self.model.format != "dummy":
             self.problem(f"{self.model.path} has no tokenizer (tokenizer.json or tokenizer.model)", "model_dir")
 
     def _check_context(self) -> None:
@@ -224,13 +226,15 @@ class _Real(_Maker):
         return _Value(list(written))
 
     def _tokenizer_mode(self) -> _Value:
+        if not self.model.has_tokenizer:
+            return _Value("fast", "no tokenizer files: text is token ids in decimal")
         if self.params.tokenizer_mode != "auto":
             return _Value(self.params.tokenizer_mode)
         return _Value("fast", "auto: exact, and the faster one")
 
     def _name(self) -> str:
         path = PurePath(self.model.path)
-        return path.stem if self.model.format == "gguf" else path.name
+        return path.stem if path.suffix == ".gguf" else path.name
 
     # --- slots ------------------------------------------------------------------------------------------------
 

@@ -109,6 +109,7 @@ def _request(config: Config) -> bytes:
     return msgspec.json.encode(
         {
             "model_dir": config.params.model_dir,
+            "load_way": config.params.load_way,
             "backend": engine.backend,
             "device": engine.device,
             "threads": engine.threads,

@@ -2,6 +2,7 @@
 
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.detokenize import IncrementalDetokenizer
+from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopMatcher
 from lightllmd.text.tokenizer import ByteTokenizer, load_tokenizer, open_tokenizer
@@ -9,6 +10,7 @@ from lightllmd.text.tokenizer import ByteTokenizer, load_tokenizer, open_tokeniz
 __all__ = [
     "ByteTokenizer",
     "ChatTemplate",
+    "IdTokenizer",
     "IncrementalDetokenizer",
     "StopMatcher",
     "Tokenizer",

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightllmd.config.plan import Plan
 from lightllmd.errors import ConfigInvalid, Problem, WeightsInvalid
 from lightllmd.text.chat_template import ChatTemplate
+from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.vocabulary import Vocabulary, split_texts
 
@@ -39,7 +40,9 @@ def load_tokenizer(plan: Plan) -> Tokenizer:
     """The tokenizer of the model that a generation serves. Raises ConfigInvalid. The caller logs its `warnings`."""
     if plan.model is None:
         return ByteTokenizer(plan.eos_id)
-    return open_tokenizer(plan.model.path, plan.model.format, plan.tokenizer_mode, plan.eos_id)
+    if plan.model.format == "dummy" and not plan.model.has_tokenizer:
+        return IdTokenizer(plan.vocab_size)
+    return open_tokenizer(plan.model.path, None, plan.tokenizer_mode, plan.eos_id)
 
 
 def open_tokenizer(
@@ -54,7 +57,7 @@ def open_tokenizer(
     """
     path = Path(path)
     if file_format is None:
-        file_format = "gguf" if path.suffix == ".gguf" else "huggingface"
+        file_format = "gguf" if path.suffix == ".gguf" and not path.is_dir() else "huggingface"
     if file_format == "gguf":
         from lightllmd.text.gguf_vocab import open_metadata
         from lightllmd.weights.headers import read_gguf_header

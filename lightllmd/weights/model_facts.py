@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from lightllmd.config.budget import Shape
 from lightllmd.config.plan import ModelFacts
 from lightllmd.errors import ConfigInvalid, Problem, WeightsInvalid
 from lightllmd.weights.headers import (
@@ -25,17 +28,26 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _STRETCHING = ("linear", "dynamic")
 
 
-def model_facts(model_dir: str) -> ModelFacts:
-    """Raises ConfigInvalid when there is no model to be found, WeightsInvalid when its files are damaged."""
+def model_facts(model_dir: str, *, dummy: bool = False) -> ModelFacts:
+    """`dummy`: weights will be invented, so that no weight file is needed or read.
+
+    Raises ConfigInvalid when there is no model to be found, WeightsInvalid when its files are damaged.
+    """
     path = locate_model(model_dir)
     try:
-        return _of_gguf(path) if path.is_file() else _of_directory(path)
+        facts = _of_gguf(path) if path.is_file() else _of_directory(path, dummy)
+        return _dummy(facts) if dummy else facts
     except OSError as error:
         raise ConfigInvalid(
             [Problem("model_dir", f"{error.filename or path} can't be read: {error.strerror}")]
         ) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another form than the format's
         raise WeightsInvalid(f"{path}: its files are not as their format says: {error!r}") from error
+
+
+def _dummy(facts: ModelFacts) -> ModelFacts:
+    elements = Shape.of(facts.model_type, facts.hf_config).weight_elements
+    return msgspec.structs.replace(facts, format="dummy", files=[], weight_elements=elements, weight_bytes=0)
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------
@@ -64,17 +76,18 @@ def _of_gguf(path: Path) -> ModelFacts:
 # --- Hugging Face directory ---------------------------------------------------------------------------------------
 
 
-def _of_directory(path: Path) -> ModelFacts:
+def _of_directory(path: Path, dummy: bool) -> ModelFacts:
     config = _json(path / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise WeightsInvalid(f"{path / 'config.json'}: model_type is missing")
-    headers = read_safetensors_headers(path)
-    if not headers:
+    headers = [] if dummy else read_safetensors_headers(path)
+    if not headers and not dummy:
         raise ConfigInvalid([Problem("model_dir", _no_weights(path))])
     tensors = [tensor for header in headers for tensor in header.tensors if _is_weight(tensor, config)]
     tokenizer = _json(path / "tokenizer_config.json", optional=True)
     template = _chat_template(path, tokenizer)
+    has_tokenizer = _has_tokenizer(path)
     return ModelFacts(
         path=str(path),
         format="safetensors",
@@ -86,9 +99,14 @@ def _of_directory(path: Path) -> ModelFacts:
         checkpoint_dtype=_dtype(config, tensors),
         context_length=_context_length(config),
         eos_ids=_eos_ids(path, config, tokenizer, template),
-        has_tokenizer=(path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file(),
-        has_chat_template=bool(template),
+        has_tokenizer=has_tokenizer,
+        has_chat_template=has_tokenizer and bool(template),
     )
+
+
+def _has_tokenizer(path: Path) -> bool:
+    found = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (path / name).is_file()}
+    return "tokenizer.json" in found or len(found) == 2 or any(path.glob("*.model"))
 
 
 def _no_weights(path: Path) -> str:

@@ -1,8 +1,8 @@
 """The probe child: what model and device are like, from file headers and the operating system. No torch, no weights.
 
-``python -m lightllmd.weights.probe`` reads one JSON object on stdin, {model_dir, backend, device, threads}, and prints
-`config.plan.Facts` as JSON, or {"error": name, "message": …} with the error's exit code. It is a process of its own so
-that a slow file system or a stuck driver never blocks the supervisor.
+``python -m lightllmd.weights.probe`` reads one JSON object on stdin, {model_dir, load_way, backend, device, threads},
+and prints `config.plan.Facts` as JSON, or {"error": name, "message": …} with the error's exit code. It is a process of
+its own so that a slow file system or a stuck driver never blocks the supervisor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lightllmd.weights.model_facts import model_facts
 
 class Request(msgspec.Struct, frozen=True):
     model_dir: str | None = None
+    load_way: str = "HF"  # "DUMMY" needs no weight files
     backend: str = "torch"  # "fake" has no model
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     threads: int = 0  # 0: the physical cores
@@ -30,7 +31,8 @@ def probe(request: Request) -> Facts:
         return Facts(model=None, device=device_facts("cpu", request.threads))
     if request.model_dir is None:
         raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
-    return Facts(model=model_facts(request.model_dir), device=device_facts(request.device, request.threads))
+    model = model_facts(request.model_dir, dummy=request.load_way == "DUMMY")
+    return Facts(model=model, device=device_facts(request.device, request.threads))
 
 
 def main() -> int:

@@ -211,9 +211,11 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(folder: Path, params: dict[str, Any] | None = None, *, engine: bool = True, **http: Any):
+async def stack(
+    folder: Path, params: dict[str, Any] | None = None, *, engine: bool = True, plan: Plan | None = None, **http: Any
+):
     """A worker, by default with a generation that runs freely."""
-    one = Stack(folder, make_plan(params, **http))
+    one = Stack(folder, plan or make_plan(params, **http))
     try:
         if engine:
             (await one.up()).free_run = True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
-from api.frontend_harness import EOS, expected, frames, run, stack
+from api.frontend_harness import EOS, expected, frames, make_plan, run, stack
+from lightllmd.config.plan import ModelFacts
 
 CHAT = "user: hi\nassistant: "
 HI = [{"role": "user", "content": "hi"}]
@@ -358,5 +360,33 @@ def test_several_tokens_that_came_together_share_a_chunk(tmp_path):
                 "/v1/completions", json={"prompt": "x", "max_tokens": len(raw), "stream": True}
             )
             assert "".join(f["choices"][0]["text"] for f in frames(answer.text)) == raw.decode()
+
+    run(scenario())
+
+
+def test_a_model_without_a_tokenizer_streams_token_ids(tmp_path):
+    facts = ModelFacts(str(tmp_path), "dummy", "llama", {}, [], 0, 0, None, None, [], False, False)
+    plan = msgspec.structs.replace(make_plan(), model=facts, vocab_size=1000)
+
+    async def scenario():
+        async with stack(tmp_path, engine=False, plan=plan) as one:
+            engine = await one.up(token=lambda submit, branch, position: 500 + position)
+            engine.free_run = True
+            body = {"prompt": [17, 4, 99], "max_tokens": 20, "stream": True, "ignore_eos": True}
+            chunks = sdk_stream((await one.client.post("/v1/completions", json=body)).text)
+            texts = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
+            assert "".join(texts) == "".join(f" {500 + position}" for position in range(20))
+            body = {"prompt": "17 4 99", "max_tokens": 2, "echo": True}
+            answer = await one.client.post("/v1/completions", json=body)
+            assert answer.json()["choices"][0]["text"] == "17 4 99 500 501"
+            assert [submit.prompt_ids for submit in engine.submits] == [[17, 4, 99]] * 2
+            for route, body, words in [
+                ("/v1/chat/completions", {"messages": HI}, "no chat template"),
+                ("/v1/completions", {"prompt": "17 four"}, "'four'"),
+                ("/v1/completions", {"prompt": [1000]}, "1000"),
+            ]:
+                refused = await one.client.post(route, json=body)
+                assert refused.status_code == 400
+                assert words in refused.json()["error"]["message"]
 
     run(scenario())

@@ -210,6 +210,7 @@ def test_an_endless_file_is_not_read_to_its_end() -> None:
         MODEL + 'long_truncation_mode = "None"\n',
         MODEL + "grouping_key = []\n",
         MODEL + "splitfuse_block_size = 128\ncache_capacity = 3\npush_interval = 5\njob_name = 'x'\n",
+        MODEL + "load_way = 'DUMMY'\n",
         MODEL + "router_token_ratio = 1\n[supervisor]\nhang_timeout = 3\n",
         '[engine]\nbackend = "fake"\n',
         "engine.backend = 'fake'\nengine.fake.poison = 'x'\n",

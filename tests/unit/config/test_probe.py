@@ -183,6 +183,28 @@ def test_pytorch_files_are_refused_by_name(hf_model: Callable[..., Path]) -> Non
     assert "not available yet" in json.loads(ask(model_dir=str(folder)).stdout)["message"]
 
 
+def test_random_weights_need_nothing_but_a_config(hf_model: Callable[..., Path]) -> None:
+    folder = hf_model()
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    assert "no *.safetensors" in json.loads(ask(model_dir=str(folder)).stdout)["message"]
+    done = ask(model_dir=str(folder), load_way="DUMMY")
+    facts = msgspec.json.decode(done.stdout, type=Facts).model
+    assert facts is not None
+    assert (facts.format, facts.files, facts.weight_bytes) == ("dummy", [], 0)
+    assert (facts.checkpoint_dtype, facts.context_length, facts.eos_ids) == ("bfloat16", 4096, [2])
+    assert (facts.has_tokenizer, facts.has_chat_template) == (False, False)
+    assert facts.weight_elements == 2 * 100 * 16 + 2 * (16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+
+
+def test_random_weights_may_have_a_tokenizer_and_ignore_weight_files(hf_model: Callable[..., Path]) -> None:
+    folder = hf_model()
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    facts = model_facts(str(folder), dummy=True)
+    assert (facts.format, facts.files, facts.has_tokenizer) == ("dummy", [], True)
+
+
 # --- device facts ----------------------------------------------------------------------------------------------------
 
 

@@ -171,7 +171,8 @@ def test_the_model_is_named_after_its_file_or_folder() -> None:
 @pytest.mark.parametrize(
     ("facts", "part"),
     [
-        ({"model_type": "qwen2"}, "'qwen2' are not available yet; supported: llama"),
+        ({"model_type": "bloom"}, "'bloom' are not available yet; supported: llama, qwen2, qwen3"),
+        ({"hf_config": SMOLLM2 | {"use_sliding_window": True}}, "use_sliding_window"),
         ({"hf_config": SMOLLM2 | {"architectures": ["LlamaForSequenceClassification"]}}, "not available yet"),
         ({"hf_config": SMOLLM2 | {"quantization_config": {"quant_method": "awq"}}}, "pre-quantised"),
         ({"has_tokenizer": False}, "has no tokenizer"),
@@ -234,6 +235,12 @@ def test_problems_stand_where_the_key_was_written(tmp_path: Any) -> None:
     assert (moved.file, moved.line, moved.message) == (str(file), 1, "is gone")
     (flag,) = located([Problem("model_dir", "is gone")], load(str(file), {"model_dir": "x"}), str(file))
     assert str(flag).startswith("command line: ")
+
+
+def test_random_weights_need_no_tokenizer() -> None:
+    plan = made({"load_way": "DUMMY"}, format="dummy", has_tokenizer=False)
+    assert reason(plan, "tokenizer_mode") == "no tokenizer files: text is token ids in decimal"
+    assert "random weights" in report(plan)
 
 
 # --- slots and budget -----------------------------------------------------------------------------------------------

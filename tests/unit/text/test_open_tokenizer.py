@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
 from lightllmd.errors import InvalidRequest
-from lightllmd.text import ByteTokenizer, load_tokenizer, open_tokenizer
+from lightllmd.text import ByteTokenizer, IdTokenizer, load_tokenizer, open_tokenizer
 
 
 def write_model(folder: Path, config: dict[str, object] | None = None, **files: object) -> Path:
@@ -56,6 +56,13 @@ def test_the_plans_eos_ids_are_in_force(tmp_path):
     facts = ModelFacts(str(tmp_path), "safetensors", "llama", {}, [], 0, 0, None, None, [], True, False)
     assert load_tokenizer(plan(facts, [7, 8])).eos_ids == [7, 8]
     assert open_tokenizer(tmp_path).eos_ids == [1]
+
+
+def test_random_weights_without_a_tokenizer_have_ids_as_text(tmp_path):
+    bare = ModelFacts(str(tmp_path), "dummy", "llama", {}, [], 0, 0, None, None, [], False, False)
+    assert isinstance(load_tokenizer(plan(bare, [2])), IdTokenizer)
+    write_model(tmp_path)
+    assert load_tokenizer(plan(msgspec.structs.replace(bare, has_tokenizer=True), [2])).encode("hello")
 
 
 def test_post_processor_decides_about_bos_unless_the_configuration_does(tmp_path):
