@@ -30,6 +30,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(Norm of the sum, the sum), the sum rounded before it is normed."""
+    total = (x.float() + residual.float()).to(residual.dtype)
+    return rms_norm(total, weight, eps), total
+
+
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     """``act(gate) * up`` of ``gate_up [T, 2 * intermediate]``, gate first."""
     gate, up = gate_up.float().chunk(2, -1)
@@ -57,6 +63,41 @@ def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
     """Puts ``kv [T, 2K, D]`` into the cache at ``slots [T]``."""
     for slot, entry in zip(slots.tolist(), kv, strict=True):
         cache[slot] = entry
+
+
+def rope_kv(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    angles: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    heads: int,
+    kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> None:
+    """Turns the queries and keys of ``qkv [T, H + 2K, D]`` in place, after an RMS norm of each head where there are
+    weights ``[D]`` for one, and puts keys and values into the cache at ``slots [T]``. One rounding at the end.
+
+    ``cos_sin [P, D]``: cosines, then sines, of the D/2 pairs; ``angles [T]`` is each token's row of it.
+    """
+    q, k = qkv[:, :heads].float(), qkv[:, heads : heads + kv_heads].float()
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    cos, sin = cos_sin[angles.long(), None].chunk(2, -1)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    qkv[:, : heads + kv_heads] = rotate(torch.cat([q, k], 1), cos, sin).to(qkv.dtype)
+    write_kv(cache, slots, qkv[:, heads:])
+
+
+def enter(
+    tokens: Tensor, rows: Tensor, positions: Tensor, slots: Tensor, last: Tensor, table: Tensor, embedding: Tensor
+) -> Tensor:
+    """Puts ``slots [T]`` into the table and returns the embeddings of the fed tokens; below 0: the row's newest."""
+    rows, positions = rows.long(), positions.long()
+    table[rows, positions] = slots
+    return embedding[torch.where(tokens < 0, last[rows], tokens).long()]
 
 
 def attention(q: Tensor, cache: Tensor, slots: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,119 @@
+"""Norm, rotation with cache write, activation and gathers in Triton compute what the reference says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lightllmd.kernels import activation, embed, norm, reference, rope_kv
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter's bf16 is not that of the device.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def close(ours: Tensor, truth: Tensor) -> None:
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def integers(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same values in rows with NaN between them."""
+    wide = torch.full((x.shape[0], x.shape[1] + 8, *x.shape[2:]), float("nan"), device=x.device, dtype=x.dtype)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
+@dtypes
+@pytest.mark.parametrize("columns", [64, 576, 1000, 4096])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rms_norm(rows: int, columns: int, dtype: torch.dtype) -> None:
+    x, weight = random(rows, columns, dtype=dtype) * 3, random(columns, dtype=dtype, seed=1)
+    out = torch.empty_like(x)
+    norm.rms_norm(apart(x), weight, 1e-5, out)
+    close(out, reference.rms_norm(x, weight, 1e-5))
+    norm.rms_norm(x, weight, 1e-5, x)
+    assert torch.equal(x, out)
+
+
+@dtypes
+@pytest.mark.parametrize("columns", [64, 576, 4096])
+def test_add_rms_norm_keeps_the_sum_that_it_normed(columns: int, dtype: torch.dtype) -> None:
+    x, residual = random(3, columns, dtype=dtype), random(3, columns, dtype=dtype, seed=1) * 4
+    weight, out = random(columns, dtype=dtype, seed=2), torch.empty_like(x)
+    truth, total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    strided = apart(residual)
+    norm.add_rms_norm(x, strided, weight, 1e-6, out)
+    assert torch.equal(strided, total)
+    close(out, truth)
+
+
+@dtypes
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (9, 3, 64), (32, 8, 128), (5, 1, 256), (1, 1, 32)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_kv(normed: bool, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    tokens, total = 5, heads + 2 * kv_heads
+    qkv = random(tokens, total, dim, dtype=dtype)
+    turn = torch.outer(torch.arange(40.0), 10000.0 ** -(torch.arange(dim // 2) / (dim // 2)))
+    cos_sin = torch.cat([turn.cos(), turn.sin()], -1).to(DEVICE)
+    angles, slots = integers([0, 39, 1, 7, 7]), integers([3, 11, 0, 12, 5])
+    weights = (random(dim, dtype=dtype, seed=1), random(dim, dtype=dtype, seed=2)) if normed else (None, None)
+    cache = torch.full((13, 2 * kv_heads, dim), float("nan"), device=DEVICE, dtype=dtype)
+    ours, mirror, truth = apart(qkv), cache.clone(), qkv.clone()
+    reference.rope_kv(truth, cos_sin, angles, slots, mirror, heads, kv_heads, *weights, 1e-6)
+    rope_kv.rope_kv(ours, cos_sin, angles, slots, cache, heads, kv_heads, *weights, 1e-6)
+    close(ours, truth)
+    assert torch.equal(ours[:, heads + kv_heads :], qkv[:, heads + kv_heads :])
+    assert torch.equal(cache[slots.long()], ours[:, heads:])
+    untouched = torch.ones(13, dtype=torch.bool)
+    untouched[slots.long()] = False
+    assert bool(cache[untouched].isnan().all())
+
+
+@dtypes
+@pytest.mark.parametrize("kind", sorted(reference.ACTIVATIONS))
+@pytest.mark.parametrize("columns", [48, 1536])
+def test_gated(columns: int, kind: str, dtype: torch.dtype) -> None:
+    x = random(3, 2 * columns, dtype=dtype) * 3
+    x[0, :6] = torch.tensor([-200.0, 200.0, 0.0, -15.0, 15.0, float("nan")])
+    out = torch.empty((3, columns), device=DEVICE, dtype=dtype)
+    activation.gated(apart(x), kind, out)
+    truth = reference.gated(x, kind)
+    assert bool(out[0, 5].isnan())
+    close(out.nan_to_num(), truth.nan_to_num())
+
+
+@dtypes
+@pytest.mark.parametrize("hidden", [64, 576])
+def test_enter_feeds_named_and_newest_tokens_and_fills_the_table(hidden: int, dtype: torch.dtype) -> None:
+    embedding, last = random(50, hidden, dtype=dtype), integers([9, 49, 0, 7])
+    table = torch.full((4, 20), -1, dtype=torch.int32, device=DEVICE)
+    tokens, rows = integers([-1, -1, 3, 0, 49]), integers([3, 1, 0, 0, 2])
+    positions, slots = integers([19, 0, 4, 5, 6]), integers([100, 101, 102, 103, 104])
+    mirror, out = table.clone(), torch.empty((5, hidden), device=DEVICE, dtype=dtype)
+    embed.enter(tokens, rows, positions, slots, last, table, embedding, out)
+    assert torch.equal(out, reference.enter(tokens, rows, positions, slots, last, mirror, embedding))
+    assert torch.equal(out, embedding[[7, 49, 3, 0, 49]])
+    assert torch.equal(table, mirror)
+
+
+@dtypes
+def test_gather_rows(dtype: torch.dtype) -> None:
+    x, index = random(6, 100, dtype=dtype), integers([5, 0, 0, 3])
+    out = torch.empty((4, 100), device=DEVICE, dtype=dtype)
+    embed.gather_rows(apart(x), index, out)
+    assert torch.equal(out, x[index.long()])
