@@ -1,0 +1,299 @@
+"""The engine without the daemon, for batch jobs and benchmarks::
+
+    from lightllmd import LLM
+
+    with LLM("/srv/models/llama-3.1-8b-instruct", max_req_total_len=4096) as llm:
+        for output in llm.generate(["The capital of France is"], max_new_tokens=16):
+            print(output.text)
+
+Parameters, plan, scheduler, step loop and runner are those of the daemon's engine, in this process and this thread;
+a request's fields mean what they mean to the native HTTP API.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Self
+
+from lightllmd.config.load import load, nearest_key
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Plan
+from lightllmd.config.report import budget_table
+from lightllmd.config.resolve import resolve
+from lightllmd.config.setting import by_key
+from lightllmd.engine.admission import Limits
+from lightllmd.engine.backends import runner_for
+from lightllmd.engine.loop import StepLoop
+from lightllmd.engine.scheduler import Scheduler
+from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
+from lightllmd.ipc.messages import StepOutput, Submit
+from lightllmd.observe.progress import LoadBar, RequestBar
+from lightllmd.offline_jobs import Generated, Job, Output, open_jobs
+from lightllmd.text.interface import Tokenizer
+from lightllmd.text.tokenizer import load_tokenizer
+from lightllmd.weights.probe import Request, probe
+
+__all__ = ["LLM", "Generated", "Output"]
+
+PLACE = "LLM"  # where problems of the parameters are said to be
+OWNER = (0, 1)  # api worker and epoch in the scheduler's books: there is only this one
+
+
+class LLM:
+    """A loaded model with the engine that runs it. Not thread-safe: one call at a time.
+
+    `parameters` are the documented ones by name (``max_total_token_num=100_000``, ``mode=[…]``, ``tp=2``) and the
+    settings of the [engine] table, as ``engine={"device": "cpu"}`` or, since no documented parameter has the name of
+    one, flat: ``device="cpu"``. Those that concern only the HTTP server are checked and have no effect.
+
+    `progress`: a bar while the weights load, where standard error is a terminal.
+
+    Raises ConfigInvalid with all its problems, NoUsableDevice, WeightsInvalid, OutOfMemory. On a CPU the number of
+    torch's threads is set for the whole process.
+    """
+
+    plan: Plan  # every value in force, the reasons of those that were derived, and the memory budget
+
+    def __init__(
+        self, model_dir: str | os.PathLike[str] | None = None, *, progress: bool = True, **parameters: Any
+    ) -> None:
+        self.plan = _plan(model_dir, parameters)
+        self._runner = runner_for(self.plan)
+        with LoadBar(self.plan.model_name, progress) as bar:
+            self._runner.load(self.plan, bar.update)
+        self._runner.prepare(_nothing)
+        self._scheduler = Scheduler(Limits.of(self.plan), generation=1)
+        self._loop = StepLoop(self._scheduler, self._runner)
+        self._jobs: dict[int, Job] = {}  # in the engine now, by request number
+        self._numbers = 0  # the newest request's
+        self._unusable = ""  # why nothing can be generated any more
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read when it is first needed: token ids in and out need none. Raises ConfigInvalid."""
+        return load_tokenizer(self.plan)
+
+    def memory_report(self) -> str:
+        """The memory budget as a table, one row a line, and what was measured of it."""
+        self._check_usable()
+        measured = [f"  {name}  {value / 1e6:,.0f} MB" for name, value in self._runner.memory_stats().items()]
+        return "\n".join([budget_table(self.plan), *(["measured:", *measured] if measured else [])])
+
+    # --- generation ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        parameters: Sequence[Mapping[str, Any]] | None = None,
+        detokenize: bool = True,
+        progress: bool = True,
+        max_running: int | None = None,
+        **sampling: Any,
+    ) -> list[Output]:
+        """Continues every prompt; outputs are in the prompts' order. Lists of any length are fed as there is room.
+
+        `prompts` (text) or `prompt_token_ids`, one of the two. `sampling` has the names of the native API's
+        ``parameters`` (max_new_tokens, do_sample, temperature, top_p, top_k, seed, n or best_of, presence_penalty,
+        stop_sequences, ignore_eos, …) and top_logprobs (0 … 20); it is for all prompts. `parameters`, one dict per
+        prompt, overrides it. As in the native API a stop text is part of the output that it ends.
+
+        `detokenize` False makes no text: `text` is None, and stop texts can't be looked for.
+        `progress`: a bar with requests done and tokens/s, where standard error is a terminal.
+        `max_running`: in this call at most so many sequences run at a time; unset: running_max_req_size.
+
+        Raises InvalidRequest, which names field, value and bound, before anything has begun, and EngineError when the
+        engine can't go on; it can't be used then either. ^C ends what is running after the step that is out.
+        """
+        self._check_usable()
+        jobs = open_jobs(self.plan, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize)
+        with self._limited(max_running), RequestBar(len(jobs), progress) as bar, _deferred_interrupt() as check:
+            try:
+                self._run(jobs, bar, check)
+            except BaseException:
+                self._abandon()
+                raise
+        return [job.output() for job in jobs]
+
+    def _run(self, jobs: list[Job], bar: RequestBar, check: Callable[[], None]) -> None:
+        """Until all have ended. `check` raises KeyboardInterrupt when one is due."""
+        line = jobs[::-1]  # the next one is last
+        while line or self._loop.busy:
+            while line and self._submit(line[-1]):
+                line.pop()
+            for output in self._turn():
+                ended = self._deliver(output)
+                bar.advance(ended, len(output.tokens))
+            check()
+
+    def _submit(self, job: Job) -> bool:
+        """False: the queue is full."""
+        number = self._numbers + 1
+        branches = len(job.branches)
+        # The number stands for the time of arrival: it orders requests as a clock would.
+        rejected = self._scheduler.submit(
+            Submit(number, *OWNER, number, job.prompt_ids, job.params, list(range(branches)), [[]] * branches)
+        )
+        if rejected is None:
+            self._numbers = number
+            self._jobs[number] = job
+        elif rejected.reason != "queue_full":
+            raise InvalidRequest(rejected.message)
+        return rejected is None
+
+    def _deliver(self, output: StepOutput) -> int:
+        """Gives each branch its token. Returns how many requests ended."""
+        jobs, before = self._jobs, len(self._jobs)
+        rows = zip(
+            output.requests,
+            output.branches,
+            output.tokens,
+            output.logprobs,
+            output.finishes,
+            output.alternatives or [None] * len(output.tokens),
+            strict=True,
+        )
+        for number, branch, token, logprob, finish, alternatives in rows:
+            job = jobs.get(number)
+            if job is None:
+                continue  # all its branches found their stop while this step was out
+            if job.take(branch, token, logprob, alternatives, finish):
+                self._scheduler.abort(number, [branch])
+            if not job.left:
+                del jobs[number]
+        return before - len(jobs)
+
+    def _turn(self) -> list[StepOutput]:
+        """One turn of the engine. What breaks it leaves scheduler and runner of two minds, so nothing may follow."""
+        try:
+            return list(self._loop.turn(_nothing).values())
+        except BaseException as failure:
+            self._unusable = f"it broke off with {type(failure).__name__}: {failure}"
+            raise
+
+    def _abandon(self) -> None:
+        """Ends all that runs, so that the engine is as before the call."""
+        for number in self._jobs:
+            self._scheduler.abort(number)
+        self._jobs.clear()
+        while not self._unusable and self._loop.busy:
+            self._turn()
+
+    @contextmanager
+    def _limited(self, max_running: int | None) -> Iterator[None]:
+        """Admission with fewer rows than there are. Raises InvalidRequest."""
+        limits = self._scheduler.limits
+        rows = limits.running_max_req_size
+        if max_running is not None and not 1 <= max_running <= rows:
+            raise InvalidRequest(f"max_running: should be 1 … {rows} (running_max_req_size); got {max_running}")
+        self._scheduler.limits = limits._replace(running_max_req_size=max_running or rows)
+        try:
+            yield
+        finally:
+            self._scheduler.limits = limits
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Frees weights and KV cache. Nothing can be generated afterwards; a second call does nothing."""
+        self._unusable = self._unusable or "it is closed"
+        for name in ("_loop", "_scheduler", "_runner"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_usable(self) -> None:
+        if self._unusable:
+            raise EngineError(f"this LLM can't be used any more: {self._unusable}")
+
+
+def _nothing() -> None:
+    """Nobody waits for this engine's signs of life."""
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Holds ^C back until the given function is called, so that it never strikes within a step.
+
+    Only in the main thread and only where Python's own handler is in force; elsewhere signals stay as they are.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield _nothing
+        return
+    due: list[int] = []
+
+    def check() -> None:
+        if due:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, lambda number, _: due.append(number))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# --- parameters -> plan -----------------------------------------------------------------------------------------------
+
+
+def _plan(model_dir: str | os.PathLike[str] | None, parameters: Mapping[str, Any]) -> Plan:
+    """Checked, probed and resolved as the daemon does it, in this process."""
+    flags, problems = _flags(parameters)
+    if model_dir is not None:
+        flags["model_dir"] = os.fspath(model_dir)
+    try:
+        config = load(None, flags)
+        if problems:
+            raise ConfigInvalid([])
+        params, engine = config.params, config.engine
+        facts = probe(Request(params.model_dir, params.load_way, engine.backend, engine.device, engine.threads))
+        return resolve(config, facts)
+    except ConfigInvalid as invalid:
+        raise ConfigInvalid([*problems, *(replace(one, file=PLACE) for one in invalid.problems)]) from None
+
+
+def _flags(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Dotted keys as `config.load` takes them, and what is no parameter."""
+    flags: dict[str, Any] = {}
+    problems = []
+    for name, value in _flattened(parameters, ""):
+        key = name if name in by_key(Config) else f"engine.{name}"
+        if key not in by_key(Config) or not ("." not in key or key.startswith("engine.")):
+            close = nearest_key(name)
+            problems.append(
+                Problem(name, f"unknown parameter; nearest: {close}" if close else "unknown parameter", PLACE)
+            )
+        elif key in flags:
+            problems.append(Problem(name, "is given twice", PLACE))
+        else:
+            flags[key] = value
+    return flags, problems
+
+
+def _flattened(parameters: Mapping[str, Any], table: str) -> Iterator[tuple[str, Any]]:
+    for name, value in parameters.items():
+        key = f"{table}{name}"
+        if isinstance(value, Mapping) and key in ("engine", "engine.fake"):
+            yield from _flattened(value, f"{key}.")
+        else:
+            yield key, value

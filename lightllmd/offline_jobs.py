@@ -1,0 +1,212 @@
+"""The requests of one call of `LLM.generate`: checked together before anything begins, and what became of them.
+
+Names, bounds and messages are the native HTTP API's, because it is the same declaration.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from pydantic import Field, ValidationError
+
+from lightllmd.api.bodies import field_names
+from lightllmd.api.branch import Branch
+from lightllmd.api.errors import from_validation, shown
+from lightllmd.api.limits import Limits
+from lightllmd.api.native_bodies import Parameters
+from lightllmd.config.plan import Plan
+from lightllmd.errors import InvalidRequest
+from lightllmd.ipc.messages import FINISH_ABORT, SamplingParams
+from lightllmd.text.interface import Tokenizer
+from lightllmd.text.stop import StopMatcher
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One branch of an output. The lists have one entry per generated token."""
+
+    token_ids: list[int]  # the ending eos or stop included
+    text: str | None  # None: detokenize was False
+    logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
+    top_logprobs: list[list[tuple[int, float]]] | None  # (token id, logprob), best first; None: not asked for
+    finish_reason: str  # "stop" | "length" | "abort": the model's logits were no numbers after these tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one prompt gave."""
+
+    prompt_token_ids: list[int]  # as they were run
+    branches: list[Generated]  # n of them
+
+    @property
+    def text(self) -> str | None:
+        """The first branch's."""
+        return self.branches[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first branch's."""
+        return self.branches[0].token_ids
+
+
+class Fields(Parameters):
+    """`parameters` of the native API, and what only OpenAI's routes have there."""
+
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+
+    def sampling(self) -> SamplingParams:
+        return msgspec.structs.replace(super().sampling(), top_logprobs=self.top_logprobs)
+
+
+class Silent:
+    """A detokenizer for those who want no text."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class Job:
+    """One prompt on its way. `left` branches have not ended."""
+
+    __slots__ = ("branches", "detokenized", "left", "params", "prompt_ids")
+
+    def __init__(
+        self, prompt_ids: list[int], params: SamplingParams, branches: list[Branch], detokenized: bool
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.branches = branches
+        self.detokenized = detokenized
+        self.left = len(branches)
+
+    def take(
+        self, index: int, token: int, logprob: float, alternatives: list[tuple[int, float]] | None, finish: int
+    ) -> bool:
+        """The next token of a branch. True: its text ended it, so that the engine must be told."""
+        branch = self.branches[index]
+        if branch.finish is not None:  # made before the engine heard of the stop
+            return False
+        if finish == FINISH_ABORT:
+            branch.finish = "abort"
+            stopped = False
+        else:
+            stopped = branch.take(token, logprob, alternatives, finish)
+        if branch.finish is not None:
+            self.left -= 1
+        return stopped
+
+    def output(self) -> Output:
+        return Output(self.prompt_ids, [self._generated(branch) for branch in self.branches])
+
+    def _generated(self, branch: Branch) -> Generated:
+        tops = [others or [] for others in branch.alternatives] if self.params.top_logprobs else None
+        text = branch.text if self.detokenized else None
+        return Generated(branch.ids, text, branch.logprobs, tops, branch.finish or "abort")
+
+
+def open_jobs(
+    plan: Plan,
+    tokenizer: Callable[[], Tokenizer],
+    prompts: str | Sequence[str] | None,
+    prompt_token_ids: Sequence[Sequence[int]] | None,
+    parameters: Sequence[Mapping[str, Any]] | None,
+    sampling: Mapping[str, Any],
+    detokenize: bool,
+) -> list[Job]:
+    """One job per prompt. `tokenizer` is called when text is read or written. Raises InvalidRequest."""
+    limits = Limits.of(plan)
+    field, texts = "prompts", [prompts] if isinstance(prompts, str) else prompts
+    if (texts is None) == (prompt_token_ids is None):
+        raise InvalidRequest("prompts, prompt_token_ids: one of the two is needed; got " + ("both", "none")[not texts])
+    if prompt_token_ids is not None:
+        field = "prompt_token_ids"
+        ids = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(prompt_token_ids)]
+    else:
+        ids = _encode(texts or [], tokenizer)
+    jobs = []
+    for number, (prompt, (place, fields)) in enumerate(
+        zip(ids, _settings(len(ids), parameters, sampling), strict=True)
+    ):
+        prompt_ids = limits.prompt(prompt, f"{field}[{number}]")
+        limits.branches(fields.sequences, f"{place}n")
+        limits.new_tokens(len(prompt_ids), fields.new_tokens, f"{place}max_new_tokens of {field}[{number}]")
+        stop_texts, stop_ids = fields.stops()
+        for stop in stop_ids:
+            limits.token_ids(stop, f"{place}stop_sequences")
+        if stop_texts and not detokenize:
+            raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {shown(stop_texts)}")
+        seed = secrets.randbits(63) if fields.drawn_seed is None else fields.drawn_seed
+        params = msgspec.structs.replace(fields.sampling(), seed=seed)
+        jobs.append(Job(prompt_ids, params, list(_branches(fields, prompt_ids, tokenizer, detokenize)), detokenize))
+    return jobs
+
+
+def _settings(
+    count: int, parameters: Sequence[Mapping[str, Any]] | None, sampling: Mapping[str, Any]
+) -> Iterator[tuple[str, Fields]]:
+    """Per prompt: where its fields stand, as a prefix for messages, and the fields."""
+    if parameters is None:
+        fields = _fields(sampling, "")
+        for _ in range(count):
+            yield "", fields
+        return
+    if isinstance(parameters, Mapping) or len(parameters) != count:
+        got = "one mapping" if isinstance(parameters, Mapping) else f"{len(parameters)}"
+        raise InvalidRequest(f"parameters: one dict per prompt is needed, {count} in all; got {got}")
+    for number, own in enumerate(parameters):
+        place = f"parameters[{number}]."
+        if not isinstance(own, Mapping):
+            raise InvalidRequest(f"{place[:-1]}: should be a dict; got {shown(own)}")
+        yield place, _fields({**sampling, **own}, place)
+
+
+def _fields(given: Mapping[str, Any], place: str) -> Fields:
+    try:
+        return Fields.model_validate(dict(given))
+    except ValidationError as failure:
+        refusal = from_validation(failure, field_names(Fields))
+        raise InvalidRequest(place + refusal.message, **refusal.parameters) from None
+
+
+def _encode(texts: Sequence[str], tokenizer: Callable[[], Tokenizer]) -> list[list[int]]:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidRequest(f"prompts[{number}]: should be a string; got {shown(text)}")
+    return tokenizer().encode_batch(texts) if texts else []
+
+
+def _token_ids(given: Sequence[int], field: str) -> list[int]:
+    if isinstance(given, str | bytes | int) or not isinstance(given, Sequence):
+        raise InvalidRequest(f"{field}: should be a list of token ids; got {shown(given)}")
+    if any(kind is not int for kind in set(map(type, given))):
+        wrong = next(one for one in given if type(one) is not int)
+        raise InvalidRequest(f"{field}: token ids should be integers; got {shown(wrong)}")
+    return list(given)
+
+
+def _branches(
+    fields: Fields, prompt_ids: list[int], tokenizer: Callable[[], Tokenizer], detokenize: bool
+) -> Iterator[Branch]:
+    texts, ids = fields.stops()
+    for index in range(fields.sequences):
+        detokenizer = (
+            tokenizer().detokenizer(
+                prompt_ids,
+                skip_special_tokens=fields.skip_special_tokens,
+                spaces_between_special_tokens=fields.add_spaces_between_special_tokens,
+                print_eos_token=fields.print_eos_token,
+            )
+            if detokenize
+            else Silent()
+        )
+        yield Branch(index, detokenizer, StopMatcher(texts, ids) if texts or ids else None)
