@@ -189,6 +189,9 @@ class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
             maximum=1e9,
         ),
     ] = 0.0
+    overlap: Annotated[
+        bool, Setting(doc="Launch each step before the tokens of the one before it are collected, as on a GPU.")
+    ] = False
     load_seconds: Annotated[float, _seconds("How long loading pretends to take.", zero=True, reload="engine")] = 0.0
     load_bytes: Annotated[
         int, Setting(doc="Pretended size of the weights.", unit="bytes", minimum=0, maximum=1 << 50)
