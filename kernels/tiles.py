@@ -1,0 +1,105 @@
+"""Which kernel and tile a product of few rows gets: plain rules, tuned offline on an H100 with `tests/bench/kernels.py
+--sweep`. Pure arithmetic, no Triton, so that a plan can be made where there is none.
+
+M rows of x, weight ``[N, K]`` (N counts gate and up together), in bf16 or fp16.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+STREAMING_PROCESSORS = 132  # of an H100
+GEMV_ROWS = 8  # the most that `gemv` takes; each has a fp32 accumulator of its own in registers
+BLOCK_ROWS = 256  # rows of x that one program of the tensor-core kernel covers at most: reads of the weight = M / this
+
+
+class Tile(NamedTuple):
+    gemv: bool
+    block_n: int  # weight rows of a tile, even
+    block_k: int
+    warps: int
+    stages: int  # blocks of K in flight in shared memory; 1: in registers
+    programs: int = 0  # that share all tiles' blocks of K evenly (stream-K); 0: one per tile
+    evict: str = ""  # cache hint of reads of the weight: "" or "evict_first"
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_above(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << (n - 1).bit_length()
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """fp32 is left to cuBLAS: the tensor cores would round it, and nobody serves it for speed."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
+    """Whether the product here beats cuBLAS's (with a separate activation if `gated`)."""
+    return supports(dtype) and m <= 64
+
+
+def fuses_norm(m: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` should be given the norm's weight; else the caller norms x in a kernel of its own.
+
+    On tensor cores every program would norm all rows for its few columns: that costs more than it saves, and in fp16
+    the unscaled product of x and the norm's weight can overflow (residual streams reach 1e4).
+    """
+    return m <= gemv_rows(dtype)
+
+
+def gemv_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows `tile_for` chooses `gemv`."""
+    return 4
+
+
+def block_rows(m: int) -> int:
+    """BLOCK_M of the tensor-core kernel: the rows of x a program covers."""
+    return min(BLOCK_ROWS, max(16, power_above(m)))
+
+
+@functools.cache
+def tile_for(m: int, n: int, k: int, dtype: torch.dtype, shares: bool) -> Tile:
+    """`shares`: programs may share a tile, so a workspace is at hand and no norm is fused."""
+    if m <= gemv_rows(dtype):
+        return _gemv_tile(m, n, k)
+    rows = block_rows(m)
+    block_k = next((block for block in (256, 128, 64) if k % block == 0), 64)
+    if rows <= 16:
+        return Tile(False, 16 if n <= 8192 else 32, block_k, 4, 4)
+    if rows <= 32:
+        return Tile(False, 16 if n <= 4096 else 32, min(block_k, 128), 4, 5)
+    if rows <= 64:
+        return Tile(False, 32 if n <= 8192 else 64, min(block_k, 128), 4, 4)
+    if rows <= 128:
+        tile = Tile(False, 64, 64, 4, 4)
+        resident = 2
+    else:
+        tile = Tile(False, 128, 64, 8, 4)
+        resident = 1
+    tiles = cdiv(n, tile.block_n)
+    slots = resident * STREAMING_PROCESSORS
+    # Whole waves, or so many that the last one matters little; else all programs get an equal part of all tiles.
+    wasted = cdiv(tiles, slots) * slots / tiles - 1
+    if shares and m <= BLOCK_ROWS and wasted > 0.1 and k >= 1024:
+        return tile._replace(programs=slots)
+    return tile
+
+
+def _gemv_tile(m: int, n: int, k: int) -> Tile:
+    block_k = min(power_above(k), 2048 if m == 1 else 1024)
+    block_n = 2 if block_k >= 1024 else 4
+    return Tile(True, block_n, block_k, 4, 1)
+
+
+def shared_elements(m: int, n: int, tile: Tile) -> tuple[int, int]:
+    """Of a workspace that a product with this tile needs: fp32 sums and int32 counters. Zeros if nothing is shared."""
+    if not tile.programs:
+        return 0, 0
+    return 2 * tile.programs * block_rows(m) * tile.block_n, cdiv(n, tile.block_n)
