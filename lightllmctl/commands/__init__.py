@@ -1,13 +1,13 @@
-"""The verbs of lightllmctl, a module for each kind: asking, commanding, following, configuration."""
+"""The verbs of lightllmctl, a module for each kind: asking, commanding, following, configuration, measuring."""
 
 from __future__ import annotations
 
 import click
 
-from lightllmctl.commands import act, ask, completion, follow, settings
+from lightllmctl.commands import act, ask, bench, completion, follow, settings
 
 
 def register(group: click.Group) -> None:
-    for module in (ask, act, follow, settings, completion):
+    for module in (ask, act, follow, settings, bench, completion):
         for command in module.COMMANDS:
             group.add_command(command)

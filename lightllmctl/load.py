@@ -1,0 +1,240 @@
+"""The load generator: sends planned requests to an HTTP server and records when each token came.
+
+Closed loop (so many requests at a time) or open loop (each request at its planned moment, however many are still
+running). ``python -m lightllmctl.load`` is one of several processes that share a load: the share comes in on stdin as
+MessagePack, a byte goes out when it is ready, the moment to begin comes in, and the records go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import msgspec
+import uvloop
+
+from lightllmctl.answer import Answer, BadAnswer, Record
+
+READY = b"R"
+LEAD = 0.1  # seconds between the word to begin and the beginning, so that all processes have heard it
+
+
+class Planned(msgspec.Struct):
+    """One request to be made."""
+
+    body: bytes  # JSON
+    asked: int  # new tokens
+    due: float = 0.0  # seconds from the beginning; open loop only
+
+
+class Share(msgspec.Struct):
+    """What one process has to do."""
+
+    host: str
+    port: int
+    tls: bool
+    path: str
+    headers: dict[str, str]
+    planned: list[Planned]  # in order of `due`
+    concurrency: int  # requests at a time; 0: open loop
+    timeout: float  # seconds for each request
+
+    def message(self, body: bytes) -> bytes:
+        lines = [f"POST {self.path} HTTP/1.1", f"Host: {self.host}:{self.port}", "Content-Type: application/json"]
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+class Connection(asyncio.Protocol):
+    """Carries one request at a time."""
+
+    def __init__(self) -> None:
+        self.used = False  # by an earlier request
+        self._transport: asyncio.Transport
+        self._answer: Answer | None = None
+        self._done: asyncio.Future[None]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None:
+            self._transport.abort()
+            return
+        now = time.monotonic()
+        try:
+            if not self._answer.feed(data, now):
+                return
+        except BadAnswer as bad:
+            self._answer.record.failure, self._answer.record.detail = "bad answer", str(bad)
+            self._answer.record.end = now
+            self._answer.reusable = False
+        self._end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._answer is not None:
+            self._answer.closed(time.monotonic())
+            self._answer.reusable = False
+            self._end()
+
+    def _end(self) -> None:
+        self._answer = None
+        if not self._done.done():
+            self._done.set_result(None)
+
+    async def exchange(self, message: bytes, answer: Answer) -> None:
+        self._answer, self._done = answer, asyncio.get_running_loop().create_future()
+        self._transport.write(message)
+        try:
+            await self._done
+        finally:
+            self._answer = None
+
+    @property
+    def usable(self) -> bool:
+        return not self._transport.is_closing()
+
+    def close(self) -> None:
+        self._transport.abort()
+
+
+class Generator:
+    """Runs one share."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._tls = ssl.create_default_context() if share.tls else None
+        self._idle: list[Connection] = []
+
+    async def run(self, begin: float) -> list[Record]:
+        """The records in the order of the plan. `begin`: seconds of the monotonic clock."""
+        share = self._share
+        records = [Record(planned.asked, begin + planned.due) for planned in share.planned]
+        line = iter(zip(share.planned, records, strict=True))
+        await asyncio.sleep(begin - time.monotonic())
+        if share.concurrency:
+            lanes = [self._lane(line) for _ in range(min(share.concurrency, len(records)))]
+        else:
+            lanes = [self._at_its_time(planned, record) for planned, record in line]
+        await asyncio.gather(*lanes)
+        for connection in self._idle:
+            connection.close()
+        return records
+
+    async def _lane(self, line: Iterator[tuple[Planned, Record]]) -> None:
+        for planned, record in line:
+            record.start = time.monotonic()
+            await self._make(planned, record)
+
+    async def _at_its_time(self, planned: Planned, record: Record) -> None:
+        """The start stays the planned one, so that a client that falls behind doesn't flatter the server."""
+        await asyncio.sleep(record.start - time.monotonic())
+        await self._make(planned, record)
+
+    async def _make(self, planned: Planned, record: Record) -> None:
+        try:
+            async with asyncio.timeout(self._share.timeout):
+                await self._exchange(planned, record)
+        except TimeoutError:
+            record.failure, record.detail = "timeout", f"after {len(record.times)} events"
+        except OSError as error:
+            record.failure, record.detail = "connect", str(error)
+        record.end = record.end or time.monotonic()
+
+    async def _exchange(self, planned: Planned, record: Record) -> None:
+        """On a kept connection if there is one, and once more on a new one if the server had closed that by then."""
+        message = self._share.message(planned.body)
+        while True:
+            connection = self._kept() or await self._open()
+            again, connection.used = connection.used, True
+            answer = Answer(record)
+            try:
+                await connection.exchange(message, answer)
+            finally:
+                if answer.reusable and record.end:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+            if not (again and answer.untouched):
+                return
+            record.failure = record.detail = ""
+            record.end = 0.0
+
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+        return None
+
+    async def _open(self) -> Connection:
+        share = self._share
+        _, connection = await asyncio.get_running_loop().create_connection(
+            Connection, share.host, share.port, ssl=self._tls
+        )
+        return connection
+
+
+def run_share(share: Share, begin: float) -> list[Record]:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Generator(share).run(begin))
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def generate(share: Share, processes: int = 1) -> list[Record]:
+    """Runs the whole load in `processes` processes (1: this one) that begin together."""
+    processes = max(1, min(processes, share.concurrency or len(share.planned), len(share.planned)))
+    if processes == 1:
+        return run_share(share, time.monotonic())
+    children = [_spawn(part) for part in split(share, processes)]
+    try:
+        for child in children:
+            if child.stdout.read(1) != READY:
+                raise RuntimeError(f"a load generator ended at its start with {child.wait()}")
+        begin = struct.pack("d", time.monotonic() + LEAD)
+        for child in children:
+            child.stdin.write(begin)
+            child.stdin.flush()
+        answers = [child.communicate()[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    parts = [msgspec.msgpack.decode(answer, type=list[Record]) for answer in answers]
+    return [record for part in parts for record in part]
+
+
+def split(share: Share, processes: int) -> Iterator[Share]:
+    """Deals requests and concurrency out like cards."""
+    for number in range(processes):
+        concurrency = len(range(number, share.concurrency, processes))
+        yield msgspec.structs.replace(share, planned=share.planned[number::processes], concurrency=concurrency)
+
+
+def _spawn(share: Share) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen([sys.executable, "-m", "lightllmctl.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    body = msgspec.msgpack.encode(share)
+    child.stdin.write(struct.pack("Q", len(body)) + body)
+    child.stdin.flush()
+    return child
+
+
+def main() -> None:
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    (length,) = struct.unpack("Q", stdin.read(8))
+    share = msgspec.msgpack.decode(stdin.read(length), type=Share)
+    stdout.write(READY)
+    stdout.flush()
+    (begin,) = struct.unpack("d", stdin.read(8))
+    stdout.write(msgspec.msgpack.encode(run_share(share, begin)))
+
+
+if __name__ == "__main__":
+    main()
