@@ -5,6 +5,8 @@ Written for a client that holds hundreds of streams: no task, no copy and one JS
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 MAX_HEAD = 64 << 10  # bytes
@@ -44,17 +46,11 @@ class _Event(msgspec.Struct):
     usage: _Usage | None = None
     token: _Token | None = None
     finish_reason: str | None = None
-    error: msgspec.Raw | None = None
-    message: str | None = None
-
-
-class _Refusal(msgspec.Struct):
-    message: str = ""
-    error: msgspec.Raw | None = None
+    error: Any = None
+    message: Any = None
 
 
 _event = msgspec.json.Decoder(_Event).decode
-_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
 class BadAnswer(Exception):
@@ -190,7 +186,7 @@ class Answer:
             record.times.append(now)
             self._finished = self._finished or event.choices[0].finish_reason is not None
         elif event.error is not None or event.message is not None:
-            self._fail("error in the stream", event.message or bytes(event.error or b"").decode(errors="replace"))
+            self._fail("error in the stream", _said(data))
         if event.usage is not None:
             record.tokens, record.prompt_tokens = event.usage.completion_tokens, event.usage.prompt_tokens
             self._counted = True
@@ -212,11 +208,11 @@ class Answer:
 
 
 def _said(body: bytes) -> str:
-    """The message of an error's body, in either dialect, else its beginning."""
+    """The message of an error, OpenAI's (``{"error": {"message": …}}``) or a flat one, else its beginning as it is."""
     try:
-        refusal = _refusal(body)
-        if refusal.error is not None:
-            refusal = _refusal(refusal.error)
+        said: Any = msgspec.json.decode(body)
     except msgspec.MsgspecError:
         return body[:200].decode(errors="replace")
-    return refusal.message
+    for name in ("error", "message"):
+        said = said.get(name, said) if isinstance(said, dict) else said
+    return said if isinstance(said, str) else body[:200].decode(errors="replace")
