@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lightllmd.config.modes import ALIASES, NAMES, is_mode
+from lightllmd.config.modes import ALIASES, BUILT, NAMES, is_mode
 from lightllmd.config.setting import Field
 
 _KIND_WORDS = {
@@ -177,7 +177,7 @@ def refusals(field: Field, value: Any) -> list[Fault]:
     if value == field.default or not setting.needs:
         return []
     if field.key == "mode":
-        return [_mode_fault(name, index) for index, name in enumerate(value)]
+        return [_mode_fault(name, index) for index, name in enumerate(value) if name not in BUILT]
     if setting.unbuilt and value not in setting.unbuilt:
         return []
     return [Fault(f"{show(value)} is not available yet: {setting.needs}")]
@@ -189,4 +189,4 @@ def _mode_fault(name: str, index: int) -> Fault:
         hint = f'nearest: "{close}"' if close else f"known: {', '.join(NAMES)}"
         return Fault(f"{show(name)} is no known mode; {hint}", index)
     alias = f" (alias of {ALIASES[name]})" if name in ALIASES else ""
-    return Fault(f"{show(name)}{alias} is not available yet: quantisation and kernel modes", index)
+    return Fault(f"{show(name)}{alias} is not available yet; available: {', '.join(BUILT)}", index)

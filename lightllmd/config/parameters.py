@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from lightllmd.config.modes import DECODE_MODES, UNBUILT
 from lightllmd.config.setting import Setting
 from lightllmd.config.tables import (
     EngineSettings,
@@ -37,6 +38,7 @@ MODES = "Modes of generation"
 IMAGES = "Images"
 STATISTICS = "Statistics and metrics"
 
+DATA_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # aliases of data_type
 _COUNT = 2**31 - 1  # slots and tokens are indexed with 32 bits
 
 
@@ -193,10 +195,12 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         list[str],
         Setting(
             doc="Kernels and quantisation by their documented names: one for attention or the KV cache and one for the "
-            "weights, such as triton_int8kv and triton_w8a16, and gN for the group size of the 4-bit ones.",
+            "weights, such as triton_int8kv and triton_w8a16, and gN for the group size of the 4-bit ones. "
+            f"{DECODE_MODES}",
             group=MODES,
-            needs="mode",
-            example='["triton_int8kv"]',
+            needs="quantisation",
+            unbuilt=UNBUILT,
+            example='["triton_gqa_flashdecoding"]',
         ),
     ] = []
     trust_remote_code: Annotated[

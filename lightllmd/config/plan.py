@@ -88,6 +88,7 @@ class Plan(msgspec.Struct, frozen=True):
     vocab_size: int
     model_name: str  # what /get_model_name and /v1/models say
     config_file: str | None = None
+    decode_kernel: str = "auto"  # the decode attention's mode (config.modes.BUILT); "auto": the best for each shape
 
 
 def encode_plan(plan: Plan) -> bytes:

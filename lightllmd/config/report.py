@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightllmd.config.budget import count, size
+from lightllmd.config.amount import count, size
 from lightllmd.config.check import show
 from lightllmd.config.plan import Plan
 

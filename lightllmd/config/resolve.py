@@ -10,17 +10,19 @@ from typing import Any
 import msgspec
 
 from lightllmd.config import budget
-from lightllmd.config.budget import Demand, size
+from lightllmd.config.amount import size
+from lightllmd.config.budget import Demand
 from lightllmd.config.load import problem_at
-from lightllmd.config.parameters import Config, Params
+from lightllmd.config.modes import BUILT, decode_modes
+from lightllmd.config.parameters import DATA_TYPES, Config, Params
 from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Plan
 from lightllmd.config.report import budget_table, report
+from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, Problem
 
 __all__ = ["SUPPORTED_MODEL_TYPES", "budget_table", "located", "report", "resolve"]
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-DATA_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # aliases
 FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where "auto" can't know better
 AUTO_PREFILL = 8192  # tokens
 BUILT_IN_STATS_INTERVAL = 10.0  # seconds
@@ -139,9 +141,10 @@ class _Real(_Maker):
     def plan(self) -> Plan:
         self._check_model()
         self._check_context()
+        decode_kernel = self._decode_kernel()
         self.stop_if_problems()
         try:
-            vocab = budget.Shape.of(self.model.model_type, self.model.hf_config).vocab
+            vocab = Shape.of(self.model.model_type, self.model.hf_config).vocab
         except ConfigInvalid as invalid:
             raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
         self.settle("device", self._device())
@@ -166,7 +169,15 @@ class _Real(_Maker):
             config_file=self.config_file,
             derived=self.derived,
             budget=demand.with_slots(slots.value),
+            decode_kernel=decode_kernel,
         )
+
+    def _decode_kernel(self) -> str:
+        """The rules have seen to it that there is one at most."""
+        names = decode_modes(self.params.mode)
+        if names and self.device.kind != "cuda":
+            self.problem(f"mode {names[0]} needs a CUDA device; this model runs on {self.device.name}", "mode")
+        return names[0] if names else "auto"
 
     def _check_model(self) -> None:
         kind, config = self.model.model_type, self.model.hf_config
@@ -206,6 +217,9 @@ class _Real(_Maker):
         written = self.params.data_type
         if written != "auto":
             return _Value(DATA_TYPES.get(written, written))
+        for name in decode_modes(self.params.mode):
+            if only := BUILT[name].data_type:
+                return _Value(only, f"mode {name} computes in nothing else")
         native, fast = self.model.checkpoint_dtype, self.device.fast_dtypes
         wanted = native or FALLBACK_DATA_TYPE
         reason = "the checkpoint's own" if native else f"the checkpoint names none, so {FALLBACK_DATA_TYPE}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lightllmd.config.parameters import Config, Params
+from lightllmd.config.modes import BUILT, decode_modes
+from lightllmd.config.parameters import DATA_TYPES, Config, Params
 
 UNIX_SOCKET_PATH_MAX = 107  # bytes, sun_path without its NUL
 
@@ -60,6 +61,23 @@ def _tls_pair(config: Config) -> str:
     return "http.tls_certificate and http.tls_key must be set together"
 
 
+def _one_decode_mode(config: Config) -> str:
+    names = decode_modes(config.params.mode)
+    if len(names) < 2:
+        return ""
+    return f"{' and '.join(names)} exclude each other: each is the attention of decode steps"
+
+
+def _mode_fits_data_type(config: Config) -> str:
+    written = config.params.data_type
+    wrong = [
+        f'mode {name} computes in {BUILT[name].data_type}, not in data_type = "{written}"'
+        for name in decode_modes(config.params.mode)
+        if BUILT[name].data_type and written != "auto" and DATA_TYPES.get(written, written) != BUILT[name].data_type
+    ]
+    return "; ".join(wrong)
+
+
 def _needs_gateway(key: str) -> Rule:
     def broken(config: Config) -> str:
         changed = getattr(config.params, key) != getattr(Params(), key)
@@ -96,6 +114,8 @@ RULES: tuple[Rule, ...] = (
     Rule(("supervisor.control_socket",), _socket_path_length),
     Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
     Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
+    Rule(("mode",), _one_decode_mode),
+    Rule(("mode", "data_type"), _mode_fits_data_type),
     _needs_gateway("grouping_key"),
     _needs_gateway("enable_monitor_auth"),
     _pair("splitfuse_mode", "beam_mode", ONE_STEP),

@@ -241,4 +241,29 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Setting(doc="Share of the device's free memory that the engine may plan with.", above=0, maximum=1),
     ] = 0.9
+    cuda_graphs: Annotated[
+        bool,
+        Setting(
+            doc="Decode steps are replayed from CUDA graphs, which spares the host most of their launches. false is "
+            "for debugging: every step is launched operation by operation, the same tokens come more slowly. Without "
+            "a GPU it changes nothing.",
+        ),
+    ] = True
+    overlap: Annotated[
+        bool,
+        Setting(
+            doc="The next step is launched while the one before it computes. false is for debugging: each step is "
+            "waited for, the same tokens come more slowly. Without a GPU it changes nothing.",
+        ),
+    ] = True
+    graph_max_rows: Annotated[
+        int,
+        Setting(
+            doc="Decode steps with more rows than this are launched without a CUDA graph, which saves the graphs' "
+            "memory and the time of their capture. 0: every step up to running_max_req_size has one.",
+            unit="sequences",
+            minimum=0,
+            maximum=65536,
+        ),
+    ] = 0
     fake: FakeSettings = FakeSettings()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightllmd.config.budget import GATHER_PADDING, SHORT_ROW
+from lightllmd.config.bounds import GATHER_PADDING, SHORT_ROW
 from lightllmd.engine.batch import Row
 from lightllmd.kernels.layout import DecodeGroup, GroupedBatch, PrefillRow, Slots
 from lightllmd.models.layers import Rope

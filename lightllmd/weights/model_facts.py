@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.config.budget import Shape
 from lightllmd.config.plan import ModelFacts
+from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, Problem, WeightsInvalid
 from lightllmd.weights.headers import (
     END_OF_TURN,

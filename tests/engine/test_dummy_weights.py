@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from lightllmd.config.budget import Shape
+from lightllmd.config.shape import Shape
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.models.families import FAMILIES, family_of
 from lightllmd.weights import dummy

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from lightllmd.config.budget import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW
+from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW
 from lightllmd.engine.batch import Row, Step
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.errors import NoUsableDevice, OutOfMemory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from lightllmd.config.budget import dimension
+from lightllmd.config.shape import dimension
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.models.spec import DecoderSpec, RopeSpec
 from lightllmd.weights.place import Layout, Part, Target

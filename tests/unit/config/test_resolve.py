@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightllmd.config import budget
+from lightllmd.config import budget, modes
 from lightllmd.config.load import load
 from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan, decode_plan, encode_plan
 from lightllmd.config.resolve import budget_table, located, report, resolve
@@ -241,6 +241,22 @@ def test_random_weights_need_no_tokenizer() -> None:
     plan = made({"load_way": "DUMMY"}, format="dummy", has_tokenizer=False)
     assert reason(plan, "tokenizer_mode") == "no tokenizer files: text is token ids in decimal"
     assert "random weights" in report(plan)
+
+
+@pytest.mark.parametrize("mode", modes.BUILT)
+def test_a_decode_mode_is_a_gpus(mode: str) -> None:
+    assert made({"mode": [mode]}, GPU).decode_kernel == mode
+    assert made(device=GPU).decode_kernel == "auto"
+    (problem,) = refused({"mode": [mode]}, CPU)
+    assert (problem.key, problem.message) == ("mode", f"mode {mode} needs a CUDA device; this model runs on Test CPU")
+
+
+def test_ppl_fp16_computes_in_float16() -> None:
+    plan = made({"mode": ["ppl_fp16"]}, GPU)
+    assert plan.data_type == "float16"
+    assert "mode ppl_fp16" in reason(plan, "data_type")
+    assert made({"mode": ["ppl_fp16"], "data_type": "fp16"}, GPU).data_type == "float16"
+    assert made({"mode": ["triton_gqa_attention"]}, GPU).data_type == "bfloat16"
 
 
 # --- slots and budget -----------------------------------------------------------------------------------------------

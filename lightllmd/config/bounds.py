@@ -1,0 +1,53 @@
+"""Bounds on a step's workspace: the engine keeps to them, so that what the budget plans with them is what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+
+from lightllmd.config.parameters import Config
+
+SPARE_WIDTH = 8  # entries of the request table beyond the longest request
+
+# --- on a CPU
+LOGIT_ROWS = 64  # rows whose fp32 logits exist at a time, however many rows a step has
+# Decode rows are read together, padded to at most this many times what they hold; rows of up to SHORT_ROW tokens are
+# never parted, whatever that pads.
+GATHER_PADDING = 2
+SHORT_ROW = 128
+
+# --- on a GPU
+DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
+MOST_SEGMENTS = 64  # parts that decode attention cuts a row into
+# Programs of one decode attention, beyond one for each row and key head: four for each multiprocessor (132 of them),
+# and twice that because segments are a power of two.
+MOST_PROGRAMS = 4 * 132 * 2
+
+
+def batch_sizes(most: int) -> list[int]:
+    """The row counts that decode steps are padded to, ascending; the last one is `most`."""
+    return [*takewhile(lambda size: size < most, _sizes()), most]
+
+
+def _sizes() -> Iterator[int]:
+    """1, 2, 4, then steps that stay near an eighth of the size: 8 up to 64, 16 up to 128, …, and 256 from 1024 on."""
+    yield from (1, 2, 4)
+    size, step = 8, 8
+    while True:
+        yield size
+        if size >= 8 * step and step < 256:
+            step = min(2 * step, 256)
+        size += step
+
+
+def graph_sizes(config: Config) -> list[int]:
+    """Those of `batch_sizes` that are captured as CUDA graphs."""
+    engine, most = config.engine, config.params.running_max_req_size
+    if not engine.cuda_graphs:
+        return []
+    return [size for size in batch_sizes(most) if size <= (engine.graph_max_rows or most)]
+
+
+def decode_parts(most: int, kv_heads: int) -> int:
+    """Segments of all rows together in a decode attention of up to `most` rows, at the worst row count."""
+    return max(most, min(MOST_SEGMENTS * most, MOST_PROGRAMS // kv_heads))

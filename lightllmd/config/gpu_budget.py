@@ -1,0 +1,87 @@
+"""What a GPU's memory holds beside the KV cache: weights, the worst step, its tables, and what runs the program.
+
+All sizes in bytes. On the device nothing is gathered: the kernels read keys and values where they lie.
+"""
+
+from __future__ import annotations
+
+from lightllmd.config.amount import count, size
+from lightllmd.config.bounds import DEVICE_LOGIT_ROWS, SPARE_WIDTH, decode_parts, graph_sizes
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import BudgetRow, ModelFacts
+from lightllmd.config.shape import Shape
+
+RUNTIME = 1_200_000_000  # CUDA context, cuBLAS, compiled kernels
+CUBLAS_WORKSPACE = 64_000_000
+# The driver's nodes and kernel arguments of one captured graph, for each layer of the model.
+GRAPH_BYTES_PER_LAYER = 350_000
+RANKING_BYTES = 8  # per logit: its order and its sorted copy, while tokens are drawn
+COUNT_BYTES = 2  # per entry of the penalties' counts
+ROW_PARAMETERS = 512  # sampling parameters of one table row
+STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles, 32 bits each, and spare ones
+
+
+def rows(
+    config: Config, model: ModelFacts, shape: Shape, data_type: str, item: int, batch_max_tokens: int
+) -> list[BudgetRow]:
+    """The rows of the budget that do not depend on the number of slots, weights first, `item` bytes an element."""
+    running = config.params.running_max_req_size
+    width = config.params.max_req_total_len + SPARE_WIDTH
+    return [
+        BudgetRow("weights", model.weight_elements * item, f"{count(model.weight_elements)} parameters in {data_type}"),
+        _activations(shape, item, batch_max_tokens, running),
+        _decode_workspace(shape, running),
+        _logits(shape, item, running),
+        _sampling(shape, running),
+        _tables(shape, running, width, batch_max_tokens),
+        _graphs(shape, item, graph_sizes(config)),
+        BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
+    ]
+
+
+def _token_bytes(shape: Shape, item: int) -> int:
+    """One token's share of a step: residual, its normed copy, q, k and v, attention, the MLP's two halves and their
+    product, and fp32 cosines and sines."""
+    attention = 2 * shape.heads + 2 * shape.kv_heads
+    return (2 * shape.hidden + attention * shape.head_dim + 3 * shape.intermediate) * item + 4 * shape.head_dim
+
+
+def _activations(shape: Shape, item: int, batch_max_tokens: int, running: int) -> BudgetRow:
+    """The largest step that admission allows: a full prefill, and all other rows going on beside it."""
+    tokens, each = batch_max_tokens + running, _token_bytes(shape, item)
+    how = f"a step of {batch_max_tokens} + {running} tokens x {size(each)}, and {size(CUBLAS_WORKSPACE)} for cuBLAS"
+    return BudgetRow("activations", tokens * each + CUBLAS_WORKSPACE, how)
+
+
+def _decode_workspace(shape: Shape, running: int) -> BudgetRow:
+    """Partial results of decode attention, fp32 ``[rows, heads, segments, head_dim + 2]`` at the worst row count."""
+    parts = decode_parts(running, shape.kv_heads)
+    each = shape.heads * (shape.head_dim + 2) * 4
+    return BudgetRow("decode workspace", parts * each, f"{parts} segments of rows x {size(each)}")
+
+
+def _logits(shape: Shape, item: int, running: int) -> BudgetRow:
+    chunk, each = min(DEVICE_LOGIT_ROWS, running + 1), 4 + item + RANKING_BYTES
+    return BudgetRow("logits", chunk * shape.vocab * each, f"{chunk} rows at a time x {shape.vocab} x {each} B")
+
+
+def _sampling(shape: Shape, running: int) -> BudgetRow:
+    table = (running + 1) * shape.vocab * COUNT_BYTES
+    how = f"counts of {running + 1} rows x {shape.vocab} x {COUNT_BYTES} B, and their parameters"
+    return BudgetRow("sampling tables", table + (running + 1) * ROW_PARAMETERS, how)
+
+
+def _tables(shape: Shape, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
+    requests, rope = (running + 1) * width * 4, width * shape.head_dim * 4
+    numbers = (batch_max_tokens + 2 * running) * STEP_NUMBERS
+    how = f"slots of {running + 1} rows x {width} x 4 B, rotations of {width} positions, a step's numbers"
+    return BudgetRow("tables", requests + rope + numbers, how)
+
+
+def _graphs(shape: Shape, item: int, sizes: list[int]) -> BudgetRow:
+    if not sizes:
+        return BudgetRow("graphs", 0, "none: cuda_graphs = false")
+    each = shape.layers * GRAPH_BYTES_PER_LAYER
+    pool = sizes[-1] * _token_bytes(shape, item) + _decode_workspace(shape, sizes[-1]).bytes
+    how = f"{len(sizes)} graphs x {size(each)}, and {size(pool)} that they share"
+    return BudgetRow("graphs", len(sizes) * each + pool, how)

@@ -1,0 +1,142 @@
+"""An H100's memory under a model's plan: the sums by hand, what does not fit, the sizes that graphs are made for."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightllmd.config import bounds, gpu_budget
+from lightllmd.config.load import load
+from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan
+from lightllmd.config.resolve import budget_table, resolve
+from lightllmd.config.shape import Shape
+from lightllmd.errors import ConfigInvalid
+
+H100 = DeviceFacts(
+    "cuda", "NVIDIA H100 80GB HBM3", 1, 85_520_809_984, 84_900_000_000, ["bfloat16", "float16", "float32"], 16
+)
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+QWEN3_06B = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
+
+def planned(config: dict[str, Any], flags: dict[str, Any] | None = None) -> Plan:
+    kind = config["model_type"]
+    elements = Shape.of(kind, config).weight_elements
+    context = config["max_position_embeddings"]
+    model = ModelFacts("/m", "dummy", kind, config, [], elements, 0, "bfloat16", context, [2], False, False)
+    return resolve(load(None, {"model_dir": "m", "load_way": "DUMMY"} | (flags or {})), Facts(model, H100))
+
+
+def row(plan: Plan, name: str) -> int:
+    return next(row.bytes for row in plan.budget.rows if row.name == name)
+
+
+def test_the_rows_of_an_8b_model_by_hand() -> None:
+    plan = planned(LLAMA_8B)
+    assert [row.name for row in plan.budget.rows] == [
+        "weights",
+        "kv cache",
+        "activations",
+        "decode workspace",
+        "logits",
+        "sampling tables",
+        "tables",
+        "graphs",
+        "runtime",
+        "margin",
+    ]
+    assert row(plan, "weights") == 8_030_261_248 * 2
+    assert row(plan, "kv cache") == (plan.max_total_token_num + 1) * 32 * 2 * 8 * 128 * 2
+    token = (4096 + 4096 + 48 * 128 + 32 * 128 + 28672 + 14336) * 2 + 128 * 4
+    assert row(plan, "activations") == (8192 + 1000) * token + 64_000_000
+    assert row(plan, "decode workspace") == 1000 * 32 * 130 * 4
+    assert row(plan, "logits") == 512 * 128256 * (4 + 2 + 8)
+    assert row(plan, "sampling tables") == pytest.approx(1001 * 128256 * 2, rel=0.01)
+    assert row(plan, "tables") == pytest.approx(1001 * 3080 * 4 + 3080 * 128 * 4 + 10192 * 64)
+    graphs = len(bounds.batch_sizes(1000)) * 32 * gpu_budget.GRAPH_BYTES_PER_LAYER
+    assert row(plan, "graphs") == graphs + 1000 * token + 1000 * 32 * 130 * 4
+    assert 400_000 < plan.max_total_token_num < 430_000
+    assert "slots and 1 for padding" in budget_table(plan)
+
+
+def test_the_rest_of_the_card_is_kv_cache() -> None:
+    for config, flags in [
+        (LLAMA_8B, {}),
+        (QWEN3_06B, {}),
+        (QWEN3_06B, {"data_type": "fp32", "tokenizer_mode": "slow"}),
+    ]:
+        plan = planned(config, flags)
+        assert plan.budget.available == int(H100.memory_free * 0.9)
+        assert 0 <= plan.budget.available - plan.budget.needed < 300_000
+        (problem,) = refused(config, flags | {"max_total_token_num": plan.max_total_token_num + 1})
+        assert f"at most max_total_token_num = {plan.max_total_token_num} fits" in problem.message
+        exact = planned(config, flags | {"max_total_token_num": plan.max_total_token_num, "batch_max_tokens": 8192})
+        assert exact.max_total_token_num == plan.max_total_token_num
+
+
+def refused(config: dict[str, Any], flags: dict[str, Any]) -> list[Any]:
+    with pytest.raises(ConfigInvalid) as raised:
+        planned(config, {"batch_max_tokens": 8192} | flags)
+    return raised.value.problems
+
+
+def test_a_tied_head_takes_nothing_on_a_gpu() -> None:
+    assert row(planned(QWEN3_06B), "weights") == 596_049_920 * 2
+
+
+def test_without_graphs_none_are_planned_and_fewer_rows_take_fewer() -> None:
+    whole = row(planned(LLAMA_8B), "graphs")
+    assert row(planned(LLAMA_8B, {"engine.cuda_graphs": False}), "graphs") == 0
+    assert 0 < row(planned(LLAMA_8B, {"engine.graph_max_rows": 64}), "graphs") < whole / 2
+
+
+def test_batch_sizes_are_dense_where_small_and_end_at_the_most() -> None:
+    assert bounds.batch_sizes(1) == [1]
+    assert bounds.batch_sizes(6) == [1, 2, 4, 6]
+    assert bounds.batch_sizes(256) == [
+        1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256,
+    ]  # fmt: skip
+    assert bounds.batch_sizes(3000)[-12:] == [640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2304, 2560, 2816, 3000]
+    assert bounds.graph_sizes(load(None, {"model_dir": "m", "engine.graph_max_rows": 20})) == [1, 2, 4, 8, 16]
+
+
+@given(most=st.integers(1, 65536))
+def test_padding_is_never_more_than_half(most: int) -> None:
+    sizes = bounds.batch_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    assert all(after <= 2 * before for before, after in pairwise(sizes))
+    assert all(after - before <= max(8, before / 4) for before, after in pairwise(sizes))
+
+
+@given(rows=st.integers(1, 4096), most=st.integers(1, 4096), kv_heads=st.integers(1, 64), segments=st.integers(1, 64))
+def test_the_decode_workspace_holds_every_split_within_the_bounds(
+    rows: int, most: int, kv_heads: int, segments: int
+) -> None:
+    if rows <= most and rows * kv_heads * segments <= max(bounds.MOST_PROGRAMS, rows * kv_heads):
+        assert rows * segments <= bounds.decode_parts(most, kv_heads)
