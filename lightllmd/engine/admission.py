@@ -43,7 +43,7 @@ class Limits(NamedTuple):
 
 
 def peak(estimates: Iterable[tuple[int, int]]) -> int:
-    """The most slots held at once; `estimates` are (-b, a), ascending."""
+    """The most slots held at once; `estimates` are (-b, a), ascending. At most the sum of all a + b."""
     held, worst = 0, 0
     for i, (negative_b, a) in enumerate(estimates, 1):
         held += a
@@ -65,8 +65,13 @@ class Admission:
         # Ratio 0: always worst case, so the reservation holds and nothing is ever paused.
         self._worst_case = used / limits.max_total_token_num >= limits.router_token_ratio
         self._estimates = sorted(self._estimate(sequence) for sequence in running)
+        self._whole = sum(held - negative_b for negative_b, held in self._estimates)
         self._fed = 0
-        self.peak = peak(self._estimates)  # of all that are counted in
+
+    @property
+    def peak(self) -> int:
+        """Of all that are counted in."""
+        return peak(self._estimates)
 
     def fits(self, candidate: Sequence) -> bool:
         """Whether it may join those running and those that fitted before; if so it is counted in.
@@ -77,12 +82,14 @@ class Admission:
             return False
         if self._fed and self._fed + candidate.length > self._limits.batch_max_tokens:
             return False
+        estimate = self._estimate(candidate)
+        whole = self._whole + estimate[1] - estimate[0]
         estimates = self._estimates.copy()
-        insort(estimates, self._estimate(candidate))
-        needed = peak(estimates)
-        if needed >= self._limits.max_total_token_num:
+        insort(estimates, estimate)
+        # The peak is at most what all need together, which is quick to know.
+        if whole >= self._limits.max_total_token_num <= peak(estimates):
             return False
-        self._estimates, self.peak = estimates, needed
+        self._estimates, self._whole = estimates, whole
         self._fed += candidate.length
         return True
 

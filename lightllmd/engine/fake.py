@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
@@ -111,13 +112,20 @@ class _Branch(NamedTuple):
     top_logprobs: int
 
 
+class _Launched(NamedTuple):
+    result: StepResult
+    poisoned: bool
+
+
 class FakeRunner:
-    """A Runner whose tokens are `fake_token`'s."""
+    """A Runner whose tokens are `fake_token`'s. Like a device it shows a step's death when the step is collected."""
 
     def __init__(self, settings: FakeSettings) -> None:
+        self.overlaps = settings.overlap
         self._settings = settings
         self._poison = settings.poison.encode()
         self._branches: dict[int, _Branch] = {}  # by table row
+        self._out: deque[_Launched] = deque()
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Pretends to read load_bytes for load_seconds."""
@@ -133,32 +141,43 @@ class FakeRunner:
                 return
             time.sleep(min(0.02, self._settings.load_seconds - elapsed))
 
+    def prepare(self, beat: Callable[[], None]) -> None:
+        pass
+
     def memory_stats(self) -> dict[str, float]:
         return {}
 
-    def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
-        beat()
+    def launch(self, step: Step, beat: Callable[[], None]) -> None:
         for table_row in step.freed:
             self._branches.pop(table_row, None)
-        if step.kind == "prefill":
-            for row in step.rows:
-                self._enter(row)
-        tokens, alternatives = [], []
+        poisoned = False
         for row in step.rows:
-            branch = self._branches[row.table_row]
-            token = _token(branch.key, row.position)
+            poisoned |= self._enter(row)
+        places = list(zip(step.decode.table_rows, step.decode.positions, strict=True))
+        places += [(row.table_row, row.position) for row in step.rows if row.sample]
+        tokens, alternatives = [], []
+        for table_row, position in places:
+            branch = self._branches[table_row]
+            token = _token(branch.key, position)
             tokens.append(token)
             alternatives.append(_alternatives(token, branch.top_logprobs) if branch.top_logprobs else None)
-        return StepResult(tokens, [0.0] * len(tokens), alternatives)
+        self._out.append(_Launched(StepResult(tokens, [0.0] * len(tokens), alternatives), poisoned))
 
-    def _enter(self, row: Row) -> None:
+    def collect(self, beat: Callable[[], None]) -> StepResult:
+        beat()
+        launched = self._out.popleft()
+        if launched.poisoned:
+            end_by(self._settings.poison_way)
+        return launched.result
+
+    def _enter(self, row: Row) -> bool:
+        """Notes what a row's tokens depend on; whether its prompt is poison."""
         assert row.sampling is not None  # batch.Row: set whenever a row enters
         params = row.sampling.params
         prompt = row.tokens[: len(row.tokens) - row.position]
         key = _key(prompt, params.seed if params.do_sample else 0, row.branch)
         self._branches[row.table_row] = _Branch(key, params.top_logprobs)
-        if self._poison and self._poison in bytes(token for token in prompt if token < 256):
-            end_by(self._settings.poison_way)
+        return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
 
 
 def _alternatives(token: int, count: int) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""The engine's turn: schedule, launch, collect, complete. Everybody who drives a scheduler and a runner does it here."""
+"""The engine's turn: schedule, launch, collect, complete. All who drive a scheduler and a runner do it here."""
 
 from __future__ import annotations
 

@@ -4,11 +4,13 @@ Three lines wait, and the first that is not empty is served from its head withou
 
 * `paused`, oldest first: sequences that ran before, in this generation or in one that died;
 * `suspects`, newest request first, one sequence at a time: they had no token yet when an engine died, so nothing
-  else may be in the step that could die of them;
+  else may be out together with the step that could die of them;
 * `waiting`, in order of arrival: new ones. They also follow right behind the paused while there is no suspect.
 
-The scheduler owns the slots, the table rows and every sequence. Calls alternate: `next_step`, the runner, `complete`;
-`submit`, `abort` and `api_gone` come between a `complete` and the following `next_step`.
+The scheduler owns the slots, the table rows and every sequence. `next_step` may be called while steps are out;
+`complete` takes the result of the oldest of them. Steps run in the order in which they were made, so what a step frees
+or a sequence gave back may be handed out anew at once: whatever the new owner does is ordered behind. `submit`, `abort`
+and `api_gone` come at any time between those two.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain
-from typing import Literal
 
 from lightllmd.engine.admission import Admission, Limits
-from lightllmd.engine.batch import Row, SamplingRow, Step, StepResult
+from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.engine.request import Owner, Sequence, State, sequences_of
 from lightllmd.engine.slots import Slots
 from lightllmd.ipc.messages import (
@@ -37,6 +38,11 @@ from lightllmd.ipc.messages import (
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
+def _age(sequence: Sequence) -> tuple[int, int, int]:
+    """Older is smaller."""
+    return sequence.order
+
+
 class Scheduler:
     def __init__(self, limits: Limits, generation: int) -> None:
         self.limits = limits
@@ -46,36 +52,51 @@ class Scheduler:
         self.paused: list[Sequence] = []  # ascending by order; no suspects
         self.suspects: list[Sequence] = []  # ascending by order
         self.waiting: deque[Sequence] = deque()  # in order of arrival here
-        self.membership = 0  # grows when a sequence enters or leaves the running batch
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest prefill admitted for the first time
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
         self._gone: dict[int, int] = {}  # api worker -> its newest epoch that is dead
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
-        self._in_step: list[Sequence] = []  # one per row of the step that is out
-        self._rounds = 0  # decode rounds since the last admission was tried
+        self._out: deque[list[Sequence]] = deque()  # of each step that is out: whose tokens it makes, in their order
+        self._on_trial = False  # the step that is out is a suspect's
+        self._tickets = 0  # entries into a line so far
+        self._admitting = 0  # the newest ticket that the admission round which goes on is for; 0: none does
+        self._decoded = 0  # decode steps since the last admission round began
         self._steps = 0
 
     # --- policy -----------------------------------------------------------------------------------------------
     def next_step(self) -> Step | None:
-        """What to run now; None when nothing can. A prefill goes before decode, for one step."""
-        if self._time_to_admit():
-            batch = self._admit()
-            if batch:
-                return self._prefill(batch)
+        """What to launch now; None when nobody can run, or not until a step that is out completes.
+
+        An admission round goes before decode: as many prefills as it takes for those that are in line when it begins.
+        """
+        if self._on_trial or (self._trial_is_next and self._out):
+            return None
+        if self._round_is_due():
+            self._admitting, self._decoded = self._tickets, 0
+        batch = self._admit() if self._admitting else []
+        if batch:
+            return self._prefill(batch)
+        self._admitting = 0
         if not self.running:
             return None
         while self.slots.free < len(self.running):
-            self._pause(max(self.running, key=lambda sequence: sequence.order))
+            self._pause(max(self.running, key=_age))
         return self._decode()
 
-    def _time_to_admit(self) -> bool:
-        """Always while nothing runs, else every `router_max_wait_tokens` rounds; rounds count with and without anyone
-        in line. Trials of suspects don't wait for rounds, or a long line of them would hold up everybody."""
+    def _round_is_due(self) -> bool:
+        """Always while nothing runs, else every `router_max_wait_tokens` decode steps, which count with and without
+        anyone in line. Trials of suspects don't wait for that, or a long line of them would hold up everybody.
+        Those who come during a round wait for the next, so rounds end however many come."""
         if not (self.paused or self.suspects or self.waiting):
             return False
-        on_trial = bool(self.suspects) and not self.paused
-        return not self.running or on_trial or self._rounds >= self.limits.router_max_wait_tokens
+        if not self.running or self._trial_is_next:
+            return True
+        return not self._admitting and self._decoded >= self.limits.router_max_wait_tokens
+
+    @property
+    def _trial_is_next(self) -> bool:
+        return bool(self.suspects) and not self.paused
 
     def _line(self) -> Iterable[Sequence]:
         """Those who may be admitted together, in their order."""
@@ -87,12 +108,12 @@ class Scheduler:
         return [next(sequence for sequence in self.suspects if sequence.request == newest)]
 
     def _admit(self) -> list[Sequence]:
-        """First come, first served: stops at the first that doesn't fit, so nobody is overtaken for ever."""
-        self._rounds = 0
+        """The round's next prefill. First come, first served: stops at the first that can't go, so nobody is overtaken
+        for ever. One whose token is still to come can't: it would be fed without it."""
         admission = Admission(self.limits, self.running, self.slots.used)
         batch: list[Sequence] = []
         for sequence in self._line():
-            if not admission.fits(sequence):
+            if sequence.ticket > self._admitting or sequence.pending or not admission.fits(sequence):
                 break
             batch.append(sequence)
         for sequence in batch:
@@ -101,16 +122,17 @@ class Scheduler:
 
     def _pause(self, sequence: Sequence) -> None:
         """Takes its slots; it comes back by a prefill over prompt and emitted tokens."""
-        self._rounds = 0
+        self._decoded = 0
         self.running.remove(sequence)
         self._release(sequence)
         sequence.state = State.PAUSED
-        insort(self.paused, sequence, key=lambda other: other.order)
+        self._enter_line(sequence)
 
     # --- steps ------------------------------------------------------------------------------------------------
     def _prefill(self, batch: list[Sequence]) -> Step:
         rows = []
         self.first_admitted = [sequence.arrival_ns for sequence in batch if sequence.state is State.WAITING]
+        self._on_trial = any(sequence.suspect for sequence in batch)
         for sequence in batch:
             params, emitted = sequence.params, sequence.emitted
             tokens = sequence.prompt_ids + emitted
@@ -133,50 +155,54 @@ class Scheduler:
                 )
             )
         self.running += batch
-        self.membership += 1
-        self._in_step = batch
-        return self._step("prefill", rows)
+        return self._step(no_decode(), rows, batch)
 
     def _decode(self) -> Step:
-        rows = []
+        table_rows, starts, taken, positions = [], [], [], []
         take_next = self.slots.next
-        for sequence in self.running:
-            slots, emitted = sequence.slots, sequence.emitted
-            start = len(slots)
+        for sequence in self.running:  # once per token served
+            slots = sequence.slots
+            starts.append(len(slots))
             slot = take_next(slots[-1])
             slots.append(slot)
-            # Positional for speed: this line runs once per token served.
-            rows.append(
-                Row(
-                    sequence.table_row,
-                    sequence.request,
-                    sequence.branch,
-                    start,
-                    [emitted[-1]],
-                    [slot],
-                    True,
-                    len(emitted),
-                    None,
-                )
-            )
-        self._rounds += 1
-        self._in_step = self.running
-        return self._step("decode", rows)
+            taken.append(slot)
+            table_rows.append(sequence.table_row)
+            positions.append(len(sequence.emitted) + sequence.pending)
+        self._decoded += 1
+        return self._step(DecodeRows(table_rows, starts, taken, positions), [], list(self.running))
 
-    def _step(self, kind: Literal["prefill", "decode"], rows: list[Row]) -> Step:
+    def _step(self, decode: DecodeRows, rows: list[Row], sequences: list[Sequence]) -> Step:
+        """`sequences`: whose tokens the step makes, in the order of its result."""
         self._steps += 1
         freed, self._freed = self._freed, []
-        return Step(self._steps, kind, rows, freed)
+        self._out.append(sequences)
+        last = []
+        for sequence in sequences:
+            sequence.pending += 1
+            if len(sequence.emitted) + sequence.pending >= sequence.params.max_new_tokens:
+                last.append(sequence)
+        for sequence in last:
+            self._release(sequence)
+            sequence.state = State.ENDING
+        if last:
+            self.running = [sequence for sequence in self.running if sequence.state is State.RUNNING]
+        return Step(self._steps, "prefill" if rows else "decode", decode, rows, freed)
 
     def complete(self, result: StepResult) -> dict[Owner, StepOutput]:
-        """Takes what the runner made of the step that is out; what each api worker is to be told."""
+        """Takes what the runner made of the oldest step that is out; what each api worker is to be told.
+
+        The token of a sequence that ended since the step was made is dropped; that of a paused one counts.
+        """
         outputs: dict[Owner, StepOutput] = {}
         ended: list[Sequence] = []
-        eos_ids = self.limits.eos_ids
-        stepped, self._in_step = self._in_step, []
+        eos_ids, gone = self.limits.eos_ids, State.ENDED
+        self._on_trial = False  # a trial's step is out alone
         for sequence, token, logprob, alternatives in zip(
-            stepped, result.tokens, result.logprobs, result.alternatives, strict=True
+            self._out.popleft(), result.tokens, result.logprobs, result.alternatives, strict=True
         ):
+            sequence.pending -= 1
+            if sequence.state is gone:
+                continue
             params, emitted = sequence.params, sequence.emitted
             position = len(emitted)
             emitted.append(token)
@@ -204,11 +230,8 @@ class Scheduler:
                 output.alternatives = [None] * (len(output.tokens) - 1)
             if output.alternatives is not None:
                 output.alternatives.append(alternatives)
-        if ended:
-            for sequence in ended:
-                self._release(sequence)
-                self._forget(sequence)
-            self.running = [sequence for sequence in self.running if sequence.state is State.RUNNING]
+        for sequence in ended:
+            self._end(sequence)
         return outputs
 
     # --- coming and going -------------------------------------------------------------------------------------
@@ -230,10 +253,7 @@ class Scheduler:
         sequences = sequences_of(message)
         self._requests[message.request] = {sequence.branch: sequence for sequence in sequences}
         for sequence in sequences:
-            if sequence.state is State.WAITING:
-                self.waiting.append(sequence)
-            else:
-                insort(self.suspects if sequence.suspect else self.paused, sequence, key=lambda other: other.order)
+            self._enter_line(sequence)
         return None
 
     def abort(self, request: int, branches: list[int] | None = None) -> None:
@@ -269,31 +289,35 @@ class Scheduler:
             sequence.suspect = False
             if sequence.state is State.PAUSED:
                 self.suspects.remove(sequence)
-                insort(self.paused, sequence, key=lambda other: other.order)
+                insort(self.paused, sequence, key=_age)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        else:
+        elif sequence.state is not State.ENDING:
             self._leave_line(sequence)
-        self._forget(sequence)
+        sequence.state = State.ENDED
+        branches = self._requests[sequence.request]
+        del branches[sequence.branch]
+        if not branches:
+            del self._requests[sequence.request]
 
     def _release(self, sequence: Sequence) -> None:
         """Takes back the slots and the row of one that leaves the running batch."""
-        self.membership += 1
         self.slots.release(sequence.slots)
         sequence.slots = []
         self._rows.append(sequence.table_row)
         self._freed.append(sequence.table_row)
         sequence.table_row = -1
 
-    def _forget(self, sequence: Sequence) -> None:
-        sequence.state = State.ENDED
-        branches = self._requests[sequence.request]
-        del branches[sequence.branch]
-        if not branches:
-            del self._requests[sequence.request]
+    def _enter_line(self, sequence: Sequence) -> None:
+        self._tickets += 1
+        sequence.ticket = self._tickets
+        if sequence.state is State.WAITING:
+            self.waiting.append(sequence)
+        else:
+            insort(self.suspects if sequence.suspect else self.paused, sequence, key=_age)
 
     def _leave_line(self, sequence: Sequence) -> None:
         if sequence.state is State.WAITING:

@@ -1,14 +1,17 @@
 """A rank's main loop: one thread that takes requests in, lets the scheduler decide, runs steps and sends tokens out.
 
-Heartbeats go through this same loop, so a loop that is stuck falls silent. While nothing runs it sleeps in poll.
+Heartbeats go through this same loop, so a loop that is stuck falls silent. While nothing runs it sleeps in poll; while
+a step is out and there is nothing to launch it waits in the runner.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import sys
 import time
+from collections import deque
 from typing import NoReturn
 
 import zmq
@@ -16,9 +19,11 @@ import zmq
 from lightllmd import errors
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
-from lightllmd.engine import fake, openmp
+from lightllmd.engine import fake
 from lightllmd.engine.admission import Limits
+from lightllmd.engine.backends import runner_for
 from lightllmd.engine.batch import Runner, Step
+from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.request import Owner
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc import messages
@@ -53,6 +58,7 @@ class EngineWorker:
         settings = engine.fake if engine.backend == "fake" else FakeSettings()
         self._pace, self._faults = fake.Pace(settings), fake.Faults(settings)
         self._runner: Runner
+        self._loop: StepLoop
         self._socket: EngineSocket
         self._peers: set[Owner] = set()  # who is told the Load
         self._phase, self._progress, self._total = "boot", 0, 0
@@ -60,7 +66,9 @@ class EngineWorker:
         self._next_beat = 0.0  # monotonic seconds
         self._next_load = 0.0
         self._told: messages.Load | None = None  # the last Load sent
-        self._recorded = -1  # the scheduler's membership as the flight record has it; -1: it says idle
+        self._recorded: Flight | None = None  # what the flight record says; its step is the first of several alike
+        self._begun: deque[float] = deque()  # monotonic seconds at which each step that is out was launched
+        self._completed = 0.0  # monotonic seconds at which the newest completed step was
         self._pending: list[messages.Down] = []  # read from the channel in the middle of a step
 
     # --- life ------------------------------------------------------------------------------------------------
@@ -73,11 +81,16 @@ class EngineWorker:
         except zmq.ZMQError as refused:
             raise errors.SystemFailure(f"can't listen on {self._endpoint}: {refused}") from refused
         try:
-            self._runner = self._make_runner()
+            self._runner = runner_for(self._plan)
+            self._loop = StepLoop(self._scheduler, self._runner, self._launching)
             self._enter("load")
             self._runner.load(self._plan, self._load_progress)
             self._enter("warmup")
+            self._runner.prepare(self._layer)
             self._warm_up()
+            # What is here now stays: the collector need not look at it again, in the middle of some step.
+            gc.collect()
+            gc.freeze()
             self._enter("ready")
             if taken := self._runner.memory_stats():
                 log.info("%s", ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in taken.items()))
@@ -85,14 +98,6 @@ class EngineWorker:
             self._serve()
         finally:
             self._socket.close()
-
-    def _make_runner(self) -> Runner:
-        if self._plan.config.engine.backend == "fake":
-            return fake.FakeRunner(self._plan.config.engine.fake)
-        openmp.settle()
-        from lightllmd.engine.runner import TorchRunner  # here, so that the fake back end needs no torch
-
-        return TorchRunner()
 
     def _warm_up(self) -> None:
         """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens."""
@@ -102,7 +107,7 @@ class EngineWorker:
         refused = self._scheduler.submit(own)
         if refused:
             raise errors.EngineError(f"the engine refuses its own warm-up request: {refused.message}")
-        while self._scheduler.busy:
+        while self._loop.busy:
             self._turn()
 
     def _serve(self) -> NoReturn:
@@ -118,38 +123,35 @@ class EngineWorker:
                     self._read_link()
             self._hear_supervisor()
             now = time.monotonic()
-            if self._scheduler.busy and not self._pace.delay(now):
+            if self._loop.busy and not self._pace.delay(now):
                 self._turn()
             if now >= self._next_beat:
                 self._beat(now)
-            if not self._scheduler.busy:
+            if not self._loop.busy:
                 self._statistics.idle()
                 self._tell_load(now)
             elif now >= self._next_load:
                 self._tell_load(now)
 
     def _sleep(self) -> int:
-        """Milliseconds until there is something to do of our own accord, rounded up."""
+        """Milliseconds until there is something to do of our own accord, rounded up. A step that is out is something to
+        do: the pace of the fake back end alone puts it off, which then stands for the time that a device takes."""
         now = time.monotonic()
         wait = self._next_beat - now
-        if self._scheduler.busy:
+        if self._loop.busy:
             wait = min(wait, self._pace.delay(now))
         return max(0, math.ceil(wait * 1000))
 
     # --- steps -----------------------------------------------------------------------------------------------
     def _turn(self) -> None:
-        """One step, if the scheduler has one."""
-        step = self._scheduler.next_step()
+        """Launches a step, if the scheduler has one; sends what the one before it made."""
+        outputs = self._loop.turn(self._layer, self._beat_if_due)
+        step = self._loop.completed
         if step is None:
             return
-        begun = time.monotonic()
-        self._record(step)
-        result = self._runner.run(step, self._layer)
-        outputs = self._scheduler.complete(result)
-        if step.kind == "prefill" or not self._scheduler.busy:
-            # Everybody has a token. Before it is sent, so that nobody is blamed who was seen to have one.
-            self._recorder.write(Flight(step.number, "idle"))
-            self._recorded = -1
+        if step.rows or not self._loop.busy:
+            # Its requests have a token each. Before it is sent, so that nobody is blamed who was seen to have one.
+            self._record()
         for owner, output in outputs.items():
             if messages.FINISH_ABORT in output.finishes:
                 log.error("step %d: the model's logits are not numbers (NaN)", step.number)
@@ -161,33 +163,49 @@ class EngineWorker:
                 )
         ended = time.monotonic()
         self._progress += 1
-        self._tokens_out += len(step.rows)
-        self._pace.ran(step, ended, idle=not self._scheduler.busy)
+        generated = sum(len(output.tokens) for output in outputs.values())
+        self._tokens_out += generated
+        self._pace.ran(step, ended, idle=not self._loop.busy)
+        # It had the device to itself from the end of the step before it.
+        begun = max(self._begun.popleft(), self._completed)
+        self._completed = ended
         if self._phase == "ready":
-            self._count(step, begun, ended)
+            self._count(step, generated, ended - begun, ended)
 
-    def _record(self, step: Step) -> None:
-        """Leaves for the supervisor what this process was doing, should the step be its last."""
-        if step.kind == "decode" and self._recorded == self._scheduler.membership:
-            return
-        self._recorded = self._scheduler.membership
-        # Every prefill row yields a token, so requests are unproven during their prefill and never after it.
-        unproven = list(dict.fromkeys(row.request for row in step.rows)) if step.kind == "prefill" else []
-        fed = sum(len(row.tokens) for row in step.rows)
-        self._recorder.write(Flight(step.number, step.kind, len(step.rows), fed, unproven))
-
-    def _count(self, step: Step, begun: float, ended: float) -> None:
-        self._metrics.step(step.kind, ended - begun, len(step.rows))
-        fed = 0
-        if step.kind == "prefill":
-            fed = sum(len(row.tokens) for row in step.rows)
+    def _launching(self, step: Step) -> None:
+        """Right before a step's launch."""
+        now = time.monotonic()
+        self._begun.append(now)
+        self._record()
+        if step.rows and self._phase == "ready":
             for arrival_ns in self._scheduler.first_admitted:
-                self._metrics.admitted(max(0.0, begun - arrival_ns * 1e-9))
-        if self._statistics.count(fed, len(step.rows), ended):
+                self._metrics.admitted(max(0.0, now - arrival_ns * 1e-9))
+
+    def _record(self) -> None:
+        """Leaves for the supervisor what this process is doing, should it not come back: the newest step that is out,
+        and who could be to blame in any that is.
+
+        Every row of a prefill yields a token, so requests are unproven as long as their prefill is out.
+        """
+        flight = Flight()
+        if self._loop.out:
+            step = self._loop.out[-1]
+            unproven = list(dict.fromkeys(row.request for step in self._loop.out for row in step.rows))
+            flight = Flight(step.number, step.kind, step.size, step.fed, unproven)
+        known = self._recorded
+        if known and (known.kind, known.rows, known.unproven) == (flight.kind, flight.rows, flight.unproven):
+            return
+        self._recorder.write(flight)
+        self._recorded = flight
+
+    def _count(self, step: Step, generated: int, seconds: float, now: float) -> None:
+        self._metrics.step(step.kind, seconds, step.size)
+        fed = sum(len(row.tokens) for row in step.rows)
+        if self._statistics.count(fed, generated, now):
             load = self._scheduler.load()
             log.info(
                 "%s; running %d, waiting %d, paused %d, slots %d of %d",
-                self._statistics.line(ended),
+                self._statistics.line(now),
                 *(load.running, load.waiting, load.paused, load.slots_used, load.slots_total),
             )
 
@@ -253,7 +271,7 @@ class EngineWorker:
         }
         if self._phase == "ready":
             stats |= self._runner.memory_stats()
-        busy = self._phase != "ready" or self._scheduler.busy
+        busy = self._phase != "ready" or self._loop.busy
         self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats))
 
     def _tell_load(self, now: float) -> None:
