@@ -20,10 +20,7 @@ def weight_row(column, N: tl.constexpr, ACTIVATION: tl.constexpr):
     With an activation the weight is [gate; up], and columns 2i and 2i + 1 are row i of the gate and of up: neighbours
     that `tl.split` parts without moving data between threads.
     """
-    if ACTIVATION is None:
-        row = column
-    else:
-        row = column // 2 + column % 2 * (N // 2)
+    row = column if ACTIVATION is None else column // 2 + column % 2 * (N // 2)
     return row.to(tl.int64)
 
 
@@ -85,7 +82,7 @@ def gemv(
     row = weight_row(column, N, ACTIVATION)
     owned = column < N
     k = tl.arange(0, BLOCK_K)
-    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    whole: tl.constexpr = K % BLOCK_K == 0
     # Rows past the last are clamped, not masked: their sums are never stored.
     tile = weight + tl.minimum(row, N - 1)[:, None] * K + k[None, :]
     sums = ()
@@ -94,12 +91,12 @@ def gemv(
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)  # noqa: RUF005
         if norm is not None:
             squares = squares + (tl.zeros([BLOCK_K], tl.float32),)  # noqa: RUF005
-    weights = load_weights(tile, k[None, :], K, WHOLE, EVICT)
+    weights = load_weights(tile, k[None, :], K, whole, EVICT)
     if PDL:
         gdc_wait()
     sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, k, K, M)
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
-        weights = load_weights(tile + start, start + k[None, :], K, WHOLE, EVICT)
+        weights = load_weights(tile + start, start + k[None, :], K, whole, EVICT)
         sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, start + k, K, M)
     for m in tl.static_range(M):
         y = tl.sum(sums[m], 1)

@@ -7,6 +7,8 @@ Up to eight rows may go to `gemv`, more to tensor cores here; `tiles` has the ru
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lightllmd.kernels.activation import activate
 from lightllmd.kernels.gemv import gemv, load_weights, weight_row
-from lightllmd.kernels.tiles import Tile, block_rows, cdiv, fuses_norm, prefers, supports, tile_for
+from lightllmd.kernels.tiles import (
+    SHARED_COUNTERS,
+    SHARED_SUMS,
+    Tile,
+    block_rows,
+    cdiv,
+    fuses_norm,
+    prefers,
+    supports,
+    tile_for,
+)
 
 __all__ = ["SharedTiles", "fuses_norm", "linear", "prefers", "supports"]
 
@@ -64,16 +76,16 @@ def _multiply(
     row = tl.minimum(weight_row(column, N, ACTIVATION), N - 1)
     rows = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     tile = weight + row[None, :] * K + k[:, None]
-    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    whole: tl.constexpr = K % BLOCK_K == 0
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if norm is not None:
         squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
-        if WHOLE:
+        if whole:
             a = tl.load(rows + start, mask=used, other=0.0)
         else:
             a = tl.load(rows + start, mask=used & (start + k < K)[None, :], other=0.0)
-        b = load_weights(tile + start, start + k[:, None], K, WHOLE, EVICT)
+        b = load_weights(tile + start, start + k[:, None], K, whole, EVICT)
         if norm is not None:
             wide = a.to(tl.float32)
             squares += wide * wide
@@ -101,7 +113,7 @@ def _finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Bias, activation and residual of tile `group`, whose elements belong to this program alone: out may be residual."""
+    """Bias, activation and residual of a whole tile. Its elements are this program's alone, so out may be residual."""
     column = group * BLOCK_N + tl.arange(0, BLOCK_N)
     if bias is not None:
         added = tl.load(bias + weight_row(column, N, ACTIVATION), mask=column < N, other=0.0)
@@ -190,19 +202,19 @@ def _shared(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    UNITS: tl.constexpr = BLOCKS * ((N + BLOCK_N - 1) // BLOCK_N)
-    AREA: tl.constexpr = BLOCK_M * BLOCK_N
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    units: tl.constexpr = blocks * ((N + BLOCK_N - 1) // BLOCK_N)
+    area: tl.constexpr = BLOCK_M * BLOCK_N
     program = tl.program_id(0)
-    begin = program * UNITS // PROGRAMS
-    end = (program + 1) * UNITS // PROGRAMS
+    begin = program * units // PROGRAMS
+    end = (program + 1) * units // PROGRAMS
     m = tl.arange(0, BLOCK_M)
     cell = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     used = (m < M)[:, None]
-    for group in tl.range(begin // BLOCKS, (end + BLOCKS - 1) // BLOCKS, num_stages=1):
-        start = group * BLOCKS
+    for group in tl.range(begin // blocks, (end + blocks - 1) // blocks, num_stages=1):
+        start = group * blocks
         first = tl.maximum(begin - start, 0)
-        stop = tl.minimum(end - start, BLOCKS)
+        stop = tl.minimum(end - start, blocks)
         sums = _multiply(
             x,
             weight,
@@ -223,21 +235,21 @@ def _shared(
             STAGES,
             EVICT,
         )
-        complete = stop - first == BLOCKS
+        complete = stop - first == blocks
         if not complete:
-            # Programs whose runs hold the tile's first and last block: the inverse of begin = program * UNITS // PROGRAMS.
-            lowest = ((start + 1) * PROGRAMS - 1) // UNITS
-            highest = ((start + BLOCKS) * PROGRAMS - 1) // UNITS
+            # Whose runs hold the tile's first and last block: the inverse of begin = program * units // PROGRAMS.
+            lowest = ((start + 1) * PROGRAMS - 1) // units
+            highest = ((start + blocks) * PROGRAMS - 1) // units
             slot = program * 2 + tl.where(first > 0, 0, 1)
-            tl.store(partial + slot * AREA + cell, sums, mask=used, cache_modifier=".cg")
+            tl.store(partial + slot * area + cell, sums, mask=used, cache_modifier=".cg")
             tl.debug_barrier()  # the whole program's stores come before its count
             complete = tl.atomic_add(arrived + group, 1, sem="acq_rel") == highest - lowest
             if complete:
                 tl.store(arrived + group, 0)
                 sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for other in tl.range(lowest, highest + 1, num_stages=1):
-                    slot = other * 2 + tl.where(other * UNITS // PROGRAMS > start, 0, 1)
-                    sums += tl.load(partial + slot * AREA + cell, mask=used, other=0.0, cache_modifier=".cg")
+                    slot = other * 2 + tl.where(other * units // PROGRAMS > start, 0, 1)
+                    sums += tl.load(partial + slot * area + cell, mask=used, other=0.0, cache_modifier=".cg")
         if complete:
             _finish(
                 sums, out, bias, residual, out_stride, residual_stride, m, M, group, N, ACTIVATION, BLOCK_M, BLOCK_N
@@ -250,9 +262,16 @@ class SharedTiles:
     Invariant: between launches all counters are 0.
     """
 
-    def __init__(self, device: torch.device | str, sums: int, counters: int) -> None:
+    def __init__(self, device: torch.device | str, sums: int = SHARED_SUMS, counters: int = SHARED_COUNTERS) -> None:
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(counters, dtype=torch.int32, device=device)
+
+
+class Launch(NamedTuple):
+    kernel: Any  # a Triton kernel: kernel[grid](*arguments, **options)
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
 def linear(
@@ -276,86 +295,54 @@ def linear(
     out and residual is free, all else contiguous. `residual` may be `out`: the residual stream is updated in place.
 
     `norm` may be given where `fuses_norm` allows it. `shared` lets programs share tiles, which some shapes need for an
-    even load; `tiles.shared_elements` has its size. `pdl`: programmatic dependent launch, which starts this kernel
-    while the one before it in the stream still runs; that one's results are waited for. `tile` overrides the rule.
+    even load. `pdl`: programmatic dependent launch, which starts this kernel while the one before it in the stream
+    still runs; that one's results are waited for. `tile` overrides the rule.
     """
+    kernel, grid, arguments, options = launch(x, weight, out, norm, eps, bias, residual, activation, shared, pdl, tile)
+    kernel[grid](*arguments, **options)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    shared: SharedTiles | None,
+    pdl: bool,
+    tile: Tile | None,
+) -> Launch:
+    """What `linear` launches."""
     m, k = x.shape
     n = weight.shape[0]
     if tile is None:
         tile = tile_for(m, n, k, x.dtype, shared is not None and norm is None)
     tiles = cdiv(n, tile.block_n)
-    residual_stride = 0 if residual is None else residual.stride(0)
-    launch = {"num_warps": tile.warps, "launch_pdl": True} if pdl else {"num_warps": tile.warps}
+    strides = x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0)
+    options = {
+        "N": n,
+        "K": k,
+        "ACTIVATION": activation,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages,
+        "EVICT": tile.evict,
+        "PDL": pdl,
+        "num_warps": tile.warps,
+    }
+    if pdl:
+        options["launch_pdl"] = True  # an option of the CUDA backend alone, unknown to the interpreter
     if tile.gemv:
-        gemv[(tiles,)](
-            x,
-            weight,
-            out,
-            norm,
-            bias,
-            residual,
-            x.stride(0),
-            out.stride(0),
-            residual_stride,
-            eps,
-            M=m,
-            N=n,
-            K=k,
-            ACTIVATION=activation,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            STAGES=tile.stages,
-            EVICT=tile.evict,
-            PDL=pdl,
-            **launch,
-        )
-    elif not tile.programs:
-        rows = block_rows(m)
-        _skinny[(tiles, cdiv(m, rows))](
-            x,
-            weight,
-            out,
-            norm,
-            bias,
-            residual,
-            x.stride(0),
-            out.stride(0),
-            residual_stride,
-            eps,
-            m,
-            N=n,
-            K=k,
-            ACTIVATION=activation,
-            BLOCK_M=rows,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            STAGES=tile.stages,
-            EVICT=tile.evict,
-            PDL=pdl,
-            **launch,
-        )
-    else:
-        _shared[(tile.programs,)](
-            x,
-            weight,
-            out,
-            bias,
-            residual,
-            shared.partial,
-            shared.arrived,
-            x.stride(0),
-            out.stride(0),
-            residual_stride,
-            m,
-            N=n,
-            K=k,
-            ACTIVATION=activation,
-            BLOCK_M=block_rows(m),
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            PROGRAMS=tile.programs,
-            STAGES=tile.stages,
-            EVICT=tile.evict,
-            PDL=pdl,
-            **launch,
-        )
+        options["M"] = m
+        return Launch(gemv, (tiles,), (x, weight, out, norm, bias, residual, *strides, eps), options)
+    rows = options["BLOCK_M"] = block_rows(m)
+    if not tile.programs:
+        grid = tiles, cdiv(m, rows)
+        return Launch(_skinny, grid, (x, weight, out, norm, bias, residual, *strides, eps, m), options)
+    assert shared is not None
+    options["PROGRAMS"] = tile.programs
+    parts = shared.partial, shared.arrived
+    return Launch(_shared, (tile.programs,), (x, weight, out, bias, residual, *parts, *strides, m), options)

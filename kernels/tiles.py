@@ -15,6 +15,11 @@ STREAMING_PROCESSORS = 132  # of an H100
 GEMV_ROWS = 8  # the most that `gemv` takes; each has a fp32 accumulator of its own in registers
 BLOCK_ROWS = 256  # rows of x that one program of the tensor-core kernel covers at most: reads of the weight = M / this
 
+# What a `skinny.SharedTiles` holds: fp32 sums of all programs of one launch, int32 counters of all its tiles.
+SHARED_SUMS = 2 * 2 * STREAMING_PROCESSORS * 128 * 128
+SHARED_COUNTERS = 8192
+SHARED_BYTES = 4 * (SHARED_SUMS + SHARED_COUNTERS)
+
 
 class Tile(NamedTuple):
     gemv: bool

@@ -193,6 +193,9 @@ def test_rules_give_a_tile_that_fits_to_every_shape() -> None:
             assert staged <= 227 * 1024, "shared memory of an H100's multiprocessor"
         if tile.programs:
             assert m <= tiles.BLOCK_ROWS, "a shared tile has one block of rows"
+            sums, counters = tiles.shared_elements(m, n, tile)
+            assert sums <= tiles.SHARED_SUMS
+            assert counters <= tiles.SHARED_COUNTERS
 
 
 def test_fp32_is_left_to_the_caller() -> None:
