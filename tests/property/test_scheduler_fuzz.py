@@ -1,13 +1,16 @@
 """Scheduler and slot allocator as a state machine: drawn operations, every invariant after each of them.
 
-The model below is a ledger, a runner's row table and an operator in one. Hypothesis drives it for short, shrinkable
-counterexamples; a seeded draw drives it for length (10^5 operations, 10^6 with LIGHTLLMD_LONG_TESTS=1).
+The model below is a ledger, a device and an operator in one, with steps that overlap and with such that don't.
+Hypothesis drives it for short, shrinkable counterexamples; a seeded draw drives it for length (10^5 operations, 10^6
+with LIGHTLLMD_LONG_TESTS=1).
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,16 +20,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.admission import Limits
-from lightllmd.engine.batch import Step
+from lightllmd.engine.batch import Step, StepResult
 from lightllmd.engine.fake import FakeRunner, fake_token
+from lightllmd.engine.loop import StepLoop
+from lightllmd.engine.request import State
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.engine.slots import Slots
-from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_STOP, SamplingParams, Submit
+from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_STOP, SamplingParams, StepOutput, Submit
 
 OPERATIONS = 1_000_000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 100_000
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
 EOS = ord("e")  # a byte that fake tokens do hit, so that generations end by eos too
 APIS = 2
+Branch = tuple[int, int]  # (request, its branch)
 
 
 def reference(prompt: list[int], params: SamplingParams, branch: int) -> list[int]:
@@ -53,23 +59,92 @@ class Ledger:
     suspect: bool = False
 
 
+class Device(FakeRunner):
+    """Runs what was launched in that order, as late as it may, and knows what each slot holds.
+
+    A slot that changed hands too early is written by a step of its former owner after its new owner's, and found when
+    the new owner's next step reads it.
+    """
+
+    def __init__(self, slots: int, overlaps: bool) -> None:
+        super().__init__(FakeSettings(overlap=overlaps))
+        self._launched: deque[Step] = deque()
+        self._holds = [-1] * slots  # the resident's number and the position of its token
+        self._residents: dict[int, tuple[int, list[int]]] = {}  # table row -> (its number, its slots)
+        self._number = 0
+
+    def launch(self, step: Step, beat: Callable[[], None]) -> None:
+        self._launched.append(step)
+
+    def collect(self, beat: Callable[[], None]) -> StepResult:
+        step = self._launched.popleft()
+        for table_row in step.freed:
+            del self._residents[table_row]
+        decode, rows = step.decode, []
+        for table_row, start, slot in zip(decode.table_rows, decode.starts, decode.slots, strict=True):
+            rows.append(self._write(table_row, start, [slot]))
+        for row in step.rows:
+            if row.sampling is not None:
+                assert row.table_row not in self._residents, "a table row has one owner"
+                self._number += 1_000_000
+                self._residents[row.table_row] = (self._number, [])
+            rows.append(self._write(row.table_row, row.start, row.slots))
+        for number, slots in rows:
+            read = [self._holds[slot] for slot in slots]
+            assert read == list(range(number, number + len(slots))), "somebody else wrote to its slots"
+        super().launch(step, beat)
+        return super().collect(beat)
+
+    def _write(self, table_row: int, start: int, taken: list[int]) -> tuple[int, list[int]]:
+        number, slots = self._residents[table_row]
+        assert start == len(slots)
+        slots += taken
+        for position, slot in enumerate(taken, start):
+            self._holds[slot] = number + position
+        return number, slots
+
+
+@dataclass
+class Launched:
+    """A step that is out: whose tokens it makes, in their order; `trial`: a suspect's."""
+
+    step: Step
+    branches: list[Branch]
+    trial: bool
+
+
 class Model:
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, overlaps: bool) -> None:
         self.limits = limits
+        self.overlaps = overlaps
         self.requests: dict[int, Ledger] = {}
         self.arrivals = 0
         self.epochs = dict.fromkeys(range(APIS), 1)
         self.generation = 0
+        self.late = 0  # tokens that were dropped
         self.start()
 
     def start(self) -> None:
         self.generation += 1
         self.scheduler = Scheduler(self.limits, self.generation)
-        self.runner = FakeRunner(FakeSettings())
-        self.rows: dict[int, tuple[int, int]] = {}  # the runner's table: row -> its owner
+        runner = Device(self.limits.max_total_token_num, self.overlaps)
+        self.loop = StepLoop(self.scheduler, runner, self.launching)
+        self.out: deque[Launched] = deque()
+        self.pending: Counter[Branch] = Counter()  # tokens that are out
+        self.rows: dict[int, Branch] = {}  # the runner's table as of the newest launch: row -> its owner
         self.first_admissions: list[tuple[int, int]] = []  # (arrival, branch) of new ones, by first admission
-        self.admitted: set[tuple[int, int]] = set()
+        self.admitted: set[Branch] = set()
+        self.round: set[Branch] = set()  # who was in line when the admission round began; empty: none goes on
         self.steps = 0
+        self.note()
+
+    def note(self) -> None:
+        """How things stand before a turn."""
+        scheduler = self.scheduler
+        self.running = list(scheduler.running)
+        self.suspects = {sequence.request for sequence in scheduler.suspects}
+        self.resuming = bool(scheduler.paused)
+        self.line = {(s.request, s.branch) for s in (*scheduler.paused, *scheduler.suspects, *scheduler.waiting)}
 
     # --- operations ------------------------------------------------------------------------------------------
     def submit(self, length: int, params: SamplingParams, api: int) -> None:
@@ -121,9 +196,13 @@ class Model:
         self.epochs[api] += 1
 
     def crash(self, in_step: bool) -> None:
-        """The engine dies (in the middle of a step, perhaps) and everything in flight is replayed on the next."""
-        step = self.scheduler.next_step() if in_step else None
-        unproven = {row.request for row in step.rows} if step and step.kind == "prefill" else set()
+        """The engine dies (in the middle of a turn, perhaps) and everything in flight is replayed on the next."""
+        if in_step:
+            self.note()
+            step = self.scheduler.next_step()
+            if step:
+                self.launching(step)
+        unproven = {row.request for launched in self.out for row in launched.step.rows}
         self.start()
         for ledger in self.requests.values():
             ledger.replayed = True
@@ -131,44 +210,44 @@ class Model:
             assert self.scheduler.submit(self.message(ledger)) is None, "a replayed request is never rejected"
 
     def step(self) -> None:
-        running = {(s.request, s.branch): s for s in self.scheduler.running}
-        pending, resuming = {s.request for s in self.scheduler.suspects}, bool(self.scheduler.paused)
-        step = self.scheduler.next_step()
-        if step is None:
-            assert not self.scheduler.busy, "a step that nothing can be in, though somebody is in line"
+        """One turn."""
+        self.note()
+        before = len(self.out)
+        outputs = self.loop.turn(lambda: None)
+        assert list(self.loop.out) == [launched.step for launched in self.out][self.loop.completed is not None :]
+        if self.loop.completed is None:
+            assert not outputs
+            assert len(self.out) > before or not self.loop.busy, "a turn without a step, though somebody is in line"
             return
-        self.steps += 1
-        assert step.number == self.steps
-        paused = [s for key, s in running.items() if s.table_row < 0]
-        if paused:
-            assert self.limits.router_token_ratio > 0, "ratio 0 reserves the worst case, so nothing is ever paused"
-            assert min(s.order for s in paused) > max(s.order for s in self.scheduler.running), "newest first"
-        self.check_rows(step, pending)
-        tried = step.kind == "prefill" and pending & {row.request for row in step.rows}
-        assert not (tried and resuming), "suspects come after those who are none"
-        outputs = self.scheduler.complete(self.runner.run(step, lambda: None))
-        told = 0
-        for (api, epoch), output in outputs.items():
-            assert epoch == self.epochs[api]
-            assert output.generation == self.generation
-            columns = (output.requests, output.branches, output.positions, output.tokens, output.finishes)
-            for request, branch, position, token, finish in zip(*columns, strict=True):
-                ledger = self.requests[request]
-                assert ledger.api == api
-                assert position == len(ledger.open[branch]), "positions are contiguous per branch"
-                ledger.open[branch].append(token)
-                ledger.suspect = False
-                told += 1
-                if finish:
-                    expected = reference(ledger.prompt, ledger.params, branch)
-                    assert ledger.open[branch] == expected
-                    assert finish == (
-                        FINISH_LENGTH if len(expected) == ledger.params.max_new_tokens else FINISH_STOP
-                    ) or (finish == FINISH_STOP and expected[-1] == EOS)
-                    self.close(ledger, branch)
-                else:
-                    assert len(ledger.open[branch]) < ledger.params.max_new_tokens
-        assert told == len(step.rows), "one token for each row"
+        launched = self.out.popleft()
+        assert self.loop.completed is launched.step
+        self.pending.subtract(launched.branches)
+        alive = [key for key in launched.branches if key[1] in getattr(self.requests.get(key[0]), "open", ())]
+        self.late += len(launched.branches) - len(alive)
+        told = [key for owner, output in outputs.items() for key in self.hear(owner, output)]
+        assert sorted(told) == sorted(alive), "one token for each row whose branch has not ended"
+
+    def hear(self, owner: tuple[int, int], output: StepOutput) -> list[Branch]:
+        api, epoch = owner
+        assert epoch == self.epochs[api]
+        assert output.generation == self.generation
+        columns = (output.requests, output.branches, output.positions, output.tokens, output.finishes)
+        for request, branch, position, token, finish in zip(*columns, strict=True):
+            ledger = self.requests[request]
+            assert ledger.api == api
+            assert position == len(ledger.open[branch]), "positions are contiguous per branch"
+            ledger.open[branch].append(token)
+            ledger.suspect = False
+            if finish:
+                expected = reference(ledger.prompt, ledger.params, branch)
+                assert ledger.open[branch] == expected
+                assert finish == (FINISH_LENGTH if len(expected) == ledger.params.max_new_tokens else FINISH_STOP) or (
+                    finish == FINISH_STOP and expected[-1] == EOS
+                )
+                self.close(ledger, branch)
+            else:
+                assert len(ledger.open[branch]) < ledger.params.max_new_tokens
+        return list(zip(output.requests, output.branches, strict=True))
 
     def close(self, ledger: Ledger, branch: int) -> None:
         del ledger.open[branch]
@@ -178,60 +257,96 @@ class Model:
     def drain(self) -> None:
         """Every request that is there ends."""
         left = sum(ledger.params.max_new_tokens * len(ledger.open) for ledger in self.requests.values())
-        for _ in range(10 * left + 100):
-            if not self.scheduler.busy:
+        for _ in range(20 * left + 100):
+            if not self.loop.busy:
                 break
             self.step()
             self.check()
         assert not self.requests
+        assert not self.out
         assert not self.scheduler.busy
         assert self.scheduler.slots.free == self.limits.max_total_token_num
         assert self.scheduler.load().estimated_peak == 0
 
     # --- invariants ------------------------------------------------------------------------------------------
-    def check_rows(self, step: Step, pending: set[int]) -> None:
-        for row in step.freed:
-            del self.rows[row]
-        assert 0 < len(step.rows) <= self.limits.running_max_req_size
+    def launching(self, step: Step) -> None:
+        """Called with a step right before its launch."""
+        self.steps += 1
+        assert step.number == self.steps
+        assert len(self.out) <= self.overlaps
+        assert not any(launched.trial for launched in self.out), "nothing goes beside a suspect"
+        for table_row in step.freed:
+            del self.rows[table_row]
+        paused = [sequence for sequence in self.running if sequence.state is State.PAUSED]
+        if paused:
+            assert self.limits.router_token_ratio > 0, "ratio 0 reserves the worst case, so nothing is ever paused"
+            newest = max((sequence.order for sequence in self.scheduler.running), default=(0, 0, 0))
+            assert min(sequence.order for sequence in paused) > newest, "newest first"
+        assert (step.kind == "prefill") == bool(step.rows)
+        assert 0 < step.size <= self.limits.running_max_req_size
+        if step.rows:
+            assert not step.decode.table_rows
+            branches = self.prefill(step)
+        else:
+            branches = self.decode(step)
+            self.round = set()
+            ran_on = [(s.request, s.branch) for s in self.running if s.state is not State.PAUSED]
+            assert branches == ran_on, "all that run take part"
+        trial = bool({request for request, _ in branches} & self.suspects and step.rows)
+        self.pending.update(branches)
+        self.out.append(Launched(step, branches, trial))
+
+    def prefill(self, step: Step) -> list[Branch]:
+        branches = []
         for row in step.rows:
             ledger, owner = self.requests[row.request], (row.request, row.branch)
             emitted = ledger.open[row.branch]
-            sequence = ledger.prompt + emitted
-            assert row.position == len(emitted)
+            assert not self.pending[owner], "nobody is resumed while a token of theirs is out"
+            assert row.table_row not in self.rows, "a table row has one owner"
+            self.rows[row.table_row] = owner
+            assert (row.start, row.tokens) == (0, ledger.prompt + emitted)
             assert len(row.slots) == len(row.tokens)
             assert row.sample
-            if step.kind == "prefill":
-                assert row.table_row not in self.rows, "a table row has one owner"
-                self.rows[row.table_row] = owner
-                assert (row.start, row.tokens) == (0, sequence)
-                assert row.sampling is not None
-                assert row.sampling.emitted == emitted
-                if not ledger.replayed and owner not in self.admitted:
-                    self.first_admissions.append((ledger.arrival, row.branch))
-                self.admitted.add(owner)
-            else:
-                assert self.rows[row.table_row] == owner
-                assert (row.start, row.tokens) == (len(sequence) - 1, sequence[-1:])
-                assert row.sampling is None
-        assert len(self.rows) == len(self.scheduler.running)
+            assert row.position == len(emitted)
+            assert row.sampling is not None
+            assert row.sampling.emitted == emitted
+            if not ledger.replayed and owner not in self.admitted:
+                self.first_admissions.append((ledger.arrival, row.branch))
+            self.admitted.add(owner)
+            branches.append(owner)
         assert self.first_admissions == sorted(self.first_admissions), "first come, first served"
-        if step.kind == "prefill":
-            fed = sum(len(row.tokens) for row in step.rows)
-            assert fed <= self.limits.batch_max_tokens or len(step.rows) == 1
-            on_trial = {row.request for row in step.rows} & pending
-            if on_trial:
-                assert len(step.rows) == 1, "a suspect is tried alone"
-                assert on_trial == {max(pending)}, "newest first"
-            elif pending:
-                assert all(self.requests[row.request].replayed for row in step.rows), "nobody new passes a suspect"
-        else:
-            assert len(step.rows) == len(self.scheduler.running)
+        assert step.fed <= self.limits.batch_max_tokens or len(step.rows) == 1
+        on_trial = {row.request for row in step.rows} & self.suspects
+        if on_trial:
+            assert step.size == 1, "a suspect is tried alone"
+            assert not self.out
+            assert on_trial == {max(self.suspects)}, "newest first"
+            assert not self.resuming, "suspects come after those who are none"
+        elif self.suspects:
+            assert all(self.requests[row.request].replayed for row in step.rows), "nobody new passes a suspect"
+        if on_trial or not self.running or not self.round:
+            self.round = self.line
+        assert set(branches) <= self.round, "who comes during a round waits for the next"
+        return branches
+
+    def decode(self, step: Step) -> list[Branch]:
+        branches = []
+        decode = step.decode
+        for table_row, start, position in zip(decode.table_rows, decode.starts, decode.positions, strict=True):
+            request, branch = self.rows[table_row]
+            ledger = self.requests[request]
+            assert position == len(ledger.open[branch]) + self.pending[request, branch]
+            assert position < ledger.params.max_new_tokens, "only eos and abort waste a row of a step"
+            assert start == len(ledger.prompt) + position - 1
+            branches.append((request, branch))
+        return branches
 
     def check(self) -> None:
         self.scheduler.check()  # free + used == total, no slot and no row with two owners
         assert len(self.scheduler.running) <= self.limits.running_max_req_size
         for sequence in self.scheduler.running:
-            assert len(sequence.slots) == sequence.length - 1
+            assert len(sequence.slots) == sequence.length + sequence.pending - 1
+            assert sequence.pending == self.pending[sequence.request, sequence.branch] <= len(self.out)
 
 
 def draw_limits(draw: random.Random) -> Limits:
@@ -261,11 +376,12 @@ def draw_params(draw: random.Random, most: int) -> SamplingParams:
 
 
 @pytest.mark.timeout(60 + OPERATIONS // 500)
-def test_drawn_operations_break_no_invariant_and_every_request_ends() -> None:
-    draw = random.Random(SEED)
-    done = pauses = 0
-    while done < OPERATIONS:
-        model = Model(draw_limits(draw))
+@pytest.mark.parametrize("overlaps", [False, True], ids=["synchronous", "overlapped"])
+def test_drawn_operations_break_no_invariant_and_every_request_ends(overlaps: bool) -> None:
+    draw = random.Random(SEED + overlaps)
+    done = pauses = late = 0
+    while done < OPERATIONS / 2:
+        model = Model(draw_limits(draw), overlaps)
         total = model.limits.max_total_token_num
         for _ in range(500):
             operation = draw.random()
@@ -284,15 +400,17 @@ def test_drawn_operations_break_no_invariant_and_every_request_ends() -> None:
             done += 1
             pauses += any(not s.replayed for s in model.scheduler.paused)
         model.drain()
+        late += model.late
     assert pauses > done / 1000, "the draw reaches pausing"
+    assert late > done / 100 if overlaps else not late
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """The same model under hypothesis: what it finds comes shrunk."""
 
-    @initialize(seed=st.integers(0, 10_000))
-    def begin(self, seed: int) -> None:
-        self.model = Model(draw_limits(random.Random(seed)))
+    @initialize(seed=st.integers(0, 10_000), overlaps=st.booleans())
+    def begin(self, seed: int, overlaps: bool) -> None:
+        self.model = Model(draw_limits(random.Random(seed)), overlaps)
 
     @rule(length=st.integers(1, 60), seed=st.integers(0, 10_000), api=st.integers(0, APIS - 1))
     def submit(self, length: int, seed: int, api: int) -> None:
