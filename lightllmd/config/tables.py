@@ -40,6 +40,10 @@ class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
     abort_grace: Annotated[
         float, _seconds("Between SIGABRT, on which a worker prints its stacks, and SIGKILL.", zero=True)
     ] = 2.0
+    memory_timeout: Annotated[
+        float,
+        _seconds("How long a restart waits for the memory of its plan to become free again.", zero=True),
+    ] = 30.0
     backoff_initial: Annotated[
         float, _seconds("Pause before the second start of an engine that died without a token.")
     ] = 0.5

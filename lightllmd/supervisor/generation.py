@@ -13,10 +13,8 @@ from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, E
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.procfs import available_memory
+from lightllmd.supervisor.memory import MemoryGate
 from lightllmd.supervisor.worker import Worker
-
-MEMORY_PATIENCE = 30.0  # seconds that a start waits for the planned bytes to be free again
 
 
 class Generation:
@@ -74,9 +72,7 @@ class Engine:
         self._tell_apis = tell_apis
         self.worker = Worker(context, "engine", 0, self._launch)
         self.generation: Generation | None = None
-        self.waits_for_memory: int | None = None  # bytes, while a start is put off
-        self._waited_since: float | None = None
-        self.bytes_needed = 0  # by the plan
+        self.memory = MemoryGate(context)
 
     def _launch(self, number: int) -> Child:
         self.generation = Generation(self._context, self.worker.name, number)
@@ -136,17 +132,5 @@ class Engine:
         now = self._context.clock.now
         if self.worker.due is None or now < self.worker.due:
             return
-        free = available_memory()
-        if free is not None and free < self.bytes_needed:
-            if self._waited_since is None:
-                self._waited_since = now
-                self._context.log.own(
-                    "warning",
-                    f"{self.worker.name}: the plan needs {self.bytes_needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-                    f"free: waiting at most {MEMORY_PATIENCE:g} s",
-                )
-            if now - self._waited_since < MEMORY_PATIENCE:
-                self.waits_for_memory = self.bytes_needed
-                return
-        self._waited_since = self.waits_for_memory = None
-        self.worker.start()
+        if self.memory.opens(self.worker.name):
+            self.worker.start()

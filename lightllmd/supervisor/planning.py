@@ -1,117 +1,47 @@
-"""From configuration to plan: a short-lived probe child reads the facts, so the loop waits for no file or device."""
+"""From configuration to plan."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from dataclasses import dataclass
 
-import msgspec
-
-from lightllmd import errors
 from lightllmd.config import resolve
-from lightllmd.config.parameters import Config
-from lightllmd.config.plan import Facts, Plan
+from lightllmd.config.plan import Plan
+from lightllmd.errors import LightllmdError
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import classify
-from lightllmd.supervisor.process import Process
-
-PROBE_TIMEOUT = 60.0  # seconds; headers on a slow network file system
-_KILL_TIMEOUT = 2.0  # seconds until a killed probe is given up; it dies when the kernel lets it
-_BY_CODE = {kind.exit_code: kind for kind in (errors.NoUsableDevice, errors.SystemFailure, errors.TryAgain)}
+from lightllmd.supervisor.probing import Probe
 
 
 @dataclass(frozen=True)
 class Planned:
     """Event: the plan is made, or why it can't be."""
 
-    plan: Plan | errors.LightllmdError
+    plan: Plan | LightllmdError
 
 
 class Planner:
-    """Runs the probe once. `process` is the probe while it lives."""
+    """Asks for the facts and resolves the configuration with them, once."""
 
     def __init__(self, context: Context, config_file: str | None) -> None:
         self._context = context
         self._config_file = config_file
-        self.process: Process | None = None
-        self._stderr: list[str] = []
+        self._probe = Probe(context, config_file)
 
     async def run(self) -> None:
         """Posts `Planned`. Cancelled, it ends the probe."""
+        params, engine = self._context.config.params, self._context.config.engine
         try:
-            facts = await self._probe()
-            made: Plan | errors.LightllmdError = resolve.resolve(self._context.config, facts, self._config_file)
-        except errors.LightllmdError as failure:
+            facts = await self._probe.ask(
+                model_dir=params.model_dir,
+                load_way=params.load_way,
+                backend=engine.backend,
+                device=engine.device,
+                threads=engine.threads,
+            )
+            made: Plan | LightllmdError = resolve.resolve(self._context.config, facts, self._config_file)
+        except LightllmdError as failure:
             made = failure
         self._context.post(Planned(made))
 
     def reap(self, pid: int) -> bool:
         """Reaps the probe if that is `pid`."""
-        if self.process is None or self.process.pid != pid:
-            return False
-        self.process.reap()
-        return True
-
-    async def _probe(self) -> Facts:
-        ended = asyncio.Event()
-        process = self.process = Process(
-            self._context.commands.probe(),
-            on_exit=ended.set,
-            on_output=self._said,
-            stdin=_request(self._context.config),
-            capture=True,
-            tied=True,
-        )
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                await ended.wait()
-        except TimeoutError:
-            raise errors.TryAgain(f"reading model and device took longer than {PROBE_TIMEOUT:g} s") from None
-        finally:
-            if process.reap() is None:
-                process.send_signal(signal.SIGKILL)
-                await asyncio.wait([asyncio.ensure_future(ended.wait())], timeout=_KILL_TIMEOUT)
-                process.reap()
-            process.dispose()
-            self.process = None
-        answer, code = bytes(process.captured or b""), process.reap()
-        if code != 0:
-            raise self._told(code or 0, answer)
-        try:
-            return msgspec.json.decode(answer, type=Facts)
-        except msgspec.MsgspecError as garbage:
-            raise errors.SystemFailure(f"the probe's answer can't be read: {garbage}") from garbage
-
-    def _told(self, code: int, answer: bytes) -> errors.LightllmdError:
-        """The probe's failure: what it says as JSON on stdout, else its last words on stderr."""
-        try:
-            told = msgspec.json.decode(answer, type=dict)
-        except msgspec.MsgspecError:
-            told = {}
-        problems = told.get("problems")
-        if isinstance(problems, list):
-            given = [errors.Problem(**problem) for problem in problems]
-            return errors.ConfigInvalid(resolve.located(given, self._context.config, self._config_file))
-        message = told.get("message") or (self._stderr[-1] if self._stderr else classify(code).cause)
-        if code == errors.EXIT_CONFIG:
-            return errors.ConfigInvalid([errors.Problem("model_dir", message, self._config_file)])
-        return _BY_CODE.get(code, errors.LightllmdError)(f"reading model and device failed: {message}")
-
-    def _said(self, line: str) -> None:
-        self._stderr.append(line)
-        self._context.log.write_output("probe", line)
-
-
-def _request(config: Config) -> bytes:
-    """What `lightllmd.weights.probe` reads."""
-    engine = config.engine
-    return msgspec.json.encode(
-        {
-            "model_dir": config.params.model_dir,
-            "load_way": config.params.load_way,
-            "backend": engine.backend,
-            "device": engine.device,
-            "threads": engine.threads,
-        }
-    )
+        return self._probe.reap(pid)

@@ -29,7 +29,7 @@ def health(supervisor: Supervisor) -> tuple[bool, str]:
         return False, "the engine is dying"
     if worker.fatal is not None:
         return False, f"the engine is not started again: {worker.fatal.cause}"
-    if supervisor.engine.waits_for_memory is not None:
+    if supervisor.engine.memory.short:
         return False, "waiting for memory to become free"
     if worker.last_exit is not None:
         return False, f"the engine is restarting: {worker.last_exit.cause}"

@@ -22,7 +22,7 @@ from lightllmd.config.plan import Plan, encode_plan
 from lightllmd.config.report import report
 from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
 from lightllmd.ipc.messages import Drain, Health
-from lightllmd.supervisor import control, logs, orphans, planning, sockets, status
+from lightllmd.supervisor import control, logs, memory, orphans, planning, sockets, status
 from lightllmd.supervisor.child import Child, Exited, Readable
 from lightllmd.supervisor.context import Commands, Context
 from lightllmd.supervisor.frontend import FrontEnd
@@ -102,9 +102,10 @@ class Supervisor:
                 self._apply(event)
                 self._settle()
         finally:
-            ticker.cancel()
-            planner.cancel()
-            await asyncio.gather(ticker, planner, return_exceptions=True)
+            tasks = [task for task in (ticker, planner, self.engine.memory.asking) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._kill_the_rest()
             if self.verbs.stopping is not None:
                 self.verbs.stopping.finish("done" if self._exit_code == EXIT_OK else "failed", "stopped")
@@ -137,6 +138,9 @@ class Supervisor:
                 self._on_tick()
             case planning.Planned(plan):
                 self._on_plan(plan)
+            case memory.Measured():
+                self.engine.memory.measured(event)
+                self._start_due()
 
     def _settle(self) -> None:
         """After every event: what follows from the new state."""
@@ -170,14 +174,17 @@ class Supervisor:
         self._ticks += 1
         for child in self._children():
             child.check()
-        if self.plan is not None and not self.verbs.ending:
-            self.engine.tick()
-            self.front.tick()
+        self._start_due()
         if self._ticks % _SLOW_EVERY == 1:
             for child in self._children():
                 child.memory = resident(child.pid)
                 child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
         self._tell_systemd()
+
+    def _start_due(self) -> None:
+        if self.plan is not None and not self.verbs.ending:
+            self.engine.tick()
+            self.front.tick()
 
     def _on_plan(self, made: Plan | LightllmdError) -> None:
         if self.verbs.ending:
@@ -187,7 +194,7 @@ class Supervisor:
             return
         self.plan = made
         self.context.plan = encode_plan(made)
-        self.engine.bytes_needed = made.budget.needed if made.device.kind == "cpu" else 0
+        self.engine.memory.plan_for(made)
         for line in report(made).splitlines():
             self.context.log.own("info", line)
         self.front.start()
@@ -229,7 +236,7 @@ class Supervisor:
         def reap(pid: int) -> bool:
             if pid in owned:
                 owned[pid].process.reap()  # its Exited event follows, or is in the queue already
-            return pid in owned or self._planner.reap(pid)
+            return pid in owned or self._planner.reap(pid) or self.engine.memory.reap(pid)
 
         for pid in orphans.reap_strangers(reap):
             self.context.log.own("debug", f"reaped an orphan, pid {pid}")

@@ -1,6 +1,6 @@
 """The probe child: what model and device are like, from file headers and the operating system. No torch, no weights.
 
-``python -m lightllmd.weights.probe`` reads one JSON object on stdin, {model_dir, load_way, backend, device, threads},
+``python -m lightllmd.weights.probe`` reads a `Request` as JSON on stdin
 and prints `config.plan.Facts` as JSON, or {"error": name, "message": …} with the error's exit code. It is a process of
 its own so that a slow file system or a stuck driver never blocks the supervisor.
 """
@@ -23,12 +23,13 @@ class Request(msgspec.Struct, frozen=True):
     backend: str = "torch"  # "fake" has no model
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     threads: int = 0  # 0: the physical cores
+    device_only: bool = False  # no model is looked for
 
 
 def probe(request: Request) -> Facts:
     """Raises ConfigInvalid, WeightsInvalid or NoUsableDevice."""
-    if request.backend == "fake":
-        return Facts(model=None, device=device_facts("cpu", request.threads))
+    if request.backend == "fake" or request.device_only:
+        return Facts(None, device_facts("cpu" if request.backend == "fake" else request.device, request.threads))
     if request.model_dir is None:
         raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
     model = model_facts(request.model_dir, dummy=request.load_way == "DUMMY")

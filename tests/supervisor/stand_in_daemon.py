@@ -12,9 +12,14 @@ from lightllmd.supervisor.context import Commands
 from lightllmd.supervisor.supervisor import main
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+STAND_IN_PROBE = str(Path(__file__).with_name("stand_in_probe.py"))
 
 
 class StandIns(Commands):
+    def probe(self) -> list[str]:
+        told = Path(os.environ["STAND_IN"], "probe.json").exists()
+        return [self.python, STAND_IN_PROBE] if told else super().probe()
+
     def api(self, channel_fd: int) -> list[str]:
         return [self.python, STAND_IN, "api", str(channel_fd), str(os.getpid())]
 

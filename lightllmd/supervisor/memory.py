@@ -1,0 +1,91 @@
+"""Holds a start back until the bytes of its plan are free again, but not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from lightllmd.config.amount import size
+from lightllmd.config.plan import Plan
+from lightllmd.errors import LightllmdError
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.probing import Probe
+from lightllmd.supervisor.procfs import available_memory
+
+AGAIN = 0.5  # seconds between two looks at a GPU
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Event: what a GPU has free, in bytes; None where that can't be told."""
+
+    due: int  # the number of the due start that it was asked for
+    free: int | None
+
+
+class MemoryGate:
+    """Asked at every tick while a start is due. A dead engine's memory may take the kernel a while to take back.
+
+    A CPU's free memory is read at once; a GPU's by a probe child, whose answer comes as `Measured`. What can't be told
+    holds nothing back: the start itself will show.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._probe = Probe(context)
+        self._needed = 0
+        self._on_gpu = False
+        self.asking: asyncio.Task[None] | None = None  # at most one probe is under way
+        # Of the start that is due:
+        self._due = 0  # its number
+        self._since: float | None = None  # running clock: when it first asked; None: none is due
+        self._next = 0.0  # running clock: when the GPU is asked again
+        self._known = False  # there is an answer
+        self._free: int | None = None  # and this is it
+        self.short = False  # a start waits because too little is free
+
+    def plan_for(self, plan: Plan) -> None:
+        self._needed, self._on_gpu = plan.budget.needed, plan.device.kind == "cuda"
+
+    def opens(self, name: str) -> bool:
+        """Whether the start of `name`, which is due, may begin. True forgets it: the next one is asked for anew."""
+        now, patience = self._context.clock.now, self._context.config.supervisor.memory_timeout
+        if self._since is None:
+            self._since, self._next = now, now
+        if not self._on_gpu:
+            self._free, self._known = available_memory(), True
+        elif self.asking is None and now >= self._next:
+            self.asking = asyncio.get_running_loop().create_task(self._ask(self._due))
+        enough = self._known and (self._free is None or self._free >= self._needed)
+        if enough or now - self._since >= patience:
+            self._due += 1
+            self._since, self._free, self._known, self.short = None, None, False, False
+            return True
+        if self._known and not self.short and self._free is not None:
+            self.short = True
+            self._context.log.own(
+                "warning",
+                f"{name}: the plan needs {size(self._needed)} and {size(self._free)} are free: waiting at most "
+                f"{patience:g} s",
+            )
+        return False
+
+    def measured(self, answer: Measured) -> None:
+        self.asking = None
+        if answer.due == self._due:
+            self._free, self._known = answer.free, True
+            self._next = self._context.clock.now + AGAIN
+
+    def reap(self, pid: int) -> bool:
+        """Reaps the probe if that is `pid`."""
+        return self._probe.reap(pid)
+
+    async def _ask(self, due: int) -> None:
+        """Posts `Measured`. Cancelled, it ends the probe."""
+        try:
+            facts = await self._probe.ask(device_only=True, device="cuda", threads=self._context.config.engine.threads)
+        except LightllmdError as failure:
+            self._context.log.own("warning", f"how much memory is free can't be told: {failure.message}")
+            self._context.post(Measured(due, None))
+        else:
+            self._context.post(Measured(due, facts.device.memory_free))

@@ -1,0 +1,87 @@
+"""One run of the probe child, which reads the facts so that the loop waits for no file and no device."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import msgspec
+
+from lightllmd import errors
+from lightllmd.config import resolve
+from lightllmd.config.plan import Facts
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.exits import classify
+from lightllmd.supervisor.process import Process
+
+TIMEOUT = 60.0  # seconds; headers on a slow network file system
+_KILL_TIMEOUT = 2.0  # seconds until a killed probe is given up; it dies when the kernel lets it
+_BY_CODE = {kind.exit_code: kind for kind in (errors.NoUsableDevice, errors.SystemFailure, errors.TryAgain)}
+
+
+class Probe:
+    """`process` is the child while it lives."""
+
+    def __init__(self, context: Context, config_file: str | None = None) -> None:
+        self._context = context
+        self._config_file = config_file  # what faults of the configuration are told with
+        self.process: Process | None = None
+        self._stderr: list[str] = []
+
+    def reap(self, pid: int) -> bool:
+        """Reaps the child if that is `pid`."""
+        if self.process is None or self.process.pid != pid:
+            return False
+        self.process.reap()
+        return True
+
+    async def ask(self, **request: Any) -> Facts:
+        """`request` as `lightllmd.weights.probe` reads it. Cancelled, it ends the child. Raises LightllmdError."""
+        ended = asyncio.Event()
+        process = self.process = Process(
+            self._context.commands.probe(),
+            on_exit=ended.set,
+            on_output=self._said,
+            stdin=msgspec.json.encode(request),
+            capture=True,
+            tied=True,
+        )
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                await ended.wait()
+        except TimeoutError:
+            raise errors.TryAgain(f"reading model and device took longer than {TIMEOUT:g} s") from None
+        finally:
+            if process.reap() is None:
+                process.send_signal(signal.SIGKILL)
+                await asyncio.wait([asyncio.ensure_future(ended.wait())], timeout=_KILL_TIMEOUT)
+                process.reap()
+            process.dispose()
+            self.process = None
+        answer, code = bytes(process.captured or b""), process.reap()
+        if code != 0:
+            raise self._told(code or 0, answer)
+        try:
+            return msgspec.json.decode(answer, type=Facts)
+        except msgspec.MsgspecError as garbage:
+            raise errors.SystemFailure(f"the probe's answer can't be read: {garbage}") from garbage
+
+    def _told(self, code: int, answer: bytes) -> errors.LightllmdError:
+        """The probe's failure: what it says as JSON on stdout, else its last words on stderr."""
+        try:
+            told = msgspec.json.decode(answer, type=dict)
+        except msgspec.MsgspecError:
+            told = {}
+        problems = told.get("problems")
+        if isinstance(problems, list):
+            given = [errors.Problem(**problem) for problem in problems]
+            return errors.ConfigInvalid(resolve.located(given, self._context.config, self._config_file))
+        message = told.get("message") or (self._stderr[-1] if self._stderr else classify(code).cause)
+        if code == errors.EXIT_CONFIG:
+            return errors.ConfigInvalid([errors.Problem("model_dir", message, self._config_file)])
+        return _BY_CODE.get(code, errors.LightllmdError)(f"reading model and device failed: {message}")
+
+    def _said(self, line: str) -> None:
+        self._stderr.append(line)
+        self._context.log.write_output("probe", line)

@@ -1,0 +1,25 @@
+"""A probe that finds a GPU: `$STAND_IN/probe.json` says how many bytes are free on it, or that the probe hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from lightllmd.config.plan import DeviceFacts, Facts
+
+request = json.loads(sys.stdin.buffer.read())
+home = Path(os.environ["STAND_IN"])
+told = json.loads((home / "probe.json").read_text())
+with (home / "probed.jsonl").open("a") as record:
+    record.write(json.dumps(request) + "\n")
+if told.get("hang"):
+    signal.pause()
+if told.get("fail"):
+    sys.exit("the driver says no")
+device = DeviceFacts("cuda", "Stand-in GPU", 1, 80 * 10**9, told["free"], ["float16"], 1)
+sys.stdout.buffer.write(msgspec.json.encode(Facts(None, device)))
