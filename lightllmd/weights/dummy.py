@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightllmd.weights.place import Layout, Part, Progress
+from lightllmd.weights.layout import Layout, Part, Progress
 
 MATRIX_STD, VECTOR_STD = 0.02, 0.01  # usual initialisation; norms and biases move a little, so that they matter
 CHUNK_ELEMENTS = 8 << 20  # drawn at a time: a CPU takes a tenth of a second for them

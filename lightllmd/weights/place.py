@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from lightllmd.errors import WeightsInvalid
+from lightllmd.weights import staged
 from lightllmd.weights.index import Checkpoint
-
-Progress = Callable[[int, int], None]  # (bytes of the checkpoint read, bytes in all)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of the checkpoint, by its Hugging Face name, and the shape that the config makes it have."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor of the decoder: `parts` stacked along the first dimension, and likewise its bias if it has one."""
-
-    key: str
-    parts: tuple[Part, ...]
-    bias: tuple[Part, ...] = ()
-
-
-@dataclass(frozen=True)
-class Layout:
-    targets: tuple[Target, ...]
-    ignored: re.Pattern[str]  # names that may be in a checkpoint and are not needed
+from lightllmd.weights.layout import Layout, Part, Progress
+from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
 
 def check(checkpoint: Checkpoint, layout: Layout) -> None:
@@ -67,8 +43,17 @@ def stream(
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yields (key, tensor, bias) in the layout's order; holds nothing back, so the caller decides what stays.
 
-    The checkpoint has been checked. Each part is converted to `dtype` as it is read, into its place.
+    The checkpoint has been checked. Each part is converted to `dtype` on its way into its place.
     """
+    if device.type == "cuda" and isinstance(checkpoint, SafetensorsCheckpoint):
+        return staged.stream(checkpoint, layout, dtype, device, progress)
+    return _read(checkpoint, layout, dtype, device, progress)
+
+
+def _read(
+    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Each part is converted as it is read, and a tensor goes to the device when it is whole."""
     every = [part for target in layout.targets for part in target.parts + target.bias]
     total = sum(checkpoint.tensors[part.name].nbytes for part in every)
     done = 0

@@ -9,7 +9,7 @@ from typing import Any
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.models.families import llama, qwen2, qwen3
 from lightllmd.models.spec import DecoderSpec
-from lightllmd.weights.place import Layout
+from lightllmd.weights.layout import Layout
 
 
 @dataclass(frozen=True)

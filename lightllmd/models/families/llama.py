@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightllmd.config.shape import dimension
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.models.spec import DecoderSpec, RopeSpec
-from lightllmd.weights.place import Layout, Part, Target
+from lightllmd.weights.layout import Layout, Part, Target
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "silu": "silu",

@@ -1,0 +1,92 @@
+"""Weights on their way to a GPU, through a ring of buffers that several threads fill; without one, to a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightllmd.errors import WeightsInvalid
+from lightllmd.models.families import family_of
+from lightllmd.weights import place, staged
+from lightllmd.weights.safetensors import SafetensorsCheckpoint
+from tiny_models import BASE, write_model, write_tensors
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHANGES = {"attention_bias": True, "mlp_bias": True}
+
+
+def opened(folder: Path) -> tuple[SafetensorsCheckpoint, Any]:
+    family = family_of("llama")
+    checkpoint = SafetensorsCheckpoint(sorted(folder.glob("*.safetensors")))
+    return checkpoint, family.layout(family.spec(BASE | CHANGES))
+
+
+@pytest.mark.parametrize("piece", [64, 4096, 8 << 20])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_what_arrives_is_what_reading_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    monkeypatch.setattr(staged, "PIECE_BYTES", piece)
+    folder = write_model(tmp_path, CHANGES)
+    write_tensors(folder, {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()})
+    checkpoint, layout = opened(folder)
+    seen: list[tuple[int, int]] = []
+    expected = list(place.stream(checkpoint, layout, wanted, torch.device("cpu"), lambda *at: None))
+    found = list(staged.stream(checkpoint, layout, wanted, DEVICE, lambda *at: seen.append(at)))
+    assert [key for key, _, _ in found] == [key for key, _, _ in expected]
+    for (_, weight, bias), (_, other, other_bias) in zip(found, expected, strict=True):
+        assert weight.dtype == wanted
+        assert torch.equal(weight.cpu(), other)
+        assert (bias is None) == (other_bias is None)
+        assert bias is None or torch.equal(bias.cpu(), other_bias)
+    held = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert seen[-1] == (held, held)
+    assert seen == sorted(seen)
+
+
+def test_a_tensor_is_whole_when_it_is_yielded_and_the_next_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
+    checkpoint, layout = opened(write_model(tmp_path, CHANGES, shards=3))
+    sizes = [
+        sum(checkpoint.tensors[part.name].nbytes for part in target.parts + target.bias) for target in layout.targets
+    ]
+    done = 0
+
+    def progress(at: int, total: int) -> None:
+        nonlocal done
+        done = at
+
+    for count, _ in enumerate(staged.stream(checkpoint, layout, torch.float32, DEVICE, progress), 1):
+        assert done >= sum(sizes[:count])
+    assert done == sum(sizes)
+
+
+def test_a_type_that_is_no_weights_ends_it_by_name(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, CHANGES)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int64)
+    write_tensors(folder, tensors)
+    checkpoint, layout = opened(folder)
+    with pytest.raises(WeightsInvalid, match=r"model\.norm\.weight is of type I64"):
+        list(staged.stream(checkpoint, layout, torch.float32, DEVICE, lambda *at: None))
+
+
+def test_a_load_that_is_given_up_leaves_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import threading
+
+    monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
+    checkpoint, layout = opened(write_model(tmp_path, CHANGES))
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    stream = staged.stream(checkpoint, layout, torch.float32, DEVICE, lambda *at: None)
+    next(stream)
+    assert threading.active_count() > before[1]
+    stream.close()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
