@@ -1,0 +1,124 @@
+"""Attention through the request->slot table: decode in GB/s of keys and values, prefill in TFLOP/s beside torch's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as functional
+from cases.products import DTYPE, SHAPES, Shape
+from cases.timing import Deadline, Report, copies_for, median_us, require_close
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightllmd.kernels.decode_attention import DecodeTiles, decode_attention, decode_tiles, segments_for, workspace_size
+from lightllmd.kernels.prefill_attention import prefill_attention, tiles_for
+
+DECODE = ((1, 576), (8, 576), (32, 576), (128, 576), (256, 576), (1, 4096), (16, 4096), (64, 4096))  # rows, context
+PREFILL = (512, 2048, 8192)
+
+
+def measure(name: str, sweeps: bool, report: Report) -> None:
+    shape = SHAPES[name]
+    deadline = Deadline(90)
+    for tokens in PREFILL:
+        if not deadline.passed(f"prefill of {tokens}"):
+            with report.case(f"prefill {tokens}"):
+                prefill(shape, tokens, report)
+    for rows, context in DECODE:
+        if not deadline.passed(f"decode of {rows} x {context}"):
+            with report.case(f"decode {rows} x {context}"):
+                decode(shape, rows, context, sweeps, report)
+
+
+def gathered_attention(q: Tensor, cache: Tensor, slots: Tensor, causal: bool) -> Tensor:
+    """``q [t, H, D]`` over the tokens at `slots`, by torch."""
+    keys, values = cache[slots.long()].transpose(0, 1).unsqueeze(0).chunk(2, 1)
+    out = functional.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0), keys, values, is_causal=causal, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def decode(shape: Shape, rows: int, context: int, sweeps: bool, report: Report) -> None:
+    heads, kv, dim = shape.heads, shape.kv_heads, shape.head_dim
+    size = 2 * rows * context * 2 * kv * dim
+    count = copies_for(size, most=16)
+    width = 8192
+    table = torch.zeros(rows, width, device="cuda", dtype=torch.int32)
+    table[:, :context] = torch.randperm(rows * context, device="cuda").view(rows, context).to(torch.int32)
+    caches = [torch.randn(rows * context + 1, 2 * kv, dim, device="cuda", dtype=DTYPE) for _ in range(count)]
+    qkv = torch.randn(rows, heads + 2 * kv, dim, device="cuda", dtype=DTYPE)
+    q, index = qkv[:, :heads], torch.arange(rows, device="cuda", dtype=torch.int32)
+    positions = torch.full((rows,), context - 1, device="cuda", dtype=torch.int32)
+    arrived = torch.zeros(rows * heads, device="cuda", dtype=torch.int32)
+    rule, usual = segments_for(rows, kv, width), decode_tiles(DTYPE, dim)
+    some = [0, rows // 2, rows - 1]
+    truth = torch.cat([gathered_attention(q[r : r + 1], caches[0], table[r, :context], False) for r in some])
+
+    def timed(segments: int, tiles: DecodeTiles, merged_here: bool, packed: bool = True) -> float:
+        partial = torch.full((max(1, workspace_size(rows, heads, dim, segments)),), float("nan"), device="cuda")
+        out = torch.full((rows, heads, dim), float("nan"), device="cuda", dtype=DTYPE)
+
+        def call(cache: Tensor) -> None:
+            decode_attention(
+                *(q, cache, table, index, positions, 1 / math.sqrt(dim), out, partial),
+                segments=segments,
+                packed=packed,
+                arrived=arrived if merged_here else None,
+                tiles=tiles,
+            )
+
+        call(caches[0])
+        require_close(out[some], truth, 1e-2)
+        return median_us([lambda cache=caches[turn % count]: call(cache) for turn in range(max(count, 8))])
+
+    def told(us: float, segments: int, tiles: DecodeTiles, **more: object) -> None:
+        fields = {"segments": segments, "tiles": tuple(tiles), "us": us, "gbps": size / us / 1e3}
+        report.result("decode", rows=rows, context=context, **fields, **more)
+
+    told(timed(rule, usual, False), rule, usual, merge="second launch")
+    told(timed(rule, usual, True), rule, usual, merge="last program")
+    with report.case(f"decode {rows} x {context} unpacked"):
+        told(timed(rule, usual, True, packed=False), rule, usual, merge="last program", packed=False)
+    if not sweeps:
+        return
+    for segments in sorted({max(1, rule // 4), max(1, rule // 2), rule, min(64, rule * 2)}):
+        for block_n, warps, stages in ((32, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 3)):
+            tiles = DecodeTiles(block_n, warps, stages)
+            with report.case(f"decode {rows} x {context} {segments} {tiles}"):
+                told(timed(segments, tiles, True), segments, tiles, merge="last program")
+
+
+def prefill(shape: Shape, tokens: int, report: Report) -> None:
+    """One fresh row; torch gets its keys and values contiguous and for every query head's group, without the gather."""
+    heads, kv, dim = shape.heads, shape.kv_heads, shape.head_dim
+    flops = 2 * tokens * tokens * heads * dim  # two products over half the square
+    device = {"device": "cuda", "dtype": torch.int32}
+    cache = torch.randn(tokens + 1, 2 * kv, dim, device="cuda", dtype=DTYPE)
+    table = torch.randperm(tokens, device="cuda").to(torch.int32).view(1, tokens)
+    qkv = torch.randn(tokens, heads + 2 * kv, dim, device="cuda", dtype=DTYPE)
+    q, out = qkv[:, :heads], torch.full((tokens, heads, dim), float("nan"), device="cuda", dtype=DTYPE)
+    tiles = torch.tensor(tiles_for([tokens], [0], heads // kv), **device)
+    zero, counts = torch.zeros(1, **device), torch.tensor([tokens], **device)
+
+    def call() -> None:
+        prefill_attention(q, cache, table, tiles, zero, zero, counts, zero, 1 / math.sqrt(dim), out)
+
+    call()
+    require_close(out, gathered_attention(q, cache, table[0], True), 1e-2)
+    us = median_us([call] * 4)
+    report.result("prefill", tokens=tokens, by="ours", us=us, tflops=flops / us / 1e6)
+    keys, values = cache[table[0].long()].transpose(0, 1).unsqueeze(0).contiguous().chunk(2, 1)
+    queries = q.transpose(0, 1).unsqueeze(0).contiguous()
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with report.case(f"prefill {tokens} {name}"), sdpa_kernel([backend]):
+            us = median_us(
+                [
+                    lambda: functional.scaled_dot_product_attention(
+                        queries, keys, values, is_causal=True, enable_gqa=True
+                    )
+                ]
+                * 4
+            )
+            report.result("prefill", tokens=tokens, by=name, us=us, tflops=flops / us / 1e6)

@@ -1,0 +1,60 @@
+"""What each kernel reaches on one GPU: GB/s or TFLOP/s, each result checked against torch before it is timed.
+
+``python tests/bench/kernels.py [--only attention,dense,small,sampling] [--shape 8b|0.6b|135m] [--sweep]``
+
+One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
+products (for `kernels/tiles.py`) and of decode attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from cases.timing import Report
+
+SECTIONS = ("small", "sampling", "attention", "dense")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="achieved GB/s and TFLOP/s of the kernels")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--shape", choices=["8b", "0.6b", "135m"], default="8b")
+    parser.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"unknown sections {sorted(unknown)}")
+    torch.manual_seed(0)
+    report = Report()
+    report.result("device", name=torch.cuda.get_device_name(), torch=torch.__version__, shape=arguments.shape)
+    # Imported when asked for, so that one section can be measured while another's kernels are being worked on.
+    if "small" in wanted:
+        with report.case("small"):
+            from cases import small
+
+            small.measure(arguments.shape, report)
+    if "sampling" in wanted:
+        with report.case("sampling"):
+            from cases import sampling
+
+            sampling.measure(report)
+    if "attention" in wanted:
+        with report.case("attention"):
+            from cases import attention
+
+            attention.measure(arguments.shape, arguments.sweep, report)
+    if "dense" in wanted:
+        with report.case("dense"):
+            from cases import dense
+
+            dense.measure(arguments.shape, arguments.sweep, report)
+    report.table()
+
+
+if __name__ == "__main__":
+    main()
