@@ -1,4 +1,4 @@
-"""The documented scheduling rules, one by one."""
+"""The documented scheduling rules, one by one, with steps that end before the next is scheduled."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.admission import Admission, Limits
+from lightllmd.engine.admission import Admission
 from lightllmd.engine.batch import Step, StepResult
 from lightllmd.engine.fake import FakeRunner
+from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.request import Sequence, sequences_of
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc.messages import (
@@ -19,51 +20,28 @@ from lightllmd.ipc.messages import (
     FINISH_NONE,
     FINISH_STOP,
     Rejected,
-    SamplingParams,
     StepOutput,
     Submit,
 )
-
-DEFAULTS = {
-    "max_total_token_num": 1000,
-    "batch_max_tokens": 600,
-    "running_max_req_size": 100,
-    "router_token_ratio": 0.0,
-    "router_max_new_token_len": 64,
-    "router_max_wait_tokens": 10,
-    "eos_ids": frozenset([256]),
-    "max_queue": 100,
-}
-
-
-def limits(**changes: object) -> Limits:
-    return Limits(**(DEFAULTS | changes))
-
-
-def submit(request: int, length: int = 10, most: int = 20, **fields: object) -> Submit:
-    params = SamplingParams(max_new_tokens=most, **fields.pop("params", {}))
-    values = {"branches": list(range(params.n)), "emitted": [[] for _ in range(params.n)]} | fields
-    return Submit(request, 0, 1, request, [request % 256] * length, params, **values)
+from scheduler_samples import limits, submit
 
 
 class Engine:
-    """A scheduler and its runner."""
+    """A scheduler with a runner that does not overlap."""
 
     def __init__(self, **changes: object) -> None:
         self.scheduler = Scheduler(limits(**changes), 1)
-        self.runner = FakeRunner(FakeSettings())
+        self.loop = StepLoop(self.scheduler, FakeRunner(FakeSettings()))
         self.last: Step | None = None
 
     def put(self, *messages: Submit) -> list[Rejected | None]:
         return [self.scheduler.submit(message) for message in messages]
 
     def step(self) -> StepOutput | None:
-        self.last = self.scheduler.next_step()
-        if self.last is None:
-            return None
-        outputs = self.scheduler.complete(self.runner.run(self.last, lambda: None))
+        outputs = self.loop.turn(lambda: None)
+        self.last = self.loop.completed
         self.scheduler.check()
-        return outputs[0, 1]
+        return outputs.get((0, 1))
 
     def steps(self) -> Iterator[StepOutput]:
         while output := self.step():
@@ -267,10 +245,8 @@ def finishes(eos: int, **params: object) -> list[int]:
     engine = Engine(eos_ids=frozenset([7]))
     engine.put(submit(1, most=4, params=params))
     marks = []
-    while step := engine.scheduler.next_step():
-        result = engine.runner.run(step, lambda: None)
-        result.tokens = [eos]
-        marks += engine.scheduler.complete(result)[0, 1].finishes
+    while engine.scheduler.next_step():
+        marks += engine.scheduler.complete(StepResult([eos], [-1.0], [None]))[0, 1].finishes
     return marks
 
 
