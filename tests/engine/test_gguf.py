@@ -12,8 +12,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from lightllmd.config.shape import Shape
 from lightllmd.errors import WeightsInvalid
 from lightllmd.weights.gguf import READABLE, GgufCheckpoint
+from lightllmd.weights.model_facts import model_facts
 from tiny_models import BASE, VARIANTS, Driver, load, tensors_of, write_model, write_tensors
 
 NAMES = {
@@ -23,6 +25,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -38,7 +42,8 @@ def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def write_gguf(path: Path, config: dict[str, Any], kind: Kind, rope_freqs: np.ndarray | None = None) -> Path:
     """The tiny model of `config` with its matrices stored as `kind`."""
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = config["model_type"]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -47,14 +52,17 @@ def write_gguf(path: Path, config: dict[str, Any], kind: Kind, rope_freqs: np.nd
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_token_list([f"t{number}" for number in range(config["vocab_size"])])
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     for name, tensor in tensors_of(config).items():
         weight = tensor.numpy()
-        if ".q_proj." in name:
+        if architecture == "llama" and ".q_proj." in name:
             weight = llama_cpp_rows(weight, config["num_attention_heads"])
-        if ".k_proj." in name:
+        if architecture == "llama" and ".k_proj." in name:
             weight = llama_cpp_rows(weight, config["num_key_value_heads"])
         stored = kind if weight.ndim > 1 else Kind.F32
         writer.add_tensor(gguf_name(name), gguf.quantize(np.ascontiguousarray(weight), stored), raw_dtype=stored)
@@ -81,11 +89,20 @@ def logits(model: Path) -> torch.Tensor:
     return driver.logits(driver.row(0, [5, 77, 3, 42, 100, 9, 1]))[0]
 
 
-@pytest.mark.parametrize("variant", ["plain", "tied", "biases", "three heads"])
+@pytest.mark.parametrize("variant", ["plain", "tied", "biases", "three heads", "head_dim given", "qwen2", "qwen3"])
 def test_a_gguf_file_is_the_same_model_as_the_directory(tmp_path: Path, variant: str) -> None:
     config = {**BASE, **VARIANTS[variant]}
     folder, file = write_model(tmp_path / "hf", VARIANTS[variant]), write_gguf(tmp_path / "m.gguf", config, Kind.F32)
     assert torch.equal(logits(folder), logits(file))
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_the_probe_understands_a_qwen_file(tmp_path: Path, variant: str) -> None:
+    config = {**BASE, **VARIANTS[variant]}
+    facts = model_facts(str(write_gguf(tmp_path / "m.gguf", config, Kind.Q8_0)))
+    shape = Shape.of(facts.model_type, facts.hf_config)
+    assert (facts.model_type, shape) == (variant, Shape.of(variant, config))
+    assert shape.weight_elements == facts.weight_elements
 
 
 def test_rope_divisors_of_llama3_are_taken_from_their_tensor(tmp_path: Path) -> None:

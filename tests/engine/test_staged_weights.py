@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,6 @@ def test_a_type_that_is_no_weights_ends_it_by_name(tmp_path: Path) -> None:
 
 
 def test_a_load_that_is_given_up_leaves_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import threading
-
     monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
     checkpoint, layout = opened(write_model(tmp_path, CHANGES))
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
