@@ -41,10 +41,10 @@ def parse_lengths(text: str, sharegpt: Lengths) -> Lengths:
     """``100:1024``, ``512`` or ``sharegpt``. Raises ValueError."""
     if text == "sharegpt":
         return sharegpt
-    least, _, most = text.partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal()):
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"{text!r} is neither LEAST:MOST, nor a number of tokens, nor sharegpt")
-    lengths = Lengths(int(least), int(most or least))
+    lengths = Lengths(int(parts[0]), int(parts[-1]))
     if not 1 <= lengths.least <= lengths.most:
         raise ValueError(f"{text!r}: 1 <= LEAST <= MOST is needed")
     return lengths

@@ -114,7 +114,7 @@ def main() -> None:
             "offline_tokens_per_second": rate,
             "percent_of_offline": 100 * report["output_tokens_per_second"] / rate,
         }
-        click.echo(f"{percent:.1f} % of the offline {rate:,.0f} tokens/s")
+        click.echo(f"{told['percent_of_offline']:.1f} % of the offline {rate:,.0f} tokens/s")
     click.echo(f"RESULT {json.dumps(told)}")
 
 
