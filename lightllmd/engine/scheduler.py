@@ -158,18 +158,16 @@ class Scheduler:
         return self._step(no_decode(), rows, batch)
 
     def _decode(self) -> Step:
-        table_rows, starts, taken, positions = [], [], [], []
-        take_next = self.slots.next
-        for sequence in self.running:  # once per token served
-            slots = sequence.slots
-            starts.append(len(slots))
-            slot = take_next(slots[-1])
-            slots.append(slot)
-            taken.append(slot)
-            table_rows.append(sequence.table_row)
-            positions.append(len(sequence.emitted) + sequence.pending)
+        running = self.running
+        held = [sequence.slots for sequence in running]
+        decode = DecodeRows(
+            table_rows=[sequence.table_row for sequence in running],
+            starts=[len(slots) for slots in held],  # before they grow
+            slots=self.slots.grow(held),
+            positions=[len(sequence.emitted) + sequence.pending for sequence in running],
+        )
         self._decoded += 1
-        return self._step(DecodeRows(table_rows, starts, taken, positions), [], list(self.running))
+        return self._step(decode, [], list(running))
 
     def _step(self, decode: DecodeRows, rows: list[Row], sequences: list[Sequence]) -> Step:
         """`sequences`: whose tokens the step makes, in the order of its result."""

@@ -41,17 +41,24 @@ class Slots:
         self._owned[start : start + count] = b"\1" * count
         return list(range(start, start + count))
 
-    def next(self, last: int) -> int:
-        """One slot for the sequence whose newest one is `last`: the one behind it, else the lowest free one."""
-        slot = last + 1
-        if slot >= self.total or self._owned[slot]:
-            slot = self._owned.find(0, self._hint)
-            if slot < 0:
-                raise RuntimeError(f"all {self.total} slots are taken")
-            self._hint = slot + 1
-        self._owned[slot] = 1
-        self.free -= 1
-        return slot
+    def grow(self, held: list[list[int]]) -> list[int]:
+        """Appends one slot to each sequence's: the one behind its last, else the lowest free one. Returns the new ones.
+
+        Raises RuntimeError when fewer are free.
+        """
+        if len(held) > self.free:
+            raise RuntimeError(f"{len(held)} slots asked, {self.free} of {self.total} free")
+        owned, total = self._owned, self.total
+        taken = []
+        for slots in held:  # once per token served
+            slot = slots[-1] + 1
+            if slot >= total or owned[slot]:
+                slot = self._hint = owned.find(0, self._hint)
+            owned[slot] = 1
+            slots.append(slot)
+            taken.append(slot)
+        self.free -= len(taken)
+        return taken
 
     def release(self, slots: list[int]) -> None:
         """Gives slots back. Raises RuntimeError for one that has no owner: it would get two."""

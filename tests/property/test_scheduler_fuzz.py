@@ -464,8 +464,10 @@ def test_allocator_never_gives_a_slot_twice_and_loses_none() -> None:
                 assert held[-1] == sorted(held[-1])
                 assert len(held[-1]) == count
             elif operation < 0.7 and slots.free and held:
-                own = draw.choice(held)
-                own.append(slots.next(own[-1]))
+                growing = draw.sample(held, draw.randint(1, min(len(held), slots.free)))
+                lasts = [own[-1] for own in growing]
+                taken = slots.grow(growing)
+                assert [own[-2:] for own in growing] == [list(pair) for pair in zip(lasts, taken, strict=True)]
             elif held:
                 slots.release(held.pop(draw.randrange(len(held))))
             slots.check()
