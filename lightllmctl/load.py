@@ -8,17 +8,20 @@ MessagePack, a byte goes out when it is ready, the moment to begin comes in, and
 from __future__ import annotations
 
 import asyncio
+import resource
 import ssl
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import msgspec
 import uvloop
 
 from lightllmctl.answer import Answer, BadAnswer, Record
+from lightllmd.errors import CTL_INTERRUPTED, SystemFailure
 
 READY = b"R"
 LEAD = 0.1  # seconds between the word to begin and the beginning, so that all processes have heard it
@@ -60,7 +63,7 @@ class Connection(asyncio.Protocol):
         self._done: asyncio.Future[None]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # of uvloop, which has classes of its own
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None:
@@ -181,34 +184,76 @@ class Generator:
 
 
 def run_share(share: Share, begin: float) -> list[Record]:
+    _allow_files(len(share.planned))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Generator(share).run(begin))
+
+
+def _allow_files(connections: int) -> None:
+    """Raises the soft limit on open files as far as the hard one lets it; the usual 1024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+class Child:
+    """Another process with a part of the load."""
+
+    def __init__(self, share: Share) -> None:
+        command = [sys.executable, "-m", "lightllmctl.load"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+        body = msgspec.msgpack.encode(share)
+        self._in.write(struct.pack("Q", len(body)) + body)
+        self._in.flush()
+
+    def wait_ready(self) -> None:
+        """Raises SystemFailure."""
+        if self._out.read(len(READY)) != READY:
+            raise SystemFailure(f"a load generator ended at its start with {self._process.wait()}")
+
+    def begin(self, moment: float) -> None:
+        self._in.write(struct.pack("d", moment))
+        self._in.flush()
+
+    def records(self) -> list[Record]:
+        """Waits for them. Raises SystemFailure."""
+        body = self._out.read()
+        if code := self._process.wait():
+            raise SystemFailure(f"a load generator ended with {code}")
+        return msgspec.msgpack.decode(body, type=list[Record])
+
+    def end(self) -> None:
+        self._process.kill()
+        with self._process:  # closes the pipes, waits
+            pass
+
+
 def generate(share: Share, processes: int = 1) -> list[Record]:
-    """Runs the whole load in `processes` processes (1: this one) that begin together."""
+    """Runs the whole load in `processes` processes (1: this one) that begin together. Raises SystemFailure."""
     processes = max(1, min(processes, share.concurrency or len(share.planned), len(share.planned)))
     if processes == 1:
         return run_share(share, time.monotonic())
-    children = [_spawn(part) for part in split(share, processes)]
+    children: list[Child] = []
     try:
+        for part in split(share, processes):
+            children.append(Child(part))
         for child in children:
-            if child.stdout.read(1) != READY:
-                raise RuntimeError(f"a load generator ended at its start with {child.wait()}")
-        begin = struct.pack("d", time.monotonic() + LEAD)
+            child.wait_ready()
+        moment = time.monotonic() + LEAD
         for child in children:
-            child.stdin.write(begin)
-            child.stdin.flush()
-        answers = [child.communicate()[0] for child in children]
+            child.begin(moment)
+        return [record for child in children for record in child.records()]
     finally:
         for child in children:
-            child.kill()
-            child.wait()
-    parts = [msgspec.msgpack.decode(answer, type=list[Record]) for answer in answers]
-    return [record for part in parts for record in part]
+            child.end()
 
 
 def split(share: Share, processes: int) -> Iterator[Share]:
@@ -216,14 +261,6 @@ def split(share: Share, processes: int) -> Iterator[Share]:
     for number in range(processes):
         concurrency = len(range(number, share.concurrency, processes))
         yield msgspec.structs.replace(share, planned=share.planned[number::processes], concurrency=concurrency)
-
-
-def _spawn(share: Share) -> subprocess.Popen[bytes]:
-    child = subprocess.Popen([sys.executable, "-m", "lightllmctl.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    body = msgspec.msgpack.encode(share)
-    child.stdin.write(struct.pack("Q", len(body)) + body)
-    child.stdin.flush()
-    return child
 
 
 def main() -> None:
@@ -237,4 +274,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(CTL_INTERRUPTED)

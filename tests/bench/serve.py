@@ -88,7 +88,9 @@ def main() -> None:
     slo, processes, _, url = (options.pop(name) for name in ("slo", "processes", "as_json", "base_url"))
     settings = toml_settings(given.set)
     if given.offline_only:
-        keys = {key.removeprefix("engine."): value for key, value in settings.items() if not key.startswith("http.")}
+        # [http] and the like are the daemon's own.
+        keys = {key: value for key, value in settings.items() if "." not in key.removeprefix("engine.")}
+        keys = {key.removeprefix("engine."): value for key, value in keys.items()}
         print(json.dumps(offline(given.model, keys, options)))
         return
     with ExitStack() as stack:
