@@ -44,7 +44,7 @@ def segments_for(batch: int, kv_heads: int, width: int, multiprocessors: int = 1
     return segments
 
 
-def workspace_elements(batch: int, heads: int, head_dim: int, segments: int) -> int:
+def workspace_size(batch: int, heads: int, head_dim: int, segments: int) -> int:
     """fp32 numbers that `partial` of `decode_attention` has room for."""
     return batch * heads * segments * (head_dim + 1) if segments > 1 else 0
 
@@ -217,7 +217,7 @@ def decode_attention(
 
     ``cache [S, 2K, D]``, ``table [R, W]`` int32 slots; row b is ``table[rows[b]]`` and has ``positions[b] + 1`` tokens,
     none of them gives zeros. With `packed` the heads of a group share a program, otherwise each has its own.
-    `segments` is a power of two; above 1 `partial` is needed: fp32, contiguous, `workspace_elements` or more, whatever
+    `segments` is a power of two; above 1 `partial` is needed: fp32, contiguous, `workspace_size` or more, whatever
     they hold. With `arrived`, int32 zeros, B * H or more, the program that ends last merges the segments, and leaves
     zeros; without it that is a second launch.
     """

@@ -15,7 +15,7 @@ from lightllmd.kernels.decode_attention import (
     decode_attention,
     decode_tiles,
     segments_for,
-    workspace_elements,
+    workspace_size,
 )
 
 SCALE = 0.3
@@ -38,7 +38,7 @@ def attend(
     """The last `padding` of the rows of `q` are padding, the others have `lengths`."""
     device, (batch, heads, dim) = str(q.device), q.shape
     out = torch.full((batch, heads, dim), float("nan"), dtype=q.dtype, device=device)
-    partial = torch.full((workspace_elements(batch, heads, dim, segments),), float("nan"), device=device)
+    partial = torch.full((workspace_size(batch, heads, dim, segments),), float("nan"), device=device)
     arrived = torch.zeros(batch * heads, dtype=torch.int32, device=device) if fused else None
     table_rows = int32(rows.table_rows + [len(rows.table) - 1] * padding, device)
     positions = int32([length - 1 for length in lengths] + [0] * padding, device)
