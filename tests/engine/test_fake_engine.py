@@ -185,10 +185,11 @@ def test_it_is_ready_only_after_a_real_token_and_has_imported_no_torch(start: St
     assert "libtorch" not in Path(f"/proc/{engine.process.pid}/maps").read_text()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_streams_get_their_tokens_in_order_and_the_socket_goes_with_the_process(
-    start: Start, connect: Connect, tmp_path: Path
+    start: Start, connect: Connect, tmp_path: Path, overlap: bool
 ) -> None:
-    engine = start().wait_ready()
+    engine = start(overlap=overlap).wait_ready()
     apis = [connect(engine, 0), connect(engine, 1)]
     wide = apis[0].submit(1, "hello", 50, params={"n": 3, "do_sample": True, "seed": 11})
     plain = apis[1].submit(1, "world", 70)
@@ -246,8 +247,9 @@ def test_progress_of_loading_and_heartbeats_while_idle(start: Start) -> None:
     assert time.monotonic() - begun < 8 * 0.5 + 1
 
 
-def test_idle_means_asleep(start: Start) -> None:
-    engine = start().wait_ready()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_idle_means_asleep(start: Start, overlap: bool) -> None:
+    engine = start(overlap=overlap).wait_ready()
     process = psutil.Process(engine.process.pid)
     count, before = len(engine.beats()), process.cpu_times()
     engine.hear(lambda: len(engine.beats()) >= count + 8)
@@ -255,8 +257,9 @@ def test_idle_means_asleep(start: Start) -> None:
     assert after.user + after.system - before.user - before.system < 0.2, "8 heartbeats take 2 s"
 
 
-def test_all_rows_advance_together_at_the_pace_that_is_set(start: Start, connect: Connect) -> None:
-    engine = start(tokens_per_second=100).wait_ready()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_all_rows_advance_together_at_the_pace_that_is_set(start: Start, connect: Connect, overlap: bool) -> None:
+    engine = start(tokens_per_second=100, overlap=overlap).wait_ready()
     api = connect(engine)
     begun = time.monotonic()
     requests = [api.submit(i, f"p{i}", 51) for i in range(32)]
@@ -270,8 +273,9 @@ def test_all_rows_advance_together_at_the_pace_that_is_set(start: Start, connect
         assert api.tokens(request) == expected(f"p{i}", 51)
 
 
-def test_load_is_told_at_once_when_it_falls_idle(start: Start, connect: Connect) -> None:
-    engine = start(tokens_per_second=100).wait_ready()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_load_is_told_at_once_when_it_falls_idle(start: Start, connect: Connect, overlap: bool) -> None:
+    engine = start(tokens_per_second=100, overlap=overlap).wait_ready()
     api = connect(engine)
     api.hear(api.load)
     request = api.submit(1, "x", 60)
@@ -282,8 +286,9 @@ def test_load_is_told_at_once_when_it_falls_idle(start: Start, connect: Connect)
     api.hear(lambda: api.load() == Load(3, 4000, 0, 0, 0, 0, 0.0))
 
 
-def test_abort_and_a_dead_api_worker_give_slots_back(start: Start, connect: Connect) -> None:
-    engine = start(tokens_per_second=100).wait_ready()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_abort_and_a_dead_api_worker_give_slots_back(start: Start, connect: Connect, overlap: bool) -> None:
+    engine = start(tokens_per_second=100, overlap=overlap).wait_ready()
     api, dead = connect(engine, 0), connect(engine, 1)
     first, second = api.submit(1, "x", 3000), dead.submit(1, "y", 500)
     api.hear(lambda: api.tokens(first))
@@ -322,6 +327,20 @@ def test_poison_ends_the_engine_in_the_step_that_runs_it(start: Start, connect: 
     if way == "exception":
         assert engine.up[-1] == Failed("error", "the fake engine was poisoned")
         assert "Traceback" in engine.stderr.read_text()
+
+
+def test_a_step_launched_behind_a_prefill_hides_none_of_its_requests(start: Start, connect: Connect) -> None:
+    """With overlap the engine dies of a prefill when the next step is out already."""
+    engine = start(poison="arsenic", tokens_per_second=100, overlap=True).wait_ready()
+    api = connect(engine)
+    proven = api.submit(1, "harmless", 1000)
+    api.hear(lambda: api.tokens(proven))
+    engine.hear(lambda: engine.flight().kind == "decode" and not engine.flight().unproven)
+    guilty = api.submit(2, "some arsenic please", 5)
+    assert engine.wait_end() == -signal.SIGSEGV
+    flight = engine.flight()
+    assert flight.unproven == [guilty]
+    assert (flight.kind, flight.rows, flight.tokens) == ("decode", 2, 2)
 
 
 def test_poison_that_hangs_falls_silent_and_shows_its_stack(start: Start, connect: Connect) -> None:
@@ -374,8 +393,11 @@ def test_a_fault_with_a_file_acts_only_while_the_file_exists(start: Start, tmp_p
     assert engine.process.poll() is None
 
 
-def test_statistics_are_logged_while_a_batch_runs_and_metrics_are_counted(start: Start, connect: Connect) -> None:
-    engine = start(tokens_per_second=100).wait_ready()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_statistics_are_logged_while_a_batch_runs_and_metrics_are_counted(
+    start: Start, connect: Connect, overlap: bool
+) -> None:
+    engine = start(tokens_per_second=100, overlap=overlap).wait_ready()
     api = connect(engine)
     request = api.submit(1, "x", 40)
     api.hear(lambda: len(api.tokens(request)) == 40)

@@ -16,6 +16,7 @@ from harness import Daemon, Killer, generate_stream, run, wait_for
 from lightllmd.engine.fake import fake_token
 
 STREAMS = 64
+OVERLAP = ("--engine.fake.overlap", "true")
 TOKENS = 200
 FAST_FAKE = ("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1")
 
@@ -24,9 +25,14 @@ def expected(prompt: str, tokens: int, branch: int = 0) -> list[int]:
     return [fake_token(list(prompt.encode()), 0, branch, position) for position in range(tokens)]
 
 
-@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 5)], ids=["SIGKILL", "SIGSTOP"])
-def test_killed_worker_loses_no_stream(tmp_path: Path, number: int, kills: int) -> None:
-    with Daemon(tmp_path, *FAST_FAKE, "--supervisor.hang_timeout", "2", "--supervisor.abort_grace", "0.2") as daemon:
+@pytest.mark.parametrize(
+    ("number", "kills", "flags"),
+    [(signal.SIGKILL, 5, ()), (signal.SIGKILL, 5, OVERLAP), (signal.SIGSTOP, 5, OVERLAP)],
+    ids=["SIGKILL", "SIGKILL overlapped", "SIGSTOP overlapped"],
+)
+def test_killed_worker_loses_no_stream(tmp_path: Path, number: int, kills: int, flags: tuple[str, ...]) -> None:
+    flags = (*FAST_FAKE, *flags)
+    with Daemon(tmp_path, *flags, "--supervisor.hang_timeout", "2", "--supervisor.abort_grace", "0.2") as daemon:
         killer = Killer(daemon, number, kills, STREAMS * TOKENS, seed=int(number))
 
         async def all_streams() -> list[tuple[list[int], str]]:
@@ -74,9 +80,13 @@ def test_killed_worker_loses_no_branch_and_no_plain_answer(tmp_path: Path) -> No
             assert answers[24 + i] == [bytes(expected(f"n{i}", TOKENS, branch)).decode() for branch in range(4)]
 
 
-@pytest.mark.parametrize("way", ["SIGSEGV", "exception", "hang"])
-def test_poison_request_gets_its_500_and_the_others_finish(tmp_path: Path, way: str) -> None:
-    flags = (*FAST_FAKE, "--engine.fake.poison", "arsenic", "--engine.fake.poison_way", way)
+@pytest.mark.parametrize(
+    ("way", "overlap"),
+    [("SIGSEGV", ()), ("SIGSEGV", OVERLAP), ("exception", ()), ("hang", OVERLAP)],
+    ids=["SIGSEGV", "SIGSEGV overlapped", "exception", "hang overlapped"],
+)
+def test_poison_request_gets_its_500_and_the_others_finish(tmp_path: Path, way: str, overlap: tuple[str, ...]) -> None:
+    flags = (*FAST_FAKE, *overlap, "--engine.fake.poison", "arsenic", "--engine.fake.poison_way", way)
     with Daemon(tmp_path, *flags, "--supervisor.hang_timeout", "1", "--supervisor.abort_grace", "0.2") as daemon:
 
         async def poison(client: httpx.AsyncClient) -> httpx.Response:
