@@ -46,7 +46,10 @@ def model_facts(model_dir: str, *, dummy: bool = False) -> ModelFacts:
 
 
 def _dummy(facts: ModelFacts) -> ModelFacts:
-    elements = Shape.of(facts.model_type, facts.hf_config).weight_elements
+    try:
+        elements = Shape.of(facts.model_type, facts.hf_config).weight_elements
+    except ConfigInvalid:
+        elements = 0  # resolution tells it, unless the model's type is reason enough to refuse it
     return msgspec.structs.replace(facts, format="dummy", files=[], weight_elements=elements, weight_bytes=0)
 
 

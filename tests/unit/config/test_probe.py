@@ -198,6 +198,11 @@ def test_random_weights_need_nothing_but_a_config(hf_model: Callable[..., Path])
     assert facts.weight_elements == 2 * 100 * 16 + 2 * (16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
 
 
+def test_a_config_that_lacks_a_size_is_left_for_resolution_to_refuse(hf_model: Callable[..., Path]) -> None:
+    facts = model_facts(str(hf_model(hidden_size=None, model_type="bloom")), dummy=True)
+    assert (facts.model_type, facts.weight_elements) == ("bloom", 0)
+
+
 def test_random_weights_may_have_a_tokenizer_and_ignore_weight_files(hf_model: Callable[..., Path]) -> None:
     folder = hf_model()
     (folder / "model.safetensors").write_bytes(b"damaged")
