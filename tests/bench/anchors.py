@@ -47,8 +47,17 @@ ANCHORS: dict[str, dict[str, tuple[float | None, float]]] = {
 }
 
 
+# Modes that choose a kernel and leave weights and cache as they are; what was measured and the limits are for these.
+PLAIN = {
+    "triton_flashdecoding",
+    "triton_gqa_attention",
+    "triton_gqa_flashdecoding",
+    "ppl_fp16",
+    "ppl_fp16_flashdecoding",
+}
+
+
 def anchors_of(config: dict[str, Any], card: str, dtype: str, mode: list[str]) -> dict[str, tuple[float | None, float]]:
     """By the name of the work; empty where nothing comparable was measured."""
     name = SHAPES.get((config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]), "")
-    quantised = any(part for part in mode if "int" in part or "w4" in part or "w8" in part or "fp8" in part)
-    return ANCHORS.get(name, {}) if "H100" in card and dtype == "bfloat16" and not quantised else {}
+    return ANCHORS.get(name, {}) if "H100" in card and dtype == "bfloat16" and PLAIN.issuperset(mode) else {}

@@ -35,11 +35,12 @@ import tomli
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from anchors import anchors_of
-from roofline import Roofline, card_of
+from anchors import PLAIN, anchors_of
+from roofline import Card, Roofline, card_of
 
 from lightllmctl.workload import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Lengths, draw_ids, draw_lengths
 from lightllmd import LLM
+from lightllmd.config.plan import Plan
 from lightllmd.errors import LightllmdError
 
 WORKS = ("decode", "prefill", "uniform", "sharegpt")
@@ -345,6 +346,16 @@ class Report:
         )
 
 
+def roofline_of(plan: Plan) -> Roofline | None:
+    """None where a percentage would mean nothing."""
+    params = plan.config.params
+    card = card_of(plan.device.kind, plan.device.name, plan.data_type)
+    if card is None or plan.model is None or not PLAIN.issuperset(params.mode):
+        return None
+    together = Card(card.name, params.tp * card.bandwidth, params.tp * card.arithmetic)
+    return Roofline.of(plan.model.hf_config, 4 if plan.data_type == "float32" else 2, together)
+
+
 @contextmanager
 def problems_told() -> Iterator[None]:
     try:
@@ -361,9 +372,7 @@ def main() -> None:
         print(llm.memory_report(), flush=True)
         gc.collect()
         gc.freeze()  # as the daemon's engine does before it serves
-        card = card_of(plan.device.kind, plan.device.name, plan.data_type)
-        item = 4 if plan.data_type == "float32" else 2
-        roofline = Roofline.of(plan.model.hf_config, item, card) if card and plan.model else None
+        roofline = roofline_of(plan)
         report = Report(given, llm)
         report.add(Result("start", ready, "s", None, {}, {}))
         bench = Bench(llm, roofline, given.repeats)
