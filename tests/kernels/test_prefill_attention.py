@@ -1,0 +1,101 @@
+"""Prefill attention is causal behind each row's cached tokens, and reads a row's own slots and nothing else."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kv_rows import KvRows, int32
+from lightllmd.kernels import reference
+from lightllmd.kernels.prefill_attention import TileShape, pairs_per_tile, prefill_attention, tile_shape, tiles_for
+
+SCALE = 0.3
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def check(
+    counts: list[int],
+    starts: list[int],
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: str,
+    shuffled: bool = False,
+    before: int = 0,
+    shape: TileShape | None = None,
+    kv_heads: int = 2,
+) -> None:
+    """`before` tokens of other rows are packed before those of these."""
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    rows = KvRows.of(lengths, kv_heads, dim, dtype, device)
+    heads, total = kv_heads * group, before + sum(counts)
+    qkv = torch.randn(total, heads + 2 * kv_heads, dim, generator=torch.Generator().manual_seed(1))
+    q = qkv.to(device, dtype)[:, :heads]
+    out = torch.full((total, heads, dim), float("nan"), dtype=dtype, device=device)
+    ends = [before + sum(counts[: index + 1]) for index in range(len(counts))]
+    first = [before, *ends[:-1]]
+    tiles = torch.from_numpy(tiles_for(counts, starts, group))
+    if shuffled:
+        tiles = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(2))]
+    where = [int32(numbers, device) for numbers in (rows.table_rows, first, counts, starts)]
+    prefill_attention(q, rows.cache, rows.table, tiles.to(device), *where, SCALE, out, tokens=sum(counts), shape=shape)
+    assert out[:before].isnan().all()
+    for (begin, end), slots in zip(pairwise([before, *ends]), rows.slots, strict=True):
+        truth = reference.attention(q[begin:end], rows.cache, slots, SCALE)
+        torch.testing.assert_close(out[begin:end], truth, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
+def test_groups_of_query_heads(group: int, dim: int, dtypes: torch.dtype, device: str) -> None:
+    check([9, 1], [0, 30], group, dim, dtypes, device)
+
+
+@pytest.mark.parametrize("start", [0, 1, 31, 63, 64, 65])
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_rows_around_the_borders_of_blocks(start: int, count: int, dtypes: torch.dtype, device: str) -> None:
+    check([count], [start], 2, 64, dtypes, device, kv_heads=1)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_several_rows_of_several_tiles_in_any_order(shuffled: bool, dtypes: torch.dtype, device: str) -> None:
+    check([40, 1, 70, 17], [0, 90, 5, 64], 3, 64, dtypes, device, shuffled)
+
+
+def test_rows_packed_behind_other_tokens_leave_those_alone(dtypes: torch.dtype, device: str) -> None:
+    check([20, 3], [0, 12], 2, 64, dtypes, device, before=5)
+
+
+@pytest.mark.parametrize("dim", [16, 32, 256])
+def test_other_head_dims(dim: int, dtypes: torch.dtype, device: str) -> None:
+    check([20, 3], [0, 12], 2, dim, dtypes, device)
+
+
+def test_large_steps_use_large_tiles(dtypes: torch.dtype, device: str) -> None:
+    counts, starts = [200, 64], [0, 130]
+    assert pairs_per_tile(sum(counts), 16) == 128
+    check(counts, starts, 16, 64, dtypes, device, kv_heads=1)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("block_n", [16, 128])
+def test_shapes_of_every_size_give_the_same(block_m: int, block_n: int, dtypes: torch.dtype, device: str) -> None:
+    shape = tile_shape(dtypes, 64, 64)._replace(block_m=block_m, block_n=block_n)
+    check([40, 3], [0, 90], 3, 64, dtypes, device, shape=shape)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 16])
+def test_tiles_cover_every_pair_once_the_heaviest_first(group: int) -> None:
+    for counts, starts in ([1], [0]), ([100, 1, 300, 64], [0, 500, 7, 0]), ([3000, 2000], [0, 1500]):
+        tiles = tiles_for(counts, starts, group).tolist()
+        pairs = pairs_per_tile(sum(counts), group)
+        every = [
+            (row, tile) for row, count in enumerate(counts) for tile in range((count * group + pairs - 1) // pairs)
+        ]
+        assert sorted(map(tuple, tiles)) == every
+        keys = [starts[row] + min((tile + 1) * pairs, counts[row] * group) // group for row, tile in tiles]
+        assert keys == sorted(keys, reverse=True)
