@@ -23,7 +23,7 @@ SHARED_BYTES = 4 * (SHARED_SUMS + SHARED_COUNTERS)
 
 class Tile(NamedTuple):
     gemv: bool
-    block_n: int  # weight rows of a tile, even
+    block_n: int  # weight rows of a tile, a power of two; at least 2 if gated: both halves of a column
     block_k: int
     warps: int
     stages: int  # blocks of K in flight in shared memory; 1: in registers
@@ -46,22 +46,34 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
-    """Whether the product here beats cuBLAS's (with a separate activation if `gated`)."""
-    return supports(dtype) and m <= 64
+    """Whether the product here beats cuBLAS's (with a separate activation if `gated`).
+
+    Up to 16 rows always. Beyond, large weights: an activation is then saved, or many tiles keep every processor busy.
+    """
+    if not supports(dtype):
+        return False
+    if m <= 16:
+        return True
+    return (m <= 64 and (gated or n > 65536)) or (m <= 32 and k > 8192)
 
 
 def fuses_norm(m: int, dtype: torch.dtype) -> bool:
     """Whether `linear` should be given the norm's weight; else the caller norms x in a kernel of its own.
 
-    On tensor cores every program would norm all rows for its few columns: that costs more than it saves, and in fp16
-    the unscaled product of x and the norm's weight can overflow (residual streams reach 1e4).
+    Every program would norm all rows for its few columns: with more than one row that costs more than it saves. And on
+    tensor cores, in fp16, the unscaled product of x and the norm's weight can overflow (residual streams reach 1e4).
     """
-    return m <= gemv_rows(dtype)
+    return m == 1
 
 
-def gemv_rows(dtype: torch.dtype) -> int:
+def overlaps(m: int) -> bool:
+    """Whether programmatic dependent launch pays: while weights go through registers."""
+    return m <= gemv_rows()
+
+
+def gemv_rows() -> int:
     """Up to how many rows `tile_for` chooses `gemv`."""
-    return 4
+    return 2
 
 
 def block_rows(m: int) -> int:
@@ -70,24 +82,29 @@ def block_rows(m: int) -> int:
 
 
 @functools.cache
-def tile_for(m: int, n: int, k: int, dtype: torch.dtype, shares: bool) -> Tile:
+def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, shares: bool) -> Tile:
     """`shares`: programs may share a tile, so a workspace is at hand and no norm is fused."""
-    if m <= gemv_rows(dtype):
-        return _gemv_tile(m, n, k)
+    if m <= gemv_rows():
+        tile = _gemv_tile(m, n, k)
+        return tile._replace(block_n=max(2, tile.block_n)) if gated else tile
     rows = block_rows(m)
     block_k = next((block for block in (256, 128, 64) if k % block == 0), 64)
+    narrow = min(block_k, 128)
     if rows <= 16:
-        return Tile(False, 16 if n <= 8192 else 32, block_k, 4, 4)
+        if n > 8192:
+            return Tile(False, 32, block_k, 4, 3)
+        if n > 4096:
+            return Tile(False, 64, narrow, 4, 4, evict="evict_first")
+        return Tile(False, 16, block_k, 4, 4) if k > 8192 else Tile(False, 32, narrow, 4, 6)
     if rows <= 32:
-        return Tile(False, 16 if n <= 4096 else 32, min(block_k, 128), 4, 5)
+        if n > 65536:
+            return Tile(False, 64, narrow, 4, 4)
+        return Tile(False, 32, narrow, 4, 4) if n > 4096 else Tile(False, 16, block_k, 4, 4)
     if rows <= 64:
-        return Tile(False, 32 if n <= 8192 else 64, min(block_k, 128), 4, 4)
-    if rows <= 128:
-        tile = Tile(False, 64, 64, 4, 4)
-        resident = 2
-    else:
-        tile = Tile(False, 128, 64, 8, 4)
-        resident = 1
+        return Tile(False, 64, narrow, 4, 3) if n > 8192 else Tile(False, 32, narrow, 4, 5)
+    # Every program reads all of x through the L2 cache, which is no faster than that of columns as many as rows.
+    block_n, stages, resident = (128, 3, 2) if rows <= 128 and n > 8192 else (64, 4, 2) if rows <= 128 else (128, 4, 1)
+    tile = Tile(False, block_n, 64, 8, stages)
     tiles = cdiv(n, tile.block_n)
     slots = resident * STREAMING_PROCESSORS
     # Whole waves, or so many that the last one matters little; else all programs get an equal part of all tiles.
@@ -98,9 +115,16 @@ def tile_for(m: int, n: int, k: int, dtype: torch.dtype, shares: bool) -> Tile:
 
 
 def _gemv_tile(m: int, n: int, k: int) -> Tile:
-    block_k = min(power_above(k), 2048 if m == 1 else 1024)
-    block_n = 2 if block_k >= 1024 else 4
-    return Tile(True, block_n, block_k, 4, 1)
+    """Few rows per program where N is small, for there to be programs enough; long blocks of K, in registers."""
+    whole = next((block for block in (4096, 2048, 1024, 512) if k % block == 0), min(power_above(k), 1024))
+    if m > 1:
+        return Tile(True, 2 if n > 8192 else 1, min(whole, 2048), 8, 1, evict="evict_first")
+    if n > 8192:
+        return Tile(True, 2, whole, 8, 1)
+    if n > 4096:
+        return Tile(True, 1, min(whole, 2048), 8, 1, evict="evict_first")
+    rows = 8 if k > 8192 else 4
+    return Tile(True, min(rows, max(1, power_above(n // 1024 + 1) // 2)), whole, 8, 1, evict="evict_first")
 
 
 def shared_elements(m: int, n: int, tile: Tile) -> tuple[int, int]:

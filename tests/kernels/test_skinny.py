@@ -182,9 +182,12 @@ SHAPES = [
 
 
 def test_rules_give_a_tile_that_fits_to_every_shape() -> None:
-    for m, (n, k), shares in itertools.product((*range(1, 66), 100, 128, 256, 257, 5000), SHAPES, (False, True)):
-        tile = tiles.tile_for(m, n, k, torch.bfloat16, shares)
-        assert tile.block_n % 2 == 0, "gate and up of a column belong to one program"
+    rows = (*range(1, 66), 100, 128, 256, 257, 5000)
+    for m, (n, k), gated, shares in itertools.product(rows, SHAPES, (False, True), (False, True)):
+        tile = tiles.tile_for(m, n, k, torch.bfloat16, gated, shares)
+        assert tile.block_n == tiles.power_above(tile.block_n)
+        assert tile.block_k == tiles.power_above(tile.block_k)
+        assert not gated or tile.block_n > 1, "gate and up of a column belong to one program"
         assert shares or not tile.programs
         if tile.gemv:
             assert m <= tiles.GEMV_ROWS
@@ -208,5 +211,5 @@ def test_fp32_is_left_to_the_caller() -> None:
 def test_rules_as_they_are(m: int, device: str) -> None:
     """The whole way with the tile that the rules choose, on a shape whose K is no multiple of most blocks."""
     n, k = 192, 576
-    tile = tiles.tile_for(m, n, k, torch.float16, False)
+    tile = tiles.tile_for(m, n, k, torch.float16, True, False)
     check(tile, m, n, k, device, torch.float16, norm=tiles.fuses_norm(m, torch.float16), activation="silu")

@@ -56,7 +56,7 @@ def measure(name: str, sweeps: bool, report: Report) -> None:
 
 
 def by_rule(product: Product, m: int) -> Variant:
-    return Variant(tiles.tile_for(m, product.n, product.k, DTYPE, True))
+    return Variant(tiles.tile_for(m, product.n, product.k, DTYPE, product.gates, True))
 
 
 def fusions(product: Product, variant: Variant, m: int) -> list[bool]:

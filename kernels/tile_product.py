@@ -1,0 +1,110 @@
+"""One tile of a product of few rows, for kernels on tensor cores: how it is multiplied and what is made of its sums."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lightllmd.kernels.activation import activate
+from lightllmd.kernels.gemv import load_weights, weight_row
+
+
+@triton.jit
+def prefetch(weight, group, N: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Asks for the first 2 KiB of the tile's weight rows in the L2 cache, 128 bytes per element."""
+    row = tl.minimum(weight_row(group * BLOCK_N + tl.arange(0, BLOCK_N), N, ACTIVATION), N - 1)
+    at = tl.minimum(tl.arange(0, 16) * 64, K - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [weight + row[:, None] * K + at[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def multiply(
+    x,
+    weight,
+    norm,
+    x_stride,
+    eps,
+    m,
+    M,
+    group,
+    first,
+    end,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """fp32 sums ``[BLOCK_M, BLOCK_N]`` over ``first <= k < end`` of tile `group`."""
+    used = (m < M)[:, None]
+    k = tl.arange(0, BLOCK_K)
+    column = group * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Weight rows past the last are clamped, not masked: their sums are never stored.
+    row = tl.minimum(weight_row(column, N, ACTIVATION), N - 1)
+    rows = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+    tile = weight + row[None, :] * K + k[:, None]
+    whole: tl.constexpr = K % BLOCK_K == 0
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if norm is not None:
+        squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
+        if whole:
+            a = tl.load(rows + start, mask=used, other=0.0)
+        else:
+            a = tl.load(rows + start, mask=used & (start + k < K)[None, :], other=0.0)
+        b = load_weights(tile + start, start + k[:, None], K, whole, EVICT)
+        if norm is not None:
+            wide = a.to(tl.float32)
+            squares += wide * wide
+            scale = tl.load(norm + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            a = (wide * scale[None, :]).to(a.dtype)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    if norm is not None:
+        sums *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+    return sums
+
+
+@triton.jit
+def finish(
+    sums,
+    out,
+    bias,
+    residual,
+    out_stride,
+    residual_stride,
+    m,
+    M,
+    group,
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Bias, activation and residual of a whole tile. Its elements are this program's alone, so out may be residual."""
+    column = group * BLOCK_N + tl.arange(0, BLOCK_N)
+    if bias is not None:
+        added = tl.load(bias + weight_row(column, N, ACTIVATION), mask=column < N, other=0.0)
+        sums += added.to(tl.float32)[None, :]
+    if ACTIVATION is None:
+        y = sums
+        owned = column < N
+    else:
+        gate, up = tl.split(tl.reshape(sums, [BLOCK_M, BLOCK_N // 2, 2]))
+        y = activate(gate, ACTIVATION) * up
+        column = group * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        owned = column < N // 2
+    stored = (m < M)[:, None] & owned[None, :]
+    m = m.to(tl.int64)[:, None]
+    if residual is not None:
+        y += tl.load(residual + m * residual_stride + column[None, :], mask=stored, other=0.0).to(tl.float32)
+    tl.store(out + m * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=stored)
