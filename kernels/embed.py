@@ -14,7 +14,7 @@ def _copy_row(source, target, columns, BLOCK: tl.constexpr):
     tl.store(target + column, tl.load(source + column, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions", "slots"])
 def _enter(
     tokens,
     rows,
@@ -38,7 +38,7 @@ def _enter(
     _copy_row(embedding + token.to(tl.int64) * embedding_stride, out + at * out_stride, columns, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def _gather_rows(x, index, out, x_stride, out_stride, columns, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64)
     _copy_row(x + tl.load(index + at).to(tl.int64) * x_stride, out + at * out_stride, columns, BLOCK)

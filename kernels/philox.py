@@ -11,6 +11,8 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 _LOW = 0xFFFFFFFF
+# Tokens t and t + RUN, t + 2 RUN, t + 3 RUN (of a chunk of 4 RUN) get the four words of one call.
+RUN = 1024
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -32,3 +34,18 @@ def uniform(seed: Tensor, branch: Tensor, position: Tensor) -> Tensor:
     zero = torch.zeros_like(seed)
     words = philox((position & _LOW, branch & _LOW, zero, zero), (seed & _LOW, seed >> 32 & _LOW))
     return ((words[0] << 16 | words[1] >> 16).double() + 0.5) * 2.0**-48
+
+
+def gumbel(seed: int, branch: int, position: int, vocab: int) -> Tensor:
+    """Standard Gumbel noise ``[vocab]`` fp32, one per token id, of one row's draw.
+
+    Minus the logarithm of an exponential variable, -log(1 - u), which is summed as a series where u is small: the
+    largest noise, which decides a draw, comes from the smallest u and is the finest grained.
+    """
+    calls = torch.arange(-(-vocab // (4 * RUN)) * RUN)
+    fixed = [torch.full_like(calls, word & _LOW) for word in (position, branch, 1, seed, seed >> 32)]
+    words = philox((fixed[0], fixed[1], calls, fixed[2]), (fixed[3], fixed[4]))
+    ordered = torch.stack([word.view(-1, RUN) for word in words], 1).flatten()[:vocab]
+    u = ((ordered.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    series = u + u * u * (0.5 + u * (1 / 3 + u / 4))
+    return -torch.where(u < 2.0**-6, series, -(1 - u).log()).log()

@@ -115,3 +115,45 @@ def attention(q: Tensor, cache: Tensor, slots: Tensor, scale: float) -> Tensor:
     hidden = torch.arange(length, device=q.device)[None] > newest[:, None]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def shape(
+    logits: Tensor,
+    counts: Tensor,
+    repetition: float,
+    frequency: float,
+    presence: float,
+    eos: list[int],
+    growth: float,
+    masked: bool,
+    allowed: Tensor | None,
+    inverse_temperature: float,
+) -> Tensor:
+    """One row's ``logits [V]`` as its softmax sees them: penalties for tokens of ``counts [V]`` above 0, then eos
+    grows by `growth` times its magnitude or is masked, then all but ``allowed [V]`` go, then the temperature."""
+    penalised = torch.where(logits > 0, logits / repetition, logits * repetition) - counts * frequency - presence
+    x = torch.where(counts > 0, penalised.clamp(max=1e30), logits)
+    for token in eos:
+        if masked:
+            x[token] = -1e6
+        elif growth and x[token] > float("-inf"):
+            x[token] = min(x[token] + x[token].abs() * min(growth, 1e30), 1e30)
+    if allowed is not None:
+        x = x.masked_fill(~allowed, float("-inf"))
+    return x * inverse_temperature
+
+
+def kept(x: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Which tokens of ``x [V]`` are drawn from. They are ranked by logit, equal ones by id: those whose preceding mass
+    exceeds `top_p` (above 1: none) go, then those at rank `top_k` and beyond."""
+    values, ids = x.double().softmax(-1).sort(descending=True, stable=True)
+    stays = ((values.cumsum(-1) - values) <= top_p) & (torch.arange(len(x), device=x.device) < top_k)
+    return torch.zeros_like(stays).scatter_(0, ids, stays)
+
+
+def choose(x: Tensor, top_p: float, top_k: int, noise: Tensor | None) -> tuple[int, float]:
+    """One row's token and its log-probability among all tokens: the highest of ``x [V]``, or of ``x + noise`` among the
+    kept; the lowest id among equals."""
+    key = x if noise is None else (x + noise).masked_fill(~kept(x, top_p, top_k), float("-inf"))
+    token = int(key.argmax())
+    return token, float(x.double().log_softmax(-1)[token])

@@ -11,7 +11,7 @@ from torch import Tensor
 TILE = 1024  # pairs of elements of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["angles", "slots"])
 def _rope_kv(
     qkv,
     cos_sin,

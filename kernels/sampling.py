@@ -1,0 +1,407 @@
+"""From logits to the next token of each row on a GPU, with nothing read by the host. Meaning: `reference.sample`.
+
+The first kernel reads every logit once, a program per row and chunk of the vocabulary: it shapes the logits, and
+reduces each chunk to its softmax statistics and its best candidate: the highest logit of a greedy row, the highest sum
+of logit and Gumbel noise of one that draws, which is a draw from the softmax (Gumbel 1954, "Gumbel-max trick"). The
+second kernel merges a row's chunks.
+
+Top-p and top-k keep the first so many tokens of a ranking. So the candidate among all tokens is the candidate among
+the kept ones too if it is kept itself, which one reading decides: count and mass of the tokens ranked before it. If it
+is not, nothing behind it is either, and the next candidate is the best of those before it. The reading tries three
+higher borders as well, so that few readings are needed where the kept tokens have little mass.
+
+Sums are formed chunk by chunk or by one program, in an order that depends on nothing but the vocabulary: a row's token
+and log-probability do not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllmd.kernels import philox
+
+# What a table row's parameters are: 64 bytes on the host, 16 int32 of ``parameters [R, 16]`` on the device.
+PARAMETERS = np.dtype(
+    [
+        ("flags", np.int32),  # the sum of those below
+        ("inverse_temperature", np.float32),  # 1 where greedy
+        ("top_p", np.float32),  # above 1: off
+        ("top_k", np.int32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("repetition", np.float32),
+        ("decay_start", np.int32),
+        ("decay_factor", np.float64),
+        ("min_new", np.int32),
+        ("branch", np.int32),
+        ("seed", np.int64),
+        ("alternatives", np.int32),
+        ("unused", np.int32),
+    ]
+)
+
+
+def _column(name: str) -> tl.constexpr:
+    return tl.constexpr(PARAMETERS.fields[name][1] // 4)
+
+
+COLUMNS = tl.constexpr(PARAMETERS.itemsize // 4)
+INVERSE_TEMPERATURE, TOP_P, TOP_K = _column("inverse_temperature"), _column("top_p"), _column("top_k")
+PRESENCE, FREQUENCY, REPETITION = _column("presence"), _column("frequency"), _column("repetition")
+DECAY_START, DECAY_FACTOR, MIN_NEW = _column("decay_start"), _column("decay_factor"), _column("min_new")
+SEED, BRANCH = _column("seed"), _column("branch")
+ALTERNATIVES_WANTED = _column("alternatives")
+
+# A row without any flag takes its highest logit.
+DRAWN = tl.constexpr(1)
+PENALISED = tl.constexpr(2)
+ENDING = tl.constexpr(4)  # the logits of eos are changed, at some positions at least
+LIMITED = tl.constexpr(8)  # top-p or top-k
+ALTERNATIVES = tl.constexpr(16)  # the shaped logits are asked for beside the token
+
+MOST_COUNT = tl.constexpr(32767)
+MOST_LOGIT = tl.constexpr(1e30)  # penalties and decay make none larger: an infinite one has no probability
+EOS_MASKED = tl.constexpr(-1e6)
+RUN = tl.constexpr(philox.RUN)
+CHUNK = tl.constexpr(4 * philox.RUN)  # tokens; the four runs of a chunk share the calls of the generator
+
+
+@triton.jit
+def _real(parameter):
+    return tl.load(parameter).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _growth(parameters, beyond):
+    """decay_factor ** beyond - 1, by repeated squaring in double precision."""
+    base = tl.load((parameters + DECAY_FACTOR).to(tl.pointer_type(tl.float64)))
+    power = base * 0.0 + 1.0
+    left = beyond
+    while left > 0:
+        power = tl.where(left % 2 == 1, power * base, power)
+        base *= base
+        left //= 2
+    growth = power - 1.0
+    return tl.where(growth > MOST_LOGIT, MOST_LOGIT, growth).to(tl.float32)
+
+
+@triton.jit
+def _shaped(
+    logits,
+    token,
+    parameters,
+    flags,
+    position,
+    counts,
+    eos,
+    mask,
+    VOCAB: tl.constexpr,
+    EOS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Logits of `token` (a tensor of ids; -inf beyond the vocabulary) before the division by the temperature."""
+    inside = token < VOCAB
+    x = tl.load(logits + token, mask=inside, other=float("-inf"))
+    if (flags & PENALISED) != 0:
+        count = tl.load(counts + token, mask=inside, other=0).to(tl.float32)
+        repetition = _real(parameters + REPETITION)
+        changed = tl.where(x > 0, x / repetition, x * repetition)
+        changed = changed - count * _real(parameters + FREQUENCY) - _real(parameters + PRESENCE)
+        changed = tl.where(changed > MOST_LOGIT, MOST_LOGIT, changed)
+        x = tl.where(count > 0, changed, x)
+    if (flags & ENDING) != 0:
+        growth = _growth(parameters, position - tl.load(parameters + DECAY_START))
+        masked = position < tl.load(parameters + MIN_NEW) - 1
+        for index in tl.range(EOS):
+            grown = x + tl.abs(x) * growth
+            grown = tl.where(grown > MOST_LOGIT, MOST_LOGIT, grown)
+            grown = tl.where(x == float("-inf"), x, grown)
+            x = tl.where(token == tl.load(eos + index), tl.where(masked, EOS_MASKED, grown), x)
+    if MASKED:
+        allowed = tl.load(mask + token // 32, mask=inside, other=0) >> (token % 32)
+        x = tl.where((allowed & 1) == 1, x, float("-inf"))
+    if (MASKED or (flags & (PENALISED | ENDING)) != 0) and (flags & (LIMITED | ALTERNATIVES)) != 0:
+        tl.store(logits + token, x, mask=inside)
+    return x
+
+
+@triton.jit
+def _gumbel(word):
+    """Standard Gumbel noise from 32 random bits. Its largest values, which decide, are the finest grained."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    series = u + u * u * (0.5 + u * (0.3333333333333333 + u * 0.25))  # of -log(1 - u), where 1 - u loses digits of u
+    return -tl.log(tl.where(u < 0.015625, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def _noise(parameters, position, index):
+    """Four words for tokens that lie RUN apart; `index` counts the calls."""
+    seed = tl.load((parameters + SEED).to(tl.pointer_type(tl.int64)))
+    return tl.philox(seed, position, tl.load(parameters + BRANCH), index, 1)
+
+
+@triton.jit
+def _better(key, token, x, other_key, other_token, other_x):
+    """Lane by lane the higher key, the earlier one among equals."""
+    better = other_key > key
+    return tl.where(better, other_key, key), tl.where(better, other_token, token), tl.where(better, other_x, x)
+
+
+@triton.jit
+def _best(key, token, x, VOCAB: tl.constexpr):
+    """The highest key of all lanes, its token and its logit; the lowest token among equals, any where none is equal."""
+    highest = tl.max(key, 0)
+    best = tl.min(tl.where(key == highest, token, VOCAB - 1), 0)
+    return highest, best, tl.max(tl.where(token == best, x, float("-inf")), 0)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "generated"])
+def _scan(
+    logits,
+    stride,
+    parameters,
+    rows,
+    generated,
+    counts,
+    eos,
+    mask,
+    mask_stride,
+    statistics,
+    candidates,
+    VOCAB: tl.constexpr,
+    EOS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    at, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits += at * stride
+    t0 = chunk * CHUNK + tl.arange(0, RUN)
+    t1, t2, t3 = t0 + RUN, t0 + 2 * RUN, t0 + 3 * RUN
+    if PLAIN:
+        x0 = tl.load(logits + t0, mask=t0 < VOCAB, other=float("-inf"))
+        x1 = tl.load(logits + t1, mask=t1 < VOCAB, other=float("-inf"))
+        x2 = tl.load(logits + t2, mask=t2 < VOCAB, other=float("-inf"))
+        x3 = tl.load(logits + t3, mask=t3 < VOCAB, other=float("-inf"))
+    else:
+        row = tl.load(rows + at).to(tl.int64)
+        parameters += row * COLUMNS
+        counts += row * VOCAB
+        mask += at * mask_stride
+        position = tl.load(generated + at)
+        flags = tl.load(parameters)
+        inverse = _real(parameters + INVERSE_TEMPERATURE)
+        x0 = _shaped(logits, t0, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
+        x1 = _shaped(logits, t1, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
+        x2 = _shaped(logits, t2, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
+        x3 = _shaped(logits, t3, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
+    highest = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum((tl.exp(x0 - base) + tl.exp(x1 - base)) + (tl.exp(x2 - base) + tl.exp(x3 - base)), 0)
+    k0, k1, k2, k3 = x0, x1, x2, x3
+    if not PLAIN:
+        if (flags & DRAWN) != 0:
+            w0, w1, w2, w3 = _noise(parameters, position, chunk * RUN + tl.arange(0, RUN))
+            k0, k1, k2, k3 = x0 + _gumbel(w0), x1 + _gumbel(w1), x2 + _gumbel(w2), x3 + _gumbel(w3)
+    k0, t0, x0 = _better(k0, t0, x0, k1, t1, x1)
+    k2, t2, x2 = _better(k2, t2, x2, k3, t3, x3)
+    k0, t0, x0 = _better(k0, t0, x0, k2, t2, x2)
+    key, token, x = _best(k0, t0, x0, VOCAB)
+    to = at * tl.num_programs(1) + chunk
+    tl.store(statistics + to * 4, highest)
+    tl.store(statistics + to * 4 + 1, total)
+    tl.store(statistics + to * 4 + 2, key)
+    tl.store(statistics + to * 4 + 3, x)
+    tl.store(candidates + to, token)
+
+
+@triton.jit
+def _weigh(logits, token, inverse, whole, x, limit, b1, b2, b3, n0, n1, n2, n3, m0, m1, m2, m3, VOCAB: tl.constexpr):
+    """Adds a run's tokens to counts and masses: ranked before token `limit` of logit `x`, and above three borders."""
+    y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
+    mass = tl.exp(y - whole)
+    before = (y > x) | ((y == x) & (token < limit))
+    n0 += before.to(tl.int32)
+    m0 += tl.where(before, mass, 0.0)
+    n1 += (y > b1).to(tl.int32)
+    m1 += tl.where(y > b1, mass, 0.0)
+    n2 += (y > b2).to(tl.int32)
+    m2 += tl.where(y > b2, mass, 0.0)
+    n3 += (y > b3).to(tl.int32)
+    m3 += tl.where(y > b3, mass, 0.0)
+    return n0, n1, n2, n3, m0, m1, m2, m3
+
+
+@triton.jit
+def _rank(logits, inverse, whole, x, limit, b1, b2, b3, VOCAB: tl.constexpr):
+    """(count, mass) of the tokens before token `limit` of logit `x`, and of those above each border."""
+    none, nothing = tl.zeros((RUN,), tl.int32), tl.zeros((RUN,), tl.float32)
+    n0, n1, n2, n3, m0, m1, m2, m3 = none, none, none, none, nothing, nothing, nothing, nothing
+    for first in range(0, VOCAB, CHUNK):
+        for run in tl.static_range(4):
+            token = first + run * RUN + tl.arange(0, RUN)
+            n0, n1, n2, n3, m0, m1, m2, m3 = _weigh(
+                logits, token, inverse, whole, x, limit, b1, b2, b3, n0, n1, n2, n3, m0, m1, m2, m3, VOCAB
+            )
+    n0, n1, n2, n3 = tl.sum(n0, 0), tl.sum(n1, 0), tl.sum(n2, 0), tl.sum(n3, 0)
+    return n0, n1, n2, n3, tl.sum(m0, 0), tl.sum(m1, 0), tl.sum(m2, 0), tl.sum(m3, 0)
+
+
+@triton.jit
+def _compete(logits, token, word, inverse, x, limit, key, best, best_x, VOCAB: tl.constexpr):
+    """Lane by lane the best candidate so far, or this run's among the tokens before token `limit` of logit `x`."""
+    y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
+    before = (y > x) | ((y == x) & (token < limit))
+    return _better(key, best, best_x, tl.where(before, y + _gumbel(word), float("-inf")), token, y)
+
+
+@triton.jit
+def _redraw(logits, parameters, position, inverse, x, limit, VOCAB: tl.constexpr):
+    """The best candidate of the tokens ranked before token `limit` of logit `x`, and its logit."""
+    key, best = tl.full((RUN,), float("-inf"), tl.float32), tl.full((RUN,), 0, tl.int32)
+    best_x = key
+    for first in range(0, VOCAB, CHUNK):
+        token = first + tl.arange(0, RUN)
+        w0, w1, w2, w3 = _noise(parameters, position, first // 4 + tl.arange(0, RUN))
+        key, best, best_x = _compete(logits, token, w0, inverse, x, limit, key, best, best_x, VOCAB)
+        key, best, best_x = _compete(logits, token + RUN, w1, inverse, x, limit, key, best, best_x, VOCAB)
+        key, best, best_x = _compete(logits, token + 2 * RUN, w2, inverse, x, limit, key, best, best_x, VOCAB)
+        key, best, best_x = _compete(logits, token + 3 * RUN, w3, inverse, x, limit, key, best, best_x, VOCAB)
+    _, token, y = _best(key, best, best_x, VOCAB)
+    return token, y
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "generated"])
+def _choose(
+    logits,
+    stride,
+    parameters,
+    rows,
+    generated,
+    counts,
+    statistics,
+    candidates,
+    last,
+    tokens,
+    logprobs,
+    totals,
+    VOCAB: tl.constexpr,
+    PLAIN: tl.constexpr,
+    SEARCH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = (VOCAB + CHUNK - 1) // CHUNK
+    at = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, LANES)
+    inside = chunk < CHUNKS
+    of = statistics + (at * CHUNKS + chunk) * 4
+    highest = tl.load(of, mask=inside, other=float("-inf"))
+    top = tl.max(highest, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    scale = tl.where(highest == float("-inf"), 0.0, tl.exp(highest - base))
+    whole = base + tl.log(tl.sum(tl.load(of + 1, mask=inside, other=0.0) * scale, 0))
+    key = tl.load(of + 2, mask=inside, other=float("-inf"))
+    candidate = tl.load(candidates + at * CHUNKS + chunk, mask=inside, other=VOCAB)
+    _, token, x = _best(key, candidate, tl.load(of + 3, mask=inside, other=float("-inf")), VOCAB)
+    row = tl.load(rows + at).to(tl.int64)
+    if not PLAIN:
+        parameters += row * COLUMNS
+        flags = tl.load(parameters)
+        if SEARCH:
+            position, inverse = tl.load(generated + at), _real(parameters + INVERSE_TEMPERATURE)
+            top_p, top_k = _real(parameters + TOP_P), tl.load(parameters + TOP_K)
+            logits += at * stride
+            # A row of NaN or of nothing but -inf has no ranking: its log-probability tells.
+            searching = ((flags & LIMITED) != 0) & (tl.abs(whole) < float("inf"))
+            while searching:
+                b1, b2, b3 = x + (top - x) * 0.25, x + (top - x) * 0.5, x + (top - x) * 0.75
+                n0, n1, n2, n3, m0, m1, m2, m3 = _rank(logits, inverse, whole, x, token, b1, b2, b3, VOCAB)
+                # The first of the ranking is always kept.
+                searching = (n0 > 0) & ((n0 >= top_k) | (m0 > top_p))
+                if searching:
+                    # All at or below a border go when what is above it fills the limits.
+                    full1, full2 = (n1 >= top_k) | (m1 > top_p), (n2 >= top_k) | (m2 > top_p)
+                    full3 = (n3 >= top_k) | (m3 > top_p)
+                    x = tl.where(full3, b3, tl.where(full2, b2, tl.where(full1, b1, x)))
+                    token = tl.where(full1 | full2 | full3, 0, token)
+                    token, x = _redraw(logits, parameters, position, inverse, x, token, VOCAB)
+        if (flags & PENALISED) != 0:
+            counter = counts + row * VOCAB + token
+            count = tl.load(counter).to(tl.int32)
+            tl.store(counter, tl.minimum(count + 1, MOST_COUNT).to(tl.int16))
+    tl.store(tokens + at, token)
+    tl.store(logprobs + at, x - whole)
+    tl.store(totals + at, whole)
+    tl.store(last + row, token)
+
+
+def sample(
+    logits: Tensor,
+    parameters: Tensor,
+    rows: Tensor,
+    generated: Tensor,
+    counts: Tensor,
+    eos: Tensor,
+    mask: Tensor | None,
+    last: Tensor,
+    plain: bool,
+    search: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens ``[B]`` int32, their log-probabilities ``[B]`` and each row's log of the sum of exponentials ``[B]``.
+
+    ``logits [B, V]`` fp32: overwritten by the shaped ones in rows that have a limit or ask for alternatives.
+    ``parameters [R, 16]`` int32 (`PARAMETERS`) and ``counts [R, V]`` int16 are per table row; ``rows [B]`` int32 says
+    which; ``generated [B]`` int32 are the positions of the tokens to come; ``eos [E]`` int32, distinct; ``last [R]``
+    int32 gets the tokens. ``mask [B, ceil(V / 32)]`` int32: bit t % 32 of word t // 32 allows token t.
+    `plain`: no row has a flag, and there is no mask. `search`: some row has a limit.
+    Where the logits of a row have no softmax, its log-probability is NaN and its token any.
+    """
+    batch, vocab = logits.shape
+    chunks = triton.cdiv(vocab, CHUNK.value)
+    device = logits.device
+    statistics = torch.empty((batch, chunks, 4), dtype=torch.float32, device=device)
+    candidates = torch.empty((batch, chunks), dtype=torch.int32, device=device)
+    tokens = torch.empty(batch, dtype=torch.int32, device=device)
+    logprobs = torch.empty(batch, dtype=torch.float32, device=device)
+    totals = torch.empty(batch, dtype=torch.float32, device=device)
+    _scan[(batch, chunks)](
+        logits,
+        logits.stride(0),
+        parameters,
+        rows,
+        generated,
+        counts,
+        eos,
+        eos if mask is None else mask,
+        0 if mask is None else mask.stride(0),
+        statistics,
+        candidates,
+        VOCAB=vocab,
+        EOS=len(eos),
+        PLAIN=plain,
+        MASKED=mask is not None,
+        num_warps=8,
+    )
+    _choose[(batch,)](
+        logits,
+        logits.stride(0),
+        parameters,
+        rows,
+        generated,
+        counts,
+        statistics,
+        candidates,
+        last,
+        tokens,
+        logprobs,
+        totals,
+        VOCAB=vocab,
+        PLAIN=plain,
+        SEARCH=search,
+        LANES=triton.next_power_of_2(chunks),
+        num_warps=8 if search else 1,
+    )
+    return tokens, logprobs, totals

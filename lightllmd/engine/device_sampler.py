@@ -1,0 +1,181 @@
+"""The sampling state of a GPU's request table, and the launch of a step's sampling. The host writes what a row asks for
+when it enters; all that changes afterwards stays on the device. The order of operations is that of `sampler`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightllmd.engine.batch import SamplingRow
+from lightllmd.engine.sampler import GREEDY_BELOW
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels import sampling
+
+MOST_ALTERNATIVES = 20
+FLUSH_IDS = 1 << 16  # counted tokens of entering rows that are uploaded at a time: bounds the memory that takes
+MOST_REAL = 1e30  # penalties are kept below it: an infinite one times zero would be no number
+LEAST_REAL = 1e-30
+
+DRAWN, PENALISED, ENDING = sampling.DRAWN.value, sampling.PENALISED.value, sampling.ENDING.value
+LIMITED, ALTERNATIVES = sampling.LIMITED.value, sampling.ALTERNATIVES.value
+
+
+class DeviceSampler:
+    """Sampling state of `rows` table rows. A row is that of its last `enter`; before any it is plain greedy, which is
+    what padding should be.
+
+    A row's token depends on its own logits, parameters, history, seed, branch and position, and on nothing else in the
+    batch. The caller guarantees that all launches go to one stream, and `flush` comes before a row's first `sample`.
+    """
+
+    def __init__(self, rows: int, vocab: int, eos_ids: list[int], device: torch.device) -> None:
+        self._vocab, self._device = vocab, device
+        self._flags = np.zeros(rows, np.int32)  # the host's copy
+        unentered = np.zeros(rows, sampling.PARAMETERS)
+        unentered["inverse_temperature"] = 1
+        self._parameters = torch.from_numpy(unentered.view(np.int32).reshape(rows, -1)).to(device)
+        self._counts = torch.zeros((rows, vocab), dtype=torch.int16, device=device)
+        eos = sorted({eos for eos in eos_ids if 0 <= eos < vocab})
+        self._eos = torch.tensor(eos, dtype=torch.int32, device=device)
+        self._entered: dict[int, tuple[np.void, list[int]]] = {}  # since the last flush
+
+    def enter(self, row: int, sampling_row: SamplingRow, branch: int) -> None:
+        """A row (re)enters: all that was known of the number is forgotten."""
+        params = sampling_row.params
+        packed = _pack(params, branch, self._vocab)
+        self._flags[row] = flags = packed["flags"]
+        history = sampling_row.prompt_ids + sampling_row.emitted if params.input_penalty else sampling_row.emitted
+        self._entered[row] = packed, history if flags & PENALISED else []
+
+    def flush(self) -> None:
+        """Brings to the device what entered since the last call."""
+        if not self._entered:
+            return
+        rows = np.fromiter(self._entered, np.int64, len(self._entered))
+        parameters = np.array([packed for packed, _ in self._entered.values()], sampling.PARAMETERS)
+        penalised = rows[(parameters["flags"] & PENALISED) != 0]
+        words = parameters.view(np.int64)
+        there = self._upload(rows, words, penalised)
+        self._parameters.index_copy_(0, there[0], there[1].view(torch.int32).view(len(rows), -1))
+        if len(penalised):
+            self._counts.index_fill_(0, there[2], 0)
+            self._count()
+        self._entered.clear()
+
+    def sample(
+        self,
+        logits: Tensor,
+        table_rows: list[int],
+        rows: Tensor,
+        generated: Tensor,
+        last: Tensor,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One token for each row of ``logits [B, V]`` fp32, which are overwritten; each row's also goes to `last`.
+
+        `table_rows` are those that count; ``rows [B]`` int32 are the same on the device, behind them padding that
+        points at a row which never enters. ``generated [B]`` int32: positions of the tokens to come. ``mask [B,
+        ceil(V / 32)]`` int32: bit t % 32 of word t // 32 allows token t.
+        Returns tokens ``[B]`` int32 and log-probabilities ``[B]``, then for `alternatives`, if some row asks, ids and
+        log-probabilities ``[B, <= 20]``. The log-probability of logits that are no numbers is none.
+        """
+        flags = int(np.bitwise_or.reduce(self._flags[table_rows], initial=0))
+        tokens, logprobs, totals = sampling.sample(
+            logits,
+            self._parameters,
+            rows,
+            generated,
+            self._counts,
+            self._eos,
+            mask,
+            last,
+            plain=flags == 0 and mask is None,
+            search=bool(flags & LIMITED),
+        )
+        if not flags & ALTERNATIVES:
+            return tokens, logprobs
+        return tokens, logprobs, *self._highest(logits, rows, totals)
+
+    @staticmethod
+    def alternatives(
+        table_rows: list[int], ids: list[list[int]] | None = None, values: list[list[float]] | None = None
+    ) -> list[list[tuple[int, float]] | None]:
+        """What `sample` returned behind its first two tensors, as lists, in the form of a StepResult."""
+        if ids is None or values is None:
+            return [None] * len(table_rows)
+        found = (
+            [(token, value) for token, value in zip(of, at, strict=True) if token >= 0]
+            for of, at in zip(ids, values, strict=True)
+        )
+        return [pairs or None for pairs in found]
+
+    def _highest(self, logits: Tensor, rows: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """An id is -1 from each row's wanted number on: the row may have another owner when the host reads them."""
+        values, ids = logits.topk(min(MOST_ALTERNATIVES, self._vocab), -1)
+        of = self._parameters.index_select(0, rows.long())
+        inverse = of.view(torch.float32)[:, sampling.INVERSE_TEMPERATURE.value, None]
+        wanted = of[:, sampling.ALTERNATIVES_WANTED.value, None]
+        beyond = torch.arange(ids.shape[1], device=self._device) >= wanted
+        return ids.int().masked_fill_(beyond, -1), values.mul_(inverse).sub_(totals[:, None])
+
+    def _count(self) -> None:
+        """Sets the counts of the rows that entered with a history; they are zero before."""
+        places, numbers = [], []
+        for row, (_, history) in self._entered.items():
+            ids, times = np.unique(np.asarray(history, np.int64), return_counts=True)
+            places.append(row * self._vocab + ids)
+            numbers.append(np.minimum(times, sampling.MOST_COUNT.value))
+        place, number = np.concatenate(places), np.concatenate(numbers)
+        for first in range(0, len(place), FLUSH_IDS):
+            part = slice(first, first + FLUSH_IDS)
+            at, counted = self._upload(place[part], number[part])
+            self._counts.view(-1).index_copy_(0, at, counted.short())
+
+    def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
+        """int64 arrays in one copy. torch gives the pinned buffer to nobody else before the copy is done."""
+        host = torch.from_numpy(np.concatenate(arrays))
+        if self._device.type == "cuda":
+            host = host.pin_memory().to(self._device, non_blocking=True)
+        return list(host.split([len(array) for array in arrays]))
+
+
+def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
+    """A row of `sampling.PARAMETERS`."""
+    hot = params.do_sample and params.temperature >= GREEDY_BELOW
+    top_k = params.top_k if params.top_k > 0 else vocab
+    drawn = hot and top_k > 1  # one kept token is the highest
+    start, factor = params.exponential_decay_length_penalty
+    penalised = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+    flags = (
+        DRAWN * drawn
+        | PENALISED * penalised
+        | ENDING * (factor != 1 or params.min_new_tokens > 1)
+        | LIMITED * (drawn and (params.top_p < 1 or top_k < vocab))
+        | ALTERNATIVES * (params.top_logprobs > 0)
+    )
+    packed = np.zeros((), sampling.PARAMETERS)
+    packed["flags"] = flags
+    packed["inverse_temperature"] = max(1 / params.temperature, LEAST_REAL) if hot else 1
+    packed["top_p"] = params.top_p if params.top_p < 1 else 2  # no rounding of a sum may exceed it
+    packed["top_k"] = min(top_k, vocab)
+    packed["presence"] = _bounded(params.presence_penalty)
+    packed["frequency"] = _bounded(params.frequency_penalty)
+    packed["repetition"] = max(_bounded(params.repetition_penalty), LEAST_REAL)
+    packed["decay_start"] = _whole(start)
+    packed["decay_factor"] = factor
+    packed["min_new"] = _whole(params.min_new_tokens)
+    packed["branch"] = branch
+    packed["seed"] = params.seed
+    packed["alternatives"] = params.top_logprobs
+    return packed[()]
+
+
+def _bounded(number: float) -> float:
+    return min(max(number, -MOST_REAL), MOST_REAL)
+
+
+def _whole(number: int) -> int:
+    """No sequence is that long, and the largest leaves room for one less."""
+    return min(max(number, -(2**30)), 2**30)
