@@ -151,7 +151,7 @@ class EngineWorker:
             return
         if step.rows or not self._loop.busy:
             # Its requests have a token each. Before it is sent, so that nobody is blamed who was seen to have one.
-            self._record()
+            self._record(step)
         for owner, output in outputs.items():
             if messages.FINISH_ABORT in output.finishes:
                 log.error("step %d: the model's logits are not numbers (NaN)", step.number)
@@ -176,22 +176,22 @@ class EngineWorker:
         """Right before a step's launch."""
         now = time.monotonic()
         self._begun.append(now)
-        self._record()
+        self._record(step)
         if step.rows and self._phase == "ready":
             for arrival_ns in self._scheduler.first_admitted:
                 self._metrics.admitted(max(0.0, now - arrival_ns * 1e-9))
 
-    def _record(self) -> None:
-        """Leaves for the supervisor what this process is doing, should it not come back: the newest step that is out,
-        and who could be to blame in any that is.
+    def _record(self, step: Step) -> None:
+        """Leaves for the supervisor what this process is doing, should it not come back: the newest step that is out
+        (none: `step` was the last), and who could be to blame in any that is.
 
         Every row of a prefill yields a token, so requests are unproven as long as their prefill is out.
         """
-        flight = Flight()
-        if self._loop.out:
-            step = self._loop.out[-1]
-            unproven = list(dict.fromkeys(row.request for step in self._loop.out for row in step.rows))
-            flight = Flight(step.number, step.kind, step.size, step.fed, unproven)
+        out = self._loop.out
+        flight = Flight(step.number)
+        if out:
+            unproven = list(dict.fromkeys(row.request for step in out for row in step.rows))
+            flight = Flight(out[-1].number, out[-1].kind, out[-1].size, out[-1].fed, unproven)
         known = self._recorded
         if known and (known.kind, known.rows, known.unproven) == (flight.kind, flight.rows, flight.unproven):
             return

@@ -26,7 +26,7 @@ SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
 CLIENTS = 8
 TOKENS = 60
 FLAGS = (
-    *("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1"),
+    *("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1", "--engine.fake.overlap", "true"),
     *("--supervisor.backoff_initial", "0.01", "--supervisor.backoff_max", "0.05"),
     *("--supervisor.start_limit_burst", "10000", "--supervisor.retry_interval", "0.1"),
     *("--supervisor.abort_grace", "0.2", "--http.workers", "2"),
