@@ -14,8 +14,11 @@ from torch import Tensor
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
 from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
+from lightllmd.engine.device_runner import DeviceRunner
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.ipc.messages import SamplingParams
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -179,6 +182,13 @@ def load(model: Path, **options: Any) -> TorchRunner:
     return runner
 
 
+def load_on_device(model: Path, **options: Any) -> DeviceRunner:
+    """The runner of GPUs: on one, or on the CPU with Triton's interpreter."""
+    runner = DeviceRunner()
+    runner.load(plan_for(model, **{"device": DEVICE, "slots": 255, **options}), lambda done, total: None)
+    return runner
+
+
 def transformers_model(folder: Path) -> Any:
     """The truth: transformers in fp32 with its eager attention."""
     from transformers import AutoModelForCausalLM
@@ -190,10 +200,11 @@ class Driver:
     """Feeds a runner one step at a time and returns logits; hands out slots itself, scattered if asked."""
 
     @torch.inference_mode()
-    def __init__(self, runner: TorchRunner, *, scattered: bool = False, poisoned: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, runner: TorchRunner | DeviceRunner, *, scattered: bool = False, poisoned: bool = False, seed: int = 0
+    ) -> None:
         self.runner = runner
-        total = len(runner.caches[0])
-        self.free = list(range(total))
+        self.free = list(range(runner.slots))
         if scattered:
             random.Random(seed).shuffle(self.free)
         if poisoned:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine import fake, openmp
+from lightllmd.engine import cache, fake, openmp
 from lightllmd.engine.batch import Runner
 
 
@@ -11,6 +11,11 @@ def runner_for(plan: Plan) -> Runner:
     """A runner that has loaded nothing yet. Imports torch unless the back end is the fake one."""
     if plan.config.engine.backend == "fake":
         return fake.FakeRunner(plan.config.engine.fake)
+    if plan.device.kind == "cuda":
+        cache.settle(plan)
+        from lightllmd.engine.device_runner import DeviceRunner
+
+        return DeviceRunner()
     openmp.settle()
     from lightllmd.engine.runner import TorchRunner
 

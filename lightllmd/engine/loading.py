@@ -12,7 +12,7 @@ from lightllmd.errors import EngineError, OutOfMemory
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
 from lightllmd.models.families import family_of
-from lightllmd.weights import place
+from lightllmd.weights import dummy, place
 from lightllmd.weights.index import open_checkpoint
 
 
@@ -26,8 +26,6 @@ def load_decoder(
     spec = family.spec(plan.model.hf_config)
     layout = family.layout(spec)
     if plan.config.params.load_way == "DUMMY":
-        from lightllmd.weights import dummy
-
         return Decoder(spec, kernels, dummy.stream(layout, dtype, device, progress), device)
     checkpoint = open_checkpoint(plan.model)
     place.check(checkpoint, layout)

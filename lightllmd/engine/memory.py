@@ -20,28 +20,41 @@ class MemoryMeter:
         self.before = self.used()
         self.loaded = 0  # weights and tables, set by `mark_loaded`
         self.worst_step = 0  # most that a step took beyond what it found
+        self.graphs = 0
 
     def used(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
+            return torch.cuda.memory_reserved(self.device)
         return int(self._process.memory_info().rss)
 
     def mark_loaded(self) -> None:
         self.loaded = self.used() - self.before
 
     def begin_step(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         return self.used()
 
     def end_step(self, begun: int) -> None:
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.used()
-        self.worst_step = max(self.worst_step, peak - begun)
+        self.worst_step = max(self.worst_step, self.used() - begun)
+
+    def mark_graphs(self) -> None:
+        """The graphs were captured, and kept the memory that they compute in."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            self.graphs = self.used() - self.before - self.loaded
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def mark_worst_steps(self) -> None:
+        """All admissible steps of the worst kinds have run since `mark_graphs`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.worst_step = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
     def stats(self) -> dict[str, float]:
         """For heartbeat and log: names, bytes."""
-        return {
+        stats = {
             "memory_loaded": float(self.loaded),
             "memory_worst_step": float(self.worst_step),
             "memory_used": float(self.used()),
         }
+        return stats | {"memory_graphs": float(self.graphs)} if self.device.type == "cuda" else stats

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightllmd.config.budget import LOGIT_ROWS, SPARE_WIDTH
+from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import Row, Step, StepResult
 from lightllmd.engine.loading import load_decoder, memory_errors
@@ -23,6 +23,7 @@ class TorchRunner:
     """The `Runner` of a CPU. Nothing is read before `load` has set it."""
 
     overlaps = False
+    slots: int
     decoder: Decoder
     caches: list[Tensor]  # per layer [slots, 2 * kv_heads, head_dim]
     table: SlotTable
@@ -37,7 +38,8 @@ class TorchRunner:
             self.memory = MemoryMeter(device)
             self.decoder = load_decoder(plan, kernels_for(device, dtype), device, dtype, progress)
             spec = self.decoder.spec
-            shape = (plan.max_total_token_num, 2 * spec.kv_heads, spec.head_dim)
+            self.slots = plan.max_total_token_num
+            shape = (self.slots, 2 * spec.kv_heads, spec.head_dim)
             self.caches = [torch.empty(shape, dtype=dtype) for _ in range(spec.layers)]
             params = plan.config.params
             rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH

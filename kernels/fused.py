@@ -1,0 +1,162 @@
+"""`dispatch.Kernels` of Triton kernels and cuBLAS, for rows read through the request->slot table.
+
+Nothing here waits for the device or asks it for a length, so a decode step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from lightllmd.kernels import skinny
+from lightllmd.kernels.activation import gated
+from lightllmd.kernels.decode_attention import decode_attention, segments_for, workspace_size
+from lightllmd.kernels.embed import enter
+from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.linear import DenseLinear, Linear
+from lightllmd.kernels.norm import rms_norm
+from lightllmd.kernels.prefill_attention import prefill_attention
+from lightllmd.kernels.rope_kv import rope_kv
+
+
+class FusedKernels:
+    """`decode_kernel` is one of the documented mode names, or "auto" for what is fastest for a shape."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, decode_kernel: str = "auto") -> None:
+        self.device, self.dtype = device, dtype
+        # Programmatic dependent launch is an option of the CUDA backend, unknown to the interpreter.
+        self._on_gpu = device.type == "cuda"
+        self._shared = skinny.SharedTiles(device) if skinny.supports(dtype) else None
+        self._packed = decode_kernel != "triton_flashdecoding"
+        self._split = decode_kernel != "triton_gqa_attention"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return DenseLinear(weight, bias)
+
+    def enter(self, batch: GroupedBatch | TableBatch, embedding: Tensor) -> Tensor:
+        assert isinstance(batch, TableBatch)
+        x = embedding.new_empty(len(batch.tokens), embedding.shape[1])
+        enter(batch.tokens, batch.rows, batch.positions, batch.slots, batch.last, batch.table, embedding, x)
+        return x
+
+    def normed_product(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        weight, bias = _parts(linear)
+        if not self._streams(x, weight):
+            return functional.linear(self._normed(x, norm, eps), weight, bias)
+        out = x.new_empty(len(x), len(weight))
+        self._stream(x, weight, out, norm, eps, bias=bias)
+        return out
+
+    def add_product(self, a: Tensor, linear: Linear, x: Tensor) -> Tensor:
+        weight, bias = _parts(linear)
+        if self._streams(a, weight):
+            self._stream(a, weight, x, bias=bias, residual=x)
+            return x
+        if bias is not None:
+            x.add_(bias)
+        return x.addmm_(a, weight.t())
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, linear: Linear, activation: str) -> Tensor:
+        weight, bias = _parts(linear)
+        out = x.new_empty(len(x), len(weight) // 2)
+        if self._streams(x, weight, gated=True):
+            self._stream(x, weight, out, norm, eps, bias=bias, activation=activation)
+        else:
+            gated(functional.linear(self._normed(x, norm, eps), weight, bias), activation, out)
+        return out
+
+    def attention(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        batch: GroupedBatch | TableBatch,
+        heads: Heads,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+    ) -> Tensor:
+        assert isinstance(batch, TableBatch)
+        qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
+        angles, slots = batch.angles, batch.slots
+        rope_kv(qkv, batch.cos_sin, angles, slots, cache, heads.query, heads.kv, q_norm, k_norm, heads.norm_eps)
+        q = qkv[:, : heads.query]
+        out = qkv.new_empty(q.shape)
+        if batch.decode:
+            self._decode(q[: batch.decode], cache, batch, heads, out[: batch.decode])
+        rows = batch.prefill
+        if rows is not None:
+            where = (rows.tiles, rows.rows, rows.first, rows.counts, rows.starts)
+            prefill_attention(q, cache, batch.table, *where, heads.scale, out, tokens=len(q) - batch.decode)
+        return out.flatten(1)
+
+    def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
+        """All of them are fp32 sums: the products store what they accumulate."""
+        if not self._streams(hidden, rows):
+            return _wide_product(self._normed(hidden, norm, eps), rows)
+        out = hidden.new_empty(len(hidden), len(rows), dtype=torch.float32)
+        self._stream(hidden, rows, out, norm, eps)
+        return out
+
+    def _streams(self, x: Tensor, weight: Tensor, gated: bool = False) -> bool:
+        """Whether our product is faster than cuBLAS's."""
+        return skinny.prefers(len(x), *weight.shape, self.dtype, gated)
+
+    def _stream(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> None:
+        """Our product, with the norm before it inside or apart."""
+        rows = len(x)
+        if norm is not None and not skinny.fuses_norm(rows, self.dtype):
+            x, norm = self._normed(x, norm, eps), None
+        skinny.linear(
+            x,
+            weight,
+            out,
+            norm=norm,
+            eps=eps,
+            bias=bias,
+            residual=residual,
+            activation=activation,
+            shared=self._shared,
+            pdl=self._on_gpu and skinny.overlaps(rows),
+        )
+
+    def _decode(self, q: Tensor, cache: Tensor, batch: TableBatch, heads: Heads, out: Tensor) -> None:
+        rows, width = len(q), batch.table.shape[1]
+        segments = segments_for(rows, heads.kv, width) if self._split else 1
+        partial = None
+        if segments > 1:
+            size = workspace_size(rows, heads.query, heads.dim, segments)
+            partial = q.new_empty(size, dtype=torch.float32)
+        positions = batch.positions[:rows]
+        table, table_rows = batch.table, batch.rows[:rows]
+        decode_attention(
+            q, cache, table, table_rows, positions, heads.scale, out, partial, segments=segments, packed=self._packed
+        )
+
+    def _normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        rms_norm(x, norm, eps, out)
+        return out
+
+
+def _parts(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(linear, DenseLinear)
+    return linear.weight, linear.bias
+
+
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in fp32, whatever the operands are."""
+    if x.dtype is torch.float32:
+        return functional.linear(x, weight)
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return functional.linear(x.float(), weight.float())

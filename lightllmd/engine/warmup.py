@@ -1,0 +1,46 @@
+"""The steps that a GPU runs before it is ready: each shape that has a kernel of its own, and the worst admissible ones,
+so that no later step compiles anything or runs out of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightllmd.config.plan import Plan
+from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
+from lightllmd.ipc.messages import SamplingParams
+
+PLAIN = SamplingParams(ignore_eos=True)
+DRAWN = SamplingParams(ignore_eos=True, do_sample=True)
+EVERYTHING = SamplingParams(
+    do_sample=True,
+    top_p=0.9,
+    top_k=40,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    repetition_penalty=1.1,
+    exponential_decay_length_penalty=(1, 1.01),
+    min_new_tokens=2,
+    top_logprobs=20,
+)
+
+
+def prefill_steps(plan: Plan) -> Iterator[Step]:
+    """From one token to the most that a step may feed; the last ones in as few rows as possible, then in as many."""
+    params = plan.config.params
+    longest, widest = params.max_req_total_len, params.running_max_req_size
+    most = min(plan.batch_max_tokens, plan.max_total_token_num, widest * longest)
+    tokens = 1
+    while tokens < most:
+        yield _step(tokens, longest, PLAIN)
+        tokens = 2 * tokens + (tokens > 1)  # 1, 2, 5, 11 …: between the powers of two that kernels are made for
+    yield _step(most, longest, DRAWN)
+    yield _step(most, -(-most // min(widest, most)), EVERYTHING)
+
+
+def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
+    """`tokens` in rows of at most `longest`, in the slots from 0 on."""
+    rows = []
+    for number, first in enumerate(range(0, tokens, longest)):
+        slots = list(range(first, min(first + longest, tokens)))
+        rows.append(Row(number, 0, 0, 0, [1] * len(slots), slots, True, 0, SamplingRow(params, [], [])))
+    return Step(0, "prefill", no_decode(), rows, [])
