@@ -92,7 +92,7 @@ def _merge_lines(
     tl.store(out_at, merged.to(out.dtype.element_ty), mask=ours[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _decode(
     q,
     cache,
@@ -177,7 +177,7 @@ def _decode(
                     _merge_lines(partial, out, first_line, lines, used, COUNT, PADDED, D, SEGMENTS, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def _merge(
     positions,
     partial,

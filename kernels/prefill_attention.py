@@ -56,7 +56,7 @@ def tiles_for(counts: Sequence[int], starts: Sequence[int], group: int) -> NDArr
     return np.stack([row, tile], 1)[order].astype(np.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles", "rows", "first", "counts", "starts"])
 def _prefill(
     q,
     cache,
