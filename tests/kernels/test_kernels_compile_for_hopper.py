@@ -31,10 +31,64 @@ def norms(dtype: torch.dtype) -> None:
     add_rms_norm(x, x.clone(), weight, 1e-5, x)
 
 
-def decode_attention(dtype: torch.dtype, dim: int, segments: int, merged_at_once: bool = False) -> None:
+def rotation(dtype: torch.dtype, normed: bool, offset: int = 0) -> None:
+    from lightllmd.kernels.rope_kv import rope_kv
+
+    qkv, cache, cos_sin = (
+        torch.empty(4, 48, 128, dtype=dtype),
+        torch.empty(64, 16, 128, dtype=dtype),
+        torch.empty(9, 128),
+    )
+    weight = torch.empty(128, dtype=dtype) if normed else None
+    rope_kv(qkv, cos_sin, numbers(offset), numbers(offset), cache, 32, 8, weight, weight, 1e-5)
+
+
+def activation(dtype: torch.dtype, kind: str) -> None:
+    from lightllmd.kernels.activation import gated
+
+    gated(torch.empty(4, 2 * 14336, dtype=dtype), kind, torch.empty(4, 14336, dtype=dtype))
+
+
+def gathers(dtype: torch.dtype, offset: int = 0) -> None:
+    from lightllmd.kernels.embed import enter, gather_rows
+
+    x, embedding = torch.empty(4, 4096, dtype=dtype), torch.empty(99, 4096, dtype=dtype)
+    table, of_token = torch.zeros(5, 64, dtype=torch.int32), [numbers(offset) for _ in range(4)]
+    enter(*of_token, torch.zeros(5, dtype=torch.int32), table, embedding, x)
+    gather_rows(x, numbers(offset), x.clone())
+
+
+def sampling(plain: bool, search: bool, masked: bool = False, offset: int = 0) -> None:
+    from lightllmd.kernels.sampling import sample
+
+    vocab, table = 128256, torch.zeros(5, 16, dtype=torch.int32)
+    mask = torch.zeros(4, vocab // 32, dtype=torch.int32) if masked else None
+    counts, eos = torch.zeros(5, vocab, dtype=torch.int16), torch.zeros(2, dtype=torch.int32)
+    rows, last = numbers(offset), torch.zeros(5, dtype=torch.int32)
+    sample(torch.empty(4, vocab), table, rows, numbers(offset), counts, eos, mask, last, plain, search)
+
+
+def numbers(offset: int) -> Tensor:
+    """Four of those that a step uploads together: they begin anywhere."""
+    return torch.zeros(16, dtype=torch.int32)[offset : offset + 4]
+
+
+def at_another_offset() -> None:
+    """Kernels of other cases."""
+    for offset in (1, 2):
+        rotation(BF16, True, offset)
+        gathers(BF16, offset)
+        sampling(False, True, offset=offset)
+        decode_attention(BF16, 128, 16, offset=offset)
+        prefill_attention(BF16, 128, 8192, offset=offset)
+
+
+def decode_attention(
+    dtype: torch.dtype, dim: int, segments: int, merged_at_once: bool = False, offset: int = 0
+) -> None:
     from lightllmd.kernels.decode_attention import decode_attention, workspace_size
 
-    q, cache, table, index = attended(dtype, dim)
+    q, cache, table, index = attended(dtype, dim, offset)
     out, partial = torch.empty(4, 32, dim, dtype=dtype), torch.empty(workspace_size(4, 32, dim, segments))
     arrived = torch.zeros(4 * 32, dtype=torch.int32) if merged_at_once else None
     decode_attention(
@@ -42,23 +96,35 @@ def decode_attention(dtype: torch.dtype, dim: int, segments: int, merged_at_once
     )
 
 
-def prefill_attention(dtype: torch.dtype, dim: int, tokens: int) -> None:
+def prefill_attention(dtype: torch.dtype, dim: int, tokens: int, offset: int = 0) -> None:
     from lightllmd.kernels.prefill_attention import prefill_attention
 
-    q, cache, table, index = attended(dtype, dim)
-    tiles, out = torch.zeros(4, 2, dtype=torch.int32), torch.empty(4, 32, dim, dtype=dtype)
+    q, cache, table, index = attended(dtype, dim, offset)
+    tiles, out = numbers(offset).view(2, 2), torch.empty(4, 32, dim, dtype=dtype)
     prefill_attention(q, cache, table, tiles, index, index, index, index, 0.1, out, tokens=tokens)
 
 
-def attended(dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attended(dtype: torch.dtype, dim: int, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, cache and table of 32 query and 8 key/value heads, and indices."""
-    table, index = torch.zeros(5, 64, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    return torch.empty(4, 48, dim, dtype=dtype)[:, :32], torch.empty(64, 16, dim, dtype=dtype), table, index
+    queries, cache = torch.empty(4, 48, dim, dtype=dtype)[:, :32], torch.empty(64, 16, dim, dtype=dtype)
+    return queries, cache, torch.zeros(5, 64, dtype=torch.int32), numbers(offset)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OFFSET = "at another offset"
 CASES: dict[str, Callable[[], None]] = {
     "norms bf16": partial(norms, BF16),
+    "rotation bf16, normed": partial(rotation, BF16, True),
+    "rotation fp16": partial(rotation, FP16, False),
+    "rotation fp32, normed": partial(rotation, FP32, True),
+    "silu bf16": partial(activation, BF16, "silu"),
+    "gelu bf16": partial(activation, BF16, "gelu"),
+    "gelu_tanh fp16": partial(activation, FP16, "gelu_tanh"),
+    "relu fp32": partial(activation, FP32, "relu"),
+    "sampling, greedy": partial(sampling, True, False),
+    "sampling, limited": partial(sampling, False, True),
+    "sampling, masked": partial(sampling, False, True, True),
+    "gathers bf16": partial(gathers, BF16),
     "decode attention bf16, one segment": partial(decode_attention, BF16, 128, 1),
     "decode attention bf16": partial(decode_attention, BF16, 128, 16),
     "decode attention bf16, one launch": partial(decode_attention, BF16, 128, 64, True),
@@ -73,6 +139,7 @@ CASES: dict[str, Callable[[], None]] = {
     "prefill attention fp16": partial(prefill_attention, FP16, 128, 8192),
     "prefill attention fp32": partial(prefill_attention, FP32, 128, 8192),
     "prefill attention fp32, small heads": partial(prefill_attention, FP32, 64, 8192),
+    OFFSET: at_another_offset,
 }
 
 
@@ -85,13 +152,17 @@ def compiled() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != OFFSET])
 def test_default_tiles_fit(case: str, compiled: list[dict[str, Any]]) -> None:
     kernels = [kernel for kernel in compiled if kernel["case"] == case]
     assert kernels
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["spilled"] == 0, kernel
+
+
+def test_numbers_that_begin_at_another_offset_compile_nothing_anew(compiled: list[dict[str, Any]]) -> None:
+    assert [kernel for kernel in compiled if kernel["case"] == OFFSET] == []
 
 
 def test_attention_reads_two_tiles_ahead(compiled: list[dict[str, Any]]) -> None:

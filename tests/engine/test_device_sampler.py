@@ -1,0 +1,232 @@
+"""The device's sampler: what it keeps of a row between steps, and that it agrees with the sampler of a CPU."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lightllmd.engine import device_sampler
+from lightllmd.engine.batch import SamplingRow
+from lightllmd.engine.device_sampler import DeviceSampler
+from lightllmd.engine.sampler import Sampler
+from lightllmd.ipc.messages import SamplingParams
+
+# numpy, which interprets, tells of each infinity that is dealt with later.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VOCAB, EOS, ROWS = 97, [2, 5], 8  # row ROWS is padding's
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.3}
+Result = tuple[list[int], list[float], list[list[tuple[int, float]] | None]]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Device:
+    """A `DeviceSampler` as a runner drives it."""
+
+    def __init__(self, vocab: int = VOCAB) -> None:
+        self.sampler = DeviceSampler(ROWS + 1, vocab, [*EOS, EOS[0], vocab + 3], DEVICE)
+        self.last = torch.full((ROWS + 1,), -1, dtype=torch.int32, device=DEVICE)
+
+    def enter(
+        self, row: int, params: SamplingParams, prompt: list[int] | None = None, emitted: list[int] | None = None
+    ) -> None:
+        self.sampler.enter(row, SamplingRow(params, prompt or [], emitted or []), 0)
+
+    def sample(self, logits: Tensor, rows: list[int], positions: list[int], mask: Tensor | None = None) -> Result:
+        """`logits` may have more rows: the rest is padding."""
+        pad = len(logits) - len(rows)
+        self.sampler.flush()
+        tokens, logprobs, *rest = self.sampler.sample(
+            logits.to(DEVICE, copy=True),
+            rows,
+            torch.tensor(rows + [ROWS] * pad, dtype=torch.int32, device=DEVICE),
+            torch.tensor(positions + [0] * pad, dtype=torch.int32, device=DEVICE),
+            self.last,
+            mask,
+        )
+        tokens, logprobs, *rest = (tensor[: len(rows)].tolist() for tensor in (tokens, logprobs, *rest))
+        return tokens, logprobs, self.sampler.alternatives(rows, *rest)
+
+
+def test_greedy_rows_agree_with_the_sampler_of_a_cpu_step_by_step() -> None:
+    """Penalties, eos decay and eos mask over many steps, with rows leaving and entering."""
+    draw = random.Random(0)
+    device, cpu = Device(), Sampler(ROWS, 64, VOCAB, EOS, torch.device("cpu"))
+    positions: dict[int, int] = {}
+    for step in range(12):
+        for row in range(ROWS):
+            if row not in positions or draw.random() < 0.1:
+                params = SamplingParams(
+                    presence_penalty=draw.choice([0.0, 1.5]),
+                    frequency_penalty=draw.choice([0.0, 0.4]),
+                    repetition_penalty=draw.choice([1.0, 1.7]),
+                    exponential_decay_length_penalty=draw.choice([(1, 1.0), (3, 1.3)]),
+                    input_penalty=draw.random() < 0.5,
+                    min_new_tokens=draw.choice([1, 6]),
+                )
+                prompt = draw.choices(range(VOCAB), k=5) if params.input_penalty else []
+                emitted = draw.choices(range(12), k=draw.randrange(6))
+                device.enter(row, params, prompt, emitted)
+                cpu.enter(row, SamplingRow(params, prompt, emitted), 0)
+                positions[row] = len(emitted)
+        rows = draw.sample(range(ROWS), k=6)
+        generated = [positions[row] for row in rows]
+        logits = normal(7, VOCAB, seed=step) * 3
+        tokens, logprobs, _ = device.sample(logits, rows, generated)
+        expected, expected_logprobs, _ = cpu.sample(logits[:6].clone(), rows, generated)
+        assert tokens == expected.tolist(), step
+        assert logprobs == pytest.approx(expected_logprobs.tolist(), rel=1e-4, abs=1e-4)
+        assert device.last[rows].tolist() == tokens
+        cpu.record(rows, tokens)
+        for row in rows:
+            positions[row] += 1
+
+
+def test_a_row_that_enters_again_with_what_it_emitted_goes_on_as_if_it_had_stayed() -> None:
+    params = SamplingParams(do_sample=True, seed=9, top_p=0.95, input_penalty=True, **PENALTIES)
+    stayed, prompt, emitted = Device(), [9, 9, 12], []
+    stayed.enter(0, params, prompt)
+    logits = normal(1, VOCAB, seed=4) * 0.5
+    for position in range(10):
+        emitted += stayed.sample(logits, [0], [position])[0]
+    again = Device()
+    again.enter(3, params, prompt, emitted[:6])
+    results = [again.sample(logits, [3], [position])[0][0] for position in range(6, 10)]
+    assert results == emitted[6:]
+
+
+def test_histories_longer_than_an_upload_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_sampler, "FLUSH_IDS", 7)
+    params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.01)
+    device, cpu = Device(), Sampler(ROWS, 400, VOCAB, EOS, torch.device("cpu"))
+    for row in range(4):
+        history = random.Random(row).choices(range(VOCAB), k=100 * row)
+        device.enter(row, params, [], history)
+        cpu.enter(row, SamplingRow(params, [], history), 0)
+    logits = normal(4, VOCAB, seed=3)
+    tokens, logprobs, _ = device.sample(logits, [0, 1, 2, 3], [0] * 4)
+    expected, expected_logprobs, _ = cpu.sample(logits.clone(), [0, 1, 2, 3], [0] * 4)
+    assert tokens == expected.tolist()
+    assert logprobs == pytest.approx(expected_logprobs.tolist(), rel=1e-5)
+
+
+def test_a_reused_row_remembers_nothing_of_its_former_owner() -> None:
+    reused, fresh = Device(), Device()
+    reused.enter(0, SamplingParams(presence_penalty=50.0), [], [1, 2, 3])
+    reused.sample(normal(1, VOCAB), [0], [3])
+    reused.enter(0, SamplingParams(presence_penalty=70.0), [], [8])  # gone before the next step
+    for one in (reused, fresh):
+        one.enter(0, SamplingParams(presence_penalty=0.1))
+    logits = normal(1, VOCAB, seed=1)
+    assert reused.sample(logits, [0], [0]) == fresh.sample(logits, [0], [0])
+
+
+def test_padding_changes_nothing() -> None:
+    device = Device()
+    for row in range(3):
+        device.enter(row, SamplingParams(do_sample=True, seed=row, top_k=5 * row, **PENALTIES))
+    logits = normal(8, VOCAB)
+    logits[3:] = float("nan")
+    alone = Device()
+    for row in range(3):
+        alone.enter(row, SamplingParams(do_sample=True, seed=row, top_k=5 * row, **PENALTIES))
+    for position in range(3):
+        padded = device.sample(logits, [0, 1, 2], [position] * 3)
+        assert padded == alone.sample(logits[:3], [0, 1, 2], [position] * 3)
+
+
+def test_eos_may_be_the_token_at_min_new_tokens_and_not_before() -> None:
+    device = Device()
+    device.enter(0, SamplingParams(min_new_tokens=3, max_new_tokens=9))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, EOS[1]], logits[0, 50] = 10.0, 5.0
+    chosen = [device.sample(logits, [0], [position])[0][0] for position in range(4)]
+    assert chosen == [50, 50, EOS[1], EOS[1]]
+
+
+def test_alternatives_are_the_highest_of_the_whole_softmax_and_as_many_as_each_row_wants() -> None:
+    device = Device()
+    device.enter(0, SamplingParams(do_sample=True, temperature=0.5, top_k=1, top_logprobs=4))
+    device.enter(1, SamplingParams())
+    device.enter(2, SamplingParams(presence_penalty=2.0, top_logprobs=20), [], [11])
+    logits = normal(3, VOCAB, seed=8)
+    tokens, logprobs, alternatives = device.sample(logits, [0, 1, 2], [0, 0, 1])
+    first, none, all_of = alternatives
+    assert none is None
+    assert first is not None
+    assert all_of is not None
+    truth = (logits[0] / 0.5).log_softmax(-1).topk(4)
+    assert [token for token, _ in first] == truth.indices.tolist()
+    assert [value for _, value in first] == pytest.approx(truth.values.tolist(), abs=1e-5)
+    assert first[0] == (tokens[0], pytest.approx(logprobs[0]))
+    logits[2, 11] -= 2.0
+    truth = logits[2].log_softmax(-1).topk(20)
+    assert [token for token, _ in all_of] == truth.indices.tolist()
+    assert [value for _, value in all_of] == pytest.approx(truth.values.tolist(), abs=1e-5)
+    assert device.sample(logits[1:2], [1], [0])[2] == [None]
+
+
+def test_alternatives_of_a_vocabulary_of_less_than_twenty() -> None:
+    device = Device(vocab=9)
+    device.enter(0, SamplingParams(top_logprobs=20))
+    alternatives = device.sample(normal(1, 9), [0], [0])[2][0]
+    assert alternatives is not None
+    assert sorted(token for token, _ in alternatives) == list(range(9))
+
+
+def test_a_mask_leaves_only_what_it_allows() -> None:
+    device = Device()
+    device.enter(0, SamplingParams())
+    device.enter(1, SamplingParams(do_sample=True, top_p=0.9, seed=4, min_new_tokens=5, top_logprobs=5))
+    logits = normal(2, VOCAB)
+    allowed = [33, EOS[0]]
+    mask = torch.zeros((2, 4), dtype=torch.int32)
+    for token in allowed:
+        mask[:, token // 32] |= 1 << (token % 32)
+    tokens, logprobs, alternatives = device.sample(logits, [0, 1], [0, 0], mask.to(DEVICE))
+    assert tokens[0] == max(allowed, key=lambda token: logits[0, token].item())
+    assert logprobs[0] == pytest.approx(logits[0, allowed].log_softmax(-1).max().item())
+    assert tokens[1] == 33  # eos is allowed, and masked until the fifth token
+    assert alternatives[1] is not None
+    assert [token for token, _ in alternatives[1]][:2] == [33, EOS[0]]
+
+
+def test_a_row_without_entry_is_greedy() -> None:
+    device = Device()
+    logits = normal(2, VOCAB)
+    device.enter(0, SamplingParams(do_sample=True, seed=1))
+    assert device.sample(logits, [0, 4], [0, 0])[0][1] == logits[1].argmax().item()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exponential_decay_length_penalty": (0, 1000.0)},
+        {"exponential_decay_length_penalty": (0, 1000.0), "temperature": 1.1e-5, "do_sample": True},
+        {"exponential_decay_length_penalty": (2**40, 1.5), "min_new_tokens": 2**40},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-300, "temperature": 1.1e-5, "do_sample": True},
+        {"presence_penalty": 1e300, "frequency_penalty": -1e300, "temperature": 1.1e-5, "do_sample": True},
+        {"temperature": 1e300, "do_sample": True, "top_p": 0.5},
+        {"temperature": 1e-300, "do_sample": True, "top_k": 2**40},
+    ],
+    ids=str,
+)
+def test_no_setting_that_validation_lets_pass_makes_a_probability_no_number(changes: dict[str, Any]) -> None:
+    device = Device()
+    device.enter(0, SamplingParams(max_new_tokens=4000, seed=2**63 - 1, **changes), [], [7] * 50)
+    logits = normal(1, VOCAB, seed=1)
+    logits[0, 7] = 0.0
+    tokens, logprobs, _ = device.sample(logits, [0], [3999])
+    assert 0 <= tokens[0] < VOCAB
+    assert math.isfinite(logprobs[0])
