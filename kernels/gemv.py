@@ -94,6 +94,11 @@ def gemv(
     weights = load_weights(tile, k[None, :], K, whole, EVICT)
     if PDL:
         gdc_wait()
+    # Asked for before the product, which then hides the way to memory.
+    added = ()
+    if residual is not None:
+        for m in tl.static_range(M):
+            added = added + (tl.load(residual + m * residual_stride + column, mask=owned, other=0.0),)  # noqa: RUF005
     sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, k, K, M)
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         weights = load_weights(tile + start, start + k[None, :], K, whole, EVICT)
@@ -106,7 +111,7 @@ def gemv(
             y += tl.load(bias + row, mask=owned, other=0.0).to(tl.float32)
         if ACTIVATION is None:
             if residual is not None:
-                y += tl.load(residual + m * residual_stride + column, mask=owned, other=0.0).to(tl.float32)
+                y += added[m].to(tl.float32)
             tl.store(out + m * out_stride + column, y.to(out.dtype.element_ty), mask=owned)
         else:
             gate, up = tl.split(tl.reshape(y, [BLOCK_N // 2, 2]))

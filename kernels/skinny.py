@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lightllmd.kernels.gemv import gemv
 from lightllmd.kernels.stream_k import SharedTiles, stream_k
-from lightllmd.kernels.tile_product import finish, multiply, prefetch
+from lightllmd.kernels.tile_product import finish, load_residual, multiply, prefetch
 from lightllmd.kernels.tiles import (
     Tile,
     block_rows,
@@ -58,13 +58,19 @@ def _skinny(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = tl.program_id(0)
     if PDL:
-        gdc_launch_dependents()
         prefetch(weight, group, N, K, ACTIVATION, BLOCK_N)
         gdc_wait()
+    # Asked for before the product, which then hides the way to memory.
+    added = None
+    if residual is not None:
+        added = load_residual(residual, residual_stride, m, M, group, N, BLOCK_N)
     sums = multiply(
         x, weight, norm, x_stride, eps, m, M, group, 0, K, N, K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVICT
     )
-    finish(sums, out, bias, residual, out_stride, residual_stride, m, M, group, N, ACTIVATION, BLOCK_M, BLOCK_N)
+    if PDL:
+        # Not earlier: programs of the next kernel would take places beside long ones of this, and spread unevenly.
+        gdc_launch_dependents()
+    finish(sums, added, out, bias, out_stride, m, M, group, N, ACTIVATION, BLOCK_M, BLOCK_N)
 
 
 class Launch(NamedTuple):
@@ -91,8 +97,9 @@ def linear(
     """``out [M, N] = rms_norm(x [M, K], norm [K], eps) @ weight [N, K].T + bias [N] + residual [M, N]``.
 
     With an `activation` (a key of `reference.ACTIVATIONS`) the weight is ``[2I, K]``, gate first, and out is
-    ``[M, I] = act(gate) * up``. x and weight are bf16 or fp16, out may be fp32 too. The first dimension's stride of x,
-    out and residual is free, all else contiguous. `residual` may be `out`: the residual stream is updated in place.
+    ``[M, I] = act(gate) * up``, without a residual. x and weight are bf16 or fp16, out may be fp32 too. The first
+    dimension's stride of x, out and residual is free, all else contiguous. `residual` may be `out`: the residual stream
+    is updated in place.
 
     `norm` may be given where `fuses_norm` allows it. `shared` lets programs share tiles, which some shapes need for an
     even load. `pdl`: programmatic dependent launch, which starts this kernel while the one before it in the stream

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
-from lightllmd.kernels.tile_product import finish, multiply
+from lightllmd.kernels.tile_product import finish, load_residual, multiply
 from lightllmd.kernels.tiles import SHARED_COUNTERS, SHARED_SUMS
 
 
@@ -42,7 +42,6 @@ def stream_k(
     parts in their order, so the result does not depend on who that is, and sets the counter to 0 for the next launch.
     """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     units: tl.constexpr = blocks * ((N + BLOCK_N - 1) // BLOCK_N)
@@ -77,23 +76,28 @@ def stream_k(
             STAGES,
             EVICT,
         )
-        complete = stop - first == blocks
-        if not complete:
+        if stop - first == blocks:
+            added = None
+            if residual is not None:
+                added = load_residual(residual, residual_stride, m, M, group, N, BLOCK_N)
+            finish(sums, added, out, bias, out_stride, m, M, group, N, ACTIVATION, BLOCK_M, BLOCK_N)
+        else:
             # Whose runs hold the tile's first and last block: the inverse of begin = program * units // PROGRAMS.
             lowest = ((start + 1) * PROGRAMS - 1) // units
             highest = ((start + blocks) * PROGRAMS - 1) // units
             slot = program * 2 + tl.where(first > 0, 0, 1)
             tl.store(partial + slot * area + cell, sums, mask=used, cache_modifier=".cg")
             tl.debug_barrier()  # the whole program's stores come before its count
-            complete = tl.atomic_add(arrived + group, 1, sem="acq_rel") == highest - lowest
-            if complete:
+            if tl.atomic_add(arrived + group, 1, sem="acq_rel") == highest - lowest:
                 tl.store(arrived + group, 0)
-                sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                whole = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for other in tl.range(lowest, highest + 1, num_stages=1):
                     slot = other * 2 + tl.where(other * units // PROGRAMS > start, 0, 1)
-                    sums += tl.load(partial + slot * area + cell, mask=used, other=0.0, cache_modifier=".cg")
-        if complete:
-            finish(sums, out, bias, residual, out_stride, residual_stride, m, M, group, N, ACTIVATION, BLOCK_M, BLOCK_N)
+                    whole += tl.load(partial + slot * area + cell, mask=used, other=0.0, cache_modifier=".cg")
+                added = None
+                if residual is not None:
+                    added = load_residual(residual, residual_stride, m, M, group, N, BLOCK_N)
+                finish(whole, added, out, bias, out_stride, m, M, group, N, ACTIVATION, BLOCK_M, BLOCK_N)
 
 
 class SharedTiles:

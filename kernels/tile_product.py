@@ -75,13 +75,20 @@ def multiply(
 
 
 @triton.jit
+def load_residual(residual, residual_stride, m, M, group, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``[BLOCK_M, BLOCK_N]`` of the residual stream, in its dtype."""
+    column = group * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (m < M)[:, None] & (column < N)[None, :]
+    return tl.load(residual + m.to(tl.int64)[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def finish(
     sums,
+    added,
     out,
     bias,
-    residual,
     out_stride,
-    residual_stride,
     m,
     M,
     group,
@@ -90,13 +97,15 @@ def finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Bias, activation and residual of a whole tile. Its elements are this program's alone, so out may be residual."""
+    """Bias, activation or residual of a whole tile. Its elements are this program's alone, so out may be residual."""
     column = group * BLOCK_N + tl.arange(0, BLOCK_N)
     if bias is not None:
-        added = tl.load(bias + weight_row(column, N, ACTIVATION), mask=column < N, other=0.0)
-        sums += added.to(tl.float32)[None, :]
+        biases = tl.load(bias + weight_row(column, N, ACTIVATION), mask=column < N, other=0.0)
+        sums += biases.to(tl.float32)[None, :]
     if ACTIVATION is None:
         y = sums
+        if added is not None:
+            y += added.to(tl.float32)
         owned = column < N
     else:
         gate, up = tl.split(tl.reshape(sums, [BLOCK_M, BLOCK_N // 2, 2]))
@@ -104,7 +113,4 @@ def finish(
         column = group * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         owned = column < N // 2
     stored = (m < M)[:, None] & owned[None, :]
-    m = m.to(tl.int64)[:, None]
-    if residual is not None:
-        y += tl.load(residual + m * residual_stride + column[None, :], mask=stored, other=0.0).to(tl.float32)
-    tl.store(out + m * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=stored)
+    tl.store(out + m.to(tl.int64)[:, None] * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=stored)

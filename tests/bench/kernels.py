@@ -1,6 +1,6 @@
 """What each kernel reaches on one GPU: GB/s or TFLOP/s, each result checked against torch before it is timed.
 
-``python tests/bench/kernels.py [--only attention,dense,small,sampling] [--shape 8b|0.6b|135m] [--sweep]``
+``python tests/bench/kernels.py [--only attention,dense,small,sampling] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8]``
 
 One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
 products (for `kernels/tiles.py`) and of decode attention.
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument("--shape", choices=["8b", "0.6b", "135m"], default="8b")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="of x in the dense products")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -52,7 +53,7 @@ def main() -> None:
         with report.case("dense"):
             from cases import dense
 
-            dense.measure(arguments.shape, arguments.sweep, report)
+            dense.measure(arguments.shape, tuple(map(int, arguments.rows.split(","))), arguments.sweep, report)
     report.table()
 
 

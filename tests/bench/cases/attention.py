@@ -11,7 +11,13 @@ from cases.timing import Deadline, Report, copies_for, median_us, require_close
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightllmd.kernels.decode_attention import DecodeTiles, decode_attention, decode_tiles, segments_for, workspace_size
+from lightllmd.kernels.decode_attention import (
+    DecodeTiles,
+    decode_attention,
+    decode_tiles,
+    segments_for,
+    workspace_size,
+)
 from lightllmd.kernels.prefill_attention import prefill_attention, tiles_for
 
 DECODE = ((1, 576), (8, 576), (32, 576), (128, 576), (256, 576), (1, 4096), (16, 4096), (64, 4096))  # rows, context
@@ -84,7 +90,7 @@ def decode(shape: Shape, rows: int, context: int, sweeps: bool, report: Report) 
     if not sweeps:
         return
     for segments in sorted({max(1, rule // 4), max(1, rule // 2), rule, min(64, rule * 2)}):
-        for block_n, warps, stages in ((32, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 3)):
+        for block_n, warps, stages in ((32, 4, 5), (64, 4, 4), (64, 4, 5), (64, 8, 5), (128, 4, 5), (128, 8, 5)):
             tiles = DecodeTiles(block_n, warps, stages)
             with report.case(f"decode {rows} x {context} {segments} {tiles}"):
                 told(timed(segments, tiles, True), segments, tiles, merge="last program")
@@ -99,11 +105,11 @@ def prefill(shape: Shape, tokens: int, report: Report) -> None:
     table = torch.randperm(tokens, device="cuda").to(torch.int32).view(1, tokens)
     qkv = torch.randn(tokens, heads + 2 * kv, dim, device="cuda", dtype=DTYPE)
     q, out = qkv[:, :heads], torch.full((tokens, heads, dim), float("nan"), device="cuda", dtype=DTYPE)
-    tiles = torch.tensor(tiles_for([tokens], [0], heads // kv), **device)
+    tiles = torch.from_numpy(tiles_for([tokens], [0], heads // kv)).cuda()
     zero, counts = torch.zeros(1, **device), torch.tensor([tokens], **device)
 
     def call() -> None:
-        prefill_attention(q, cache, table, tiles, zero, zero, counts, zero, 1 / math.sqrt(dim), out)
+        prefill_attention(q, cache, table, tiles, zero, zero, counts, zero, 1 / math.sqrt(dim), out, tokens=tokens)
 
     call()
     require_close(out, gathered_attention(q, cache, table[0], True), 1e-2)

@@ -8,7 +8,6 @@ import torch
 from cases.products import (
     DTYPE,
     EPS,
-    ROWS,
     SHAPES,
     Operands,
     Product,
@@ -27,7 +26,7 @@ POOL = 1_060_000_000  # elements that the weights are slices of: two heads, or f
 Multiply = Callable[..., None]
 
 
-def measure(name: str, sweeps: bool, report: Report) -> None:
+def measure(name: str, rows: tuple[int, ...], sweeps: bool, report: Report) -> None:
     shape = SHAPES[name]
     pool = torch.empty(POOL, device="cuda", dtype=DTYPE)
     for part in pool.split(1 << 26):
@@ -36,19 +35,19 @@ def measure(name: str, sweeps: bool, report: Report) -> None:
     sweep = Sweep(pool, shared, report)
     products = products_of(shape)
     if sweeps:
-        sweep.run(products, ROWS, Deadline(240))
-    chosen = {(p.name, m): sweep.best.get((p.name, m)) or by_rule(p, m) for p in products for m in ROWS}
+        sweep.run(products, rows, Deadline(240))
+    chosen = {(p.name, m): sweep.best.get((p.name, m)) or by_rule(p, m) for p in products for m in rows}
     sweep.compile(
         [
             (p, m, v._replace(fused=f))
             for p in products
-            for m in ROWS
+            for m in rows
             for v in [chosen[p.name, m]]
             for f in fusions(p, v, m)
         ]
     )
     deadline = Deadline(60)
-    for m in ROWS:
+    for m in rows:
         if deadline.passed(f"products at {m} rows"):
             break
         singles(products, m, pool, shared, chosen, report)
