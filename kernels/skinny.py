@@ -36,13 +36,11 @@ def _skinny(
     x,
     weight,
     out,
-    norm,
     bias,
     residual,
     x_stride,
     out_stride,
     residual_stride,
-    eps,
     M,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -64,9 +62,7 @@ def _skinny(
     added = None
     if residual is not None:
         added = load_residual(residual, residual_stride, m, M, group, N, BLOCK_N)
-    sums = multiply(
-        x, weight, norm, x_stride, eps, m, M, group, 0, K, N, K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVICT
-    )
+    sums = multiply(x, weight, x_stride, m, M, group, 0, K, N, K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVICT)
     if PDL:
         # Not earlier: programs of the next kernel would take places beside long ones of this, and spread unevenly.
         gdc_launch_dependents()
@@ -126,7 +122,7 @@ def launch(
     m, k = x.shape
     n = weight.shape[0]
     if tile is None:
-        tile = tile_for(m, n, k, x.dtype, activation is not None, shared is not None and norm is None)
+        tile = tile_for(m, n, k, x.dtype, activation is not None, shared is not None)
     tiles = cdiv(n, tile.block_n)
     strides = x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0)
     options = {
@@ -145,10 +141,11 @@ def launch(
     if tile.gemv:
         options["M"] = m
         return Launch(gemv, (tiles,), (x, weight, out, norm, bias, residual, *strides, eps), options)
+    assert norm is None, "see fuses_norm"
     rows = options["BLOCK_M"] = block_rows(m)
     if not tile.programs:
         grid = tiles, cdiv(m, rows)
-        return Launch(_skinny, grid, (x, weight, out, norm, bias, residual, *strides, eps, m), options)
+        return Launch(_skinny, grid, (x, weight, out, bias, residual, *strides, m), options)
     assert shared is not None
     options["PROGRAMS"] = tile.programs
     parts = shared.partial, shared.arrived

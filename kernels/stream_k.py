@@ -59,9 +59,7 @@ def stream_k(
         sums = multiply(
             x,
             weight,
-            None,
             x_stride,
-            0.0,
             m,
             M,
             group,

@@ -28,9 +28,7 @@ def prefetch(weight, group, N: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.con
 def multiply(
     x,
     weight,
-    norm,
     x_stride,
-    eps,
     m,
     M,
     group,
@@ -55,22 +53,13 @@ def multiply(
     tile = weight + row[None, :] * K + k[:, None]
     whole: tl.constexpr = K % BLOCK_K == 0
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if norm is not None:
-        squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         if whole:
             a = tl.load(rows + start, mask=used, other=0.0)
         else:
             a = tl.load(rows + start, mask=used & (start + k < K)[None, :], other=0.0)
         b = load_weights(tile + start, start + k[:, None], K, whole, EVICT)
-        if norm is not None:
-            wide = a.to(tl.float32)
-            squares += wide * wide
-            scale = tl.load(norm + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            a = (wide * scale[None, :]).to(a.dtype)
         sums = tl.dot(a, b, sums, input_precision="ieee")
-    if norm is not None:
-        sums *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
     return sums
 
 

@@ -58,10 +58,11 @@ def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
 
 
 def fuses_norm(m: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` should be given the norm's weight; else the caller norms x in a kernel of its own.
+    """Whether `linear` is to be given the norm's weight; else the caller norms x in a kernel of its own.
 
-    Every program would norm all rows for its few columns: with more than one row that costs more than it saves. And on
-    tensor cores, in fp16, the unscaled product of x and the norm's weight can overflow (residual streams reach 1e4).
+    Every program norms all rows for its few columns: with two rows that costs more than it saves. On tensor cores,
+    where x * norm would also have to be rounded, it more than doubled the time, so only `gemv` does it, in fp32: there
+    it can't overflow either (residual streams reach 1e4).
     """
     return m == 1
 
@@ -83,7 +84,7 @@ def block_rows(m: int) -> int:
 
 @functools.cache
 def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, shares: bool) -> Tile:
-    """`shares`: programs may share a tile, so a workspace is at hand and no norm is fused."""
+    """`shares`: programs may share a tile: there is a `SharedTiles`."""
     if m <= gemv_rows():
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile

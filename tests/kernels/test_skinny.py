@@ -109,7 +109,7 @@ def test_rows_beyond_one_block(device: str, dtypes: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", [GEMV, GEMV_PIPELINED, DOT, SHARED])
 def test_activation_of_both_halves(tile: Tile, activation: str, device: str, dtypes: torch.dtype) -> None:
     m = 3 if tile.gemv else 18
-    check(tile, m, 52, 128, device, dtypes, activation=activation, norm=not tile.programs, bias=True)
+    check(tile, m, 52, 128, device, dtypes, activation=activation, norm=tile.gemv, bias=True)
 
 
 @pytest.mark.parametrize("tile", [GEMV, DOT, SHARED])
@@ -119,11 +119,7 @@ def test_residual_stream_is_updated_in_place(tile: Tile, device: str, dtypes: to
 
 @pytest.mark.parametrize("tile", [GEMV, DOT, SHARED])
 def test_logits_are_written_in_fp32(tile: Tile, device: str, dtypes: torch.dtype) -> None:
-    check(tile, 3, 150, 64, device, dtypes, wide=True, norm=not tile.programs)
-
-
-def test_dot_norms_its_rows(device: str, dtypes: torch.dtype) -> None:
-    check(DOT, 19, 37, 193, device, dtypes, norm=True)
+    check(tile, 3, 150, 64, device, dtypes, wide=True, norm=tile.gemv)
 
 
 def test_gemv_in_fp16_takes_a_large_residual_stream(device: str) -> None:

@@ -43,7 +43,7 @@ def measure(name: str, rows: tuple[int, ...], sweeps: bool, report: Report) -> N
             for p in products
             for m in rows
             for v in [chosen[p.name, m]]
-            for f in fusions(p, v, m)
+            for f in fusions(p, v)
         ]
     )
     deadline = Deadline(60)
@@ -58,9 +58,9 @@ def by_rule(product: Product, m: int) -> Variant:
     return Variant(tiles.tile_for(m, product.n, product.k, DTYPE, product.gates, True))
 
 
-def fusions(product: Product, variant: Variant, m: int) -> list[bool]:
+def fusions(product: Product, variant: Variant) -> list[bool]:
     """Whether the norm is inside: both where both can be."""
-    return [False, True] if product.normed and not variant.tile.programs and m <= 64 else [False]
+    return [False, True] if product.normed and variant.tile.gemv else [False]
 
 
 def singles(
@@ -77,7 +77,7 @@ def singles(
             operands = Operands(product, m, pool, "cuda")
             variant = chosen[product.name, m]
             times: dict[str, float] = {}
-            for fused in fusions(product, variant, m):
+            for fused in fusions(product, variant):
                 each = variant._replace(fused=fused)
                 operands.check(each, shared)
                 if not fused:
@@ -119,7 +119,7 @@ def chains(
     times: dict[str, float] = {}
     every = {product.name: product for product in products}
     for how in ("cublas", "separate", "separate_pdl", "fused", "fused_pdl"):
-        if how.startswith("fused") and m > 64:
+        if how.startswith("fused") and not any(True in fusions(p, chosen[p.name, m]) for p in products):
             continue
         with report.case(f"chain {m} {how}"):
             buffers = {name: Operands(product, m, pool, "cuda") for name, product in every.items()}
@@ -131,7 +131,7 @@ def chains(
                     operands.cublas(True)(weight)
                     return
                 variant = chosen[name, m]
-                fused = how.startswith("fused") and True in fusions(every[name], variant, m)
+                fused = how.startswith("fused") and True in fusions(every[name], variant)
                 operands.ours(variant._replace(fused=fused, pdl=how.endswith("pdl")), shared, True)(weight)
 
             calls = [

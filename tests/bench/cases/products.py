@@ -307,10 +307,10 @@ def finalists(sorted_variants: list[Variant], case: tuple[Product, int]) -> list
     """Of the fastest tile: its cache hint, programmatic launch, and the norm inside (of the best gemv, if any)."""
     if not sorted_variants:
         return []
-    product, m = case
+    product = case[0]
     best = sorted_variants[0].tile
     hinted = best._replace(evict="evict_first")
     found = [Variant(hinted), Variant(best, pdl=True), Variant(hinted, pdl=True)]
-    if product.normed and not best.programs and m <= 64:
+    if product.normed and best.gemv:
         found += [Variant(best, fused=True), Variant(best, fused=True, pdl=True)]
     return found
