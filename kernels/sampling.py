@@ -1,4 +1,5 @@
-"""From logits to the next token of each row on a GPU, with nothing read by the host. Meaning: `reference.sample`.
+"""From logits to the next token of each row on a GPU, with nothing read by the host. Meaning: `reference.shape`
+and `reference.choose`.
 
 The first kernel reads every logit once, a program per row and chunk of the vocabulary: it shapes the logits, and
 reduces each chunk to its softmax statistics and its best candidate: the highest logit of a greedy row, the highest sum
@@ -402,6 +403,6 @@ def sample(
         PLAIN=plain,
         SEARCH=search,
         LANES=triton.next_power_of_2(chunks),
-        num_warps=8 if search else 1,
+        num_warps=8,
     )
     return tokens, logprobs, totals
