@@ -49,6 +49,24 @@ def activation(dtype: torch.dtype, kind: str) -> None:
     gated(torch.empty(4, 2 * 14336, dtype=dtype), kind, torch.empty(4, 14336, dtype=dtype))
 
 
+def products(dtype: torch.dtype, rows: int, pdl: bool = False) -> None:
+    """Those of a layer of an 8B model."""
+    from lightllmd.kernels import skinny, tiles
+
+    def product(n: int, k: int, **fused: Any) -> None:
+        x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+        out = torch.empty(rows, n // 2 if "activation" in fused else n, dtype=dtype)
+        if fused.pop("adds", False):
+            fused["residual"] = out
+        skinny.linear(x, weight, out, shared=shared, pdl=pdl, **fused)
+
+    shared = skinny.SharedTiles("cpu")
+    norm = {"norm": torch.empty(4096, dtype=dtype), "eps": 1e-5} if tiles.fuses_norm(rows, dtype) else {}
+    product(6144, 4096, **norm)
+    product(28672, 4096, activation="silu", **norm)
+    product(4096, 14336, adds=True)
+
+
 def gathers(dtype: torch.dtype, offset: int = 0) -> None:
     from lightllmd.kernels.embed import enter, gather_rows
 
@@ -121,6 +139,13 @@ CASES: dict[str, Callable[[], None]] = {
     "gelu bf16": partial(activation, BF16, "gelu"),
     "gelu_tanh fp16": partial(activation, FP16, "gelu_tanh"),
     "relu fp32": partial(activation, FP32, "relu"),
+    "products bf16, 1 row": partial(products, BF16, 1),
+    "products bf16, 2 rows, overlapping": partial(products, BF16, 2, True),
+    "products fp16, 1 row": partial(products, FP16, 1),
+    "products bf16, 8 rows, overlapping": partial(products, BF16, 8, True),
+    "products bf16, 32 rows": partial(products, BF16, 32),
+    "products bf16, 64 rows": partial(products, BF16, 64),
+    "products bf16, 128 rows": partial(products, BF16, 128),
     "sampling, greedy": partial(sampling, True, False),
     "sampling, limited": partial(sampling, False, True),
     "sampling, masked": partial(sampling, False, True, True),
