@@ -143,17 +143,19 @@ def shape(
     return x * inverse_temperature
 
 
-def kept(x: Tensor, top_p: float, top_k: int) -> Tensor:
+def kept(x: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
     """Which tokens of ``x [V]`` are drawn from. They are ranked by logit, equal ones by id: those whose preceding mass
-    exceeds `top_p` (above 1: none) go, then those at rank `top_k` and beyond."""
+    exceeds `top_p` (above 1: none) go, those at rank `top_k` and beyond, and those of less than `min_p` times the
+    highest probability (Nguyen et al. 2024)."""
     values, ids = x.double().softmax(-1).sort(descending=True, stable=True)
     stays = ((values.cumsum(-1) - values) <= top_p) & (torch.arange(len(x), device=x.device) < top_k)
+    stays &= values >= min_p * values[0]
     return torch.zeros_like(stays).scatter_(0, ids, stays)
 
 
-def choose(x: Tensor, top_p: float, top_k: int, noise: Tensor | None) -> tuple[int, float]:
+def choose(x: Tensor, top_p: float, top_k: int, min_p: float, noise: Tensor | None) -> tuple[int, float]:
     """One row's token and its log-probability among all tokens: the highest of ``x [V]``, or of ``x + noise`` among the
     kept; the lowest id among equals."""
-    key = x if noise is None else (x + noise).masked_fill(~kept(x, top_p, top_k), float("-inf"))
+    key = x if noise is None else (x + noise).masked_fill(~kept(x, top_p, top_k, min_p), float("-inf"))
     token = int(key.argmax())
     return token, float(x.double().log_softmax(-1)[token])

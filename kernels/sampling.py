@@ -6,9 +6,10 @@ reduces each chunk to its softmax statistics and its best candidate: the highest
 of logit and Gumbel noise of one that draws, which is a draw from the softmax (Gumbel 1954, "Gumbel-max trick"). The
 second kernel merges a row's chunks.
 
-Top-p and top-k keep the first so many tokens of a ranking. So the candidate among all tokens is the candidate among
-the kept ones too if it is kept itself, which one reading decides: count and mass of the tokens ranked before it. If it
-is not, nothing behind it is either, and the next candidate is the best of those before it. The reading tries three
+Top-p, top-k and min-p keep the first so many tokens of a ranking. So the candidate among all tokens is the candidate
+among the kept ones too if it is kept itself. For min-p its logit decides; if it is too low, the next candidate is the
+best of those high enough. For top-p and top-k one reading decides: count and mass of the tokens ranked before it. If it
+is not kept, nothing behind it is either, and the next candidate is the best of those before it. The reading tries three
 higher borders as well, so that few readings are needed where the kept tokens have little mass.
 
 Sums are formed chunk by chunk or by one program, in an order that depends on nothing but the vocabulary: a row's token
@@ -41,7 +42,7 @@ PARAMETERS = np.dtype(
         ("branch", np.int32),
         ("seed", np.int64),
         ("alternatives", np.int32),
-        ("unused", np.int32),
+        ("min_p", np.float32),
     ]
 )
 
@@ -51,7 +52,8 @@ def _column(name: str) -> tl.constexpr:
 
 
 COLUMNS = tl.constexpr(PARAMETERS.itemsize // 4)
-INVERSE_TEMPERATURE, TOP_P, TOP_K = _column("inverse_temperature"), _column("top_p"), _column("top_k")
+INVERSE_TEMPERATURE = _column("inverse_temperature")
+TOP_P, TOP_K, MIN_P = _column("top_p"), _column("top_k"), _column("min_p")
 PRESENCE, FREQUENCY, REPETITION = _column("presence"), _column("frequency"), _column("repetition")
 DECAY_START, DECAY_FACTOR, MIN_NEW = _column("decay_start"), _column("decay_factor"), _column("min_new")
 SEED, BRANCH = _column("seed"), _column("branch")
@@ -61,7 +63,7 @@ ALTERNATIVES_WANTED = _column("alternatives")
 DRAWN = tl.constexpr(1)
 PENALISED = tl.constexpr(2)
 ENDING = tl.constexpr(4)  # the logits of eos are changed, at some positions at least
-LIMITED = tl.constexpr(8)  # top-p or top-k
+LIMITED = tl.constexpr(8)  # top-p, top-k or min-p
 ALTERNATIVES = tl.constexpr(16)  # the shaped logits are asked for beside the token
 
 MOST_COUNT = tl.constexpr(32767)
@@ -316,7 +318,11 @@ def _choose(
             top_p, top_k = _real(parameters + TOP_P), tl.load(parameters + TOP_K)
             logits += at * stride
             # A row of NaN or of nothing but -inf has no ranking: its log-probability tells.
-            searching = ((flags & LIMITED) != 0) & (tl.abs(whole) < float("inf"))
+            limited = ((flags & LIMITED) != 0) & (tl.abs(whole) < float("inf"))
+            least = top + tl.log(_real(parameters + MIN_P))  # -inf where it is off
+            if limited & (x < least):
+                token, x = _redraw(logits, parameters, position, inverse, least, VOCAB, VOCAB)
+            searching = limited & ((top_p < 1) | (top_k < VOCAB))
             while searching:
                 b1, b2, b3 = x + (top - x) * 0.25, x + (top - x) * 0.5, x + (top - x) * 0.75
                 n0, n1, n2, n3, m0, m1, m2, m3 = _rank(logits, inverse, whole, x, token, b1, b2, b3, VOCAB)

@@ -37,6 +37,7 @@ class Parameters(Body):
     temperature: float = Field(default=1.0, ge=0, le=MAX_PENALTY)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=-1, ge=-1, le=MAX_COUNT)
+    min_p: float = Field(default=0.0, ge=0, le=1, description="0: off")
     ignore_eos: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     min_new_tokens: int = Field(default=1, ge=1, le=MAX_COUNT)
@@ -102,6 +103,7 @@ class Parameters(Body):
             temperature=self.temperature if self.do_sample else 1.0,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,

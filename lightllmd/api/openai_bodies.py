@@ -93,6 +93,7 @@ class OpenAIBody(Body, ABC):
     # LightLLM's extensions
     do_sample: bool | None = Field(default=None, description="false: greedy, whatever temperature says")
     top_k: int = Field(default=-1, ge=-1, le=MAX_COUNT)
+    min_p: float = Field(default=0.0, ge=0, le=1, description="0: off")
     repetition_penalty: float = Field(default=1.0, ge=1, le=MAX_PENALTY)
     ignore_eos: bool = False
     min_tokens: int = Field(default=1, ge=0, le=MAX_COUNT)
@@ -146,6 +147,7 @@ class OpenAIBody(Body, ABC):
             temperature=temperature if temperature >= 1e-5 else 1.0,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty,

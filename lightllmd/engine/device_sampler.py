@@ -152,7 +152,7 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
         DRAWN * drawn
         | PENALISED * penalised
         | ENDING * (factor != 1 or params.min_new_tokens > 1)
-        | LIMITED * (drawn and (params.top_p < 1 or top_k < vocab))
+        | LIMITED * (drawn and (params.top_p < 1 or top_k < vocab or params.min_p > 0))
         | ALTERNATIVES * (params.top_logprobs > 0)
     )
     packed = np.zeros((), sampling.PARAMETERS)
@@ -160,6 +160,7 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
     packed["inverse_temperature"] = max(1 / params.temperature, LEAST_REAL) if hot else 1
     packed["top_p"] = params.top_p if params.top_p < 1 else 2  # no rounding of a sum may exceed it
     packed["top_k"] = min(top_k, vocab)
+    packed["min_p"] = params.min_p
     packed["presence"] = _bounded(params.presence_penalty)
     packed["frequency"] = _bounded(params.frequency_penalty)
     packed["repetition"] = max(_bounded(params.repetition_penalty), LEAST_REAL)

@@ -1,7 +1,7 @@
 """From logits to the next token of each row. The order of operations is that of LightLLM's `sample`:
 
 repetition, frequency and presence penalties; exponential decay on the eos logits; eos mask below min_new_tokens;
-temperature; softmax; top-p; top-k; draw. The log-probability is that of the softmax before truncation.
+temperature; softmax; top-p, top-k and min-p; draw. The log-probability is that of the softmax before truncation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ GREEDY_BELOW = 1e-5  # temperature
 CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger are sorted whole
 
 # Columns of the parameter table.
-(GREEDY, TEMPERATURE, TOP_P, TOP_K, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR, MIN_NEW,
- ALTERNATIVES) = range(11)  # fmt: skip
+(GREEDY, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR, MIN_NEW,
+ ALTERNATIVES) = range(12)  # fmt: skip
 
 Sampled = tuple[Tensor, Tensor, list[list[tuple[int, float]] | None]]
 
@@ -33,7 +33,7 @@ class Sampler:
 
     def __init__(self, rows: int, width: int, vocab: int, eos_ids: list[int], device: torch.device) -> None:
         self.device, self.vocab = device, vocab
-        self._parameters = torch.zeros((rows, 11), dtype=torch.float64)
+        self._parameters = torch.zeros((rows, 12), dtype=torch.float64)
         self._seeds = torch.zeros((rows, 2), dtype=torch.int64)  # seed, branch
         self._plain = [True] * rows  # greedy, and nothing changes or asks for more than the highest logit
         self._history = torch.zeros((rows, width), dtype=torch.int32)  # tokens that the penalties count
@@ -62,6 +62,7 @@ class Sampler:
                 1.0 if greedy else params.temperature,
                 params.top_p,
                 params.top_k if params.top_k > 0 else self.vocab,
+                params.min_p,
                 params.presence_penalty,
                 params.frequency_penalty,
                 params.repetition_penalty,
@@ -109,7 +110,7 @@ class Sampler:
             at = drawn.to(self.device)
             probabilities = (logits[at] - total[at]).exp()
             limits = table[drawn].to(self.device)
-            tokens[at] = draw(probabilities, limits[:, TOP_P], limits[:, TOP_K], u)
+            tokens[at] = draw(probabilities, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], u)
         chosen = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
         return tokens, chosen, _alternatives(logits, total, table[:, ALTERNATIVES].int().tolist())
 
@@ -142,14 +143,15 @@ class Sampler:
         logits[index, self._eos] = grown.masked_fill(masked[at].to(self.device)[:, None], EOS_MASKED)
 
 
-def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, u: Tensor) -> Tensor:
+def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
     """Inverse transform sampling: one token of each row of ``probabilities [B, V]`` at ``u [B]`` in (0, 1).
 
-    Tokens are ranked by probability, equal ones by id; those whose preceding mass exceeds top_p go, then those at
-    rank top_k and beyond. A row with neither limit is read in order of ids, without a sort.
+    Tokens are ranked by probability, equal ones by id; those whose preceding mass exceeds top_p go, those at rank
+    top_k and beyond, and those of less than min_p times the highest probability (Nguyen et al. 2024). A row without
+    a limit is read in order of ids, without a sort.
     """
     vocab = probabilities.shape[1]
-    limited = (top_p < 1) | (top_k < vocab)
+    limited = (top_p < 1) | (top_k < vocab) | (min_p > 0)
     tokens = torch.empty(len(u), dtype=torch.int64, device=probabilities.device)
     free = (~limited).nonzero()[:, 0]
     if len(free):
@@ -162,6 +164,7 @@ def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, u: Tensor) -> Tens
         before = values.double().cumsum(-1) - values.double()
         rank = torch.arange(width, device=values.device)
         kept = (before <= top_p[left, None]) & (rank < top_k[left, None])
+        kept &= values >= min_p[left, None] * values[:, :1]
         # Equal values at the end of a partial ranking may go on behind it, with lower ids: not yet decided.
         sure = ~kept[:, -1] & ((values > values[:, -1:]) | ~kept).all(-1) if width < vocab else kept[:, 0]
         done = sure.nonzero()[:, 0]

@@ -29,8 +29,9 @@ def request_id(api: int, epoch: int, sequence: int) -> int:
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token of each branch is chosen. Already validated; the engine trusts it.
 
-    ``do_sample = False`` is greedy: temperature, top_p and top_k are ignored. The order of application is
-    penalties, eos decay, eos mask below ``min_new_tokens``, temperature, softmax, top_p, top_k.
+    ``do_sample = False`` is greedy: temperature, top_p, top_k and min_p are ignored. The order of application is
+    penalties, eos decay, eos mask below ``min_new_tokens``, temperature, softmax, then top_p, top_k and min_p together:
+    each looks at the whole softmax, and a token is kept if all three keep it.
     """
 
     n: int = 1  # branches, each numbered 0..n-1
@@ -38,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     temperature: float = 1.0
     top_p: float = 1.0  # (0, 1]
     top_k: int = -1  # -1: off
+    min_p: float = 0.0  # [0, 1], least probability in units of the highest one; 0: off
     presence_penalty: float = 0.0  # subtracted once from each token that occurred
     frequency_penalty: float = 0.0  # subtracted per occurrence
     repetition_penalty: float = 1.0  # logit > 0: divided, else multiplied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from api.frontend_harness import EOS, expected, frames, run, stack
@@ -45,6 +47,22 @@ def test_parameters_are_optional_and_16_tokens_are_the_default(tmp_path):
             assert answer.json()["count_output_tokens"] == 16
             more = await one.generate("x", min_new_tokens=20)
             assert more.json()["count_output_tokens"] == 20
+
+    run(scenario())
+
+
+def test_min_p_reaches_the_engine_and_the_one_after_it(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, engine=False) as one:
+            engine = await one.up()
+            answer = asyncio.create_task(one.generate("x", max_new_tokens=3, do_sample=True, seed=2, min_p=0.25))
+            for _ in range(2):
+                await engine.submitted(1)
+                assert engine.submits[0].params.min_p == 0.25
+                await one.kill()
+                engine = await one.up()
+            engine.free_run = True
+            assert (await answer).json()["generated_text"] == [expected("x", 3, seed=2)]
 
     run(scenario())
 

@@ -312,6 +312,7 @@ def test_fields_without_effect_and_idle_features_are_accepted(tmp_path):
                 "seed": None,
                 "stream": False,
                 "top_k": 5,
+                "min_p": 0.25,
                 "repetition_penalty": 1.1,
                 "ignore_eos": True,
                 "min_tokens": 1,
@@ -320,12 +321,8 @@ def test_fields_without_effect_and_idle_features_are_accepted(tmp_path):
             answer = await one.client.post("/v1/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
             params = one.engine.submits[-1].params
-            assert (params.top_k, params.repetition_penalty, params.ignore_eos, params.presence_penalty) == (
-                5,
-                1.1,
-                True,
-                -0.5,
-            )
+            assert (params.top_k, params.min_p, params.repetition_penalty) == (5, 0.25, 1.1)
+            assert (params.ignore_eos, params.presence_penalty) == (True, -0.5)
             assert (
                 bytes(one.engine.submits[-1].prompt_ids)
                 == b"system: be kind\nuser: a\nb\nassistant: c\nuser: d\nassistant: "

@@ -92,8 +92,9 @@ def test_greedy_rows_agree_with_the_sampler_of_a_cpu_step_by_step() -> None:
             positions[row] += 1
 
 
-def test_a_row_that_enters_again_with_what_it_emitted_goes_on_as_if_it_had_stayed() -> None:
-    params = SamplingParams(do_sample=True, seed=9, top_p=0.95, input_penalty=True, **PENALTIES)
+@pytest.mark.parametrize("limit", [{"top_p": 0.95}, {"min_p": 0.3}, {"top_p": 0.95, "min_p": 0.1}], ids=str)
+def test_a_row_that_enters_again_with_what_it_emitted_goes_on_as_if_it_had_stayed(limit: dict[str, float]) -> None:
+    params = SamplingParams(do_sample=True, seed=9, input_penalty=True, **limit, **PENALTIES)
     stayed, prompt, emitted = Device(), [9, 9, 12], []
     stayed.enter(0, params, prompt)
     logits = normal(1, VOCAB, seed=4) * 0.5
@@ -201,6 +202,20 @@ def test_a_mask_leaves_only_what_it_allows() -> None:
     assert [token for token, _ in alternatives[1]][:2] == [33, EOS[0]]
 
 
+def test_min_p_looks_at_the_logits_after_penalties_and_temperature() -> None:
+    device = Device()
+    cpu = Sampler(ROWS, 64, VOCAB, EOS, torch.device("cpu"))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [10, 20, 30, 50]] = torch.tensor([4.0, 2.7, 2.5, 9.0])  # 1, 0.52 and 0.47 of the highest; penalised
+    rows = list(range(ROWS))
+    for row in rows:
+        params = SamplingParams(do_sample=True, temperature=2.0, min_p=0.5, presence_penalty=9.0, seed=row)
+        device.enter(row, params, [], [50])
+        cpu.enter(row, SamplingRow(params, [], [50]), 0)
+    assert set(device.sample(logits.expand(ROWS, -1), rows, [1] * ROWS)[0]) == {10, 20}
+    assert set(cpu.sample(logits.repeat(ROWS, 1), rows, [1] * ROWS)[0].tolist()) == {10, 20}
+
+
 def test_a_row_without_entry_is_greedy() -> None:
     device = Device()
     logits = normal(2, VOCAB)
@@ -218,6 +233,8 @@ def test_a_row_without_entry_is_greedy() -> None:
         {"repetition_penalty": 1e-300, "temperature": 1.1e-5, "do_sample": True},
         {"presence_penalty": 1e300, "frequency_penalty": -1e300, "temperature": 1.1e-5, "do_sample": True},
         {"temperature": 1e300, "do_sample": True, "top_p": 0.5},
+        {"temperature": 1.1e-5, "do_sample": True, "min_p": 1e-300},
+        {"temperature": 1e300, "do_sample": True, "min_p": 1.0},
         {"temperature": 1e-300, "do_sample": True, "top_k": 2**40},
     ],
     ids=str,

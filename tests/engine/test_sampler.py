@@ -51,10 +51,13 @@ def brute(
         probability = math.exp(row[token] - total)
         if mass > params.top_p or (params.top_k > 0 and rank >= params.top_k):
             break
+        if probability < params.min_p * math.exp(highest - total):
+            break
         kept[token] = probability
         mass += probability
     u = uniform(torch.tensor([params.seed]), torch.tensor([branch]), torch.tensor([position])).item()
-    order = kept if params.top_p < 1 or 0 < params.top_k < len(row) else sorted(kept)
+    limited = params.top_p < 1 or 0 < params.top_k < len(row) or params.min_p > 0
+    order = kept if limited else sorted(kept)
     target, reached = u * sum(kept.values()), 0.0
     for token in order:
         reached += kept[token]
@@ -70,6 +73,7 @@ def random_params(draw_: random.Random) -> SamplingParams:
         "temperature": draw_.choice([1.0, 0.3, 0.7, 1.5, 1e-6]),
         "top_p": draw_.choice([1.0, 0.1, 0.5, 0.9]),
         "top_k": draw_.choice([-1, 1, 3, 40, 200]),
+        "min_p": draw_.choice([0.0, 0.0, 0.03, 0.4]),
         "presence_penalty": draw_.choice([0.0, 0.0, 1.5]),
         "frequency_penalty": draw_.choice([0.0, 0.0, 0.4]),
         "repetition_penalty": draw_.choice([1.0, 1.0, 1.7]),
@@ -178,19 +182,27 @@ def test_truncation_by_parts_equals_a_full_sort(vocab: int, levels: int) -> None
     top_p = torch.rand(40, generator=generator).double()
     top_k = torch.randint(1, vocab + 1, (40,), generator=generator).double()
     top_p[:10], top_k[10:20] = 1.0, vocab
+    min_p = torch.rand(40, generator=generator).double() * (torch.arange(40) % 2)
+    top_p[0:4], top_k[0:4] = 1.0, vocab
+    min_p[2], min_p[3] = 0.0, 1.0
     u = torch.rand(40, generator=generator).double()
-    tokens = draw(probabilities, top_p, top_k, u)
+    tokens = draw(probabilities, top_p, top_k, min_p, u)
     for row in range(40):
         values, ids = probabilities[row].double().sort(dim=-1, descending=True, stable=True)
         kept = ((values.cumsum(-1) - values) <= top_p[row]) & (torch.arange(vocab) < top_k[row])
-        mass = (values * kept).cumsum(-1) if top_p[row] < 1 or top_k[row] < vocab else None
-        if mass is None:
+        kept &= values >= min_p[row] * values[0]
+        if top_p[row] == 1 and top_k[row] == vocab and min_p[row] == 0:
             continue
+        mass = (values * kept).cumsum(-1)
         at = int(torch.searchsorted(mass, u[row] * mass[-1], right=True))
         assert tokens[row] == ids[at]
 
 
-@pytest.mark.parametrize("limits", [{}, {"top_p": 0.8}, {"top_k": 5}, {"temperature": 0.6, "top_p": 0.95, "top_k": 7}])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.2}, {"temperature": 0.6, "top_p": 0.95, "top_k": 7, "min_p": 0.02}],
+    ids=str,
+)
 def test_frequencies_are_those_of_the_truncated_distribution(limits: dict[str, Any]) -> None:
     vocab, draws = 12, 8000
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(11)) * 1.5
@@ -207,6 +219,7 @@ def test_frequencies_are_those_of_the_truncated_distribution(limits: dict[str, A
     kept = ((values.cumsum(-1) - values) <= params.top_p) & (
         torch.arange(vocab) < (params.top_k if params.top_k > 0 else vocab)
     )
+    kept &= values >= params.min_p * values[0]
     expected = torch.zeros(vocab, dtype=torch.float64)
     expected[ids] = values * kept
     expected *= draws / expected.sum()
@@ -215,6 +228,17 @@ def test_frequencies_are_those_of_the_truncated_distribution(limits: dict[str, A
     chi_square = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum().item()
     freedom = int(seen.sum()) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom), (chi_square, freedom)
+
+
+def test_min_p_of_one_keeps_the_most_probable_token_and_its_equals_as_they_are_ranked() -> None:
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5))
+    logits[0, [7, 30, 90]] = 6.1
+    one = sampler()
+    for row, top_k in enumerate((-1, 2, 1)):
+        params = SamplingParams(do_sample=True, temperature=0.7, seed=3, min_p=1.0, top_k=top_k)
+        one.enter(row, SamplingRow(params, [], []), 0)
+        tokens = one.sample(logits.expand(40, -1).clone(), [row] * 40, list(range(40)))[0]
+        assert set(tokens.tolist()) == {7, 30, 90} - ({90} if row else set()) - ({30} if row == 2 else set())
 
 
 def test_a_seed_reproduces_and_branches_differ() -> None:

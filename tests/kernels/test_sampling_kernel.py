@@ -34,7 +34,7 @@ def packed(vocab: int, **settings: Any) -> np.ndarray:
         row[name] = value
     row["flags"] = (
         DRAWN * drawn
-        | LIMITED * bool(drawn and (row["top_p"] < 1 or row["top_k"] < vocab))
+        | LIMITED * bool(drawn and (row["top_p"] < 1 or row["top_k"] < vocab or row["min_p"] > 0))
         | PENALISED * bool(row["repetition"] != 1 or row["presence"] != 0 or row["frequency"] != 0)
         | ENDING * bool(row["decay_factor"] != 1 or row["min_new"] > 1)
     )
@@ -87,7 +87,7 @@ def expected(
         float(row["inverse_temperature"]),
     )
     noise = gumbel(int(row["seed"]), int(row["branch"]), position, len(x)) if row["flags"] & DRAWN else None
-    return reference.choose(x, float(row["top_p"]), int(row["top_k"]), noise)
+    return reference.choose(x, float(row["top_p"]), int(row["top_k"]), float(row["min_p"]), noise)
 
 
 def bits(allowed: Tensor) -> Tensor:
@@ -112,6 +112,7 @@ def random_row(draw: random.Random, vocab: int) -> np.ndarray:
         inverse_temperature=draw.choice([1.0, 3.0, 1 / 1.5]) if drawn else 1.0,
         top_p=draw.choice([2.0, 0.1, 0.5, 0.9]),
         top_k=draw.choice([vocab, 2, 3, 40]),
+        min_p=draw.choice([0.0, 0.0, 0.03, 0.4]),
         presence=draw.choice([0.0, 0.0, 1.5]),
         frequency=draw.choice([0.0, 0.0, 0.4]),
         repetition=draw.choice([1.0, 1.0, 1.7]),
@@ -159,6 +160,8 @@ def test_extreme_logits(vocab: int) -> None:
         {"drawn": True, "top_k": 3},
         {"drawn": True, "top_p": 0.3},
         {"drawn": True, "top_p": 1e-9, "top_k": 2},
+        {"drawn": True, "min_p": 0.5},
+        {"drawn": True, "min_p": 1e-40, "top_p": 0.9},
     ]
     rows = [packed(vocab, seed=seed, **limit) for seed, limit in enumerate(limits)]
     for logits in (equal, one_hot, some, most, -1e30 * one_hot, 1e38 * equal):
@@ -180,6 +183,32 @@ def test_equal_logits_across_a_limit_are_ranked_by_id(vocab: int) -> None:
     assert tokens.tolist() == [expected(x, row)[0] for x, row in zip(logits, rows, strict=True)]
 
 
+@pytest.mark.parametrize("other", [{}, {"top_p": 0.6}, {"top_k": 4}, {"top_p": 0.8, "top_k": 30}], ids=str)
+@pytest.mark.parametrize("vocab", [50, 5000])
+def test_min_p_alone_and_beside_each_other_limit_chooses_what_the_reference_does(
+    vocab: int, other: dict[str, Any]
+) -> None:
+    least = [0.0, 0.001, 0.05, 0.3, 0.9, 1.0]
+    logits = (normal(1, vocab, seed=2) * 2).expand(len(least), -1)
+    for seed in range(2):
+        rows = [packed(vocab, drawn=True, seed=seed, min_p=min_p, **other) for min_p in least]
+        tokens, logprobs, _ = sample(logits, rows)
+        truth = [expected(x, row) for x, row in zip(logits, rows, strict=True)]
+        assert tokens.tolist() == [token for token, _ in truth]
+        assert logprobs.tolist() == pytest.approx([logprob for _, logprob in truth], rel=1e-5)
+        assert tokens[-1] == logits[0].argmax()
+
+
+def test_min_p_of_one_keeps_the_most_probable_token_and_its_equals_as_they_are_ranked() -> None:
+    vocab, equal = 5000, [3, 1030, 4999]
+    logits = normal(1, vocab)
+    logits[0, equal] = 7.3
+    one = {"drawn": True, "inverse_temperature": 0.7, "min_p": 1.0}
+    rows = [packed(vocab, seed=seed, **one, top_k=top_k) for top_k in (vocab, 2, 1) for seed in range(10)]
+    tokens, _, _ = sample(logits.expand(len(rows), -1), rows)
+    assert [set(of.tolist()) for of in tokens.split(10)] == [set(equal), set(equal[:2]), {equal[0]}]
+
+
 def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
     logits = torch.zeros(3, 9000)
     logits[0, [8999, 4096]], logits[1, [2049, 1024, 5000]], logits[2, [3, 8191]] = 1.0, 2.0, 3.0
@@ -189,7 +218,8 @@ def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
 
 def test_logits_that_are_no_numbers_give_such_a_log_probability_and_some_token() -> None:
     vocab = 5000
-    rows = [packed(vocab), *(packed(vocab, drawn=True, **limit) for limit in ({}, {"top_k": 5}, {"top_p": 0.5}))]
+    limits = ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.5})
+    rows = [packed(vocab), *(packed(vocab, drawn=True, **limit) for limit in limits)]
     for bad in ([4990], [0], range(vocab)):
         for value in (NAN, -INF if len(bad) == vocab else INF):
             logits = normal(len(rows), vocab)
@@ -223,13 +253,18 @@ def test_a_row_is_the_same_to_the_bit_alone_and_anywhere_in_any_batch() -> None:
 
 
 SETTINGS = pytest.mark.parametrize(
-    "settings", [{}, {"top_p": 0.8}, {"top_k": 6}, {"top_p": 0.95, "top_k": 20}], ids=str
+    "settings", [{}, {"top_p": 0.8}, {"top_k": 6}, {"top_p": 0.95, "top_k": 20}, {"min_p": 0.2}], ids=str
 )
+
+
+def kept_by(settings: dict[str, Any], logits: Tensor) -> Tensor:
+    limits = settings.get("top_p", 2), settings.get("top_k", len(logits)), settings.get("min_p", 0)
+    return reference.kept(logits, *limits)
 
 
 def is_drawn_from(tokens: Tensor, logits: Tensor, settings: dict[str, Any]) -> None:
     """A chi-square test, four standard deviations wide, of ``tokens [draws]`` against what ``logits [V]`` keep."""
-    kept = reference.kept(logits, settings.get("top_p", 2), settings.get("top_k", len(logits)))
+    kept = kept_by(settings, logits)
     wanted = logits.double().softmax(-1) * kept
     wanted *= len(tokens) / wanted.sum()
     seen = torch.bincount(tokens, minlength=len(logits))
@@ -255,8 +290,8 @@ def test_frequencies_of_the_reference_are_those_of_the_kept_distribution() -> No
     vocab, draws = 40, 2500
     logits = normal(vocab, seed=11) * 1.5
     noise = torch.stack([gumbel(987654321987654321, 1, position, vocab) for position in range(draws)])
-    for settings in ({}, {"top_p": 0.8}, {"top_k": 6}):
-        kept = reference.kept(logits, settings.get("top_p", 2), settings.get("top_k", vocab))
+    for settings in ({}, {"top_p": 0.8}, {"top_k": 6}, {"min_p": 0.02}):
+        kept = kept_by(settings, logits)
         is_drawn_from((logits + noise).masked_fill(~kept, -INF).argmax(-1), logits, settings)
 
 
