@@ -20,6 +20,10 @@ from lightllmd.kernels.prefill_attention import prefill_attention
 from lightllmd.kernels.rope_kv import rope_kv
 
 
+# Of segments that have been read, one per row and head: more than rows that are split have.
+COUNTERS = 1 << 16
+
+
 class FusedKernels:
     """`decode_kernel` is one of the documented mode names, or "auto" for what is fastest for a shape."""
 
@@ -28,6 +32,7 @@ class FusedKernels:
         # Programmatic dependent launch is an option of the CUDA backend, unknown to the interpreter.
         self._on_gpu = device.type == "cuda"
         self._shared = skinny.SharedTiles(device) if skinny.supports(dtype) else None
+        self._arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self._packed = decode_kernel != "triton_flashdecoding"
         self._split = decode_kernel != "triton_gqa_attention"
 
@@ -86,7 +91,7 @@ class FusedKernels:
         rows = batch.prefill
         if rows is not None:
             where = (rows.tiles, rows.rows, rows.first, rows.counts, rows.starts)
-            prefill_attention(q, cache, batch.table, *where, heads.scale, out, tokens=len(q) - batch.decode)
+            prefill_attention(q, cache, batch.table, *where, heads.scale, out, pairs=rows.pairs)
         return out.flatten(1)
 
     def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
@@ -126,20 +131,28 @@ class FusedKernels:
             residual=residual,
             activation=activation,
             shared=self._shared,
-            pdl=self._on_gpu and skinny.overlaps(rows),
+            pdl=self._on_gpu and skinny.overlaps(rows, len(weight)),
         )
 
     def _decode(self, q: Tensor, cache: Tensor, batch: TableBatch, heads: Heads, out: Tensor) -> None:
-        rows, width = len(q), batch.table.shape[1]
-        segments = segments_for(rows, heads.kv, width) if self._split else 1
+        rows = len(q)
+        segments = segments_for(rows, heads.kv, batch.table.shape[1]) if self._split else 1
         partial = None
         if segments > 1:
             size = workspace_size(rows, heads.query, heads.dim, segments)
             partial = q.new_empty(size, dtype=torch.float32)
-        positions = batch.positions[:rows]
-        table, table_rows = batch.table, batch.rows[:rows]
         decode_attention(
-            q, cache, table, table_rows, positions, heads.scale, out, partial, segments=segments, packed=self._packed
+            q,
+            cache,
+            batch.table,
+            batch.rows[:rows],
+            batch.positions[:rows],
+            heads.scale,
+            out,
+            partial,
+            segments=segments,
+            packed=self._packed,
+            arrived=self._arrived if rows * heads.query <= COUNTERS else None,
         )
 
     def _normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:

@@ -67,6 +67,7 @@ class PrefillTiles:
     """
 
     tiles: Tensor  # [N, 2]: (row, block of its queries), the heaviest first
+    pairs: int  # (query, head of a group) pairs of a tile
     rows: Tensor  # [R] table rows
     first: Tensor  # [R]
     counts: Tensor  # [R]

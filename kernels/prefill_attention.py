@@ -43,10 +43,9 @@ def tile_shape(dtype: torch.dtype, head_dim: int, pairs: int) -> TileShape:
     return TileShape(pairs, 64, 4, 5)
 
 
-def tiles_for(counts: Sequence[int], starts: Sequence[int], group: int) -> NDArray[np.int32]:
+def tiles_for(counts: Sequence[int], starts: Sequence[int], group: int, pairs: int) -> NDArray[np.int32]:
     """``[N, 2]``: (row, tile of its pairs), those with the most keys first, of rows that feed ``counts`` tokens behind
-    ``starts`` cached ones."""
-    pairs = pairs_per_tile(sum(counts), group)
+    ``starts`` cached ones; N is at most ``sum(counts) * group // pairs + len(counts)``."""
     numbers = np.asarray(counts, dtype=np.int64) * group
     tiles = -(-numbers // pairs)
     row = np.repeat(np.arange(len(tiles)), tiles)
@@ -135,19 +134,18 @@ def prefill_attention(
     scale: float,
     out: Tensor,
     *,
-    tokens: int,
+    pairs: int,
     shape: TileShape | None = None,
 ) -> None:
     """``q [T, H, D]`` (tokens may lie apart) -> the same tokens of ``out [T, H, D]`` contiguous.
 
     Row r feeds ``counts[r]`` tokens, packed in q from ``first[r]`` on, behind ``starts[r]`` cached ones. The keys and
     values of all of them are in ``cache [S, 2K, D]``, at the slots ``table[rows[r]]``. All indices are int32; D is a
-    power of two from 16 on. `tiles` comes from `tiles_for`; `tokens` is the sum of the counts that it was made of.
+    power of two from 16 on. `tiles` comes from `tiles_for`, with `pairs`; one of a row without tokens is passed over.
     """
     _, heads, dim = q.shape
     kv_heads = cache.shape[1] // 2
     group = heads // kv_heads
-    pairs = pairs_per_tile(tokens, group)
     block_m, block_n, warps, stages = shape or tile_shape(q.dtype, dim, pairs)
     parts = pairs // block_m
     _prefill[(kv_heads, len(tiles) * parts)](

@@ -69,14 +69,14 @@ def fuses_norm(m: int, dtype: torch.dtype) -> bool:
     return m == 1
 
 
-def overlaps(m: int) -> bool:
-    """Whether programmatic dependent launch pays: while weights go through registers."""
-    return m <= gemv_rows()
+def overlaps(m: int, n: int) -> bool:
+    """Whether programmatic dependent launch pays: where a program is short, so that its start is much of it."""
+    return n <= (65536 if m <= 2 else 2048)
 
 
-def gemv_rows() -> int:
-    """Up to how many rows `tile_for` chooses `gemv`."""
-    return 2
+def gemv_rows(n: int) -> int:
+    """Up to how many rows `tile_for` chooses `gemv`. Narrow weights have too few tiles for tensor cores."""
+    return 2 if n > 2048 else 4
 
 
 def block_rows(m: int) -> int:
@@ -87,7 +87,7 @@ def block_rows(m: int) -> int:
 @functools.cache
 def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, shares: bool) -> Tile:
     """`shares`: programs may share a tile: there is a `SharedTiles`."""
-    if m <= gemv_rows():
+    if m <= gemv_rows(n):
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile
     rows = block_rows(m)
@@ -117,14 +117,18 @@ def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, shares: bo
 def _gemv_tile(m: int, n: int, k: int) -> Tile:
     """Few rows per program where N is small, for there to be programs enough; long blocks of K, in registers."""
     whole = next((block for block in (4096, 2048, 1024, 512) if k % block == 0), min(power_above(k), 1024))
-    if m > 1:
-        return Tile(True, 2 if n > 8192 else 1, min(whole, 2048), 8, 1, evict="evict_first")
+    if m > 2:
+        return Tile(True, 1, min(whole, 1024), 2, 1, evict="evict_first")
+    if m == 2:
+        return Tile(True, 2 if n > 4096 else 1, min(whole, 2048), 8 if whole > 1024 else 4, 1, evict="evict_first")
+    if whole <= 1024:
+        return Tile(True, 2 if n <= 4096 else 4, whole, 4 if n <= 2048 else 2, 1, evict="evict_first")
     if n > 8192:
         return Tile(True, 2, whole, 8, 1)
     if n > 4096:
         return Tile(True, 1, min(whole, 2048), 8, 1, evict="evict_first")
-    rows = 8 if k > 8192 else 4
-    return Tile(True, min(rows, max(1, power_above(n // 1024 + 1) // 2)), whole, 8, 1, evict="evict_first")
+    rows = 2 if n <= 2048 else 8 if k > 8192 else 4
+    return Tile(True, rows, whole, 8, 1, evict="evict_first")
 
 
 def shared_elements(m: int, n: int, tile: Tile) -> tuple[int, int]:

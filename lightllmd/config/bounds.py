@@ -18,10 +18,11 @@ SHORT_ROW = 128
 
 # --- on a GPU
 DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
+PREFILL_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
+NAMED_ROWS = 64  # the most rows that such a padded prefill has
 MOST_SEGMENTS = 64  # parts that decode attention cuts a row into
-# Programs of one decode attention, beyond one for each row and key head: four for each multiprocessor (132 of them),
-# and twice that because segments are a power of two.
-MOST_PROGRAMS = 4 * 132 * 2
+# Programs of one decode attention that cuts rows into parts: two for each multiprocessor.
+MOST_PROGRAMS = 2 * 132
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -46,6 +47,13 @@ def graph_sizes(config: Config) -> list[int]:
     if not engine.cuda_graphs:
         return []
     return [size for size in batch_sizes(most) if size <= (engine.graph_max_rows or most)]
+
+
+def prefill_sizes(config: Config, batch_max_tokens: int) -> list[int]:
+    """The token counts that short prefills are padded to and captured at: a launch costs more than it computes there."""
+    if not config.engine.cuda_graphs:
+        return []
+    return [size for size in PREFILL_SIZES if size <= batch_max_tokens]
 
 
 def decode_parts(most: int, kv_heads: int) -> int:

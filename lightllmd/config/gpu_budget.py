@@ -6,7 +6,7 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 from __future__ import annotations
 
 from lightllmd.config.amount import count, size
-from lightllmd.config.bounds import DEVICE_LOGIT_ROWS, SPARE_WIDTH, decode_parts, graph_sizes
+from lightllmd.config.bounds import DEVICE_LOGIT_ROWS, SPARE_WIDTH, decode_parts, graph_sizes, prefill_sizes
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import BudgetRow, ModelFacts
 from lightllmd.config.shape import Shape
@@ -34,7 +34,7 @@ def rows(
         _logits(shape, item, running),
         _sampling(shape, running),
         _tables(shape, running, width, batch_max_tokens),
-        _graphs(shape, item, graph_sizes(config)),
+        _graphs(shape, item, graph_sizes(config), prefill_sizes(config, batch_max_tokens)),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
     ]
 
@@ -78,10 +78,10 @@ def _tables(shape: Shape, running: int, width: int, batch_max_tokens: int) -> Bu
     return BudgetRow("tables", requests + rope + numbers, how)
 
 
-def _graphs(shape: Shape, item: int, sizes: list[int]) -> BudgetRow:
-    if not sizes:
+def _graphs(shape: Shape, item: int, decode: list[int], prefill: list[int]) -> BudgetRow:
+    if not decode:
         return BudgetRow("graphs", 0, "none: cuda_graphs = false")
-    each = shape.layers * GRAPH_BYTES_PER_LAYER
-    pool = sizes[-1] * _token_bytes(shape, item) + _decode_workspace(shape, sizes[-1]).bytes
-    how = f"{len(sizes)} graphs x {size(each)}, and {size(pool)} that they share"
-    return BudgetRow("graphs", len(sizes) * each + pool, how)
+    each, count = shape.layers * GRAPH_BYTES_PER_LAYER, len(decode) + len(prefill)
+    pool = max(decode[-1], *prefill, 0) * _token_bytes(shape, item) + _decode_workspace(shape, decode[-1]).bytes
+    how = f"{len(decode)} of decode steps, {len(prefill)} of short prefills x {size(each)}; {size(pool)} shared"
+    return BudgetRow("graphs", count * each + pool, how)

@@ -20,7 +20,8 @@ class MemoryMeter:
         self.before = self.used()
         self.loaded = 0  # weights and tables, set by `mark_loaded`
         self.worst_step = 0  # most that a step took beyond what it found
-        self.graphs = 0
+        self.graphs = 0  # with all that compiling and loading kernels took
+        self._free_when_loaded = 0
 
     def used(self) -> int:
         if self.device.type == "cuda":
@@ -29,6 +30,8 @@ class MemoryMeter:
 
     def mark_loaded(self) -> None:
         self.loaded = self.used() - self.before
+        if self.device.type == "cuda":
+            self._free_when_loaded = torch.cuda.mem_get_info(self.device)[0]
 
     def begin_step(self) -> int:
         return self.used()
@@ -41,7 +44,7 @@ class MemoryMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-            self.graphs = self.used() - self.before - self.loaded
+            self.graphs = self._free_when_loaded - torch.cuda.mem_get_info(self.device)[0]
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def mark_worst_steps(self) -> None:

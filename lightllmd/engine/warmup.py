@@ -37,6 +37,11 @@ def prefill_steps(plan: Plan) -> Iterator[Step]:
     yield _step(most, -(-most // min(widest, most)), EVERYTHING)
 
 
+def one_token(table_row: int, slot: int) -> Step:
+    """A step that feeds one token."""
+    return Step(0, "prefill", no_decode(), [Row(table_row, 0, 0, 0, [0], [slot], True, 0, None)], [])
+
+
 def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
     """`tokens` in rows of at most `longest`, in the slots from 0 on."""
     rows = []

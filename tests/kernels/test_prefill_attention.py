@@ -38,11 +38,12 @@ def check(
     out = torch.full((total, heads, dim), float("nan"), dtype=dtype, device=device)
     ends = [before + sum(counts[: index + 1]) for index in range(len(counts))]
     first = [before, *ends[:-1]]
-    tiles = torch.from_numpy(tiles_for(counts, starts, group))
+    pairs = pairs_per_tile(sum(counts), group)
+    tiles = torch.from_numpy(tiles_for(counts, starts, group, pairs))
     if shuffled:
         tiles = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(2))]
     where = [int32(numbers, device) for numbers in (rows.table_rows, first, counts, starts)]
-    prefill_attention(q, rows.cache, rows.table, tiles.to(device), *where, SCALE, out, tokens=sum(counts), shape=shape)
+    prefill_attention(q, rows.cache, rows.table, tiles.to(device), *where, SCALE, out, pairs=pairs, shape=shape)
     assert out[:before].isnan().all()
     for (begin, end), slots in zip(pairwise([before, *ends]), rows.slots, strict=True):
         truth = reference.attention(q[begin:end], rows.cache, slots, SCALE)
@@ -91,8 +92,8 @@ def test_shapes_of_every_size_give_the_same(block_m: int, block_n: int, dtypes: 
 @pytest.mark.parametrize("group", [1, 3, 7, 16])
 def test_tiles_cover_every_pair_once_the_heaviest_first(group: int) -> None:
     for counts, starts in ([1], [0]), ([100, 1, 300, 64], [0, 500, 7, 0]), ([3000, 2000], [0, 1500]):
-        tiles = tiles_for(counts, starts, group).tolist()
         pairs = pairs_per_tile(sum(counts), group)
+        tiles = tiles_for(counts, starts, group, pairs).tolist()
         every = [
             (row, tile) for row, count in enumerate(counts) for tile in range((count * group + pairs - 1) // pairs)
         ]

@@ -18,7 +18,7 @@ from lightllmd.kernels.decode_attention import (
     segments_for,
     workspace_size,
 )
-from lightllmd.kernels.prefill_attention import prefill_attention, tiles_for
+from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
 
 DECODE = ((1, 576), (8, 576), (32, 576), (128, 576), (256, 576), (1, 4096), (16, 4096), (64, 4096))  # rows, context
 PREFILL = (512, 2048, 8192)
@@ -105,11 +105,12 @@ def prefill(shape: Shape, tokens: int, report: Report) -> None:
     table = torch.randperm(tokens, device="cuda").to(torch.int32).view(1, tokens)
     qkv = torch.randn(tokens, heads + 2 * kv, dim, device="cuda", dtype=DTYPE)
     q, out = qkv[:, :heads], torch.full((tokens, heads, dim), float("nan"), device="cuda", dtype=DTYPE)
-    tiles = torch.from_numpy(tiles_for([tokens], [0], heads // kv)).cuda()
+    pairs = pairs_per_tile(tokens, heads // kv)
+    tiles = torch.from_numpy(tiles_for([tokens], [0], heads // kv, pairs)).cuda()
     zero, counts = torch.zeros(1, **device), torch.tensor([tokens], **device)
 
     def call() -> None:
-        prefill_attention(q, cache, table, tiles, zero, zero, counts, zero, 1 / math.sqrt(dim), out, tokens=tokens)
+        prefill_attention(q, cache, table, tiles, zero, zero, counts, zero, 1 / math.sqrt(dim), out, pairs=pairs)
 
     call()
     require_close(out, gathered_attention(q, cache, table[0], True), 1e-2)
