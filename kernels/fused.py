@@ -31,7 +31,6 @@ class FusedKernels:
         self.device, self.dtype = device, dtype
         # Programmatic dependent launch is an option of the CUDA backend, unknown to the interpreter.
         self._on_gpu = device.type == "cuda"
-        self._shared = skinny.SharedTiles(device) if skinny.supports(dtype) else None
         self._arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self._packed = decode_kernel != "triton_flashdecoding"
         self._split = decode_kernel != "triton_gqa_attention"
@@ -130,7 +129,6 @@ class FusedKernels:
             bias=bias,
             residual=residual,
             activation=activation,
-            shared=self._shared,
             pdl=self._on_gpu and skinny.overlaps(rows, len(weight)),
         )
 
