@@ -1,0 +1,206 @@
+"""Launches every kernel once or twice on small ragged shapes, to be run under a memory checker:
+
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py``
+
+Without torch's cache every tensor is an allocation of its own, so that an access past its end is seen. Run it with
+`--warm` before, outside the checker: then the kernels are compiled, and the checker sees launches alone. What rows do
+not own is NaN, and no result may be. Prints "done" when all has been launched and waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor
+
+from lightllmd.engine.batch import SamplingRow
+from lightllmd.engine.device_sampler import DeviceSampler
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels.activation import gated
+from lightllmd.kernels.decode_attention import decode_attention, workspace_size
+from lightllmd.kernels.embed import enter, gather_rows
+from lightllmd.kernels.norm import add_rms_norm, rms_norm
+from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
+from lightllmd.kernels.rope_kv import rope_kv
+from lightllmd.kernels.skinny import SharedTiles, linear
+from lightllmd.kernels.tiles import Tile, shared_elements
+
+# Triton's interpreter has no bf16.
+DEVICE, NARROW = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
+EPS = 1e-5
+
+
+def numbers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Made on the host: the checker has fewer launches to watch."""
+    return torch.randn(shape).to(dtype).to(DEVICE)
+
+
+def nothing_yet(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype).to(DEVICE)
+
+
+def check(*results: Tensor) -> None:
+    for result in results:
+        assert result.cpu().isfinite().all()
+
+
+def paged(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A cache whose slots are NaN unless a row owns them, and a table as wide as the longest row."""
+    total, width = sum(lengths), max(lengths)
+    order = torch.randperm(total + 5)
+    cache, table = torch.full((total + 5, 2 * kv_heads, dim), float("nan")), torch.zeros(len(lengths), width)
+    first = 0
+    for row, length in enumerate(lengths):
+        slots = order[first : first + length]
+        cache[slots] = torch.randn(length, 2 * kv_heads, dim)
+        table[row, :length] = slots.float()
+        first += length
+    return cache.to(dtype).to(DEVICE), table.int().to(DEVICE)
+
+
+def first_and_last(dtype: torch.dtype) -> None:
+    embedding, table = normal(50, 100, dtype=dtype), numbers([0] * 4 * 9).view(4, 9)
+    out, last = nothing_yet(3, 100, dtype=dtype), numbers([7, 49, 0, 3])
+    enter(numbers([-1, 0, 49]), numbers([1, 0, 3]), numbers([8, 0, 8]), numbers([5, 6, 7]), last, table, embedding, out)
+    assert table.cpu()[[1, 0, 3], [8, 0, 8]].tolist() == [5, 6, 7]
+    picked = nothing_yet(2, 100, dtype=dtype)
+    gather_rows(out, numbers([2, 0]), picked)
+    check(out, picked)
+
+
+def norms(dtype: torch.dtype) -> None:
+    x, residual, weight = normal(3, 100, dtype=dtype), normal(3, 100, dtype=dtype), normal(100, dtype=dtype)
+    out = nothing_yet(3, 100, dtype=dtype)
+    rms_norm(x, weight, EPS, out)
+    add_rms_norm(x, residual, weight, EPS, x)
+    check(out, residual, x)
+
+
+def rotation(dtype: torch.dtype, dim: int) -> None:
+    weight, cos_sin = normal(dim, dtype=dtype), normal(9, dim)
+    for heads, kv_heads, norm in ((9, 3, None), (4, 1, weight)):
+        qkv, cache = normal(3, heads + 2 * kv_heads, dim, dtype=dtype), nothing_yet(7, 2 * kv_heads, dim, dtype=dtype)
+        where = numbers([8, 0, 3]), numbers([6, 0, 2])
+        rope_kv(qkv, cos_sin, *where, cache, heads, kv_heads, norm, norm, EPS)
+        check(qkv, cache.cpu()[[6, 0, 2]])
+
+
+def activations(dtype: torch.dtype) -> None:
+    for name, columns in (("silu", 1030), ("gelu", 30), ("gelu_tanh", 30), ("relu", 30)):
+        out = nothing_yet(2, columns, dtype=dtype)
+        gated(normal(2, 2 * columns, dtype=dtype), name, out)
+        check(out)
+
+
+def decode(dtype: torch.dtype, dim: int) -> None:
+    lengths = [0, 1, 63, 64, 65, 200, 0]
+    for heads, kv_heads, packed in ((9, 3, True), (4, 2, False)):
+        cache, table = paged(lengths, kv_heads, dim, dtype)
+        q = normal(len(lengths), heads + 2 * kv_heads, dim, dtype=dtype)[:, :heads]
+        rows, positions = numbers([*range(len(lengths))]), numbers([length - 1 for length in lengths])
+        for segments, merged in ((1, True), (4, True), (4, False)):
+            out = nothing_yet(len(lengths), heads, dim, dtype=dtype)
+            partial = nothing_yet(workspace_size(len(lengths), heads, dim, 4), dtype=torch.float32)
+            arrived = numbers([0] * len(lengths) * heads) if merged else None
+            more: dict[str, Any] = {"segments": segments, "packed": packed, "arrived": arrived}
+            decode_attention(q, cache, table, rows, positions, dim**-0.5, out, partial, **more)
+            check(out)
+            assert arrived is None or not arrived.cpu().any()
+
+
+def prefill(dtype: torch.dtype, dim: int) -> None:
+    """Few pairs, then many: they have tiles of their own."""
+    few, many = ([1, 5, 0, 70, 1, 33], [0, 0, 0, 0, 64, 130]), ([257, 1], [3, 0])
+    for (counts, starts), heads, kv_heads in ((few, 9, 3), (many, 16, 1)):
+        tokens, group = sum(counts), heads // kv_heads
+        lengths = [count + start for count, start in zip(counts, starts, strict=True)]
+        cache, table = paged(lengths, kv_heads, dim, dtype)
+        pairs = pairs_per_tile(tokens, group)
+        tiles = torch.from_numpy(tiles_for(counts, starts, group, pairs)).to(DEVICE)
+        q = normal(tokens, heads + 2 * kv_heads, dim, dtype=dtype)[:, :heads]
+        out = nothing_yet(tokens, heads, dim, dtype=dtype)
+        firsts = [0, *itertools.accumulate(counts)][:-1]
+        rows = (numbers(values) for values in ([*range(len(counts))], firsts, counts, starts))
+        prefill_attention(q, cache, table, tiles, *rows, dim**-0.5, out, pairs=pairs)
+        check(out)
+
+
+def products(dtype: torch.dtype) -> None:
+    """By the rules' tiles, then by small ones, which leave ragged ends everywhere and share tiles."""
+    small = [Tile(True, 4, 64, 4, 1), Tile(False, 16, 64, 4, 3), Tile(False, 16, 32, 4, 3, programs=5)]
+    for (rows, n, k), tile in itertools.product([(1, 38, 200), (2, 38, 200), (19, 38, 200)], [None, *small]):
+        if tile is not None and tile.gemv and rows > 8:
+            continue
+        shared = SharedTiles(DEVICE, *shared_elements(rows, n, tile)) if tile is not None and tile.programs else None
+        x, weight = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype)
+        bias, norm = (
+            normal(n, dtype=dtype),
+            normal(k, dtype=dtype) if rows == 1 and (tile is None or tile.gemv) else None,
+        )
+        added, narrow = normal(rows, n, dtype=dtype), nothing_yet(rows, n // 2, dtype=dtype)
+        wide = nothing_yet(rows, n, dtype=torch.float32)
+        more: dict[str, Any] = {"norm": norm, "eps": EPS, "shared": shared, "tile": tile}
+        linear(x, weight, added, bias=bias, residual=added, **more)
+        linear(x, weight, narrow, bias=bias, activation="silu", pdl=DEVICE == "cuda", **more)
+        linear(x, weight, wide, **more)
+        check(added, narrow, wide)
+
+
+def sampling() -> None:
+    """Plain rows alone, then with others of every kind, then under a mask."""
+    vocab = 3001
+    kinds = [
+        SamplingParams(),
+        SamplingParams(do_sample=True, temperature=0.7, seed=1),
+        SamplingParams(do_sample=True, top_p=0.5, top_k=7, seed=2),
+        SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, input_penalty=True, top_logprobs=20),
+        SamplingParams(min_new_tokens=4, exponential_decay_length_penalty=(1, 1.5)),
+    ]
+    sampler = DeviceSampler(len(kinds) + 1, vocab, [2, 5], torch.device(DEVICE))
+    for row, params in enumerate(kinds):
+        sampler.enter(row, SamplingRow(params, [1, vocab - 1, 1], [4]), 0)
+    sampler.flush()
+    last, mask = numbers([0] * (len(kinds) + 1)), numbers([0x55555555] * 94)
+    for chosen, masked in (([0], False), ([*range(len(kinds))], False), ([*range(len(kinds))], True)):
+        padded = [*chosen, len(kinds)]  # a row that never entered
+        rows, generated = numbers(padded), numbers([2] * len(padded))
+        allowed = mask.expand(len(padded), -1).contiguous() if masked else None
+        tokens, logprobs, *_ = sampler.sample(normal(len(padded), vocab), chosen, rows, generated, last, allowed)
+        check(logprobs)
+        assert all(0 <= token < vocab and not (masked and token % 2) for token in tokens.tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="launches every kernel, for a memory checker")
+    parser.add_argument("--warm", action="store_true", help="only compiles, which launching once does: no checker")
+    parser.parse_args()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for dtype in (NARROW, torch.float32):
+            first_and_last(dtype)
+            norms(dtype)
+            activations(dtype)
+            for dim in (64, 128):
+                rotation(dtype, dim)
+                decode(dtype, dim)
+                prefill(dtype, dim)
+        products(NARROW)
+        sampling()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
