@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lightllmd.kernels import skinny
+from lightllmd.kernels import skinny, whole_prompts
 from lightllmd.kernels.activation import gated
 from lightllmd.kernels.decode_attention import decode_attention, segments_for, workspace_size
 from lightllmd.kernels.embed import enter
@@ -18,7 +18,6 @@ from lightllmd.kernels.linear import DenseLinear, Linear
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.prefill_attention import prefill_attention
 from lightllmd.kernels.rope_kv import rope_kv
-
 
 # Of segments that have been read, one per row and head: more than rows that are split have.
 COUNTERS = 1 << 16
@@ -89,8 +88,14 @@ class FusedKernels:
             self._decode(q[: batch.decode], cache, batch, heads, out[: batch.decode])
         rows = batch.prefill
         if rows is not None:
-            where = (rows.tiles, rows.rows, rows.first, rows.counts, rows.starts)
-            prefill_attention(q, cache, batch.table, *where, heads.scale, out, pairs=rows.pairs)
+            for span in rows.whole:
+                attended = whole_prompts.attend(qkv, heads, span)
+                if len(attended) == len(out):
+                    return attended.flatten(1)
+                out[span.first : span.first + len(attended)] = attended
+            if len(rows.tiles):
+                where = (rows.tiles, rows.rows, rows.first, rows.counts, rows.starts)
+                prefill_attention(q, cache, batch.table, *where, heads.scale, out, pairs=rows.pairs)
         return out.flatten(1)
 
     def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:

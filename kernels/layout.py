@@ -7,6 +7,7 @@ Made by a runner, carried through the decoder unread, taken apart by the operati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -59,9 +60,18 @@ class GroupedBatch:
 # --- rows are read through the request->slot table: what kernels of a GPU read ------------------------------------
 
 
+class Span(NamedTuple):
+    """`rows` rows of `count` tokens each, fed whole, packed from `first` on, computed as rows of `padded` tokens."""
+
+    first: int
+    rows: int
+    count: int
+    padded: int
+
+
 @dataclass
 class PrefillTiles:
-    """The rows that feed tokens named by the scheduler, packed behind the decode rows. All int32 on the device.
+    """The rows that feed tokens named by the scheduler, packed behind the decode rows. Tensors are int32 on the device.
 
     Row r feeds ``counts[r]`` tokens, packed from ``first[r]`` on, behind ``starts[r]`` cached ones.
     """
@@ -72,6 +82,7 @@ class PrefillTiles:
     first: Tensor  # [R]
     counts: Tensor  # [R]
     starts: Tensor  # [R]
+    whole: list[Span]  # the rows that have no tiles
 
 
 @dataclass

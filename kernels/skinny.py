@@ -2,7 +2,7 @@
 after it in a decoder. Reading the weight once is most of the work, so each part of it is read by one program, for all
 rows. Meaning: `reference.rms_norm`, `linear` and `gated`, with one rounding at the end.
 
-Up to eight rows may go to `gemv`, more to tensor cores here; `tiles` has the rules. Not for fp32: see `supports`.
+Up to eight rows may go to `gemv`, more to tensor cores here; `tiles` has the rules. Not for fp32: see `tiles.supports`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lightllmd.kernels.gemv import gemv
-from lightllmd.kernels.stream_k import SharedTiles, stream_k
 from lightllmd.kernels.tile_product import finish, load_residual, multiply, prefetch
-from lightllmd.kernels.tiles import (
-    Tile,
-    block_rows,
-    cdiv,
-    fuses_norm,
-    overlaps,
-    prefers,
-    supports,
-    tile_for,
-)
+from lightllmd.kernels.tiles import Tile, block_rows, cdiv, fuses_norm, overlaps, prefers, tile_for
 
-__all__ = ["SharedTiles", "fuses_norm", "linear", "overlaps", "prefers", "supports"]
+__all__ = ["fuses_norm", "linear", "overlaps", "prefers"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -62,7 +52,7 @@ def _skinny(
     added = None
     if residual is not None:
         added = load_residual(residual, residual_stride, m, M, group, N, BLOCK_N)
-    sums = multiply(x, weight, x_stride, m, M, group, 0, K, N, K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVICT)
+    sums = multiply(x, weight, x_stride, m, M, group, N, K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVICT)
     if PDL:
         # Not earlier: programs of the next kernel would take places beside long ones of this, and spread unevenly.
         gdc_launch_dependents()
@@ -86,7 +76,6 @@ def linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
-    shared: SharedTiles | None = None,
     pdl: bool = False,
     tile: Tile | None = None,
 ) -> None:
@@ -97,11 +86,10 @@ def linear(
     dimension's stride of x, out and residual is free, all else contiguous. `residual` may be `out`: the residual stream
     is updated in place.
 
-    `norm` may be given where `fuses_norm` allows it. `shared` lets programs share tiles, which some shapes need for an
-    even load. `pdl`: programmatic dependent launch, which starts this kernel while the one before it in the stream
-    still runs; that one's results are waited for. `tile` overrides the rule.
+    `norm` may be given where `fuses_norm` allows it. `pdl`: programmatic dependent launch, which starts this kernel
+    while the one before it in the stream still runs; that one's results are waited for. `tile` overrides the rule.
     """
-    kernel, grid, arguments, options = launch(x, weight, out, norm, eps, bias, residual, activation, shared, pdl, tile)
+    kernel, grid, arguments, options = launch(x, weight, out, norm, eps, bias, residual, activation, pdl, tile)
     kernel[grid](*arguments, **options)
 
 
@@ -114,7 +102,6 @@ def launch(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
-    shared: SharedTiles | None,
     pdl: bool,
     tile: Tile | None,
 ) -> Launch:
@@ -122,7 +109,7 @@ def launch(
     m, k = x.shape
     n = weight.shape[0]
     if tile is None:
-        tile = tile_for(m, n, k, x.dtype, activation is not None, shared is not None)
+        tile = tile_for(m, n, k, x.dtype, activation is not None)
     tiles = cdiv(n, tile.block_n)
     strides = x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0)
     options = {
@@ -143,10 +130,4 @@ def launch(
         return Launch(gemv, (tiles,), (x, weight, out, norm, bias, residual, *strides, eps), options)
     assert norm is None, "see fuses_norm"
     rows = options["BLOCK_M"] = block_rows(m)
-    if not tile.programs:
-        grid = tiles, cdiv(m, rows)
-        return Launch(_skinny, grid, (x, weight, out, bias, residual, *strides, m), options)
-    assert shared is not None
-    options["PROGRAMS"] = tile.programs
-    parts = shared.partial, shared.arrived
-    return Launch(stream_k, (tile.programs,), (x, weight, out, bias, residual, *parts, *strides, m), options)
+    return Launch(_skinny, (tiles, cdiv(m, rows)), (x, weight, out, bias, residual, *strides, m), options)

@@ -1,4 +1,4 @@
-"""One tile of a product of few rows, for kernels on tensor cores: how it is multiplied and what is made of its sums."""
+"""One tile of a product of few rows, on tensor cores: how it is multiplied and what is made of its sums."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ def multiply(
     m,
     M,
     group,
-    first,
-    end,
     N: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -43,7 +41,7 @@ def multiply(
     STAGES: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """fp32 sums ``[BLOCK_M, BLOCK_N]`` over ``first <= k < end`` of tile `group`."""
+    """fp32 sums ``[BLOCK_M, BLOCK_N]`` of tile `group`."""
     used = (m < M)[:, None]
     k = tl.arange(0, BLOCK_K)
     column = group * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -53,7 +51,7 @@ def multiply(
     tile = weight + row[None, :] * K + k[:, None]
     whole: tl.constexpr = K % BLOCK_K == 0
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if whole:
             a = tl.load(rows + start, mask=used, other=0.0)
         else:

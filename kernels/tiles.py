@@ -11,14 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-STREAMING_PROCESSORS = 132  # of an H100
 GEMV_ROWS = 8  # the most that `gemv` takes; each has a fp32 accumulator of its own in registers
 BLOCK_ROWS = 128  # rows of x that one program of the tensor-core kernel covers at most
-
-# What a `skinny.SharedTiles` holds: fp32 sums of all programs of one launch, int32 counters of all its tiles.
-SHARED_SUMS = 2 * 2 * STREAMING_PROCESSORS * 128 * 128
-SHARED_COUNTERS = 8192
-SHARED_BYTES = 4 * (SHARED_SUMS + SHARED_COUNTERS)
 
 
 class Tile(NamedTuple):
@@ -27,7 +21,6 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int  # blocks of K in flight in shared memory; 1: in registers
-    programs: int = 0  # that share all tiles' blocks of K evenly (stream-K); 0: one per tile
     evict: str = ""  # cache hint of reads of the weight: "" or "evict_first"
 
 
@@ -48,15 +41,16 @@ def supports(dtype: torch.dtype) -> bool:
 def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
     """Whether the product here beats cuBLAS's (with a separate activation if `gated`).
 
-    Up to 16 rows always. Beyond, large weights: an activation is then saved, or many tiles keep every processor busy.
+    Up to 16 rows always. With more only for larger weights, or where an activation is saved.
     Milliseconds of a step's products, norms and activations of an 8B model, cuBLAS and ours: 5.74 and 5.05 at 1 row,
-    5.76 and 5.26 at 2, 5.85 and 5.64 at 8, 6.05 and 5.99 at 64, 6.44 and 6.83 at 128.
+    5.83 and 5.56 at 4, 5.90 and 5.64 at 8, 5.91 and 5.65 at 16, 6.00 and 5.87 at 32, 6.06 and 5.95 at 64, 6.44 and
+    6.83 at 128.
     """
     if not supports(dtype):
         return False
-    if m <= 16:
-        return True
-    return (m <= (128 if n > 8192 else 64) and (gated or n > 65536)) or (m <= 32 and k > 8192)
+    if gated or n > 65536:
+        return m <= (128 if n > 8192 else 64)
+    return m <= (64 if k > 8192 else 32 if k >= 4096 else 16)
 
 
 def fuses_norm(m: int, dtype: torch.dtype) -> bool:
@@ -85,8 +79,7 @@ def block_rows(m: int) -> int:
 
 
 @functools.cache
-def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, shares: bool) -> Tile:
-    """`shares`: programs may share a tile: there is a `SharedTiles`."""
+def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> Tile:
     if m <= gemv_rows(n):
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile
@@ -96,22 +89,15 @@ def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, shares: bo
     if rows <= 16:
         if n > 8192:
             return Tile(False, 32, block_k, 4, 3)
-        if n > 4096:
-            return Tile(False, 64, narrow, 4, 4, evict="evict_first")
-        return Tile(False, 16, block_k, 4, 4) if k > 8192 else Tile(False, 32, narrow, 4, 6)
+        return Tile(False, 32, narrow, 4, 4 if n > 4096 else 6)
     if rows <= 32:
-        if n > 65536:
-            return Tile(False, 64, narrow, 4, 4)
-        return Tile(False, 32, narrow, 4, 4) if n > 4096 else Tile(False, 16, block_k, 4, 4)
+        if n > 4096:
+            return Tile(False, 64 if n > 65536 else 32, narrow, 4, 4)
+        return Tile(False, 16, block_k, 4, 4) if k > 8192 else Tile(False, 32, narrow, 4, 6)
     if rows <= 64:
         return Tile(False, 64, narrow, 4, 3) if n > 8192 else Tile(False, 32, narrow, 4, 5)
     # Every program reads all of x through the L2 cache: no more than of the weight where a tile is a square.
-    if n > 8192:
-        return Tile(False, 128, narrow, 8, 3)
-    tile = Tile(False, 64, narrow, 8, 4)
-    if shares and m <= BLOCK_ROWS and k > 8192:
-        return tile._replace(programs=STREAMING_PROCESSORS)
-    return tile
+    return Tile(False, 128, narrow, 8, 3) if n > 8192 else Tile(False, 64, narrow, 8, 4)
 
 
 def _gemv_tile(m: int, n: int, k: int) -> Tile:
@@ -129,10 +115,3 @@ def _gemv_tile(m: int, n: int, k: int) -> Tile:
         return Tile(True, 1, min(whole, 2048), 8, 1, evict="evict_first")
     rows = 2 if n <= 2048 else 8 if k > 8192 else 4
     return Tile(True, rows, whole, 8, 1, evict="evict_first")
-
-
-def shared_elements(m: int, n: int, tile: Tile) -> tuple[int, int]:
-    """Of a workspace that a product with this tile needs: fp32 sums and int32 counters. Zeros if nothing is shared."""
-    if not tile.programs:
-        return 0, 0
-    return 2 * tile.programs * block_rows(m) * tile.block_n, cdiv(n, tile.block_n)

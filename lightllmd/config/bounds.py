@@ -50,7 +50,7 @@ def graph_sizes(config: Config) -> list[int]:
 
 
 def prefill_sizes(config: Config, batch_max_tokens: int) -> list[int]:
-    """The token counts that short prefills are padded to and captured at: a launch costs more than it computes there."""
+    """The token counts that short prefills are padded to and captured at: launches cost more than they compute."""
     if not config.engine.cuda_graphs:
         return []
     return [size for size in PREFILL_SIZES if size <= batch_max_tokens]

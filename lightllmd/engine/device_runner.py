@@ -7,6 +7,8 @@ are launched operation by operation. Sampling is launched behind the forward, ap
 
 from __future__ import annotations
 
+import logging
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -33,9 +35,12 @@ from lightllmd.engine.packing import Packed, Packer
 from lightllmd.engine.staging import Download
 from lightllmd.engine.warmup import one_token, prefill_steps
 from lightllmd.errors import NoUsableDevice
+from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels
 from lightllmd.kernels.layout import TableBatch
 from lightllmd.models.decoder import Decoder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,6 +89,7 @@ class DeviceRunner:
     def prepare(self, beat: Callable[[], None]) -> None:
         """Captures the graphs, then runs the worst admissible steps beside them. Raises OutOfMemory."""
         config = self._plan.config
+        begun = time.monotonic()
         captured = graph_sizes(config) if self._device.type == "cuda" else []
         with memory_errors(), torch.inference_mode():
             if captured:
@@ -100,19 +106,30 @@ class DeviceRunner:
                     self._forward(packed.batch)
                 beat()
             self.memory.mark_graphs()
+            captured_at = time.monotonic()
+            longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
+            self._packer.longest_whole = whole_prompts.plan(
+                self.decoder.heads, self.caches[0].dtype, self._device, longest
+            )
             for step in prefill_steps(self._plan):
                 self.run(step, beat)
             self.memory.mark_worst_steps()
+            log.info(
+                "graphs captured in %.1f s, worst steps run in %.1f s",
+                captured_at - begun,
+                time.monotonic() - captured_at,
+            )
 
     def launch(self, step: Step, beat: Callable[[], None]) -> None:
         """A row whose logits are no numbers gets a log-probability that is none either. Raises OutOfMemory."""
         with memory_errors(), torch.inference_mode():
+            rows = [*step.decode.table_rows, *(row.table_row for row in step.rows if row.sample)]
+            packed, hidden = self._compute(step, self._padded(len(rows)), beat)
+            # What sampling needs to know can come while the forward computes.
             for row in step.rows:
                 if row.sampling is not None:
                     self._sampler.enter(row.table_row, row.sampling, row.branch)
             self._sampler.flush()
-            rows = [*step.decode.table_rows, *(row.table_row for row in step.rows if row.sample)]
-            packed, hidden = self._compute(step, self._padded(len(rows)), beat)
             if packed.sampled is not None:
                 hidden = hidden.index_select(0, packed.sampled)
             self._out.append(self._sample(rows, hidden, packed))

@@ -19,6 +19,7 @@ from lightllmd.engine.staging import Numbers, Upload
 from lightllmd.engine.table import rope_lengths
 from lightllmd.kernels.layout import PrefillTiles, TableBatch
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
+from lightllmd.kernels.whole_prompts import spans
 from lightllmd.models.layers import Rope
 
 
@@ -41,6 +42,7 @@ class Packer:
         self._table, self._last = table, last
         self._pad_row, self._pad_slot = rows - 1, pad_slot
         self._rope, self._group = rope, group
+        self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
         # Of a token: id, table row, position, slot, length; of a row: three of what is sampled, four of its tiles.
         most = rows + NAMED_ROWS + 1
         self._upload = Upload(5 * tokens + 7 * most + 2 * (tokens * group // 64 + most), device)
@@ -66,8 +68,8 @@ class Packer:
         return Packed(batch, None, table_rows, generated)
 
     def named(self, step: Step, sampled_size: int, size: int | None = None) -> Packed:
-        """A step that has rows with named tokens, behind those that go on. With a `size` it is padded to so many tokens;
-        then nobody may go on, and fewer than `named_rows(size)` rows be there."""
+        """A step that has rows with named tokens, behind those that go on. With a `size` it is padded to so many
+        tokens; then nobody may go on, and fewer than `named_rows(size)` rows be there."""
         decode, rows = step.decode, step.rows
         ahead = len(decode.table_rows)
         counts, starts = [len(row.tokens) for row in rows], [row.start for row in rows]
@@ -76,7 +78,10 @@ class Packer:
         pad = sampled_size - ahead - len(sampled)
         tokens = size or step.fed
         pairs = pairs_per_tile(tokens, self._group)
-        tiles = tiles_for(counts, starts, self._group, pairs)
+        whole = spans(counts, starts, ahead, self.longest_whole)
+        apart = {index + number for index, span in whole.items() for number in range(span.rows)}
+        tiled = [0 if index in apart else count for index, count in enumerate(counts)]
+        tiles = tiles_for(tiled, starts, self._group, pairs)
         spare = 0 if size is None else size - step.fed
         self._upload.begin()
         self._put([-1] * ahead + [token for row in rows for token in row.tokens], 0, spare)
@@ -101,7 +106,7 @@ class Packer:
         self._put(decode.table_rows + [row.table_row for _, row in sampled], self._pad_row, pad)
         self._put(decode.positions + [row.position for _, row in sampled], 0, pad)
         *fed, flat, tile_rows, first, count, start, at, table_rows, generated = self._upload.send()
-        prefill = PrefillTiles(flat.view(-1, 2), pairs, tile_rows, first, count, start)
+        prefill = PrefillTiles(flat.view(-1, 2), pairs, tile_rows, first, count, start, list(whole.values()))
         batch = self._batch(*fed[:4], fed[4] if self._rope.by_length else None, ahead, prefill)
         return Packed(batch, at, table_rows, generated)
 

@@ -62,6 +62,7 @@ class EngineWorker:
         self._socket: EngineSocket
         self._peers: set[Owner] = set()  # who is told the Load
         self._phase, self._progress, self._total = "boot", 0, 0
+        self._entered = time.monotonic()  # the phase
         self._tokens_out = 0
         self._next_beat = 0.0  # monotonic seconds
         self._next_load = 0.0
@@ -241,8 +242,10 @@ class EngineWorker:
 
     # --- signs of life -------------------------------------------------------------------------------------------
     def _enter(self, phase: str) -> None:
-        self._phase, self._progress, self._total = phase, 0, 0
-        self._beat(time.monotonic())
+        now = time.monotonic()
+        log.debug("%s after %.2f s of %s", phase, now - self._entered, self._phase)
+        self._phase, self._progress, self._total, self._entered = phase, 0, 0, now
+        self._beat(now)
 
     def _load_progress(self, done: int, total: int) -> None:
         self._progress, self._total = done, total

@@ -36,7 +36,7 @@ class Decoder:
             else:
                 products[key] = kernels.linear(tensor, bias)
         self.embedding = vectors["embed"]
-        heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.norm_eps)
+        self.heads = heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.norm_eps)
         self.layers = [
             DecoderLayer(
                 spec,
