@@ -29,8 +29,8 @@ from lightllmd.kernels.embed import enter, gather_rows
 from lightllmd.kernels.norm import add_rms_norm, rms_norm
 from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
 from lightllmd.kernels.rope_kv import rope_kv
-from lightllmd.kernels.skinny import SharedTiles, linear
-from lightllmd.kernels.tiles import Tile, shared_elements
+from lightllmd.kernels.skinny import linear
+from lightllmd.kernels.tiles import Tile
 
 # Triton's interpreter has no bf16.
 DEVICE, NARROW = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
@@ -137,20 +137,17 @@ def prefill(dtype: torch.dtype, dim: int) -> None:
 
 
 def products(dtype: torch.dtype) -> None:
-    """By the rules' tiles, then by small ones, which leave ragged ends everywhere and share tiles."""
-    small = [Tile(True, 4, 64, 4, 1), Tile(False, 16, 64, 4, 3), Tile(False, 16, 32, 4, 3, programs=5)]
+    """By the rules' tiles, then by small ones, which leave ragged ends everywhere."""
+    small = [Tile(True, 4, 64, 4, 1), Tile(False, 16, 64, 4, 3)]
     for (rows, n, k), tile in itertools.product([(1, 38, 200), (2, 38, 200), (19, 38, 200)], [None, *small]):
         if tile is not None and tile.gemv and rows > 8:
             continue
-        shared = SharedTiles(DEVICE, *shared_elements(rows, n, tile)) if tile is not None and tile.programs else None
         x, weight = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype)
-        bias, norm = (
-            normal(n, dtype=dtype),
-            normal(k, dtype=dtype) if rows == 1 and (tile is None or tile.gemv) else None,
-        )
+        bias = normal(n, dtype=dtype)
+        norm = normal(k, dtype=dtype) if rows == 1 and (tile is None or tile.gemv) else None
         added, narrow = normal(rows, n, dtype=dtype), nothing_yet(rows, n // 2, dtype=dtype)
         wide = nothing_yet(rows, n, dtype=torch.float32)
-        more: dict[str, Any] = {"norm": norm, "eps": EPS, "shared": shared, "tile": tile}
+        more: dict[str, Any] = {"norm": norm, "eps": EPS, "tile": tile}
         linear(x, weight, added, bias=bias, residual=added, **more)
         linear(x, weight, narrow, bias=bias, activation="silu", pdl=DEVICE == "cuda", **more)
         linear(x, weight, wide, **more)
