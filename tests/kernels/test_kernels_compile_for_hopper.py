@@ -59,11 +59,11 @@ def products(dtype: torch.dtype, rows: int, pdl: bool = False) -> None:
         out = torch.empty(rows, n // 2 if "activation" in fused else n, dtype=dtype)
         if fused.pop("adds", False):
             fused["residual"] = out
-        skinny.linear(x, weight, out, shared=shared, pdl=pdl, **fused)
+        skinny.linear(x, weight, out, pdl=pdl, **fused)
 
-    shared = skinny.SharedTiles("cpu")
     norm = {"norm": torch.empty(4096, dtype=dtype), "eps": 1e-5} if tiles.fuses_norm(rows, dtype) else {}
     product(6144, 4096, **norm)
+    product(4096, 4096, adds=True)
     product(28672, 4096, activation="silu", **norm)
     product(4096, 14336, adds=True)
 

@@ -1,4 +1,4 @@
-"""Products of few rows equal the reference, whatever is fused into them and however their work is shared out."""
+"""Products of few rows equal the reference, whatever is fused into them and however their work is cut."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lightllmd.kernels import reference, tiles
-from lightllmd.kernels.skinny import SharedTiles, linear
+from lightllmd.kernels.skinny import linear
 from lightllmd.kernels.tiles import Tile
 
 # Small blocks, so that a few hundred columns take several programs and several rounds.
 GEMV = Tile(True, 4, 64, 4, 1)
 GEMV_PIPELINED = Tile(True, 2, 64, 4, 3)
 DOT = Tile(False, 16, 64, 4, 3)
-SHARED = Tile(False, 16, 32, 4, 3, programs=5)
+DOT_WIDE = Tile(False, 32, 32, 4, 4)
 RELATIVE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -30,10 +30,6 @@ def random(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -
 def close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     scale = max(1.0, float(truth.float().abs().max()))
     torch.testing.assert_close(ours.float(), truth.float(), rtol=RELATIVE[dtype], atol=RELATIVE[dtype] * scale / 4)
-
-
-def shared_for(m: int, n: int, tile: Tile, device: str) -> SharedTiles:
-    return SharedTiles(device, *tiles.shared_elements(m, n, tile))
 
 
 def check(
@@ -79,7 +75,6 @@ def check(
         bias=biases,
         residual=out if residual else None,
         activation=activation,
-        shared=shared_for(m, n, tile, device) if tile.programs else None,
         tile=tile,
     )
     close(out, truth, torch.float32 if wide and dtype is torch.float32 else dtype)
@@ -94,7 +89,7 @@ def test_gemv_with_ragged_shapes(tile: Tile, m: int, device: str, dtypes: torch.
     check(tile, m, 40, 64, device, dtypes, bias=True)
 
 
-@pytest.mark.parametrize("tile", [DOT, SHARED])
+@pytest.mark.parametrize("tile", [DOT, DOT_WIDE])
 @pytest.mark.parametrize("m", [1, 5, 16, 17, 33, 64, 100])
 def test_dot_with_ragged_shapes(tile: Tile, m: int, device: str, dtypes: torch.dtype) -> None:
     check(tile, m, 37, 193, device, dtypes)
@@ -106,18 +101,18 @@ def test_rows_beyond_one_block(device: str, dtypes: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
-@pytest.mark.parametrize("tile", [GEMV, GEMV_PIPELINED, DOT, SHARED])
+@pytest.mark.parametrize("tile", [GEMV, GEMV_PIPELINED, DOT, DOT_WIDE])
 def test_activation_of_both_halves(tile: Tile, activation: str, device: str, dtypes: torch.dtype) -> None:
     m = 3 if tile.gemv else 18
     check(tile, m, 52, 128, device, dtypes, activation=activation, norm=tile.gemv, bias=True)
 
 
-@pytest.mark.parametrize("tile", [GEMV, DOT, SHARED])
+@pytest.mark.parametrize("tile", [GEMV, DOT, DOT_WIDE])
 def test_residual_stream_is_updated_in_place(tile: Tile, device: str, dtypes: torch.dtype) -> None:
     check(tile, 2, 52, 130, device, dtypes, residual=True)
 
 
-@pytest.mark.parametrize("tile", [GEMV, DOT, SHARED])
+@pytest.mark.parametrize("tile", [GEMV, DOT, DOT_WIDE])
 def test_logits_are_written_in_fp32(tile: Tile, device: str, dtypes: torch.dtype) -> None:
     check(tile, 3, 150, 64, device, dtypes, wide=True, norm=tile.gemv)
 
@@ -133,40 +128,13 @@ def test_gemv_in_fp16_takes_a_large_residual_stream(device: str) -> None:
     close(out, truth, torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("programs", "n", "k"), [(1, 40, 100), (2, 16, 256), (3, 48, 96), (7, 70, 200), (11, 33, 64), (30, 50, 130)]
-)
-def test_any_number_of_programs_shares_the_tiles_evenly(programs: int, n: int, k: int, device: str) -> None:
-    """Fewer programs than tiles, as many, more (several per tile), and more than there are blocks of work."""
-    tile = SHARED._replace(programs=programs)
-    check(tile, 4, n, k, device, torch.float16, bias=True)
-
-
-def test_shared_tiles_can_be_used_again(device: str) -> None:
-    """Every launch leaves the counters at 0, and the sums of an earlier one influence nothing."""
-    m, n, k = 5, 70, 200
-    shared = shared_for(m, n, SHARED, device)
-    shared.partial.fill_(float("nan"))
-    weight = random((n, k), device, torch.float16, 1)
-    results = []
-    for seed in (2, 3, 2):
-        x = random((m, k), device, torch.float16, seed)
-        out = torch.full((m, n), float("nan"), device=device, dtype=torch.float16)
-        linear(x, weight, out, shared=shared, tile=SHARED)
-        assert not shared.arrived.any()
-        close(out, x.float() @ weight.float().T, torch.float16)
-        results.append(out)
-    assert torch.equal(results[0], results[2])
-    assert not torch.equal(results[0], results[1])
-
-
-@pytest.mark.parametrize("tile", [DOT, SHARED])
+@pytest.mark.parametrize("tile", [DOT, DOT_WIDE])
 def test_a_row_does_not_depend_on_the_rows_beside_it(tile: Tile, device: str, dtypes: torch.dtype) -> None:
     x, weight = random((9, 128), device, dtypes, 0), random((40, 128), device, dtypes, 1)
     full = torch.empty(9, 40, device=device, dtype=dtypes)
     alone = torch.empty(2, 40, device=device, dtype=dtypes)
-    linear(x, weight, full, shared=shared_for(9, 40, tile, device), tile=tile)
-    linear(x[3:5], weight, alone, shared=shared_for(2, 40, tile, device), tile=tile)
+    linear(x, weight, full, tile=tile)
+    linear(x[3:5], weight, alone, tile=tile)
     assert torch.equal(full[3:5], alone)
 
 
@@ -179,22 +147,16 @@ SHAPES = [
 
 def test_rules_give_a_tile_that_fits_to_every_shape() -> None:
     rows = (*range(1, 66), 100, 128, 256, 257, 5000)
-    for m, (n, k), gated, shares in itertools.product(rows, SHAPES, (False, True), (False, True)):
-        tile = tiles.tile_for(m, n, k, torch.bfloat16, gated, shares)
+    for m, (n, k), gated in itertools.product(rows, SHAPES, (False, True)):
+        tile = tiles.tile_for(m, n, k, torch.bfloat16, gated)
         assert tile.block_n == tiles.power_above(tile.block_n)
         assert tile.block_k == tiles.power_above(tile.block_k)
         assert not gated or tile.block_n > 1, "gate and up of a column belong to one program"
-        assert shares or not tile.programs
         if tile.gemv:
             assert m <= tiles.GEMV_ROWS
         else:
             staged = (tiles.block_rows(m) + tile.block_n) * tile.block_k * 2 * tile.stages
             assert staged <= 227 * 1024, "shared memory of an H100's multiprocessor"
-        if tile.programs:
-            assert m <= tiles.BLOCK_ROWS, "a shared tile has one block of rows"
-            sums, counters = tiles.shared_elements(m, n, tile)
-            assert sums <= tiles.SHARED_SUMS
-            assert counters <= tiles.SHARED_COUNTERS
 
 
 def test_fp32_is_left_to_the_caller() -> None:
@@ -203,9 +165,21 @@ def test_fp32_is_left_to_the_caller() -> None:
     assert tiles.prefers(1, 4096, 4096, torch.bfloat16, False)
 
 
+def test_all_products_of_an_8b_model_are_ours_up_to_32_rows() -> None:
+    qkv, o, gate_up, down, head = SHAPES[:5]
+
+    def ours(m: int) -> set[tuple[int, int]]:
+        return {shape for shape in SHAPES[:5] if tiles.prefers(m, *shape, torch.bfloat16, shape is gate_up)}
+
+    assert all(ours(m) == {qkv, o, gate_up, down, head} for m in range(1, 33))
+    assert all(ours(m) == {gate_up, down, head} for m in range(33, 65))
+    assert all(ours(m) == {gate_up, head} for m in range(65, 129))
+    assert not ours(129)
+
+
 @pytest.mark.parametrize("m", [1, 3, 8, 40])
 def test_rules_as_they_are(m: int, device: str) -> None:
     """The whole way with the tile that the rules choose, on a shape whose K is no multiple of most blocks."""
     n, k = 192, 576
-    tile = tiles.tile_for(m, n, k, torch.float16, True, False)
+    tile = tiles.tile_for(m, n, k, torch.float16, True)
     check(tile, m, n, k, device, torch.float16, norm=tiles.fuses_norm(m, torch.float16), activation="silu")

@@ -19,7 +19,7 @@ from cases.products import (
 from cases.timing import Deadline, Report, median_us
 from torch import Tensor
 
-from lightllmd.kernels import skinny, tiles
+from lightllmd.kernels import tiles
 from lightllmd.kernels.norm import rms_norm
 
 POOL = 1_060_000_000  # elements that the weights are slices of: two heads, or four layers, of the largest shape
@@ -31,8 +31,7 @@ def measure(name: str, rows: tuple[int, ...], sweeps: bool, report: Report) -> N
     pool = torch.empty(POOL, device="cuda", dtype=DTYPE)
     for part in pool.split(1 << 26):
         part.normal_(0, 0.02)
-    shared = skinny.SharedTiles("cuda")
-    sweep = Sweep(pool, shared, report)
+    sweep = Sweep(pool, report)
     products = products_of(shape)
     if sweeps:
         sweep.run(products, rows, Deadline(240))
@@ -50,12 +49,12 @@ def measure(name: str, rows: tuple[int, ...], sweeps: bool, report: Report) -> N
     for m in rows:
         if deadline.passed(f"products at {m} rows"):
             break
-        singles(products, m, pool, shared, chosen, report)
-        chains(shape, products, m, pool, shared, chosen, report)
+        singles(products, m, pool, chosen, report)
+        chains(shape, products, m, pool, chosen, report)
 
 
 def by_rule(product: Product, m: int) -> Variant:
-    return Variant(tiles.tile_for(m, product.n, product.k, DTYPE, product.gates, True))
+    return Variant(tiles.tile_for(m, product.n, product.k, DTYPE, product.gates))
 
 
 def fusions(product: Product, variant: Variant) -> list[bool]:
@@ -67,7 +66,6 @@ def singles(
     products: list[Product],
     m: int,
     pool: Tensor,
-    shared: skinny.SharedTiles,
     chosen: dict[tuple[str, int], Variant],
     report: Report,
 ) -> None:
@@ -79,12 +77,10 @@ def singles(
             times: dict[str, float] = {}
             for fused in fusions(product, variant):
                 each = variant._replace(fused=fused)
-                operands.check(each, shared)
+                operands.check(each)
                 if not fused:
-                    times["ours"] = median_us(operands.calls(operands.ours(each, shared, False)))
-                times["ours_fused" if fused else "ours_whole"] = median_us(
-                    operands.calls(operands.ours(each, shared, True))
-                )
+                    times["ours"] = median_us(operands.calls(operands.ours(each, False)))
+                times["ours_fused" if fused else "ours_whole"] = median_us(operands.calls(operands.ours(each, True)))
             times["cublas"] = median_us(operands.calls(operands.cublas(False)))
             times["cublas_whole"] = median_us(operands.calls(operands.cublas(True)))
             report.result(
@@ -111,7 +107,6 @@ def chains(
     products: list[Product],
     m: int,
     pool: Tensor,
-    shared: skinny.SharedTiles,
     chosen: dict[tuple[str, int], Variant],
     report: Report,
 ) -> None:
@@ -132,7 +127,7 @@ def chains(
                     return
                 variant = chosen[name, m]
                 fused = how.startswith("fused") and True in fusions(every[name], variant)
-                operands.ours(variant._replace(fused=fused, pdl=how.endswith("pdl")), shared, True)(weight)
+                operands.ours(variant._replace(fused=fused, pdl=how.endswith("pdl")), True)(weight)
 
             calls = [
                 lambda name=name, weight=weight: multiply(name, weight)  # type: ignore[misc]

@@ -102,24 +102,22 @@ class Operands:
         count = max(len(self.weights), 16 if self.product.name != "head" else 4)
         return [lambda w=self.weights[index % len(self.weights)]: run(w) for index in range(count)]
 
-    def launch(self, variant: Variant, shared: skinny.SharedTiles | None, weight: Tensor) -> skinny.Launch:
+    def launch(self, variant: Variant, weight: Tensor) -> skinny.Launch:
         product = self.product
         norm = self.norm if product.normed and variant.fused else None
         x = self.normed if product.normed and norm is None else self.x
         residual = self.out if product.adds else None
         activation = "silu" if product.gates else None
-        return skinny.launch(
-            x, weight, self.out, norm, EPS, None, residual, activation, shared, variant.pdl, variant.tile
-        )
+        return skinny.launch(x, weight, self.out, norm, EPS, None, residual, activation, variant.pdl, variant.tile)
 
-    def ours(self, variant: Variant, shared: skinny.SharedTiles | None, with_norm: bool) -> Callable[[Tensor], None]:
+    def ours(self, variant: Variant, with_norm: bool) -> Callable[[Tensor], None]:
         """`with_norm`: the separate norm counts too, where the variant does not fuse it."""
         norms = with_norm and self.product.normed and not variant.fused
 
         def run(weight: Tensor) -> None:
             if norms:
                 rms_norm(self.x, self.norm, EPS, self.normed)
-            kernel, grid, arguments, options = self.launch(variant, shared, weight)
+            kernel, grid, arguments, options = self.launch(variant, weight)
             kernel[grid](*arguments, **options)
 
         return run
@@ -160,42 +158,36 @@ class Operands:
             truth = functional.silu(gate) * up
         return before, truth + before if self.product.adds else truth
 
-    def check(self, variant: Variant, shared: skinny.SharedTiles | None) -> None:
+    def check(self, variant: Variant) -> None:
         """One call against torch, out poisoned where it is not read."""
         before, truth = self._truth
         if self.product.adds:
             self.out.copy_(before)
         else:
             self.out.fill_(float("nan"))
-        self.ours(variant, shared, True)(self.weights[-1])
+        self.ours(variant, True)(self.weights[-1])
         require_close(self.out, truth, 1e-2)
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------
 
-# (block_n, block_k, warps, stages, programs) by rows of a block
-DOTS: dict[int, list[tuple[int, int, int, int, int]]] = {
+# (block_n, block_k, warps, stages) by rows of a block
+DOTS: dict[int, list[tuple[int, int, int, int]]] = {
     16: [
-        *((16, 128, 4, 6, 0), (16, 256, 2, 4, 0), (16, 256, 4, 4, 0), (16, 256, 4, 6, 0), (16, 512, 4, 3, 0)),
-        *((32, 128, 4, 4, 0), (32, 128, 4, 6, 0), (32, 256, 4, 3, 0), (32, 256, 4, 4, 0), (64, 128, 4, 4, 0)),
-        *((16, 128, 4, 6, 528), (16, 256, 4, 4, 264), (16, 256, 4, 4, 528), (32, 128, 4, 6, 264), (32, 128, 4, 6, 396)),
-        *((32, 256, 4, 3, 264), (32, 256, 4, 3, 528), (32, 256, 4, 4, 396), (64, 128, 4, 4, 264), (64, 128, 4, 6, 132)),
+        *((16, 128, 4, 6), (16, 256, 2, 4), (16, 256, 4, 4), (16, 256, 4, 6), (16, 512, 4, 3)),
+        *((32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 3), (32, 256, 4, 4), (64, 128, 4, 4)),
     ],
     32: [
-        *((16, 256, 4, 4, 0), (16, 512, 4, 3, 0), (32, 64, 4, 6, 0), (32, 128, 4, 4, 0), (32, 128, 4, 6, 0)),
-        *((32, 256, 4, 3, 0), (32, 256, 4, 4, 0), (64, 64, 4, 6, 0), (64, 128, 4, 4, 0), (64, 128, 8, 4, 0)),
-        *((16, 256, 4, 4, 264), (16, 256, 4, 4, 396), (32, 128, 4, 4, 264), (32, 128, 4, 6, 264), (32, 128, 4, 4, 528)),
-        *((32, 256, 4, 3, 264), (64, 128, 4, 4, 264), (64, 128, 4, 5, 132)),
+        *((16, 256, 4, 4), (16, 512, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4), (32, 128, 4, 6)),
+        *((32, 256, 4, 3), (32, 256, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4)),
     ],
     64: [
-        *((16, 256, 4, 4, 0), (32, 64, 4, 6, 0), (32, 128, 4, 3, 0), (32, 128, 4, 4, 0), (32, 128, 4, 5, 0)),
-        *((32, 256, 4, 3, 0), (64, 64, 4, 6, 0), (64, 128, 4, 3, 0), (64, 128, 4, 4, 0), (128, 64, 8, 4, 0)),
-        *((32, 128, 4, 3, 264), (32, 128, 4, 4, 264), (32, 128, 4, 5, 264), (64, 64, 4, 6, 264), (64, 64, 4, 4, 396)),
-        *((64, 128, 4, 3, 264), (64, 128, 4, 4, 264), (64, 128, 8, 4, 132)),
+        *((16, 256, 4, 4), (32, 64, 4, 6), (32, 128, 4, 3), (32, 128, 4, 4), (32, 128, 4, 5)),
+        *((32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4)),
     ],
     128: [
-        *((32, 64, 4, 5, 0), (32, 128, 4, 4, 0), (64, 64, 8, 4, 0), (64, 128, 8, 4, 0), (128, 64, 8, 3, 0)),
-        *((128, 64, 8, 6, 0), (128, 128, 8, 3, 0), (64, 64, 4, 4, 264), (64, 128, 8, 4, 132), (128, 64, 8, 5, 132)),
+        *((32, 64, 4, 5), (32, 128, 4, 4), (64, 64, 8, 4), (64, 128, 8, 4), (128, 64, 8, 3)),
+        *((128, 64, 8, 6), (128, 128, 8, 3)),
     ],
 }
 
@@ -219,21 +211,16 @@ def gemv_candidates(m: int, k: int, gates: bool) -> list[Tile]:
 def candidates(product: Product, m: int) -> list[Tile]:
     found = gemv_candidates(m, product.k, product.gates) if m <= tiles.GEMV_ROWS // 2 else []
     rows = tiles.block_rows(m)
-    for block_n, block_k, warps, stages, programs in DOTS[rows] if m > 1 else ():
-        tile = Tile(False, block_n, block_k, warps, stages, programs)
-        sums, counters = tiles.shared_elements(m, product.n, tile)
-        blocks = tiles.cdiv(product.n, block_n) * tiles.cdiv(product.k, block_k)
-        fits = sums <= tiles.SHARED_SUMS and counters <= tiles.SHARED_COUNTERS and 2 * programs <= blocks
-        if fits and (rows + block_n) * block_k * 2 * (stages - 1) <= SHARED_MEMORY and block_k <= product.k:
-            found.append(tile)
+    for block_n, block_k, warps, stages in DOTS[rows] if m > 1 else ():
+        if (rows + block_n) * block_k * 2 * (stages - 1) <= SHARED_MEMORY and block_k <= product.k:
+            found.append(Tile(False, block_n, block_k, warps, stages))
     return found
 
 
 def precompile(product: Product, m: int, variant: Variant) -> str | None:
     """In a process of its own: puts the kernel into Triton's cache on disk. Returns what went wrong."""
-    shared = skinny.SharedTiles("meta") if variant.tile.programs else None
     operands = Operands(product, m, torch.empty(product.n * product.k, device="meta", dtype=DTYPE), "meta")
-    kernel, grid, arguments, options = operands.launch(variant, shared, operands.weights[0])
+    kernel, grid, arguments, options = operands.launch(variant, operands.weights[0])
     try:
         kernel.warmup(*arguments, grid=grid, **options)
     except Exception as error:
@@ -244,8 +231,8 @@ def precompile(product: Product, m: int, variant: Variant) -> str | None:
 class Sweep:
     """Times every candidate tile of every product; remembers the best."""
 
-    def __init__(self, pool: Tensor, shared: skinny.SharedTiles, report: Report) -> None:
-        self.pool, self.shared, self.report = pool, shared, report
+    def __init__(self, pool: Tensor, report: Report) -> None:
+        self.pool, self.report = pool, report
         self.best: dict[tuple[str, int], Variant] = {}
         context = multiprocessing.get_context("spawn")
         workers = min(COMPILERS, max(1, (os.cpu_count() or 2) - 2))
@@ -265,8 +252,8 @@ class Sweep:
         operands, found = Operands(product, m, self.pool, "cuda"), []
         for variant in variants:
             with self.report.case(f"{product.name} {m} {variant}"):
-                operands.check(variant, self.shared)
-                calls = operands.calls(operands.ours(variant, self.shared, False))
+                operands.check(variant)
+                calls = operands.calls(operands.ours(variant, False))
                 found.append((median_us(calls, 5), variant))
         return sorted(found, key=lambda each: each[0])
 
