@@ -28,8 +28,8 @@ class FusedKernels:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, decode_kernel: str = "auto") -> None:
         self.device, self.dtype = device, dtype
-        # Programmatic dependent launch is an option of the CUDA backend, unknown to the interpreter.
-        self._on_gpu = device.type == "cuda"
+        # Programmatic dependent launch begins with Hopper; the interpreter does not know it.
+        self._overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self._packed = decode_kernel != "triton_flashdecoding"
         self._split = decode_kernel != "triton_gqa_attention"
@@ -134,7 +134,7 @@ class FusedKernels:
             bias=bias,
             residual=residual,
             activation=activation,
-            pdl=self._on_gpu and skinny.overlaps(rows, len(weight)),
+            pdl=self._overlaps and skinny.overlaps(rows, len(weight)),
         )
 
     def _decode(self, q: Tensor, cache: Tensor, batch: TableBatch, heads: Heads, out: Tensor) -> None:

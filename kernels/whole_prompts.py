@@ -6,6 +6,7 @@ to the next planned length where the padding costs less than cuDNN gains; equal 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ LEAST = 2048  # the shortest of them
 WORTH = 1.2  # of padded length and length
 TOGETHER = (8, 4, 2)  # rows of LEAST tokens
 
+log = logging.getLogger(__name__)
+
 
 def plan(heads: Heads, dtype: torch.dtype, device: torch.device, longest: int) -> int:
     """Plans for rows of up to `longest` tokens. Returns the longest planned length, 0 without cuDNN."""
@@ -27,9 +30,13 @@ def plan(heads: Heads, dtype: torch.dtype, device: torch.device, longest: int) -
         return 0
     lengths = range(LEAST, longest + 1, STEP)
     shapes = [(1, length) for length in lengths] + [(rows, LEAST) for rows in TOGETHER if rows * LEAST <= longest]
-    for rows, length in shapes:
-        qkv = torch.zeros((rows * length, heads.query + 2 * heads.kv, heads.dim), dtype=dtype, device=device)
-        attend(qkv, heads, Span(0, rows, length, length))
+    try:
+        for rows, length in shapes:
+            qkv = torch.zeros((rows * length, heads.query + 2 * heads.kv, heads.dim), dtype=dtype, device=device)
+            attend(qkv, heads, Span(0, rows, length, length))
+    except RuntimeError as refused:
+        log.info("cuDNN has no attention for this device: %s", refused)
+        return 0
     return max(lengths, default=0)
 
 

@@ -17,6 +17,7 @@ GATHER_PADDING = 2
 SHORT_ROW = 128
 
 # --- on a GPU
+DEVICE_HEAD_DIMS = (16, 32, 64, 128, 256)  # elements of a head that the kernels are made for
 DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
 PREFILL_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
 NAMED_ROWS = 64  # the most rows that such a padded prefill has

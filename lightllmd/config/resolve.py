@@ -11,6 +11,7 @@ import msgspec
 
 from lightllmd.config import budget
 from lightllmd.config.amount import size
+from lightllmd.config.bounds import DEVICE_HEAD_DIMS
 from lightllmd.config.budget import Demand
 from lightllmd.config.load import problem_at
 from lightllmd.config.modes import BUILT, decode_modes
@@ -144,9 +145,13 @@ class _Real(_Maker):
         decode_kernel = self._decode_kernel()
         self.stop_if_problems()
         try:
-            vocab = Shape.of(self.model.model_type, self.model.hf_config).vocab
+            shape = Shape.of(self.model.model_type, self.model.hf_config)
         except ConfigInvalid as invalid:
             raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
+        vocab = shape.vocab
+        if self.device.kind == "cuda" and shape.head_dim not in DEVICE_HEAD_DIMS:
+            known = ", ".join(map(str, DEVICE_HEAD_DIMS))
+            self.problem(f"the model's config: head_dim {shape.head_dim}: a GPU takes {known}", "model_dir")
         self.settle("device", self._device())
         data_type = self.settle("data_type", self._data_type())
         eos_id = self.settle("eos_id", self._eos_id(vocab))

@@ -248,9 +248,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: Annotated[
         bool,
         Setting(
-            doc="Decode steps are replayed from CUDA graphs, which spares the host most of their launches. false is "
-            "for debugging: every step is launched operation by operation, the same tokens come more slowly. Without "
-            "a GPU it changes nothing.",
+            doc="Decode steps and short prefills are replayed from CUDA graphs, which spares the host their launches. "
+            "false is for debugging: every step is launched operation by operation, the same tokens come more slowly. "
+            "Without a GPU it changes nothing.",
         ),
     ] = True
     overlap: Annotated[

@@ -12,10 +12,13 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from lightllmd.config.bounds import (
     DEVICE_LOGIT_ROWS,
@@ -37,7 +40,8 @@ from lightllmd.engine.warmup import one_token, prefill_steps
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels
-from lightllmd.kernels.layout import TableBatch
+from lightllmd.kernels.embed import gather_rows
+from lightllmd.kernels.layout import Heads, TableBatch
 from lightllmd.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -69,7 +73,10 @@ class DeviceRunner:
         with memory_errors(), torch.inference_mode():
             self.memory = MemoryMeter(device)
             kernels = fused_kernels(device, dtype, plan.decode_kernel)
-            self.decoder = load_decoder(plan, kernels, device, dtype, progress)
+            with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
+                loaded = beside.submit(_load_libraries, device, dtype)
+                self.decoder = load_decoder(plan, kernels, device, dtype, progress)
+                loaded.result()
             spec = self.decoder.spec
             shape = (spec.layers, self.slots + 1, 2 * spec.kv_heads, spec.head_dim)
             self.caches = list(torch.empty(shape, dtype=dtype, device=device))
@@ -96,15 +103,15 @@ class DeviceRunner:
                 self._graphs = StepGraphs()
                 self._prefill_sizes = prefill_sizes(config, self._plan.batch_max_tokens)
             for size in reversed(self._prefill_sizes):
-                self._capture(("prefill", size), self._packer.named(one_token(self._rows, self.slots), 1, size))
+                self._settle(("prefill", size), self._packer.named(one_token(self._rows, self.slots), 1, size))
                 beat()
             for size in reversed(self._sizes):
-                packed = self._packer.going_on(no_decode(), size)
-                if size in captured:
-                    self._capture(("decode", size), packed)
-                else:
-                    self._forward(packed.batch)
+                hidden = self._settle(("decode", size), self._packer.going_on(no_decode(), size), size in captured)
+                if size <= DEVICE_LOGIT_ROWS:
+                    self.decoder.head.logits(hidden)
                 beat()
+            # No batch has this size, but a step of few named tokens may; some products have a kernel for it.
+            self._settle(("named", 3), self._packer.going_on(no_decode(), 3), False)
             self.memory.mark_graphs()
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
@@ -131,7 +138,8 @@ class DeviceRunner:
                     self._sampler.enter(row.table_row, row.sampling, row.branch)
             self._sampler.flush()
             if packed.sampled is not None:
-                hidden = hidden.index_select(0, packed.sampled)
+                every, hidden = hidden, hidden.new_empty(len(packed.sampled), hidden.shape[1])
+                gather_rows(every, packed.sampled, hidden)
             self._out.append(self._sample(rows, hidden, packed))
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
@@ -174,10 +182,12 @@ class DeviceRunner:
     def _forward(self, batch: TableBatch, beat: Callable[[], None] = lambda: None) -> Tensor:
         return self.decoder.forward(batch, self.caches, beat)
 
-    def _capture(self, shape: Hashable, packed: Packed) -> None:
-        assert self._graphs is not None
-        self._forward(packed.batch)  # compiles and loads what it needs
-        self._graphs.capture(shape, lambda: self._forward(packed.batch))
+    def _settle(self, shape: Hashable, packed: Packed, captured: bool = True) -> Tensor:
+        """Runs a step once, so that all it needs is compiled and loaded, and captures it. Returns its hidden states."""
+        hidden = self._forward(packed.batch)
+        if captured and self._graphs is not None:
+            self._graphs.capture(shape, lambda: self._forward(packed.batch))
+        return hidden
 
     def _padded(self, rows: int) -> int:
         """The smallest batch size that holds `rows`."""
@@ -204,10 +214,25 @@ class DeviceRunner:
         return _Out(chunks)
 
     def _open(self, kind: str) -> torch.device:
-        """A GPU; a CPU is taken where Triton interprets its kernels, which tests do."""
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise NoUsableDevice("no CUDA device can be used by this build of torch")
+        """A GPU; a CPU is taken where Triton interprets its kernels, which tests do. Raises NoUsableDevice."""
+        if kind == "cuda":
+            if not torch.cuda.is_available():
+                raise NoUsableDevice("no CUDA device can be used by this build of torch")
+            try:
+                driver.active.get_current_device()
+            except (RuntimeError, OSError, CalledProcessError) as error:
+                message = f"Triton can't reach the GPU: {error}; it needs a C compiler and Python's headers"
+                raise NoUsableDevice(f"{message} (Debian: gcc, python3-dev)") from error
         return torch.device(kind)
+
+
+@torch.inference_mode()
+def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """cuBLAS and cuDNN begin with their first use."""
+    square = torch.zeros((128, 128), dtype=dtype, device=device)
+    torch.mm(square, square)
+    heads = Heads(query=1, kv=1, dim=128, scale=1.0, norm_eps=0.0)
+    whole_prompts.plan(heads, dtype, device, whole_prompts.LEAST)
 
 
 def _nothing() -> None:

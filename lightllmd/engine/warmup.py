@@ -9,8 +9,8 @@ from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
-PLAIN = SamplingParams(ignore_eos=True)
-DRAWN = SamplingParams(ignore_eos=True, do_sample=True)
+PLAIN = SamplingParams()
+DRAWN = SamplingParams(do_sample=True)
 EVERYTHING = SamplingParams(
     do_sample=True,
     top_p=0.9,
@@ -25,7 +25,7 @@ EVERYTHING = SamplingParams(
 
 
 def prefill_steps(plan: Plan) -> Iterator[Step]:
-    """From one token to the most that a step may feed; the last ones in as few rows as possible, then in as many."""
+    """From one token to the most that a step may feed, then the most rows that may be sampled in one."""
     params = plan.config.params
     longest, widest = params.max_req_total_len, params.running_max_req_size
     most = min(plan.batch_max_tokens, plan.max_total_token_num, widest * longest)
@@ -33,8 +33,10 @@ def prefill_steps(plan: Plan) -> Iterator[Step]:
     while tokens < most:
         yield _step(tokens, longest, PLAIN)
         tokens = 2 * tokens + (tokens > 1)  # 1, 2, 5, 11 …: between the powers of two that kernels are made for
-    yield _step(most, longest, DRAWN)
-    yield _step(most, -(-most // min(widest, most)), EVERYTHING)
+    yield _step(most, longest, EVERYTHING)
+    rows = min(widest, most)
+    yield _step(rows, 1, EVERYTHING)
+    yield _step(rows, 1, DRAWN)
 
 
 def one_token(table_row: int, slot: int) -> Step:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import tomli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -56,10 +57,15 @@ def offline(model: str, settings: dict[str, Any], options: dict[str, Any]) -> fl
         return sum(new for _, new in lengths) / (time.perf_counter() - begun)
 
 
-def toml_settings(pairs: list[str]) -> dict[str, Any]:
-    import tomli
-
-    return {key: tomli.loads(f"v = {text}")["v"] for key, _, text in (pair.partition("=") for pair in pairs)}
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE with a value in TOML, or a bare word."""
+    found: dict[str, Any] = {}
+    for key, _, text in (pair.partition("=") for pair in pairs):
+        try:
+            found[key] = tomli.loads(f"value = {text}")["value"]
+        except tomli.TOMLDecodeError:
+            found[key] = text
+    return found
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -86,7 +92,7 @@ def main() -> None:
     except click.ClickException as wrong:
         parser.error(wrong.format_message())
     slo, processes, _, url = (options.pop(name) for name in ("slo", "processes", "as_json", "base_url"))
-    settings = toml_settings(given.set)
+    settings = settings_of(given.set)
     if given.offline_only:
         # [http] and the like are the daemon's own.
         keys = {key: value for key, value in settings.items() if "." not in key.removeprefix("engine.")}

@@ -78,8 +78,9 @@ def test_the_rows_of_an_8b_model_by_hand() -> None:
     assert row(plan, "logits") == 512 * 128256 * (4 + 2 + 8)
     assert row(plan, "sampling tables") == pytest.approx(1001 * 128256 * 2, rel=0.01)
     assert row(plan, "tables") == pytest.approx(1001 * 3080 * 4 + 3080 * 128 * 4 + 10192 * 64)
-    graphs = len(bounds.batch_sizes(1000)) * 32 * gpu_budget.GRAPH_BYTES_PER_LAYER
-    assert row(plan, "graphs") == graphs + 1000 * token + 1000 * 32 * 130 * 4
+    count = len(bounds.batch_sizes(1000)) + len(bounds.PREFILL_SIZES)
+    graphs = count * 32 * gpu_budget.GRAPH_BYTES_PER_LAYER
+    assert row(plan, "graphs") == graphs + max(bounds.PREFILL_SIZES) * token + 1000 * 32 * 130 * 4
     assert 400_000 < plan.max_total_token_num < 430_000
     assert "slots and 1 for padding" in budget_table(plan)
 
@@ -112,7 +113,13 @@ def test_a_tied_head_takes_nothing_on_a_gpu() -> None:
 def test_without_graphs_none_are_planned_and_fewer_rows_take_fewer() -> None:
     whole = row(planned(LLAMA_8B), "graphs")
     assert row(planned(LLAMA_8B, {"engine.cuda_graphs": False}), "graphs") == 0
-    assert 0 < row(planned(LLAMA_8B, {"engine.graph_max_rows": 64}), "graphs") < whole / 2
+    assert 0 < row(planned(LLAMA_8B, {"engine.graph_max_rows": 64}), "graphs") < whole
+
+
+def test_a_head_that_no_kernel_takes_is_refused_by_its_size() -> None:
+    (problem,) = refused(LLAMA_8B | {"head_dim": 80}, {})
+    assert "head_dim 80" in problem.message
+    assert "64, 128" in problem.message
 
 
 def test_batch_sizes_are_dense_where_small_and_end_at_the_most() -> None:
