@@ -1,4 +1,5 @@
-"""Writes a checkpoint of random weights beside a config.json, for timings of loading that need files.
+"""Writes a checkpoint of random weights beside a config.json, for timings of loading that need files; the tokenizer's
+words are the ids in decimal.
 
 ``python tests/bench/write_model.py CONFIG_DIR OUT_DIR``: OUT_DIR gets config.json and safetensors shards of at most
 4 GB in the config's dtype. An 8B model takes 16 GB of disk, and as much of the page cache.
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lightllmd.models.families import family_of
 
@@ -50,6 +52,10 @@ def main() -> None:
             write()
         held[part.name] = tensor
     write()
+    words = models.WordLevel({str(token): token for token in range(config["vocab_size"])}, unk_token="0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(arguments.out / "tokenizer.json"))
     index = {"metadata": {}, "weight_map": weight_map}
     (arguments.out / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(arguments.source / "config.json", arguments.out / "config.json")
