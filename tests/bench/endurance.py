@@ -55,6 +55,7 @@ def host_memory(daemon: Daemon) -> dict[str, int]:
 def planned(draw: random.Random, tokens: int, vocabulary: int) -> Planned:
     ids = draw.choices(range(vocabulary), k=draw.randint(16, 512))
     body = {"model": "any", "prompt": ids, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True}
     return Planned(json.dumps(body).encode(), tokens)
 
 
