@@ -264,13 +264,15 @@ def split(share: Share, processes: int) -> Iterator[Share]:
 
 
 def main() -> None:
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    # Buffered whatever PYTHONUNBUFFERED says: without a buffer a long write to a pipe may end in the middle.
+    stdin, stdout = sys.stdin.buffer, open(sys.stdout.fileno(), "wb", closefd=False)  # noqa: SIM115
     (length,) = struct.unpack("Q", stdin.read(8))
     share = msgspec.msgpack.decode(stdin.read(length), type=Share)
     stdout.write(READY)
     stdout.flush()
     (begin,) = struct.unpack("d", stdin.read(8))
     stdout.write(msgspec.msgpack.encode(run_share(share, begin)))
+    stdout.flush()
 
 
 if __name__ == "__main__":

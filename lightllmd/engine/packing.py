@@ -11,6 +11,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllmd.config.bounds import NAMED_ROWS
@@ -84,12 +85,12 @@ class Packer:
         tiles = tiles_for(tiled, starts, self._group, pairs)
         spare = 0 if size is None else size - step.fed
         self._upload.begin()
-        self._put([-1] * ahead + [token for row in rows for token in row.tokens], 0, spare)
-        repeated = np.repeat([row.table_row for row in rows], counts)
-        self._put(np.concatenate([decode.table_rows, repeated]), self._pad_row, spare)
-        places = (np.arange(row.start, row.start + len(row.tokens)) for row in rows)
-        self._put(np.concatenate([decode.starts, *places]), 0, spare)
-        self._put(decode.slots + [slot for row in rows for slot in row.slots], self._pad_slot, spare)
+        self._put(np.concatenate([_ints([-1] * ahead), *(_ints(row.tokens) for row in rows)]), 0, spare)
+        repeated = np.repeat(_ints([row.table_row for row in rows]), counts)
+        self._put(np.concatenate([_ints(decode.table_rows), repeated]), self._pad_row, spare)
+        places = (np.arange(row.start, row.start + len(row.tokens), dtype=np.int32) for row in rows)
+        self._put(np.concatenate([_ints(decode.starts), *places]), 0, spare)
+        self._put(np.concatenate([_ints(decode.slots), *(_ints(row.slots) for row in rows)]), self._pad_slot, spare)
         if self._rope.by_length:
             self._put([start + 1 for start in decode.starts] + list(chain(*map(rope_lengths, rows))), 1, spare)
         # A row of padding feeds nothing, so its tiles are passed over.
@@ -111,7 +112,7 @@ class Packer:
         return Packed(batch, at, table_rows, generated)
 
     def _put(self, numbers: Numbers, filler: int, count: int) -> None:
-        self._upload.put(numbers if not count else np.concatenate([numbers, np.full(count, filler)]))
+        self._upload.put(numbers if not count else np.concatenate([_ints(numbers), _ints([filler] * count)]))
 
     def _batch(
         self,
@@ -139,6 +140,10 @@ class Packer:
             table=self._table,
             last=self._last,
         )
+
+
+def _ints(numbers: Numbers) -> NDArray[np.int32]:
+    return np.asarray(numbers, np.int32)
 
 
 def named_rows(size: int) -> int:
