@@ -137,9 +137,6 @@ class DeviceRunner:
                 if row.sampling is not None:
                     self._sampler.enter(row.table_row, row.sampling, row.branch)
             self._sampler.flush()
-            if packed.sampled is not None:
-                every, hidden = hidden, hidden.new_empty(len(packed.sampled), hidden.shape[1])
-                gather_rows(every, packed.sampled, hidden)
             self._out.append(self._sample(rows, hidden, packed))
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
@@ -160,27 +157,39 @@ class DeviceRunner:
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:
         """Computes a step without sampling: fp32 logits ``[T, vocab]`` behind each of its tokens."""
-        _, hidden = self._compute(step, self._padded(step.size), _nothing)
+        _, hidden = self._compute(step, self._padded(step.size), _nothing, every=True)
         return self.decoder.head.logits(hidden[: step.fed])
 
     def memory_stats(self) -> dict[str, float]:
         return self.memory.stats()
 
     # --- the forward ----------------------------------------------------------------------------------------------
-    def _compute(self, step: Step, rows: int, beat: Callable[[], None]) -> tuple[Packed, Tensor]:
-        """The step on the device, what is sampled padded to `rows`, and the hidden states of its tokens."""
-        shape: Hashable
+    def _compute(self, step: Step, rows: int, beat: Callable[[], None], every: bool = False) -> tuple[Packed, Tensor]:
+        """The step on the device, what is sampled padded to `rows`, and the hidden states of what is sampled, or of
+        `every` token."""
         if not step.rows:
-            packed, shape = self._packer.going_on(step.decode, rows), ("decode", rows)
-        else:
-            size = self._prefill_size(step)
-            packed, shape = self._packer.named(step, rows, size), ("prefill", size)
-        if self._graphs is not None and shape in self._graphs:
-            return packed, self._graphs.replay(shape)
-        return packed, self._forward(packed.batch, beat)
+            packed = self._packer.going_on(step.decode, rows)
+            hidden = self._replay(("decode", rows))
+            return packed, self._forward(packed.batch, beat) if hidden is None else hidden
+        size = self._prefill_size(step)
+        packed = self._packer.named(step, rows, size)
+        hidden = self._replay(("prefill", size))
+        if hidden is None:
+            return packed, self._forward(packed.batch, beat, None if every else packed.sampled)
+        if every:
+            return packed, hidden
+        sampled = hidden.new_empty(rows, hidden.shape[1])
+        gather_rows(hidden, packed.sampled, sampled)
+        return packed, sampled
 
-    def _forward(self, batch: TableBatch, beat: Callable[[], None] = lambda: None) -> Tensor:
-        return self.decoder.forward(batch, self.caches, beat)
+    def _replay(self, shape: Hashable) -> Tensor | None:
+        """None where the shape was not captured."""
+        return self._graphs.replay(shape) if self._graphs is not None and shape in self._graphs else None
+
+    def _forward(
+        self, batch: TableBatch, beat: Callable[[], None] = lambda: None, wanted: Tensor | None = None
+    ) -> Tensor:
+        return self.decoder.forward(batch, self.caches, beat, wanted)
 
     def _settle(self, shape: Hashable, packed: Packed, captured: bool = True) -> Tensor:
         """Runs a step once, so that all it needs is compiled and loaded, and captures it. Returns its hidden states."""

@@ -29,7 +29,7 @@ class Packed:
     """A step on the device, valid until the next one is packed. What is sampled is padded to a batch size."""
 
     batch: TableBatch
-    sampled: Tensor | None  # [R] int32, the tokens whose next token is asked for; None: all of them
+    sampled: Tensor | None  # [R] int32, the tokens whose next token is asked for; None: those of all rows, in order
     table_rows: Tensor  # [R] int32, whose they are
     generated: Tensor  # [R] int32, positions of the tokens to come
 

@@ -60,8 +60,14 @@ class TorchRunner:
             for row in rows:
                 if row.sampling is not None:
                     self.sampler.enter(row.table_row, row.sampling, row.branch)
-            hidden = self.decoder.forward(self.table.pack(rows, self.decoder.rope), self.caches, beat)
-            self._result = self._sample(rows, hidden, beat)
+            last, end = [], 0  # of each sampled row among the tokens
+            for row in rows:
+                end += len(row.tokens)
+                if row.sample:
+                    last.append(end - 1)
+            wanted = torch.tensor(last) if 0 < len(last) < end else None
+            hidden = self.decoder.forward(self.table.pack(rows, self.decoder.rope), self.caches, beat, wanted)
+            self._result = self._sample([row for row in rows if row.sample], hidden, beat)
             self.memory.end_step(begun)
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
@@ -90,14 +96,6 @@ class TorchRunner:
         ] + step.rows
 
     def _sample(self, rows: list[Row], hidden: Tensor, beat: Callable[[], None]) -> StepResult:
-        last, end = [], 0  # of each sampled row among the tokens
-        for row in rows:
-            end += len(row.tokens)
-            if row.sample:
-                last.append(end - 1)
-        if len(last) < len(hidden):
-            hidden = hidden[last]
-        rows = [row for row in rows if row.sample]
         result = StepResult([], [], [])
         for first in range(0, len(rows), LOGIT_ROWS):
             some = rows[first : first + LOGIT_ROWS]

@@ -58,11 +58,19 @@ class Decoder:
         head = kernels.linear(rows, None) if spec.tied else DenseLinear(rows)
         self.head = LanguageHead(kernels, vectors["norm"], spec.norm_eps, head, rows)
 
-    def forward(self, batch: GroupedBatch | TableBatch, caches: list[Tensor], beat: Callable[[], None]) -> Tensor:
+    def forward(
+        self,
+        batch: GroupedBatch | TableBatch,
+        caches: list[Tensor],
+        beat: Callable[[], None],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Writes the step's keys and values into `caches` (one ``[S, 2K, D]`` per layer) and returns the hidden
-        states ``[T, hidden]`` of its tokens, for `head.logits`. Calls `beat` once per layer."""
+        states ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head.logits`. Calls `beat` once
+        per layer."""
         x = self._kernels.enter(batch, self.embedding)
+        last = self.layers[-1]
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.forward(x, cache, batch)
+            x = layer.forward(x, cache, batch, wanted if layer is last else None)
             beat()
         return x
