@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -140,9 +141,27 @@ class Daemon:
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
+    def spare(self) -> int | None:
+        """The pid of the spare engine: one with modules to import early, which serves no generation."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                kept = len(words) > 6 and words[2] in ("lightllmd.engine", "engine")
+                if kept and process.pid not in [worker["pid"] for worker in self.workers("engine")]:
+                    return process.pid
+        return None
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+
+class SpareDaemon(Daemon):
+    """With the fake engine and a spare one."""
+
+    def __init__(self, folder: Path, *flags: str, **options: Any) -> None:
+        super().__init__(folder, *flags, **options)
+        self.command[1:3] = [str(Path(__file__).with_name("supervisor") / "spare_daemon.py")]
 
 
 class Killer:

@@ -1,7 +1,11 @@
-"""The process of one engine rank: ``python -m lightllmd.engine CHANNEL_FD PARENT_PID FLIGHT_FD``."""
+"""The process of one engine rank: ``python -m lightllmd.engine CHANNEL_FD PARENT_PID FLIGHT_FD [MODULE…]``.
+
+The modules are imported before the configuration is waited for: a spare engine has that behind it when it is needed.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -28,8 +32,12 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.EXIT_OK))
     link = child.adopt(arguments)
     recorder = FlightRecorder(int(arguments[2]))
-    configure = child.first_message(link)
     try:
+        for module in arguments[3:]:
+            importlib.import_module(module)
+        configure = child.first_message(link)
+        if isinstance(configure, messages.Stop):
+            sys.exit(errors.EXIT_OK)
         if not isinstance(configure, messages.EngineConfigure):
             raise TypeError(f"the first message to an engine was {type(configure).__name__}")
         plan = decode_plan(configure.plan)

@@ -40,7 +40,7 @@ class Readable:
 
 
 class Child:
-    """Owned by one `Worker`. Everything but the two event callbacks happens inside the single-writer loop.
+    """Owned by one `Worker`, or a spare. Everything but the two event callbacks happens inside the single-writer loop.
 
     starting -> running -> stopping -> exited; any of the first three may go straight to exited.
     """
@@ -49,17 +49,16 @@ class Child:
         self,
         context: Context,
         worker: str,
-        number: int,
         command: Callable[[int], Sequence[str]],
-        first: Down,
-        seat: str,
         pass_fds: Sequence[int] = (),
     ) -> None:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self.worker = worker
-        self.number = number  # the engine's generation, the api worker's epoch
-        self.seat = seat  # Runtime.take_seat; left by whoever hears of this child's death
+        # By `configure`; a spare engine waits for that.
+        self.configured = False
+        self.number = 0  # the engine's generation, the api worker's epoch
+        self.seat = ""  # Runtime.take_seat; left by whoever hears of this child's death
         self.started = time.time()
         self.vitals = health.Vitals(moved=context.clock.now)
         self.stats: dict[str, float] = {}
@@ -75,7 +74,6 @@ class Child:
         try:
             self.channel, theirs = channel.pair()
         except OSError as refused:
-            context.runtime.leave_seat(seat)
             raise SystemFailure(f"can't make a socket pair: {refused}") from refused
         try:
             self.process = Process(
@@ -85,12 +83,16 @@ class Child:
                 pass_fds=(theirs.fileno(), *pass_fds),
             )
         except SystemFailure:
-            context.runtime.leave_seat(seat)
             self.channel.close()
             raise
         finally:
             theirs.close()
         self._loop.add_reader(self.channel.fileno(), self._readable)
+
+    def configure(self, worker: str, number: int, seat: str, first: Down) -> None:
+        """Tells it what to be. Its start counts from here."""
+        self.worker, self.number, self.seat, self.configured = worker, number, seat, True
+        self.started, self.vitals = time.time(), health.Vitals(moved=self._context.clock.now)
         self.send(first)
 
     @property
@@ -203,7 +205,7 @@ class Child:
         now, settings = self._context.clock.now, self._context.config.supervisor
         if self.exited:
             return
-        if self.hung is None and (reason := health.overdue(self.vitals, settings, now)):
+        if self.configured and self.hung is None and (reason := health.overdue(self.vitals, settings, now)):
             self.hung = reason
             self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
             # SIGABRT makes faulthandler print every thread's stack; a stopped process can't, SIGKILL always works.

@@ -6,10 +6,11 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Plan
 from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.logs import EventBook, LogBook
 from lightllmd.supervisor.runtime import Runtime
@@ -17,6 +18,11 @@ from lightllmd.supervisor.runtime import Runtime
 
 def _nowhere(event: object) -> None:
     raise RuntimeError(f"no supervisor runs: {event}")
+
+
+# What takes an engine of a GPU long to import. None of it touches the device, nor imports prometheus_client, which has
+# to be configured before.
+GPU_IMPORTS = ("lightllmd.engine.device_runner", "lightllmd.kernels.fused")
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,13 @@ class Commands:
     def api(self, channel_fd: int) -> list[str]:
         return [self.python, "-m", "lightllmd.api", str(channel_fd), str(os.getpid())]
 
-    def engine(self, channel_fd: int, flight_fd: int) -> list[str]:
-        return [self.python, "-m", "lightllmd.engine", str(channel_fd), str(os.getpid()), str(flight_fd)]
+    def engine(self, channel_fd: int, flight_fd: int, early: Sequence[str] = ()) -> list[str]:
+        """`early`: modules that it imports before it's configured."""
+        return [self.python, "-m", "lightllmd.engine", str(channel_fd), str(os.getpid()), str(flight_fd), *early]
+
+    def early(self, plan: Plan) -> Sequence[str]:
+        """What a spare engine of this plan imports; nothing: a spare would save too little to be kept."""
+        return GPU_IMPORTS if plan.device.kind == "cuda" and plan.config.engine.backend != "fake" else ()
 
 
 @dataclass

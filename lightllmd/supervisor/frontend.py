@@ -31,6 +31,7 @@ class Api:
     def _launch(self, epoch: int) -> Child:
         context = self._context
         fds = [sock.fileno() for sock in context.listeners]
+        child = Child(context, self.worker.name, context.commands.api, pass_fds=fds)
         seat = context.runtime.take_seat("api")
         first = ApiConfigure(
             plan=context.plan,
@@ -40,7 +41,7 @@ class Api:
             metrics_dir=str(context.runtime.metrics),
             metrics_seat=seat,
         )
-        child = Child(context, self.worker.name, epoch, context.commands.api, first, seat, pass_fds=fds)
+        child.configure(self.worker.name, epoch, seat, first)
         self._greet(child)
         return child
 

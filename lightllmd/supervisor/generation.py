@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import msgspec
 
-from lightllmd.errors import SystemFailure
+from lightllmd.config.plan import Plan
 from lightllmd.ipc import flight_record
 from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
 from lightllmd.supervisor.memory import MemoryGate
+from lightllmd.supervisor.spare import EngineProcess, Spare
 from lightllmd.supervisor.worker import Worker
 
 
 class Generation:
     """One engine process, its endpoint, and the record of what it was doing."""
 
-    def __init__(self, context: Context, worker: str, number: int) -> None:
+    def __init__(self, context: Context, worker: str, number: int, process: EngineProcess) -> None:
+        self.child, self._process = process.child, process
         self.number = number
         self._path = context.runtime.endpoint_path(number)
         self.endpoint = f"ipc://{self._path}"
-        try:
-            self._flight = flight_record.create()
-        except OSError as refused:
-            raise SystemFailure(f"can't make the flight record: {refused}") from refused
         seat = context.runtime.take_seat("engine")
         first = EngineConfigure(
             plan=context.plan,
@@ -37,30 +34,17 @@ class Generation:
             metrics_dir=str(context.runtime.metrics),
             metrics_seat=seat,
         )
-        try:
-            self.child = Child(
-                context,
-                worker,
-                number,
-                lambda fd: context.commands.engine(fd, self._flight),
-                first,
-                seat,
-                pass_fds=(self._flight,),
-            )
-        except SystemFailure:
-            os.close(self._flight)
-            raise
+        self.child.configure(worker, number, seat, first)
 
     def flight(self) -> flight_record.Flight:
         """What it was doing when it died."""
         try:
-            return flight_record.read(self._flight)
+            return flight_record.read(self._process.flight)
         except (msgspec.MsgspecError, OSError):
             return flight_record.Flight()  # it scribbled over its own record: nothing is known of its last step
 
     def dispose(self) -> None:
-        self.child.dispose()
-        os.close(self._flight)
+        self._process.dispose()
         self._path.unlink(missing_ok=True)
 
 
@@ -73,10 +57,20 @@ class Engine:
         self.worker = Worker(context, "engine", 0, self._launch)
         self.generation: Generation | None = None
         self.memory = MemoryGate(context)
+        self.spare = Spare(context)
+
+    def plan_for(self, plan: Plan) -> None:
+        self.memory.plan_for(plan)
+        self.spare.plan_for(plan)
 
     def _launch(self, number: int) -> Child:
-        self.generation = Generation(self._context, self.worker.name, number)
+        process = self.spare.take() or EngineProcess(self._context, self.worker.name)
+        self.generation = Generation(self._context, self.worker.name, number, process)
         return self.generation.child
+
+    def children(self) -> list[Child]:
+        present = [self.generation.child if self.generation else None, self.spare.child]
+        return [child for child in present if child is not None]
 
     def owns(self, child: Child) -> bool:
         return self.generation is not None and self.generation.child is child
@@ -91,6 +85,7 @@ class Engine:
         self.worker.became_ready()
         if up := self.up():
             self._tell_apis(up)
+        self.spare.keep()
 
     def died(self, child: Child, ending: Ending, again: bool) -> None:
         """The api workers hear of it before anything else is done."""

@@ -194,7 +194,7 @@ class Supervisor:
             return
         self.plan = made
         self.context.plan = encode_plan(made)
-        self.engine.memory.plan_for(made)
+        self.engine.plan_for(made)
         for line in report(made).splitlines():
             self.context.log.own("info", line)
         self.front.start()
@@ -223,6 +223,9 @@ class Supervisor:
             self.engine.api_gone(api.index, child.number)
             child.dispose()
             self.front.died(api, child, ending, again)
+        elif self.engine.spare.owns(child):
+            self.engine.spare.died(ending)
+            return
         elif self.engine.owns(child):
             self.engine.died(child, ending, again)
             if again and (held := self.front.now("in_flight")):
@@ -307,8 +310,7 @@ class Supervisor:
         return self.served_since is None and self.verbs.stopping is None and on_the_way
 
     def _children(self) -> list[Child]:
-        generation = self.engine.generation
-        return [*self.front.children(), *([generation.child] if generation else [])]
+        return [*self.front.children(), *self.engine.children()]
 
     def _finished(self) -> bool:
         return self.verbs.ending and not self._children()

@@ -120,6 +120,7 @@ class Verbs:
             child.stop("stopped")
         if self._engine.generation is not None:
             self._engine.generation.child.stop("stopped")
+        self._engine.spare.end("stopped")
         while True:
             yield "ending the workers", None
 

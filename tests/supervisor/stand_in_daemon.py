@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightllmd.config.cli import parse
+from lightllmd.config.plan import Plan
 from lightllmd.errors import LightllmdError
 from lightllmd.supervisor.context import Commands
 from lightllmd.supervisor.supervisor import main
 
+SPARE = "spare"  # what the command line of a spare ends with
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 STAND_IN_PROBE = str(Path(__file__).with_name("stand_in_probe.py"))
 
@@ -23,8 +26,11 @@ class StandIns(Commands):
     def api(self, channel_fd: int) -> list[str]:
         return [self.python, STAND_IN, "api", str(channel_fd), str(os.getpid())]
 
-    def engine(self, channel_fd: int, flight_fd: int) -> list[str]:
-        return [self.python, STAND_IN, "engine", str(channel_fd), str(os.getpid()), str(flight_fd)]
+    def engine(self, channel_fd: int, flight_fd: int, early: Sequence[str] = ()) -> list[str]:
+        return [self.python, STAND_IN, "engine", str(channel_fd), str(os.getpid()), str(flight_fd), *early]
+
+    def early(self, plan: Plan) -> Sequence[str]:
+        return [SPARE] if plan.device.kind == "cuda" else ()
 
 
 if __name__ == "__main__":

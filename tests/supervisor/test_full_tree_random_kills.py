@@ -17,8 +17,9 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
-from harness import Daemon, generate_stream, run, wait_for
+from harness import Daemon, SpareDaemon, generate_stream, run, wait_for
 from lightllmd.engine.fake import fake_token
 
 KILLS = 1000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 50
@@ -57,10 +58,25 @@ def status_probe(daemon: Daemon) -> Iterator[subprocess.Popen[str]]:
             probe.kill()
 
 
-def hit(daemon: Daemon, draw: random.Random, hits: Counter[str], served: Callable[[], int]) -> None:
+def hit(
+    daemon: Daemon,
+    targets: list[tuple[str, str | None]],
+    draw: random.Random,
+    hits: Counter[str],
+    served: Callable[[], int],
+) -> None:
     """One kill: a drawn worker in a drawn phase; a phase that doesn't come soon is taken as it is."""
-    kind, phase = draw.choice(TARGETS)
+    kind, phase = draw.choice(targets)
     number = draw.choice(SIGNALS)
+    if kind == "spare":
+        patience = time.monotonic() + 0.5  # a dead one is followed only when the next generation is ready
+        while not (pid := daemon.spare()) and time.monotonic() < patience:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            if pid:
+                os.kill(pid, number)
+                hits["spare"] += 1
+        return
     if phase == "serving":
         wait_for(lambda: served() >= SERVED, what="tokens for the clients")
         phase = "ready"
@@ -81,9 +97,11 @@ def hit(daemon: Daemon, draw: random.Random, hits: Counter[str], served: Callabl
         hits["already dead"] += 1
 
 
-def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Daemon, SpareDaemon], ids=["no spare", "spare"])
+def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path, kind: type[Daemon]) -> None:
     draw, hits = random.Random(SEED), Counter()
-    with Daemon(tmp_path, *FLAGS) as daemon, status_probe(daemon) as probe:
+    targets = [*TARGETS, *([("spare", None)] * 3 if kind is SpareDaemon else [])]
+    with kind(tmp_path, *FLAGS) as daemon, status_probe(daemon) as probe:
         family = {process.pid for process in daemon.processes()}
         outcomes: Counter[str] = Counter()
         tokens = 0
@@ -109,7 +127,7 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
         def kills() -> None:
             for _ in range(KILLS):
                 before = tokens
-                hit(daemon, draw, hits, lambda before=before: tokens - before)
+                hit(daemon, targets, draw, hits, lambda before=before: tokens - before)
                 family.update(process.pid for process in daemon.processes())
 
         async def scenario() -> None:
@@ -131,8 +149,8 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path) -> None:
             ),
             what="an idle daemon with every slot free and no job in progress",
         )
-        living = {process.pid for process in daemon.processes()}
-        orphans = [pid for pid in family - living if psutil.pid_exists(pid)]
+        living = {process.pid for process in daemon.processes()} - {daemon.spare()}
+        orphans = [pid for pid in family - living - {daemon.spare()} if psutil.pid_exists(pid)]
         assert not orphans
         assert len(living) == 4, "supervisor, two front ends, one engine"
         assert outcomes["exact"] > 0

@@ -1,0 +1,142 @@
+"""The spare engine: a restart takes it, its own life and death touch nobody, and it never stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness import Daemon, SpareDaemon, wait_for
+from lightllmd.supervisor.context import GPU_IMPORTS
+from stand_ins import StandInDaemon
+
+OWN_MODULES = """
+import importlib, json, os, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+import torch
+files = []
+for fd in os.listdir("/proc/self/fd"):
+    try:
+        files.append(os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:
+        pass
+print(json.dumps([torch.cuda.is_initialized(), "prometheus_client" in sys.modules, files]))
+"""
+
+
+def on_gpu(folder: Path, *flags: str) -> StandInDaemon:
+    daemon = StandInDaemon(folder, *flags)
+    daemon.order("probe", free=80 * 10**9)
+    return daemon
+
+
+def spare(daemon: Daemon) -> int:
+    return wait_for(daemon.spare, what="a spare engine")
+
+
+def kill(daemon: StandInDaemon, number: int = signal.SIGKILL) -> None:
+    os.kill(daemon.worker("engine-0")["pid"], number)
+
+
+def test_a_restart_takes_the_spare_and_gets_another(tmp_path: Path) -> None:
+    with on_gpu(tmp_path).start() as daemon:
+        for generation in (2, 3):
+            kept = spare(daemon)
+            assert [worker["name"] for worker in daemon.status()["workers"] if worker["kind"] == "engine"] == [
+                "engine-0"
+            ]
+            kill(daemon)
+            worker = daemon.wait_worker("engine-0", state="running", generation=generation)
+            assert worker["pid"] == kept
+            assert worker["restarts"] == generation - 1
+            assert time.time() - worker["started"] < time.time() - psutil.Process(kept).create_time()
+            assert spare(daemon) != kept
+        assert daemon.wait_job(daemon.ask("restart", {"worker": "engine"}))["outcome"] == "done"
+        assert daemon.stop() == 0
+
+
+def test_a_dead_spare_is_let_go_and_the_next_generation_brings_another(tmp_path: Path) -> None:
+    with on_gpu(tmp_path).start() as daemon:
+        kept = spare(daemon)
+        os.kill(kept, signal.SIGKILL)
+        wait_for(lambda: "the spare engine: killed by SIGKILL" in daemon.log_text())
+        assert not psutil.pid_exists(kept)
+        assert daemon.wait_ready()["generation"] == 1
+        assert daemon.spare() is None, "one that can't live isn't tried in a loop"
+        kill(daemon)
+        worker = daemon.wait_worker("engine-0", state="running", generation=2)
+        assert worker["restarts"] == 1
+        assert spare(daemon) != worker["pid"]
+
+
+def test_a_stopped_spare_is_not_taken(tmp_path: Path) -> None:
+    with on_gpu(tmp_path).start() as daemon:
+        kept = spare(daemon)
+        os.kill(kept, signal.SIGSTOP)
+        kill(daemon)
+        assert daemon.wait_worker("engine-0", state="running", generation=2)["pid"] != kept
+        wait_for(lambda: not psutil.pid_exists(kept))
+
+
+def test_a_spare_may_wait_longer_than_a_boot(tmp_path: Path) -> None:
+    with on_gpu(tmp_path, "--supervisor.boot_timeout", "3").start() as daemon:
+        kept = spare(daemon)
+        wait_for(lambda: time.time() - psutil.Process(kept).create_time() > 4)
+        kill(daemon)
+        assert daemon.wait_worker("engine-0", state="running", generation=2)["pid"] == kept
+        assert "SIGABRT" not in daemon.log_text()
+
+
+@pytest.mark.parametrize(("gpu", "flags"), [(False, ()), (True, ("--supervisor.spare_engine", "false"))])
+def test_none_is_kept_where_it_saves_nothing_or_isnt_wanted(tmp_path: Path, gpu: bool, flags: tuple[str, ...]) -> None:
+    daemon = on_gpu(tmp_path, *flags) if gpu else StandInDaemon(tmp_path, *flags)
+    with daemon.start():
+        kill(daemon)
+        daemon.wait_worker("engine-0", state="running", generation=2)
+        assert daemon.spare() is None
+
+
+def test_a_real_engine_goes_on_from_its_spare(tmp_path: Path) -> None:
+    with SpareDaemon(tmp_path) as daemon:
+        kept = spare(daemon)
+        daemon.kill("engine")
+        wait_for(lambda: daemon.pid("engine") == kept and daemon.status()["ready"])
+        os.kill(spare(daemon), signal.SIGTERM)
+        wait_for(lambda: daemon.spare() is None)
+        assert daemon.stop() == 0
+
+
+def test_a_spare_that_cant_import_disturbs_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARE_IMPORTS", "lightllmd.engine.nowhere")
+    with SpareDaemon(tmp_path) as daemon:
+        wait_for(lambda: "the spare engine: No module named 'lightllmd.engine.nowhere'" in daemon.log_text())
+        assert daemon.wait_ready()["generation"] == 1
+        assert daemon.stop() == 0
+
+
+def test_a_killed_supervisor_leaves_no_spare(tmp_path: Path) -> None:
+    with SpareDaemon(tmp_path) as daemon:
+        kept = psutil.Process(spare(daemon))
+        daemon.process.kill()
+        daemon.process.wait()
+        assert not psutil.wait_procs([kept], timeout=5)[1]
+    with Daemon(tmp_path) as again:  # clears up
+        assert again.stop() == 0
+
+
+def test_what_a_spare_imports_touches_no_device_and_needs_no_configuration() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", OWN_MODULES, *GPU_IMPORTS]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    on_device, metrics, files = json.loads(run.stdout)
+    assert not on_device
+    assert not metrics
+    assert not [file for file in files if file.startswith("/dev/nvidia")]
