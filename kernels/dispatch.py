@@ -32,9 +32,11 @@ class Kernels(Protocol):
         heads: Heads,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """``qkv [T, (H + 2K) D]``, given away -> ``[T, H D]``: norms of the heads if there are any, rotation, keys and
-        values into the cache, causal attention of each token over its row."""
+        values into the cache, causal attention of each token over its row; ``[R, H D]`` of the `wanted` [R] if any
+        are named."""
 
     def add_product(self, a: Tensor, linear: Linear, x: Tensor) -> Tensor:
         """``x + linear(a)``."""

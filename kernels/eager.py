@@ -48,6 +48,7 @@ class EagerKernels:
         heads: Heads,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(batch, GroupedBatch)
         qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
@@ -59,14 +60,16 @@ class EagerKernels:
         write_kv(cache, batch.slots, qkv[:, heads.query :])
         if len(batch.decode) == 1 and batch.decode[0].tokens is None:
             group = batch.decode[0]
-            return decode_attention(q, cache, group.slots, group.mask, heads.scale).flatten(1)
+            attended = decode_attention(q, cache, group.slots, group.mask, heads.scale).flatten(1)
+            return attended if wanted is None else attended.index_select(0, wanted)
         attended = torch.empty_like(q)
         for group in batch.decode:
             attended[group.tokens] = decode_attention(q[group.tokens], cache, group.slots, group.mask, heads.scale)
         for row in batch.prefill:
             span = slice(row.first, row.first + row.count)
             attended[span] = prefill_attention(q[span], cache, row.slots, row.start, heads.scale)
-        return attended.flatten(1)
+        attended = attended.flatten(1)
+        return attended if wanted is None else attended.index_select(0, wanted)
 
     def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
         """The highest `CLOSE` of each row are computed again in fp32, which costs the rows that they take."""

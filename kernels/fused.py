@@ -82,15 +82,22 @@ class FusedKernels:
         heads: Heads,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(batch, TableBatch)
         qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
         angles, slots = batch.angles, batch.slots
         rope_kv(qkv, batch.cos_sin, angles, slots, cache, heads.query, heads.kv, q_norm, k_norm, heads.norm_eps)
-        q = qkv[:, : heads.query]
+        q, table_rows, positions = qkv[:, : heads.query], batch.rows, batch.positions
+        if wanted is not None:
+            # All that they see is in the cache by now, so each is read as a decode row is.
+            q, table_rows, positions = (tensor.index_select(0, wanted) for tensor in (q, table_rows, positions))
+            out = torch.empty_like(q)
+            self._decode(q, cache, batch.table, table_rows, positions, heads.scale, out)
+            return out.flatten(1)
         out = qkv.new_empty(q.shape)
-        if batch.decode:
-            self._decode(q[: batch.decode], cache, batch, heads, out[: batch.decode])
+        if ahead := batch.decode:
+            self._decode(q[:ahead], cache, batch.table, table_rows[:ahead], positions[:ahead], heads.scale, out[:ahead])
         rows = batch.prefill
         if rows is not None:
             for span in rows.whole:
@@ -142,26 +149,19 @@ class FusedKernels:
             pdl=self._overlaps and skinny.overlaps(rows, len(weight)),
         )
 
-    def _decode(self, q: Tensor, cache: Tensor, batch: TableBatch, heads: Heads, out: Tensor) -> None:
-        rows = len(q)
-        segments = segments_for(rows, heads.kv, batch.table.shape[1]) if self._split else 1
+    def _decode(
+        self, q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, positions: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Attention of single tokens, each over what its row holds up to it."""
+        count, heads, dim = q.shape
+        segments = segments_for(count, cache.shape[1] // 2, table.shape[1]) if self._split else 1
         partial = None
         if segments > 1:
-            size = workspace_size(rows, heads.query, heads.dim, segments)
-            partial = q.new_empty(size, dtype=torch.float32)
-        decode_attention(
-            q,
-            cache,
-            batch.table,
-            batch.rows[:rows],
-            batch.positions[:rows],
-            heads.scale,
-            out,
-            partial,
-            segments=segments,
-            packed=self._packed,
-            arrived=self._arrived if rows * heads.query <= COUNTERS else None,
-        )
+            partial = q.new_empty(workspace_size(count, heads, dim, segments), dtype=torch.float32)
+        arrived = self._arrived if count * heads <= COUNTERS else None
+        packed = self._packed
+        where = (cache, table, rows, positions)
+        decode_attention(q, *where, scale, out, partial, segments=segments, packed=packed, arrived=arrived)
 
     def _normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 DEPTH = 4  # buffers of a ring; more than steps that can be out
 SPIN = 0.002  # seconds that a waiter looks at its event without sleeping: a decode step is about as long
-NAP = 0.0002  # seconds
+NAP = 0.00005  # seconds
 
 Numbers = Sequence[int] | np.ndarray
 

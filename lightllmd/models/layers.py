@@ -85,12 +85,12 @@ class DecoderLayer:
     def forward(
         self, x: Tensor, cache: Tensor, batch: GroupedBatch | TableBatch, wanted: Tensor | None = None
     ) -> Tensor:
-        """With `wanted` [R] only these tokens go on behind the attention: of the last layer nobody needs the others."""
+        """With `wanted` [R] only these tokens go on behind keys and values: of the last layer nobody needs others."""
         spec, kernels = self.spec, self.kernels
         qkv = kernels.normed_product(x, self.input_norm, spec.norm_eps, self.qkv)
-        attended = kernels.attention(qkv, cache, batch, self.heads, self.q_norm, self.k_norm)
+        attended = kernels.attention(qkv, cache, batch, self.heads, self.q_norm, self.k_norm, wanted)
         if wanted is not None:
-            attended, x = attended.index_select(0, wanted), x.index_select(0, wanted)
+            x = x.index_select(0, wanted)
         x = kernels.add_product(attended, self.out, x)
         hidden = kernels.normed_gated(x, self.mlp_norm, spec.norm_eps, self.gate_up, spec.activation)
         return kernels.add_product(hidden, self.down, x)
