@@ -169,7 +169,8 @@ class Killer:
 
     def __init__(self, daemon: Daemon, number: int, kills: int, total: int, seed: int) -> None:
         self.daemon, self.number = daemon, number
-        self.moments = sorted(random.Random(seed).sample(range(1, total - 1), kills), reverse=True)
+        # Not near the end: a kill waits until the one before it has had its effect, and needs a token to come after it.
+        self.moments = sorted(random.Random(seed).sample(range(1, total * 3 // 4), kills), reverse=True)
         self.seen = 0
         self.killed: list[int] = []
         self._task: asyncio.Task[None] | None = None
