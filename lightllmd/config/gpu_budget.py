@@ -13,8 +13,8 @@ from lightllmd.config.shape import Shape
 
 RUNTIME = 1_200_000_000  # CUDA context, cuBLAS, compiled kernels
 CUBLAS_WORKSPACE = 64_000_000
-# The driver's nodes and kernel arguments of one captured graph, for each layer of the model; measured on an H100: 170 kB
-# (8B shape) and 275 kB (0.6B), the kernels' own code included.
+# The driver's nodes and kernel arguments of one captured graph, for each layer of the model. Measured on an H100, with
+# the kernels' own code: 170 kB (8B shape) and 275 kB (0.6B).
 GRAPH_BYTES_PER_LAYER = 300_000
 RANKING_BYTES = 8  # per logit: its order and its sorted copy, while tokens are drawn
 COUNT_BYTES = 2  # per entry of the penalties' counts
