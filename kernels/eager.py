@@ -60,14 +60,14 @@ class EagerKernels:
         write_kv(cache, batch.slots, qkv[:, heads.query :])
         if len(batch.decode) == 1 and batch.decode[0].tokens is None:
             group = batch.decode[0]
-            attended = decode_attention(q, cache, group.slots, group.mask, heads.scale).flatten(1)
-            return attended if wanted is None else attended.index_select(0, wanted)
-        attended = torch.empty_like(q)
-        for group in batch.decode:
-            attended[group.tokens] = decode_attention(q[group.tokens], cache, group.slots, group.mask, heads.scale)
-        for row in batch.prefill:
-            span = slice(row.first, row.first + row.count)
-            attended[span] = prefill_attention(q[span], cache, row.slots, row.start, heads.scale)
+            attended = decode_attention(q, cache, group.slots, group.mask, heads.scale)
+        else:
+            attended = torch.empty_like(q)
+            for group in batch.decode:
+                attended[group.tokens] = decode_attention(q[group.tokens], cache, group.slots, group.mask, heads.scale)
+            for row in batch.prefill:
+                span = slice(row.first, row.first + row.count)
+                attended[span] = prefill_attention(q[span], cache, row.slots, row.start, heads.scale)
         attended = attended.flatten(1)
         return attended if wanted is None else attended.index_select(0, wanted)
 

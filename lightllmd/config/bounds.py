@@ -20,6 +20,7 @@ SHORT_ROW = 128
 DEVICE_HEAD_DIMS = (16, 32, 64, 128, 256)  # elements of a head that the kernels are made for
 DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
 PREFILL_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
+FEW_ROWS = 4  # up to so many rows products have a kernel for each number
 NAMED_ROWS = 64  # the most rows that such a padded prefill has
 MOST_SEGMENTS = 64  # parts that decode attention cuts a row into
 # Programs of one decode attention that cuts rows into parts: two for each multiprocessor.

@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from lightllmd.config.bounds import (
     DEVICE_LOGIT_ROWS,
+    FEW_ROWS,
     NAMED_ROWS,
     SPARE_WIDTH,
     batch_sizes,
@@ -41,7 +42,7 @@ from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels
 from lightllmd.kernels.embed import gather_rows
-from lightllmd.kernels.layout import Heads, TableBatch
+from lightllmd.kernels.layout import Heads
 from lightllmd.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,9 @@ class DeviceRunner:
                 if size <= DEVICE_LOGIT_ROWS:
                     self.decoder.head.logits(hidden)
                 beat()
-            # No batch has this size, but a step of few named tokens may; some products have a kernel for it.
-            self._settle(("named", 3), self._packer.going_on(no_decode(), 3), False)
+            # No batch has these sizes, but a step of few named tokens may, and products have a kernel for each.
+            for size in set(range(1, FEW_ROWS + 1)) - set(self._sizes):
+                self._settle(("named", size), self._packer.going_on(no_decode(), size), False)
             self.memory.mark_graphs()
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
@@ -170,12 +172,13 @@ class DeviceRunner:
         if not step.rows:
             packed = self._packer.going_on(step.decode, rows)
             hidden = self._replay(("decode", rows))
-            return packed, self._forward(packed.batch, beat) if hidden is None else hidden
+            return packed, self.decoder.forward(packed.batch, self.caches, beat) if hidden is None else hidden
         size = self._prefill_size(step)
         packed = self._packer.named(step, rows, size)
         hidden = self._replay(("prefill", size))
         if hidden is None:
-            return packed, self._forward(packed.batch, beat, None if every else packed.sampled)
+            wanted = None if every else packed.sampled
+            return packed, self.decoder.forward(packed.batch, self.caches, beat, wanted)
         if every:
             return packed, hidden
         sampled = hidden.new_empty(rows, hidden.shape[1])
@@ -186,16 +189,15 @@ class DeviceRunner:
         """None where the shape was not captured."""
         return self._graphs.replay(shape) if self._graphs is not None and shape in self._graphs else None
 
-    def _forward(
-        self, batch: TableBatch, beat: Callable[[], None] = lambda: None, wanted: Tensor | None = None
-    ) -> Tensor:
-        return self.decoder.forward(batch, self.caches, beat, wanted)
-
     def _settle(self, shape: Hashable, packed: Packed, captured: bool = True) -> Tensor:
         """Runs a step once, so that all it needs is compiled and loaded, and captures it. Returns its hidden states."""
-        hidden = self._forward(packed.batch)
+
+        def compute() -> Tensor:
+            return self.decoder.forward(packed.batch, self.caches, _nothing)
+
+        hidden = compute()
         if captured and self._graphs is not None:
-            self._graphs.capture(shape, lambda: self._forward(packed.batch))
+            self._graphs.capture(shape, compute)
         return hidden
 
     def _padded(self, rows: int) -> int:

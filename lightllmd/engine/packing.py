@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightllmd.config.bounds import NAMED_ROWS
+from lightllmd.config.bounds import FEW_ROWS, NAMED_ROWS
 from lightllmd.engine.batch import DecodeRows, Step
 from lightllmd.engine.staging import Numbers, Upload
 from lightllmd.engine.table import rope_lengths
@@ -47,7 +47,7 @@ class Packer:
         # Of a token: id, table row, position, slot, length; of a row: three of what is sampled, four of its tiles.
         most = rows + NAMED_ROWS + 1
         self._upload = Upload(5 * tokens + 7 * most + 2 * (tokens * group // 64 + most), device)
-        self._newest = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._newest = torch.full((max(rows, FEW_ROWS),), -1, dtype=torch.int32, device=device)
         self._counting = torch.arange(tokens, dtype=torch.int32, device=device)
         # The angles of all positions or, where they depend on lengths too, of the step's tokens.
         places = torch.arange(1 if rope.by_length else width, device=device)

@@ -25,15 +25,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
-import tomli
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from anchors import PLAIN, anchors_of
 from roofline import Card, Roofline, card_of
+from settings import settings
 from works import HOST_PHASES, Bench, Result
 
 from lightllmd import LLM
@@ -55,18 +54,6 @@ def prefills(text: str) -> list[tuple[int, int]]:
     """128,16x2048 -> (1, 128), (16, 2048)"""
     pairs = [part.split("x") for part in text.split(",")]
     return [(int(pair[0]) if len(pair) > 1 else 1, int(pair[-1])) for pair in pairs]
-
-
-def settings(pairs: list[str]) -> dict[str, Any]:
-    """KEY=VALUE with a value in TOML, or a bare word. Keys as LLM takes them."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, _, text = pair.partition("=")
-        try:
-            found[key] = tomli.loads(f"value = {text}")["value"]
-        except tomli.TOMLDecodeError:
-            found[key] = text
-    return found
 
 
 def arguments() -> argparse.Namespace:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tomli
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from settings import settings as read_settings
 
 from harness import Daemon
 from lightllmctl.commands.bench import bench as verb
@@ -57,17 +59,6 @@ def offline(model: str, settings: dict[str, Any], options: dict[str, Any]) -> fl
         return sum(new for _, new in lengths) / (time.perf_counter() - begun)
 
 
-def settings_of(pairs: list[str]) -> dict[str, Any]:
-    """KEY=VALUE with a value in TOML, or a bare word."""
-    found: dict[str, Any] = {}
-    for key, _, text in (pair.partition("=") for pair in pairs):
-        try:
-            found[key] = tomli.loads(f"value = {text}")["value"]
-        except tomli.TOMLDecodeError:
-            found[key] = text
-    return found
-
-
 def flags(settings: dict[str, Any]) -> list[str]:
     """For the daemon's command line."""
     words: list[str] = []
@@ -92,7 +83,7 @@ def main() -> None:
     except click.ClickException as wrong:
         parser.error(wrong.format_message())
     slo, processes, _, url = (options.pop(name) for name in ("slo", "processes", "as_json", "base_url"))
-    settings = settings_of(given.set)
+    settings = read_settings(given.set)
     if given.offline_only:
         # [http] and the like are the daemon's own.
         keys = {key: value for key, value in settings.items() if "." not in key.removeprefix("engine.")}

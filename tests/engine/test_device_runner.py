@@ -98,6 +98,15 @@ def test_greedy_tokens_are_the_cpus_and_the_same_overlapped_captured_and_prepare
     )
 
 
+def test_a_runner_of_one_row_gets_ready_and_decodes(tmp_path: Path) -> None:
+    runner = load_on_device(
+        write_model(tmp_path), running_max_req_size=1, max_req_total_len=12, max_req_input_len=11, slots=20
+    )
+    runner.prepare(nothing)
+    alone = load_on_device(write_model(tmp_path), running_max_req_size=5)
+    assert continuation(runner, [IDS], 3, True) == continuation(alone, [IDS], 3, False)
+
+
 def test_decode_rows_and_named_tokens_mix_in_one_step(tmp_path: Path) -> None:
     model = write_model(tmp_path)
     runner, alone = load_on_device(model), load_on_device(model)

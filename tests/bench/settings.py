@@ -1,0 +1,19 @@
+"""Settings on a benchmark's command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tomli
+
+
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE with a value in TOML, or a bare word. Keys as LLM takes them."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            found[key] = tomli.loads(f"value = {text}")["value"]
+        except tomli.TOMLDecodeError:
+            found[key] = text
+    return found
