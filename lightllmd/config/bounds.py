@@ -51,10 +51,8 @@ def graph_sizes(config: Config) -> list[int]:
     return [size for size in batch_sizes(most) if size <= (engine.graph_max_rows or most)]
 
 
-def prefill_sizes(config: Config, batch_max_tokens: int) -> list[int]:
-    """The token counts that short prefills are padded to and captured at: launches cost more than they compute."""
-    if not config.engine.cuda_graphs:
-        return []
+def prefill_sizes(batch_max_tokens: int) -> list[int]:
+    """The token counts that short prefills are padded to, and captured at: launches cost more than they compute."""
     return [size for size in PREFILL_SIZES if size <= batch_max_tokens]
 
 

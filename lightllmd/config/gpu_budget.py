@@ -35,7 +35,7 @@ def rows(
         _logits(shape, item, running),
         _sampling(shape, running),
         _tables(shape, running, width, batch_max_tokens),
-        _graphs(shape, item, graph_sizes(config), prefill_sizes(config, batch_max_tokens)),
+        _graphs(shape, item, graph_sizes(config), prefill_sizes(batch_max_tokens) if config.engine.cuda_graphs else []),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
     ]
 

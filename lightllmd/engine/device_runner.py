@@ -90,7 +90,7 @@ class DeviceRunner:
             self._packer = Packer(table, self._last, self.slots, self.decoder.rope, group, most)
             self.memory.mark_loaded()
         self._sizes = batch_sizes(self._rows)
-        self._prefill_sizes: list[int] = []  # those that were captured
+        self._prefill_sizes: list[int] = []  # those that short prefills are padded to
         self._graphs: StepGraphs | None = None
         self._out: deque[_Out] = deque()
 
@@ -102,7 +102,8 @@ class DeviceRunner:
         with memory_errors(), torch.inference_mode():
             if captured:
                 self._graphs = StepGraphs()
-                self._prefill_sizes = prefill_sizes(config, self._plan.batch_max_tokens)
+            if self._device.type == "cuda":  # without graphs too: the same launches, so the same bits
+                self._prefill_sizes = prefill_sizes(self._plan.batch_max_tokens)
             for size in reversed(self._prefill_sizes):
                 self._settle(("prefill", size), self._packer.named(one_token(self._rows, self.slots), 1, size))
                 beat()
@@ -175,10 +176,12 @@ class DeviceRunner:
             return packed, self.decoder.forward(packed.batch, self.caches, beat) if hidden is None else hidden
         size = self._prefill_size(step)
         packed = self._packer.named(step, rows, size)
-        hidden = self._replay(("prefill", size))
-        if hidden is None:
+        if size is None:
             wanted = None if every else packed.sampled
             return packed, self.decoder.forward(packed.batch, self.caches, beat, wanted)
+        hidden = self._replay(("prefill", size))
+        if hidden is None:
+            hidden = self.decoder.forward(packed.batch, self.caches, beat)
         if every:
             return packed, hidden
         sampled = hidden.new_empty(rows, hidden.shape[1])
@@ -205,7 +208,7 @@ class DeviceRunner:
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def _prefill_size(self, step: Step) -> int | None:
-        """The captured size that holds the step, if one does."""
+        """The smallest size that holds the step, if it is short."""
         if step.decode.table_rows or len(step.rows) > NAMED_ROWS:
             return None
         index = bisect_left(self._prefill_sizes, step.fed)

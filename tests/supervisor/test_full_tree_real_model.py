@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from harness import Daemon, Killer, generate_stream, run, wait_for
 
@@ -29,7 +30,8 @@ PROMPTS = [
     "To tie a knot, first",
     "In winter the lake",
 ]
-TOKENS = 40
+ON_GPU = torch.cuda.is_available()
+TOKENS = 240 if ON_GPU else 40  # per stream: it must outlast all kills
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +90,15 @@ def test_killed_worker_loses_no_stream_of_the_real_model_in_fp32(daemon: Daemon,
     unbroken = run(all_streams(lambda: None))
     killer = Killer(daemon, number, kills, len(PROMPTS) * TOKENS, seed=int(number))
     broken = run(all_streams(killer))
-    assert len(killer.killed) == kills
     assert broken == unbroken
+    assert len(killer.killed) == kills
     assert daemon.status()["requests"]["failed"] == 0
 
 
 def test_slots_and_processes_are_back_after_the_work(daemon: Daemon) -> None:
     wait_for(lambda: daemon.status()["model"]["kv_slots_used"] == 0, what="free slots")
-    assert len(daemon.processes()) == 3
+    spare = ON_GPU
+    wait_for(lambda: len(daemon.processes()) == 3 + spare, what="supervisor, api and engine alone")
 
 
 def test_the_demo_configuration_answers_within_thirty_seconds(tmp_path: Path) -> None:
