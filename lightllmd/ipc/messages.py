@@ -151,6 +151,7 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     listener_fds: list[int]
     metrics_dir: str
     metrics_seat: str  # names its files there; no other living process has it
+    revision: int = 1  # the plan's number
 
 
 class EngineUp(msgspec.Struct, tag="engine-up"):
@@ -158,15 +159,17 @@ class EngineUp(msgspec.Struct, tag="engine-up"):
 
     generation: int
     endpoint: str
+    revision: int = 1  # the plan that it serves; generations of one revision follow each other
 
 
 class EngineDown(msgspec.Struct, tag="engine-down"):
-    """Generation `generation` is dead. Close its socket first, then hold what was in flight there."""
+    """Generation `generation` is dead or asleep. Close its socket first, then hold what was in flight there."""
 
     generation: int
     cause: str  # in words
     unproven: list[int]  # requests that had been admitted and had no token since; from the flight record
     self_inflicted: bool  # a fault of its own (signal from inside, exception), not a kill or a hang
+    revision: int = 1
 
 
 class Health(msgspec.Struct, tag="health"):
@@ -196,11 +199,99 @@ class Retire(msgspec.Struct, tag="retire"):
     """To an api worker that is being replaced: stop accepting, finish what is in flight, then exit 0."""
 
 
+class Prepare(msgspec.Struct, tag="prepare"):
+    """To an api worker: revision `revision` is on its way. Get ready to serve it beside the one in force (tokenizer,
+    limits, ledger), then say `Prepared`. Its `EngineUp` may come before or after that."""
+
+    revision: int
+    plan: bytes
+
+
+class Commit(msgspec.Struct, tag="commit"):
+    """To an api worker: from now on new requests belong to `revision`, which is prepared. What is in flight of the one
+    before it stays there until it ends, or, with `carry` (the same model goes on), is replayed on the new one."""
+
+    revision: int
+    carry: bool = False
+
+
+class Forget(msgspec.Struct, tag="forget"):
+    """To an api worker: `revision`, which is not in force, is given up or gone. Requests that it still has end with
+    `reason`: as a finish reason where text was sent, else as an error."""
+
+    revision: int
+    reason: str
+
+
+class Hold(msgspec.Struct, tag="hold"):
+    """To an api worker: new requests wait (bounded by max_held and hold_timeout) before anything of a model is used;
+    which one they meet is known after `Release`."""
+
+
+class Release(msgspec.Struct, tag="release"):
+    """Ends `Hold`: what waited goes to the revision in force now."""
+
+
+class Models(msgspec.Struct, tag="models"):
+    """To an api worker: the names of `[models]`. Empty: any name that a request gives is taken."""
+
+    names: list[str]
+
+
+class Probe(msgspec.Struct, tag="probe"):
+    """To an api worker: run one token on the revision in force as a request of your own, then say `Probed`."""
+
+    number: int
+
+
+class Tune(msgspec.Struct, tag="tune"):
+    """Live settings changed."""
+
+    log_level: str
+    log_stats_interval: float  # seconds; inf: none
+
+
+class Stage(msgspec.Struct, tag="stage"):
+    """To an engine: keep a copy of the weights in host memory, made while requests are served. Its progress is
+    ``stats["staged_bytes"]``; -1: host memory can't hold it."""
+
+
+class Sleep(msgspec.Struct, tag="sleep"):
+    """To an engine that has no request left: give the device's memory back. Phase "asleep" follows. With `Stage` before
+    it the weights stay in host memory; without, they are read from their files again."""
+
+
+class Wake(msgspec.Struct, tag="wake"):
+    """To an engine that sleeps: the phases "load", "warmup" and "ready" follow, at the same endpoint."""
+
+
 class Stop(msgspec.Struct, tag="stop"):
     """End now in good order: an api worker ends its streams with an error frame; exit 0."""
 
 
-Down = EngineConfigure | ApiConfigure | EngineUp | EngineDown | Health | ApiGone | Drain | Resume | Retire | Stop
+Down = (
+    EngineConfigure
+    | ApiConfigure
+    | EngineUp
+    | EngineDown
+    | Health
+    | ApiGone
+    | Drain
+    | Resume
+    | Retire
+    | Prepare
+    | Commit
+    | Forget
+    | Hold
+    | Release
+    | Models
+    | Probe
+    | Tune
+    | Stage
+    | Sleep
+    | Wake
+    | Stop
+)
 
 # --- child -> supervisor ------------------------------------------------------------------------------------
 
@@ -209,7 +300,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     """Sent through the same loop as the work, at least every half second.
 
     A child makes progress when `phase` or `progress` changed since its last heartbeat, or when it is not `busy`.
-    Phases: "boot", "load", "warmup", "ready" for engines; "boot", "ready" for api workers. "ready" of an engine
+    Phases: "boot", "load", "warmup", "ready", "asleep" for engines; "boot", "ready" for api workers. "ready" of an engine
     means that it has produced a real token.
     """
 
@@ -227,7 +318,21 @@ class Failed(msgspec.Struct, tag="failed"):
     message: str
 
 
-Up = Heartbeat | Failed
+class Prepared(msgspec.Struct, tag="prepared"):
+    """An api worker's answer to `Prepare`."""
+
+    revision: int
+    error: str = ""  # why it can't be served; empty: it can
+
+
+class Probed(msgspec.Struct, tag="probed"):
+    """An api worker's answer to `Probe`."""
+
+    number: int
+    error: str = ""
+
+
+Up = Heartbeat | Failed | Prepared | Probed
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -13,7 +13,7 @@ import msgspec
 
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc import channel
-from lightllmd.ipc.messages import Down, Failed, Heartbeat, Stop
+from lightllmd.ipc.messages import Down, Failed, Heartbeat, Prepared, Probed, Stop
 from lightllmd.supervisor import exits, health
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.process import Process
@@ -68,6 +68,7 @@ class Child:
         self.asked: str | None = None  # what it was asked to end for; its end is no failure then
         self.hung: str | None = None
         self.failed: Failed | None = None
+        self.said: list[Prepared | Probed] = []  # answers; whoever asked takes them out
         self.exited = False
         self._service_at_ready: dict[str, float] = {}
         self._ladder: list[tuple[float, int]] = []  # (running clock, signal), what is still to be sent
@@ -139,8 +140,10 @@ class Child:
             for message in self.channel.receive():
                 if isinstance(message, Heartbeat):
                     self._hear(message)
-                else:
+                elif isinstance(message, Failed):
                     self.failed = message
+                else:
+                    self.said.append(message)
         except msgspec.DecodeError as garbage:
             self._context.log.own("error", f"{self.worker}: not a message: {garbage}")
         if self.channel.closed and not self.exited:
