@@ -225,7 +225,11 @@ class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     fault_file: Annotated[
         str,
-        Setting(doc="The fault happens only while this file exists. Empty: always.", example='"/tmp/fault"'),
+        Setting(
+            doc="The fault happens only while this file exists, and is the one that the file names if it names one. "
+            "A relative path begins at model_dir, so that one model has a fault and another has not. Empty: always.",
+            example='"fault"',
+        ),
     ] = ""
 
 

@@ -22,9 +22,10 @@ _LAG = 0.02  # seconds that a late loop may catch up
 _MASK = (1 << 64) - 1
 
 
-def _key(prompt_ids: list[int], seed: int, branch: int) -> int:
+def _key(prompt_ids: list[int], seed: int, branch: int, model: str) -> int:
     """What the tokens of one branch depend on beside their position; 64 bits."""
-    return zlib.crc32(repr((prompt_ids, seed, branch)).encode()) * 0x9E3779B97F4A7C15 & _MASK
+    crc = zlib.crc32(repr((prompt_ids, seed, branch)).encode(), zlib.crc32(model.encode()))
+    return crc * 0x9E3779B97F4A7C15 & _MASK
 
 
 def _token(key: int, position: int) -> int:
@@ -34,9 +35,12 @@ def _token(key: int, position: int) -> int:
     return 32 + (x ^ x >> 31) % 95
 
 
-def fake_token(prompt_ids: list[int], seed: int, branch: int, position: int) -> int:
-    """The token that a fake generation has at `position`: a printable ASCII byte, never eos. ``seed = 0``: greedy."""
-    return _token(_key(prompt_ids, seed, branch), position)
+def fake_token(prompt_ids: list[int], seed: int, branch: int, position: int, model: str = "") -> int:
+    """The token that a fake generation has at `position`: a printable ASCII byte, never eos. ``seed = 0``: greedy.
+
+    `model`: its model_dir, which no one opens; other names have other tokens.
+    """
+    return _token(_key(prompt_ids, seed, branch, model), position)
 
 
 class Pace:
@@ -63,15 +67,21 @@ class Pace:
 
 
 class Faults:
-    """`fault` of the settings: what goes wrong, and when. With a fault_file only while that file exists."""
+    """What goes wrong, and when: `fault` and `fault_file` of the settings. `model`: the model_dir."""
 
-    def __init__(self, settings: FakeSettings) -> None:
+    def __init__(self, settings: FakeSettings, model: str) -> None:
         self._settings = settings
+        self._file = os.path.join(model, settings.fault_file) if settings.fault_file else ""
 
     @property
     def _due(self) -> str:
-        file = self._settings.fault_file
-        return self._settings.fault if not file or os.path.exists(file) else ""
+        if not self._file:
+            return self._settings.fault
+        try:
+            with open(self._file, encoding="utf-8") as file:
+                return file.read().strip() or self._settings.fault
+        except OSError:
+            return ""
 
     def at_boot(self) -> None:
         if self._due == "exit_at_boot":
@@ -124,13 +134,15 @@ class FakeRunner:
         self.overlaps = settings.overlap
         self._settings = settings
         self._poison = settings.poison.encode()
+        self._model = ""  # the plan's model_dir
         self._branches: dict[int, _Branch] = {}  # by table row
         self._out: deque[_Launched] = deque()
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Pretends to read load_bytes for load_seconds."""
         total = self._settings.load_bytes or 1
-        faults = Faults(self._settings)
+        self._model = plan.config.params.model_dir or ""
+        faults = Faults(self._settings, self._model)
         begun = time.monotonic()
         while True:
             elapsed = time.monotonic() - begun
@@ -175,7 +187,7 @@ class FakeRunner:
         assert row.sampling is not None  # batch.Row: set whenever a row enters
         params = row.sampling.params
         prompt = row.tokens[: len(row.tokens) - row.position]
-        key = _key(prompt, params.seed if params.do_sample else 0, row.branch)
+        key = _key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
         self._branches[row.table_row] = _Branch(key, params.top_logprobs)
         return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
 

@@ -56,7 +56,7 @@ class EngineWorker:
         self._statistics = Statistics(math.inf if params.disable_log_stats else plan.log_stats_interval)
         # The defaults set no pace and no fault.
         settings = engine.fake if engine.backend == "fake" else FakeSettings()
-        self._pace, self._faults = fake.Pace(settings), fake.Faults(settings)
+        self._pace, self._faults = fake.Pace(settings), fake.Faults(settings, params.model_dir or "")
         self._runner: Runner
         self._loop: StepLoop
         self._socket: EngineSocket

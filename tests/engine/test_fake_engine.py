@@ -393,6 +393,21 @@ def test_a_fault_with_a_file_acts_only_while_the_file_exists(start: Start, tmp_p
     assert engine.process.poll() is None
 
 
+def test_a_fault_file_beside_the_model_names_the_fault_of_that_model(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "fault").write_text("memory\n")
+    engine = start(params={"model_dir": str(tmp_path)}, fault_file="fault")
+    assert engine.process.wait(PATIENCE) == errors.EXIT_OUT_OF_MEMORY
+
+
+def test_two_model_dirs_have_two_answers(start: Start, connect: Connect) -> None:
+    engine = start(params={"model_dir": "/models/other"}).wait_ready()
+    api = connect(engine)
+    request = api.submit(1, "x", 8)
+    api.hear(lambda: len(api.tokens(request)) == 8)
+    expected = [fake_token(list(b"x"), 0, 0, position, "/models/other") for position in range(8)]
+    assert api.tokens(request) == expected != [fake_token(list(b"x"), 0, 0, position) for position in range(8)]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_statistics_are_logged_while_a_batch_runs_and_metrics_are_counted(
     start: Start, connect: Connect, overlap: bool
