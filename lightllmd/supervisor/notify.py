@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import os
+import select
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
 
 class Notifier:
@@ -19,18 +22,24 @@ class Notifier:
             self._socket.setblocking(False)
         self.watchdog_interval = _watchdog_interval(environment, pid) if self._socket else None
         self._status = ""
+        self._started = False  # systemd has been told READY=1
+        self._reloading = False
 
     @property
     def active(self) -> bool:
         return self._socket is not None
 
-    def send(self, **assignments: str | int) -> bool:
-        """One datagram of NAME=value lines. False when nobody took it; a full queue at systemd is no reason to wait."""
+    def send(self, *, fds: Sequence[int] = (), **assignments: str | int) -> bool:
+        """One datagram of NAME=value lines, with copies of `fds`.
+
+        False when nobody took it; a full queue at systemd is no reason to wait.
+        """
         if self._socket is None:
             return False
         body = "\n".join(f"{name}={value}" for name, value in assignments.items())
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._socket.sendto(body.encode(), self._address)
+            self._socket.sendmsg([body.encode()], ancillary, 0, self._address)
         except OSError:
             return False
         return True
@@ -39,6 +48,37 @@ class Notifier:
         """STATUS=, when it changed."""
         if text != self._status and self.send(STATUS=text):
             self._status = text
+
+    def ready(self) -> None:
+        """The start is over."""
+        self._started = self.send(READY=1) or self._started
+
+    def reloading(self) -> None:
+        """A reload begins; `reloaded` must follow, whatever comes of it. A reload during the start is not told."""
+        if self._started:
+            self._reloading = True
+            self.send(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+
+    def reloaded(self) -> None:
+        """To systemd, the end of a reload and of a start are the same word: it must not be said before `ready`."""
+        if self._reloading:
+            self._reloading = False
+            self.send(READY=1)
+
+    def barrier(self, patience: float) -> bool:
+        """Waits up to `patience` seconds until systemd has read all that was sent before; whether it has."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            # The only assignment of its datagram: systemd closes its copy of the descriptor when it gets to it.
+            sent = self.send(fds=[writer], BARRIER=1)
+        finally:
+            os.close(writer)
+        try:
+            reply = select.poll()
+            reply.register(reader)
+            return sent and bool(reply.poll(patience * 1000))
+        finally:
+            os.close(reader)
 
     def close(self) -> None:
         if self._socket is not None:

@@ -1,4 +1,8 @@
-"""The HTTP listeners: bound here or handed to us by systemd; api workers inherit them, connections outlive those."""
+"""The HTTP listeners: bound here or handed to us by systemd; api workers inherit them, connections outlive those.
+
+Two kinds come from systemd: those of a .socket unit, which take the place of host and port, and those that a daemon
+before us left in the service's descriptor store (fd_store.py), which are ours again where they fit host and port.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +11,65 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
+from itertools import zip_longest
 
 from lightllmd.errors import SystemFailure
+from lightllmd.supervisor.fd_store import FdStore
 
 BACKLOG = 4096  # connections that wait while no api worker lives
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 _PATIENCE = 1.0  # seconds for a predecessor's dying workers to let go of the port
 
 
-def activated(environment: MutableMapping[str, str], pid: int) -> list[socket.socket]:
-    """Stream listeners of sd_listen_fds(3), in order; the variables are taken out of `environment`."""
+def opened(
+    host: str, port: int, environment: MutableMapping[str, str], pid: int, store: FdStore
+) -> list[socket.socket]:
+    """The listeners of a starting daemon. Our own are kept in `store` when this returns. Raises SystemFailure."""
+    handed = inherited(environment, pid)
+    back = store.returned(handed)
+    listeners = [sock for _, sock in handed if sock not in back]
+    if not listeners:
+        listeners = bind(host, port, back)
+        store.keep(listeners)
+    unused = [sock for sock in back if sock not in listeners]
+    store.forget(unused)
+    for sock in unused:
+        sock.close()
+    store.confirm()
+    return listeners
+
+
+def inherited(environment: MutableMapping[str, str], pid: int) -> list[tuple[str, socket.socket]]:
+    """Names and sockets of sd_listen_fds_with_names(3), in order; the variables are taken out of `environment`."""
     meant_for_us = environment.get("LISTEN_PID") == str(pid)
     count = environment.get("LISTEN_FDS", "0")
+    names = environment.get("LISTEN_FDNAMES", "").split(":")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         environment.pop(name, None)
     if not meant_for_us or not count.isdigit():
         return []
     sockets = []
-    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+    for fd, name in zip_longest(range(_FIRST_FD, _FIRST_FD + int(count)), names[: int(count)], fillvalue=""):
         try:
-            sock = socket.socket(fileno=fd)
+            sock = socket.socket(fileno=int(fd))
         except OSError as broken:
             raise SystemFailure(f"LISTEN_FDS={count}, but descriptor {fd} is no socket: {broken}") from broken
-        os.set_inheritable(fd, False)
+        os.set_inheritable(sock.fileno(), False)
         if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise SystemFailure(f"LISTEN_FDS: descriptor {fd} is no listening stream socket")
         sock.setblocking(False)
-        sockets.append(sock)
+        sockets.append((name, sock))
     return sockets
 
 
-def bind(host: str, port: int, sleep: Callable[[float], None] = time.sleep) -> list[socket.socket]:
-    """Listens on every address of `host`; port 0 is chosen once for all of them. Raises SystemFailure."""
+def bind(
+    host: str, port: int, kept: Sequence[socket.socket] = (), sleep: Callable[[float], None] = time.sleep
+) -> list[socket.socket]:
+    """Listens on every address of `host`; port 0 is chosen once for all of them. Raises SystemFailure.
+
+    `kept` already listen: those that do so where it is asked for are among the result, the others are left alone.
+    """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as unknown:
@@ -50,6 +80,9 @@ def bind(host: str, port: int, sleep: Callable[[float], None] = time.sleep) -> l
     for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
         if sockets and port == 0:
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        if present := next((sock for sock in kept if _listens(sock, family, address, both_families)), None):
+            sockets.append(present)
+            continue
         while True:
             try:
                 sockets.append(_listen(family, address, both_families))
@@ -62,11 +95,22 @@ def bind(host: str, port: int, sleep: Callable[[float], None] = time.sleep) -> l
                 if refused.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(found) > 1:
                     break
                 for sock in sockets:
-                    sock.close()
+                    if sock not in kept:
+                        sock.close()
                 raise SystemFailure(_why(refused, host, int(address[1]))) from refused
     if not sockets:
         raise SystemFailure(f"no address of {host!r} can be listened on")
     return sockets
+
+
+def _listens(sock: socket.socket, family: int, address: tuple, v6_only: bool) -> bool:
+    """Whether it listens on `address`, whose port 0 stands for any, in the way that `_listen` would."""
+    if sock.family != family:
+        return False
+    own = sock.getsockname()
+    if family == socket.AF_INET6 and bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)) != v6_only:
+        return False
+    return own[0] == address[0] and own[2:] == address[2:] and address[1] in (0, own[1])
 
 
 def _listen(family: int, address: tuple, v6_only: bool) -> socket.socket:

@@ -7,9 +7,11 @@ only code that changes state, and they never wait.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -18,24 +20,27 @@ from typing import Any
 
 from lightllmd import __version__
 from lightllmd.config.cli import Invocation
-from lightllmd.config.plan import Plan, encode_plan
+from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
+from lightllmd.config.resolve import resolve
 from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
-from lightllmd.ipc.messages import Drain, Health
+from lightllmd.ipc.messages import Drain, Health, Models
 from lightllmd.supervisor import control, logs, memory, orphans, planning, sockets, status
 from lightllmd.supervisor.child import Child, Exited, Readable
 from lightllmd.supervisor.context import Commands, Context
+from lightllmd.supervisor.fd_store import FdStore
 from lightllmd.supervisor.frontend import FrontEnd
 from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.notify import Notifier, is_journal
 from lightllmd.supervisor.procfs import is_stopped, resident
+from lightllmd.supervisor.reload import Settings
 from lightllmd.supervisor.runtime import Runtime, control_socket_path
 from lightllmd.supervisor.verbs import Asked, Verbs
 
 TICK = 0.1  # seconds between two looks at deadlines
 _SLOW_EVERY = 10  # ticks between two looks at what changes slowly (memory, stopped workers, systemd's time-outs)
-_EXTENSION = 30  # seconds of start-up time asked of systemd at a time
+_EXTENSION = 30  # seconds to start or stop asked of systemd at a time; our own deadlines are the ones that rule
 
 
 @dataclass(frozen=True)
@@ -61,28 +66,37 @@ class Requested:
 class Supervisor:
     """Built outside the loop (so that a refusal of the host comes before anything is started), then `run` once."""
 
-    def __init__(self, context: Context, config_file: str | None, notifier: Notifier) -> None:
+    def __init__(self, context: Context, settings: Settings, notifier: Notifier) -> None:
         self.context = context
-        self.config_file = config_file
+        self.settings = settings
+        self.config_file = settings.invocation.config_file
         self.notifier = notifier
         self.pid = os.getpid()
         self.started = self.since = time.time()
         self.state = "starting"
-        self.plan: Plan | None = None
         self.served_since: float | None = None  # Unix time of the first readiness
-        self.urls = [sockets.url(sock, bool(context.config.http.tls_certificate)) for sock in context.listeners]
         self.queue: asyncio.Queue[object] = asyncio.Queue()
         context.post = self.queue.put_nowait
         self.front = FrontEnd(context, context.config.http.workers, self._greet)
-        self.engine = Engine(context, self.front.tell)
-        self.verbs = Verbs(context, self.engine, self.front)
-        self._planner = planning.Planner(context, config_file)
+        self.engines = Engines(context, self.front.tell)
+        self.verbs = Verbs(context, self.engines, self.front, settings, self._relisten)
+        self._first_facts: Errand[Facts] | None = None
         self._exit_code = EXIT_OK
         self._health: tuple[bool, str] = (False, "")
         self._ticks = 0
         self._last_watchdog = 0.0
         self._signals_to_stop = 0
         self._told_stopping = False
+
+    @property
+    def plan(self) -> Plan | None:
+        """In force; None before it is made."""
+        return self.engines.serving.plan
+
+    @property
+    def urls(self) -> list[str]:
+        tls = bool(self.context.config.http.tls_certificate)
+        return [sockets.url(sock, tls) for sock in self.context.listeners]
 
     async def run(self) -> int:
         """Until told to stop; the daemon's exit code."""
@@ -91,7 +105,7 @@ class Supervisor:
             loop.add_signal_handler(number, self.context.post, Signalled(number))
         orphans.become_subreaper()
         server = control.Server(self)
-        planner = loop.create_task(self._planner.run())
+        self._first_facts = Errand(self.context, planning.facts_of(self.context, self.context.config, self.config_file))
         ticker = loop.create_task(self._tick_for_ever())
         self._announce()
         try:
@@ -102,7 +116,7 @@ class Supervisor:
                 self._apply(event)
                 self._settle()
         finally:
-            tasks = [task for task in (ticker, planner, self.engine.memory.asking) if task is not None]
+            tasks = [ticker, *self.context.errands]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,15 +150,17 @@ class Supervisor:
                 self._on_signal(number)
             case Ticked():
                 self._on_tick()
-            case planning.Planned(plan):
-                self._on_plan(plan)
-            case memory.Measured():
-                self.engine.memory.measured(event)
+            case memory.Measured(gate):
+                gate.measured(event)
                 self._start_due()
 
     def _settle(self) -> None:
         """After every event: what follows from the new state."""
+        if self._first_facts is not None and self._first_facts.done:
+            first, self._first_facts = self._first_facts, None
+            self._make_first_plan(first)
         self.verbs.step()
+        self._see_off()
         health = status.health(self)
         if health[0] and self.front.ready and self.served_since is None:
             self._first_readiness()
@@ -161,7 +177,10 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            self.context.events.add("warning", "SIGHUP: reload is not available yet", level="warning")
+            try:
+                self.verbs.reload(Asked())
+            except LightllmdError as refusal:
+                self.context.events.add("warning", f"SIGHUP: no reload: {refusal.message}", level="warning")
             return
         self._signals_to_stop += 1
         self.context.events.add("stop", f"{name}: {'stopping now' if self._signals_to_stop > 1 else 'stopping'}")
@@ -183,35 +202,50 @@ class Supervisor:
 
     def _start_due(self) -> None:
         if self.plan is not None and not self.verbs.ending:
-            self.engine.tick()
+            self.engines.tick()
             self.front.tick()
 
-    def _on_plan(self, made: Plan | LightllmdError) -> None:
+    def _make_first_plan(self, facts: Errand[Facts]) -> None:
         if self.verbs.ending:
             return
-        if isinstance(made, LightllmdError):
-            self._give_up(made.message, made.exit_code)
+        try:
+            read = facts.result()
+            plan = resolve(self.context.config, read, self.config_file)
+        except LightllmdError as failure:
+            self._give_up(failure.message, failure.exit_code)
             return
-        self.plan = made
-        self.context.plan = encode_plan(made)
-        self.engine.plan_for(made)
-        for line in report(made).splitlines():
+        self.engines.serving.plan_for(plan, read)
+        self.engines.in_force()
+        for line in report(plan).splitlines():
             self.context.log.own("info", line)
         self.front.start()
-        self.engine.worker.start()
+        self.engines.serving.worker.start()
+
+    def _see_off(self) -> None:
+        """Ends the engines that have finished what they had before they were replaced."""
+        for engine in self.engines.leaving:
+            if engine.wanted and self.front.none_of(engine.revision):
+                self.front.forget(engine.revision, "the model was replaced")
+                engine.end("replaced")
+        self.engines.forget_ended()
+
+    def _relisten(self, listeners: list[socket.socket]) -> None:
+        """Api workers that start from now on get these; whoever asked closes the others."""
+        self.context.listeners = listeners
+        self.context.log.own("info", f"listening on {', '.join(self.urls)}")
 
     def _hear(self, child: Child) -> None:
         if child.exited:
             return
         became_ready = child.receive()
         child.listen()
-        if not became_ready:
-            return
         api = self.front.owner(child)
         if api is not None:
-            api.became_ready(child)
-        elif self.engine.owns(child):
-            self.engine.became_ready()
+            self.front.heard(child)
+            if became_ready:
+                api.became_ready(child)
+        elif became_ready and (engine := self.engines.owner(child)):
+            self.engines.became_ready(engine)
 
     def _bury(self, child: Child) -> None:
         ending = child.autopsy()
@@ -220,15 +254,15 @@ class Supervisor:
         again = not self.verbs.ending
         api = self.front.owner(child)
         if api is not None:
-            self.engine.api_gone(api.index, child.number)
+            self.engines.api_gone(api.index, child.number)
             child.dispose()
             self.front.died(api, child, ending, again)
-        elif self.engine.spare.owns(child):
-            self.engine.spare.died(ending)
+        elif self.engines.spare.owns(child):
+            self.engines.spare.died(ending)
             return
-        elif self.engine.owns(child):
-            self.engine.died(child, ending, again)
-            if again and (held := self.front.now("in_flight")):
+        elif engine := self.engines.owner(child):
+            self.engines.died(engine, child, ending, again)
+            if again and engine.wanted and (held := self.front.in_flight_of(engine.revision)):
                 self.context.events.add("held", f"{held} requests are held for the next generation")
         if ending.exit_code is not None and again and not child.asked and self.served_since is None:
             self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
@@ -239,7 +273,7 @@ class Supervisor:
         def reap(pid: int) -> bool:
             if pid in owned:
                 owned[pid].process.reap()  # its Exited event follows, or is in the queue already
-            return pid in owned or self._planner.reap(pid) or self.engine.memory.reap(pid)
+            return pid in owned or any(probe.reap(pid) for probe in list(self.context.probes))
 
         for pid in orphans.reap_strangers(reap):
             self.context.log.own("debug", f"reaped an orphan, pid {pid}")
@@ -273,15 +307,18 @@ class Supervisor:
         child.send(Health(*self._health))
         if self.verbs.draining:
             child.send(Drain())
-        if up := self.engine.up():
-            child.send(up)
+        if self.context.config.models:
+            child.send(Models(list(self.context.config.models)))
+        for engine in self.engines:
+            if up := engine.up():
+                child.send(up)
 
     def _first_readiness(self) -> None:
         assert self.plan is not None
         self.served_since = time.time()
         taken = self.served_since - self.started
         self.context.events.add("ready", f"serving {self.plan.model_name} {taken:.1f} s after the start")
-        self.notifier.send(READY=1)
+        self.notifier.ready()
 
     def _give_up(self, why: str, code: int) -> None:
         """It never came to serve and never will with this plan: the daemon ends with that code."""
@@ -298,7 +335,7 @@ class Supervisor:
         if interval is not None and now - self._last_watchdog >= interval - TICK:
             self._last_watchdog = now
             self.notifier.send(WATCHDOG=1)
-        if self._starting and self._ticks % _SLOW_EVERY == 1:
+        if (self._starting or self.verbs.stopping) and self._ticks % _SLOW_EVERY == 1:
             self.notifier.send(EXTEND_TIMEOUT_USEC=_EXTENSION * 1_000_000)
         if self._ticks % (_SLOW_EVERY // 2) == 1:
             self.notifier.status(status.sentence(self))
@@ -306,11 +343,12 @@ class Supervisor:
     @property
     def _starting(self) -> bool:
         """On the way to the first readiness; beyond the start limit systemd's own patience shall decide."""
-        on_the_way = self.plan is None or (self.engine.worker.child is not None and not self.engine.worker.limited)
+        worker = self.engines.serving.worker
+        on_the_way = self.plan is None or (worker.child is not None and not worker.limited)
         return self.served_since is None and self.verbs.stopping is None and on_the_way
 
     def _children(self) -> list[Child]:
-        return [*self.front.children(), *self.engine.children()]
+        return [*self.front.children(), *self.engines.children()]
 
     def _finished(self) -> bool:
         return self.verbs.ending and not self._children()
@@ -329,18 +367,17 @@ class Supervisor:
 def main(invocation: Invocation, commands: Commands | None = None) -> int:
     """Runs the daemon; its exit code. `commands` replaces how children are started (for tests)."""
     config = invocation.config
+    faulthandler.enable()  # systemd's watchdog sends SIGABRT
     sink = logs.Sink(sys.stderr.fileno())
-    render = logs.json_line if config.log.format == "json" else logs.text_line
-    if config.log.format == "text" and is_journal(os.environ, sys.stderr.fileno()):
-        render = logs.journal_line
-    log = logs.LogBook(config.supervisor.log_lines, config.log.level, render, sink)
+    journal = is_journal(os.environ, sys.stderr.fileno())
+    log = logs.LogBook(config.supervisor.log_lines, config.log.level, logs.renderer(config.log.format, journal), sink)
     logging.basicConfig(handlers=[logs.StandardLogging(log)], level=logging.WARNING, force=True)
     runtime, listeners = None, []
     notifier = Notifier(os.environ, os.getpid())
     try:
         runtime = Runtime(control_socket_path(config.supervisor.control_socket, os.environ, os.getuid()))
-        listeners = sockets.activated(os.environ, os.getpid())
-        listeners = listeners or sockets.bind(config.params.host, config.params.port)
+        fd_store = FdStore(notifier)
+        listeners = sockets.opened(config.params.host, config.params.port, os.environ, os.getpid(), fd_store)
         context = Context(
             config=config,
             clock=RunningClock(),
@@ -349,8 +386,9 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
             runtime=runtime,
             commands=commands or Commands(),
             listeners=listeners,
+            journal=journal,
         )
-        return asyncio.run(Supervisor(context, invocation.config_file, notifier).run())
+        return asyncio.run(Supervisor(context, settings, notifier).run())
     except LightllmdError as refusal:
         for line in refusal.message.splitlines():
             log.own("error", line)

@@ -6,11 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from harness import wait_for
 from lightllmd.errors import SystemFailure
 from lightllmd.supervisor import sockets
+from lightllmd.supervisor.fd_store import FdStore
+from lightllmd.supervisor.notify import Notifier
 
 
 def close(*listeners: socket.socket) -> None:
@@ -60,27 +66,185 @@ def test_an_unknown_host_is_refused_by_name() -> None:
         sockets.bind("nowhere.invalid", 0)
 
 
-ACTIVATED = """
+INHERITED = """
 import os, sys
 from lightllmd.supervisor import sockets
 os.environ["LISTEN_PID"] = str(os.getpid())
-taken = sockets.activated(os.environ, os.getpid())
-print([sockets.url(s) for s in taken], "LISTEN_FDS" in os.environ, [os.get_inheritable(s.fileno()) for s in taken])
+taken = sockets.inherited(os.environ, os.getpid())
+for name, sock in taken:
+    print(name, sockets.url(sock), os.get_inheritable(sock.fileno()), "LISTEN_FDS" in os.environ)
 """
 
 
 def test_sockets_of_systemd_are_taken_and_the_variables_too() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port, fd = sock.getsockname()[1], sock.fileno()
-        # As systemd does it: the socket is descriptor 3 of the daemon.
-        shell = f'exec 3<&{fd}; LISTEN_FDS=1 exec "$0" -c "$1"'
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        # As systemd does it: the sockets are descriptors 3 and 4 of the daemon.
+        shell = f'exec 3<&{one.fileno()} 4<&{two.fileno()}; LISTEN_FDS=2 LISTEN_FDNAMES=http:http-0 exec "$0" -c "$1"'
         answer = subprocess.run(
-            ["bash", "-c", shell, sys.executable, ACTIVATED], pass_fds=(fd,), capture_output=True, text=True, timeout=60
+            ["bash", "-c", shell, sys.executable, INHERITED],
+            pass_fds=(one.fileno(), two.fileno()),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
-    assert answer.stdout.strip() == f"['http://127.0.0.1:{port}'] False [False]", answer.stderr
+        assert answer.stdout.splitlines() == [
+            f"http http://127.0.0.1:{one.getsockname()[1]} False False",
+            f"http-0 http://127.0.0.1:{two.getsockname()[1]} False False",
+        ], answer.stderr
 
 
 def test_sockets_meant_for_another_process_are_left_alone() -> None:
     environment = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}
-    assert sockets.activated(environment, 2) == []
+    assert sockets.inherited(environment, 2) == []
     assert not environment, "children must not take them for theirs"
+
+
+# --- the descriptor store -----------------------------------------------------------------------------------------
+
+
+class Systemd:
+    """The service manager's side: keeps by name what a daemon stores, and hands it to the next daemon."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stored: dict[str, int] = {}
+        self.units: list[socket.socket] = []  # of a .socket unit
+        self._address = str(folder / "notify")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self._address)
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def start(self, host: str, port: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[socket.socket], FdStore]:
+        """What a daemon's start does with its listeners."""
+        handed = [("http", sock.dup()) for sock in self.units]
+        handed += [(name, socket.socket(fileno=os.dup(fd))) for name, fd in self.stored.items()]
+        monkeypatch.setattr(sockets, "inherited", lambda environment, pid: handed)
+        store = FdStore(Notifier({"NOTIFY_SOCKET": self._address}, 1))
+        return sockets.opened(host, port, {}, 1, store), store
+
+    def ports(self) -> dict[str, int]:
+        """Of what is stored, once everything sent so far is read."""
+        assert Notifier({"NOTIFY_SOCKET": self._address}, 1).barrier(60)
+        found = {}
+        for name, fd in self.stored.items():
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                found[name] = sock.getsockname()[1]
+        return found
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"END", self._address)
+        self._thread.join()
+        self._socket.close()
+        os.unlink(self._address)
+        for fd in self.stored.values():
+            os.close(fd)
+        close(*self.units)
+
+    def _listen(self) -> None:
+        while True:
+            message, fds, _, _ = socket.recv_fds(self._socket, 1000, 4)
+            if message == b"END":
+                return
+            words = dict(line.split("=") for line in message.decode().splitlines())
+            if words.get("FDSTORE"):
+                assert ":" not in words["FDNAME"]
+                assert words["FDNAME"] not in self.stored, "systemd removes by name, so a name must mean one descriptor"
+                self.stored[words["FDNAME"]] = fds.pop()
+            if words.get("FDSTOREREMOVE"):
+                os.close(self.stored.pop(words["FDNAME"]))
+            for fd in fds:
+                os.close(fd)
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    systemd = Systemd(tmp_path)
+    yield systemd
+    systemd.close()
+
+
+def ports(listeners: list[socket.socket]) -> list[int]:
+    return [sock.getsockname()[1] for sock in listeners]
+
+
+def test_a_listener_outlives_the_daemon(systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = systemd.start("127.0.0.1", 0, monkeypatch)
+    port = ports(first)[0]
+    assert systemd.ports() == {"http-0": port}
+    close(*first)
+    with socket.create_connection(("127.0.0.1", port), timeout=10):
+        second, _ = systemd.start("127.0.0.1", port, monkeypatch)
+        accepted = wait_for(lambda: _accept(second[0]))
+    assert systemd.ports() == {"http-0": port}, "it is there already"
+    close(*second, accepted)
+
+
+def _accept(sock: socket.socket) -> socket.socket | None:
+    try:
+        return sock.accept()[0]
+    except BlockingIOError:
+        return None
+
+
+def test_a_port_chosen_by_the_kernel_stays_over_a_restart(systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = systemd.start("localhost", 0, monkeypatch)
+    chosen = ports(first)
+    close(*first)
+    second, _ = systemd.start("localhost", 0, monkeypatch)
+    assert ports(second) == chosen
+    close(*second)
+
+
+def test_a_listener_that_fits_the_configuration_no_more_is_given_up(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = systemd.start("127.0.0.1", 0, monkeypatch)
+    old = ports(first)[0]
+    close(*first)
+    second, _ = systemd.start("127.0.0.2", 0, monkeypatch)
+    assert list(systemd.ports().values()) == ports(second)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", old), timeout=10)
+    close(*second)
+
+
+def test_the_listeners_of_a_reload_replace_those_in_the_store(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, store = systemd.start("127.0.0.1", 0, monkeypatch)
+    new = sockets.bind("127.0.0.1", 0)
+    store.keep(new)
+    assert systemd.ports() == {"http-0": ports(old)[0], "http-1": ports(new)[0]}, "both while either may be needed"
+    store.forget(old)
+    assert systemd.ports() == {"http-1": ports(new)[0]}
+    store.keep(new)
+    newer = sockets.bind("127.0.0.1", 0)
+    store.keep(newer)
+    store.forget(new)
+    assert systemd.ports() == {"http-0": ports(newer)[0]}
+    close(*old, *new, *newer)
+
+
+def test_a_socket_unit_takes_the_place_of_host_and_port(systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = systemd.start("127.0.0.1", 0, monkeypatch)
+    close(*first)
+    systemd.units = sockets.bind("127.0.0.1", 0)
+    second, _ = systemd.start("127.0.0.1", ports(systemd.units)[0], monkeypatch)
+    assert ports(second) == ports(systemd.units)
+    assert systemd.ports() == {}, "the unit keeps its own sockets; those from before it was enabled are gone"
+    close(*second)
+
+
+def test_a_wildcard_and_an_address_are_not_mistaken_for_each_other() -> None:
+    kept = sockets.bind("127.0.0.1", 0)
+    with pytest.raises(SystemFailure, match="in use"):
+        sockets.bind("0.0.0.0", ports(kept)[0], kept, sleep=lambda _: None)
+    assert kept[0].fileno() >= 0, "those that were there stay open"
+    assert sockets.bind("127.0.0.1", ports(kept)[0], kept) == kept
+    close(*kept)
+
+
+def test_nothing_is_stored_without_systemd() -> None:
+    listeners = sockets.opened("127.0.0.1", 0, {}, 1, FdStore(Notifier({}, 1)))
+    close(*listeners)

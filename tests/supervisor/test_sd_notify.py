@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,10 +41,59 @@ def test_status_is_sent_when_it_changes(systemd: tuple[socket.socket, str]) -> N
     notifier.close()
 
 
+def test_a_reload_is_framed_by_reloading_and_ready(systemd: tuple[socket.socket, str]) -> None:
+    sock, address = systemd
+    notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    notifier.ready()
+    notifier.reloading()
+    notifier.reloaded()
+    assert sock.recv(100) == b"READY=1"
+    name, _, moment = sock.recv(100).decode().partition("\nMONOTONIC_USEC=")
+    assert name == "RELOADING=1"
+    assert before <= int(moment) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    assert sock.recv(100) == b"READY=1"
+    notifier.close()
+
+
+def test_a_reload_during_the_start_is_not_taken_for_readiness(systemd: tuple[socket.socket, str]) -> None:
+    sock, address = systemd
+    notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
+    notifier.reloading()
+    notifier.reloaded()
+    notifier.ready()
+    notifier.reloaded()
+    notifier.status("end")
+    assert [sock.recv(100), sock.recv(100)] == [b"READY=1", b"STATUS=end"]
+    notifier.close()
+
+
+def test_a_barrier_ends_when_systemd_has_read_it(systemd: tuple[socket.socket, str]) -> None:
+    sock, address = systemd
+    notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
+    descriptors = os.listdir("/proc/self/fd")
+    assert not notifier.barrier(0.01), "nobody has read it yet"
+    reader = threading.Thread(target=_read_barriers, args=(sock, 2))
+    reader.start()
+    assert notifier.barrier(60)
+    reader.join()
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    notifier.close()
+
+
+def _read_barriers(sock: socket.socket, count: int) -> None:
+    for _ in range(count):
+        message, fds, _, _ = socket.recv_fds(sock, 100, 2)
+        assert message == b"BARRIER=1"
+        for fd in fds:
+            os.close(fd)
+
+
 def test_nothing_happens_without_systemd() -> None:
     notifier = Notifier({}, 1)
     assert not notifier.active
     assert not notifier.send(READY=1)
+    assert not notifier.barrier(60)
     assert notifier.watchdog_interval is None
 
 
