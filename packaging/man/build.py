@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""Writes the manual pages lightllmd(8), lightllmctl(1) and lightllmd.toml(5) into a directory.
+
+    python packaging/man/build.py DIRECTORY
+
+Settings, flags, verbs and exit codes come from where the programs have them; only what holds them together is written
+here. The date is that of $SOURCE_DATE_EPOCH, so that one commit gives one text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from roff import Page, bold, escape, italic, prose  # noqa: E402
+
+from lightllmctl.__main__ import cli as ctl  # noqa: E402
+from lightllmd import __version__, errors  # noqa: E402
+from lightllmd.config import cli, models, reference  # noqa: E402
+from lightllmd.config.parameters import Config  # noqa: E402
+from lightllmd.config.setting import Field, tables  # noqa: E402
+
+CONTROL_SOCKET = "/run/lightllmd/control.sock"
+
+RELOAD = {
+    "live": "the new value is in force at once",
+    "front end": "the processes that answer HTTP are replaced one by one on the same listening sockets",
+    "restart": "a reload refuses a new value: it takes a new lightllmd",
+    "engine": "a new engine is made ready, then takes the place of the old one; requests in flight lose nothing",
+}
+
+
+def page(name: str, section: int, manual: str, summary: str) -> Page:
+    epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    made = Page(name, section, time.strftime("%Y-%m-%d", time.gmtime(epoch)), f"lightllmd {__version__}", manual)
+    made.section("NAME")
+    made.paragraph(f"{escape(name)} \\- {escape(summary)}")
+    return made
+
+
+def see_also(made: Page, *others: str) -> None:
+    made.section("SEE ALSO")
+    made.paragraph(",\n".join(re.sub(r"(.+)(\(\d\))", lambda found: bold(found[1]) + found[2], one) for one in others))
+
+
+# --- lightllmd(8) ---------------------------------------------------------------------------------------------------
+
+
+def daemon() -> str:
+    made = page("lightllmd", 8, "System Administration", "supervised daemon that serves large language models")
+    made.section("SYNOPSIS")
+    made.paragraph(
+        f"{bold('lightllmd')} [{bold('--config')} {italic('FILE')}] [{bold('--')}{italic('setting value')}] ..."
+    )
+    made.paragraph(f"{bold('lightllmd --check')} [{italic('FILE')}]")
+    made.section("DESCRIPTION")
+    for text in (
+        "lightllmd reads one TOML file, keeps a large language model serving over HTTP (LightLLM's native API and "
+        "OpenAI's), restarts what dies, and loses no request that it accepted: when a process that computes dies, the "
+        "requests in flight are held and go on, from the token they had reached, on the process that takes its place.",
+        "It listens where `host` and `port` say, and for lightllmctl(1) on a control socket. Its log goes to standard "
+        "error, which is the journal under systemd(1).",
+        "The environment that the Debian package makes is `/usr/lib/lightllmd/venv`; README.Debian tells what it is "
+        "made of and how to add a Python package to it.",
+    ):
+        made.paragraph(prose(text))
+    made.section("OPTIONS")
+    for tag, said in _daemon_actions():
+        made.item(tag, prose(said))
+    made.paragraph(
+        prose(
+            "Every setting of lightllmd.toml(5) is a flag, too, and overrides the file: `--port 9000`, "
+            "`--http.workers 2`, `--eos_id 2 7`. A switch takes `=true` or `=false` and is on without them. "
+            "`lightllmd --help` lists all of them. The environment overrides nothing."
+        )
+    )
+    made.section("SIGNALS")
+    made.items(
+        (
+            ("SIGHUP", "Reads the configuration again, as `lightllmctl reload` does."),
+            (
+                "SIGTERM, SIGINT",
+                "Refuses new requests, lets those in flight finish for at most `drain_timeout` of [supervisor], and "
+                "ends. A second one ends the requests at once, a third one kills what is left.",
+            ),
+        )
+    )
+    made.section("EXIT STATUS")
+    made.items((str(code), text) for code, text in _daemon_exit_codes().items())
+    made.section("ENVIRONMENT")
+    made.items(
+        (
+            ("NOTIFY_SOCKET, WATCHDOG_USEC", "Set by systemd: see sd_notify(3)."),
+            ("LISTEN_FDS, LISTEN_FDNAMES", "Listening sockets that systemd passes: see systemd.socket(5)."),
+            ("RUNTIME_DIRECTORY", "Where the control socket is, if [supervisor] does not name it."),
+            ("CACHE_DIRECTORY", "Where compiled GPU kernels are kept; else `~/.cache/lightllmd`."),
+            ("CUDA_VISIBLE_DEVICES", "Which GPUs the engine may use."),
+        )
+    )
+    made.section("FILES")
+    made.items(
+        (
+            (cli.DEFAULT_FILE, "The configuration: see lightllmd.toml(5)."),
+            (CONTROL_SOCKET, "The control socket of the system's daemon. Root and the group lightllmd may use it."),
+            ("/var/lib/lightllmd, /var/cache/lightllmd", "State and cache of the system's daemon."),
+        )
+    )
+    made.section("EXAMPLES")
+    made.paragraph(prose("What is wrong with the configuration, one problem a line:"))
+    made.code(f"lightllmd --check {cli.DEFAULT_FILE}")
+    made.paragraph(prose("Serve a model without any file:"))
+    made.code("lightllmd --model_dir /srv/models/llama-3.1-8b-instruct --port 9000")
+    made.paragraph(prose("The service of the Debian package:"))
+    made.code("systemctl start lightllmd\nsystemctl reload lightllmd\njournalctl -u lightllmd")
+    see_also(made, "lightllmctl(1)", "lightllmd.toml(5)", "systemctl(1)", "journalctl(1)")
+    return made.text()
+
+
+def _daemon_actions() -> Iterator[tuple[str, str]]:
+    """The flags that are no settings, as (roff tag, help)."""
+    for action in cli.actions():
+        tag = ", ".join(bold(flag) for flag in action.option_strings)
+        if action.metavar:
+            tag += f" {italic(str(action.metavar))}" if action.nargs != "?" else f" [{italic(str(action.metavar))}]"
+        yield tag, _sentence(action.help or "")
+
+
+def _daemon_exit_codes() -> dict[int, str]:
+    return {
+        errors.EXIT_OK: "It was told to stop.",
+        errors.EXIT_NO_DEVICE: "No usable device.",
+        errors.EXIT_SYSTEM: "The system refused something, such as an address that is in use.",
+        errors.EXIT_TRY_AGAIN: "It may work later.",
+        errors.EXIT_CONFIG: "The configuration is wrong, or the model is not one that can be served. systemd does not "
+        "restart the service then.",
+    }
+
+
+# --- lightllmctl(1) -------------------------------------------------------------------------------------------------
+
+
+def control() -> str:
+    made = page("lightllmctl", 1, "User Commands", "ask and command the lightllmd daemon")
+    made.section("SYNOPSIS")
+    made.paragraph(
+        f"{bold('lightllmctl')} [{bold('--socket')} {italic('PATH')}] {italic('VERB')} [{italic('ARGUMENT')} ...]"
+    )
+    made.section("DESCRIPTION")
+    about, codes = _split_exit_codes(ctl.help or "")
+    for roff in _help_paragraphs(about):
+        made.paragraph(roff)
+    made.section("OPTIONS")
+    context = click.Context(ctl, info_name="lightllmctl")
+    _options(made, ctl, context)
+    made.section("VERBS")
+    for name in ctl.list_commands(context):
+        command = ctl.get_command(context, name)
+        if command is None or command.hidden:
+            continue
+        inner = click.Context(command, info_name=name, parent=context)
+        made.subsection(" ".join([name, *_usage(command, inner)]))
+        for roff in _help_paragraphs(command.help or ""):
+            made.paragraph(roff)
+        _options(made, command, inner)
+    made.section("EXIT STATUS")
+    made.items(codes)
+    made.section("ENVIRONMENT")
+    made.items(
+        (
+            ("LIGHTLLMD_SOCKET", "The control socket, where `--socket` names none."),
+            ("NO_COLOR", "If set, nothing is coloured. Nothing is on what is not a terminal, either."),
+        )
+    )
+    made.section("FILES")
+    made.items(
+        (
+            (CONTROL_SOCKET, "The system's daemon."),
+            ("$XDG_RUNTIME_DIR/lightllmd/control.sock, /tmp/lightllmd-UID/control.sock", "A user's own daemon."),
+        )
+    )
+    see_also(made, "lightllmd(8)", "lightllmd.toml(5)")
+    return made.text()
+
+
+def _split_exit_codes(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """A help text without its list of exit codes; and that list as (code, meaning)."""
+    kept, codes = [], []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        if paragraph.startswith("Exit codes:"):
+            listed = " ".join(paragraph.split()).removeprefix("Exit codes:").rstrip(".")
+            codes = [(code, _sentence(words)) for code, words in re.findall(r" (\d+) (.*?)(?=, \d|$)", listed)]
+        else:
+            kept.append(paragraph)
+    return "\n\n".join(kept), codes
+
+
+def _usage(command: click.Command, context: click.Context) -> list[str]:
+    return [piece for piece in command.collect_usage_pieces(context) if piece != "[OPTIONS]"]
+
+
+def _options(made: Page, command: click.Command, context: click.Context) -> None:
+    for parameter in command.get_params(context):
+        if not isinstance(parameter, click.Option) or parameter.hidden:
+            continue
+        if "--help" in parameter.opts and context.parent is not None:
+            continue  # every verb has it: said once, above
+        record = parameter.get_help_record(context)
+        if record is None:
+            continue
+        made.item(", ".join(_flags(record[0])), prose(_sentence(record[1])))
+
+
+def _flags(written: str) -> Iterator[str]:
+    """ "-n, --lines N" as roff: what is typed in bold, what stands for something in italics."""
+    for one in written.split(", "):
+        flag, _, metavar = one.partition(" ")
+        metavar = {"INTEGER": "N", "INTEGER RANGE": "N", "FLOAT": "X", "FLOAT RANGE": "X"}.get(metavar, metavar)
+        yield bold(flag) + (f" {italic(metavar)}" if metavar else "")
+
+
+def _help_paragraphs(text: str) -> Iterator[str]:
+    for paragraph in inspect.cleandoc(text).split("\f")[0].replace("\b\n", "").split("\n\n"):
+        yield prose(paragraph)
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    if re.match(r"[a-z]+[\s,.;]", text):  # a word, and no name such as model_dir or http://
+        text = text[0].upper() + text[1:]
+    return text + ("" if not text or text.endswith((".", "]", "?")) else ".")
+
+
+# --- lightllmd.toml(5) ----------------------------------------------------------------------------------------------
+
+
+def configuration() -> str:
+    made = page("lightllmd.toml", 5, "File Formats", "configuration of the lightllmd daemon")
+    made.section("SYNOPSIS")
+    made.paragraph(bold(cli.DEFAULT_FILE))
+    made.section("DESCRIPTION")
+    for text in (
+        "A TOML file. The documented LightLLM parameters stand at its top, above the first [table]; the tables hold "
+        "what is lightllmd's own. Everything but `model_dir` has a default. A flag of lightllmd(8) overrides the file.",
+        "`lightllmd --check` names every fault of a file by line, key, value and bound. `lightllmctl config "
+        "--effective` shows what became of the settings, each derived value with its reason. `lightllmd "
+        "--print-config` prints a file that has every setting as a comment.",
+        "`lightllmctl reload` puts a changed file in force without dropping a request. What that takes is told for "
+        "each setting:",
+    ):
+        made.paragraph(prose(text))
+    for name, text in RELOAD.items():
+        made.item(bold(name), prose(_sentence(text)))
+    table = group = ""
+    made.section("PARAMETERS")
+    for field in reference.grouped():
+        if field.table != table:
+            table = field.table
+            made.section(f"[{table}]")
+            made.paragraph(prose(_sentence(tables(Config)[table])))
+        elif field.setting.group and field.setting.group != group:
+            group = field.setting.group
+            made.subsection(group)
+        _setting(made, field)
+    made.section(f"[{models.TABLE}.NAME]")
+    made.paragraph(prose(_sentence(models.DOC)))
+    made.paragraph(
+        prose(f"NAME: {models.NAME_FORM}. What may stand here, with the meaning it has at the top of the file:")
+    )
+    made.paragraph(",\n".join(bold(field.name) for field in models.allowed()))
+    made.section("EXAMPLES")
+    made.code(
+        'model_dir = "/srv/models/llama-3.1-8b-instruct"\nhost = "0.0.0.0"\n\n'
+        '[http]\napi_keys_file = "/etc/lightllmd/api_keys"\n\n'
+        '[models.small]\nmodel_dir = "/srv/models/qwen3-0.6b"\n'
+    )
+    see_also(made, "lightllmd(8)", "lightllmctl(1)")
+    return made.text()
+
+
+def _setting(made: Page, field: Field) -> None:
+    value = field.setting.example if field.default in (None, "", []) else reference.toml_value(field.default)
+    made.item(
+        bold(field.name) + (f" = {italic(value)}" if value else ""),
+        prose(field.setting.doc),
+        prose(_sentence("; ".join(reference.facts(field)))),
+    )
+
+
+PAGES = {"lightllmd.8": daemon, "lightllmctl.1": control, "lightllmd.toml.5": configuration}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the manual pages of lightllmd.")
+    parser.add_argument("directory", type=Path, help="where to; made if it is not there")
+    directory = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, make in PAGES.items():
+        (directory / name).write_text(make(), encoding="ascii")
+
+
+if __name__ == "__main__":
+    main()
