@@ -14,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 from lightllmd.supervisor.feed import Feed
+from lightllmd.supervisor.output import readable
 from lightllmd.supervisor.snapshot import Event, LogLine
 
 OWN = "lightllmd"  # the supervisor's name among the workers'
@@ -80,6 +81,23 @@ def json_line(line: LogLine) -> str:
     return msgspec.json.encode(line).decode()
 
 
+def journal_json_line(line: LogLine) -> str:
+    return f"<{_PRIORITY[line.level]}>{json_line(line)}"
+
+
+def renderer(form: str, journal: bool) -> Callable[[LogLine], str]:
+    """`form`: [log] format; `journal`: whether what we write goes there."""
+    if form == "json":
+        return journal_json_line if journal else json_line
+    return journal_line if journal else text_line
+
+
+def parse_output(text: str) -> tuple[str, str]:
+    """(level, message) of a line that a worker printed; it may begin with an sd-daemon priority, as ``<4>``."""
+    match = _PREFIX.match(text)
+    return (_BY_PRIORITY[int(match[1])], text[match.end() :]) if match else ("info", text)
+
+
 class LogBook:
     """All log lines: `keep` per worker, so a chatty one doesn't push out another's last words."""
 
@@ -93,23 +111,24 @@ class LogBook:
 
     def configure(self, keep: int, level: str, render: Callable[[LogLine], str]) -> None:
         self._keep, self._threshold, self._render = keep, LEVELS.index(level), render
+        self._rings = {worker: deque(ring, maxlen=keep) for worker, ring in self._rings.items()}
 
     def write(self, worker: str, level: str, message: str) -> None:
+        """A message of several lines becomes as many, each with its level."""
         if LEVELS.index(level) < self._threshold:
             return
-        line = LogLine(at=time.time(), worker=worker, level=level, message=message)
-        if worker not in self._rings:
-            self._rings[worker] = deque(maxlen=self._keep)
-        self._rings[worker].append(line)
-        self.feed.add(line)
-        if self._sink is not None:
-            self._sink.write(self._render(line).encode(errors="replace") + b"\n")
+        for text in message.split("\n"):
+            line = LogLine(at=time.time(), worker=worker, level=level, message=readable(text))
+            if worker not in self._rings:
+                self._rings[worker] = deque(maxlen=self._keep)
+            self._rings[worker].append(line)
+            self.feed.add(line)
+            if self._sink is not None:
+                self._sink.write(self._render(line).encode(errors="replace") + b"\n")
 
     def write_output(self, worker: str, text: str) -> None:
-        """A line that a worker printed; it may begin with an sd-daemon priority, as ``<4>``."""
-        match = _PREFIX.match(text)
-        level = _BY_PRIORITY[int(match[1])] if match else "info"
-        self.write(worker, level, text[match.end() :] if match else text)
+        """A line that a worker printed."""
+        self.write(worker, *parse_output(text))
 
     def last(self, count: int, worker: str | None = None) -> list[LogLine]:
         if count <= 0:

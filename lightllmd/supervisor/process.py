@@ -6,14 +6,15 @@ import asyncio
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc.child import die_with_parent
 from lightllmd.supervisor.orphans import kill_group
+from lightllmd.supervisor.output import Output
 
-LONGEST_LINE = 16 << 10  # bytes; a longer line is cut into several
 LAST_WORDS = 1 << 20  # bytes read at most of what a dead process left in its pipe
 # Said to us by systemd, not to our children.
 _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
@@ -44,17 +45,20 @@ class Process:
         tied: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._on_exit, self._on_output = on_exit, on_output
-        self._pipes: dict[int, bytearray] = {}  # descriptor -> what of it is no whole line yet
+        self._on_exit = on_exit
+        self._pipes: list[int] = []
+        self._output = Output(on_output)
         self.captured: bytearray | None = None
+        self._capturing = -1  # the descriptor that goes there
         writers: list[int] = []
         try:
             errors, writer = os.pipe2(os.O_CLOEXEC)
-            self._pipes[errors] = bytearray()
+            self._pipes.append(errors)
             writers.append(writer)
             if capture:
                 output, out_writer = os.pipe2(os.O_CLOEXEC)
-                self._pipes[output] = self.captured = bytearray()
+                self._pipes.append(output)
+                self.captured, self._capturing = bytearray(), output
                 writers.append(out_writer)
             self._popen = subprocess.Popen(
                 command,
@@ -111,15 +115,13 @@ class Process:
 
     def dispose(self) -> None:
         """After its death: reads its last words, lets go of every descriptor."""
-        for fd in list(self._pipes):
+        for fd in self._pipes:
             for _ in range(LAST_WORDS >> 16):
                 if not self._read(fd):
                     break
-        for fd, rest in self._pipes.items():
-            if rest and rest is not self.captured:
-                self._say(rest)
             self._loop.remove_reader(fd)
             os.close(fd)
+        self._output.end()
         self._pipes.clear()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
@@ -149,21 +151,11 @@ class Process:
         if not chunk:
             self._loop.remove_reader(fd)
             return False
-        pending = self._pipes[fd]
-        pending += chunk
-        if pending is self.captured:
-            return True
-        *lines, rest = pending.split(b"\n")
-        for line in lines:
-            self._say(line)
-        while len(rest) > LONGEST_LINE:
-            self._say(rest[:LONGEST_LINE])
-            rest = rest[LONGEST_LINE:]
-        pending[:] = rest
+        if self.captured is not None and fd == self._capturing:
+            self.captured += chunk
+        else:
+            self._output.feed(chunk, time.monotonic())
         return True
-
-    def _say(self, line: bytes | bytearray) -> None:
-        self._on_output(line.decode(errors="replace").rstrip("\r"))
 
 
 def _restore_oom_score(pid: int) -> None:

@@ -1,0 +1,195 @@
+"""Crash reports: what is known of each worker that died without having been asked to.
+
+=============================== ============================================ =================================
+request                         answer                                       errors
+=============================== ============================================ =================================
+GET /v1/crashes                 list of `CrashSummary`, newest first
+GET /v1/crashes/{id}            `Crash`                                      NoSuchCrash
+=============================== ============================================ =================================
+
+The last ones are kept in memory and, where there is a state directory, as files that outlive the daemon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from lightllmd import __version__
+from lightllmd.config.parameters import Config
+from lightllmd.errors import NoSuchCrash
+from lightllmd.ipc.flight_record import Flight
+from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.exits import Ending, signal_name
+from lightllmd.supervisor.logs import EventBook
+from lightllmd.supervisor.shelf import Shelf
+
+KEPT = 50  # reports, in memory and on disk
+LONGEST_LINE = 2000  # characters of a line of its output
+MOST_REQUESTS = 100  # request numbers listed
+
+
+class LastStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine had on its device, by its flight record."""
+
+    number: int
+    kind: str  # "prefill" | "decode" | "idle"
+    rows: int
+    tokens: int  # fed in this step
+    unproven: list[int]  # requests in it that had no token since their (re)admission, at most MOST_REQUESTS
+    unproven_total: int
+
+
+class Xid(msgspec.Struct, frozen=True, kw_only=True):
+    """A critical error of a GPU, as the driver numbers them."""
+
+    at: float  # Unix seconds
+    gpu: int  # NVML's index
+    code: int
+
+
+class CrashSummary(msgspec.Struct, frozen=True, kw_only=True):
+    id: int  # grows by one; goes on over restarts of the daemon where there is a state directory
+    at: float  # Unix seconds
+    worker: str  # "engine-0", "api-0", "spare"
+    pid: int
+    generation: int  # the engine's generation, the api worker's epoch; 0: a spare
+    revision: int  # of the plan in force for it; 0: none
+    phase: str  # the last that it told
+    cause: str  # in words
+    signal: str | None  # that ended it, such as "SIGSEGV"
+    exit_code: int | None  # None: a signal ended it
+    self_inflicted: bool  # a fault of its own, not a kill or a hang
+
+
+class Crash(CrashSummary, frozen=True, kw_only=True):
+    version: str  # lightllmd's
+    model: str
+    config_digest: str  # equal for equal configurations: the first 16 hexadecimal digits of SHA-256
+    uptime_s: float  # of this process
+    progress: int  # within the phase: bytes while loading, steps when ready
+    memory_bytes: int  # resident set as last measured, up to a second before
+    stats: dict[str, float]  # of its last heartbeat; memory_*: bytes by the engine's own account
+    last_step: LastStep | None  # engines only; None: nothing is known of it
+    xids: list[Xid] | None  # of the GPUs in its life; None: nobody watched
+    stderr: list[str]  # its last lines; after a fault or a hang the stacks of its threads
+
+
+def config_digest(config: Config) -> str:
+    return hashlib.sha256(msgspec.json.encode(config)).hexdigest()[:16]
+
+
+def last_step(flight: Flight | None) -> LastStep | None:
+    if flight is None or flight.step == 0:
+        return None
+    return LastStep(
+        number=flight.step,
+        kind=flight.kind,
+        rows=flight.rows,
+        tokens=flight.tokens,
+        unproven=flight.unproven[:MOST_REQUESTS],
+        unproven_total=len(flight.unproven),
+    )
+
+
+class Crashes:
+    """The last `KEPT` reports. Belongs to the loop's thread; the files are written elsewhere (`Shelf`)."""
+
+    def __init__(self, events: EventBook, shelf: Shelf | None = None) -> None:
+        self._events = events
+        self._shelf = shelf
+        self._reports: dict[int, Crash] = {}  # by id, oldest first
+        self._last = 0
+        if shelf is None:
+            return
+        for number, body in shelf.load():
+            self._last = number  # a damaged one's number is not given again
+            try:
+                self._reports[number] = msgspec.structs.replace(msgspec.json.decode(body, type=Crash), id=number)
+            except msgspec.MsgspecError as damage:
+                shelf.complain(f"crash report {number} can't be read: {damage}")
+
+    def add(
+        self,
+        child: Child,
+        ending: Ending,
+        *,
+        config: Config,
+        model: str,
+        revision: int = 0,
+        flight: Flight | None = None,
+        xids: Sequence[Xid] | None = None,
+    ) -> Crash | None:
+        """The report of `child`, which is dead and disposed of; None where it did what it was asked to."""
+        if child.asked is not None and child.hung is None:
+            return None
+        self._last += 1
+        returncode = child.process.reap() or 0
+        report = Crash(
+            id=self._last,
+            at=time.time(),
+            worker=child.worker,
+            pid=child.pid,
+            generation=child.number,
+            revision=revision,
+            phase=child.vitals.phase,
+            cause=ending.cause,
+            signal=signal_name(-returncode) if returncode < 0 else None,
+            exit_code=returncode if returncode >= 0 else None,
+            self_inflicted=ending.self_inflicted,
+            version=__version__,
+            model=model,
+            config_digest=config_digest(config),
+            uptime_s=round(time.time() - child.started, 3),
+            progress=child.vitals.progress,
+            memory_bytes=child.memory,
+            stats=child.stats,
+            last_step=last_step(flight),
+            xids=None if xids is None else [xid for xid in xids if xid.at >= child.started],
+            stderr=[line[:LONGEST_LINE] for line in child.tail],
+        )
+        self._reports[report.id] = report
+        while len(self._reports) > KEPT:
+            del self._reports[next(iter(self._reports))]
+        if self._shelf is not None:
+            self._shelf.put(report.id, msgspec.json.encode(report))
+        self._events.add("crash", f"crash report {report.id}: {report.cause}", report.worker, "warning")
+        return report
+
+    def all(self) -> list[CrashSummary]:
+        """Newest first."""
+        fields = CrashSummary.__struct_fields__
+        return [
+            CrashSummary(**{name: getattr(report, name) for name in fields})
+            for report in reversed(self._reports.values())
+        ]
+
+    def get(self, number: int) -> Crash:
+        """Raises NoSuchCrash."""
+        try:
+            return self._reports[number]
+        except KeyError:
+            raise NoSuchCrash(f"no crash report {number}", id=number) from None
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Waits until all is written, but not for ever."""
+        if self._shelf is not None:
+            self._shelf.close(timeout)
+
+
+def open_crashes(events: EventBook, state_directory: str) -> Crashes:
+    """With the files below `state_directory` ($STATE_DIRECTORY; "": none); without them where it can't be used."""
+    if not state_directory:
+        return Crashes(events)
+    # systemd lists several separated by colons; ours is the first
+    directory = Path(state_directory.split(":")[0]) / "crashes"
+    complain = lambda message: events.add("warning", message, level="warning")  # noqa: E731
+    try:
+        return Crashes(events, Shelf(directory, KEPT, complain))
+    except OSError as refused:
+        complain(f"crash reports are kept in memory only: {refused}")
+        return Crashes(events)

@@ -1,0 +1,110 @@
+"""What a child prints, as lines: bounded in length and in rate, readable, each with its priority, whatever comes."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+
+LONGEST_LINE = 16 << 10  # bytes; a longer line is cut into several
+RATE = 200_000  # bytes a second that are passed on; a line costs its length and LINE_COST
+BURST = 200_000  # bytes that may come at once: the stacks of a hundred threads, 20 ms of the loop's time
+LINE_COST = 100  # bytes: what a line costs the loop (some 10 us) beside its length
+LAST_LINES = 200  # of what is dropped, kept until more is passed on: they may be the child's last words
+
+_PRIORITY = re.compile(rb"<[0-7]>")
+# What CPython prints of a fault, by itself or through faulthandler, without a priority.
+_FAULTS = (
+    b"Traceback (most recent call last):",
+    b"Fatal Python error: ",
+    b"Exception in thread ",
+    b"Exception ignored in",
+    b"Current thread 0x",
+    b"Thread 0x",
+)
+
+
+class Output:
+    """Cuts the bytes of one pipe into lines for `say`.
+
+    A line may begin with an sd-daemon priority (``<4>``). Lines without one that follow the beginning of a traceback
+    get that of an error, up to the next line that has its own: where a traceback ends can't be seen from its lines.
+
+    A child that prints faster than `RATE` would take the loop's time from all others, and one whose pipe isn't read
+    would stop in the middle of its work. So what is too much is read and dropped, and that is said.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._pending = b""  # no whole line yet; at most LONGEST_LINE
+        self._budget = float(BURST)
+        self._reckoned: float | None = None  # monotonic seconds: when the budget was
+        self._dropped = 0  # lines, since one was passed on
+        self._last: deque[bytes] = deque(maxlen=LAST_LINES)  # the newest of them
+        self._in_fault = False  # after the beginning of a traceback
+
+    def feed(self, chunk: bytes, now: float) -> None:
+        """`now`: monotonic seconds."""
+        if self._reckoned is not None:
+            self._budget = min(BURST, self._budget + (now - self._reckoned) * RATE)
+        self._reckoned = now
+        if self._dropped and self._budget >= BURST / 2:
+            # Not earlier, or a flood would be passed on in scraps.
+            self._say(f"<4>({self._dropped} lines were dropped)")
+            self._dropped = 0
+            self._last.clear()
+        *whole, rest = (self._pending + chunk).split(b"\n")
+        *begun, self._pending = _pieces(rest)
+        for line in whole:
+            for piece in _pieces(line):
+                self._take(piece)
+        for piece in begun:
+            self._take(piece)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self._dropped > len(self._last):
+            self._say(f"<4>({self._dropped - len(self._last)} lines were dropped)")
+        for line in self._last:
+            self._pass(line)
+        if self._pending:
+            self._pass(self._pending)
+        self._dropped, self._pending = 0, b""
+        self._last.clear()
+
+    def _take(self, line: bytes) -> None:
+        if self._dropped or self._budget < 0:
+            if not self._dropped:
+                self._say(f"<4>(more than {RATE // 1000} kB a second: lines are dropped)")
+            self._dropped += 1
+            self._last.append(line)
+        else:
+            self._budget -= len(line) + LINE_COST
+            self._pass(line)
+
+    def _pass(self, line: bytes) -> None:
+        if _PRIORITY.match(line):
+            self._in_fault = False
+        elif self._in_fault or line.startswith(_FAULTS):
+            self._in_fault = True
+            line = b"<3>" + line
+        self._say(readable(line.rstrip(b"\r").decode(errors="replace")))
+
+
+def readable(text: str) -> str:
+    """`text` without control characters, which would drive a terminal or end a line in the journal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _pieces(line: bytes) -> Iterator[bytes]:
+    """`line` in pieces of at most LONGEST_LINE bytes, each with the priority that it begins with."""
+    mark = found[0] if (found := _PRIORITY.match(line)) else b""
+    while len(line) > LONGEST_LINE:
+        cut = LONGEST_LINE
+        while line[cut] & 0xC0 == 0x80 and cut > LONGEST_LINE - 4:  # in the middle of a character of UTF-8
+            cut -= 1
+        yield line[:cut]
+        line = mark + line[cut:]
+    yield line
