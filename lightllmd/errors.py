@@ -81,9 +81,10 @@ class ConfigInvalid(LightllmdError):
     exit_code = EXIT_CONFIG
     ctl_code = CTL_CONFIG_INVALID
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: list[Problem], short_of: tuple[int, int] | None = None) -> None:
+        """`short_of`: bytes needed and to be had, where memory is all that is missing."""
         super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = problems
+        self.problems, self.short_of = problems, short_of
         self.parameters = {"problems": [vars(problem) for problem in problems]}
 
 
@@ -200,6 +201,11 @@ class NoSuchJob(ControlError):
     ctl_code = CTL_NOT_FOUND
 
 
+class NoSuchCrash(ControlError):
+    status = 404
+    ctl_code = CTL_NOT_FOUND
+
+
 class NotPermitted(ControlError):
     status = 403
     ctl_code = CTL_NOT_PERMITTED
@@ -235,7 +241,7 @@ class JobFailed(ControlError):
     ctl_code = CTL_FAILED
 
 
-class JobRolledBack(ControlError):
+class RolledBack(ControlError):
     """It failed, and what ran before runs again."""
 
     ctl_code = CTL_ROLLED_BACK

@@ -223,6 +223,14 @@ class Forget(msgspec.Struct, tag="forget"):
     reason: str
 
 
+class Cut(msgspec.Struct, tag="cut"):
+    """To an api worker: end the requests of `revision` with `reason`, as a finish reason where text was sent, else as
+    an error. The revision itself stays."""
+
+    revision: int
+    reason: str
+
+
 class Hold(msgspec.Struct, tag="hold"):
     """To an api worker: new requests wait (bounded by max_held and hold_timeout) before anything of a model is used;
     which one they meet is known after `Release`."""
@@ -253,16 +261,18 @@ class Tune(msgspec.Struct, tag="tune"):
 
 class Stage(msgspec.Struct, tag="stage"):
     """To an engine: keep a copy of the weights in host memory, made while requests are served. Its progress is
-    ``stats["staged_bytes"]``; -1: host memory can't hold it."""
+    ``stats["staged_bytes"]`` of ``stats["staged_total"]``; -1: host memory can't hold it. Ignored unless it's ready."""
 
 
 class Sleep(msgspec.Struct, tag="sleep"):
-    """To an engine that has no request left: give the device's memory back. Phase "asleep" follows. With `Stage` before
-    it the weights stay in host memory; without, they are read from their files again."""
+    """To an engine whose requests, if it has any, are held elsewhere: give the device's memory back. The phases
+    "sleep", in which a copy of the weights that was begun is finished, and "asleep" follow. With `Stage` before it the weights
+    stay in host memory (a CPU's too); without, they are read from their files again. Ignored unless it's ready."""
 
 
 class Wake(msgspec.Struct, tag="wake"):
-    """To an engine that sleeps: the phases "load", "warmup" and "ready" follow, at the same endpoint."""
+    """To an engine that sleeps: the phases "load", "warmup" and "ready" follow, at the same endpoint. One that is ready
+    lets go of what it staged."""
 
 
 class Stop(msgspec.Struct, tag="stop"):
@@ -282,6 +292,7 @@ Down = (
     | Prepare
     | Commit
     | Forget
+    | Cut
     | Hold
     | Release
     | Models
@@ -300,8 +311,8 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     """Sent through the same loop as the work, at least every half second.
 
     A child makes progress when `phase` or `progress` changed since its last heartbeat, or when it is not `busy`.
-    Phases: "boot", "load", "warmup", "ready", "asleep" for engines; "boot", "ready" for api workers. "ready" of an engine
-    means that it has produced a real token.
+    Phases: "boot", "load", "warmup", "ready", "sleep", "asleep" for engines; "boot", "ready" for api workers. "ready"
+    of an engine means that it has produced a real token.
     """
 
     phase: str

@@ -16,10 +16,11 @@ from lightllmd.ipc import channel
 from lightllmd.ipc.messages import Down, Failed, Heartbeat, Prepared, Probed, Stop
 from lightllmd.supervisor import exits, health
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.logs import parse_output
 from lightllmd.supervisor.process import Process
 from lightllmd.supervisor.restart import PROVED_AFTER
 
-TAIL = 40  # lines of its output kept with its exit: a stack of each thread fits
+TAIL = 200  # lines of its output kept for its crash report: a stack of each thread fits
 STOP_GRACE = 2.0  # seconds at most between `Stop` and SIGTERM
 # Counters of which any growth since "ready" shows that the worker has served somebody.
 _SERVICE = ("tokens_out", "ok", "failed", "cancelled")
@@ -154,7 +155,9 @@ class Child:
         now = self._context.clock.now
         self.vitals.hear(beat, now)
         self.stats = beat.stats
-        if beat.phase == "ready" and self.ready_at is None:
+        if beat.phase != "ready":
+            self.ready_at = None  # an engine that was put to sleep
+        elif self.ready_at is None:
             self.ready_at = now
             self._service_at_ready = dict(beat.stats)
 
@@ -169,8 +172,9 @@ class Child:
             self._loop.add_reader(self.channel.fileno(), self._readable)
 
     def _output(self, line: str) -> None:
-        self.tail.append(line)
-        self._context.log.write_output(self.worker, line)
+        level, message = parse_output(line)
+        self.tail.append(message)
+        self._context.log.write(self.worker, level, message)
 
     # --- the end -----------------------------------------------------------------------------------------------
     def terminate(self, why: str) -> None:
@@ -209,11 +213,16 @@ class Child:
         if self.exited:
             return
         if self.configured and self.hung is None and (reason := health.overdue(self.vitals, settings, now)):
-            self.hung = reason
-            self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
-            # SIGABRT makes faulthandler print every thread's stack; a stopped process can't, SIGKILL always works.
-            self._climb((now, signal.SIGABRT), (now + settings.abort_grace, signal.SIGKILL))
+            self.abort(reason)
         self._climb(*self._ladder)
+
+    def abort(self, reason: str) -> None:
+        """Ends it as hung: SIGABRT, on which faulthandler prints every thread's stack, then SIGKILL."""
+        now, grace = self._context.clock.now, self._context.config.supervisor.abort_grace
+        self.hung = reason
+        self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
+        # A stopped process can't print; SIGKILL always works.
+        self._climb((now, signal.SIGABRT), (now + grace, signal.SIGKILL))
 
     def _climb(self, *ladder: tuple[float, int]) -> None:
         now = self._context.clock.now

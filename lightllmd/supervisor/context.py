@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import random
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
+from lightllmd.supervisor.fd_store import FdStore
 from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.logs import EventBook, LogBook
 from lightllmd.supervisor.runtime import Runtime
+
+if TYPE_CHECKING:
+    from lightllmd.supervisor.probing import Probe
 
 
 def _nowhere(event: object) -> None:
@@ -55,6 +62,12 @@ class Context:
     runtime: Runtime
     commands: Commands
     listeners: list[socket.socket]
+    fd_store: FdStore
+    journal: bool = False  # stderr is systemd's journal
     post: Callable[[object], None] = _nowhere  # puts an event into the supervisor's queue; the only way in
     random: random.Random = field(default_factory=random.Random)
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
+    revision: int = 1  # and its number
+    errands: set[asyncio.Task[Any]] = field(default_factory=set)  # that run
+    probes: set[Probe] = field(default_factory=set)  # whose child lives
+    generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # over all revisions

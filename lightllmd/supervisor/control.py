@@ -22,10 +22,11 @@ from starlette.routing import Route
 from lightllmd import __version__
 from lightllmd.config.load import load
 from lightllmd.config.report import report
-from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotAvailableYet, NotPermitted, TryAgain, Usage
+from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
 from lightllmd.supervisor import logs, snapshot, status
 from lightllmd.supervisor.jobs import RunningJob
 from lightllmd.supervisor.peers import BODY_TIMEOUT, ControlProtocol, Peer, may_mutate
+from lightllmd.supervisor.switch import Terms
 from lightllmd.supervisor.verbs import Asked
 
 if TYPE_CHECKING:
@@ -86,7 +87,6 @@ class ControlPlane:
         self._supervisor = supervisor
 
     def app(self) -> Starlette:
-        later = ("/v1/reload", "/v1/swap", "/v1/reset-failed")
         routes = [
             Route("/v1/status", self.status),
             Route("/v1/version", self.version),
@@ -94,6 +94,9 @@ class ControlPlane:
             Route("/v1/config", self.config),
             Route("/v1/check", self.check, methods=["POST"]),
             Route("/v1/restart", self.restart, methods=["POST"]),
+            Route("/v1/reload", self.reload, methods=["POST"]),
+            Route("/v1/swap", self.swap, methods=["POST"]),
+            Route("/v1/models", self.models),
             Route("/v1/drain", self.drain, methods=["POST"]),
             Route("/v1/resume", self.resume, methods=["POST"]),
             Route("/v1/stop", self.stop, methods=["POST"]),
@@ -101,7 +104,6 @@ class ControlPlane:
             Route("/v1/jobs/{id}", self.job),
             Route("/v1/events", self.events),
             Route("/v1/logs", self.logs),
-            *(Route(path, self.not_available_yet, methods=["POST"]) for path in later),
         ]
         handlers = {LightllmdError: _refuse, HTTPException: _no_route, Exception: _broken}
         return Starlette(routes=routes, exception_handlers=handlers)
@@ -115,6 +117,9 @@ class ControlPlane:
 
     async def workers(self, request: Request) -> Response:
         return _json(status.workers(self._supervisor))
+
+    async def models(self, request: Request) -> Response:
+        return _json(status.models(self._supervisor))
 
     async def config(self, request: Request) -> Response:
         if not _switch(request, "effective"):
@@ -176,6 +181,26 @@ class ControlPlane:
             raise Usage('worker is a name such as "engine" or "api-0"')
         return await self._job(lambda: self._supervisor.verbs.restart(asked, worker))
 
+    async def reload(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        body = await _body(request, {"dry_run"})
+        dry_run = _boolean(body, "dry_run")
+        return await self._job(lambda: self._supervisor.verbs.reload(asked, dry_run))
+
+    async def swap(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        body = await _body(request, {"model", "plan", "drain_timeout", "force", "on_failure"})
+        model, timeout = body.get("model"), body.get("drain_timeout")
+        if not isinstance(model, str) or not model:
+            raise Usage("model is the name of a model in [models], or a path")
+        if timeout is not None and (type(timeout) not in (int, float) or not timeout >= 0):
+            raise Usage("drain_timeout is a number of seconds from 0 up")
+        if body.get("on_failure", "rollback") not in ("rollback", "keep"):
+            raise Usage("on_failure is rollback or keep")
+        terms = Terms(timeout, _boolean(body, "force"), body.get("on_failure") == "keep")
+        plan_only = _boolean(body, "plan")
+        return await self._job(lambda: self._supervisor.verbs.swap(asked, model, terms, plan_only))
+
     async def drain(self, request: Request) -> Response:
         asked = self._mutation(request)
         await _body(request, set())
@@ -188,15 +213,8 @@ class ControlPlane:
 
     async def stop(self, request: Request) -> Response:
         asked = self._mutation(request)
-        now = (await _body(request, {"now"})).get("now", False)
-        if not isinstance(now, bool):
-            raise Usage("now is true or false")
+        now = _boolean(await _body(request, {"now"}), "now")
         return await self._job(lambda: self._supervisor.verbs.stop(asked, now))
-
-    async def not_available_yet(self, request: Request) -> Response:
-        self._mutation(request)
-        verb = request.url.path.rsplit("/", 1)[1]
-        raise NotAvailableYet(f"{verb} is not available yet in version {__version__}", verb=verb)
 
     def _mutation(self, request: Request) -> Asked:
         """Who asks, if they may."""
@@ -260,6 +278,13 @@ async def _body(request: Request, known: set[str]) -> dict[str, Any]:
     if unknown := sorted(set(parsed) - known):
         raise Usage(f"unknown {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'nothing'}")
     return parsed
+
+
+def _boolean(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise Usage(f"{name} is true or false")
+    return value
 
 
 def _switch(request: Request, name: str) -> bool:

@@ -6,10 +6,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from lightllmd.errors import SystemFailure
-from lightllmd.ipc.messages import ApiConfigure, Down, Retire
+from lightllmd.ipc.messages import (
+    ApiConfigure,
+    Commit,
+    Cut,
+    Down,
+    Forget,
+    Hold,
+    Prepare,
+    Prepared,
+    Probed,
+    Release,
+    Retire,
+)
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
+from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.worker import Worker
 
 TOTALS = ("ok", "cancelled", "failed", "resumed")  # count since the start of the api worker's epoch
@@ -40,6 +53,7 @@ class Api:
             listener_fds=fds,
             metrics_dir=str(context.runtime.metrics),
             metrics_seat=seat,
+            revision=context.revision,
         )
         child.configure(self.worker.name, epoch, seat, first)
         self._greet(child)
@@ -55,10 +69,8 @@ class Api:
         if self.worker.child is None:
             self.worker.forgive()
             return
-        self.worker.number += 1
-        self.worker.starts += 1
         try:
-            self.spare = self._launch(self.worker.number)
+            self.spare = self._launch(self.worker.next_number())
         except SystemFailure as refused:
             self.roll_failure = refused.message
 
@@ -70,10 +82,22 @@ class Api:
         if child is self.spare:
             old, self.worker.child, self.spare = self.worker.child, child, None
             if old is not None:
-                old.send(Retire())
-                old.retire("replaced")
-                self.retiring.append(old)
+                self._retire(old, "replaced")
         self.worker.became_ready()
+
+    def dismiss(self) -> None:
+        """No process is wanted here any more; the one that serves finishes what it has."""
+        self.worker.due = self.worker.due_at = None
+        if self.spare is not None:
+            self.spare.kill("not wanted any more")
+        if self.worker.child is not None:
+            self._retire(self.worker.child, "not wanted any more")
+            self.worker.child = None
+
+    def _retire(self, child: Child, why: str) -> None:
+        child.send(Retire())
+        child.retire(why)
+        self.retiring.append(child)
 
     def died(self, child: Child, ending: Ending, again: bool) -> None:
         if child is self.spare:
@@ -96,33 +120,121 @@ class FrontEnd:
 
     def __init__(self, context: Context, workers: int, greet: Callable[[Child], None]) -> None:
         self._context = context
-        self.apis = [Api(context, index, greet) for index in range(workers)]
+        self._greet = greet
+        self.apis = [Api(context, index, self._welcome) for index in range(workers)]
+        self.dismissed: list[Api] = []  # places that there are too many of; their processes finish what they have
         self._past: Counter[str] = Counter()  # totals of the processes that are gone
-        self._beats_at_drain: dict[int, int] = {}  # pid -> heartbeats heard before `Drain` was sent
+        self._candidate: Engine | None = None
+        self._answers: dict[Child, Prepared] = {}  # about the candidate
+        self.holding = False  # new requests wait
+        self._marks: dict[int | None, dict[Child, int]] = {}  # see `_mark`
 
     def start(self) -> None:
         for api in self.apis:
             api.worker.start()
 
+    def resize(self, workers: int) -> None:
+        """Places are opened or closed at the end."""
+        while len(self.apis) < workers:
+            self.apis.append(Api(self._context, len(self.apis), self._welcome))
+            self.apis[-1].worker.start()
+        while len(self.apis) > workers:
+            self.dismissed.append(self.apis.pop())
+            self.dismissed[-1].dismiss()
+
     def children(self) -> Iterator[Child]:
-        for api in self.apis:
+        for api in (*self.apis, *self.dismissed):
             yield from api.children()
 
     def owner(self, child: Child) -> Api | None:
-        return next((api for api in self.apis if child in (api.worker.child, api.spare, *api.retiring)), None)
+        places = (*self.apis, *self.dismissed)
+        return next((api for api in places if child in (api.worker.child, api.spare, *api.retiring)), None)
 
     def tell(self, message: Down) -> None:
         for child in self.children():
             child.send(message)
 
+    def _welcome(self, child: Child) -> None:
+        self._greet(child)
+        if self.holding:
+            child.send(Hold())
+        if self._candidate is not None:
+            child.send(Prepare(self._candidate.revision, self._candidate.encoded))
+
+    def heard(self, child: Child) -> None:
+        """Takes in what it answered."""
+        rest: list[Prepared | Probed] = []
+        for answer in child.said:
+            if isinstance(answer, Prepared):
+                if self._candidate is not None and answer.revision == self._candidate.revision:
+                    self._answers[child] = answer
+            else:
+                rest.append(answer)
+        child.said = rest
+
     def died(self, api: Api, child: Child, ending: Ending, again: bool) -> None:
         self._past.update({name: int(child.stats.get(name, 0)) for name in TOTALS})
         self._context.runtime.leave_seat(child.seat)
-        api.died(child, ending, again)
+        api.died(child, ending, again and api in self.apis)
+        self.dismissed = [place for place in self.dismissed if any(place.children())]
 
     def tick(self) -> None:
         for api in self.apis:
             api.worker.start_if_due()
+
+    # --- revisions -----------------------------------------------------------------------------------------------
+    def prepare(self, candidate: Engine) -> None:
+        """Every api worker, those to come too, gets ready to serve it beside the revision in force."""
+        self._candidate, self._answers = candidate, {}
+        self.tell(Prepare(candidate.revision, candidate.encoded))
+
+    def prepared(self, revision: int) -> bool:
+        living = [child for child in self.children() if not child.dying]
+        return bool(living) and all(child in self._answers for child in living) and not self.unprepared(revision)
+
+    def unprepared(self, revision: int) -> str:
+        """Why an api worker can't serve it; empty: none said so."""
+        return next((answer.error for answer in self._answers.values() if answer.error), "")
+
+    def commit(self, revision: int, old: int, carry: bool) -> None:
+        self._candidate, self._answers = None, {}
+        self.tell(Commit(revision, carry))
+        self._mark(old)
+
+    def forget(self, revision: int, reason: str) -> None:
+        if self._candidate is not None and self._candidate.revision == revision:
+            self._candidate, self._answers = None, {}
+        self._marks.pop(revision, None)
+        self.tell(Forget(revision, reason))
+
+    def cut(self, revision: int, reason: str) -> None:
+        """Ends the requests that it has."""
+        self.tell(Cut(revision, reason))
+
+    def hold(self) -> None:
+        self.holding = True
+        self.tell(Hold())
+        self._mark(self._context.revision)
+
+    def release(self) -> None:
+        if self.holding:
+            self.holding = False
+            self.tell(Release())
+
+    def in_flight_of(self, revision: int) -> int:
+        return self.now(f"in_flight@{revision}")
+
+    def none_of(self, revision: int) -> bool:
+        """No api worker has a request of this revision, which takes no new ones, by heartbeats that know of that."""
+        return self.in_flight_of(revision) == 0 and self._heard_since(revision)
+
+    def _mark(self, revision: int | None) -> None:
+        """What the workers said before doesn't count any more: of a revision, or (None) of all."""
+        self._marks[revision] = {child: child.vitals.beats for child in self.children() if child.ready_at is not None}
+
+    def _heard_since(self, revision: int | None) -> bool:
+        marks = self._marks.get(revision, {})
+        return all(child.exited or child.vitals.beats - beats >= _BEATS_TO_BELIEVE for child, beats in marks.items())
 
     # --- counts --------------------------------------------------------------------------------------------------
     def total(self, name: str) -> int:
@@ -138,17 +250,11 @@ class FrontEnd:
 
     def drained_since_now(self) -> None:
         """`Drain` has just been sent: what the workers said before doesn't count any more."""
-        self._beats_at_drain = {child.pid: child.vitals.beats for child in self.children()}
+        self._mark(None)
 
     @property
     def idle(self) -> bool:
         """No api worker has a request in flight, by a heartbeat that followed the `Drain`."""
-        for child in self.children():
-            if child.ready_at is None:
-                continue  # it has accepted nothing yet
-            if child.stats.get("in_flight", 0) > 0:
-                return False
-            heard = child.vitals.beats - self._beats_at_drain.get(child.pid, 0)
-            if heard < _BEATS_TO_BELIEVE and not child.stats.get("draining"):
-                return False
-        return True
+        if self.now("in_flight") > 0:
+            return False
+        return self._heard_since(None) or all(child.stats.get("draining") for child in self.children())

@@ -1,4 +1,4 @@
-"""The engine side: one generation at a time, and the next when it dies."""
+"""The engine of one revision: one generation at a time, and the next when it dies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from lightllmd.config.plan import Plan
+from lightllmd.config.plan import Facts, Plan, encode_plan
 from lightllmd.ipc import flight_record
-from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp
+from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp, Sleep, Wake
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
@@ -20,14 +20,14 @@ from lightllmd.supervisor.worker import Worker
 class Generation:
     """One engine process, its endpoint, and the record of what it was doing."""
 
-    def __init__(self, context: Context, worker: str, number: int, process: EngineProcess) -> None:
+    def __init__(self, context: Context, worker: str, number: int, plan: bytes, process: EngineProcess) -> None:
         self.child, self._process = process.child, process
         self.number = number
         self._path = context.runtime.endpoint_path(number)
         self.endpoint = f"ipc://{self._path}"
         seat = context.runtime.take_seat("engine")
         first = EngineConfigure(
-            plan=context.plan,
+            plan=plan,
             generation=number,
             rank=0,
             endpoint=self.endpoint,
@@ -49,43 +49,57 @@ class Generation:
 
 
 class Engine:
-    """Keeps one generation in service. `tell_apis` sends a message to every api worker."""
+    """Keeps one generation of a revision in service. `tell_apis` sends a message to every api worker."""
 
-    def __init__(self, context: Context, tell_apis: Callable[[Down], None]) -> None:
+    def __init__(
+        self, context: Context, revision: int, name: str, spare: Spare, tell_apis: Callable[[Down], None]
+    ) -> None:
         self._context = context
         self._tell_apis = tell_apis
-        self.worker = Worker(context, "engine", 0, self._launch)
+        self._spare = spare
+        self.revision = revision
+        self.worker = Worker(context, "engine", 0, self._launch, context.generations)
+        self.worker.name = name
         self.generation: Generation | None = None
         self.memory = MemoryGate(context)
-        self.spare = Spare(context)
+        self.plan: Plan | None = None  # None: not made yet
+        self.facts: Facts | None = None  # what it was made from
+        self.encoded = b""  # the plan
+        self.wanted = True  # a generation that dies is followed by another
 
-    def plan_for(self, plan: Plan) -> None:
+    def plan_for(self, plan: Plan, facts: Facts) -> None:
+        """Of the next generation; the present one goes on as it is."""
+        self.plan, self.facts, self.encoded = plan, facts, encode_plan(plan)
         self.memory.plan_for(plan)
-        self.spare.plan_for(plan)
+
+    def rename(self, name: str) -> None:
+        self.worker.name = name
+        if self.generation is not None:
+            self.generation.child.worker = name
 
     def _launch(self, number: int) -> Child:
-        process = self.spare.take() or EngineProcess(self._context, self.worker.name)
-        self.generation = Generation(self._context, self.worker.name, number, process)
+        process = self._spare.take() or EngineProcess(self._context, self.worker.name)
+        self.generation = Generation(self._context, self.worker.name, number, self.encoded, process)
         return self.generation.child
 
-    def children(self) -> list[Child]:
-        present = [self.generation.child if self.generation else None, self.spare.child]
-        return [child for child in present if child is not None]
+    @property
+    def child(self) -> Child | None:
+        return self.generation.child if self.generation else None
 
-    def owns(self, child: Child) -> bool:
-        return self.generation is not None and self.generation.child is child
+    @property
+    def asleep(self) -> bool:
+        return self.child is not None and self.child.vitals.phase == "asleep"
 
     def up(self) -> EngineUp | None:
         """What a new api worker has to be told; None while no generation is ready."""
         if self.generation is None or not self.generation.child.ready:
             return None
-        return EngineUp(self.generation.number, self.generation.endpoint)
+        return EngineUp(self.generation.number, self.generation.endpoint, self.revision)
 
     def became_ready(self) -> None:
         self.worker.became_ready()
         if up := self.up():
             self._tell_apis(up)
-        self.spare.keep()
 
     def died(self, child: Child, ending: Ending, again: bool) -> None:
         """The api workers hear of it before anything else is done."""
@@ -98,6 +112,7 @@ class Engine:
                 cause=ending.cause,
                 unproven=[] if asked else flight.unproven,
                 self_inflicted=ending.self_inflicted,
+                revision=self.revision,
             )
         )
         generation.dispose()
@@ -108,19 +123,51 @@ class Engine:
                 f"generation {generation.number} died in step {flight.step}: {flight.kind}, {flight.rows} rows, "
                 f"{flight.tokens} tokens, requests without a token yet: {len(flight.unproven)}",
             )
-        self.worker.died(ending, again)
-        self.tick()
+        self.worker.died(ending, again and self.wanted)
+        if again:
+            self.tick()
+
+    def sleep(self) -> None:
+        """Takes it out of service, what is in flight there is held; its device's memory is free when it is `asleep`."""
+        generation = self.generation
+        self.wanted = False
+        if generation is None:
+            self.worker.due = self.worker.due_at = None
+            return
+        self._tell_apis(EngineDown(generation.number, "asleep", [], False, self.revision))
+        generation.child.send(Sleep())
+
+    def wake(self) -> None:
+        """Back into service: it wakes, or another generation starts."""
+        self.wanted = True
+        child = self.child
+        if child is None:
+            self.worker.forgive()
+        elif self.asleep and not child.dying and child.asked is None:
+            child.send(Wake())
+        elif not child.ready:
+            child.kill("it did not fall asleep")
+
+    def end(self, why: str, now: bool = False) -> None:
+        """For good."""
+        self.wanted = False
+        self.worker.due = self.worker.due_at = None
+        if self.child is None or self.child.asked is not None:
+            return
+        if now:
+            self.child.kill(why)
+        else:
+            self.child.stop(why)
 
     def api_gone(self, api: int, epoch: int) -> None:
         if self.generation is not None:
             self.generation.child.send(ApiGone(api, epoch))
 
-    def restart(self) -> int:
-        """Ends the generation, if one lives; the number of the one that follows."""
+    def restart(self) -> None:
+        """Ends the generation, if one lives; another follows."""
         self.worker.forgive()
         if self.generation is not None:
             self.generation.child.terminate("restart requested")
-        return self.worker.number + 1
 
     def tick(self) -> None:
         """Starts the next generation when it is due and the bytes of its plan are free."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from lightllmd.errors import NoSuchJob
 from lightllmd.supervisor.feed import Feed
@@ -18,8 +19,18 @@ class RunningJob:
     phases: any words -> finished once, with an outcome that never changes again.
     """
 
-    def __init__(self, number: int, verb: str, target: str, by_uid: int | None, by_pid: int | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        verb: str,
+        target: str,
+        by_uid: int | None,
+        by_pid: int | None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        """`details` grow while it runs; each snapshot shows what there is."""
         self.updates: Feed[Job] = Feed(64)
+        self._details = {} if details is None else details
         self.snapshot = Job(
             id=number,
             verb=verb,
@@ -42,15 +53,18 @@ class RunningJob:
         if not self.finished and (phase, progress) != (self.snapshot.phase, self.snapshot.progress):
             self._publish(phase=phase, progress=progress)
 
-    def finish(self, outcome: str, message: str = "") -> None:
+    def finish(self, outcome: str, message: str = "", error: dict[str, Any] | None = None) -> None:
+        """`error`: `LightllmdError.as_dict` of what went wrong."""
         if not self.finished:
             progress = 1.0 if outcome == "done" else self.snapshot.progress
-            self._publish(phase=outcome, progress=progress, outcome=outcome, message=message, ended=time.time())
+            self._publish(
+                phase=outcome, progress=progress, outcome=outcome, message=message, ended=time.time(), error=error
+            )
             self.updates.close()
 
     def _publish(self, **changes: object) -> None:
         fields = {name: getattr(self.snapshot, name) for name in Job.__struct_fields__}
-        self.snapshot = Job(**{**fields, **changes})
+        self.snapshot = Job(**{**fields, "details": dict(self._details), **changes})
         self.updates.add(self.snapshot)
 
     async def follow(self, idle: float) -> AsyncIterator[list[Job]]:
@@ -68,9 +82,16 @@ class Jobs:
         self._jobs: dict[int, RunningJob] = {}
         self._last = 0
 
-    def open(self, verb: str, target: str = "", by_uid: int | None = None, by_pid: int | None = None) -> RunningJob:
+    def open(
+        self,
+        verb: str,
+        target: str = "",
+        by_uid: int | None = None,
+        by_pid: int | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> RunningJob:
         self._last += 1
-        job = RunningJob(self._last, verb, target, by_uid, by_pid)
+        job = RunningJob(self._last, verb, target, by_uid, by_pid, details)
         self._jobs[self._last] = job
         for number in [number for number, old in self._jobs.items() if old.finished][:-KEPT]:
             del self._jobs[number]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from lightllmd.config.amount import size
 from lightllmd.config.plan import Plan
 from lightllmd.errors import LightllmdError
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.errand import Errand
 from lightllmd.supervisor.probing import Probe
 from lightllmd.supervisor.procfs import available_memory
 
@@ -19,6 +19,7 @@ AGAIN = 0.5  # seconds between two looks at a GPU
 class Measured:
     """Event: what a GPU has free, in bytes; None where that can't be told."""
 
+    gate: MemoryGate  # that asked
     due: int  # the number of the due start that it was asked for
     free: int | None
 
@@ -32,10 +33,9 @@ class MemoryGate:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._probe = Probe(context)
         self._needed = 0
         self._on_gpu = False
-        self.asking: asyncio.Task[None] | None = None  # at most one probe is under way
+        self.asking: Errand[None] | None = None  # at most one probe is under way
         # Of the start that is due:
         self._due = 0  # its number
         self._since: float | None = None  # running clock: when it first asked; None: none is due
@@ -55,7 +55,7 @@ class MemoryGate:
         if not self._on_gpu:
             self._free, self._known = available_memory(), True
         elif self.asking is None and now >= self._next:
-            self.asking = asyncio.get_running_loop().create_task(self._ask(self._due))
+            self.asking = Errand(self._context, self._ask(self._due))
         enough = self._known and (self._free is None or self._free >= self._needed)
         if enough or now - self._since >= patience:
             self._due += 1
@@ -76,16 +76,14 @@ class MemoryGate:
             self._free, self._known = answer.free, True
             self._next = self._context.clock.now + AGAIN
 
-    def reap(self, pid: int) -> bool:
-        """Reaps the probe if that is `pid`."""
-        return self._probe.reap(pid)
-
     async def _ask(self, due: int) -> None:
         """Posts `Measured`. Cancelled, it ends the probe."""
         try:
-            facts = await self._probe.ask(device_only=True, device="cuda", threads=self._context.config.engine.threads)
+            facts = await Probe(self._context).ask(
+                device_only=True, device="cuda", threads=self._context.config.engine.threads
+            )
         except LightllmdError as failure:
             self._context.log.own("warning", f"how much memory is free can't be told: {failure.message}")
-            self._context.post(Measured(due, None))
+            self._context.post(Measured(self, due, None))
         else:
-            self._context.post(Measured(due, facts.device.memory_free))
+            self._context.post(Measured(self, due, facts.device.memory_free))

@@ -10,6 +10,7 @@ import msgspec
 
 from lightllmd import errors
 from lightllmd.config import resolve
+from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import classify
@@ -23,9 +24,9 @@ _BY_CODE = {kind.exit_code: kind for kind in (errors.NoUsableDevice, errors.Syst
 class Probe:
     """`process` is the child while it lives."""
 
-    def __init__(self, context: Context, config_file: str | None = None) -> None:
+    def __init__(self, context: Context, config: Config | None = None, config_file: str | None = None) -> None:
         self._context = context
-        self._config_file = config_file  # what faults of the configuration are told with
+        self._config, self._config_file = config or context.config, config_file  # what faults are told with
         self.process: Process | None = None
         self._stderr: list[str] = []
 
@@ -47,6 +48,7 @@ class Probe:
             capture=True,
             tied=True,
         )
+        self._context.probes.add(self)
         try:
             async with asyncio.timeout(TIMEOUT):
                 await ended.wait()
@@ -59,6 +61,7 @@ class Probe:
                 process.reap()
             process.dispose()
             self.process = None
+            self._context.probes.discard(self)
         answer, code = bytes(process.captured or b""), process.reap()
         if code != 0:
             raise self._told(code or 0, answer)
@@ -76,7 +79,7 @@ class Probe:
         problems = told.get("problems")
         if isinstance(problems, list):
             given = [errors.Problem(**problem) for problem in problems]
-            return errors.ConfigInvalid(resolve.located(given, self._context.config, self._config_file))
+            return errors.ConfigInvalid(resolve.located(given, self._config, self._config_file))
         message = told.get("message") or (self._stderr[-1] if self._stderr else classify(code).cause)
         if code == errors.EXIT_CONFIG:
             return errors.ConfigInvalid([errors.Problem("model_dir", message, self._config_file)])

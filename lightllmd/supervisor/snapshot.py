@@ -18,8 +18,11 @@ POST /v1/restart {worker?}      202 `Job`                                    NoS
 POST /v1/drain                  202 `Job`                                    Busy, StaleGeneration
 POST /v1/resume                 202 `Job`                                    Busy, StaleGeneration
 POST /v1/stop {now?}            202 `Job`                                    StaleGeneration
-POST /v1/reload, /v1/swap,      501                                          NotAvailableYet
-/v1/reset-failed
+POST /v1/reload {dry_run?}      202 `Job`                                    Busy, StaleGeneration
+POST /v1/swap {model, plan?,    202 `Job`                                    NoSuchModel, Busy,
+drain_timeout?, force?,                                                      StaleGeneration
+on_failure?}
+GET /v1/models                  list of `KnownModel`
 GET /v1/jobs                    list of `Job`, oldest first
 GET /v1/jobs/{id}               stream of `Job`, ends with the job           NoSuchJob
 GET /v1/events?follow=&lines=   stream of `Event`                            Usage
@@ -85,6 +88,14 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     kv_slots_total: int
 
 
+class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What a swap can be asked for by name, and the model in force."""
+
+    name: str
+    model_dir: str
+    served: bool
+
+
 class Requests(msgspec.Struct, frozen=True, kw_only=True):
     """The first three are now, the others count since the daemon's start."""
 
@@ -102,16 +113,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One mutation, from request to outcome."""
 
     id: int
-    verb: str  # "restart" | "drain" | "resume" | "stop"
-    target: str  # what it acts on: "", "engine", "api-0", …
+    verb: str  # "restart" | "drain" | "resume" | "reload" | "swap" | "reset-failed" | "stop"
+    target: str  # what it acts on: "", "engine", "api-0", a model, …
     phase: str  # in words; "done" at the end
     progress: float | None  # 0..1, where known
-    outcome: str | None  # None while it runs; "done" | "failed" | "cancelled"
+    outcome: str | None  # None while it runs; "done" | "failed" | "rolled-back" | "cancelled"
     message: str  # why it failed, or what it did
     started: float
     ended: float | None
     by_uid: int | None  # the peer that asked; None: the daemon itself (a signal)
     by_pid: int | None
+    error: dict[str, Any] | None = None  # of one that failed: "error" (a name), "message", and its parameters
+    details: dict[str, Any] = {}  # reload: "changes"; swap: "how", "plan", "phases" ([name, seconds]), "kept"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +155,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     version: str
     pid: int
-    state: str  # "starting" | "serving" | "degraded" | "draining" | "drained" | "stopping"
+    state: str  # "starting" | "serving" | "swapping" | "degraded" | "draining" | "drained" | "stopping"
     since: float  # when `state` was entered
     started: float  # when the daemon was started
     ready: bool  # new requests are accepted and an engine runs

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightllmd import __version__
+from lightllmd.config.models import name_of
 from lightllmd.supervisor import snapshot
-from lightllmd.supervisor.verbs import describe, fraction
+from lightllmd.supervisor.switch import describe, fraction
 
 if TYPE_CHECKING:
     from lightllmd.supervisor.supervisor import Supervisor
@@ -16,20 +17,22 @@ EVENTS_SHOWN = 10
 
 def health(supervisor: Supervisor) -> tuple[bool, str]:
     """Whether new requests are served, and why or why not. The reason changes with the state, not with progress."""
-    verbs, worker = supervisor.verbs, supervisor.engine.worker
+    verbs, worker = supervisor.verbs, supervisor.engines.serving.worker
     if verbs.stopping is not None:
         return False, "stopping"
     if verbs.draining:
         return False, "drained" if verbs.drained else "draining"
     if supervisor.plan is None:
         return False, "planning: reading the model's headers"
+    if supervisor.front.holding:
+        return False, "the model is being replaced: new requests wait"
     if worker.ready:
         return True, "ready"
     if worker.child is not None and worker.child.dying:
         return False, "the engine is dying"
     if worker.fatal is not None:
         return False, f"the engine is not started again: {worker.fatal.cause}"
-    if supervisor.engine.memory.short:
+    if supervisor.engines.serving.memory.short:
         return False, "waiting for memory to become free"
     if worker.last_exit is not None:
         return False, f"the engine is restarting: {worker.last_exit.cause}"
@@ -44,19 +47,23 @@ def state(supervisor: Supervisor) -> str:
         return "drained" if verbs.drained else "draining"
     if supervisor.served_since is None:
         return "starting"
-    workers = [supervisor.engine.worker, *(api.worker for api in supervisor.front.apis)]
+    if supervisor.front.holding:
+        return "swapping"
+    workers = [supervisor.engines.serving.worker, *(api.worker for api in supervisor.front.apis)]
     return "serving" if all(worker.ready for worker in workers) else "degraded"
 
 
 def sentence(supervisor: Supervisor) -> str:
     """The state in one line, as systemctl status shows it."""
-    verbs, worker = supervisor.verbs, supervisor.engine.worker
+    verbs, worker = supervisor.verbs, supervisor.engines.serving.worker
     if verbs.stopping is not None:
         return f"Stopping: {verbs.stopping.snapshot.phase}"
     if verbs.draining:
         return f"Draining: {supervisor.front.now('in_flight')} requests in flight"
     if supervisor.plan is None:
         return "Reading the model's headers"
+    for job in verbs.jobs.running("swap", "reload"):
+        return f"{job.snapshot.verb.capitalize()}: {job.snapshot.phase}"
     if worker.ready:
         return f"Serving {supervisor.plan.model_name}"
     why = f" after: {worker.last_exit.cause}" if worker.last_exit else ""
@@ -64,7 +71,7 @@ def sentence(supervisor: Supervisor) -> str:
 
 
 def _model(supervisor: Supervisor) -> snapshot.Model | None:
-    plan, worker = supervisor.plan, supervisor.engine.worker
+    plan, worker = supervisor.plan, supervisor.engines.serving.worker
     if plan is None:
         return None
     if worker.ready:
@@ -88,11 +95,11 @@ def _model(supervisor: Supervisor) -> snapshot.Model | None:
 
 
 def _requests(supervisor: Supervisor) -> snapshot.Requests:
-    front, child = supervisor.front, supervisor.engine.worker.child
-    stats = child.stats if child else {}
+    front = supervisor.front
+    stats = [engine.child.stats for engine in supervisor.engines if engine.child is not None]
     return snapshot.Requests(
-        running=int(stats.get("running", 0)),
-        waiting=int(stats.get("waiting", 0) + stats.get("paused", 0)),
+        running=int(sum(one.get("running", 0) for one in stats)),
+        waiting=int(sum(one.get("waiting", 0) + one.get("paused", 0) for one in stats)),
         held=front.now("held"),
         in_flight=front.now("in_flight"),
         ok=front.total("ok"),
@@ -104,13 +111,28 @@ def _requests(supervisor: Supervisor) -> snapshot.Requests:
 
 def measured_memory(supervisor: Supervisor) -> dict[str, int]:
     """Bytes by the engine's own account; empty before it is ready, and with the fake engine."""
-    child = supervisor.engine.worker.child
+    child = supervisor.engines.serving.worker.child
     stats = child.stats if child else {}
     return {name: int(value) for name, value in stats.items() if name.startswith("memory_")}
 
 
 def workers(supervisor: Supervisor) -> list[snapshot.Worker]:
-    return [api.worker.snapshot() for api in supervisor.front.apis] + [supervisor.engine.worker.snapshot()]
+    engines = [engine.worker for engine in supervisor.engines]
+    return [worker.snapshot() for worker in (*(api.worker for api in supervisor.front.apis), *engines)]
+
+
+def models(supervisor: Supervisor) -> list[snapshot.KnownModel]:
+    """The one in force first."""
+    config, plan = supervisor.context.config, supervisor.plan
+    served = plan.model_name if plan else name_of(config)
+    known = [
+        snapshot.KnownModel(name=name, model_dir=str(entry["model_dir"]), served=name == served)
+        for name, entry in config.models.items()
+    ]
+    if plan is not None and not any(model.served for model in known):
+        where = config.params.model_dir or ""
+        known.append(snapshot.KnownModel(name=plan.model_name, model_dir=where, served=True))
+    return sorted(known, key=lambda model: not model.served)
 
 
 def build(supervisor: Supervisor) -> snapshot.Status:
@@ -127,7 +149,7 @@ def build(supervisor: Supervisor) -> snapshot.Status:
         ready=ready and supervisor.front.ready,
         health=reason if supervisor.front.ready or not ready else "no api worker is ready",
         heartbeat_age_s=max(ages, default=None),
-        generation=supervisor.engine.worker.number,
+        generation=supervisor.engines.serving.worker.number,
         restarts=sum(worker.restarts for worker in shown),
         config=snapshot.ConfigSource(file=supervisor.config_file, loaded=supervisor.started),
         listeners=supervisor.urls,

@@ -28,9 +28,10 @@ from lightllmd.ipc.messages import Drain, Health, Models
 from lightllmd.supervisor import control, logs, memory, orphans, planning, sockets, status
 from lightllmd.supervisor.child import Child, Exited, Readable
 from lightllmd.supervisor.context import Commands, Context
+from lightllmd.supervisor.engines import Engines
+from lightllmd.supervisor.errand import Errand
 from lightllmd.supervisor.fd_store import FdStore
 from lightllmd.supervisor.frontend import FrontEnd
-from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.notify import Notifier, is_journal
 from lightllmd.supervisor.procfs import is_stopped, resident
@@ -232,6 +233,7 @@ class Supervisor:
     def _relisten(self, listeners: list[socket.socket]) -> None:
         """Api workers that start from now on get these; whoever asked closes the others."""
         self.context.listeners = listeners
+        self.context.fd_store.keep(listeners)
         self.context.log.own("info", f"listening on {', '.join(self.urls)}")
 
     def _hear(self, child: Child) -> None:
@@ -366,13 +368,14 @@ class Supervisor:
 
 def main(invocation: Invocation, commands: Commands | None = None) -> int:
     """Runs the daemon; its exit code. `commands` replaces how children are started (for tests)."""
-    config = invocation.config
+    settings = Settings(invocation)
+    config = settings.effective
     faulthandler.enable()  # systemd's watchdog sends SIGABRT
     sink = logs.Sink(sys.stderr.fileno())
     journal = is_journal(os.environ, sys.stderr.fileno())
     log = logs.LogBook(config.supervisor.log_lines, config.log.level, logs.renderer(config.log.format, journal), sink)
     logging.basicConfig(handlers=[logs.StandardLogging(log)], level=logging.WARNING, force=True)
-    runtime, listeners = None, []
+    runtime, context, listeners = None, None, []
     notifier = Notifier(os.environ, os.getpid())
     try:
         runtime = Runtime(control_socket_path(config.supervisor.control_socket, os.environ, os.getuid()))
@@ -386,6 +389,7 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
             runtime=runtime,
             commands=commands or Commands(),
             listeners=listeners,
+            fd_store=fd_store,
             journal=journal,
         )
         return asyncio.run(Supervisor(context, settings, notifier).run())
@@ -395,7 +399,7 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
         return refusal.exit_code or EXIT_FAILED
     finally:
         notifier.close()
-        for sock in listeners:
+        for sock in context.listeners if context else listeners:
             sock.close()
         if runtime is not None:
             runtime.close()

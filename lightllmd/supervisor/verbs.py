@@ -1,20 +1,25 @@
-"""The mutations: restart, drain, resume and stop, each as a job that the single-writer loop steps."""
+"""The mutations: restart, reload, swap, drain, resume and stop, each a job that the single-writer loop steps."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lightllmd.errors import Busy, ControlError, LightllmdError, NoSuchWorker, StaleGeneration, TryAgain
-from lightllmd.ipc.messages import Drain, Resume
+from lightllmd.config.parameters import Config
+from lightllmd.config.resolve import resolve
+from lightllmd.errors import Busy, ControlError, LightllmdError, NoSuchWorker, RolledBack, StaleGeneration, TryAgain
+from lightllmd.ipc.messages import Drain, Models, Resume, Tune
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.frontend import Api, FrontEnd
-from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.jobs import Jobs, RunningJob
+from lightllmd.supervisor.logs import renderer
+from lightllmd.supervisor.reload import Reload, Settings
+from lightllmd.supervisor.switch import Steps, Switch, Terms, describe, fraction
 from lightllmd.supervisor.worker import Worker
-
-# A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
-Steps = Generator[tuple[str, float | None], None, str]
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,16 @@ class Asked:
 class Verbs:
     """What gates a mutation is decided here, inside the loop: at most one of them runs, and a stop overrides all."""
 
-    def __init__(self, context: Context, engine: Engine, front: FrontEnd) -> None:
-        self._context, self._engine, self._front = context, engine, front
+    def __init__(
+        self,
+        context: Context,
+        engines: Engines,
+        front: FrontEnd,
+        settings: Settings,
+        relisten: Callable[[list[socket.socket]], None],
+    ) -> None:
+        self._context, self._engines, self._front = context, engines, front
+        self._settings, self._relisten = settings, relisten
         self.jobs = Jobs()
         self._steps: dict[int, Steps] = {}  # by job number
         self.draining = False  # new requests are refused; also while stopping
@@ -42,10 +55,34 @@ class Verbs:
     # --- verbs ---------------------------------------------------------------------------------------------------
     def restart(self, asked: Asked, target: str = "") -> RunningJob:
         self._gate(asked)
-        if not self._context.plan:
-            raise TryAgain("the plan is not made yet: nothing has been started")
+        self._check_planned()
         engine, apis = self._targets(target)
         return self._open("restart", asked, self._restart(engine, apis), target)
+
+    def reload(self, asked: Asked, dry_run: bool = False) -> RunningJob:
+        self._gate(asked)
+        self._check_planned()
+        details: dict[str, Any] = {}
+        reload = Reload(
+            self._context,
+            self._engines,
+            self._front,
+            self._settings,
+            details,
+            switch_to=lambda config, details: self._switch(config, Terms(), details),
+            in_force=self.put_in_force,
+            relisten=self._relisten,
+        )
+        return self._open("reload", asked, reload.steps(dry_run), details=details)
+
+    def swap(self, asked: Asked, model: str, terms: Terms, plan_only: bool = False) -> RunningJob:
+        """Raises NoSuchModel."""
+        self._gate(asked)
+        self._check_planned()
+        config = self._settings.for_model(self._settings.written, model)
+        details: dict[str, Any] = {}
+        switch = self._switch(config, terms, details)
+        return self._open("swap", asked, self._swap(switch, model, plan_only), model, details)
 
     def drain(self, asked: Asked) -> RunningJob:
         self._gate(asked)
@@ -77,9 +114,10 @@ class Verbs:
     def _restart(self, engine: bool, apis: list[Api]) -> Steps:
         done = []
         if engine:
-            number = self._engine.restart()
-            worker = self._engine.worker
-            while worker.number < number:
+            worker = self._engines.serving.worker
+            old = worker.number
+            self._engines.serving.restart()
+            while worker.number == old:
                 yield f"ending generation {worker.number}", None
             while not worker.ready:
                 self._fail_if_given_up(worker)
@@ -96,6 +134,35 @@ class Verbs:
                 )
             done.append(f"{api.worker.name} was replaced")
         return "; ".join(done)
+
+    def _switch(self, config: Config, terms: Terms, details: dict[str, Any]) -> Switch:
+        file = self._settings.invocation.config_file
+        return Switch(self._context, self._engines, self._front, config, file, terms, details, self.put_in_force)
+
+    def _swap(self, switch: Switch, model: str, plan_only: bool) -> Steps:
+        if plan_only:
+            plan, _ = yield from switch.plan()
+            return f"{plan.model_name} fits {switch.details['how']} the present one; nothing was done"
+        done = yield from switch.steps()
+        self._settings.swapped_to = model
+        return done
+
+    def put_in_force(self, config: Config) -> None:
+        """As far as it needs no new process. Raises ConfigInvalid, with nothing changed."""
+        serving, file = self._engines.serving, self._settings.invocation.config_file
+        if serving.plan is not None and serving.plan.config != config:
+            assert serving.facts is not None
+            serving.plan_for(resolve(config, serving.facts, file), serving.facts)
+        self._context.config = config
+        if serving.plan is None:
+            return
+        self._engines.in_force()
+        render = renderer(config.log.format, self._context.journal)
+        self._context.log.configure(config.supervisor.log_lines, config.log.level, render)
+        tune = Tune(config.log.level, math.inf if config.params.disable_log_stats else serving.plan.log_stats_interval)
+        for child in (*self._front.children(), *(engine.child for engine in self._engines if engine.child)):
+            child.send(tune)
+        self._front.tell(Models(list(config.models)))
 
     def _drain(self) -> Steps:
         self._refuse_requests()
@@ -118,9 +185,7 @@ class Verbs:
         self.ending = True
         for child in self._front.children():
             child.stop("stopped")
-        if self._engine.generation is not None:
-            self._engine.generation.child.stop("stopped")
-        self._engine.spare.end("stopped")
+        self._engines.stop("stopped")
         while True:
             yield "ending the workers", None
 
@@ -130,8 +195,10 @@ class Verbs:
         self._front.drained_since_now()
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
-    def _open(self, verb: str, asked: Asked, steps: Steps, target: str = "") -> RunningJob:
-        job = self.jobs.open(verb, target, asked.uid, asked.pid)
+    def _open(
+        self, verb: str, asked: Asked, steps: Steps, target: str = "", details: dict[str, Any] | None = None
+    ) -> RunningJob:
+        job = self.jobs.open(verb, target, asked.uid, asked.pid, details)
         by = "" if asked.uid is None else f" by uid {asked.uid}, pid {asked.pid}"
         self._context.events.add("job", f"job {job.snapshot.id}: {verb}{' ' + target if target else ''} asked{by}")
         self._steps[job.snapshot.id] = steps
@@ -144,17 +211,19 @@ class Verbs:
             job.advance(*next(steps))
         except StopIteration as end:
             self._finish(job, "done", str(end.value))
+        except RolledBack as failure:
+            self._finish(job, "rolled-back", failure.message, failure.as_dict())
         except LightllmdError as failure:
-            self._finish(job, "failed", failure.message)
+            self._finish(job, "failed", failure.message, failure.as_dict())
 
     def _cancel(self, job: RunningJob, why: str) -> None:
         self._steps[job.snapshot.id].close()
         self._finish(job, "cancelled", why)
 
-    def _finish(self, job: RunningJob, outcome: str, message: str) -> None:
+    def _finish(self, job: RunningJob, outcome: str, message: str, error: dict[str, Any] | None = None) -> None:
         del self._steps[job.snapshot.id]
-        job.finish(outcome, message)
-        level = "info" if outcome != "failed" else "error"
+        job.finish(outcome, message, error)
+        level = "info" if error is None else "error"
         text = f"job {job.snapshot.id}: {job.snapshot.verb} {outcome}: {message}"
         self._context.events.add("job", text, level=level)
 
@@ -166,44 +235,27 @@ class Verbs:
                 raise Busy(f"job {number} ({verb}: {job.snapshot.phase}) is not finished", job=number)
 
     def _check_premise(self, asked: Asked) -> None:
-        number = self._engine.worker.number
+        number = self._engines.serving.worker.number
         if asked.if_match is not None and asked.if_match != number:
             raise StaleGeneration(f"generation {number} is in force, not {asked.if_match}", generation=number)
+
+    def _check_planned(self) -> None:
+        if not self._context.plan:
+            raise TryAgain("the plan is not made yet: nothing has been started")
 
     def _targets(self, target: str) -> tuple[bool, list[Api]]:
         apis = self._front.apis
         if target == "":
             return True, apis
-        if target in ("engine", self._engine.worker.name):
+        if target in ("engine", self._engines.serving.worker.name):
             return True, []
         chosen = [api for api in apis if target in ("api", api.worker.name)]
         if chosen:
             return False, chosen
-        names = [self._engine.worker.name, *(api.worker.name for api in apis)]
+        names = [self._engines.serving.worker.name, *(api.worker.name for api in apis)]
         raise NoSuchWorker(f"no worker {target!r}: there are {', '.join(names)}", worker=target, candidates=names)
 
     @staticmethod
     def _fail_if_given_up(worker: Worker) -> None:
         if worker.fatal is not None or worker.limited:
             raise ControlError(f"{worker.name} does not come up: {worker.last_exit.cause if worker.last_exit else ''}")
-
-
-def fraction(worker: Worker) -> float | None:
-    """How far a loading worker has come, 0..1."""
-    vitals = worker.child.vitals if worker.child else None
-    if vitals is None or vitals.phase != "load" or not vitals.total:
-        return None
-    return min(vitals.progress / vitals.total, 1.0)
-
-
-def describe(worker: Worker) -> str:
-    """Where a worker's start has got to, for people."""
-    if worker.child is None:
-        return "down" if worker.due is None else "waiting for the next try"
-    vitals = worker.child.vitals
-    if vitals.phase == "load":
-        if vitals.total:
-            done = f"{vitals.progress / 1e9:.1f}/{vitals.total / 1e9:.1f} GB"
-            return f"Loading weights {vitals.progress / vitals.total:.0%} ({done})"
-        return "Loading weights"
-    return {"boot": "Starting", "warmup": "Warming up", "ready": "Ready"}.get(vitals.phase, vitals.phase)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -13,6 +14,8 @@ from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
 
+STDERR_SHOWN = 40  # lines in the status; the crash report has more
+
 
 class Worker:
     """ "api-0", "engine-0": the name stays, processes come and go.
@@ -20,9 +23,18 @@ class Worker:
     `launch(number)` starts process number `number` (1, 2, …) of this place.
     """
 
-    def __init__(self, context: Context, kind: str, index: int, launch: Callable[[int], Child]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        kind: str,
+        index: int,
+        launch: Callable[[int], Child],
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        """`numbers`: where the processes' numbers come from, if not from this place alone."""
         self._context = context
         self._launch = launch
+        self._numbers = numbers or itertools.count(1)
         self.kind, self.index = kind, index
         self.name = f"{kind}-{index}"
         self.child: Child | None = None
@@ -36,9 +48,14 @@ class Worker:
         self.due_at: float | None = None  # the same as Unix time
 
     # --- life ----------------------------------------------------------------------------------------------------
-    def start(self) -> None:
-        self.number += 1
+    def next_number(self) -> int:
+        """Counts a process more."""
+        self.number = next(self._numbers)
         self.starts += 1
+        return self.number
+
+    def start(self) -> None:
+        self.next_number()
         self.due = self.due_at = None
         self.fatal = None
         try:
@@ -69,7 +86,7 @@ class Worker:
 
     def _fell(self, ending: Ending, *, proved: bool, tail: list[str], again: bool = True, asked: bool = False) -> None:
         clock = self._context.clock
-        self.last_exit = snapshot.Exit(cause=ending.cause, at=time.time(), stderr=tail)
+        self.last_exit = snapshot.Exit(cause=ending.cause, at=time.time(), stderr=tail[-STDERR_SHOWN:])
         if not again:
             self.due = self.due_at = None
             self._context.events.add("exit", ending.cause, self.name)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lightllmd.ipc import child
 from lightllmd.ipc.flight_record import Flight, FlightRecorder
-from lightllmd.ipc.messages import EngineConfigure, Failed, Heartbeat, Retire, Stop
+from lightllmd.ipc.messages import EngineConfigure, Failed, Heartbeat, Prepare, Prepared, Retire, Sleep, Stop, Wake
 
 HOME = Path(os.environ["STAND_IN"])
 
@@ -52,13 +52,13 @@ def main() -> None:
         sys.exit(told["exit"])
     print(f"{kind} {number} begins", flush=True)
     print("<4>a warning", flush=True)
-    born, turns = time.monotonic(), 0
+    born, turns, asleep = time.monotonic(), 0, False
     while True:
         turns += 1
         age = time.monotonic() - born
         live = orders("live")
         loading = age < told.get("load_seconds", 0)
-        phase = "load" if loading else told.get("phase", "ready")
+        phase = "load" if loading else "asleep" if asleep else told.get("phase", "ready")
         hangs = live.get("hang") == kind or told.get("hang_in") == phase
         stats = {key: float(value) for key, value in live.get(kind, {}).items()}
         progress = int(min(age / max(told.get("load_seconds", 0), 0.001), 1) * 20e9) if loading else turns
@@ -70,6 +70,10 @@ def main() -> None:
         for message in link.receive():
             fields = {name: getattr(message, name) for name in message.__struct_fields__ if name != "plan"}
             record.write(json.dumps({"at": time.time(), "message": type(message).__name__, **fields}) + "\n")
+            if isinstance(message, Prepare):
+                link.send(Prepared(message.revision, told.get("prepare_error", "")))
+            if isinstance(message, Sleep | Wake):
+                asleep = isinstance(message, Sleep)
             if isinstance(message, Stop | Retire) and not told.get("ignore_stop"):
                 sys.exit(0)
 

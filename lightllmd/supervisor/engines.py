@@ -1,0 +1,107 @@
+"""All engines: that of the revision in force, the candidate to replace it, and those that finish what they have."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from lightllmd.config.plan import Facts, Plan
+from lightllmd.ipc.messages import Down
+from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.exits import Ending
+from lightllmd.supervisor.generation import Engine
+from lightllmd.supervisor.spare import Spare
+
+SERVING, CANDIDATE, LEAVING = "engine-0", "candidate", "leaving"  # what their workers are called
+
+
+class Engines:
+    """`tell_apis` sends a message to every api worker."""
+
+    def __init__(self, context: Context, tell_apis: Callable[[Down], None]) -> None:
+        self._context = context
+        self._tell_apis = tell_apis
+        self._revisions = itertools.count(1)
+        self.spare = Spare(context)
+        self.serving = self._engine(SERVING)
+        self.candidate: Engine | None = None
+        self.leaving: list[Engine] = []
+
+    def _engine(self, name: str) -> Engine:
+        return Engine(self._context, next(self._revisions), name, self.spare, self._tell_apis)
+
+    def __iter__(self) -> Iterator[Engine]:
+        yield self.serving
+        if self.candidate is not None:
+            yield self.candidate
+        yield from self.leaving
+
+    # --- revisions -----------------------------------------------------------------------------------------------
+    def propose(self, plan: Plan, facts: Facts) -> Engine:
+        """A new candidate; it is not started."""
+        assert self.candidate is None
+        self.candidate = self._engine(CANDIDATE)
+        self.candidate.plan_for(plan, facts)
+        return self.candidate
+
+    def commit(self) -> Engine:
+        """Puts the candidate in force; the engine that was, which is leaving now."""
+        assert self.candidate is not None
+        old, self.serving, self.candidate = self.serving, self.candidate, None
+        old.rename(LEAVING)
+        self.serving.rename(SERVING)
+        self.leaving.append(old)
+        self.in_force()
+        return old
+
+    def in_force(self) -> None:
+        """Everything that starts from now on gets the serving engine's plan."""
+        engine = self.serving
+        assert engine.plan is not None
+        self._context.plan, self._context.revision = engine.encoded, engine.revision
+        self.spare.plan_for(engine.plan)
+
+    def drop_candidate(self, why: str) -> None:
+        """Given up; it is no candidate any more and ends at once."""
+        engine, self.candidate = self.candidate, None
+        if engine is not None:
+            engine.rename(LEAVING)
+            engine.end(why, now=True)
+            self.leaving.append(engine)
+
+    def forget_ended(self) -> None:
+        """Lets go of those that left: nothing of them lives or will."""
+        self.leaving = [engine for engine in self.leaving if engine.wanted or engine.generation is not None]
+
+    # --- processes -----------------------------------------------------------------------------------------------
+    def children(self) -> list[Child]:
+        present = [*(engine.child for engine in self), self.spare.child]
+        return [child for child in present if child is not None]
+
+    def owner(self, child: Child) -> Engine | None:
+        return next((engine for engine in self if engine.child is child), None)
+
+    def became_ready(self, engine: Engine) -> None:
+        engine.became_ready()
+        self.spare.keep()
+
+    def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> None:
+        # A candidate that dies has failed: its switch decides what follows.
+        engine.died(child, ending, again and engine is not self.candidate)
+
+    def api_gone(self, api: int, epoch: int) -> None:
+        for engine in self:
+            engine.api_gone(api, epoch)
+
+    def tick(self) -> None:
+        for engine in self:
+            if engine is not self.candidate:
+                engine.tick()
+        self.forget_ended()
+
+    def stop(self, why: str) -> None:
+        """All of them, for good."""
+        for engine in self:
+            engine.end(why)
+        self.spare.end(why)

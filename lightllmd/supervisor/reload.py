@@ -1,0 +1,147 @@
+"""A changed configuration file, taken up while requests go on: prepared and proven first, then in force, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from lightllmd.config import cli, models
+from lightllmd.config.cli import Invocation
+from lightllmd.config.diff import blend, diff
+from lightllmd.config.parameters import Config
+from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack
+from lightllmd.supervisor import sockets
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.engines import Engines
+from lightllmd.supervisor.frontend import FrontEnd
+from lightllmd.supervisor.switch import Steps, Switch, Waiting, await_errand
+
+
+class Settings:
+    """The configuration that the file (or the command line) says, and the model that a swap has put in its place."""
+
+    def __init__(self, invocation: Invocation) -> None:
+        self.invocation = invocation
+        self.written = invocation.config
+        self.swapped_to: str | None = None  # what the last swap was asked for
+
+    @property
+    def effective(self) -> Config:
+        return self.for_model(self.written, self.swapped_to)
+
+    @staticmethod
+    def for_model(written: Config, chosen: str | None) -> Config:
+        """`chosen` as an operator writes it; None: the file's own model. Raises NoSuchModel."""
+        if chosen is not None:
+            return models.choose(written, chosen)
+        name = models.name_of(written)
+        return written if name is None or written.http.served_model_name else models.with_model(written, name)
+
+    def reread(self) -> Config:
+        """Raises ConfigInvalid."""
+        return cli.reload(self.invocation)
+
+    def take(self, written: Config) -> None:
+        """A swap lasts as long as the file names the same model of its own."""
+        if written.params.model_dir != self.written.params.model_dir:
+            self.swapped_to = None
+        self.written = written
+
+    def after(self, written: Config) -> Config:
+        """What `take` of it would put in force."""
+        same = written.params.model_dir == self.written.params.model_dir
+        try:
+            return self.for_model(written, self.swapped_to if same else None)
+        except NoSuchModel as gone:
+            raise ControlError(f"{gone.message}, but it is served now: swap to another model first") from gone
+
+
+class Reload:
+    """Steps of one reload. `details` are the job's. `switch_to` makes a `Switch` to a configuration, `in_force` puts
+    one in force as far as it needs no new process, `relisten` changes the listeners of api workers to come."""
+
+    def __init__(
+        self,
+        context: Context,
+        engines: Engines,
+        front: FrontEnd,
+        settings: Settings,
+        details: dict[str, Any],
+        switch_to: Callable[[Config, dict[str, Any]], Switch],
+        in_force: Callable[[Config], None],
+        relisten: Callable[[list[socket.socket]], None],
+    ) -> None:
+        self._context, self._engines, self._front = context, engines, front
+        self._settings = settings
+        self._details = details
+        self._switch_to, self._in_force, self._relisten = switch_to, in_force, relisten
+
+    def steps(self, dry_run: bool) -> Steps:
+        written = yield from await_errand(
+            self._context, asyncio.to_thread(self._settings.reread), "reading the configuration"
+        )
+        old, new = self._context.config, self._settings.after(written)
+        changes = diff(old, new)
+        self._details["changes"] = [msgspec.to_builtins(change) for change in changes]
+        if not changes:
+            self._settings.take(written)
+            return "nothing changed"
+        engine = any(change.reload == "engine" for change in changes)
+        front_end = [change for change in changes if change.reload == "front end"]
+        if dry_run:
+            if engine:
+                yield from self._switch_to(new, self._details).plan()
+            return f"{len(changes)} changed, nothing was done"
+        if front_end:
+            # Alone first: an engine that fails later leaves nothing changed, since the old front end can come back.
+            yield from self._replace_front_end(blend(old, new, front_end))
+        if engine:
+            try:
+                yield from self._switch_to(new, self._details).steps()
+            except LightllmdError:
+                if front_end:
+                    yield from self._replace_front_end(old)
+                raise
+        else:
+            self._in_force(new)
+        self._settings.take(written)
+        return f"in force: {', '.join(change.key for change in changes)}"
+
+    def _replace_front_end(self, config: Config) -> Waiting[None]:
+        """Every api worker by one of this configuration, one after the other. Raises RolledBack."""
+        context, old = self._context, self._context.config
+        before = context.listeners
+        moved = (old.params.host, old.params.port) != (config.params.host, config.params.port)
+        listeners = sockets.bind(config.params.host, config.params.port) if moved else before
+        try:
+            yield from self._roll(config, listeners)
+        except LightllmdError as failure:
+            yield from self._roll(old, before)
+            if moved:
+                self._close(listeners)
+            raise RolledBack(f"{failure.message}; the front end is as it was", cause=failure.message) from failure
+        if moved:
+            self._close(before)
+
+    def _roll(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
+        self._in_force(config)
+        if listeners is not self._context.listeners:
+            self._relisten(listeners)
+        self._front.resize(config.http.workers)
+        for api in list(self._front.apis):
+            api.roll()
+            while api.rolling and not (api.worker.limited or api.worker.fatal):
+                yield f"replacing {api.worker.name}", None
+            if api.roll_failure or not api.worker.ready:
+                last = api.worker.last_exit
+                cause = api.roll_failure or (last.cause if last else "it does not come up")
+                raise ControlError(f"the replacement of {api.worker.name} failed: {cause}")
+
+    def _close(self, listeners: list[socket.socket]) -> None:
+        self._context.fd_store.forget(listeners)
+        for listener in listeners:
+            listener.close()

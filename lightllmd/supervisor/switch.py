@@ -1,0 +1,294 @@
+"""From the revision in force to the next one, for a swap or a reload: planned, prepared, proven, then committed; or
+rolled back, with the old one serving on.
+
+*Beside*: the candidate starts next to the old engine, which serves until the commit and then finishes what it has.
+*After*: new requests wait, the old engine finishes what it has and sleeps, its weights in host memory; then the
+candidate starts. It is woken if the candidate fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from lightllmd.config import resolve
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Facts, Plan
+from lightllmd.config.report import report
+from lightllmd.errors import ConfigInvalid, ControlError, DoesNotFit, LightllmdError, RolledBack
+from lightllmd.ipc.messages import Stage
+from lightllmd.supervisor import planning
+from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.engines import Engines
+from lightllmd.supervisor.errand import Errand
+from lightllmd.supervisor.frontend import FrontEnd
+from lightllmd.supervisor.generation import Engine
+from lightllmd.supervisor.worker import Worker
+
+# A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
+Result = TypeVar("Result")
+Waiting = Generator[tuple[str, float | None], None, Result]
+Steps = Waiting[str]
+
+_KEPT_ASLEEP = 700 << 20  # bytes of a GPU that a sleeping process keeps: its context and loaded kernels
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the operator asks of a switch."""
+
+    drain_timeout: float | None = None  # seconds that requests on the old model may take; None: as long as they take
+    force: bool = False  # then they are ended
+    keep: bool = False  # a candidate that fails stays in force, by the restart policy, instead of the old one
+
+
+def await_errand(context: Context, work: Coroutine[Any, Any, Result], phase: str) -> Waiting[Result]:
+    """Waits for work beside the loop; raises what it raises."""
+    errand = Errand(context, work)
+    try:
+        while not errand.done:
+            yield phase, None
+        return errand.result()
+    finally:
+        errand.cancel()
+
+
+class Switch:
+    """`details` tells how it went: it is the job's. `in_force` is called with the configuration that is committed."""
+
+    def __init__(
+        self,
+        context: Context,
+        engines: Engines,
+        front: FrontEnd,
+        config: Config,
+        config_file: str | None,
+        terms: Terms,
+        details: dict[str, Any],
+        in_force: Callable[[Config], None],
+    ) -> None:
+        self._context, self._engines, self._front = context, engines, front
+        self._config, self._config_file, self._terms = config, config_file, terms
+        self.details = details
+        self._in_force = in_force
+        self._carry = False  # what is in flight moves to the candidate
+        self._beside = True
+        self._slept = False  # the old engine was told to
+        self._phases: list[tuple[str, float]] = []
+        self._entered = time.monotonic()
+
+    # --- the way ---------------------------------------------------------------------------------------------------
+    def plan(self) -> Waiting[tuple[Plan, Facts]]:
+        """Raises ConfigInvalid, DoesNotFit; nothing has been touched then."""
+        facts = yield from await_errand(
+            self._context,
+            planning.facts_of(self._context, self._config, self._config_file),
+            "reading the model's headers",
+        )
+        made = self._resolve(facts)
+        self.details |= {"how": "beside" if self._beside else "after", "plan": report(made[0])}
+        self._passed("plan")
+        return made
+
+    def steps(self) -> Steps:
+        plan, facts = yield from self.plan()
+        old = self._engines.serving
+        self._carry = not self._beside and _goes_on(old.plan, plan)
+        candidate = self._engines.propose(plan, facts)
+        try:
+            if not self._beside:
+                yield from self._make_room(old)
+            yield from self._bring_up(candidate)
+        except LightllmdError as failure:
+            if self._terms.keep:
+                yield from self._wait_for_front_end(candidate)
+            if not self._terms.keep or self._front.unprepared(candidate.revision):
+                yield from self._roll_back(candidate, failure)
+            self.details["kept"] = failure.message
+        except GeneratorExit:
+            self._engines.drop_candidate("given up")
+            raise
+        self._commit(plan)
+        yield from self._see_off(old)
+        self.details["phases"] = self._phases
+        taken = sum(seconds for _, seconds in self._phases)
+        return f"{plan.model_name} is in force, {self.details['how']} the old one, after {taken:.1f} s"
+
+    def _make_room(self, old: Engine) -> Waiting[None]:
+        if old.child is not None:
+            old.child.send(Stage())
+        self._front.hold()
+        if not self._carry:
+            yield from self._wait_for_requests(old)
+            if not self._front.none_of(old.revision):
+                raise ControlError(
+                    f"{self._front.in_flight_of(old.revision)} requests were still in flight after "
+                    f"{self._terms.drain_timeout:g} s; with force they are ended"
+                )
+        self._passed("drain")
+        self._slept = True
+        old.sleep()
+        late = self._context.clock.now + self._context.config.supervisor.load_timeout
+        while old.child is not None and not old.asleep:
+            if self._context.clock.now >= late:
+                raise ControlError("the old engine did not fall asleep")
+            yield "putting the old engine to sleep", None
+        self._passed("sleep")
+
+    def _wait_for_requests(self, old: Engine) -> Waiting[None]:
+        """Until `old` has none left, or the terms' deadline; under force they are ended then."""
+        clock, timeout = self._context.clock, self._terms.drain_timeout
+        late = None if timeout is None else clock.now + timeout
+        name = old.plan.model_name if old.plan else ""
+        while not self._front.none_of(old.revision):
+            yield f"waiting for {self._front.in_flight_of(old.revision)} requests on {name}", None
+            if late is not None and clock.now >= late:
+                if not self._terms.force:
+                    return
+                late = None
+                self._front.cut(old.revision, "the model was replaced")
+
+    def _bring_up(self, candidate: Engine) -> Waiting[None]:
+        self._front.prepare(candidate)
+        candidate.worker.start()
+        while not (candidate.worker.ready and self._front.prepared(candidate.revision)):
+            if candidate.child is None:
+                last = candidate.worker.last_exit
+                raise ControlError(last.cause if last else "the candidate did not start")
+            if fault := self._front.unprepared(candidate.revision):
+                raise ControlError(f"the HTTP front end can't serve it: {fault}")
+            yield f"{self._name(candidate)}: {describe(candidate.worker)}", fraction(candidate.worker)
+        self._passed("start")
+
+    def _wait_for_front_end(self, candidate: Engine) -> Waiting[None]:
+        while not (self._front.prepared(candidate.revision) or self._front.unprepared(candidate.revision)):
+            yield "preparing the HTTP front end", None
+
+    def _commit(self, plan: Plan) -> None:
+        old = self._engines.commit()
+        if self._engines.serving.child is None:
+            self._engines.serving.worker.forgive()
+        self._front.commit(self._engines.serving.revision, old.revision, self._carry)
+        self._front.release()
+        self._in_force(plan.config)
+        self._context.events.add("swap", f"{plan.model_name} is in force (revision {self._engines.serving.revision})")
+        if not self._beside:
+            old.end("replaced", now=True)
+            self._front.forget(old.revision, "the model was replaced")
+
+    def _see_off(self, old: Engine) -> Waiting[None]:
+        """Beside: until the old engine has finished and ended, or the terms' deadline; it goes on without us then."""
+        if self._beside:
+            yield from self._wait_for_requests(old)
+        while old in self._engines.leaving and (not self._beside or self._front.none_of(old.revision)):
+            yield "ending the old engine", None
+        self._passed("retire")
+
+    def _roll_back(self, candidate: Engine, failure: LightllmdError) -> Waiting[None]:
+        """Raises RolledBack once the old revision serves as before; ControlError if it can't."""
+        cause, old = failure.message, self._engines.serving
+        self._context.events.add("swap", f"{self._name(candidate)} failed: {cause}; rolling back", level="warning")
+        self._engines.drop_candidate("rolled back")
+        self._front.forget(candidate.revision, "rolled back")
+        if self._slept:
+            while candidate.child is not None:
+                yield "rolling back: ending the candidate", None
+            old.wake()
+            while not old.worker.ready:
+                if old.worker.fatal is not None or old.worker.limited:
+                    self._front.release()
+                    last = old.worker.last_exit
+                    raise ControlError(f"{cause}; and the old model does not come back: {last.cause if last else ''}")
+                yield f"rolling back: {describe(old.worker)}", fraction(old.worker)
+        self._front.release()
+        self._passed("roll back")
+        self.details["phases"] = self._phases
+        name = old.plan.model_name if old.plan else "the old model"
+        raise RolledBack(f"{cause}; {name} serves on", cause=cause)
+
+    # --- the plan --------------------------------------------------------------------------------------------------
+    def _resolve(self, facts: Facts) -> tuple[Plan, Facts]:
+        """Beside, where that costs no KV slots (or is asked for), else after."""
+        how, old = self._config.supervisor.swap, self._engines.serving
+        device = facts.device
+        room = msgspec.structs.replace(device, memory_free=device.memory_free + _given_back(old))
+        alone = msgspec.structs.replace(facts, device=room)
+        beside = self._try(facts)
+        after = self._try(alone)
+        if isinstance(after, ConfigInvalid):
+            if after.short_of is None:
+                raise after
+            needed, free = after.short_of
+            raise DoesNotFit(after.message, needed=needed, free=free)
+        if isinstance(beside, Plan) and how != "after":
+            self._beside = how == "beside" or beside.max_total_token_num >= after.max_total_token_num
+            if self._beside:
+                return beside, facts
+        self._beside = False
+        return after, alone
+
+    def _try(self, facts: Facts) -> Plan | ConfigInvalid:
+        try:
+            return resolve.resolve(self._config, facts, self._config_file)
+        except ConfigInvalid as invalid:
+            return invalid
+
+    def _name(self, engine: Engine) -> str:
+        return engine.plan.model_name if engine.plan else engine.worker.name
+
+    def _passed(self, phase: str) -> None:
+        now = time.monotonic()
+        self._phases.append((phase, round(now - self._entered, 3)))
+        self._entered = now
+
+
+def _given_back(engine: Engine) -> int:
+    """Bytes that become free when it sleeps."""
+    if engine.plan is None or engine.child is None:
+        return 0
+    rows = {row.name: row.bytes for row in engine.plan.budget.rows}
+    if engine.plan.device.kind != "cuda":
+        return rows.get("kv cache", 0)  # the weights stay in the same memory
+    used = int(engine.child.stats.get("memory_used", engine.plan.budget.needed))
+    return max(used - _KEPT_ASLEEP, 0)
+
+
+def _goes_on(old: Plan | None, new: Plan) -> bool:
+    """Whether requests of the old plan can be replayed on the new one: the same model, and nothing is too long."""
+    if old is None or old.model is None or new.model is None:
+        return False
+    before, now = old.config.params, new.config.params
+    return (
+        (old.model.path, old.model.files, old.eos_id, old.vocab_size)
+        == (new.model.path, new.model.files, new.eos_id, new.vocab_size)
+        and old.tokenizer_mode == new.tokenizer_mode
+        and before.max_req_total_len <= now.max_req_total_len
+        and min(old.max_total_token_num, before.max_req_total_len * before.running_max_req_size)
+        <= new.max_total_token_num
+    )
+
+
+def fraction(worker: Worker) -> float | None:
+    """How far a loading worker has come, 0..1."""
+    vitals = worker.child.vitals if worker.child else None
+    if vitals is None or vitals.phase != "load" or not vitals.total:
+        return None
+    return min(vitals.progress / vitals.total, 1.0)
+
+
+def describe(worker: Worker) -> str:
+    """Where a worker's start has got to, for people."""
+    if worker.child is None:
+        return "down" if worker.due is None else "waiting for the next try"
+    vitals = worker.child.vitals
+    if vitals.phase == "load":
+        if vitals.total:
+            done = f"{vitals.progress / 1e9:.1f}/{vitals.total / 1e9:.1f} GB"
+            return f"Loading weights {vitals.progress / vitals.total:.0%} ({done})"
+        return "Loading weights"
+    words = {"boot": "Starting", "warmup": "Warming up", "ready": "Ready", "asleep": "Asleep"}
+    return words.get(vitals.phase, vitals.phase)
