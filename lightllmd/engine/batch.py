@@ -109,5 +109,21 @@ class Runner(Protocol):
     def collect(self, beat: Callable[[], None]) -> StepResult:
         """Waits for the oldest step that is out. Raises OutOfMemory."""
 
+    def stage(self) -> None:
+        """Begins to copy the weights to host memory, beside the steps. Again, it does nothing unless they were refused
+        before."""
+
+    def unstage(self) -> None:
+        """Gives up such a copy, or lets go of it."""
+
+    def release(self, progress: Callable[[int, int], None]) -> None:
+        """Gives back the device's memory; no step is out. What was staged is finished first (``progress(bytes,
+        total)``) and stays; without it the weights are gone. Nothing but `restore` and `unstage` follows."""
+
+    def restore(self, progress: Callable[[int, int], None]) -> None:
+        """After `release`: as `load`, of the same plan, from the staged copy if there is one, which is let go of then.
+        `prepare` follows."""
+
     def memory_stats(self) -> dict[str, float]:
-        """What loading and the steps took so far: names of gauges, bytes."""
+        """What loading and the steps took so far: names of gauges, bytes. Since `stage` also "staged_bytes" of
+        "staged_total", -1: host memory can't hold them; since `release` also "memory_asleep"."""

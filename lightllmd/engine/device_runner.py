@@ -7,11 +7,12 @@ are launched operation by operation. Sampling is launched behind the forward, ap
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from subprocess import CalledProcessError
@@ -33,7 +34,7 @@ from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import Step, StepResult, no_decode
 from lightllmd.engine.device_sampler import DeviceSampler
 from lightllmd.engine.graphs import StepGraphs
-from lightllmd.engine.loading import load_decoder, memory_errors
+from lightllmd.engine.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.memory import MemoryMeter
 from lightllmd.engine.packing import Packed, Packer
 from lightllmd.engine.staging import Download
@@ -44,6 +45,8 @@ from lightllmd.kernels.dispatch import fused_kernels
 from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.layout import Heads
 from lightllmd.models.decoder import Decoder
+from lightllmd.weights.host_copy import HostCopy
+from lightllmd.weights.layout import Weight
 
 log = logging.getLogger(__name__)
 
@@ -66,33 +69,46 @@ class DeviceRunner:
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Raises WeightsInvalid, OutOfMemory, NoUsableDevice, ConfigInvalid."""
-        device, dtype = self._open(plan.device.kind), getattr(torch, plan.data_type)
-        self._plan, self._device, params = plan, device, plan.config.params
+        self._plan, self._device, params = plan, self._open(plan.device.kind), plan.config.params
         self.overlaps = plan.config.engine.overlap
         self.slots = plan.max_total_token_num
-        self._rows, width = params.running_max_req_size, params.max_req_total_len + SPARE_WIDTH
-        with memory_errors(), torch.inference_mode():
-            self.memory = MemoryMeter(device)
-            kernels = fused_kernels(device, dtype, plan.decode_kernel)
-            with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
-                loaded = beside.submit(_load_libraries, device, dtype)
-                self.decoder = load_decoder(plan, kernels, device, dtype, progress)
-                loaded.result()
-            spec = self.decoder.spec
-            shape = (spec.layers, self.slots + 1, 2 * spec.kv_heads, spec.head_dim)
-            self.caches = list(torch.empty(shape, dtype=dtype, device=device))
-            for cache in self.caches:
-                cache[-1] = 0
-            self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
-            self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device)
-            table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
-            group, most = spec.heads // spec.kv_heads, plan.batch_max_tokens + self._rows
-            self._packer = Packer(table, self._last, self.slots, self.decoder.rope, group, most)
-            self.memory.mark_loaded()
+        self._rows = params.running_max_req_size
         self._sizes = batch_sizes(self._rows)
+        self._out: deque[_Out] = deque()
+        self._copy: HostCopy | None = None  # made by `stage`
+        with memory_errors(), torch.inference_mode():
+            self.memory = MemoryMeter(self._device)
+            with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
+                loaded = beside.submit(_load_libraries, self._device, getattr(torch, plan.data_type))
+                self._fill(progress)
+                loaded.result()
+            self.memory.mark_loaded()
+
+    def _fill(self, progress: Callable[[int, int], None]) -> None:
+        """Makes everything that lies on the device, but for the graphs."""
+        plan, device, params = self._plan, self._device, self._plan.config.params
+        dtype = getattr(torch, plan.data_type)
+        if self._copy is not None:
+            weights = self._copy.stream(progress)
+        else:
+            weights = stored_weights(plan, device, dtype, progress)
+        # As they came, for `stage`. They are those of the decoder, whose products take them over as they are.
+        self._weights: list[Weight] = []
+        kernels = fused_kernels(device, dtype, plan.decode_kernel)
+        self.decoder = build_decoder(plan, kernels, _noted(weights, self._weights), device)
+        spec = self.decoder.spec
+        shape = (spec.layers, self.slots + 1, 2 * spec.kv_heads, spec.head_dim)
+        self.caches = list(torch.empty(shape, dtype=dtype, device=device))
+        for cache in self.caches:
+            cache[-1] = 0
+        self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
+        self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device)
+        width = params.max_req_total_len + SPARE_WIDTH
+        table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
+        group, most = spec.heads // spec.kv_heads, plan.batch_max_tokens + self._rows
+        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, group, most)
         self._prefill_sizes: list[int] = []  # those that short prefills are padded to
         self._graphs: StepGraphs | None = None
-        self._out: deque[_Out] = deque()
 
     def prepare(self, beat: Callable[[], None]) -> None:
         """Captures the graphs, then runs the worst admissible steps beside them. Raises OutOfMemory."""
@@ -130,6 +146,38 @@ class DeviceRunner:
                 time.monotonic() - captured_at,
             )
 
+    # --- sleep ------------------------------------------------------------------------------------------------------
+    def stage(self) -> None:
+        if self._copy is None or self._copy.refused:
+            self._copy = HostCopy(self._weights, self._device)
+
+    def unstage(self) -> None:
+        if self._copy is not None:
+            self._copy.give_up()
+            self._copy = None
+
+    def release(self, progress: Callable[[int, int], None]) -> None:
+        """Leaves the process's context on the device, with the kernels that it loaded."""
+        if self._copy is not None:
+            self._copy.wait(progress)
+        self._out.clear()
+        del self.decoder, self.caches, self._weights, self._last, self._sampler, self._packer, self._graphs
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+        self.memory.mark_asleep()
+
+    def restore(self, progress: Callable[[int, int], None]) -> None:
+        if self._copy is not None and not self._copy.whole:
+            self._copy = None
+        with memory_errors(), torch.inference_mode():
+            self._fill(progress)
+        self._copy = None
+        self.memory.mark_loaded()
+
+    # --- steps ------------------------------------------------------------------------------------------------------
     def launch(self, step: Step, beat: Callable[[], None]) -> None:
         """A row whose logits are no numbers gets a log-probability that is none either. Raises OutOfMemory."""
         with memory_errors(), torch.inference_mode():
@@ -164,7 +212,11 @@ class DeviceRunner:
         return self.decoder.head.logits(hidden[: step.fed])
 
     def memory_stats(self) -> dict[str, float]:
-        return self.memory.stats()
+        stats = self.memory.stats()
+        if self._copy is not None:
+            stats["staged_bytes"] = -1.0 if self._copy.refused else float(self._copy.done)
+            stats["staged_total"] = float(self._copy.total)
+        return stats
 
     # --- the forward ----------------------------------------------------------------------------------------------
     def _compute(self, step: Step, rows: int, beat: Callable[[], None], every: bool = False) -> tuple[Packed, Tensor]:
@@ -238,6 +290,12 @@ class DeviceRunner:
                 message = f"Triton can't reach the GPU: {error}; it needs a C compiler and Python's headers"
                 raise NoUsableDevice(f"{message} (Debian: gcc, python3-dev)") from error
         return torch.device(kind)
+
+
+def _noted(weights: Iterable[Weight], into: list[Weight]) -> Iterator[Weight]:
+    for weight in weights:
+        into.append(weight)
+        yield weight
 
 
 @torch.inference_mode()

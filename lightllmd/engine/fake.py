@@ -137,6 +137,7 @@ class FakeRunner:
         self._model = ""  # the plan's model_dir
         self._branches: dict[int, _Branch] = {}  # by table row
         self._out: deque[_Launched] = deque()
+        self._staged = self._asleep = False
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Pretends to read load_bytes for load_seconds."""
@@ -150,14 +151,35 @@ class FakeRunner:
             progress(int(total * fraction), total)
             faults.in_load(fraction)
             if fraction >= 1.0:
-                return
+                break
             time.sleep(min(0.02, self._settings.load_seconds - elapsed))
+        self._plan = plan
 
     def prepare(self, beat: Callable[[], None]) -> None:
         pass
 
+    def stage(self) -> None:
+        self._staged = True
+
+    def unstage(self) -> None:
+        self._staged = False
+
+    def release(self, progress: Callable[[int, int], None]) -> None:
+        self._branches.clear()
+        self._out.clear()
+        self._asleep = True
+
+    def restore(self, progress: Callable[[int, int], None]) -> None:
+        """What was staged comes back at once; else it is loaded again, with the faults of that."""
+        if not self._staged:
+            self.load(self._plan, progress)
+        self._staged = self._asleep = False
+
     def memory_stats(self) -> dict[str, float]:
-        return {}
+        """Of what is staged, and that nothing is left asleep."""
+        size = float(self._settings.load_bytes)
+        staged = {"staged_bytes": size, "staged_total": size} if self._staged else {}
+        return staged | ({"memory_asleep": 0.0} if self._asleep else {})
 
     def launch(self, step: Step, beat: Callable[[], None]) -> None:
         for table_row in step.freed:

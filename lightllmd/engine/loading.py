@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from lightllmd.config.plan import Plan
+from lightllmd.config.plan import ModelFacts, Plan
 from lightllmd.errors import EngineError, OutOfMemory
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
 from lightllmd.models.families import family_of
 from lightllmd.weights import dummy, place
 from lightllmd.weights.index import open_checkpoint
+from lightllmd.weights.layout import Weight
 
 
-def load_decoder(
-    plan: Plan, kernels: Kernels, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]
-) -> Decoder:
-    """Reads the checkpoint; its files are closed again on return. Raises WeightsInvalid, OutOfMemory."""
+def stored_weights(
+    plan: Plan, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]
+) -> Iterator[Weight]:
+    """What the plan's checkpoint holds, checked as a whole before the first is yielded; random numbers of DUMMY. Its
+    files are closed again at the end. Raises WeightsInvalid, ConfigInvalid, OutOfMemory."""
+    family = family_of(_model(plan).model_type)
+    layout = family.layout(family.spec(_model(plan).hf_config))
+    if plan.config.params.load_way == "DUMMY":
+        return dummy.stream(layout, dtype, device, progress)
+    checkpoint = open_checkpoint(_model(plan))
+    place.check(checkpoint, layout)
+    return place.stream(checkpoint, layout, dtype, device, progress)
+
+
+def build_decoder(plan: Plan, kernels: Kernels, weights: Iterable[Weight], device: torch.device) -> Decoder:
+    return Decoder(family_of(_model(plan).model_type).spec(_model(plan).hf_config), kernels, weights, device)
+
+
+def _model(plan: Plan) -> ModelFacts:
     if plan.model is None:
         raise EngineError("the plan names no model")
-    family = family_of(plan.model.model_type)
-    spec = family.spec(plan.model.hf_config)
-    layout = family.layout(spec)
-    if plan.config.params.load_way == "DUMMY":
-        return Decoder(spec, kernels, dummy.stream(layout, dtype, device, progress), device)
-    checkpoint = open_checkpoint(plan.model)
-    place.check(checkpoint, layout)
-    return Decoder(spec, kernels, place.stream(checkpoint, layout, dtype, device, progress), device)
+    return plan.model
 
 
 @contextmanager

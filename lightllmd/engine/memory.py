@@ -21,6 +21,7 @@ class MemoryMeter:
         self.loaded = 0  # weights and tables, set by `mark_loaded`
         self.worst_step = 0  # most that a step took beyond what it found
         self.graphs = 0  # with all that compiling and loading kernels took
+        self.asleep: int | None = None  # set by `mark_asleep`
         self._free_when_loaded = 0
 
     def used(self) -> int:
@@ -29,7 +30,7 @@ class MemoryMeter:
         return int(self._process.memory_info().rss)
 
     def mark_loaded(self) -> None:
-        self.loaded = self.used() - self.before
+        self.loaded, self.asleep = self.used() - self.before, None
         if self.device.type == "cuda":
             self._free_when_loaded = torch.cuda.mem_get_info(self.device)[0]
 
@@ -53,6 +54,15 @@ class MemoryMeter:
             torch.cuda.synchronize(self.device)
             self.worst_step = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
+    def mark_asleep(self) -> None:
+        """All that can be given back was. Of a GPU this is what everybody has there, as long as nobody else has any the
+        process's context with the kernels that it loaded."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.asleep = total - free
+        else:
+            self.asleep = self.used()
+
     def stats(self) -> dict[str, float]:
         """For heartbeat and log: names, bytes."""
         stats = {
@@ -60,4 +70,8 @@ class MemoryMeter:
             "memory_worst_step": float(self.worst_step),
             "memory_used": float(self.used()),
         }
-        return stats | {"memory_graphs": float(self.graphs)} if self.device.type == "cuda" else stats
+        if self.device.type == "cuda":
+            stats["memory_graphs"] = float(self.graphs)
+        if self.asleep is not None:
+            stats["memory_asleep"] = float(self.asleep)
+        return stats

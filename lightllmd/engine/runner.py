@@ -3,6 +3,8 @@ and sampling state."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import Row, Step, StepResult
-from lightllmd.engine.loading import load_decoder, memory_errors
+from lightllmd.engine.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.memory import MemoryMeter
 from lightllmd.engine.sampler import Sampler
 from lightllmd.engine.table import SlotTable
 from lightllmd.kernels.dispatch import kernels_for
 from lightllmd.models.decoder import Decoder
+
+_CPU = torch.device("cpu")
 
 
 class TorchRunner:
@@ -33,25 +37,59 @@ class TorchRunner:
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Raises WeightsInvalid, OutOfMemory, ConfigInvalid."""
         torch.set_num_threads(plan.config.engine.threads or plan.device.cpu_threads)
-        device, dtype = torch.device("cpu"), getattr(torch, plan.data_type)
+        self._plan = plan
+        self._staged = False  # the weights stay when the rest goes
+        self.slots = plan.max_total_token_num
+        self.memory = MemoryMeter(_CPU)
         with memory_errors(), torch.inference_mode():
-            self.memory = MemoryMeter(device)
-            self.decoder = load_decoder(plan, kernels_for(device, dtype), device, dtype, progress)
-            spec = self.decoder.spec
-            self.slots = plan.max_total_token_num
-            shape = (self.slots, 2 * spec.kv_heads, spec.head_dim)
-            self.caches = [torch.empty(shape, dtype=dtype) for _ in range(spec.layers)]
-            params = plan.config.params
-            rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
-            self.table = SlotTable(rows, width, device, dtype)
-            self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, device)
-            self.memory.mark_loaded()
+            self._read_weights(progress)
+            self._make_room()
+
+    def _read_weights(self, progress: Callable[[int, int], None]) -> None:
+        dtype = getattr(torch, self._plan.data_type)
+        weights = stored_weights(self._plan, _CPU, dtype, progress)
+        self.decoder = build_decoder(self._plan, kernels_for(_CPU, dtype), weights, _CPU)
+
+    def _make_room(self) -> None:
+        """For all that steps leave behind."""
+        plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params
+        dtype = getattr(torch, plan.data_type)
+        shape = (self.slots, 2 * spec.kv_heads, spec.head_dim)
+        self.caches = [torch.empty(shape, dtype=dtype) for _ in range(spec.layers)]
+        rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
+        self.table = SlotTable(rows, width, _CPU, dtype)
+        self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, _CPU)
         self._newest = [0] * rows  # each table row's newest token
         self._result = StepResult([], [], [])
+        self.memory.mark_loaded()
 
     def prepare(self, beat: Callable[[], None]) -> None:
         """Nothing is compiled here, and a step takes no memory before it runs."""
 
+    # --- sleep ------------------------------------------------------------------------------------------------------
+    def stage(self) -> None:
+        """The weights are in host memory, so this only says that they are to stay there."""
+        self._staged = True
+
+    def unstage(self) -> None:
+        self._staged = False
+
+    def release(self, progress: Callable[[int, int], None]) -> None:
+        del self.caches, self.table, self.sampler, self._newest, self._result
+        if not self._staged:
+            del self.decoder
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # smaller blocks come from the heap, which keeps what is free
+        self.memory.mark_asleep()
+
+    def restore(self, progress: Callable[[int, int], None]) -> None:
+        with memory_errors(), torch.inference_mode():
+            if not self._staged:
+                self._read_weights(progress)
+            self._make_room()
+        self._staged = False
+
+    # --- steps ------------------------------------------------------------------------------------------------------
     def launch(self, step: Step, beat: Callable[[], None]) -> None:
         """Raises OutOfMemory. A row whose logits are no numbers gets a log-probability that is none either."""
         with memory_errors(), torch.inference_mode():
@@ -85,7 +123,10 @@ class TorchRunner:
         return self.decoder.head.logits(self.decoder.forward(batch, self.caches, lambda: None))
 
     def memory_stats(self) -> dict[str, float]:
-        return self.memory.stats()
+        stats = self.memory.stats()
+        if self._staged and self._plan.model is not None:
+            stats["staged_bytes"] = stats["staged_total"] = float(self._plan.model.weight_bytes)
+        return stats
 
     def _rows(self, step: Step) -> list[Row]:
         decode = step.decode

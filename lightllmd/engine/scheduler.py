@@ -268,6 +268,11 @@ class Scheduler:
             if next(iter(branches.values())).owner == (api, epoch):
                 self.abort(request)
 
+    def clear(self) -> None:
+        """Ends all requests; the tokens of steps that are out are dropped."""
+        for request in list(self._requests):
+            self.abort(request)
+
     def _never_fits(self, message: Submit) -> str | None:
         prompt, params = len(message.prompt_ids), message.params
         if not prompt or not message.branches or len(message.branches) != len(message.emitted):

@@ -84,21 +84,45 @@ class EngineWorker:
         try:
             self._runner = runner_for(self._plan)
             self._loop = StepLoop(self._scheduler, self._runner, self._launching)
-            self._enter("load")
-            self._runner.load(self._plan, self._load_progress)
-            self._enter("warmup")
-            self._runner.prepare(self._layer)
-            self._warm_up()
-            # What is here now stays: the collector need not look at it again, in the middle of some step.
-            gc.collect()
-            gc.freeze()
-            self._enter("ready")
-            if taken := self._runner.memory_stats():
-                log.info("%s", ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in taken.items()))
-            self._faults.when_ready()
-            self._serve()
+            try:
+                self._enter("load")
+                self._runner.load(self._plan, self._load_progress)
+                self._get_ready()
+                self._faults.when_ready()
+                self._serve()
+            finally:
+                self._runner.unstage()  # or its thread would go on
         finally:
             self._socket.close()
+
+    def _get_ready(self) -> None:
+        """From loaded weights on."""
+        self._enter("warmup")
+        self._runner.prepare(self._layer)
+        self._warm_up()
+        # What is here now stays: the collector need not look at it again, in the middle of some step.
+        gc.collect()
+        gc.freeze()
+        self._enter("ready")
+        if taken := self._runner.memory_stats():
+            log.info("%s", ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in taken.items()))
+
+    def _fall_asleep(self) -> None:
+        """What is still here is dropped: the api workers were told that this generation is down."""
+        self._enter("sleep")
+        self._scheduler.clear()
+        while self._loop.busy:
+            self._turn()
+        self._peers.clear()
+        gc.unfreeze()
+        self._runner.release(self._load_progress)
+        self._enter("asleep")
+
+    def _wake(self) -> None:
+        self._enter("load")
+        self._runner.restore(self._load_progress)
+        self._told = None
+        self._get_ready()
 
     def _warm_up(self) -> None:
         """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens."""
@@ -213,6 +237,8 @@ class EngineWorker:
     # --- messages ----------------------------------------------------------------------------------------------
     def _hear_api(self, message: messages.ToEngine) -> None:
         match message:
+            case messages.Submit() | messages.Hello() if self._phase == "asleep":
+                pass  # sent before it was told; it connects again when this generation is back
             case messages.Submit():
                 rejected = self._scheduler.submit(message)
                 if rejected:
@@ -236,9 +262,22 @@ class EngineWorker:
         """Acts on what was read; only between steps, since it changes what the scheduler has."""
         pending, self._pending = self._pending, []
         for message in pending:
-            if isinstance(message, messages.ApiGone):
-                self._scheduler.api_gone(message.api, message.epoch)
-                self._peers.discard((message.api, message.epoch))
+            match message:
+                case messages.ApiGone():
+                    self._scheduler.api_gone(message.api, message.epoch)
+                    self._peers.discard((message.api, message.epoch))
+                case messages.Stage() if self._phase == "ready":
+                    self._runner.stage()
+                case messages.Sleep() if self._phase == "ready":
+                    self._fall_asleep()
+                case messages.Wake():
+                    if self._phase == "asleep":
+                        self._wake()
+                    else:
+                        self._runner.unstage()
+                case messages.Tune():
+                    logging.getLogger().setLevel(message.log_level.upper())
+                    self._statistics = Statistics(message.log_stats_interval)
 
     # --- signs of life -------------------------------------------------------------------------------------------
     def _enter(self, phase: str) -> None:
@@ -272,9 +311,9 @@ class EngineWorker:
             "waiting": load.waiting,
             "paused": load.paused,
         }
-        if self._phase == "ready":
+        if self._phase in ("ready", "sleep", "asleep"):
             stats |= self._runner.memory_stats()
-        busy = self._phase != "ready" or self._loop.busy
+        busy = self._phase not in ("ready", "asleep") or self._loop.busy
         self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats))
 
     def _tell_load(self, now: float) -> None:

@@ -13,6 +13,7 @@ from lightllmd.kernels.linear import DenseLinear, Linear
 from lightllmd.models.heads import LanguageHead
 from lightllmd.models.layers import DecoderLayer, Rope
 from lightllmd.models.spec import DecoderSpec
+from lightllmd.weights.layout import Weight
 
 
 class Decoder:
@@ -22,7 +23,7 @@ class Decoder:
         self,
         spec: DecoderSpec,
         kernels: Kernels,
-        weights: Iterable[tuple[str, Tensor, Tensor | None]],
+        weights: Iterable[Weight],
         device: torch.device,
     ) -> None:
         self.spec = spec

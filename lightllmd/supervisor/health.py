@@ -50,8 +50,8 @@ class Vitals:
             self.stopped = now
 
     def hear(self, beat: Heartbeat, now: float) -> None:
-        # Only a worker in service can be idle; one that is still starting has work to do, whatever it says.
-        idle = beat.phase == "ready" and not beat.busy
+        # Only a worker in service, or asleep, can be idle; one that is still starting has work to do, whatever it says.
+        idle = beat.phase in ("ready", "asleep") and not beat.busy
         if idle or beat.phase != self.phase or beat.progress != self.progress or self.heard is None:
             self.moved = now
         self.heard = now

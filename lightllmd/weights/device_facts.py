@@ -41,10 +41,19 @@ def cpu_facts(threads: int, proc: Path = Path("/proc"), sys: Path = Path("/sys")
         name=name,
         count=1,
         memory_total=min([memory.total, *(limit for limit, _ in limits)]),
-        memory_free=max(0, min([memory.available, *(limit - used for limit, used in limits)])),
+        memory_free=_least_free(memory.available, limits),
         fast_dtypes=cpu_fast_dtypes(flags),
         cpu_threads=threads,
     )
+
+
+def free_memory() -> int:
+    """Bytes of host memory that this process can still have: what the kernel, and its control groups, leave it."""
+    return _least_free(psutil.virtual_memory().available, list(cgroup_memory()))
+
+
+def _least_free(available: int, limits: list[tuple[int, int]]) -> int:
+    return max(0, min([available, *(limit - used for limit, used in limits)]))
 
 
 def cpu_fast_dtypes(flags: set[str]) -> list[str]:

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightllmd.weights.layout import Layout, Part, Progress
+from lightllmd.weights.layout import Layout, Part, Progress, Weight
 
 MATRIX_STD, VECTOR_STD = 0.02, 0.01  # usual initialisation; norms and biases move a little, so that they matter
 CHUNK_ELEMENTS = 8 << 20  # drawn at a time: a CPU takes a tenth of a second for them
 
 
-def stream(
-    layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def stream(layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress) -> Iterator[Weight]:
     """Yields (key, tensor, bias) in the layout's order, as `place.stream` does.
 
     Matrices are normal around 0, norms around 1, biases around 0. Each part has its own seed, its number in the layout:

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from lightllmd.errors import WeightsInvalid
+from lightllmd.weights.files import WeightFile
 from lightllmd.weights.headers import TensorInfo, gguf_hf_config, read_gguf_header
 
 # GGUF's block types that gguf.dequantize turns into floats.
@@ -53,12 +54,15 @@ def hugging_face_name(name: str) -> str:
 
 
 class GgufCheckpoint:
-    """Raises WeightsInvalid for a damaged or truncated file."""
+    """Raises WeightsInvalid for a damaged, truncated or missing file."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
-        header = read_gguf_header(file)
-        config = gguf_hf_config(header)
-        self._bytes = np.memmap(file, mode="c")  # private pages: torch wants writable memory, the file stays as it is
+        try:
+            header = read_gguf_header(file)
+            config = gguf_hf_config(header)
+        except OSError as error:
+            raise WeightsInvalid(f"{file}: can't be read: {error.strerror}") from None
+        self._file = os.fspath(file)
         self.tensors: dict[str, TensorInfo] = {
             hugging_face_name(tensor.name): tensor for tensor in header.tensors if tensor.name != ROPE_FREQUENCIES
         }
@@ -74,14 +78,17 @@ class GgufCheckpoint:
         if len(info.shape) == 1:
             view = view.unsqueeze(0)
         units = view.shape[0]  # rows, or heads where those are reordered, or the whole of a vector
-        stored = self._bytes[info.offset : info.offset + info.nbytes].reshape(units, -1)
-        step = max(1, CHUNK_ELEMENTS * units // info.elements)
-        for first in range(0, units, step):
-            chunk = stored[first : first + step]
-            values = dequantize(chunk, GGMLQuantizationType[info.type])
-            target = view[first : first + step]
-            target.copy_(torch.from_numpy(values).view(target.shape))
-            yield chunk.nbytes
+        unit_bytes = info.nbytes // units
+        step = min(units, max(1, CHUNK_ELEMENTS * units // info.elements))
+        stored = np.empty((step, unit_bytes), np.uint8)
+        with WeightFile(self._file) as file:
+            for first in range(0, units, step):
+                target = view[first : first + step]
+                chunk = stored[: len(target)]
+                file.read(info.offset + first * unit_bytes, chunk.reshape(-1))
+                values = dequantize(chunk, GGMLQuantizationType[info.type])
+                target.copy_(torch.from_numpy(values).view(target.shape))
+                yield chunk.nbytes
 
     def _in_file_order(self, name: str, out: Tensor) -> Tensor:
         """`out` seen in the order of the file's rows: as it is, or ``[heads, pair, half, …]`` of rotated heads."""

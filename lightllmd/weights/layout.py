@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint read, bytes in all)
+Weight = tuple[str, Tensor, Tensor | None]  # a target's key, its tensor, its bias
 
 
 @dataclass(frozen=True)

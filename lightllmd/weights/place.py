@@ -10,7 +10,7 @@ from torch import Tensor
 from lightllmd.errors import WeightsInvalid
 from lightllmd.weights import staged
 from lightllmd.weights.index import Checkpoint
-from lightllmd.weights.layout import Layout, Part, Progress
+from lightllmd.weights.layout import Layout, Part, Progress, Weight
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
 
@@ -40,7 +40,7 @@ def _missing(parts: list[Part]) -> str:
 
 def stream(
     checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+) -> Iterator[Weight]:
     """Yields (key, tensor, bias) in the layout's order; holds nothing back, so the caller decides what stays.
 
     The checkpoint has been checked. Each part is converted to `dtype` on its way into its place.
@@ -52,7 +52,7 @@ def stream(
 
 def _read(
     checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+) -> Iterator[Weight]:
     """Each part is converted as it is read, and a tensor goes to the device when it is whole."""
     every = [part for target in layout.targets for part in target.parts + target.bias]
     total = sum(checkpoint.tensors[part.name].nbytes for part in every)

@@ -145,8 +145,9 @@ def test_every_readable_block_type_is_read_as_the_gguf_package_reads_it(tmp_path
     write_gguf(file, {**BASE, **WIDE}, Kind.F32)
     checkpoint = GgufCheckpoint(file)
     info = checkpoint.tensors["model.embed_tokens.weight"]
-    checkpoint.tensors["raw"] = replace(info, name="raw", shape=(rows, columns), type=kind, offset=0, nbytes=raw.nbytes)
-    checkpoint._bytes = raw.reshape(-1)
+    where = {"offset": file.stat().st_size, "nbytes": raw.nbytes}
+    checkpoint.tensors["raw"] = replace(info, name="raw", shape=(rows, columns), type=kind, **where)
+    file.write_bytes(file.read_bytes() + raw.tobytes())
     out = torch.empty(rows, columns)
     assert sum(checkpoint.read("raw", out)) == raw.nbytes
     expected = torch.from_numpy(gguf.dequantize(raw, Kind[kind]).astype(np.float32)).view(rows, columns)

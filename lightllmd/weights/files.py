@@ -1,0 +1,43 @@
+"""Bytes of weight files, read and never mapped: a file that is cut off meanwhile gives an error, where touching its
+mapping would end the process (SIGBUS)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from lightllmd.errors import WeightsInvalid
+
+
+class WeightFile:
+    """One file, open for as long as the context lasts. Any thread may read. Raises WeightsInvalid."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, into: np.ndarray) -> None:
+        """Fills `into` (bytes) from `offset` on. The kernel is asked to fetch them in one go."""
+        wanted, at = memoryview(into), 0
+        try:
+            os.posix_fadvise(self._descriptor, offset, len(wanted), os.POSIX_FADV_WILLNEED)
+            while at < len(wanted):
+                count = os.preadv(self._descriptor, [wanted[at:]], offset + at)
+                if not count:
+                    raise WeightsInvalid(f"{self._path}: truncated while it was read: it ends at byte {offset + at}")
+                at += count
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: OSError) -> WeightsInvalid:
+        return WeightsInvalid(f"{self._path}: can't be read: {error.strerror}")
