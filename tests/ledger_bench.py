@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightllmd.api.branch import Branch
-from lightllmd.api.ledger import Entry, Ledger
+from lightllmd.api.entry import Entry
+from lightllmd.api.ledger import Ledger, Tally
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
     Abort,
@@ -51,7 +52,9 @@ class Bench:
         self.links: list[FakeLink] = []
         self.ended: list[Entry] = []
         options = {"hold_timeout": 120.0, "max_held": 1000} | options
-        self.ledger = Ledger(0, 1, connect=self._connect, on_end=self.ended.append, clock=lambda: self.now, **options)
+        self.tally = Tally(0, 1)
+        self.options = {"connect": self._connect, "on_end": self.ended.append, "clock": lambda: self.now} | options
+        self.ledger = Ledger(self.tally, **self.options)
         self.generation = 0
 
     def _connect(self, endpoint: str) -> FakeLink:
@@ -61,6 +64,10 @@ class Bench:
     @property
     def link(self) -> FakeLink:
         return self.links[-1]
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return {"in_flight": self.ledger.in_flight, "held": self.ledger.held, **self.tally.counts}
 
     def up(self) -> FakeLink:
         self.generation += 1

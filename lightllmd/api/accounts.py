@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightllmd.api.ledger import Entry
+from lightllmd.api.entry import Entry
 from lightllmd.errors import ClientClosed, LightllmdError
 from lightllmd.observe.metrics import ApiMetrics
 
@@ -16,13 +15,10 @@ class Accounts:
         self._metrics = metrics
 
     @contextmanager
-    def admission(self) -> Iterator[float]:
-        """Around parsing, checking and handing over; a refusal there is a request that entered and failed.
-
-        Gives the time of arrival, time.monotonic().
-        """
+    def admission(self) -> Iterator[None]:
+        """Around parsing, checking and handing over; a refusal there is a request that entered and failed."""
         try:
-            yield time.monotonic()
+            yield
         except LightllmdError as error:
             self._metrics.entered()
             if not isinstance(error, ClientClosed):

@@ -15,29 +15,28 @@ from lightllmd.api import native, openai, probes
 from lightllmd.api.auth import BearerKeys
 from lightllmd.api.bodies import schemas
 from lightllmd.api.errors import MethodNotAllowed, error_response
-from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody
+from lightllmd.api.revisions import Revisions
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
 
 
-def build_app(front: FrontEnd, *, metrics_dir: str, api_keys: list[str]) -> FastAPI:
-    """`api_keys`: empty for no authentication."""
+def build_app(revisions: Revisions, *, metrics_dir: str, api_keys: list[str]) -> FastAPI:
+    """`api_keys`: empty for no authentication. CORS is as the first revision says; to change it takes a new process."""
+    http = revisions.front.http
     app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
-    app.include_router(native.router(front))
-    app.include_router(openai.router(front))
-    app.include_router(probes.router(front, metrics_dir))
+    app.include_router(native.router(revisions))
+    app.include_router(openai.router(revisions))
+    app.include_router(probes.router(revisions, metrics_dir))
     _document(app)
     app.add_exception_handler(LightllmdError, _known)
     app.add_exception_handler(HTTPException, _by_framework)
     app.add_exception_handler(Exception, _unexpected)
     if api_keys:
         app.add_middleware(BearerKeys, keys=api_keys)
-    if front.http.cors_origins:
+    if http.cors_origins:
         # Outermost: a browser's preflight request carries no key.
-        app.add_middleware(
-            CORSMiddleware, allow_origins=front.http.cors_origins, allow_methods=["*"], allow_headers=["*"]
-        )
+        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
 
 

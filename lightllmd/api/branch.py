@@ -22,7 +22,7 @@ class Branch:
         self.logprobs: list[float] = []
         self.alternatives: list[list[tuple[int, float]] | None] = []
         self.texts: list[str] = []
-        self.finish: str | None = None  # "stop" | "length"
+        self.finish: str | None = None  # "stop" | "length" | "abort"
         self._detokenizer = detokenizer
         self._stop = stop
 
@@ -47,6 +47,11 @@ class Branch:
         if self.finish is None and finish != FINISH_NONE:
             self.finish = "length" if finish == FINISH_LENGTH else "stop"
         return stop is not None and stop.stopped and finish == FINISH_NONE
+
+    def abort(self) -> None:
+        """Ends it where it is, if it hasn't ended; text that is held back (see above) stays unsaid."""
+        if self.finish is None:
+            self.finish = "abort"
 
     @property
     def text(self) -> str:

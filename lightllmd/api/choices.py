@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from lightllmd.api.branch import Branch
+from lightllmd.api.entry import Entry
 from lightllmd.api.errors import openai_error
-from lightllmd.api.ledger import Entry
 from lightllmd.errors import RequestError
 from lightllmd.text.interface import Tokenizer
 
@@ -151,9 +151,10 @@ class CompletionShape(Shape):
     def pieces(self, choice: Choice) -> list[dict[str, Any]]:
         branch = choice.branch
         first, count = choice.sent, len(branch.ids)
-        if count == first:
+        if count == first and (branch.finish is None or choice.finished):
             return []
         choice.sent = count
+        choice.finished = branch.finish is not None
         text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
         logprobs = self._logprobs(branch, first, count, choice.offset)
         choice.offset += len(text)
@@ -207,4 +208,8 @@ class Chunks:
         return b'%b],"usage":%b}\n\ndata: [DONE]\n\n' % (self._head, _json.encode(usage(self._entries)))
 
     def error(self, error: RequestError) -> bytes:
-        return b"data: %b\n\ndata: [DONE]\n\n" % _json.encode(openai_error(error))
+        return error_frame(error)
+
+
+def error_frame(error: RequestError) -> bytes:
+    return b"data: %b\n\ndata: [DONE]\n\n" % _json.encode(openai_error(error))

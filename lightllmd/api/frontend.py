@@ -1,4 +1,4 @@
-"""What every route shares: the plan, the tokenizer, the ledger, the answers to health questions."""
+"""What answers requests with one revision: its plan, tokenizer, limits and ledger."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import msgspec
 
 from lightllmd.api.accounts import Accounts
 from lightllmd.api.branch import Branch
-from lightllmd.api.ledger import Entry, Ledger
+from lightllmd.api.entry import Entry
+from lightllmd.api.ledger import Ledger
 from lightllmd.api.limits import Limits
-from lightllmd.api.reply import EventStream, Pending, Signal
+from lightllmd.api.reply import Pending, Signal
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopMatcher
 
 _INLINE = 16 << 10  # characters; tokenised in a few milliseconds
+_PROBE = [0]  # any model has a token 0
 Result = TypeVar("Result")
 
 
@@ -62,10 +64,8 @@ class FrontEnd:
         self.limits = Limits.of(plan)
         self.http = plan.config.http
         self.model_name = plan.config.http.served_model_name or plan.model_name
-        self.healthy = False  # what the supervisor last said
-        self.reason = "the engine is starting"
-        self.retry_after = 5.0
-        self.streams: set[EventStream] = set()  # those that are open
+        self.entering = 0  # requests that are past the gate and not in the ledger yet; see Revisions.entered
+        self.heir: FrontEnd | None = None  # gets what is opened here
 
     # --- text -----------------------------------------------------------------------------------------------------
 
@@ -96,6 +96,8 @@ class FrontEnd:
 
     def open(self, jobs: list[Job], arrived_at: float) -> Pending:
         """Enters every job into the ledger, or none. Raises NotReady, QueueFull."""
+        if self.heir is not None:
+            return self.heir.open(jobs, arrived_at)
         signal = Signal()
         entries: list[Entry] = []
         try:
@@ -111,23 +113,24 @@ class FrontEnd:
             raise
         for entry in entries:
             self.accounts.submitted(entry)
-        return Pending(self.ledger, entries, signal)
+        return Pending(entries, signal)
 
-    def tick(self, now: float) -> None:
-        """Ends what was held too long, keeps quiet streams alive. Called a few times a second."""
-        self.ledger.expire()
-        for stream in self.streams:
-            stream.keep_alive(now, self.http.hold_keepalive)
-
-    # --- health ---------------------------------------------------------------------------------------------------
+    def bequeath(self, heir: FrontEnd) -> None:
+        """`heir` serves the same model: it goes on with what is in flight here, and gets what is on its way in."""
+        self.ledger.hand_over(heir.ledger)
+        self.heir = heir
 
     @property
-    def trouble(self) -> str | None:
-        """Why this worker is not ready; None when it is."""
-        if self.ledger.refusal is not None:
-            return self.ledger.refusal
-        if not self.healthy:
-            return self.reason
-        if not self.ledger.connected:
-            return "the engine is being restarted"
-        return None
+    def in_flight(self) -> int:
+        return self.ledger.in_flight + self.entering
+
+    async def probe(self) -> None:
+        """Has the engine make one token, for nobody. Raises RequestError when it can't, or dies first."""
+        signal = Signal()
+        branches = [self.branch(0, _PROBE, TextOptions())]
+        params = SamplingParams(max_new_tokens=1, ignore_eos=True)
+        entry = self.ledger.open(_PROBE, params, branches, signal.set, private=True)
+        while entry.outcome is None:
+            await signal.wait()
+        if entry.error is not None:
+            raise entry.error

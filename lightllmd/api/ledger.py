@@ -1,4 +1,5 @@
-"""The record of every request in flight. It outlives engine generations: what one lost, the next goes on with.
+"""The record of every request in flight of one revision. It outlives engine generations: what one lost, the next goes
+on with; and where the next revision serves the same model, that revision's ledger takes over what is in flight.
 
 Pure logic: no HTTP, no sockets, no event loop. A `Link` carries messages to one generation; `notify` of an entry
 tells its reader that something changed. All calls come from one thread.
@@ -19,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from lightllmd.api.branch import Branch
+from lightllmd.api.entry import Entry
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, SamplingParams, StepOutput, Submit
@@ -39,60 +41,18 @@ class Link(Protocol):
         """Drops what was sent and what was received but not read."""
 
 
-class Entry:
-    """One request in flight. Changed by the ledger only; read by the response that streams it."""
+class Tally:
+    """What all ledgers of one api worker share: whose requests they have, their numbers, the totals of their ends."""
 
-    __slots__ = (
-        "arrival_ns",
-        "arrived_at",
-        "branches",
-        "ended_at",
-        "error",
-        "first_token_at",
-        "held_since",
-        "notify",
-        "outcome",
-        "params",
-        "prompt_ids",
-        "proven",
-        "request",
-        "started_at",
-        "submitted",
-        "suspect",
-        "trial_deaths",
-    )
+    def __init__(self, api: int, epoch: int) -> None:
+        self.api = api
+        self.epoch = epoch
+        self.counts = {"ok": 0, "cancelled": 0, "failed": 0, "resumed": 0}
+        self._sequence = 0
 
-    def __init__(
-        self,
-        request: int,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        branches: list[Branch],
-        notify: Callable[[], None],
-        arrived_at: float,
-        now: float,
-    ) -> None:
-        self.request = request
-        self.arrival_ns = time.monotonic_ns()
-        self.prompt_ids = prompt_ids
-        self.params = params
-        self.branches = branches
-        self.notify = notify
-        self.error: RequestError | None = None
-        self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
-        self.submitted = False  # to any generation
-        self.proven = False  # has a token of the generation that it was last submitted to
-        self.suspect = False
-        self.trial_deaths = 0
-        self.held_since: float | None = None
-        self.arrived_at = arrived_at  # seconds of the ledger's clock: when its HTTP request came
-        self.started_at = now
-        self.first_token_at: float | None = None
-        self.ended_at: float | None = None
-
-    @property
-    def generated(self) -> int:
-        return sum(len(branch.ids) for branch in self.branches)
+    def next_number(self) -> int:
+        self._sequence += 1
+        return messages.request_id(self.api, self.epoch, self._sequence)
 
 
 class Ledger:
@@ -100,8 +60,7 @@ class Ledger:
 
     def __init__(
         self,
-        api: int,
-        epoch: int,
+        tally: Tally,
         *,
         hold_timeout: float,
         max_held: int,
@@ -109,20 +68,17 @@ class Ledger:
         on_end: Callable[[Entry], None] = lambda entry: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.api = api
-        self.epoch = epoch
+        self.tally = tally
         self.hold_timeout = hold_timeout
         self.max_held = max_held
         self.generation: int | None = None
         self.load: Load | None = None  # the scheduler's last word; None without an engine
         self.refusal: str | None = None  # the reason while new requests are refused
-        self.counts = {"ok": 0, "cancelled": 0, "failed": 0, "resumed": 0}
         self._connect = connect
         self._on_end = on_end
         self._clock = clock
         self._link: Link | None = None
-        self._entries: dict[int, Entry] = {}  # in arrival order
-        self._sequence = 0
+        self._entries: dict[int, Entry] = {}  # by number, which is arrival order
         self._touched: set[Entry] = set()  # readers to notify once the messages at hand are all read
 
     # --- requests -------------------------------------------------------------------------------------------
@@ -136,20 +92,24 @@ class Ledger:
         *,
         seed: int | None = None,
         arrived_at: float | None = None,
+        private: bool = False,
     ) -> Entry:
         """Takes a request, draws its seed if it has none, and sends it to the engine or holds it.
 
-        Raises NotReady while refusing, QueueFull when `max_held` requests are held already.
+        Raises NotReady while refusing, QueueFull when `max_held` requests are held already. A `private` one is taken
+        whenever there is an engine, and only then.
         """
-        if self.refusal is not None:
+        if private and self._link is None:
+            raise NotReady("no engine is ready")
+        if self.refusal is not None and not private:
             raise NotReady(self.refusal)
         if self._link is None and len(self._entries) >= self.max_held:
             raise QueueFull(f"{self.max_held} requests are waiting for the engine to be ready", retry_after=5.0)
-        self._sequence += 1
         params = msgspec.structs.replace(params, seed=secrets.randbits(63) if seed is None else seed)
-        number = messages.request_id(self.api, self.epoch, self._sequence)
+        number = self.tally.next_number()
         now = self._clock()
-        entry = Entry(number, prompt_ids, params, branches, notify, now if arrived_at is None else arrived_at, now)
+        arrived_at = now if arrived_at is None else arrived_at
+        entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private)
         self._entries[number] = entry
         if self._link is None:
             entry.held_since = now
@@ -178,6 +138,30 @@ class Ledger:
         for entry in list(self._entries.values()):
             self.fail(entry, error)
 
+    def abandon(self, reason: str) -> None:
+        """No engine will ever serve this ledger again. What is in flight ends where it is: its branches finish with
+        "abort", for a reader that has shown some of their text; the error is for the others."""
+        self.refuse(reason)
+        for entry in self._entries.values():
+            for branch in entry.branches:
+                branch.abort()
+        self.fail_all(NotReady(reason))
+        if self._link is not None:
+            self._drop_link()
+
+    def hand_over(self, heir: Ledger) -> None:
+        """Everything in flight goes on in `heir`, whose revision serves the same model: replayed there, or held until
+        its engine is up. Lengths were checked by this revision's limits; what the heir's engine can't take, it
+        rejects."""
+        if self._link is not None:
+            self._drop_link()
+        moved, self._entries = self._entries, {}
+        for entry in moved.values():
+            entry.ledger = heir
+        heir._entries = dict(sorted((heir._entries | moved).items()))
+        if heir._link is not None:
+            heir._resume(list(moved.values()))
+
     def expire(self) -> None:
         """Ends what has been held longer than `hold_timeout`. Call a few times a second."""
         if self._link is not None:
@@ -198,9 +182,11 @@ class Ledger:
             self._drop_link()
         self.generation = generation
         self._link = self._connect(endpoint)
-        entries = list(self._entries.values())
+        self._resume(list(self._entries.values()))
+
+    def _resume(self, entries: list[Entry]) -> None:
         replayed = [entry for entry in entries if entry.submitted]
-        self.counts["resumed"] += len(replayed)
+        self.tally.counts["resumed"] += len(replayed)
         for entry in replayed + [entry for entry in entries if not entry.submitted]:
             self._submit(entry)
 
@@ -220,8 +206,10 @@ class Ledger:
         self._link = None
         self.load = None
         now = self._clock()
-        for entry in self._entries.values():
+        for entry in list(self._entries.values()):
             entry.held_since = now
+            if entry.private:
+                self.fail(entry, NotReady("the engine went down"))
 
     def _accuse(self, entry: Entry, self_inflicted: bool) -> None:
         if not entry.suspect:
@@ -237,8 +225,8 @@ class Ledger:
         self._link.send(
             Submit(
                 entry.request,
-                self.api,
-                self.epoch,
+                self.tally.api,
+                self.tally.epoch,
                 entry.arrival_ns,
                 entry.prompt_ids,
                 entry.params,
@@ -341,8 +329,9 @@ class Ledger:
         entry.outcome = outcome
         entry.ended_at = self._clock()
         del self._entries[entry.request]
-        self.counts[outcome] += 1
-        self._on_end(entry)
+        if not entry.private:
+            self.tally.counts[outcome] += 1
+            self._on_end(entry)
 
     @property
     def connected(self) -> bool:
@@ -353,6 +342,10 @@ class Ledger:
         """Those in flight, in arrival order."""
         return self._entries.values()
 
-    def stats(self) -> dict[str, float]:
-        in_flight = len(self._entries)
-        return {"in_flight": in_flight, "held": 0 if self.connected else in_flight, **self.counts}
+    @property
+    def in_flight(self) -> int:
+        return len(self._entries)
+
+    @property
+    def held(self) -> int:
+        return 0 if self.connected else len(self._entries)

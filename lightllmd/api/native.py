@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,11 +13,12 @@ from starlette.responses import Response
 
 from lightllmd.api import bodies
 from lightllmd.api.branch import Branch
+from lightllmd.api.entry import Entry
 from lightllmd.api.frontend import FrontEnd, Job, TextOptions
-from lightllmd.api.ledger import Entry
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.reply import EventStream, Pending
 from lightllmd.api.responses import json_response, on_each
+from lightllmd.api.revisions import Revisions
 from lightllmd.errors import InvalidRequest, RequestError
 
 _json = msgspec.json.Encoder()
@@ -44,8 +47,11 @@ class Frame(msgspec.Struct):
     details: None = None
 
 
+NO_TOKEN = -1  # the id in the last frame of an answer that was broken off; its text is empty
+
+
 class TokenFrames:
-    """One frame per token, of the only branch of `entry`."""
+    """One frame per token, of the only branch of `entry`; "abort" comes without a token, in a frame of its own."""
 
     def __init__(self, entry: Entry, special: frozenset[int]) -> None:
         self.branch = entry.branches[0]
@@ -56,24 +62,32 @@ class TokenFrames:
     def take(self) -> bytes:
         branch, special, prompt_tokens, encode = self.branch, self.special, self.prompt_tokens, _json.encode
         first, count = self.sent, len(branch.ids)
-        if first == count:
+        aborted = branch.finish == "abort"
+        if first == count and not aborted:
             return b""
         self.sent = count
         parts = []
         for index in range(first, count):
             token = branch.ids[index]
-            finish = branch.finish if index + 1 == count else None
+            finish = branch.finish if index + 1 == count and not aborted else None
             shown = Token(
                 token, branch.texts[index], branch.logprobs[index], token in special, index + 1, prompt_tokens
             )
             parts.append(b"data:%b\n\n" % encode(Frame(shown, None, finish is not None, finish)))
+        if aborted:
+            shown = Token(NO_TOKEN, "", 0.0, True, count, prompt_tokens)
+            parts.append(b"data:%b\n\n" % encode(Frame(shown, None, True, "abort")))
         return b"".join(parts)
 
     def end(self) -> bytes:
         return b""
 
     def error(self, error: RequestError) -> bytes:
-        return b"data:%b\n\n" % _json.encode({"message": error.message, "status": error.status})
+        return error_frame(error)
+
+
+def error_frame(error: RequestError) -> bytes:
+    return b"data:%b\n\n" % _json.encode({"message": error.message, "status": error.status})
 
 
 def detailed_tokens(branch: Branch, prompt_tokens: int, special: frozenset[int]) -> list[DetailedToken]:
@@ -121,15 +135,6 @@ async def prepare(front: FrontEnd, body: GenerateBody) -> Job:
     return Job(prompt_ids, parameters.sampling(), parameters.drawn_seed, text)
 
 
-async def respond(front: FrontEnd, request: Request, pending: Pending, return_details: bool) -> Response:
-    await pending.finish(request.receive)
-    return json_response(generated(pending.entries[0], front.special_ids, return_details))
-
-
-def stream(front: FrontEnd, pending: Pending) -> Response:
-    return EventStream(pending, TokenFrames(pending.entries[0], front.special_ids), front.streams)
-
-
 def one_sequence(body: GenerateBody) -> None:
     """Raises InvalidRequest for what a stream can't do."""
     asked = body.parameters.sequences
@@ -137,44 +142,59 @@ def one_sequence(body: GenerateBody) -> None:
         raise InvalidRequest(f"parameters.best_of: a stream has one sequence, so should be 1; got {asked}")
 
 
-def router(front: FrontEnd) -> APIRouter:
+def router(revisions: Revisions) -> APIRouter:
     routes = APIRouter(tags=["lightllm"])
-    limit = front.http.max_body_bytes
+    limit = revisions.front.http.max_body_bytes
+    admission = revisions.accounts.admission
+
+    async def opened(request: Request, body: GenerateBody, arrived_at: float) -> tuple[FrontEnd, Pending]:
+        with admission():
+            async with revisions.entered(request.receive) as front:
+                return front, front.open([await prepare(front, body)], arrived_at)
+
+    async def whole(request: Request, body: GenerateBody, arrived_at: float) -> Response:
+        front, pending = await opened(request, body, arrived_at)
+        await pending.finish(request.receive)
+        return json_response(generated(pending.entries[0], front.special_ids, body.parameters.return_details))
+
+    async def stream(request: Request, body: GenerateBody, arrived_at: float) -> EventStream:
+        front, pending = await opened(request, body, arrived_at)
+        return EventStream(pending, TokenFrames(pending.entries[0], front.special_ids), revisions.streams)
 
     @routes.post("/generate", openapi_extra=bodies.documented(GenerateBody))
     async def generate(request: Request) -> Response:
         """Generates, then answers with the whole text."""
-        with front.accounts.admission() as arrived_at:
+        arrived_at = time.monotonic()
+        with admission():
             body = await bodies.parse(request, GenerateBody, limit)
-            pending = front.open([await prepare(front, body)], arrived_at)
-        return await respond(front, request, pending, body.parameters.return_details)
+        return await whole(request, body, arrived_at)
 
     @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody))
     async def generate_stream(request: Request) -> Response:
         """Server-sent events, one frame per token."""
-        with front.accounts.admission() as arrived_at:
+        arrived_at = time.monotonic()
+        with admission():
             body = await bodies.parse(request, GenerateBody, limit)
             one_sequence(body)
-            pending = front.open([await prepare(front, body)], arrived_at)
-        return stream(front, pending)
+        return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
 
     @routes.post("/", openapi_extra=bodies.documented(GenerateOrStreamBody))
     async def either(request: Request) -> Response:
         """/generate_stream if `stream` is true, else /generate."""
-        with front.accounts.admission() as arrived_at:
+        arrived_at = time.monotonic()
+        with admission():
             body = await bodies.parse(request, GenerateOrStreamBody, limit)
             if body.stream:
                 one_sequence(body)
-            pending = front.open([await prepare(front, body)], arrived_at)
         if body.stream:
-            return stream(front, pending)
-        return await respond(front, request, pending, body.parameters.return_details)
+            return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
+        return await whole(request, body, arrived_at)
 
     @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:
         """Counts a text's tokens, special ones included."""
         body = await bodies.parse(request, TokensBody, limit)
         special = body.parameters.get("add_special_tokens", True)
-        return json_response({"ntokens": len(await front.encode(body.text, add_special_tokens=special))})
+        return json_response({"ntokens": len(await revisions.front.encode(body.text, add_special_tokens=special))})
 
     return routes

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd.api import bodies
-from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Shape, usage
+from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Shape, error_frame, usage
 from lightllmd.api.frontend import FrontEnd, Job, TextOptions
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.reply import EventStream, Pending
 from lightllmd.api.responses import json_response
+from lightllmd.api.revisions import Revisions
 from lightllmd.errors import NotFound
+
+Kind = TypeVar("Kind", bound=OpenAIBody)
 
 
 def job(front: FrontEnd, body: OpenAIBody, prompt_ids: list[int], field: str) -> Job:
@@ -50,20 +54,9 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     return jobs
 
 
-async def chat_job(front: FrontEnd, body: ChatBody) -> Job:
+async def chat_jobs(front: FrontEnd, body: ChatBody) -> list[Job]:
     ids = await front.encode_chat([message.model_dump() for message in body.messages])
-    return job(front, body, ids, "messages")
-
-
-def known_models(front: FrontEnd) -> list[str]:
-    return [front.model_name, *(name for name in front.plan.config.models if name != front.model_name)]
-
-
-def check_model(front: FrontEnd, name: str | None) -> None:
-    """Any name will do while one model is configured. Raises NotFound."""
-    known = known_models(front)
-    if name is not None and len(known) > 1 and name not in known:
-        raise NotFound(f"model: {name!r} is not one of {', '.join(known)}", param="model", code="model_not_found")
+    return [job(front, body, ids, "messages")]
 
 
 def choices_of(pending: Pending, n: int) -> list[Choice]:
@@ -77,71 +70,89 @@ def choices_of(pending: Pending, n: int) -> list[Choice]:
     return picked
 
 
-async def respond(front: FrontEnd, request: Request, body: OpenAIBody, pending: Pending, shape: Shape) -> Response:
-    if body.stream:
-        chunks = Chunks(shape, choices_of(pending, body.n or 1), pending.entries, body.include_usage)
-        return EventStream(pending, chunks, front.streams)
-    await pending.finish(request.receive)
-    return json_response(
-        {
-            "id": shape.id,
-            "object": shape.object,
-            "created": shape.created,
-            "model": shape.model,
-            "choices": [shape.whole(choice) for choice in choices_of(pending, body.n or 1)],
-            "usage": usage(pending.entries),
-        }
-    )
+def completion_shape(front: FrontEnd, body: CompletionBody) -> Shape:
+    echoed = _echoed(front, body) if body.echo else ()
+    return CompletionShape(_new_id("cmpl"), front.model_name, front.tokenizer, body.alternatives, echoed)
 
 
-def model_card(name: str, created: int, front: FrontEnd) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "lightllmd",
-        "max_model_len": front.limits.max_req_total_len,
-    }
+def chat_shape(front: FrontEnd, body: ChatBody) -> Shape:
+    return ChatShape(_new_id("chatcmpl"), front.model_name, front.tokenizer, body.alternatives)
 
 
-def router(front: FrontEnd) -> APIRouter:
+def model_card(name: str, created: int, served: FrontEnd | None) -> dict[str, Any]:
+    """`served`: by whom, if now."""
+    card = {"id": name, "object": "model", "created": created, "owned_by": "lightllmd", "served": served is not None}
+    return card if served is None else card | {"max_model_len": served.limits.max_req_total_len}
+
+
+def router(revisions: Revisions) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["openai"])
-    limit = front.http.max_body_bytes
+    limit = revisions.front.http.max_body_bytes
+    admission = revisions.accounts.admission
     started = int(time.time())
+
+    def cards() -> dict[str, dict[str, Any]]:
+        """By name; the served one first."""
+        front = revisions.front
+        served = {front.model_name: model_card(front.model_name, started, front)}
+        return served | {name: model_card(name, started, None) for name in revisions.others()}
 
     @routes.get("/models")
     async def models() -> Response:
         """The served model, and those that could be swapped in."""
-        cards = [model_card(name, started, front) for name in known_models(front)]
-        return json_response({"object": "list", "data": cards})
+        return json_response({"object": "list", "data": list(cards().values())})
 
     @routes.get("/models/{name:path}")
     async def model(name: str) -> Response:
-        if name not in known_models(front):
-            raise NotFound(f"model: {name!r} is not one of {', '.join(known_models(front))}", code="model_not_found")
-        return json_response(model_card(name, started, front))
+        known = cards()
+        if name not in known:
+            raise NotFound(f"model: {name!r} is not one of {', '.join(known)}", code="model_not_found")
+        return json_response(known[name])
+
+    async def answer(
+        request: Request,
+        body: Kind,
+        arrived_at: float,
+        jobs_of: Callable[[FrontEnd, Kind], Awaitable[list[Job]]],
+        shape_of: Callable[[FrontEnd, Kind], Shape],
+    ) -> Response:
+        with admission():
+            async with revisions.entered(request.receive) as front:
+                revisions.check_name(front, body.model)
+                pending = front.open(await jobs_of(front, body), arrived_at)
+        shape = shape_of(front, body)
+        if body.stream:
+            chunks = Chunks(shape, choices_of(pending, body.n or 1), pending.entries, body.include_usage)
+            return EventStream(pending, chunks, revisions.streams)
+        await pending.finish(request.receive)
+        return json_response(
+            {
+                "id": shape.id,
+                "object": shape.object,
+                "created": shape.created,
+                "model": shape.model,
+                "choices": [shape.whole(choice) for choice in choices_of(pending, body.n or 1)],
+                "usage": usage(pending.entries),
+            }
+        )
 
     @routes.post("/completions", openapi_extra=bodies.documented(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continues one prompt or several, given as text or as token ids."""
-        with front.accounts.admission() as arrived_at:
+        arrived_at = time.monotonic()
+        with admission():
             body = await bodies.parse(request, CompletionBody, limit)
-            check_model(front, body.model)
-            jobs = await completion_jobs(front, body)
-            pending = front.open(jobs, arrived_at)
-        echoed = _echoed(front, body) if body.echo else ()
-        shape = CompletionShape(_new_id("cmpl"), front.model_name, front.tokenizer, body.alternatives, echoed)
-        return await respond(front, request, body, pending, shape)
+        make = partial(answer, request, body, arrived_at, completion_jobs, completion_shape)
+        return await (revisions.stream(make, error_frame) if body.stream else make())
 
     @routes.post("/chat/completions", openapi_extra=bodies.documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation, rendered by the model's own chat template."""
-        with front.accounts.admission() as arrived_at:
+        arrived_at = time.monotonic()
+        with admission():
             body = await bodies.parse(request, ChatBody, limit)
-            check_model(front, body.model)
-            pending = front.open([await chat_job(front, body)], arrived_at)
-        shape = ChatShape(_new_id("chatcmpl"), front.model_name, front.tokenizer, body.alternatives)
-        return await respond(front, request, body, pending, shape)
+        make = partial(answer, request, body, arrived_at, chat_jobs, chat_shape)
+        return await (revisions.stream(make, error_frame) if body.stream else make())
 
     return routes
 

@@ -9,20 +9,20 @@ from functools import partial
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.responses import json_response, on_each
+from lightllmd.api.revisions import Revisions
 from lightllmd.observe import metrics
 
 
-def router(front: FrontEnd, metrics_dir: str) -> APIRouter:
+def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
     routes = APIRouter(tags=["daemon"])
 
     @on_each(routes, "/health", ["GET", "HEAD"])
     @on_each(routes, "/healthz", ["GET", "HEAD"])
     async def health() -> Response:
         """200 when a request would be answered now; passive, runs nothing."""
-        trouble = front.trouble
-        return json_response({"message": "Ok"}) if trouble is None else unavailable(front, {"message": trouble})
+        trouble = revisions.trouble
+        return json_response({"message": "Ok"}) if trouble is None else unavailable({"message": trouble})
 
     @on_each(routes, "/liveness", ["GET", "POST"])
     async def liveness() -> Response:
@@ -32,19 +32,19 @@ def router(front: FrontEnd, metrics_dir: str) -> APIRouter:
     @on_each(routes, "/readiness", ["GET", "POST"])
     async def readiness() -> Response:
         """200 when a request would be answered now, else 503 with the reason."""
-        trouble = front.trouble
+        trouble = revisions.trouble
         if trouble is None:
             return json_response({"status": "ok"})
-        return unavailable(front, {"status": "unavailable", "message": trouble})
+        return unavailable({"status": "unavailable", "message": trouble})
 
     @on_each(routes, "/get_model_name", ["GET", "POST"])
     async def get_model_name() -> Response:
-        return json_response({"model_name": front.model_name})
+        return json_response({"model_name": revisions.front.model_name})
 
     @routes.get("/token_load")
     async def token_load() -> Response:
         """Shares of the KV slots: in use, and what the admitted requests may come to need at worst."""
-        load = front.ledger.load
+        load = revisions.front.ledger.load
         used = load.slots_used / load.slots_total if load is not None and load.slots_total else 0.0
         peak = load.estimated_peak if load is not None else 0.0
         return json_response({"current_load": used, "logical_max_load": peak, "dynamic_max_load": peak})
@@ -55,10 +55,9 @@ def router(front: FrontEnd, metrics_dir: str) -> APIRouter:
         text = await asyncio.get_running_loop().run_in_executor(None, partial(metrics.render, metrics_dir))
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE_LATEST})
 
+    def unavailable(body: dict[str, str]) -> Response:
+        response = json_response(body, 503)
+        response.headers["Retry-After"] = str(max(1, math.ceil(revisions.health.retry_after)))
+        return response
+
     return routes
-
-
-def unavailable(front: FrontEnd, body: dict[str, str]) -> Response:
-    response = json_response(body, 503)
-    response.headers["Retry-After"] = str(max(1, math.ceil(front.retry_after)))
-    return response

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from lightllmd.api.entry import Entry
 from lightllmd.api.errors import error_response
-from lightllmd.api.ledger import Entry, Ledger
 from lightllmd.errors import ClientClosed, RequestError
 
 HELD = b": held\n\n"  # SSE comments: they keep proxies and clients from giving up
 WAITING = b": waiting\n\n"
+_HEADERS = [
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+]
 
 
 class Signal:
@@ -39,10 +45,9 @@ class Signal:
 
 
 class Pending:
-    """The entries of one HTTP request, their signal, and the watch over its connection."""
+    """The entries of one HTTP request, at least one, their signal, and the watch over its connection."""
 
-    def __init__(self, ledger: Ledger, entries: list[Entry], signal: Signal) -> None:
-        self.ledger = ledger
+    def __init__(self, entries: list[Entry], signal: Signal) -> None:
         self.entries = entries
         self.signal = signal
 
@@ -53,12 +58,25 @@ class Pending:
         return ClientClosed("the client closed the connection")
 
     @property
+    def held(self) -> bool:
+        return not self.entries[0].ledger.connected
+
+    @property
+    def aborted(self) -> bool:
+        """Broken off from our side; the branches say so themselves."""
+        return any(branch.finish == "abort" for entry in self.entries for branch in entry.branches)
+
+    @property
+    def generated(self) -> int:
+        return sum(entry.generated for entry in self.entries)
+
+    @property
     def done(self) -> bool:
         return all(entry.outcome is not None for entry in self.entries)
 
     def cancel(self) -> None:
         for entry in self.entries:
-            self.ledger.cancel(entry)
+            entry.ledger.cancel(entry)
         self.signal.set()
 
     async def watch(self, receive: Receive) -> None:
@@ -94,14 +112,18 @@ class Frames(Protocol):
         """The last frame of a stream that has started and can't go on."""
 
 
+def _start() -> Message:
+    """Middleware changes it."""
+    return {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
+
+
 class EventStream(Response):
     """Server-sent events, straight onto ASGI: all that came since the last wake-up goes out in one send.
 
     The status line waits for the first token, comment or error, so that a refusal by the engine still gets its own
-    status.
+    status. An answer that is broken off from our side after a token was sent ends as any other, with "abort" as its
+    finish reason: not in OpenAI's list, but what other servers say too, and "length" would be a lie.
     """
-
-    media_type = "text/event-stream"
 
     def __init__(self, pending: Pending, frames: Frames, streams: set[EventStream]) -> None:
         self.status_code = 200
@@ -111,35 +133,35 @@ class EventStream(Response):
         self.frames = frames
         self.last_sent = asyncio.get_running_loop().time()
         self._comment = b""
+        self.started = False  # the status line is sent
         self._streams = streams  # those that are open, for keep_alive
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
 
     def keep_alive(self, now: float, idle: float) -> None:
         """Asks for a comment if nothing was sent for `idle` seconds."""
         if now - self.last_sent >= idle:
             self.last_sent = now
-            self._comment = WAITING if self.pending.ledger.connected else HELD
+            self._comment = HELD if self.pending.held else WAITING
             self.pending.signal.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pending, frames, loop = self.pending, self.frames, asyncio.get_running_loop()
         watcher = asyncio.create_task(pending.watch(receive))
         self._streams.add(self)
-        started = False
         try:
             while True:
                 await pending.signal.wait()
                 error = pending.error
                 if isinstance(error, ClientClosed):
                     return
-                if error is not None and not started:
+                if error is not None and not self.started:
                     await error_response(error, scope["path"])(scope, receive, send)
                     return
+                if error is not None and pending.aborted and pending.generated:
+                    error = None  # the branches show it as their finish
                 done = pending.done
                 body = frames.take()
                 if error is not None:
-                    body += frames.error(error)
+                    body = frames.error(error) if pending.aborted else body + frames.error(error)
                 elif done:
                     body += frames.end()
                 elif not body:
@@ -148,9 +170,9 @@ class EventStream(Response):
                 last = done or error is not None
                 if not body and not last:
                     continue
-                if not started:
-                    started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                if not self.started:
+                    self.started = True
+                    await send(_start())
                 self.last_sent = loop.time()
                 await send({"type": "http.response.body", "body": body, "more_body": not last})
                 if last:
@@ -159,3 +181,40 @@ class EventStream(Response):
             self._streams.discard(self)
             watcher.cancel()
             pending.cancel()
+
+
+class LateStream(Response):
+    """Stands in for a stream whose request waits at the gate: comments every `idle` seconds until `make` has made the
+    real one, which goes on from there. What `make` raises is told by `error_frame` once the status line is sent."""
+
+    def __init__(
+        self, make: Callable[[], Awaitable[Response]], error_frame: Callable[[RequestError], bytes], idle: float
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self._make = make
+        self._error_frame = error_frame
+        self._idle = idle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        making = asyncio.ensure_future(self._make())
+        started = False
+        try:
+            while not (await asyncio.wait({making}, timeout=self._idle))[0]:
+                if not started:
+                    started = True
+                    await send(_start())
+                await send({"type": "http.response.body", "body": HELD, "more_body": True})
+            stream = making.result()
+        except RequestError as error:
+            if not started:
+                raise
+            await send({"type": "http.response.body", "body": self._error_frame(error), "more_body": False})
+            return
+        finally:
+            making.cancel()
+        if started:
+            assert isinstance(stream, EventStream)
+            stream.started = True
+        await stream(scope, receive, send)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from lightllmd.api.ledger import Ledger
 from lightllmd.api.worker import Worker
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
@@ -170,11 +171,19 @@ class Stack:
         self.supervisor, theirs = channel.pair()
         configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder), "api-0")
         self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure, plan)
-        self.ledger = self.worker.ledger
         self.running = asyncio.create_task(self.worker.run())
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)
         self.engine: ScriptedEngine | None = None
         self.generation = 0
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of the revision in force."""
+        return self.worker.revisions.front.ledger
+
+    @property
+    def stats(self) -> dict[str, float]:
+        return self.worker.revisions.stats()
 
     def tell(self, message: messages.Down) -> None:
         assert self.supervisor.send(message)
@@ -185,8 +194,12 @@ class Stack:
         self.engine = ScriptedEngine(self.folder, self.generation, **options)
         self.tell(messages.EngineUp(self.generation, self.engine.endpoint))
         self.tell(messages.Health(True, "ready"))
-        await until(lambda: any(isinstance(m, messages.Hello) for m in self.engine.heard) and self.worker.front.healthy)
+        await until(lambda: any(isinstance(m, messages.Hello) for m in self.engine.heard) and self.healthy)
         return self.engine
+
+    @property
+    def healthy(self) -> bool:
+        return self.worker.revisions.health.ready
 
     async def kill(self, unproven: list[int] | None = None, *, self_inflicted: bool = False) -> None:
         assert self.engine is not None

@@ -336,7 +336,7 @@ def test_more_sequences_than_can_ever_wait_are_refused(tmp_path):
 def test_long_prompts_are_tokenised_off_the_loop(tmp_path):
     async def scenario():
         async with stack(tmp_path, {"long_truncation_mode": "head"}) as one:
-            tokenizer = one.worker.front.tokenizer
+            tokenizer = one.worker.revisions.front.tokenizer
             encode, threads = tokenizer._encode, []
             tokenizer._encode = lambda *arguments: threads.append(threading.get_ident()) or encode(*arguments)
             for length in (10, 1_000_000):

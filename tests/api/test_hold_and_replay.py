@@ -33,7 +33,7 @@ def test_stream_is_byte_exact_wherever_the_engine_dies(tmp_path, position):
                 engine.step()
             if position < 12:
                 # What the dead one sent may or may not have been read: both are right.
-                await until(lambda: one.ledger.stats()["in_flight"])
+                await until(lambda: one.stats["in_flight"])
                 await one.kill()
                 engine = await one.up()
                 await engine.submitted(1)
@@ -92,12 +92,12 @@ def test_everything_in_flight_survives_five_deaths(tmp_path):
                     engine.step()
                     await asyncio.sleep(0.001)
                 await one.kill(self_inflicted=death % 2 == 0)
-                assert one.ledger.stats()["held"] == 16
+                assert one.stats["held"] == 16
                 engine = await one.up()
                 await engine.submitted(16)
             engine.free_run = True
             await asyncio.gather(*running)
-            stats = one.ledger.stats()
+            stats = one.stats
             assert (stats["ok"], stats["failed"], stats["resumed"]) == (16, 0, 80)
 
     run(scenario())
@@ -107,8 +107,8 @@ def test_requests_before_the_first_engine_are_held_and_then_answered(tmp_path):
     async def scenario():
         async with stack(tmp_path, engine=False, hold_keepalive=0.2) as one:
             early = asyncio.create_task(stream_text(one, "early", parameters={"max_new_tokens": 3}))
-            await until(lambda: one.ledger.stats()["held"] == 1)
-            (stream,) = await until(lambda: one.worker.front.streams)
+            await until(lambda: one.stats["held"] == 1)
+            (stream,) = await until(lambda: one.worker.revisions.streams)
             begun = stream.last_sent
             await until(lambda: stream.last_sent > begun)
             engine = await one.up()
@@ -172,7 +172,7 @@ def test_more_held_than_allowed_is_429(tmp_path):
     async def scenario():
         async with stack(tmp_path, engine=False, max_held=2) as one:
             held = [asyncio.create_task(one.generate("h", max_new_tokens=1)) for _ in range(2)]
-            await until(lambda: one.ledger.stats()["held"] == 2)
+            await until(lambda: one.stats["held"] == 2)
             answer = await one.generate("one more")
             assert answer.status_code == 429
             assert int(answer.headers["retry-after"]) >= 1
@@ -247,13 +247,13 @@ def test_client_that_goes_away_gives_its_slots_back(tmp_path, path, held):
             if held:
                 await one.kill()
             writer.close()
-            await until(lambda: one.ledger.stats()["cancelled"] == 1)
+            await until(lambda: one.stats["cancelled"] == 1)
             if held:
                 engine = await one.up()
                 assert not engine.submits
             else:
                 await until(lambda: not engine.running)
-            assert one.ledger.stats()["in_flight"] == 0
+            assert one.stats["in_flight"] == 0
             engine.free_run = True
             assert (await one.generate("next", max_new_tokens=1)).status_code == 200
 
@@ -264,9 +264,9 @@ def test_client_that_does_not_read_holds_up_nobody(tmp_path):
     async def scenario():
         async with stack(tmp_path, {"max_req_total_len": 6000, "max_total_token_num": 6000}) as one:
             _, writer = await raw_request(one, {"inputs": "x", "parameters": {"max_new_tokens": 5000}})
-            await until(lambda: one.ledger.stats()["in_flight"] == 1)
+            await until(lambda: one.stats["in_flight"] == 1)
             assert (await one.generate("y", max_new_tokens=20)).json()["generated_text"] == [expected("y", 20)]
             writer.transport.abort()
-            await until(lambda: one.ledger.stats()["in_flight"] == 0)
+            await until(lambda: one.stats["in_flight"] == 0)
 
     run(scenario())

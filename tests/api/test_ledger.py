@@ -33,7 +33,7 @@ def test_request_goes_to_the_engine_with_a_drawn_seed_and_comes_back_whole():
     assert entry.outcome == "ok"
     assert (entry.branches[0].text, entry.branches[0].finish) == ("Hi", "length")
     assert bench.ended == [entry]
-    assert bench.ledger.stats() == {"in_flight": 0, "held": 0, "ok": 1, "cancelled": 0, "failed": 0, "resumed": 0}
+    assert bench.stats == {"in_flight": 0, "held": 0, "ok": 1, "cancelled": 0, "failed": 0, "resumed": 0}
 
 
 def test_seed_of_the_client_is_kept():
@@ -63,7 +63,7 @@ def test_replay_has_prompt_and_emitted_apart_in_arrival_order_then_what_is_new()
     bench.down()
     assert bench.link.closed
     new = bench.open(b"3")
-    assert bench.ledger.stats()["held"] == 3
+    assert bench.stats["held"] == 3
     replayed = bench.up().submits
     assert [(s.request, s.replay) for s in replayed] == [
         (first.request, True),
@@ -74,7 +74,7 @@ def test_replay_has_prompt_and_emitted_apart_in_arrival_order_then_what_is_new()
     assert (replayed[1].branches, replayed[1].emitted) == ([1], [[66]])  # branch 0 is finished
     assert replayed[1].params == bench.links[0].submits[1].params
     assert [s.arrival_ns for s in replayed] == sorted(s.arrival_ns for s in replayed)
-    assert bench.ledger.stats()["resumed"] == 2
+    assert bench.stats["resumed"] == 2
 
 
 def test_socket_of_the_dead_is_closed_before_anything_is_read_from_it():
@@ -136,7 +136,7 @@ def test_second_death_of_its_own_making_convicts():
     assert good.outcome is None
     bench.up()
     assert [s.request for s in bench.link.submits] == [good.request]
-    assert bench.ledger.stats()["failed"] == 1
+    assert bench.stats["failed"] == 1
 
 
 def test_kills_from_outside_take_three_to_convict():
@@ -220,7 +220,7 @@ def test_cancelled_request_is_aborted_once_and_forgotten():
     assert bench.link.aborts == [Abort(entry.request)]
     bench.say((entry, 0, 0, 65, FINISH_NONE))
     assert (entry.outcome, entry.branches[0].ids) == ("cancelled", [])
-    assert bench.ledger.stats()["in_flight"] == 0
+    assert bench.stats["in_flight"] == 0
 
 
 def test_rejection_is_the_request_s_error():

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ledger_bench import Bench
-from lightllmd.api.ledger import Entry
+from lightllmd.api.entry import Entry
 from lightllmd.engine.fake import fake_token
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
@@ -122,7 +122,7 @@ def test_random_deaths_change_no_byte_of_any_stream(seed):
                 assert len(branch.ids) == len(whole)
             else:
                 assert branch.text.endswith(("e", "zq"))
-    stats = bench.ledger.stats()
+    stats = bench.stats
     assert stats["in_flight"] == 0
     assert stats["ok"] + stats["cancelled"] == len(streams)
     assert len(bench.ended) == len(streams)

@@ -1,0 +1,76 @@
+"""One request in flight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lightllmd.api.branch import Branch
+from lightllmd.errors import RequestError
+from lightllmd.ipc.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from lightllmd.api.ledger import Ledger
+
+
+class Entry:
+    """Changed by its ledger only; read by the response that shows it."""
+
+    __slots__ = (
+        "arrival_ns",
+        "arrived_at",
+        "branches",
+        "ended_at",
+        "error",
+        "first_token_at",
+        "held_since",
+        "ledger",
+        "notify",
+        "outcome",
+        "params",
+        "private",
+        "prompt_ids",
+        "proven",
+        "request",
+        "started_at",
+        "submitted",
+        "suspect",
+        "trial_deaths",
+    )
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        request: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        branches: list[Branch],
+        notify: Callable[[], None],
+        arrived_at: float,
+        now: float,
+        private: bool,
+    ) -> None:
+        self.ledger = ledger  # whose it is now; another one's after a `hand_over`
+        self.request = request
+        self.arrival_ns = time.monotonic_ns()
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.branches = branches
+        self.notify = notify
+        self.error: RequestError | None = None
+        self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
+        self.submitted = False  # to any generation
+        self.proven = False  # has a token of the generation that it was last submitted to
+        self.suspect = False
+        self.trial_deaths = 0
+        self.held_since: float | None = None
+        self.arrived_at = arrived_at  # seconds of the ledger's clock: when its HTTP request came
+        self.started_at = now
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        self.private = private  # this worker's own, nobody's request: in no total, never held
+
+    @property
+    def generated(self) -> int:
+        return sum(len(branch.ids) for branch in self.branches)
