@@ -126,8 +126,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if load:
         facts.append(("Load", ", ".join(load)))
     if (xids := report.get("xids")) is not None:
-        told = ", ".join(f"{xid.get('code')} on GPU {xid.get('gpu')}" for xid in xids)
-        facts.append(("Xid", told or "none"))
+        facts.append(("Xid", ", ".join(map(str, xids)) or "none"))
     served = f"{report.get('model', '?')}, revision {report.get('revision', '?')}"
     facts.append(("Model", f"{served}, configuration {report.get('config_digest', '?')}"))
     facts.append(("Version", str(report.get("version", "?"))))

@@ -99,11 +99,14 @@ class ControlPlane:
             Route("/v1/models", self.models),
             Route("/v1/drain", self.drain, methods=["POST"]),
             Route("/v1/resume", self.resume, methods=["POST"]),
+            Route("/v1/reset-failed", self.reset_failed, methods=["POST"]),
             Route("/v1/stop", self.stop, methods=["POST"]),
             Route("/v1/jobs", self.jobs),
             Route("/v1/jobs/{id}", self.job),
             Route("/v1/events", self.events),
             Route("/v1/logs", self.logs),
+            Route("/v1/crashes", self.crashes),
+            Route("/v1/crashes/{id}", self.crash),
         ]
         handlers = {LightllmdError: _refuse, HTTPException: _no_route, Exception: _broken}
         return Starlette(routes=routes, exception_handlers=handlers)
@@ -151,8 +154,7 @@ class ControlPlane:
         return _json(self._supervisor.verbs.jobs.all())
 
     async def job(self, request: Request) -> Response:
-        number = request.path_params["id"]
-        job = self._supervisor.verbs.jobs.get(int(number) if number.isdecimal() and len(number) < 16 else -1)
+        job = self._supervisor.verbs.jobs.get(_number(request))
         return _stream(job.follow(KEEP_ALIVE))
 
     async def events(self, request: Request) -> Response:
@@ -173,13 +175,22 @@ class ControlPlane:
         lines = _history(book.last(_count(request, "lines", DEFAULT_LINES), worker), following)
         return _stream(lines, logs.text_line if text else None)
 
+    async def crashes(self, request: Request) -> Response:
+        return _json(self._supervisor.crashes.all())
+
+    async def crash(self, request: Request) -> Response:
+        return _json(self._supervisor.crashes.get(_number(request)))
+
     # --- mutations -----------------------------------------------------------------------------------------------
     async def restart(self, request: Request) -> Response:
         asked = self._mutation(request)
-        worker = (await _body(request, {"worker"})).get("worker") or ""
-        if not isinstance(worker, str):
-            raise Usage('worker is a name such as "engine" or "api-0"')
+        worker = await _worker(request)
         return await self._job(lambda: self._supervisor.verbs.restart(asked, worker))
+
+    async def reset_failed(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        worker = await _worker(request)
+        return await self._job(lambda: self._supervisor.verbs.reset_failed(asked, worker))
 
     async def reload(self, request: Request) -> Response:
         asked = self._mutation(request)
@@ -287,6 +298,14 @@ def _boolean(body: dict[str, Any], name: str) -> bool:
     return value
 
 
+async def _worker(request: Request) -> str:
+    """The body's only field; empty: all workers."""
+    worker = (await _body(request, {"worker"})).get("worker") or ""
+    if not isinstance(worker, str):
+        raise Usage('worker is a name such as "engine" or "api-0"')
+    return worker
+
+
 def _switch(request: Request, name: str) -> bool:
     value = request.query_params.get(name, "")
     if value.lower() in ("", "0", "false", "no"):
@@ -294,6 +313,12 @@ def _switch(request: Request, name: str) -> bool:
     if value.lower() in ("1", "true", "yes"):
         return True
     raise Usage(f"{name}={value}: 1 or 0")
+
+
+def _number(request: Request) -> int:
+    """The id in the path; -1, which nothing has, where it is no number."""
+    given = request.path_params["id"]
+    return int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1
 
 
 def _count(request: Request, name: str, default: int) -> int:

@@ -1,12 +1,5 @@
 """Crash reports: what is known of each worker that died without having been asked to.
 
-=============================== ============================================ =================================
-request                         answer                                       errors
-=============================== ============================================ =================================
-GET /v1/crashes                 list of `CrashSummary`, newest first
-GET /v1/crashes/{id}            `Crash`                                      NoSuchCrash
-=============================== ============================================ =================================
-
 The last ones are kept in memory and, where there is a state directory, as files that outlive the daemon.
 """
 
@@ -14,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -44,14 +36,6 @@ class LastStep(msgspec.Struct, frozen=True, kw_only=True):
     unproven_total: int
 
 
-class Xid(msgspec.Struct, frozen=True, kw_only=True):
-    """A critical error of a GPU, as the driver numbers them."""
-
-    at: float  # Unix seconds
-    gpu: int  # NVML's index
-    code: int
-
-
 class CrashSummary(msgspec.Struct, frozen=True, kw_only=True):
     id: int  # grows by one; goes on over restarts of the daemon where there is a state directory
     at: float  # Unix seconds
@@ -75,7 +59,7 @@ class Crash(CrashSummary, frozen=True, kw_only=True):
     memory_bytes: int  # resident set as last measured, up to a second before
     stats: dict[str, float]  # of its last heartbeat; memory_*: bytes by the engine's own account
     last_step: LastStep | None  # engines only; None: nothing is known of it
-    xids: list[Xid] | None  # of the GPUs in its life; None: nobody watched
+    xids: list[int] | None  # critical errors of its GPUs; None: nobody listened, and NVML tells of them in no other way
     stderr: list[str]  # its last lines; after a fault or a hang the stacks of its threads
 
 
@@ -122,7 +106,6 @@ class Crashes:
         model: str,
         revision: int = 0,
         flight: Flight | None = None,
-        xids: Sequence[Xid] | None = None,
     ) -> Crash | None:
         """The report of `child`, which is dead and disposed of; None where it did what it was asked to."""
         if child.asked is not None and child.hung is None:
@@ -149,7 +132,7 @@ class Crashes:
             memory_bytes=child.memory,
             stats=child.stats,
             last_step=last_step(flight),
-            xids=None if xids is None else [xid for xid in xids if xid.at >= child.started],
+            xids=None,
             stderr=[line[:LONGEST_LINE] for line in child.tail],
         )
         self._reports[report.id] = report

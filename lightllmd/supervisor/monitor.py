@@ -29,6 +29,7 @@ class Look:
 
     progress: int
     tokens_out: float
+    running: float  # branches in the running batch
     queued: float  # branches waiting for admission or paused
 
 
@@ -36,8 +37,8 @@ class Work:
     """Whether an engine may be excused for not having answered yet: it works, and the probe's turn may not have come.
 
     It works while its progress moves. A request that was sent is answered by the first or second step once nothing is
-    queued, so there is no excuse while tokens come and the queue is empty. When tokens cease to come although it works,
-    it is in the middle of a long step, which the probe may be part of or has to wait for.
+    queued, so there is no excuse while tokens come and the queue is empty. When none come although it works on some, it
+    is in the middle of a long step, which the probe may be part of or has to wait for.
     """
 
     def __init__(self, now: float, look: Look) -> None:
@@ -50,7 +51,8 @@ class Work:
         if look.tokens_out != self._look.tokens_out:
             self._gave = now
         self._look = look
-        return now - self._moved < FRESH and (look.queued > 0 or now - self._gave >= FRESH)
+        in_long_step = look.running > 0 and now - self._gave >= FRESH
+        return now - self._moved < FRESH and (look.queued > 0 or in_long_step)
 
 
 @dataclass(frozen=True)
@@ -200,4 +202,4 @@ def _take_answers(child: Child) -> list[Probed]:
 def _look(engine: Child) -> Look:
     stats = engine.stats
     queued = stats.get("waiting", 0) + stats.get("paused", 0)
-    return Look(engine.vitals.progress, stats.get("tokens_out", 0), queued)
+    return Look(engine.vitals.progress, stats.get("tokens_out", 0), stats.get("running", 0), queued)

@@ -22,12 +22,15 @@ POST /v1/reload {dry_run?}      202 `Job`                                    Bus
 POST /v1/swap {model, plan?,    202 `Job`                                    NoSuchModel, Busy,
 drain_timeout?, force?,                                                      StaleGeneration
 on_failure?}
+POST /v1/reset-failed {worker?} 202 `Job`                                    NoSuchWorker, Busy, StaleGeneration
 GET /v1/models                  list of `KnownModel`
 GET /v1/jobs                    list of `Job`, oldest first
 GET /v1/jobs/{id}               stream of `Job`, ends with the job           NoSuchJob
 GET /v1/events?follow=&lines=   stream of `Event`                            Usage
 GET /v1/logs?follow=&lines=     stream of `LogLine`                          Usage, NoSuchWorker
 &worker=&format=text
+GET /v1/crashes                 list of `crashes.CrashSummary`, newest first
+GET /v1/crashes/{id}            `crashes.Crash`                              NoSuchCrash
 =============================== ============================================ =================================
 
 An error is ``{"error": name, "message": text, **parameters}`` with the status of `lightllmd.errors`. Mutations take
@@ -146,8 +149,9 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True):
 
 class ConfigSource(msgspec.Struct, frozen=True, kw_only=True):
     file: str | None  # None: all from the command line
-    loaded: float
-    pending_changes: int = 0
+    loaded: float  # or reloaded
+    pending_changes: int = 0  # settings that the file says otherwise by now
+    pending_fault: str = ""  # why the file can't be reloaded as it is
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

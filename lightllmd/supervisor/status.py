@@ -27,7 +27,7 @@ def health(supervisor: Supervisor) -> tuple[bool, str]:
     if supervisor.front.holding:
         return False, "the model is being replaced: new requests wait"
     if worker.ready:
-        return True, "ready"
+        return True, f"ready; {supervisor.monitor.trouble}" if supervisor.monitor.trouble else "ready"
     if worker.child is not None and worker.child.dying:
         return False, "the engine is dying"
     if worker.fatal is not None:
@@ -151,7 +151,12 @@ def build(supervisor: Supervisor) -> snapshot.Status:
         heartbeat_age_s=max(ages, default=None),
         generation=supervisor.engines.serving.worker.number,
         restarts=sum(worker.restarts for worker in shown),
-        config=snapshot.ConfigSource(file=supervisor.config_file, loaded=supervisor.started),
+        config=snapshot.ConfigSource(
+            file=supervisor.config_file,
+            loaded=supervisor.settings.loaded,
+            pending_changes=supervisor.settings.pending,
+            pending_fault=supervisor.settings.pending_fault,
+        ),
         listeners=supervisor.urls,
         control_socket=str(supervisor.context.runtime.control_socket),
         model=_model(supervisor),

@@ -24,15 +24,19 @@ from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
 from lightllmd.config.resolve import resolve
 from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
+from lightllmd.ipc.flight_record import Flight
 from lightllmd.ipc.messages import Drain, Health, Models
-from lightllmd.supervisor import control, logs, memory, orphans, planning, sockets, status
+from lightllmd.supervisor import control, crashes, logs, memory, orphans, planning, sockets, status
 from lightllmd.supervisor.child import Child, Exited, Readable
 from lightllmd.supervisor.context import Commands, Context
 from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.errand import Errand
+from lightllmd.supervisor.exits import Ending
 from lightllmd.supervisor.fd_store import FdStore
 from lightllmd.supervisor.frontend import FrontEnd
+from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.health import RunningClock
+from lightllmd.supervisor.monitor import Monitor
 from lightllmd.supervisor.notify import Notifier, is_journal
 from lightllmd.supervisor.procfs import is_stopped, resident
 from lightllmd.supervisor.reload import Settings
@@ -81,6 +85,8 @@ class Supervisor:
         self.front = FrontEnd(context, context.config.http.workers, self._greet)
         self.engines = Engines(context, self.front.tell)
         self.verbs = Verbs(context, self.engines, self.front, settings, self._relisten)
+        self.monitor = Monitor(context, self.engines, self.front)
+        self.crashes = crashes.open_crashes(context.events, os.environ.get("STATE_DIRECTORY", ""))
         self._first_facts: Errand[Facts] | None = None
         self._exit_code = EXIT_OK
         self._health: tuple[bool, str] = (False, "")
@@ -128,6 +134,7 @@ class Supervisor:
             self.context.log.feed.close()
             self.context.events.feed.close()
             await server.stop()
+            await asyncio.to_thread(self.crashes.close)
         return self._exit_code
 
     async def call(self, act: Callable[[], Any]) -> Any:
@@ -194,11 +201,14 @@ class Supervisor:
         self._ticks += 1
         for child in self._children():
             child.check()
+        self.monitor.tick(steady=self.state in ("serving", "degraded") and not self.verbs.jobs.running())
         self._start_due()
         if self._ticks % _SLOW_EVERY == 1:
             for child in self._children():
                 child.memory = resident(child.pid)
                 child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
+            if self.config_file is not None and self.settings.changed():
+                Errand(self.context, self.settings.look(self.context.config))
         self._tell_systemd()
 
     def _start_due(self) -> None:
@@ -254,20 +264,35 @@ class Supervisor:
         if ending is None:
             return
         again = not self.verbs.ending
-        api = self.front.owner(child)
+        api, engine = self.front.owner(child), self.engines.owner(child)
+        flight = engine.generation.flight() if engine and engine.generation else None
         if api is not None:
             self.engines.api_gone(api.index, child.number)
             child.dispose()
             self.front.died(api, child, ending, again)
-        elif self.engines.spare.owns(child):
-            self.engines.spare.died(ending)
-            return
-        elif engine := self.engines.owner(child):
+        elif engine is not None:
             self.engines.died(engine, child, ending, again)
             if again and engine.wanted and (held := self.front.in_flight_of(engine.revision)):
                 self.context.events.add("held", f"{held} requests are held for the next generation")
+        elif self.engines.spare.owns(child):
+            self.engines.spare.died(ending)
+            self._report(child, ending, None, None)
+            return
+        self._report(child, ending, engine or self.engines.serving, flight)
         if ending.exit_code is not None and again and not child.asked and self.served_since is None:
             self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
+
+    def _report(self, child: Child, ending: Ending, engine: Engine | None, flight: Flight | None) -> None:
+        """`engine`: that it was, or whose revision was in force for it."""
+        plan = engine.plan if engine else None
+        self.crashes.add(
+            child,
+            ending,
+            config=plan.config if plan else self.context.config,
+            model=plan.model_name if plan else "",
+            revision=engine.revision if engine else 0,
+            flight=flight,
+        )
 
     def _reap_strangers(self) -> None:
         owned = {child.pid: child for child in self._children()}

@@ -1,4 +1,4 @@
-"""The mutations: restart, reload, swap, drain, resume and stop, each a job that the single-writer loop steps."""
+"""The mutations: restart, reload, swap, drain, resume, reset-failed, stop: jobs that the single-writer loop steps."""
 
 from __future__ import annotations
 
@@ -94,6 +94,14 @@ class Verbs:
             self._cancel(job, "resumed")
         return self._open("resume", asked, self._resume())
 
+    def reset_failed(self, asked: Asked, target: str = "") -> RunningJob:
+        """Also while a restart or a drain waits: for the very worker, perhaps, whose failures are to be forgotten."""
+        self._gate(asked, overrides=("restart", "drain"))
+        self._check_planned()
+        engine, apis = self._targets(target)
+        workers = [api.worker for api in apis] + ([self._engines.serving.worker] if engine else [])
+        return self._open("reset-failed", asked, self._reset_failed(workers), target)
+
     def stop(self, asked: Asked, now: bool = False) -> RunningJob:
         """A second stop changes the first: `now` ends its drain."""
         self._check_premise(asked)
@@ -175,6 +183,17 @@ class Verbs:
         self.draining = self.drained = False
         self._front.tell(Resume())
         return "new requests are accepted"
+        yield  # makes this a generator like the others
+
+    def _reset_failed(self, workers: list[Worker]) -> Steps:
+        done = []
+        for worker in workers:
+            if worker.child is None:
+                done.append(f"{worker.name} starts again")
+            elif worker.failures:
+                done.append(f"{worker.name}: {len(worker.failures)} failed starts forgotten")
+            worker.forgive()
+        return "; ".join(done) or "there was nothing to forget"
         yield  # makes this a generator like the others
 
     def _stop(self) -> Steps:

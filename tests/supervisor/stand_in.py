@@ -17,7 +17,19 @@ from pathlib import Path
 
 from lightllmd.ipc import child
 from lightllmd.ipc.flight_record import Flight, FlightRecorder
-from lightllmd.ipc.messages import EngineConfigure, Failed, Heartbeat, Prepare, Prepared, Retire, Sleep, Stop, Wake
+from lightllmd.ipc.messages import (
+    EngineConfigure,
+    Failed,
+    Heartbeat,
+    Prepare,
+    Prepared,
+    Probe,
+    Probed,
+    Retire,
+    Sleep,
+    Stop,
+    Wake,
+)
 
 HOME = Path(os.environ["STAND_IN"])
 
@@ -72,6 +84,8 @@ def main() -> None:
             record.write(json.dumps({"at": time.time(), "message": type(message).__name__, **fields}) + "\n")
             if isinstance(message, Prepare):
                 link.send(Prepared(message.revision, told.get("prepare_error", "")))
+            if isinstance(message, Probe) and (answer := live.get("probe", "")) is not None:
+                link.send(Probed(message.number, answer))
             if isinstance(message, Sleep | Wake):
                 asleep = isinstance(message, Sleep)
             if isinstance(message, Stop | Retire) and not told.get("ignore_stop"):

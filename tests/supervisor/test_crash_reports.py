@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from harness import wait_for
 from lightllmd.config.parameters import Config
 from lightllmd.errors import NoSuchCrash
 from lightllmd.ipc.flight_record import Flight
@@ -21,6 +23,7 @@ from lightllmd.supervisor import crashes, exits
 from lightllmd.supervisor.crashes import Crash, Crashes, open_crashes
 from lightllmd.supervisor.logs import EventBook, LogBook, text_line
 from lightllmd.supervisor.shelf import Shelf
+from stand_ins import StandInDaemon
 
 
 def event_book() -> EventBook:
@@ -205,3 +208,72 @@ def test_a_full_disk_is_told_in_the_loop(tmp_path: Path) -> None:
     asyncio.run(scenario())
     assert len(told) == 1
     assert "1.json can't be written" in told[0]
+
+
+# --- the daemon ----------------------------------------------------------------------------------------------------
+
+
+def ask(daemon: StandInDaemon, path: str) -> Any:
+    with daemon.control_client() as client:
+        return client.get(path).json()
+
+
+def test_every_death_that_nobody_asked_for_leaves_a_report_that_outlives_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    with StandInDaemon(tmp_path / "first") as daemon:
+        daemon.order("engine", unproven=[7, 9])
+        daemon.wait_job(daemon.ask("restart", {"worker": "engine"}))
+        assert ask(daemon, "/v1/crashes") == [], "a restart on request is no crash"
+        daemon.order("live", engine={"memory_used": 5e9})
+        wait_for(lambda: daemon.worker("engine-0")["memory_bytes"])
+        wait_for(lambda: ask(daemon, "/v1/config?effective=1")["measured"])
+        os.kill(daemon.worker("engine-0")["pid"], signal.SIGSEGV)
+        (summary,) = wait_for(lambda: ask(daemon, "/v1/crashes"))
+        os.kill(daemon.worker("api-0")["pid"], signal.SIGKILL)
+        wait_for(lambda: len(ask(daemon, "/v1/crashes")) == 2)
+        assert [crash["worker"] for crash in ask(daemon, "/v1/crashes")] == ["api-0", "engine-0"]
+        made = msgspec.convert(ask(daemon, f"/v1/crashes/{summary['id']}"), Crash)
+        assert (made.worker, made.generation, made.revision, made.phase) == ("engine-0", 2, 1, "ready")
+        assert (made.signal, made.self_inflicted, made.stats) == ("SIGSEGV", True, {"memory_used": 5e9})
+        assert made.last_step is not None
+        assert (made.last_step.kind, made.last_step.unproven) == ("prefill", [7, 9])
+        assert made.memory_bytes > 1 << 20
+        assert made.model
+        assert any("most recent call first" in line for line in made.stderr)
+        assert not any(line.startswith("<") for line in made.stderr)
+        assert any(event["kind"] == "crash" for event in daemon.status()["events"])
+        daemon.wait_ready()
+        daemon.stop()
+    assert {path.name for path in (tmp_path / "crashes").iterdir()} == {"1.json", "2.json"}
+    with StandInDaemon(tmp_path / "second") as daemon:
+        assert [crash["id"] for crash in ask(daemon, "/v1/crashes")] == [2, 1]
+        with daemon.control_client() as client:
+            for unknown in ("3", "last", "1" * 400):
+                refusal = client.get(f"/v1/crashes/{unknown}")
+                assert (refusal.status_code, refusal.json()["error"]) == (404, "NoSuchCrash")
+
+
+def test_reset_failed_starts_at_once_what_was_given_up(tmp_path: Path) -> None:
+    with StandInDaemon(
+        tmp_path, "--supervisor.start_limit_burst", "1", "--supervisor.retry_interval", "1000"
+    ) as daemon:
+        daemon.order("engine", fail={"kind": "weights", "message": "truncated"}, exit=1)
+        os.kill(daemon.worker("engine-0")["pid"], signal.SIGKILL)
+        daemon.wait_worker("engine-0", state="fatal")
+        daemon.order("engine")
+        assert (
+            daemon.wait_job(daemon.ask("reset-failed", {"worker": "api-0"}))["message"] == "there was nothing to forget"
+        )
+        assert daemon.worker("engine-0")["state"] == "fatal"
+        assert daemon.ask("reset-failed", {"worker": "x"}).json()["error"] == "NoSuchWorker"
+        assert daemon.wait_job(daemon.ask("reset-failed"))["message"] == "engine-0 starts again"
+        daemon.wait_worker("engine-0", state="running")
+
+        daemon.order("api", exit=1)
+        os.kill(daemon.worker("api-0")["pid"], signal.SIGKILL)
+        wait_for(lambda: daemon.worker("api-0")["state"] == "backoff" and daemon.worker("api-0")["next_try_at"])
+        daemon.order("api")
+        assert daemon.wait_job(daemon.ask("reset-failed", {"worker": "api"}))["message"] == "api-0 starts again"
+        daemon.wait_worker("api-0", state="running")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from harness import wait_for
 from lightllmd.config.parameters import Config
 from lightllmd.ipc.messages import Prepared, Probe, Probed
 from lightllmd.supervisor.monitor import Look, Monitor, Verdict, Work, judge
+from stand_ins import StandInDaemon
 
 ILL = "boom"
 SILENT = "no answer for 60 s"
@@ -62,28 +65,32 @@ def excused_seconds(looks: Any, seconds: float, tick: float = 0.1) -> float:
 
 
 def test_an_engine_with_a_long_queue_that_takes_steps_is_busy_for_as_long_as_it_likes() -> None:
-    assert excused_seconds(lambda at: Look(int(at * 20), int(at * 500), queued=300), 600) > 595
+    assert excused_seconds(lambda at: Look(int(at * 20), int(at * 500), running=64, queued=300), 600) > 595
 
 
 def test_an_engine_in_the_middle_of_a_long_step_is_busy() -> None:
     """A prefill of 90 s, whose layers move `progress`; nothing is queued any more, no token comes."""
-    assert excused_seconds(lambda at: Look(int(at * 4), 7, queued=0), 90) > 85
+    assert excused_seconds(lambda at: Look(int(at * 4), 7, running=2, queued=0), 90) > 85
 
 
 def test_an_engine_whose_steps_take_seconds_is_excused_for_most_of_each() -> None:
-    assert excused_seconds(lambda at: Look(int(at * 8), int(at / 10), queued=0), 100) > 80
+    assert excused_seconds(lambda at: Look(int(at * 8), int(at / 10), running=8, queued=0), 100) > 80
 
 
 def test_an_engine_that_gives_tokens_to_others_with_an_empty_queue_has_no_excuse() -> None:
-    assert excused_seconds(lambda at: Look(int(at * 20), int(at * 20), queued=0), 60) < 2
+    assert excused_seconds(lambda at: Look(int(at * 20), int(at * 20), running=1, queued=0), 60) < 2
 
 
 def test_an_idle_engine_has_no_excuse() -> None:
-    assert excused_seconds(lambda at: Look(5, 7, queued=0), 60) < 2
+    assert excused_seconds(lambda at: Look(5, 7, running=0, queued=0), 60) < 2
+
+
+def test_an_engine_that_turns_without_a_request_has_no_excuse() -> None:
+    assert excused_seconds(lambda at: Look(int(at * 20), 7, running=0, queued=0), 60) < 2
 
 
 def test_an_engine_that_stands_still_has_no_excuse_whatever_waits() -> None:
-    assert excused_seconds(lambda at: Look(5, 7, queued=300), 60) < 2
+    assert excused_seconds(lambda at: Look(5, 7, running=8, queued=300), 60) < 2
 
 
 # --- the rounds ------------------------------------------------------------------------------------------------------
@@ -299,3 +306,30 @@ def test_no_probe_is_sent_while_it_is_switched_off() -> None:
     scene.context.config = Config()
     scene.run(200)
     assert not scene.probes()
+
+
+# --- the daemon ------------------------------------------------------------------------------------------------------
+
+QUICK_PROBES = ("--health_monitor", "--supervisor.health_interval", "0.2", "--supervisor.health_timeout", "1")
+
+
+def test_an_engine_that_heartbeats_and_answers_nobody_is_replaced_with_its_stacks_kept(tmp_path: Path) -> None:
+    with StandInDaemon(tmp_path, *QUICK_PROBES) as daemon:
+        wait_for(lambda: len(daemon.heard("api-1", "Probe")) >= 3)
+        assert daemon.worker("engine-0")["generation"] == 1
+        daemon.order("live", probe=None)
+        down = daemon.wait_heard("api-1", "EngineDown")
+        daemon.order("live")
+        assert down["cause"] == "hung: health probe: no answer for 1 s; ended by SIGABRT"
+        daemon.wait_worker("engine-0", state="running", generation=2)
+        wait_for(lambda: daemon.status()["health"] == "ready")
+        with daemon.control_client() as client:
+            report = client.get("/v1/crashes/1").json()
+        assert report["cause"] == down["cause"]
+        assert any("most recent call first" in line for line in report["stderr"])
+
+        daemon.order("live", probe="boom")
+        wait_for(lambda: daemon.status()["health"] == "ready; health probe failed: boom")
+        daemon.wait_heard("api-1", "EngineDown")
+        daemon.order("live")
+        assert daemon.worker("api-0")["generation"] == 1
