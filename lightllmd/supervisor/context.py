@@ -27,9 +27,10 @@ def _nowhere(event: object) -> None:
     raise RuntimeError(f"no supervisor runs: {event}")
 
 
-# What takes an engine of a GPU long to import. None of it touches the device, nor imports prometheus_client, which has
-# to be configured before.
+# What takes an engine long to import. None of it touches a device, nor imports prometheus_client, which has to be
+# configured before.
 GPU_IMPORTS = ("lightllmd.engine.device_runner", "lightllmd.kernels.fused")
+CPU_IMPORTS = ("lightllmd.engine.runner", "lightllmd.kernels.eager", "lightllmd.weights.gguf")
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,15 @@ class Commands:
         """`early`: modules that it imports before it's configured."""
         return [self.python, "-m", "lightllmd.engine", str(channel_fd), str(os.getpid()), str(flight_fd), *early]
 
+    def read_ahead(self, files: Sequence[str]) -> list[str]:
+        """Brings files into the page cache and ends; may be killed at any time."""
+        return [self.python, "-m", "lightllmd.weights.read_ahead", *files]
+
     def early(self, plan: Plan) -> Sequence[str]:
         """What a spare engine of this plan imports; nothing: a spare would save too little to be kept."""
-        return GPU_IMPORTS if plan.device.kind == "cuda" and plan.config.engine.backend != "fake" else ()
+        if plan.config.engine.backend == "fake":
+            return ()
+        return GPU_IMPORTS if plan.device.kind == "cuda" else CPU_IMPORTS
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,11 @@ class Settings:
     def __init__(self, invocation: Invocation) -> None:
         self.invocation = invocation
         self.written = invocation.config
+        self.loaded = time.time()
         self.swapped_to: str | None = None  # what the last swap was asked for
+        self.pending = 0  # settings that the file says otherwise by now
+        self.pending_fault = ""  # or why it can't be read
+        self._seen = self._signature()
 
     @property
     def effective(self) -> Config:
@@ -45,8 +51,35 @@ class Settings:
         """Raises ConfigInvalid."""
         return cli.reload(self.invocation)
 
+    def _signature(self) -> tuple[int, int, int] | None:
+        """Changes with the file."""
+        try:
+            found = os.stat(self.invocation.config_file or "")
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def changed(self) -> bool:
+        """Whether the file was touched since this was last asked."""
+        before, self._seen = self._seen, self._signature()
+        return before != self._seen
+
+    async def look(self, in_force: Config) -> None:
+        """Finds out what is pending."""
+        loaded = self.loaded
+        found = await asyncio.to_thread(self._pending, in_force)
+        if self.loaded == loaded:
+            self.pending, self.pending_fault = found
+
+    def _pending(self, in_force: Config) -> tuple[int, str]:
+        try:
+            return len(diff(in_force, self.after(self.reread()))), ""
+        except LightllmdError as fault:
+            return 0, fault.message
+
     def take(self, written: Config) -> None:
         """A swap lasts as long as the file names the same model of its own."""
+        self.loaded, self.pending, self.pending_fault = time.time(), 0, ""
         if written.params.model_dir != self.written.params.model_dir:
             self.swapped_to = None
         self.written = written

@@ -145,7 +145,8 @@ class Switch:
         late = None if timeout is None else clock.now + timeout
         name = old.plan.model_name if old.plan else ""
         while not self._front.none_of(old.revision):
-            yield f"waiting for {self._front.in_flight_of(old.revision)} requests on {name}", None
+            count = self._front.in_flight_of(old.revision)
+            yield f"waiting for {count} requests on {name}" if count else "draining", None
             if late is not None and clock.now >= late:
                 if not self._terms.force:
                     return
@@ -259,17 +260,21 @@ def _given_back(engine: Engine) -> int:
 
 def _goes_on(old: Plan | None, new: Plan) -> bool:
     """Whether requests of the old plan can be replayed on the new one: the same model, and nothing is too long."""
-    if old is None or old.model is None or new.model is None:
+    if old is None:
         return False
     before, now = old.config.params, new.config.params
     return (
-        (old.model.path, old.model.files, old.eos_id, old.vocab_size)
-        == (new.model.path, new.model.files, new.eos_id, new.vocab_size)
-        and old.tokenizer_mode == new.tokenizer_mode
+        _identity(old) == _identity(new)
         and before.max_req_total_len <= now.max_req_total_len
         and min(old.max_total_token_num, before.max_req_total_len * before.running_max_req_size)
         <= new.max_total_token_num
     )
+
+
+def _identity(plan: Plan) -> tuple[Any, ...]:
+    """What makes tokens mean the same."""
+    where = (plan.model.path, *plan.model.files) if plan.model else plan.config.params.model_dir
+    return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode
 
 
 def fraction(worker: Worker) -> float | None:
