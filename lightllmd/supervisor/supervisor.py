@@ -185,6 +185,7 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
+            self.context.events.add("reload", "SIGHUP: reloading")
             try:
                 self.verbs.reload(Asked())
             except LightllmdError as refusal:
