@@ -20,7 +20,7 @@ from lightllmd.api.link import EngineLink
 from lightllmd.api.revisions import Revisions
 from lightllmd.api.server import Server, uvicorn_config
 from lightllmd.config.plan import Plan
-from lightllmd.errors import NotReady, QueueFull, RequestError
+from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages
 from lightllmd.ipc.channel import Channel
 from lightllmd.observe.metrics import ApiMetrics
@@ -181,8 +181,6 @@ class Worker:
         error = ""
         try:
             await self.revisions.front.probe()
-        except QueueFull:
-            pass  # the engine is alive and has more to do than it can take
         except RequestError as failure:
             error = failure.message
         self._channel.send(messages.Probed(number, error))

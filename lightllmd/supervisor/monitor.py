@@ -18,16 +18,17 @@ from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.frontend import FrontEnd
 
 ERRORS_IN_A_ROW = 2  # probes of an api worker that have to fail with an error before anything is done
-FRESH = 1.0  # seconds; two heartbeats come in it at least
+STANDS_STILL = 5.0  # seconds without progress after which an engine doesn't count as working
+LONG_STEP = 1.0  # seconds without a token after which a working engine is in the middle of a long step
 
 Who = TypeVar("Who", bound=Hashable)  # an api worker
 
 
 @dataclass(frozen=True)
 class Look:
-    """The engine by its last heartbeat."""
+    """The engine by its heartbeats."""
 
-    progress: int
+    moved: float  # running clock: its last progress
     tokens_out: float
     running: float  # branches in the running batch
     queued: float  # branches waiting for admission or paused
@@ -36,23 +37,19 @@ class Look:
 class Work:
     """Whether an engine may be excused for not having answered yet: it works, and the probe's turn may not have come.
 
-    It works while its progress moves. A request that was sent is answered by the first or second step once nothing is
-    queued, so there is no excuse while tokens come and the queue is empty. When none come although it works on some, it
-    is in the middle of a long step, which the probe may be part of or has to wait for.
+    A request that was sent is answered by the first or second step once nothing is queued, so there is no excuse while
+    tokens come and the queue is empty. When none come although it works on some, it is in the middle of a long step,
+    which the probe may be part of or has to wait for.
     """
 
     def __init__(self, now: float, look: Look) -> None:
-        self._look = look
-        self._moved = self._gave = now - FRESH  # when progress and tokens_out last changed
+        self._tokens_out, self._gave = look.tokens_out, now - LONG_STEP  # running clock: when that last changed
 
     def excuses(self, now: float, look: Look) -> bool:
-        if look.progress != self._look.progress:
-            self._moved = now
-        if look.tokens_out != self._look.tokens_out:
-            self._gave = now
-        self._look = look
-        in_long_step = look.running > 0 and now - self._gave >= FRESH
-        return now - self._moved < FRESH and (look.queued > 0 or in_long_step)
+        if look.tokens_out != self._tokens_out:
+            self._tokens_out, self._gave = look.tokens_out, now
+        in_long_step = look.running > 0 and now - self._gave >= LONG_STEP
+        return now - look.moved < STANDS_STILL and (look.queued > 0 or in_long_step)
 
 
 @dataclass(frozen=True)
@@ -202,4 +199,4 @@ def _take_answers(child: Child) -> list[Probed]:
 def _look(engine: Child) -> Look:
     stats = engine.stats
     queued = stats.get("waiting", 0) + stats.get("paused", 0)
-    return Look(engine.vitals.progress, stats.get("tokens_out", 0), stats.get("running", 0), queued)
+    return Look(engine.vitals.moved, stats.get("tokens_out", 0), stats.get("running", 0), queued)
