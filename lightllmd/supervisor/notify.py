@@ -23,7 +23,7 @@ class Notifier:
         self.watchdog_interval = _watchdog_interval(environment, pid) if self._socket else None
         self._status = ""
         self._started = False  # systemd has been told READY=1
-        self._reloading = False
+        self.reloading = False  # and RELOADING=1
 
     @property
     def active(self) -> bool:
@@ -53,16 +53,16 @@ class Notifier:
         """The start is over."""
         self._started = self.send(READY=1) or self._started
 
-    def reloading(self) -> None:
-        """A reload begins; `reloaded` must follow, whatever comes of it. A reload during the start is not told."""
+    def reload_began(self) -> None:
+        """`reload_ended` must follow, whatever comes of it. A reload during the start is not told."""
         if self._started:
-            self._reloading = True
+            self.reloading = True
             self.send(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
 
-    def reloaded(self) -> None:
+    def reload_ended(self) -> None:
         """To systemd, the end of a reload and of a start are the same word: it must not be said before `ready`."""
-        if self._reloading:
-            self._reloading = False
+        if self.reloading:
+            self.reloading = False
             self.send(READY=1)
 
     def barrier(self, patience: float) -> bool:

@@ -167,7 +167,9 @@ class Supervisor:
         if self._first_facts is not None and self._first_facts.done:
             first, self._first_facts = self._first_facts, None
             self._make_first_plan(first)
+        self._tell_reload()
         self.verbs.step()
+        self._tell_reload()
         self._see_off()
         health = status.health(self)
         if health[0] and self.front.ready and self.served_since is None:
@@ -232,6 +234,14 @@ class Supervisor:
             self.context.log.own("info", line)
         self.front.start()
         self.engines.serving.worker.start()
+
+    def _tell_reload(self) -> None:
+        if self.notifier.reloading == self.verbs.reloading:
+            return
+        if self.verbs.reloading:
+            self.notifier.reload_began()
+        else:
+            self.notifier.reload_ended()
 
     def _see_off(self) -> None:
         """Ends the engines that have finished what they had before they were replaced."""

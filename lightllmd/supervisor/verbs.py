@@ -22,6 +22,9 @@ from lightllmd.supervisor.switch import Steps, Switch, Terms, describe, fraction
 from lightllmd.supervisor.worker import Worker
 
 
+DRY_RUN = "dry run"  # the target of such a reload
+
+
 @dataclass(frozen=True)
 class Asked:
     """Who asks for a mutation, and on which premise."""
@@ -73,7 +76,11 @@ class Verbs:
             in_force=self.put_in_force,
             relisten=self._relisten,
         )
-        return self._open("reload", asked, reload.steps(dry_run), details=details)
+        return self._open("reload", asked, reload.steps(dry_run), DRY_RUN if dry_run else "", details)
+
+    @property
+    def reloading(self) -> bool:
+        return any(job.snapshot.target != DRY_RUN for job in self.jobs.running("reload"))
 
     def swap(self, asked: Asked, model: str, terms: Terms, plan_only: bool = False) -> RunningJob:
         """Raises NoSuchModel."""

@@ -46,8 +46,8 @@ def test_a_reload_is_framed_by_reloading_and_ready(systemd: tuple[socket.socket,
     notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     notifier.ready()
-    notifier.reloading()
-    notifier.reloaded()
+    notifier.reload_began()
+    notifier.reload_ended()
     assert sock.recv(100) == b"READY=1"
     name, _, moment = sock.recv(100).decode().partition("\nMONOTONIC_USEC=")
     assert name == "RELOADING=1"
@@ -59,10 +59,10 @@ def test_a_reload_is_framed_by_reloading_and_ready(systemd: tuple[socket.socket,
 def test_a_reload_during_the_start_is_not_taken_for_readiness(systemd: tuple[socket.socket, str]) -> None:
     sock, address = systemd
     notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
-    notifier.reloading()
-    notifier.reloaded()
+    notifier.reload_began()
+    notifier.reload_ended()
     notifier.ready()
-    notifier.reloaded()
+    notifier.reload_ended()
     notifier.status("end")
     assert [sock.recv(100), sock.recv(100)] == [b"READY=1", b"STATUS=end"]
     notifier.close()
