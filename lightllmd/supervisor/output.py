@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 
-LONGEST_LINE = 16 << 10  # bytes; a longer line is cut into several
+LONGEST_LINE = 8 << 10  # bytes; a longer line is cut into several. Escaped it still fits a line of the journal (48 KiB)
 RATE = 200_000  # bytes a second that are passed on; a line costs its length and LINE_COST
 BURST = 200_000  # bytes that may come at once: the stacks of a hundred threads, 20 ms of the loop's time
 LINE_COST = 100  # bytes: what a line costs the loop (some 10 us) beside its length
-LAST_LINES = 200  # of what is dropped, kept until more is passed on: they may be the child's last words
+LAST_BYTES, LAST_LINES = 64 << 10, 200  # of what is dropped, kept in case that they are the child's last words
 
 _PRIORITY = re.compile(rb"<[0-7]>")
 # What CPython prints of a fault, by itself or through faulthandler, without a priority.
@@ -37,58 +36,72 @@ class Output:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._pending = b""  # no whole line yet; at most LONGEST_LINE
+        self._in_fault = False  # after the beginning of a traceback
         self._budget = float(BURST)
         self._reckoned: float | None = None  # monotonic seconds: when the budget was
-        self._dropped = 0  # lines, since one was passed on
-        self._last: deque[bytes] = deque(maxlen=LAST_LINES)  # the newest of them
-        self._in_fault = False  # after the beginning of a traceback
+        self.flooded = False  # too much comes: it is dropped
+        self._dropped = 0  # bytes, in this flood
+        self._last = b""  # the newest of them
 
     def feed(self, chunk: bytes, now: float) -> None:
         """`now`: monotonic seconds."""
         if self._reckoned is not None:
             self._budget = min(BURST, self._budget + (now - self._reckoned) * RATE)
         self._reckoned = now
-        if self._dropped and self._budget >= BURST / 2:
-            # Not earlier, or a flood would be passed on in scraps.
-            self._say(f"<4>({self._dropped} lines were dropped)")
-            self._dropped = 0
-            self._last.clear()
-        *whole, rest = (self._pending + chunk).split(b"\n")
-        *begun, self._pending = _pieces(rest)
-        for line in whole:
-            for piece in _pieces(line):
-                self._take(piece)
-        for piece in begun:
-            self._take(piece)
+        if self.flooded and self._budget >= BURST / 2:  # not earlier, or a flood would be passed on in scraps
+            self._say(_were_dropped(self._dropped))
+            self._pending = self._last.rpartition(b"\n")[2][-LONGEST_LINE:]
+            self.flooded, self._dropped, self._last = False, 0, b""
+        if self.flooded:
+            self._drop(chunk)
+            return
+        data, begin = self._pending + chunk, 0
+        self._pending = b""
+        while (end := data.find(b"\n", begin)) >= 0:
+            if self._budget < 0:
+                break
+            for piece in _pieces(data[begin:end]):
+                self._pass(piece)
+            begin = end + 1
+        rest = data[begin:]
+        if self._budget < 0 and len(rest) > LONGEST_LINE:
+            self._say(f"<4>(more than {RATE // 1000} kB a second: the rest is dropped)")
+            self._drop(rest)
+            return
+        *pieces, self._pending = _pieces(rest)
+        for piece in pieces:
+            self._pass(piece)
 
     def end(self) -> None:
         """Nothing more comes."""
-        if self._dropped > len(self._last):
-            self._say(f"<4>({self._dropped - len(self._last)} lines were dropped)")
-        for line in self._last:
-            self._pass(line)
-        if self._pending:
-            self._pass(self._pending)
-        self._dropped, self._pending = 0, b""
-        self._last.clear()
+        *last, unended = (self._last or self._pending).split(b"\n")
+        last = [*last, unended][-LAST_LINES:] if unended else last[-LAST_LINES:]
+        if (dropped := self._dropped - sum(len(line) + 1 for line in last)) > 0:
+            self._say(_were_dropped(dropped))
+        for line in last:
+            for piece in _pieces(line):
+                self._pass(piece)
+        self._pending = self._last = b""
+        self._dropped = 0
 
-    def _take(self, line: bytes) -> None:
-        if self._dropped or self._budget < 0:
-            if not self._dropped:
-                self._say(f"<4>(more than {RATE // 1000} kB a second: lines are dropped)")
-            self._dropped += 1
-            self._last.append(line)
-        else:
-            self._budget -= len(line) + LINE_COST
-            self._pass(line)
+    def _drop(self, data: bytes) -> None:
+        """Costs the loop next to nothing."""
+        self.flooded = True
+        self._dropped += len(data)
+        self._last = (self._last + data)[-LAST_BYTES:]
 
     def _pass(self, line: bytes) -> None:
+        self._budget -= len(line) + LINE_COST
         if _PRIORITY.match(line):
             self._in_fault = False
         elif self._in_fault or line.startswith(_FAULTS):
             self._in_fault = True
             line = b"<3>" + line
         self._say(readable(line.rstrip(b"\r").decode(errors="replace")))
+
+
+def _were_dropped(amount: int) -> str:
+    return f"<4>({amount / 1000:,.1f} kB were dropped)"
 
 
 def readable(text: str) -> str:

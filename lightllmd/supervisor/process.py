@@ -15,6 +15,7 @@ from lightllmd.ipc.child import die_with_parent
 from lightllmd.supervisor.orphans import kill_group
 from lightllmd.supervisor.output import Output
 
+FLOOD_PAUSE = 0.01  # seconds between two reads of 64 KiB from a process that prints too much
 LAST_WORDS = 1 << 20  # bytes read at most of what a dead process left in its pipe
 # Said to us by systemd, not to our children.
 _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
@@ -87,7 +88,7 @@ class Process:
             self._feed(stdin)
         for fd in self._pipes:
             os.set_blocking(fd, False)
-            self._loop.add_reader(fd, self._read, fd)
+            self._listen(fd)
         self._loop.add_reader(self._pidfd, self._exited)
         _restore_oom_score(self.pid)
 
@@ -138,6 +139,16 @@ class Process:
             self._popen.stdin.close()
         except BrokenPipeError:
             pass  # it is dead already; its exit tells why
+
+    def _listen(self, fd: int) -> None:
+        if fd in self._pipes:
+            self._loop.add_reader(fd, self._readable, fd)
+
+    def _readable(self, fd: int) -> None:
+        if self._read(fd) and self._output.flooded:
+            # The writer is slowed down to some MB/s, or dropping what it prints would take a core.
+            self._loop.remove_reader(fd)
+            self._loop.call_later(FLOOD_PAUSE, self._listen, fd)
 
     def _read(self, fd: int) -> bool:
         """What is there now, up to 64 KiB: one worker that prints without end must not keep the loop.
