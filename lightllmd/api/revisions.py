@@ -130,11 +130,15 @@ class Revisions:
 
     # --- revisions come and go ------------------------------------------------------------------------------------
 
+    def expect(self, number: int) -> None:
+        """`prepare` follows; what is said of the revision from now on is for it."""
+        if number not in self._fronts:
+            self._coming.setdefault(number, None)
+
     async def prepare(self, number: int, plan: bytes) -> str:
         """Why it can't be served; empty: it can."""
         if number in self._fronts:
             return ""
-        self._coming.setdefault(number, None)
         try:
             front = await asyncio.get_running_loop().run_in_executor(None, lambda: self._build(decode_plan(plan)))
         except Exception as failure:  # whatever a tokenizer's files make its library raise: the present one serves on

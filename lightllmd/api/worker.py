@@ -130,6 +130,7 @@ class Worker:
             case messages.EngineDown():
                 revisions.engine_down(message)
             case messages.Prepare():
+                revisions.expect(message.revision)
                 self._start(self._prepare(message))
             case messages.Commit():
                 revisions.commit(message.revision, message.carry)

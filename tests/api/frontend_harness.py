@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ EOS = 256
 PATIENCE = 20.0  # seconds; a bound, never a measure
 
 
-def make_plan(params: dict[str, Any] | None = None, **http: Any) -> Plan:
+def make_plan(
+    params: dict[str, Any] | None = None, model: str = "fake-model", names: Iterable[str] = (), **http: Any
+) -> Plan:
     config = Config(
+        models={name: {} for name in names},
         params=Params(**({"max_total_token_num": 6000} | (params or {}))),
         http=HttpSettings(**http),
         engine=EngineSettings(backend="fake"),
@@ -46,7 +49,7 @@ def make_plan(params: dict[str, Any] | None = None, **http: Any) -> Plan:
         tokenizer_mode="fast",
         log_stats_interval=10.0,
         vocab_size=257,
-        model_name="fake-model",
+        model_name=model,
     )
 
 
@@ -148,9 +151,10 @@ class ScriptedEngine:
         return len(rows)
 
     def die(self) -> None:
-        self._task.cancel()
-        self.socket.close()
-        self.file.unlink(missing_ok=True)
+        if not self.socket.socket.closed:
+            self._task.cancel()
+            self.socket.close()
+            self.file.unlink(missing_ok=True)
 
 
 async def until(condition: Callable[[], Any]) -> Any:
@@ -173,8 +177,10 @@ class Stack:
         self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure, plan)
         self.running = asyncio.create_task(self.worker.run())
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)
-        self.engine: ScriptedEngine | None = None
+        self.engine: ScriptedEngine | None = None  # the newest
+        self.engines: list[ScriptedEngine] = []
         self.generation = 0
+        self.said: list[messages.Up] = []  # other than heartbeats
 
     @property
     def ledger(self) -> Ledger:
@@ -188,14 +194,34 @@ class Stack:
     def tell(self, message: messages.Down) -> None:
         assert self.supervisor.send(message)
 
-    async def up(self, **options: Any) -> ScriptedEngine:
-        """The next generation, ready and connected."""
+    async def answer(self, kind: type[messages.Prepared] | type[messages.Probed], number: int) -> Any:
+        """What the worker said of that revision or probe."""
+
+        def heard() -> Any:
+            self.said += [m for m in self.supervisor.receive() if not isinstance(m, messages.Heartbeat)]
+            numbers = {messages.Prepared: "revision", messages.Probed: "number"}
+            return next((m for m in self.said if isinstance(m, kind) and getattr(m, numbers[kind]) == number), None)
+
+        return await until(heard)
+
+    def launch(self, revision: int = 1, **options: Any) -> ScriptedEngine:
+        """The next generation; the worker is told of it."""
         self.generation += 1
         self.engine = ScriptedEngine(self.folder, self.generation, **options)
-        self.tell(messages.EngineUp(self.generation, self.engine.endpoint))
-        self.tell(messages.Health(True, "ready"))
-        await until(lambda: any(isinstance(m, messages.Hello) for m in self.engine.heard) and self.healthy)
+        self.engines.append(self.engine)
+        self.tell(messages.EngineUp(self.generation, self.engine.endpoint, revision))
         return self.engine
+
+    async def up(self, revision: int = 1, **options: Any) -> ScriptedEngine:
+        """The next generation, ready and connected."""
+        engine = self.launch(revision, **options)
+        self.tell(messages.Health(True, "ready"))
+        await until(lambda: any(isinstance(m, messages.Hello) for m in engine.heard) and self.healthy)
+        return engine
+
+    async def prepare(self, revision: int, plan: Plan) -> None:
+        self.tell(messages.Prepare(revision, encode_plan(plan)))
+        assert (await self.answer(messages.Prepared, revision)).error == ""
 
     @property
     def healthy(self) -> bool:
@@ -210,8 +236,8 @@ class Stack:
         await until(lambda: not self.ledger.connected)
 
     async def stop(self) -> None:
-        if self.engine is not None:
-            self.engine.die()
+        for engine in self.engines:
+            engine.die()
         await self.client.aclose()
         if not self.running.done():
             self.tell(messages.Stop())

@@ -334,12 +334,11 @@ def test_worker_dies_with_its_supervisor(tmp_path):
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("message", [messages.Retire(), messages.Stop()])
-def test_idle_connections_do_not_keep_a_worker(tmp_path, message):
+def test_idle_connections_do_not_keep_a_worker_that_is_to_stop(tmp_path):
     async def scenario():
         async with process(tmp_path) as one:
             assert (await one.client.get("/liveness")).status_code == 200  # kept open by the client
-            one.tell(message)
+            one.tell(messages.Stop())
             assert await one.exit_code() == 0
 
     run(scenario())

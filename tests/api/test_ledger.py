@@ -6,6 +6,7 @@ import pytest
 
 from ledger_bench import TOKENIZER, Bench
 from lightllmd.api.branch import Branch
+from lightllmd.api.ledger import Ledger
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestFailed
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
@@ -309,3 +310,101 @@ def test_reader_is_notified_once_for_many_tokens():
 def test_messages_survive_the_wire():
     submit = Submit(1, 0, 1, 5, [1], SamplingParams(exponential_decay_length_penalty=(3, 1.5)), [0], [[]])
     assert messages.decode_to_engine(messages.encode(submit)) == submit
+
+
+# --- revisions ------------------------------------------------------------------------------------------------------
+
+
+def heir_of(bench: Bench) -> Ledger:
+    return Ledger(bench.tally, **bench.options)
+
+
+@pytest.mark.parametrize("up_first", [False, True])
+def test_heir_replays_what_was_in_flight_in_arrival_order_under_the_same_numbers(up_first):
+    bench = Bench()
+    bench.up()
+    first = bench.open(b"1")
+    bench.say((first, 0, 0, 65, FINISH_NONE))
+    bench.down()
+    never_sent = bench.open(b"2")
+    heir = heir_of(bench)
+    if up_first:
+        heir.engine_up(2, "engine-2")
+    bench.ledger.hand_over(heir)
+    assert (bench.ledger.in_flight, heir.in_flight, heir.held) == (0, 2, 0 if up_first else 2)
+    if not up_first:
+        heir.engine_up(2, "engine-2")
+    assert [(s.request, s.replay, s.emitted) for s in bench.link.submits] == [
+        (first.request, True, [[65]]),
+        (never_sent.request, False, [[]]),
+    ]
+    assert bench.tally.counts["resumed"] == 1
+    bench.link.inbox.append(StepOutput(2, [first.request], [0], [1], [66], [0.0], [FINISH_LENGTH]))
+    heir.receive()
+    assert (first.outcome, first.branches[0].ids) == ("ok", [65, 66])
+    never_sent.ledger.cancel(never_sent)
+    assert bench.link.aborts == [Abort(never_sent.request)]
+
+
+def test_two_ledgers_of_a_worker_never_give_the_same_number():
+    bench = Bench()
+    bench.up()
+    heir = heir_of(bench)
+    other = heir.open([1], SamplingParams(), [Branch(0, TOKENIZER.detokenizer(), None)], lambda: None)
+    assert bench.open().request > other.request
+
+
+def test_link_is_closed_before_the_heir_gets_anything():
+    bench = Bench()
+    bench.up()
+    entry = bench.open()
+    bench.link.inbox.append(StepOutput(1, [entry.request], [0], [0], [65], [0.0], [FINISH_NONE]))
+    bench.ledger.hand_over(heir_of(bench))
+    assert bench.link.closed
+    bench.ledger.receive()
+    assert entry.branches[0].ids == []
+
+
+def test_held_too_long_counts_over_both_ledgers():
+    bench = Bench(hold_timeout=10.0)
+    entry = bench.open()
+    bench.now = 6.0
+    heir = heir_of(bench)
+    bench.ledger.hand_over(heir)
+    bench.now = 9.9
+    heir.expire()
+    assert entry.outcome is None
+    bench.now = 10.0
+    heir.expire()
+    assert isinstance(entry.error, DeadlineExceeded)
+
+
+def test_abandoned_ledger_ends_what_it_has_and_takes_nothing():
+    bench = Bench()
+    bench.up()
+    done, begun, silent = bench.open(n=2), bench.open(), bench.open()
+    bench.say((done, 0, 0, 65, FINISH_LENGTH), (begun, 0, 0, 65, FINISH_NONE))
+    bench.ledger.abandon("it is replaced")
+    assert [branch.finish for branch in done.branches] == ["length", "abort"]
+    assert (begun.branches[0].finish, silent.branches[0].finish) == ("abort", "abort")
+    assert [str(entry.error) for entry in bench.ended] == ["it is replaced"] * 3
+    assert len(bench.link.aborts) == 3
+    assert bench.link.closed
+    with pytest.raises(NotReady, match="it is replaced"):
+        bench.open()
+    assert bench.tally.counts["failed"] == 3
+
+
+def test_private_request_is_never_held_and_never_counted():
+    bench = Bench()
+    branches = [Branch(0, TOKENIZER.detokenizer(), None)]
+    with pytest.raises(NotReady):
+        bench.ledger.open([0], SamplingParams(), branches, lambda: None, private=True)
+    bench.up()
+    bench.ledger.refuse("draining")
+    entry = bench.ledger.open([0], SamplingParams(), branches, lambda: None, private=True)
+    assert bench.ledger.in_flight == 1
+    bench.down()
+    assert isinstance(entry.error, NotReady)
+    assert bench.ended == []
+    assert bench.stats == {"in_flight": 0, "held": 0, "ok": 0, "cancelled": 0, "failed": 0, "resumed": 0}
