@@ -103,7 +103,8 @@ class Runtime:
             sock.bind(str(temporary))
             sock.listen(64)
             group = group_id()
-            if group is not None and (os.getuid() == 0 or group in os.getgroups()):
+            # Not where it is so already: the unit's sandbox has no chown.
+            if group not in (None, temporary.stat().st_gid) and (os.getuid() == 0 or group in os.getgroups()):
                 os.chown(temporary, -1, group)
             temporary.rename(self.control_socket)
         except OSError as refused:
