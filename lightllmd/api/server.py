@@ -7,9 +7,11 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import ConfigInvalid, Problem
@@ -67,6 +69,7 @@ class Server(uvicorn.Server):
         """
         if not self.started:
             self.should_exit = True
+        if self.should_exit or self._settled is not None:
             return
         for server in self.servers:
             server.close()
@@ -83,9 +86,9 @@ class Server(uvicorn.Server):
         loop.call_later(settle, self._shorten)
 
     def _shorten(self) -> None:
-        """The open connections' last minutes: each has KEEP_ALIVE_RETIRED from now, or from its next answer."""
+        """An idle connection has KEEP_ALIVE_RETIRED from now; one that waits for an answer will hear from that."""
         loop = asyncio.get_running_loop()
-        for connection in self.server_state.connections:
+        for connection in cast("set[HttpToolsProtocol]", self.server_state.connections):
             connection.timeout_keep_alive = KEEP_ALIVE_RETIRED
             cycle = connection.cycle
             if cycle is None or cycle.response_complete:
@@ -103,6 +106,13 @@ class Server(uvicorn.Server):
         return over or asyncio.get_running_loop().time() >= self._settled
 
     def leave(self, timeout: float | None) -> None:
-        """Stops accepting; open responses may finish, for `timeout` seconds at most."""
+        """Stops accepting; open responses may finish, for `timeout` seconds at most.
+
+        A connection that was accepted a moment ago brings its request first: closed at once it would be reset.
+        """
         self.config.timeout_graceful_shutdown = timeout  # type: ignore[assignment]
+        self.retire()
+        asyncio.get_running_loop().call_later(_SETTLE if self.started else 0, self._end)
+
+    def _end(self) -> None:
         self.should_exit = True
