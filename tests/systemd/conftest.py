@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from systemd_machine import Machine, Service, install, installable, service_of, why_not
 
 

@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 from harness import wait_for
 from systemd_machine import Service
 

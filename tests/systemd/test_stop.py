@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import httpx
+
 from harness import generate_stream, run
 from systemd_machine import Service
 
