@@ -10,7 +10,7 @@ import click
 
 from lightllmctl.context import Context
 from lightllmctl.render import clean, job_name
-from lightllmd.errors import ConnectionLost, JobFailed, JobGoesOn, JobRolledBack, NoAnswer
+from lightllmd.errors import ConnectionLost, JobFailed, JobGoesOn, NoAnswer, RolledBack
 
 Job = dict[str, Any]
 
@@ -22,7 +22,7 @@ class Display(Protocol):
 def wait(context: Context, job: Job, timeout: float | None) -> Job:
     """Follows ``job`` to its end and returns its last state.
 
-    Raises JobFailed or JobRolledBack by its outcome, JobGoesOn after ``timeout`` seconds, ConnectionLost when the
+    Raises JobFailed or RolledBack by its outcome, JobGoesOn after ``timeout`` seconds, ConnectionLost when the
     daemon went away before there was an outcome. ^C leaves the job running and says so.
     """
     try:
@@ -51,7 +51,7 @@ def judged(job: Job) -> Job:
     if outcome is None:
         raise ConnectionLost(f"the daemon ended before job {job_name(job)} did")
     if outcome == "rolled-back":
-        raise JobRolledBack(f"job {job_name(job)} was rolled back: {message}")
+        raise RolledBack(f"job {job_name(job)} was rolled back: {message}")
     raise JobFailed(f"job {job_name(job)} {outcome}: {message}")
 
 

@@ -86,6 +86,11 @@ def kind_of(value: Any) -> str:
     return "a date or time"
 
 
+def said(value: Any) -> str:
+    """'"8000" is a string'."""
+    return f"{show(value)} is {kind_of(value)}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The likeliest meant name, or nothing."""
     plain = {candidate.lower(): candidate for candidate in names}
@@ -128,7 +133,7 @@ def _wrong_kind(field: Field, value: Any, kind: str | None = None) -> Fault:
         hint = f"; write {str(value).lower()} without quotes"
     elif isinstance(value, str) and field.words and (word := nearest(value, field.words)):
         hint = f'; nearest: "{word}"'
-    return Fault(f"{show(value)} is {kind_of(value)}, expected {wanted}{hint}")
+    return Fault(f"{said(value)}, expected {wanted}{hint}")
 
 
 def _scalar(field: Field, kind: str, value: Any) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from lightllmd import __version__
 from lightllmd.config import reference
-from lightllmd.config.load import load, nearest_key
+from lightllmd.config.check import show
+from lightllmd.config.diff import diff
+from lightllmd.config.load import load, nearest_key, problem_at
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import Field, fields, tables
 from lightllmd.errors import EXIT_OK, ConfigInvalid, Problem
@@ -21,13 +23,16 @@ DEFAULT_FILE = "/etc/lightllmd/lightllmd.toml"
 Action = Literal["run", "check", "print-config", "json-schema"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Invocation:
     """What a command line asks for."""
 
     config: Config
     config_file: str | None  # None: none was named, and the default one is not there
     action: Action = "run"
+    flags: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # dotted key -> value; they override the file each time
 
 
 def parse(argv: Sequence[str] | None = None) -> Invocation:
@@ -47,7 +52,28 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     named, checked = given.pop("config", None), given.pop("check", None)
     flags = {field.key: _value(field, given[field.key]) for field in fields(Config) if field.key in given}
     file = _choose_file(checked or named, flags)
-    return Invocation(load(file, flags), file, "run" if checked is None else "check")
+    return Invocation(load(file, flags), file, "run" if checked is None else "check", flags)
+
+
+def reload(invocation: Invocation) -> Config:
+    """What the same command line says now that the file may have changed.
+
+    Raises ConfigInvalid, also where there is no file, or where it changes what only a new daemon can take up.
+    """
+    file = invocation.config_file
+    if file is None:
+        raise ConfigInvalid([Problem("", "there is no file to read again: lightllmd was started without one")])
+    config = load(file, invocation.flags)
+    problems = [
+        problem_at(
+            config, file, (change.key,), f"{show(change.old)} -> {show(change.new)} needs a restart of lightllmd"
+        )
+        for change in diff(invocation.config, config)
+        if change.reload == "restart"
+    ]
+    if problems:
+        raise ConfigInvalid(problems)
+    return config
 
 
 def _choose_file(named: str | None, flags: dict[str, Any]) -> str | None:
@@ -88,6 +114,15 @@ def _number(kind: type[int] | type[float], text: str) -> Any:
 # --- the parser ------------------------------------------------------------------------------------------------
 
 
+_ACTIONS = "Files and actions"
+
+
+def actions() -> list[argparse.Action]:
+    """The flags that are no settings, for the manual page."""
+    [group] = [group for group in _parser()._action_groups if group.title == _ACTIONS]
+    return group._group_actions
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=8)
@@ -106,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
-    actions = parser.add_argument_group("Files and actions")
+    actions = parser.add_argument_group(_ACTIONS)
     actions.add_argument("--config", metavar="FILE", help=f"the TOML file (default: {DEFAULT_FILE})")
     actions.add_argument(
         "--check",

@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import tomli
 
-from lightllmd.config import check, rules
+from lightllmd.config import check, models, rules
+from lightllmd.config.document import Document, Given, Unreadable, parse
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import by_key, fields, tables
-from lightllmd.config.toml_lines import key_lines
 from lightllmd.errors import ConfigInvalid, Problem
 
-MAX_FILE_BYTES = 1 << 20
 COMMAND_LINE = 0  # as a line number in Config.places
-
-
-@dataclass(frozen=True)
-class _Given:
-    """One value as it was written. file None: on the command line."""
-
-    value: Any
-    file: str | None = None
-    line: int | None = None
-    element_lines: tuple[int | None, ...] = ()
-
-    def problem(self, key: str, fault: check.Fault) -> Problem:
-        line: int | None = self.line
-        if fault.index is not None and fault.index < len(self.element_lines):
-            line = self.element_lines[fault.index] or line
-        return Problem(key, fault.message, self.file, line)
 
 
 def load(file: str | None, flags: Mapping[str, Any] | None = None) -> Config:
     """The configuration of `file` (None: none), overridden by `flags` (dotted key -> value). Raises ConfigInvalid."""
+    document = _read(file) if file is not None else Document("", {}, {})
     problems: list[Problem] = []
-    given = _read(file, problems) if file is not None else {}
+    given = dict(_collect(document, document.tree, (), problems))
+    entries = models.read(document, problems)
     values: dict[str, Any] = {}
     places: dict[str, int] = {}
     faulty: set[str] = set()
-    overriding = {key: _Given(value) for key, value in (flags or {}).items()}
+    overriding = {key: Given(value) for key, value in (flags or {}).items()}
     for source in (given, overriding):
         for key, one in source.items():
             value, faults = check.check(by_key(Config)[key], one.value)
@@ -58,9 +39,11 @@ def load(file: str | None, flags: Mapping[str, Any] | None = None) -> Config:
     for key, value in values.items():
         one = overriding.get(key) or given[key]
         problems += [one.problem(key, fault) for fault in check.refusals(by_key(Config)[key], value)]
-    config = _assemble(values, places)
+    named, faulty_named = models.settle(entries, places, problems)
+    config = _assemble(values, named, places)
     for keys, message in rules.contradictions(config, faulty):
         problems.append(problem_at(config, file, keys, message))
+    problems += models.contradictions(config, faulty, faulty_named, document.file)
     problems += _missing(config, file, faulty)
     if problems:
         raise ConfigInvalid(sorted(problems, key=lambda problem: (problem.file is None, problem.line or 0)))
@@ -86,8 +69,8 @@ def _missing(config: Config, file: str | None, faulty: set[str]) -> Iterator[Pro
         yield problem_at(config, file, ("http.api_keys_file",), f"{check.show(path)} {state}")
 
 
-def _assemble(values: Mapping[str, Any], places: dict[str, int]) -> Config:
-    tree: dict[str, Any] = {"places": places}
+def _assemble(values: Mapping[str, Any], named: Mapping[str, models.Overrides], places: dict[str, int]) -> Config:
+    tree: dict[str, Any] = {models.TABLE: named, "places": places}
     for field in fields(Config):
         if field.key in values:
             node = tree
@@ -100,90 +83,29 @@ def _assemble(values: Mapping[str, Any], places: dict[str, int]) -> Config:
 # --- the file -----------------------------------------------------------------------------------------------
 
 
-def _read(file: str, problems: list[Problem]) -> dict[str, _Given]:
-    """The settings that a file holds; what can't be understood goes to `problems`."""
+def _read(file: str) -> Document:
     try:
-        document, lines = _parse(file)
-    except _Unreadable as unreadable:
-        problems.append(Problem("", unreadable.message, file, unreadable.line))
-        raise ConfigInvalid(problems) from None
-    found: dict[str, _Given] = {}
-    _collect(document, (), file, lines, found, problems)
-    return found
-
-
-class _Unreadable(Exception):
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.line = line
-
-
-def _parse(file: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
-    try:
-        with Path(file).open("rb") as stream:
-            body = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise _Unreadable(f"can't be read: {error.strerror}") from None
-    except ValueError as error:  # a NUL in the path
-        raise _Unreadable(f"can't be read: {error}") from None
-    if len(body) > MAX_FILE_BYTES:
-        raise _Unreadable(f"is larger than {MAX_FILE_BYTES} bytes")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = body.count(b"\n", 0, error.start) + 1
-        raise _Unreadable(f"byte 0x{body[error.start]:02x} is not valid UTF-8", line) from None
-    try:
-        return tomli.loads(text), key_lines(text)
-    except RecursionError:
-        raise _Unreadable("is nested too deeply") from None
-    except ValueError as error:
-        raise _syntax_error(str(error), text) from None
-
-
-def _syntax_error(message: str, text: str) -> _Unreadable:
-    """tomli's message, its position taken apart."""
-    match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
-    if match is None:
-        return _Unreadable(f"TOML syntax: {message}")
-    line = int(match[1]) if match[1] else max(1, len(text.splitlines()))
-    return _Unreadable(f"TOML syntax: {message[: match.start()]}", line)
+        return parse(file)
+    except Unreadable as unreadable:
+        raise ConfigInvalid([Problem("", unreadable.message, file, unreadable.line)]) from None
 
 
 def _collect(
-    table: dict[str, Any],
-    path: tuple[str, ...],
-    file: str,
-    lines: dict[tuple[str | int, ...], int],
-    found: dict[str, _Given],
-    problems: list[Problem],
-) -> None:
-    """Walks one table of the document."""
+    document: Document, table: dict[str, Any], path: tuple[str, ...], problems: list[Problem]
+) -> Iterator[tuple[str, Given]]:
+    """The settings of one table of the document and of those in it; what can't be understood goes to `problems`."""
     for name, value in table.items():
         here = (*path, name)
-        key, line = ".".join(here), lines.get(here)
+        key = ".".join(here)
         if key in by_key(Config) and "." not in name:
-            elements = tuple(lines.get((*here, n)) for n in range(len(value))) if isinstance(value, list) else ()
-            found[key] = _Given(value, file, line, elements)
+            yield key, document.given(here, value)
         elif key in tables(Config) and "." not in name:
             if isinstance(value, dict):
-                _collect(value, here, file, lines, found, problems)
+                yield from _collect(document, value, here, problems)
             else:
-                message = f"{check.show(value)} is {check.kind_of(value)}, expected a table"
-                problems.append(Problem(key, message, file, line))
-        elif key == "models":
-            problems += _models(value, file, lines)
-        else:
-            problems.append(Problem(key, _unknown(key, path, value), file, line))
-
-
-def _models(value: Any, file: str, lines: dict[tuple[str | int, ...], int]) -> Iterator[Problem]:
-    names = list(value) if isinstance(value, dict) else []
-    for name in names:
-        yield Problem(f"models.{name}", "is not available yet: named models", file, lines.get(("models", name)))
-    if not names:
-        yield Problem("models", "is not available yet: named models", file, lines.get(("models",)))
+                problems.append(document.problem(here, f"{check.said(value)}, expected a table"))
+        elif here != (models.TABLE,):
+            problems.append(document.problem(here, _unknown(key, path, value)))
 
 
 def _unknown(key: str, path: tuple[str, ...], value: Any) -> str:

@@ -6,7 +6,7 @@ auto falls back to. Our own tables are in tables.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -86,7 +86,6 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             "where the model has no such file; auto is the fast one, converted from tokenizer.model where need be.",
             group=MODEL,
             page_default="slow",
-            reload="front end",
         ),
     ] = "auto"
     load_way: Annotated[
@@ -209,7 +208,6 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             doc="Allows Python code that a model's directory brings along. Model families and tokenizers are built in "
             "and run no such code, so that it changes nothing for the models of this version.",
             group=MODEL,
-            reload="front end",
         ),
     ] = False
     disable_log_stats: Annotated[
@@ -377,11 +375,11 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     health_monitor: Annotated[
         bool,
         Setting(
-            doc="Sends a one-token request to every engine from time to time and restarts the one that does not "
-            "answer. What dies or makes no progress is always restarted, with or without it.",
+            doc="Sends a one-token request to every engine each [supervisor] health_interval and restarts the one that "
+            "does not answer within health_timeout. What dies or makes no progress is always restarted, with or "
+            "without it.",
             group=SERVING,
             reload="live",
-            needs="the active health probe",
         ),
     ] = False
     metric_gateway: Annotated[
@@ -441,6 +439,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
     engine: EngineSettings = EngineSettings()
-    models: dict[str, dict[str, object]] = {}
-    # where each key that is not a default was set: its line in the file, or 0 for the command line
+    models: dict[str, dict[str, Any]] = {}  # [models.NAME]: checked values of parameters, model_dir among them
+    # where each key that is not a default was set ("models.NAME.key" too): its line in the file, 0: command line
     places: dict[str, int] = {}

@@ -6,6 +6,7 @@ import json
 import textwrap
 from typing import Any
 
+from lightllmd.config import models
 from lightllmd.config.check import bounds, expected
 from lightllmd.config.modes import NAMES
 from lightllmd.config.parameters import Config
@@ -18,7 +19,15 @@ _HEAD = f"""\
 # lightllmd: every setting, commented out, at its default. Generated: lightllmd --print-config
 #
 # Flags override this file (--port 9000, --http.workers 2); the environment does not. lightllmd --check FILE tests it.
-# The documented parameters stand at the top, above the first [table]. "reload" says what a new value replaces."""
+# The documented parameters stand at the top, above the first [table]. "reload" says what a new value replaces;
+# live: nothing, restart: the daemon, so that lightllmctl reload refuses it."""
+
+
+_MODEL = """\
+# [models.llama-3-70b]
+# model_dir = "/srv/models/llama-3-70b-instruct"
+# max_req_input_len = 6144
+# max_req_total_len = 8192"""
 
 
 def toml_value(value: Any) -> str:
@@ -66,7 +75,15 @@ def sample() -> str:
             group = field.setting.group
             parts.append(_heading(group))
         parts.append(_entry(field))
+    parts.append(_named_model())
     return "\n\n".join(parts) + "\n"
+
+
+def _named_model() -> str:
+    """Its header is commented out too: a table without model_dir would be refused."""
+    names = ", ".join(field.name for field in models.allowed() if field.name != "model_dir")
+    keys = f"It holds model_dir and any of {names}. Its name: {models.NAME_FORM}."
+    return f"{_heading('Named models')}\n\n{_comment(models.DOC)}\n{_comment(keys)}\n{_MODEL}"
 
 
 def _heading(title: str) -> str:
@@ -97,6 +114,7 @@ def schema() -> dict[str, Any]:
         nodes[table] = nodes[parent]["properties"][name] = _object(doc)
     for field in fields(Config):
         nodes[field.table]["properties"][field.name] = _property(field)
+    nodes[""]["properties"][models.TABLE] = _models_schema()
     return {"$schema": "http://json-schema.org/draft-07/schema#", **root}
 
 
@@ -107,6 +125,17 @@ def schema_text() -> str:
 
 def _object(doc: str) -> dict[str, Any]:
     return {"type": "object", "description": doc, "additionalProperties": False, "properties": {}}
+
+
+def _models_schema() -> dict[str, Any]:
+    entry = _object(models.DOC) | {"required": ["model_dir"]}
+    for field in models.allowed():
+        entry["properties"][field.name] = {
+            name: value
+            for name, value in _property(field).items()
+            if name != "default"  # it is the top of the file
+        }
+    return {"type": "object", "propertyNames": {"pattern": f"^({models.NAME})$"}, "additionalProperties": entry}
 
 
 def _property(field: Field) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
 from lightllmd.config.budget import Demand
 from lightllmd.config.load import problem_at
+from lightllmd.config.models import name_of
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Plan
@@ -79,6 +80,7 @@ class _Maker:
         self.config_file = config_file
         self.derived: list[Derived] = []
         self.problems: list[Problem] = []
+        self.short_of: tuple[int, int] | None = None  # bytes needed and to be had, of a problem with memory
 
     def settle(self, name: str, settled: _Value) -> Any:
         if settled.reason:
@@ -90,7 +92,7 @@ class _Maker:
 
     def stop_if_problems(self) -> None:
         if self.problems:
-            raise ConfigInvalid(self.problems)
+            raise ConfigInvalid(self.problems, self.short_of if len(self.problems) == 1 else None)
 
     def log_stats_interval(self) -> _Value:
         if self.params.log_stats_interval > 0:
@@ -118,7 +120,9 @@ class _Fake(_Maker):
             tokenizer_mode="fast",
             log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
             vocab_size=FAKE_VOCABULARY,
-            model_name=self.config.http.served_model_name or _last_component(params.model_dir or "fake"),
+            model_name=self.config.http.served_model_name
+            or name_of(self.config)
+            or _last_component(params.model_dir or "fake"),
             config_file=self.config_file,
             derived=self.derived,
             budget=Budget([BudgetRow("weights", fake.load_bytes, "pretended")], self.device.memory_free),
@@ -170,7 +174,7 @@ class _Real(_Maker):
             tokenizer_mode=self.settle("tokenizer_mode", self._tokenizer_mode()),
             log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
             vocab_size=vocab,
-            model_name=self.config.http.served_model_name or self._name(),
+            model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
             derived=self.derived,
             budget=demand.with_slots(slots.value),
@@ -281,6 +285,7 @@ class _Real(_Maker):
                 total,
                 written,
             )
+        self.short_of = (demand.with_slots(total if written == "auto" else written).needed, demand.available)
         may_use = f"{size(demand.available)} ({self.config.engine.memory_fraction:g} of the free memory) may be used"
         if largest is None:
             self.problem(f"does not fit: {may_use}; without KV cache it needs {_rows(demand)}", "model_dir")

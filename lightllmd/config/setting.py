@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-Reload = Literal["live", "front end", "engine"]
+Reload = Literal["live", "front end", "engine", "restart"]  # "restart": of the daemon; a reload refuses it
 Kind = Literal["boolean", "integer", "number", "string", "integers", "strings"]
 
 

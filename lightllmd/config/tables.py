@@ -26,7 +26,7 @@ class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
             doc="Path of the control socket that lightllmctl talks to. Empty: control.sock in $RUNTIME_DIRECTORY, else "
             "in /run/lightllmd for root, else in $XDG_RUNTIME_DIR/lightllmd.",
             example='"/run/lightllmd/control.sock"',
-            reload="live",
+            reload="restart",
         ),
     ] = ""
     drain_timeout: Annotated[float, _seconds("SIGTERM: how long requests in flight may go on.", zero=True)] = 60.0
@@ -47,11 +47,26 @@ class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
     spare_engine: Annotated[
         bool,
         Setting(
-            doc="On a GPU: keep a second engine process that has its imports done and waits for the first one's death, "
-            "which makes a restart some seconds shorter. Takes about 0.5 GB of host memory and none of the GPU's.",
+            doc="Keep a second engine process that has its imports done and waits: the next restart or swap takes it, "
+            "which makes either some seconds shorter. Takes about 0.5 GB of host memory and none of a GPU's.",
             reload="live",
         ),
     ] = True
+    swap: Annotated[
+        Literal["auto", "beside", "after"],
+        Setting(
+            doc="How a new model, or new settings of the engine, come into service. beside: the new engine loads while "
+            "the old one serves on, wherever both fit. after: it loads when the old one has finished its requests and "
+            "let go of its memory; new requests wait meanwhile. auto: beside where that costs no KV cache, else after.",
+            reload="live",
+        ),
+    ] = "auto"
+    health_interval: Annotated[
+        float, _seconds("With health_monitor: from one probe's answer to the next probe of that engine.")
+    ] = 60.0
+    health_timeout: Annotated[
+        float, _seconds("With health_monitor: an engine that has not answered its probe by then is restarted.")
+    ] = 60.0
     backoff_initial: Annotated[
         float, _seconds("Pause before the second start of an engine that died without a token.")
     ] = 0.5

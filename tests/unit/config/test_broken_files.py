@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightllmd.config.load import MAX_FILE_BYTES, load
+from lightllmd.config.document import MAX_FILE_BYTES
+from lightllmd.config.load import load
 from lightllmd.errors import EXIT_CONFIG, ConfigInvalid, Problem
 
 MODEL = 'model_dir = "m"\n'
@@ -104,7 +105,6 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
         'computes in float16, not in data_type = "bf16"',
     ),
     "mode-alias": (MODEL + 'mode = ["ppl_int4weight"]\n', 2, "mode", "alias of ppl_w4a16"),
-    "named-models": (MODEL + '\n[models.big]\nmodel_dir = "b"\n', 3, "models.big", "not available yet"),
     "syntax": (MODEL + "port = \n", 2, "", "TOML syntax"),
     "unclosed-string": (MODEL + 'host = "a\n', 2, "", "TOML syntax"),
     "unclosed-array": (MODEL + "eos_id = [1,\n2\n", 3, "", "TOML syntax"),
@@ -128,7 +128,6 @@ NOT_AVAILABLE = {
     "use_reward_model": "true",
     "long_truncation_mode": '"head"',
     "use_tgi_api": "true",
-    "health_monitor": "true",
     "metric_gateway": '"gateway:9091"',
     "grouping_key": '["a=b"]',
     "enable_monitor_auth": "true",

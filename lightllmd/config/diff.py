@@ -1,0 +1,62 @@
+"""What differs between two configurations, and what has to be replaced for it to take effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from lightllmd.config.models import TABLE, place
+from lightllmd.config.parameters import Config
+from lightllmd.config.setting import Reload, by_key, fields
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One difference. A model's table that came or went is one change, its absence None."""
+
+    key: str  # "port", "http.workers", "models.NAME", "models.NAME.data_type"
+    old: Any
+    new: Any
+    reload: Reload
+
+
+def diff(old: Config, new: Config) -> list[Change]:
+    """In the order of the declaration. Lines and comments of the file are no difference.
+
+    The tables [models.NAME] are live by themselves: they say what a later swap would serve. What they mean for the
+    model that serves now is a change of its parameters, so let both sides be as `models.with_model` makes them.
+    """
+    changed = [
+        Change(field.key, field.of(old), field.of(new), field.setting.reload)
+        for field in fields(Config)
+        if field.of(old) != field.of(new)
+    ]
+    return [*changed, *_models(old, new)]
+
+
+def _models(old: Config, new: Config) -> Iterator[Change]:
+    for name in dict.fromkeys([*old.models, *new.models]):
+        before, after = old.models.get(name), new.models.get(name)
+        if before is None or after is None:
+            yield Change(f"{TABLE}.{name}", before, after, "live")
+            continue
+        for key in dict.fromkeys([*before, *after]):
+            if before.get(key) != after.get(key):
+                yield Change(place(name, key), before.get(key), after.get(key), "live")
+
+
+def blend(old: Config, new: Config, changes: Iterable[Change]) -> Config:
+    """`old` with those differences to `new` alone."""
+    known = by_key(Config)
+    for change in changes:
+        if change.key in known:
+            old = _put(old, known[change.key].path, change.new)
+        else:
+            old = msgspec.structs.replace(old, models=new.models)
+    return old
+
+
+def _put(struct: Any, path: tuple[str, ...], value: Any) -> Any:
+    head, *rest = path
+    return msgspec.structs.replace(struct, **{head: _put(getattr(struct, head), tuple(rest), value) if rest else value})
