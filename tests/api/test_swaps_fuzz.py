@@ -1,4 +1,4 @@
-"""Random swaps, reloads and failures of both under closed-loop clients: every answer is whole and of the right model."""
+"""Random swaps, reloads and failures of both under closed-loop clients: every answer whole and of the right model."""
 
 from __future__ import annotations
 
