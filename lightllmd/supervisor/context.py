@@ -70,6 +70,7 @@ class Context:
     commands: Commands
     listeners: list[socket.socket]
     fd_store: FdStore
+    activated: bool = False  # the listeners are a .socket unit's: host and port don't count
     journal: bool = False  # stderr is systemd's journal
     post: Callable[[object], None] = _nowhere  # puts an event into the supervisor's queue; the only way in
     random: random.Random = field(default_factory=random.Random)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -149,16 +149,16 @@ class Reload:
         context, old = self._context, self._context.config
         before = context.listeners
         moved = (old.params.host, old.params.port) != (config.params.host, config.params.port)
-        listeners = sockets.bind(config.params.host, config.params.port) if moved else before
+        moved = moved and not context.activated
+        # Nobody else's hold on the port is waited for, in this loop. Those that fit the new address as well stay.
+        listeners = sockets.bind(config.params.host, config.params.port, before, patience=0) if moved else before
         try:
             yield from self._roll(config, listeners)
         except LightllmdError as failure:
             yield from self._roll(old, before)
-            if moved:
-                self._close(listeners)
+            self._close(listener for listener in listeners if listener not in before)
             raise RolledBack(f"{failure.message}; the front end is as it was", cause=failure.message) from failure
-        if moved:
-            self._close(before)
+        self._close(listener for listener in before if listener not in listeners)
 
     def _roll(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
         self._in_force(config)
@@ -174,7 +174,7 @@ class Reload:
                 cause = api.roll_failure or (last.cause if last else "it does not come up")
                 raise ControlError(f"the replacement of {api.worker.name} failed: {cause}")
 
-    def _close(self, listeners: list[socket.socket]) -> None:
-        self._context.fd_store.forget(listeners)
+    def _close(self, listeners: Iterable[socket.socket]) -> None:
         for listener in listeners:
+            self._context.fd_store.forget([listener])
             listener.close()

@@ -6,12 +6,13 @@ before us left in the service's descriptor store (fd_store.py), which are ours a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import zip_longest
 
 from lightllmd.errors import SystemFailure
@@ -24,12 +25,16 @@ _PATIENCE = 1.0  # seconds for a predecessor's dying workers to let go of the po
 
 def opened(
     host: str, port: int, environment: MutableMapping[str, str], pid: int, store: FdStore
-) -> list[socket.socket]:
-    """The listeners of a starting daemon. Our own are kept in `store` when this returns. Raises SystemFailure."""
+) -> tuple[list[socket.socket], bool]:
+    """The listeners of a starting daemon, and whether they are a .socket unit's, which then decides where to listen.
+
+    Our own are kept in `store` when this returns. Raises SystemFailure.
+    """
     handed = inherited(environment, pid)
     back = store.returned(handed)
     listeners = [sock for _, sock in handed if sock not in back]
-    if not listeners:
+    activated = bool(listeners)
+    if not activated:
         listeners = bind(host, port, back)
         store.keep(listeners)
     unused = [sock for sock in back if sock not in listeners]
@@ -37,7 +42,7 @@ def opened(
     for sock in unused:
         sock.close()
     store.confirm()
-    return listeners
+    return listeners, activated
 
 
 def inherited(environment: MutableMapping[str, str], pid: int) -> list[tuple[str, socket.socket]]:
@@ -64,11 +69,17 @@ def inherited(environment: MutableMapping[str, str], pid: int) -> list[tuple[str
 
 
 def bind(
-    host: str, port: int, kept: Sequence[socket.socket] = (), sleep: Callable[[float], None] = time.sleep
+    host: str,
+    port: int,
+    kept: Sequence[socket.socket] = (),
+    *,
+    patience: float = _PATIENCE,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> list[socket.socket]:
     """Listens on every address of `host`; port 0 is chosen once for all of them. Raises SystemFailure.
 
-    `kept` already listen: those that do so where it is asked for are among the result, the others are left alone.
+    `kept` are ours and listen: those that do so where it is asked for are among the result, and none of them is in the
+    way (0.0.0.0 beside 127.0.0.1, on the same port). `patience`: seconds for others to let go of the port.
     """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -76,7 +87,7 @@ def bind(
         raise SystemFailure(f"can't resolve host {host!r}: {unknown.strerror}") from unknown
     sockets: list[socket.socket] = []
     both_families = len({entry[0] for entry in found}) > 1  # one socket each; else "::" takes IPv4 as well
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
         if sockets and port == 0:
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
@@ -85,7 +96,8 @@ def bind(
             continue
         while True:
             try:
-                sockets.append(_listen(family, address, both_families))
+                with _out_of_the_way(kept):
+                    sockets.append(_listen(family, address, both_families, beside=bool(kept)))
                 break
             except OSError as refused:
                 if refused.errno == errno.EADDRINUSE and time.monotonic() < deadline:
@@ -113,14 +125,32 @@ def _listens(sock: socket.socket, family: int, address: tuple, v6_only: bool) ->
     return own[0] == address[0] and own[2:] == address[2:] and address[1] in (0, own[1])
 
 
-def _listen(family: int, address: tuple, v6_only: bool) -> socket.socket:
+@contextlib.contextmanager
+def _out_of_the_way(kept: Sequence[socket.socket]) -> Iterator[None]:
+    """The kernel lets a wildcard and an address listen beside each other where both say SO_REUSEPORT. They say it for
+    this moment only: else a second daemon of this user could take the port as well and get half of the connections.
+    """
+    ours = [sock for sock in kept if sock.family != socket.AF_UNIX]
+    for sock in ours:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        yield
+    finally:
+        for sock in ours:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def _listen(family: int, address: tuple, v6_only: bool, beside: bool) -> socket.socket:
+    """`beside`: others of ours may listen on an overlapping address."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, beside)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
         sock.bind(address)
         sock.listen(BACKLOG)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
         sock.setblocking(False)
     except OSError:
         sock.close()

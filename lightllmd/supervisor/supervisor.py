@@ -411,12 +411,14 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
     journal = is_journal(os.environ, sys.stderr.fileno())
     log = logs.LogBook(config.supervisor.log_lines, config.log.level, logs.renderer(config.log.format, journal), sink)
     logging.basicConfig(handlers=[logs.StandardLogging(log)], level=logging.WARNING, force=True)
-    runtime, context, listeners = None, None, []
+    runtime, context = None, None
+    listeners: list[socket.socket] = []
     notifier = Notifier(os.environ, os.getpid())
     try:
         runtime = Runtime(control_socket_path(config.supervisor.control_socket, os.environ, os.getuid()))
         fd_store = FdStore(notifier)
-        listeners = sockets.opened(config.params.host, config.params.port, os.environ, os.getpid(), fd_store)
+        where = config.params.host, config.params.port
+        listeners, activated = sockets.opened(*where, os.environ, os.getpid(), fd_store)
         context = Context(
             config=config,
             clock=RunningClock(),
@@ -425,6 +427,7 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
             runtime=runtime,
             commands=commands or Commands(),
             listeners=listeners,
+            activated=activated,
             fd_store=fd_store,
             journal=journal,
         )

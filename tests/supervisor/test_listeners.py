@@ -120,7 +120,8 @@ class Systemd:
         handed += [(name, socket.socket(fileno=os.dup(fd))) for name, fd in self.stored.items()]
         monkeypatch.setattr(sockets, "inherited", lambda environment, pid: handed)
         store = FdStore(Notifier({"NOTIFY_SOCKET": self._address}, 1))
-        return sockets.opened(host, port, {}, 1, store), store
+        listeners, _ = sockets.opened(host, port, {}, 1, store)
+        return listeners, store
 
     def ports(self) -> dict[str, int]:
         """Of what is stored, once everything sent so far is read."""
@@ -236,15 +237,37 @@ def test_a_socket_unit_takes_the_place_of_host_and_port(systemd: Systemd, monkey
     close(*second)
 
 
-def test_a_wildcard_and_an_address_are_not_mistaken_for_each_other() -> None:
-    kept = sockets.bind("127.0.0.1", 0)
+@pytest.mark.parametrize(("before", "after"), [("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")])
+def test_our_own_listener_is_not_in_the_way_of_one_beside_it(before: str, after: str) -> None:
+    kept = sockets.bind(before, 0)
+    port = ports(kept)[0]
+    new = sockets.bind(after, port, kept, patience=0)
+    assert new[0].getsockname() == (after, port)
+    assert new[0] not in kept
     with pytest.raises(SystemFailure, match="in use"):
-        sockets.bind("0.0.0.0", ports(kept)[0], kept, sleep=lambda _: None)
-    assert kept[0].fileno() >= 0, "those that were there stay open"
-    assert sockets.bind("127.0.0.1", ports(kept)[0], kept) == kept
+        sockets.bind(after, port, patience=0)  # as a second daemon would
+    close(*kept)
+    with socket.create_connection(("127.0.0.1", port), timeout=10):
+        close(wait_for(lambda: _accept(new[0])))
+    close(*new)
+
+
+def test_a_listener_that_fits_stays_when_others_are_added() -> None:
+    kept = sockets.bind("127.0.0.1", 0)
+    listeners = sockets.bind("localhost", ports(kept)[0], kept)
+    assert kept[0] in listeners
+    close(*listeners)
+
+
+def test_a_refusal_leaves_those_open_that_were_there() -> None:
+    kept = sockets.bind("127.0.0.1", 0)
+    with socket.create_server(("127.0.0.1", 0)) as holder, pytest.raises(SystemFailure, match="in use"):
+        sockets.bind("127.0.0.1", holder.getsockname()[1], kept, patience=0)
+    assert kept[0].fileno() >= 0
     close(*kept)
 
 
 def test_nothing_is_stored_without_systemd() -> None:
-    listeners = sockets.opened("127.0.0.1", 0, {}, 1, FdStore(Notifier({}, 1)))
+    listeners, activated = sockets.opened("127.0.0.1", 0, {}, 1, FdStore(Notifier({}, 1)))
+    assert not activated
     close(*listeners)
