@@ -246,12 +246,17 @@ def error_from(response: httpx.Response) -> errors.LightllmdError:
         body = None
     if not isinstance(body, dict) or "error" not in body:
         return BadAnswer(f"the daemon answered {response.status_code} {response.reason_phrase}, without a reason")
-    name, message = str(body["error"]), str(body.get("message") or body["error"])
+    return named_error(body, _BY_STATUS.get(response.status_code, ControlError))
+
+
+def named_error(body: dict[str, Any], default: type[errors.LightllmdError]) -> errors.LightllmdError:
+    """Of the daemon's words {"error": name, "message": …, **parameters}; `default`: for a name of a newer daemon."""
+    name, message = str(body.get("error")), str(body.get("message") or body.get("error"))
     if name == "ConfigInvalid":
         return errors.ConfigInvalid(_problems(body.get("problems"), message))
     known = getattr(errors, name, None)
     if not (isinstance(known, type) and issubclass(known, errors.LightllmdError)):
-        known = _BY_STATUS.get(response.status_code, ControlError)
+        known = default
     return known(message, **{key: value for key, value in body.items() if key not in ("error", "message")})
 
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import click
 
+from lightllmctl.client import named_error
 from lightllmctl.context import Context
 from lightllmctl.render import clean, job_name
-from lightllmd.errors import ConnectionLost, JobFailed, JobGoesOn, NoAnswer, RolledBack
+from lightllmd.errors import ConfigInvalid, ConnectionLost, JobFailed, JobGoesOn, NoAnswer, RolledBack
 
 Job = dict[str, Any]
 
@@ -22,8 +23,8 @@ class Display(Protocol):
 def wait(context: Context, job: Job, timeout: float | None) -> Job:
     """Follows ``job`` to its end and returns its last state.
 
-    Raises JobFailed or RolledBack by its outcome, JobGoesOn after ``timeout`` seconds, ConnectionLost when the
-    daemon went away before there was an outcome. ^C leaves the job running and says so.
+    Raises what the daemon names as its error, else JobFailed or RolledBack; JobGoesOn after ``timeout`` seconds,
+    ConnectionLost when the daemon went away before there was an outcome. ^C leaves the job running and says so.
     """
     try:
         with _display(context) as display:
@@ -45,14 +46,17 @@ def _show(display: Display, job: Job) -> None:
 
 
 def judged(job: Job) -> Job:
+    """Raises what the daemon says went wrong, so that its exit code is that of the cause."""
     outcome, message = job.get("outcome"), clean(job.get("message") or "no reason was given")
     if outcome == "done":
         return job
     if outcome is None:
         raise ConnectionLost(f"the daemon ended before job {job_name(job)} did")
-    if outcome == "rolled-back":
-        raise RolledBack(f"job {job_name(job)} was rolled back: {message}")
-    raise JobFailed(f"job {job_name(job)} {outcome}: {message}")
+    rolled_back = outcome == "rolled-back"
+    error = named_error(job.get("error") or {}, RolledBack if rolled_back else JobFailed)
+    if isinstance(error, ConfigInvalid):
+        raise error  # it names the file and the line of each problem
+    raise type(error)(f"job {job_name(job)} {'was rolled back' if rolled_back else outcome}: {message}")
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class Activity:
 
 ACTIVITIES = {
     "serving": Activity("active", GOOD),
+    "swapping": Activity("active", WARN),
     "draining": Activity("active", WARN),
     "drained": Activity("active", WARN),
     "degraded": Activity("degraded", BAD, failed=True),
@@ -96,7 +97,10 @@ def _loaded(status: Json, now: float) -> Text:
     notes = []
     if (loaded := config.get("loaded")) is not None:
         notes.append(f"loaded {units.about(now - loaded)} ago")
-    notes.append(f"{config.get('pending_changes', 0)} pending changes")
+    if fault := config.get("pending_fault"):
+        notes.append(f"the file is bad now: {clean(fault.splitlines()[0])}")
+    else:
+        notes.append(f"{config.get('pending_changes', 0)} pending changes")
     return Text(f"{file} ({'; '.join(notes)})")
 
 

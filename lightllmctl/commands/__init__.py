@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from lightllmctl.commands import act, ask, bench, completion, crash, follow, settings
+from lightllmctl.commands import act, ask, bench, change, completion, crash, follow, settings
 
 
 def register(group: click.Group) -> None:
-    for module in (ask, act, follow, crash, settings, bench, completion):
+    for module in (ask, act, change, follow, crash, settings, bench, completion):
         for command in module.COMMANDS:
             group.add_command(command)

@@ -1,4 +1,4 @@
-"""Verbs that change what runs: restart, drain, resume, stop. Each is a job of the daemon."""
+"""Verbs about what runs: restart, drain, resume, stop, reset-failed. Each is a job of the daemon."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from lightllmctl.commands.follow import complete_worker
 from lightllmctl.context import Context, pass_context
-from lightllmd.errors import ConnectionLost, DaemonNotRunning, JobGoesOn, NotAvailableYet
+from lightllmd.errors import ConnectionLost, DaemonNotRunning, JobGoesOn
 
 
 def waiting_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,21 +92,13 @@ def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> 
     click.echo("lightllmd has stopped")
 
 
-def _not_available(name: str, help_text: str) -> click.Command:
-    @click.command(name, help=f"{help_text} (Not available yet.)", context_settings={"ignore_unknown_options": True})
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
-    def command(arguments: tuple[str, ...]) -> None:
-        raise NotAvailableYet(f"{name} is not available yet in this version")
+@click.command("reset-failed")
+@click.argument("worker", required=False, shell_complete=complete_worker)
+@waiting_options
+@pass_context
+def reset_failed(context: Context, worker: str | None, no_block: bool, timeout: float | None) -> None:
+    """Forget past failures of WORKER, or of all; one that was given up starts again."""
+    _run(context, "reset-failed", {"worker": worker} if worker else {}, no_block, timeout)
 
-    return command
 
-
-COMMANDS = (
-    restart,
-    drain,
-    resume,
-    stop,
-    _not_available("reload", "Read the configuration again and apply what changed."),
-    _not_available("swap", "Serve another model without dropping a request."),
-    _not_available("reset-failed", "Forget past failures."),
-)
+COMMANDS = (restart, drain, resume, stop, reset_failed)

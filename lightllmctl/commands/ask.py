@@ -1,4 +1,5 @@
-"""Verbs that ask and change nothing: status, is-active, is-ready, list-workers, list-jobs, version."""
+"""Verbs that ask and change nothing: status, is-active, is-ready, list-models,
+list-workers, list-jobs, version."""
 
 from __future__ import annotations
 
@@ -156,6 +157,28 @@ def list_workers(context: Context, as_json: bool) -> None:
     context.console.print(render.table(headers, rows, right=(2, 3, 5, 6, 7)))
 
 
+@click.command("list-models")
+@json_option
+@pass_context
+def list_models(context: Context, as_json: bool) -> None:
+    """List the models that a swap knows by name; the one that is served first."""
+    from lightllmctl import render
+
+    models = context.client.get_list("/v1/models")
+    if as_json:
+        context.echo_json({"api": 1, "models": models})
+        return
+    rows = [
+        (
+            render.clean(model.get("name", "?")),
+            "yes" if model.get("served") else "-",
+            render.clean(model.get("model_dir") or "-"),
+        )
+        for model in models
+    ]
+    context.console.print(render.table(("NAME", "SERVED", "MODEL_DIR"), rows))
+
+
 @click.command("list-jobs")
 @json_option
 @pass_context
@@ -172,7 +195,7 @@ def list_jobs(context: Context, as_json: bool) -> None:
     if not jobs:
         click.echo("No jobs.")
         return
-    styles = {"done": "green", "failed": "red", None: "yellow"}
+    styles = {"done": "green", "failed": "red", "rolled-back": "red", None: "yellow"}
     now = time.time()
     rows = [
         (
@@ -215,4 +238,4 @@ def version(context: Context, as_json: bool) -> None:
         )
 
 
-COMMANDS = (status, is_active, is_ready, list_workers, list_jobs, version)
+COMMANDS = (status, is_active, is_ready, list_models, list_workers, list_jobs, version)

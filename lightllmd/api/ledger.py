@@ -138,14 +138,18 @@ class Ledger:
         for entry in list(self._entries.values()):
             self.fail(entry, error)
 
-    def abandon(self, reason: str) -> None:
-        """No engine will ever serve this ledger again. What is in flight ends where it is: its branches finish with
-        "abort", for a reader that has shown some of their text; the error is for the others."""
-        self.refuse(reason)
+    def cut(self, reason: str) -> None:
+        """What is in flight ends where it is: its branches finish with "abort", for a reader that has shown some of
+        their text; the error is for the others."""
         for entry in self._entries.values():
             for branch in entry.branches:
                 branch.abort()
         self.fail_all(NotReady(reason))
+
+    def abandon(self, reason: str) -> None:
+        """No engine will ever serve this ledger again."""
+        self.refuse(reason)
+        self.cut(reason)
         if self._link is not None:
             self._drop_link()
 

@@ -165,6 +165,10 @@ class Revisions:
         if carry and self.front is not before:
             before.bequeath(self.front)
 
+    def cut(self, number: int, reason: str) -> None:
+        if number in self._fronts:
+            self._fronts[number].ledger.cut(reason)
+
     def forget(self, number: int, reason: str) -> None:
         if number == self.number:
             log.error("revision %d is in force and can't be forgotten", number)

@@ -138,6 +138,9 @@ class Worker:
             case messages.Forget():
                 revisions.forget(message.revision, message.reason)
                 self._heartbeat()
+            case messages.Cut():
+                revisions.cut(message.revision, message.reason)
+                self._heartbeat()
             case messages.Hold():
                 revisions.gate.hold()
                 self._heartbeat()

@@ -37,6 +37,9 @@ Steps = Waiting[str]
 _KEPT_ASLEEP = 700 << 20  # bytes of a GPU that a sleeping process keeps: its context and loaded kernels
 
 
+_CUT_AGAIN = 1.0  # seconds; a request may have passed the gate and not be in flight yet
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the operator asks of a switch."""
@@ -150,7 +153,7 @@ class Switch:
             if late is not None and clock.now >= late:
                 if not self._terms.force:
                     return
-                late = None
+                late = clock.now + _CUT_AGAIN
                 self._front.cut(old.revision, "the model was replaced")
 
     def _bring_up(self, candidate: Engine) -> Waiting[None]:

@@ -84,13 +84,6 @@ def test_2_and_the_help_without_a_verb(ctl: Any) -> None:
     assert "list-workers" in result.err
 
 
-@pytest.mark.parametrize("arguments", [["reload"], ["reload", "--dry-run"], ["swap", "m", "--plan"], ["reset-failed"]])
-def test_2_for_what_is_not_built_yet(ctl: Any, arguments: list[str]) -> None:
-    result = ctl(*arguments)
-    assert result.code == 2
-    assert "not available yet" in one_line(result.err)
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [
