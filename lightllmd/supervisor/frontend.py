@@ -155,11 +155,12 @@ class FrontEnd:
             child.send(message)
 
     def _welcome(self, child: Child) -> None:
-        self._greet(child)
         if self.holding:
             child.send(Hold())
         if self._candidate is not None:
+            # Before the greeting, which tells of its engine: of a revision unknown to it a worker takes nothing in.
             child.send(Prepare(self._candidate.revision, self._candidate.encoded))
+        self._greet(child)
 
     def heard(self, child: Child) -> None:
         """Takes in what it answered."""

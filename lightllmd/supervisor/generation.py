@@ -91,8 +91,8 @@ class Engine:
         return self.child is not None and self.child.vitals.phase == "asleep"
 
     def up(self) -> EngineUp | None:
-        """What a new api worker has to be told; None while no generation is ready."""
-        if self.generation is None or not self.generation.child.ready:
+        """What a new api worker has to be told; None while no generation is in service."""
+        if self.generation is None or not self.wanted or not self.generation.child.ready:
             return None
         return EngineUp(self.generation.number, self.generation.endpoint, self.revision)
 
