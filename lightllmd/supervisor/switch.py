@@ -28,6 +28,7 @@ from lightllmd.supervisor.errand import Errand
 from lightllmd.supervisor.frontend import FrontEnd
 from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.worker import Worker
+from lightllmd.weights.read_ahead import ReadAhead
 
 # A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
 Result = TypeVar("Result")
@@ -103,17 +104,10 @@ class Switch:
         self._carry = not self._beside and _goes_on(old.plan, plan)
         candidate = self._engines.propose(plan, facts)
         try:
-            if not self._beside:
-                yield from self._make_room(old)
-            yield from self._bring_up(candidate)
-        except LightllmdError as failure:
-            if self._terms.keep:
-                yield from self._wait_for_front_end(candidate)
-            if not self._terms.keep or self._front.unprepared(candidate.revision):
-                yield from self._roll_back(candidate, failure)
-            self.details["kept"] = failure.message
+            yield from self._prove(candidate, old)
         except GeneratorExit:
-            self._engines.drop_candidate("given up")
+            self._undo(candidate, "given up")
+            self._front.release()
             raise
         self._commit(plan)
         yield from self._see_off(old)
@@ -121,9 +115,28 @@ class Switch:
         taken = sum(seconds for _, seconds in self._phases)
         return f"{plan.model_name} is in force, {self.details['how']} the old one, after {taken:.1f} s"
 
-    def _make_room(self, old: Engine) -> Waiting[None]:
+    def _prove(self, candidate: Engine, old: Engine) -> Waiting[None]:
+        """Until the candidate can be committed. Raises RolledBack, or ControlError if that failed too."""
+        try:
+            if not self._beside:
+                yield from self._make_room(old, plan)
+            self._front.prepare(candidate)
+        except LightllmdError as failure:
+            yield from self._roll_back(candidate, failure)
+        try:
+            yield from self._bring_up(candidate)
+        except LightllmdError as failure:
+            if self._terms.keep:
+                yield from self._wait_for_front_end(candidate)
+            if not self._terms.keep or self._front.unprepared(candidate.revision):
+                yield from self._roll_back(candidate, failure)
+            self.details["kept"] = failure.message
+
+    def _make_room(self, old: Engine, plan: Plan) -> Waiting[None]:
         if old.child is not None:
             old.child.send(Stage())
+        if plan.model is not None:
+            ReadAhead(plan.model.files)
         self._front.hold()
         if not self._carry:
             yield from self._wait_for_requests(old)
@@ -138,6 +151,7 @@ class Switch:
         late = self._context.clock.now + self._context.config.supervisor.load_timeout
         while old.child is not None and not old.asleep:
             if self._context.clock.now >= late:
+                old.child.kill("it did not fall asleep")
                 raise ControlError("the old engine did not fall asleep")
             yield "putting the old engine to sleep", None
         self._passed("sleep")
@@ -157,7 +171,6 @@ class Switch:
                 self._front.cut(old.revision, "the model was replaced")
 
     def _bring_up(self, candidate: Engine) -> Waiting[None]:
-        self._front.prepare(candidate)
         candidate.worker.start()
         while not (candidate.worker.ready and self._front.prepared(candidate.revision)):
             if candidate.child is None:
@@ -196,23 +209,25 @@ class Switch:
         """Raises RolledBack once the old revision serves as before; ControlError if it can't."""
         cause, old = failure.message, self._engines.serving
         self._context.events.add("swap", f"{self._name(candidate)} failed: {cause}; rolling back", level="warning")
-        self._engines.drop_candidate("rolled back")
-        self._front.forget(candidate.revision, "rolled back")
-        if self._slept:
-            while candidate.child is not None:
-                yield "rolling back: ending the candidate", None
-            old.wake()
-            while not old.worker.ready:
-                if old.worker.fatal is not None or old.worker.limited:
-                    self._front.release()
-                    last = old.worker.last_exit
-                    raise ControlError(f"{cause}; and the old model does not come back: {last.cause if last else ''}")
-                yield f"rolling back: {describe(old.worker)}", fraction(old.worker)
+        self._undo(candidate, "rolled back")
+        while self._slept and old.up() is None:
+            if old.worker.fatal is not None or old.worker.limited:
+                self._front.release()
+                last = old.worker.last_exit
+                raise ControlError(f"{cause}; and the old model does not come back: {last.cause if last else ''}")
+            yield f"rolling back: {describe(old.worker)}", fraction(old.worker)
         self._front.release()
         self._passed("roll back")
         self.details["phases"] = self._phases
         name = old.plan.model_name if old.plan else "the old model"
         raise RolledBack(f"{cause}; {name} serves on", cause=cause)
+
+    def _undo(self, candidate: Engine, why: str) -> None:
+        """All but the release of held requests; the old engine is on its way back then."""
+        self._engines.drop_candidate(why)
+        self._front.forget(candidate.revision, why)
+        if not self._beside:
+            self._engines.serving.wake(after=candidate)
 
     # --- the plan --------------------------------------------------------------------------------------------------
     def _resolve(self, facts: Facts) -> tuple[Plan, Facts]:

@@ -10,7 +10,16 @@ from typing import Any
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.resolve import resolve
-from lightllmd.errors import Busy, ControlError, LightllmdError, NoSuchWorker, RolledBack, StaleGeneration, TryAgain
+from lightllmd.errors import (
+    Busy,
+    ConfigInvalid,
+    ControlError,
+    LightllmdError,
+    NoSuchWorker,
+    RolledBack,
+    StaleGeneration,
+    TryAgain,
+)
 from lightllmd.ipc.messages import Drain, Models, Resume, Tune
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.engines import Engines
@@ -158,7 +167,11 @@ class Verbs:
         if plan_only:
             plan, _ = yield from switch.plan()
             return f"{plan.model_name} fits {switch.details['how']} the present one; nothing was done"
-        done = yield from switch.steps()
+        try:
+            done = yield from switch.steps()
+        except ConfigInvalid as invalid:
+            # Whatever is wrong with what was asked for: it failed, and nothing was touched.
+            raise RolledBack(f"{invalid.message}; the old model serves on", cause=invalid.message) from invalid
         self._settings.swapped_to = model
         return done
 
