@@ -28,7 +28,6 @@ from lightllmd.supervisor.errand import Errand
 from lightllmd.supervisor.frontend import FrontEnd
 from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.worker import Worker
-from lightllmd.weights.read_ahead import ReadAhead
 
 # A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
 Result = TypeVar("Result")
@@ -119,7 +118,7 @@ class Switch:
         """Until the candidate can be committed. Raises RolledBack, or ControlError if that failed too."""
         try:
             if not self._beside:
-                yield from self._make_room(old, plan)
+                yield from self._make_room(old, candidate)
             self._front.prepare(candidate)
         except LightllmdError as failure:
             yield from self._roll_back(candidate, failure)
@@ -132,11 +131,13 @@ class Switch:
                 yield from self._roll_back(candidate, failure)
             self.details["kept"] = failure.message
 
-    def _make_room(self, old: Engine, plan: Plan) -> Waiting[None]:
+    def _make_room(self, old: Engine, candidate: Engine) -> Waiting[None]:
+        from lightllmd.weights.read_ahead import ReadAhead  # with psutil, whose memory only this is worth
+
         if old.child is not None:
             old.child.send(Stage())
-        if plan.model is not None:
-            ReadAhead(plan.model.files)
+        if candidate.plan is not None and candidate.plan.model is not None:
+            ReadAhead(candidate.plan.model.files)
         self._front.hold()
         if not self._carry:
             yield from self._wait_for_requests(old)

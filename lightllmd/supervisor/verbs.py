@@ -30,7 +30,6 @@ from lightllmd.supervisor.reload import Reload, Settings
 from lightllmd.supervisor.switch import Steps, Switch, Terms, describe, fraction
 from lightllmd.supervisor.worker import Worker
 
-
 DRY_RUN = "dry run"  # the target of such a reload
 
 
