@@ -89,6 +89,8 @@ class Engines:
     def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> None:
         # A candidate that dies has failed: its switch decides what follows.
         engine.died(child, ending, again and engine is not self.candidate)
+        if again:
+            self.serving.tick()  # it may have waited for this one's memory
 
     def api_gone(self, api: int, epoch: int) -> None:
         for engine in self:

@@ -74,6 +74,14 @@ class Api:
         except SystemFailure as refused:
             self.roll_failure = refused.message
 
+    def renew(self) -> None:
+        """As `roll`, where that failed: its process retires first, and connections wait until policy has another up."""
+        self.roll_failure = None
+        if self.worker.child is not None:
+            self._retire(self.worker.child, "replaced")
+            self.worker.child = None
+        self.worker.forgive()
+
     @property
     def rolling(self) -> bool:
         return self.spare is not None or (self.roll_failure is None and not self.worker.ready)

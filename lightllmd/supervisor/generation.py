@@ -66,6 +66,8 @@ class Engine:
         self.facts: Facts | None = None  # what it was made from
         self.encoded = b""  # the plan
         self.wanted = True  # a generation that dies is followed by another
+        self._rest = ""  # what the generation was told last: "sleep", or "wake", which it is not ready again after
+        self._after: Engine | None = None  # it is not woken, nor started, before that one has let go of the device
 
     def plan_for(self, plan: Plan, facts: Facts) -> None:
         """Of the next generation; the present one goes on as it is."""
@@ -92,18 +94,20 @@ class Engine:
 
     def up(self) -> EngineUp | None:
         """What a new api worker has to be told; None while no generation is in service."""
-        if self.generation is None or not self.wanted or not self.generation.child.ready:
+        if self.generation is None or self._rest or not self.generation.child.ready:
             return None
         return EngineUp(self.generation.number, self.generation.endpoint, self.revision)
 
     def became_ready(self) -> None:
         self.worker.became_ready()
+        if self._rest == "wake":
+            self._rest = ""
         if up := self.up():
             self._tell_apis(up)
 
     def died(self, child: Child, ending: Ending, again: bool) -> None:
         """The api workers hear of it before anything else is done."""
-        generation, self.generation = self.generation, None
+        generation, self.generation, self._rest = self.generation, None, ""
         assert generation is not None
         asked, flight = child.asked is not None, generation.flight()
         self._tell_apis(
@@ -136,17 +140,28 @@ class Engine:
             return
         self._tell_apis(EngineDown(generation.number, "asleep", [], False, self.revision))
         generation.child.send(Sleep())
+        self._rest = "sleep"
 
-    def wake(self) -> None:
-        """Back into service: it wakes, or another generation starts."""
-        self.wanted = True
-        child = self.child
-        if child is None:
+    def wake(self, after: Engine) -> None:
+        """Back into service, or the next generation starts, as soon as `after` has let go of the device's memory."""
+        self.wanted, self._after = True, after
+        if self.child is None:
             self.worker.forgive()
-        elif self.asleep and not child.dying and child.asked is None:
-            child.send(Wake())
-        elif not child.ready:
-            child.kill("it did not fall asleep")
+        elif not self._rest:
+            self.child.send(Wake())  # it lets go of what it staged
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """Called until it is done: a generation that is still on its way to sleep is woken when it sleeps."""
+        if self._free and self.wanted and self._rest == "sleep" and self.asleep and self.child is not None:
+            self.child.send(Wake())
+            self._rest = "wake"
+
+    @property
+    def _free(self) -> bool:
+        if self._after is not None and self._after.child is None:
+            self._after = None
+        return self._after is None
 
     def end(self, why: str, now: bool = False) -> None:
         """For good."""
@@ -171,8 +186,9 @@ class Engine:
 
     def tick(self) -> None:
         """Starts the next generation when it is due and the bytes of its plan are free."""
+        self._rouse()
         now = self._context.clock.now
-        if self.worker.due is None or now < self.worker.due:
+        if self.worker.due is None or now < self.worker.due or not self._free:
             return
         if self.memory.opens(self.worker.name):
             self.worker.start()

@@ -19,7 +19,7 @@ from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBa
 from lightllmd.supervisor import sockets
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.frontend import FrontEnd
+from lightllmd.supervisor.frontend import Api, FrontEnd
 from lightllmd.supervisor.switch import Steps, Switch, Waiting, await_errand
 
 
@@ -124,55 +124,77 @@ class Reload:
             self._settings.take(written)
             return "nothing changed"
         engine = any(change.reload == "engine" for change in changes)
-        front_end = [change for change in changes if change.reload == "front end"]
+        # A new engine's revision brings its name along: until it is committed the old one's is the true one.
+        with_engine = ("http.served_model_name",) if engine else ()
+        front_end = [change for change in changes if change.reload == "front end" and change.key not in with_engine]
         if dry_run:
             if engine:
                 yield from self._switch_to(new, self._details).plan()
             return f"{len(changes)} changed, nothing was done"
-        if front_end:
-            # Alone first: an engine that fails later leaves nothing changed, since the old front end can come back.
-            yield from self._replace_front_end(blend(old, new, front_end))
-        if engine:
-            try:
+        before = self._context.listeners
+        # Alone first: an engine that fails later leaves nothing changed, since the old front end can come back.
+        between = blend(old, new, front_end)
+        listeners = self._listen(between) if front_end else before
+        try:
+            if front_end:
+                yield from self._replace_front_end(between, listeners)
+            if engine:
                 yield from self._switch_to(new, self._details).steps()
-            except LightllmdError:
-                if front_end:
-                    yield from self._replace_front_end(old)
-                raise
-        else:
-            self._in_force(new)
+            else:
+                self._in_force(new)
+        except LightllmdError:
+            if front_end:
+                yield from self._restore_front_end(old, before)
+            raise
+        self._close(listener for listener in before if listener not in listeners)
         self._settings.take(written)
         return f"in force: {', '.join(change.key for change in changes)}"
 
-    def _replace_front_end(self, config: Config) -> Waiting[None]:
-        """Every api worker by one of this configuration, one after the other. Raises RolledBack."""
-        context, old = self._context, self._context.config
-        before = context.listeners
-        moved = (old.params.host, old.params.port) != (config.params.host, config.params.port)
-        moved = moved and not context.activated
-        # Nobody else's hold on the port is waited for, in this loop. Those that fit the new address as well stay.
-        listeners = sockets.bind(config.params.host, config.params.port, before, patience=0) if moved else before
-        try:
-            yield from self._roll(config, listeners)
-        except LightllmdError as failure:
-            yield from self._roll(old, before)
-            self._close(listener for listener in listeners if listener not in before)
-            raise RolledBack(f"{failure.message}; the front end is as it was", cause=failure.message) from failure
-        self._close(listener for listener in before if listener not in listeners)
+    def _listen(self, config: Config) -> list[socket.socket]:
+        """Its listeners; those of the present ones that fit are among them. Raises SystemFailure."""
+        old, before = self._context.config.params, self._context.listeners
+        if self._context.activated or (old.host, old.port) == (config.params.host, config.params.port):
+            return before
+        # Nobody else's hold on the port is waited for, in this loop.
+        return sockets.bind(config.params.host, config.params.port, before, patience=0)
 
-    def _roll(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
+    def _replace_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
+        """Every api worker by one of this configuration, one after the other. Raises RolledBack, which is still to be
+        done then."""
+        self._begin(config, listeners)
+        for api in list(self._front.apis):
+            yield from self._replace(api)
+            if api.roll_failure or not api.worker.ready:
+                cause = f"the replacement of {api.worker.name} failed: {api.roll_failure or api.worker.trouble}"
+                raise RolledBack(f"{cause}; the front end is as it was", cause=cause)
+
+    def _restore_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
+        """The same back again, whatever the host refuses. Raises ControlError if the old ones don't come up."""
+        given_up = [listener for listener in self._context.listeners if listener not in listeners]
+        self._begin(config, listeners)
+        for api in list(self._front.apis):
+            yield from self._replace(api)
+            if api.roll_failure:
+                api.renew()
+                yield from self._replaced(api)
+        self._close(given_up)
+        for api in self._front.apis:
+            if not api.worker.ready:
+                raise ControlError(f"{api.worker.name} does not come back with the old settings: {api.worker.trouble}")
+
+    def _begin(self, config: Config, listeners: list[socket.socket]) -> None:
         self._in_force(config)
         if listeners is not self._context.listeners:
             self._relisten(listeners)
         self._front.resize(config.http.workers)
-        for api in list(self._front.apis):
-            api.roll()
-            while api.rolling and not (api.worker.limited or api.worker.fatal):
-                yield f"replacing {api.worker.name}", None
-            if api.roll_failure or not api.worker.ready:
-                last = api.worker.last_exit
-                cause = api.roll_failure or (last.cause if last else "it does not come up")
-                raise ControlError(f"the replacement of {api.worker.name} failed: {cause}")
+
+    def _replace(self, api: Api) -> Waiting[None]:
+        api.roll()
+        yield from self._replaced(api)
+
+    def _replaced(self, api: Api) -> Waiting[None]:
+        while api.rolling and not (api.worker.limited or api.worker.fatal):
+            yield f"replacing {api.worker.name}", None
 
     def _close(self, listeners: Iterable[socket.socket]) -> None:
         for listener in listeners:

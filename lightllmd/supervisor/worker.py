@@ -126,6 +126,11 @@ class Worker:
         return self.child is not None and self.child.ready
 
     @property
+    def trouble(self) -> str:
+        """Why it is down, in words."""
+        return self.last_exit.cause if self.last_exit else "it does not come up"
+
+    @property
     def state(self) -> str:
         if self.child is not None:
             return self.child.state
