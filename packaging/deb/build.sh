@@ -52,8 +52,8 @@ version=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$root/pyproject.toml")
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=%ct 2>/dev/null || date +%s)}
 export SOURCE_DATE_EPOCH
 
-if ! "$python" -c 'import click, msgspec, pip, setuptools, tomli; int(setuptools.__version__.split(".")[0]) > 70 or exit(1)' \
-    2>/dev/null; then
+if ! "$python" -c 'import click, importlib.metadata, msgspec, tomli
+int(importlib.metadata.version("setuptools").split(".")[0]) > 70 or exit(1)' 2> /dev/null; then
     "$python" -m venv "$work/venv"
     python=$work/venv/bin/python
     "$python" -m pip install --quiet --disable-pip-version-check 'setuptools>=71' click msgspec tomli

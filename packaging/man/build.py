@@ -236,7 +236,7 @@ def _help_paragraphs(text: str) -> Iterator[str]:
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    if re.match(r"[a-z]+[\s,.;]", text):  # a word, and no name such as model_dir or http://
+    if re.match(r"[a-z]+([\s,.;]|$)", text):  # a word, and no name such as model_dir or http://
         text = text[0].upper() + text[1:]
     return text + ("" if not text or text.endswith((".", "]", "?")) else ".")
 
