@@ -78,8 +78,8 @@ if [ -n "$wheelhouse" ]; then
     esac
     architecture=$(dpkg --print-architecture)
     # All that is needed is there, or we hear of it now.
-    "$python" -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed --no-index \
-        --target "$work/unused" --python-version "3.${minor:-11}" --only-binary :all: \
+    PIP_CONFIG_FILE=/dev/null "$python" -m pip install --isolated --quiet --disable-pip-version-check --dry-run \
+        --ignore-installed --no-index --target "$work/unused" --python-version "3.${minor:-11}" --only-binary :all: \
         --find-links "$tree/usr/share/lightllmd/wheelhouse" "$wheels"/lightllmd-*.whl
 fi
 (cd "$tree/usr/share/lightllmd" && find . -name '*.whl' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum > wheels.sha256)
