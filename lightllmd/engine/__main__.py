@@ -13,9 +13,11 @@ import sys
 
 from lightllmd import errors
 from lightllmd.config.plan import decode_plan
+from lightllmd.engine import openmp
 from lightllmd.ipc import child, messages
 from lightllmd.ipc.flight_record import FlightRecorder
 from lightllmd.observe import log
+from lightllmd.weights.read_ahead import ReadAhead
 
 _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
     (errors.ConfigInvalid, "config", errors.EXIT_CONFIG),
@@ -33,6 +35,8 @@ def main(arguments: list[str]) -> None:
     link = child.adopt(arguments)
     recorder = FlightRecorder(int(arguments[2]))
     try:
+        if arguments[3:]:
+            openmp.settle()
         for module in arguments[3:]:
             importlib.import_module(module)
         configure = child.first_message(link)
@@ -42,6 +46,8 @@ def main(arguments: list[str]) -> None:
             raise TypeError(f"the first message to an engine was {type(configure).__name__}")
         plan = decode_plan(configure.plan)
         log.set_up_child(plan.config.log.level)
+        if plan.model is not None:
+            ReadAhead(plan.model.files)  # while torch is imported, and for as long as loading takes
         # Before prometheus_client is imported, which the worker does.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
         from lightllmd.engine.worker import EngineWorker

@@ -1,4 +1,4 @@
-"""A second engine process, with its imports done, that waits for the next restart."""
+"""A second engine process, with its imports done, that waits for the next restart or swap."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ class EngineProcess:
 
 
 class Spare:
-    """At most one at a time. It touches no device and takes part in nothing until it is taken."""
+    """At most one at a time. It takes part in nothing until it is taken: what it has imported serves any plan.
+
+    It touches no device. A context made beforehand would save 0.3 to 0.5 s of the seconds that a start takes, and cost
+    0.5 GB of the GPU all the time: the KV cache of 4,000 tokens of an 8B model.
+    """
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -57,8 +61,13 @@ class Spare:
         self._early = self._context.commands.early(plan)
 
     def keep(self) -> None:
-        """Called when a generation has become ready: only then, so a spare that can't live isn't tried in a loop."""
-        if self._process or not self._early or not self._context.config.supervisor.spare_engine:
+        """Called when a generation has become ready, or the setting changed: only then, so a spare that can't live
+        isn't tried in a loop."""
+        if not self._early or not self._context.config.supervisor.spare_engine:
+            if self.child is not None and self.child.asked is None:
+                self.child.terminate("no spare engine is wanted")
+            return
+        if self._process is not None:
             return
         try:
             self._process = EngineProcess(self._context, "spare", self._early)
@@ -66,9 +75,11 @@ class Spare:
             self._context.log.own("warning", f"no spare engine: {refused.message}")
 
     def take(self) -> EngineProcess | None:
-        """The spare, which is the caller's from now on; None where there is none that lives."""
+        """The spare, which is the caller's from now on, whatever its plan; None where there is none that lives."""
         process = self._process
-        if process is None or process.child.process.reap() is not None or process.child.channel.closed:
+        if process is None or process.child.asked is not None:
+            return None
+        if process.child.process.reap() is not None or process.child.channel.closed:
             return None  # what is dead or dying stays here until it is buried
         if is_stopped(process.child.pid):
             process.child.kill("stopped by a signal")

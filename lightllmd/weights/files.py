@@ -27,7 +27,7 @@ class WeightFile:
         os.close(self._descriptor)
 
     def read(self, offset: int, into: np.ndarray) -> None:
-        """Fills `into` (bytes) from `offset` on. The kernel is asked to fetch them in one go."""
+        """Fills `into` (bytes) from `offset` on. The kernel is told beforehand which they are."""
         wanted, at = memoryview(into), 0
         try:
             os.posix_fadvise(self._descriptor, offset, len(wanted), os.POSIX_FADV_WILLNEED)

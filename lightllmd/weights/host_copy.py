@@ -68,9 +68,9 @@ class HostCopy:
         self._given_up = False
         self._bytes: np.ndarray | None = None  # what was copied; None as long as it isn't whole
         with_tensors = [tensor for _, *tensors in weights for tensor in tensors if tensor is not None]
-        beside = ThreadPoolExecutor(1, "stage")
-        self._copied: Future[None] = beside.submit(self._copy, with_tensors)
-        beside.shutdown(wait=False)
+        self._beside = ThreadPoolExecutor(1, "stage")
+        self._copied: Future[None] = self._beside.submit(self._copy, with_tensors)
+        self._beside.shutdown(wait=False)  # nothing more comes
 
     @property
     def whole(self) -> bool:
@@ -86,6 +86,7 @@ class HostCopy:
         while not self._copied.done():
             progress(self.done, self.total)
             wait([self._copied], TELL)
+        self._beside.shutdown()
         self._copied.result()
         progress(self.done, self.total)
         return self.whole
@@ -93,7 +94,7 @@ class HostCopy:
     def give_up(self) -> None:
         """Copying ends soon; returns when it has."""
         self._given_up = True
-        wait([self._copied])
+        self._beside.shutdown()
 
     def stream(self, progress: Progress) -> Iterator[Weight]:
         """The same weights, on the device anew. As `staged.stream`; the copy stays."""

@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from harness import Daemon, SpareDaemon, wait_for
-from lightllmd.supervisor.context import GPU_IMPORTS
+from lightllmd.supervisor.context import CPU_IMPORTS, GPU_IMPORTS, Commands
 from stand_ins import StandInDaemon
+from tiny_models import plan_for, write_model
 
 OWN_MODULES = """
 import importlib, json, os, sys
@@ -132,11 +134,21 @@ def test_a_killed_supervisor_leaves_no_spare(tmp_path: Path) -> None:
         assert again.stop() == 0
 
 
-def test_what_a_spare_imports_touches_no_device_and_needs_no_configuration() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-c", OWN_MODULES, *GPU_IMPORTS]
+@pytest.mark.parametrize("imports", [CPU_IMPORTS, GPU_IMPORTS], ids=["CPU", "GPU"])
+def test_what_a_spare_imports_touches_no_device_and_needs_no_configuration(imports: tuple[str, ...]) -> None:
+    if imports is GPU_IMPORTS:
+        pytest.importorskip("triton")
+    command = [sys.executable, "-c", OWN_MODULES, *imports]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     on_device, metrics, files = json.loads(run.stdout)
     assert not on_device
     assert not metrics
     assert not [file for file in files if file.startswith("/dev/nvidia")]
+
+
+def test_a_spare_imports_what_the_device_of_its_plan_needs(tmp_path: Path) -> None:
+    model = write_model(tmp_path)
+    on_cpu, on_a_gpu = plan_for(model), plan_for(model, device="cuda")
+    engine = msgspec.structs.replace(on_cpu.config.engine, backend="fake")
+    fake = msgspec.structs.replace(on_cpu, config=msgspec.structs.replace(on_cpu.config, engine=engine))
+    assert [Commands().early(plan) for plan in (on_cpu, on_a_gpu, fake)] == [CPU_IMPORTS, GPU_IMPORTS, ()]
