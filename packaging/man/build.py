@@ -161,7 +161,7 @@ def control() -> str:
     for roff in _help_paragraphs(about):
         made.paragraph(roff)
     made.section("OPTIONS")
-    context = click.Context(ctl, info_name="lightllmctl")
+    context = click.Context(ctl, info_name="lightllmctl", **ctl.context_settings)
     _options(made, ctl, context)
     made.section("VERBS")
     for name in ctl.list_commands(context):
