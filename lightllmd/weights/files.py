@@ -34,7 +34,7 @@ class WeightFile:
             while at < len(wanted):
                 count = os.preadv(self._descriptor, [wanted[at:]], offset + at)
                 if not count:
-                    raise WeightsInvalid(f"{self._path}: truncated while it was read: it ends at byte {offset + at}")
+                    raise WeightsInvalid(f"{self._path}: truncated while it was read: it has no byte {offset + at}")
                 at += count
         except OSError as error:
             raise self._unreadable(error) from None

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import struct
@@ -107,8 +108,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def _safetensors_entry(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(extent) for extent in entry["shape"])
+    begin, end = map(operator.index, entry["data_offsets"])
+    shape = tuple(map(operator.index, entry["shape"]))
     kind = str(entry["dtype"])
     item = SAFETENSORS_ITEM_BYTES.get(kind)
     if begin < 0 or end < begin or any(extent < 0 for extent in shape):
