@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,11 +46,13 @@ class SafetensorsCheckpoint:
         rows = info.shape[0]
         row_bytes = info.nbytes // max(1, rows)
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
-        chunk = np.empty(min(step, rows) * row_bytes, np.uint8)
+        as_it_is = stored == out.dtype and out.is_contiguous()
+        room = out if as_it_is else torch.empty((min(step, rows), *info.shape[1:]), dtype=stored)
         with WeightFile(self.files[name]) as file:
             for first in range(0, rows, step):
                 target = out[first : first + step]
-                part = chunk[: len(target) * row_bytes]
-                file.read(info.offset + first * row_bytes, part)
-                target.copy_(torch.from_numpy(part).view(stored).view(target.shape))
-                yield part.nbytes
+                values = target if as_it_is else room[: len(target)]
+                file.read(info.offset + first * row_bytes, values.view(-1).view(torch.uint8).numpy())
+                if not as_it_is:
+                    target.copy_(values)
+                yield values.nbytes
