@@ -11,7 +11,9 @@ from lightllmd.supervisor.health import LONGEST_STEP, RunningClock, Vitals, over
 SETTINGS = SupervisorSettings(hang_timeout=10, boot_timeout=120, load_timeout=60, warmup_timeout=30)
 
 
-@pytest.mark.parametrize(("phase", "limit"), [("boot", 120), ("load", 60), ("warmup", 30), ("ready", 10)])
+@pytest.mark.parametrize(
+    ("phase", "limit"), [("boot", 120), ("load", 60), ("warmup", 30), ("ready", 10), ("sleep", 10)]
+)
 def test_deadline_depends_on_the_phase(phase: str, limit: float) -> None:
     vitals = Vitals(moved=0)
     vitals.hear(Heartbeat(phase, 1), 5)
@@ -38,10 +40,11 @@ def test_progress_is_life() -> None:
         assert overdue(vitals, SETTINGS, second + 9) is None
 
 
-def test_an_idle_worker_in_service_is_well_but_a_silent_one_is_not() -> None:
+@pytest.mark.parametrize("phase", ["ready", "asleep"])
+def test_an_idle_worker_in_service_or_asleep_is_well_but_a_silent_one_is_not(phase: str) -> None:
     vitals = Vitals(moved=0)
     for second in range(100):
-        vitals.hear(Heartbeat("ready", 7, busy=False), second)
+        vitals.hear(Heartbeat(phase, 7, busy=False), second)
     assert overdue(vitals, SETTINGS, 105) is None
     assert overdue(vitals, SETTINGS, 110)
 
