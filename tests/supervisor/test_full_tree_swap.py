@@ -1,0 +1,319 @@
+"""Swaps through the whole process tree, under clients that check every byte: the fake engine, whose tokens depend on
+the model's path."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+
+from closed_loop import (
+    WAYS,
+    ClosedLoop,
+    Expected,
+    Operator,
+    Question,
+    Ran,
+    Timeline,
+    background,
+    client,
+    ctl,
+    jobs_of,
+    wait_for_phase,
+)
+from harness import Daemon, run, stream_frames, wait_for
+from lightllmd.engine.fake import fake_token
+from swap_models import write_fake_models
+
+LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
+SWAPS = 20 if LONG else 9
+KILLS = 60 if LONG else 6  # in each way of swapping
+SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))
+CLIENTS = 32
+QUESTIONS = [Question(f"question {i}", WAYS[i % 4], 12 + 4 * i) for i in range(8)]
+# Exit code of lightllmctl by target: what a swap may be sent to that can't be served.
+BROKEN = {"crashing": 9, "hanging": 9, "greedy": 9, "exiting": 9, "misconfigured": 9, "nonesuch": 4}
+FAULTS = {
+    "crashing": "crash_in_load",
+    "hanging": "hang_in_load",
+    "greedy": "memory",
+    "exiting": "exit_at_boot",
+    "misconfigured": "config",
+}
+FLAGS = (
+    *("--engine.fake.tokens_per_second", "400", "--engine.fake.load_seconds", "0.1", "--http.workers", "2"),
+    *("--supervisor.load_timeout", "1", "--supervisor.abort_grace", "0.2", "--supervisor.backoff_initial", "0.05"),
+)
+
+
+def daemon_with_models(folder: Path, *flags: str) -> Daemon:
+    """Serves `alpha` first; it knows `beta` too, and those that are broken. Not started."""
+    models = write_fake_models(folder / "models", "alpha", "beta", **FAULTS)
+    daemon = Daemon(folder / "daemon", *FLAGS, "--model_dir", str(models["alpha"]), *flags)
+    tables = "".join(f'[models.{name}]\nmodel_dir = "{path}"\n' for name, path in models.items())
+    (daemon.folder / "lightllmd.toml").write_text(f'[engine.fake]\nfault_file = "fault"\n{tables}')
+    return daemon
+
+
+def learnt(daemon: Daemon) -> Expected:
+    """Each model's answers; `alpha` serves again."""
+    expected = Expected(QUESTIONS)
+    expected.learn("alpha", daemon.url)
+    assert ctl(daemon, "swap", "beta").code == 0
+    expected.learn("beta", daemon.url)
+    assert ctl(daemon, "swap", "alpha").code == 0
+    return expected
+
+
+def other(model: str) -> str:
+    return "beta" if model == "alpha" else "alpha"
+
+
+@pytest.mark.parametrize("how", ["beside", "after"])
+def test_swaps_good_and_bad_fail_no_request_and_mix_no_answer(tmp_path: Path, how: str) -> None:
+    with daemon_with_models(tmp_path, "--supervisor.swap", how).start() as daemon:
+        expected = learnt(daemon)
+        before = daemon.status()["requests"]["failed"]
+        operator = Operator(daemon, timeline := Timeline("alpha"))
+        broken = list(BROKEN) if how == "beside" or LONG else ["crashing", "hanging"]
+        good: list[str | None] = [None] * (SWAPS - len(broken))
+        targets = random.Random(SEED).sample([*good, *broken], SWAPS)
+        with ClosedLoop([daemon.url], QUESTIONS, CLIENTS) as load:
+            load.wait_for(2 * CLIENTS)
+            for target in targets:
+                if target is None:
+                    target = other(timeline.model)
+                    operator.swap(target, model=target)
+                    assert jobs_of(daemon)[-1]["details"]["how"] == how
+                else:
+                    operator.swap(target, code=BROKEN[target])
+                assert daemon.status()["model"]["name"] == timeline.model
+                load.wait_for(2 * CLIENTS)
+        assert load.faults(expected, timeline) == []
+        tally = load.tally(expected)
+        assert min(tally["alpha"], tally["beta"]) > 2 * CLIENTS
+        status = daemon.wait_ready()
+        assert status["requests"]["failed"] == before
+        assert daemon.stop() == 0
+
+
+# --- deaths during a swap ------------------------------------------------------------------------------------------
+
+# (kind of worker, its name or None for any, words of the job's phase in which it is hit)
+VICTIMS = [
+    ("api", None, "reading"),
+    ("api", None, "Loading"),
+    ("api", None, "waiting"),
+    ("engine", "candidate", "Starting"),
+    ("engine", "candidate", "Loading"),
+    ("engine", "engine-0", "reading"),
+    ("engine", "engine-0", "Starting"),
+    ("engine", "engine-0", "Loading"),
+    ("engine", None, "waiting"),
+    ("engine", "leaving", ""),
+]
+
+
+def hit_during_swap(
+    daemon: Daemon, draw: random.Random, target: str, victim: tuple[str, str | None, str]
+) -> tuple[str, Ran]:
+    """A swap, and a kill in it where its moment comes; a swap is too fast for some."""
+    kind, name, words = victim
+    number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+    if kind == "api" and number == signal.SIGSTOP:
+        number = signal.SIGKILL
+    sent, hit = time.monotonic(), ""
+    with background(daemon, "swap", target) as process:
+        while process.poll() is None and not hit:
+            status = daemon.status()
+            if any(words in job["phase"] for job in status["jobs"]):
+                living = [worker for worker in status["workers"] if worker["kind"] == kind and worker["pid"]]
+                wanted = [worker for worker in living if name in (None, worker["name"])]
+                if wanted:
+                    try:
+                        os.kill(draw.choice(wanted)["pid"], number)
+                        hit = f"{kind} {name or ''} {words} {signal.Signals(number).name}"
+                    except ProcessLookupError:
+                        continue
+        output = process.communicate(timeout=90)[0]
+    return hit or "too late", Ran(("swap", target), process.returncode, output, "", sent, time.monotonic())
+
+
+@pytest.mark.parametrize("how", ["beside", "after"])
+def test_a_death_in_any_phase_of_a_swap_ends_in_one_model_or_the_other(tmp_path: Path, how: str) -> None:
+    """No request is lost but those of a killed front end, which end; the job has an outcome; the outcome is true."""
+    draw, hits, codes = random.Random(SEED), Counter(), Counter()
+    flags = ("--supervisor.swap", how, "--supervisor.hang_timeout", "1", "--supervisor.retry_interval", "0.2")
+    with daemon_with_models(tmp_path, *flags, "--supervisor.start_limit_burst", "1000").start() as daemon:
+        expected = learnt(daemon)
+        timeline = Timeline("alpha")
+        with ClosedLoop([daemon.url], QUESTIONS, CLIENTS) as load:
+            load.wait_for(CLIENTS)
+            victims = itertools.chain.from_iterable(draw.sample(VICTIMS, len(VICTIMS)) for _ in itertools.count())
+            for victim in itertools.islice(victims, KILLS):
+                target = other(timeline.model)
+                hit, done = hit_during_swap(daemon, draw, target, victim)
+                hits[hit] += 1
+                codes[done.code] += 1
+                assert done.code in (0, 9), f"{hit}: {done}"
+                if done.code == 0:
+                    timeline.swapped(target, done.sent, done.returned)
+                assert daemon.wait_ready()["model"]["name"] == timeline.model, f"{hit}: {done}"
+                load.wait_for(CLIENTS)
+        print(dict(hits), dict(codes))
+        severed = [record for record in load.records if record.severed]
+        load.records = [record for record in load.records if not record.severed]
+        assert load.faults(expected, timeline) == []
+        assert len(severed) <= CLIENTS * sum(count for hit, count in hits.items() if hit.startswith("api"))
+        wait_for(lambda: not daemon.status()["jobs"], what="the end of every job")
+        wait_for(lambda: len(daemon.processes()) == 4, what="supervisor, two front ends and one engine alone")
+        assert daemon.stop() == 0
+
+
+# --- one at a time, and the end of all -----------------------------------------------------------------------------
+
+
+def test_a_swap_goes_on_without_its_caller_and_refuses_a_second_one(tmp_path: Path) -> None:
+    with daemon_with_models(tmp_path, "--supervisor.load_timeout", "2").start() as daemon:
+        started = ctl(daemon, "swap", "hanging", "--no-block")
+        assert started.code == 0, started
+        assert started.returned - started.sent < 2, "it did not wait"
+        job = wait_for_phase(daemon, "Loading weights")
+        assert (job["verb"], job["target"]) == ("swap", "hanging")
+        shown = ctl(daemon, "status").output
+        assert "swap hanging" in shown
+        assert "Loading weights" in shown
+        assert ctl(daemon, "swap", "beta").code == 7
+        assert ctl(daemon, "reload").code == 7
+        assert ctl(daemon, "swap", "beta", "--plan").code == 7
+        wait_for(lambda: not daemon.status()["jobs"], what="the end of the swap")
+        assert jobs_of(daemon)[-1]["outcome"] == "rolled-back"
+        assert ctl(daemon, "swap", "beta").code == 0
+
+
+@pytest.mark.parametrize("how", ["beside", "after"])
+def test_a_stop_during_a_swap_ends_everything_at_once(tmp_path: Path, how: str) -> None:
+    flags = ("--supervisor.swap", how, "--supervisor.load_timeout", "60")
+    with daemon_with_models(tmp_path, *flags).start() as daemon, background(daemon, "swap", "hanging") as swap:
+        wait_for_phase(daemon, "Loading weights")
+        family = daemon.processes()
+        assert daemon.stop(timeout=20) == 0
+        output = swap.communicate(timeout=30)[0]
+        assert swap.returncode == 1, output
+        assert "the daemon stops" in output
+        assert not [process for process in family if process.is_running()]
+
+
+def test_a_plan_says_how_it_would_go_and_changes_nothing(tmp_path: Path) -> None:
+    with daemon_with_models(tmp_path).start() as daemon:
+        before = daemon.status()
+        planned = ctl(daemon, "swap", "beta", "--plan")
+        assert planned.code == 0, planned
+        assert "beside" in planned.output
+        assert "weights" in planned.output
+        assert ctl(daemon, "swap", "nonesuch", "--plan").code == 4
+        after = daemon.status()
+        assert after["model"]["name"] == "alpha"
+        same = ("name", "pid", "generation")
+        assert [[worker[key] for key in same] for worker in after["workers"]] == [
+            [worker[key] for key in same] for worker in before["workers"]
+        ]
+
+
+def test_a_request_names_a_served_model_or_hears_which_one_is(tmp_path: Path) -> None:
+    with daemon_with_models(tmp_path).start() as daemon:
+
+        def named(model: str) -> httpx.Response:
+            body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+            return httpx.post(f"{daemon.url}/v1/chat/completions", json=body, timeout=30)
+
+        for served in ("alpha", "beta"):
+            assert ctl(daemon, "swap", served).code == 0
+            assert named(served).status_code == 200
+            refused = named(other(served))
+            assert refused.status_code == 503
+            assert served in refused.text
+            unknown = named("gamma")
+            assert unknown.status_code == 404
+            assert "alpha" in unknown.text
+            assert "beta" in unknown.text
+            assert served in ctl(daemon, "list-models").output
+
+
+# --- long answers --------------------------------------------------------------------------------------------------
+
+
+class LongStream:
+    """A stream that is under way for as long as the test likes."""
+
+    def __init__(self, daemon: Daemon, prompt: str, tokens: int) -> None:
+        self.prompt, self.tokens = prompt, tokens
+        self._url = f"{daemon.url}/generate_stream"
+        self.ids: list[int] = []
+        self.finish = ""
+        self.error = ""
+
+    async def run(self) -> None:
+        body = {"inputs": self.prompt, "parameters": {"max_new_tokens": self.tokens, "ignore_eos": True}}
+        async with client() as mine:
+            async for frame in stream_frames(mine, self._url, body):
+                if "token" not in frame:
+                    self.error = frame["message"]
+                    continue
+                if frame["finish_reason"] != "abort":
+                    self.ids.append(frame["token"]["id"])
+                self.finish = frame["finish_reason"] or self.finish
+
+    def is_of(self, model_dir: Path) -> bool:
+        """What has come so far is that model's."""
+        prompt = list(self.prompt.encode())
+        return self.ids == [fake_token(prompt, 0, 0, at, str(model_dir)) for at in range(len(self.ids))]
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "code", "finish", "model"),
+    [
+        ("beside", (), 0, "length", "beta"),
+        ("after", (), 0, "length", "beta"),
+        ("beside", ("--drain", "0.3s"), 0, "length", "beta"),
+        ("after", ("--drain", "0.3s"), 9, "length", "alpha"),
+        ("beside", ("--drain", "0.3s", "--force"), 0, "abort", "beta"),
+        ("after", ("--drain", "0.3s", "--force"), 0, "abort", "beta"),
+    ],
+)
+def test_long_streams_finish_on_the_old_model_unless_they_are_cut(
+    tmp_path: Path, how: str, options: tuple[str, ...], code: int, finish: str, model: str
+) -> None:
+    with daemon_with_models(tmp_path, "--supervisor.swap", how, "--engine.fake.tokens_per_second", "100").start() as it:
+
+        async def scenario() -> tuple[list[LongStream], Ran, bool]:
+            streams = [LongStream(it, f"long {i}", 150) for i in range(4)]
+            tasks = [asyncio.ensure_future(stream.run()) for stream in streams]
+            while not all(stream.ids for stream in streams):
+                await asyncio.sleep(0.01)
+            done = await asyncio.to_thread(ctl, it, "swap", "beta", *options)
+            over = all(task.done() for task in tasks)
+            await asyncio.gather(*tasks)
+            return streams, done, over
+
+        streams, done, over = run(scenario())
+        assert done.code == code, done
+        assert it.status()["model"]["name"] == model
+        for stream in streams:
+            assert stream.is_of(tmp_path / "models" / "alpha")
+            assert (stream.finish, stream.error) == (finish, "")
+            assert len(stream.ids) == 150 or finish == "abort"
+        assert over == (not options or finish == "abort"), "a swap returns when the old model has answered all"
+        late = LongStream(it, "late", 5)
+        run(late.run())
+        assert late.is_of(tmp_path / "models" / model)
+        if not options:
+            assert "waiting for 4 requests on alpha" in done.output
