@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
@@ -19,8 +19,12 @@ from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.logs import EventBook, LogBook
 from lightllmd.supervisor.runtime import Runtime
 
-if TYPE_CHECKING:
-    from lightllmd.supervisor.probing import Probe
+
+class Brief(Protocol):
+    """A child that ends by itself."""
+
+    def reap(self, pid: int) -> bool:
+        """Reaps it if that is `pid`."""
 
 
 def _nowhere(event: object) -> None:
@@ -77,5 +81,5 @@ class Context:
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number
     errands: set[asyncio.Task[Any]] = field(default_factory=set)  # that run
-    probes: set[Probe] = field(default_factory=set)  # whose child lives
+    brief: set[Brief] = field(default_factory=set)  # children that no worker's seat owns
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # over all revisions

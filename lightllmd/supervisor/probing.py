@@ -48,7 +48,7 @@ class Probe:
             capture=True,
             tied=True,
         )
-        self._context.probes.add(self)
+        self._context.brief.add(self)
         try:
             async with asyncio.timeout(TIMEOUT):
                 await ended.wait()
@@ -61,7 +61,7 @@ class Probe:
                 process.reap()
             process.dispose()
             self.process = None
-            self._context.probes.discard(self)
+            self._context.brief.discard(self)
         answer, code = bytes(process.captured or b""), process.reap()
         if code != 0:
             raise self._told(code or 0, answer)

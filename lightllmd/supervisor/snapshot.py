@@ -171,6 +171,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     listeners: list[str]  # URLs
     control_socket: str
     model: Model | None  # None before the plan is made
+    models: list[KnownModel]  # as `GET /v1/models`
     requests: Requests
     workers: list[Worker]
     jobs: list[Job]  # those in progress

@@ -65,9 +65,11 @@ def sentence(supervisor: Supervisor) -> str:
     for job in verbs.jobs.running("swap", "reload"):
         return f"{job.snapshot.verb.capitalize()}: {job.snapshot.phase}"
     if worker.ready:
-        return f"Serving {supervisor.plan.model_name}"
+        if supervisor.front.ready:
+            return f"Serving {supervisor.plan.model_name}"
+        worker = supervisor.front.apis[0].worker
     why = f" after: {worker.last_exit.cause}" if worker.last_exit else ""
-    return describe(worker) + why
+    return f"{worker.name}: {describe(worker)}{why}" if worker.kind == "api" else describe(worker) + why
 
 
 def _model(supervisor: Supervisor) -> snapshot.Model | None:
@@ -160,6 +162,7 @@ def build(supervisor: Supervisor) -> snapshot.Status:
         listeners=supervisor.urls,
         control_socket=str(supervisor.context.runtime.control_socket),
         model=_model(supervisor),
+        models=models(supervisor),
         requests=_requests(supervisor),
         workers=shown,
         jobs=[job.snapshot for job in supervisor.verbs.jobs.running()],

@@ -311,7 +311,7 @@ class Supervisor:
         def reap(pid: int) -> bool:
             if pid in owned:
                 owned[pid].process.reap()  # its Exited event follows, or is in the queue already
-            return pid in owned or any(probe.reap(pid) for probe in list(self.context.probes))
+            return pid in owned or any(child.reap(pid) for child in list(self.context.brief))
 
         for pid in orphans.reap_strangers(reap):
             self.context.log.own("debug", f"reaped an orphan, pid {pid}")
@@ -381,8 +381,8 @@ class Supervisor:
     @property
     def _starting(self) -> bool:
         """On the way to the first readiness; beyond the start limit systemd's own patience shall decide."""
-        worker = self.engines.serving.worker
-        on_the_way = self.plan is None or (worker.child is not None and not worker.limited)
+        workers = [self.engines.serving.worker, *(api.worker for api in self.front.apis)]
+        on_the_way = self.plan is None or not any(worker.limited or worker.fatal for worker in workers)
         return self.served_since is None and self.verbs.stopping is None and on_the_way
 
     def _children(self) -> list[Child]:

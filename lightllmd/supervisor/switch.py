@@ -27,14 +27,13 @@ from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.errand import Errand
 from lightllmd.supervisor.frontend import FrontEnd
 from lightllmd.supervisor.generation import Engine
+from lightllmd.supervisor.reading import Reading
 from lightllmd.supervisor.worker import Worker
 
 # A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
 Result = TypeVar("Result")
 Waiting = Generator[tuple[str, float | None], None, Result]
 Steps = Waiting[str]
-
-_KEPT_ASLEEP = 700 << 20  # bytes of a GPU that a sleeping process keeps: its context and loaded kernels
 
 
 _CUT_AGAIN = 1.0  # seconds; a request may have passed the gate and not be in flight yet
@@ -80,6 +79,7 @@ class Switch:
         self._in_force = in_force
         self._carry = False  # what is in flight moves to the candidate
         self._beside = True
+        self._reading: Errand[None] | None = None
         self._slept = False  # the old engine was told to
         self._phases: list[tuple[str, float]] = []
         self._entered = time.monotonic()
@@ -108,6 +108,9 @@ class Switch:
             self._undo(candidate, "given up")
             self._front.release()
             raise
+        finally:
+            if self._reading is not None:
+                self._reading.cancel()
         self._commit(plan)
         yield from self._see_off(old)
         self.details["phases"] = self._phases
@@ -132,12 +135,10 @@ class Switch:
             self.details["kept"] = failure.message
 
     def _make_room(self, old: Engine, candidate: Engine) -> Waiting[None]:
-        from lightllmd.weights.read_ahead import ReadAhead  # with psutil, whose memory only this is worth
-
         if old.child is not None:
             old.child.send(Stage())
         if candidate.plan is not None and candidate.plan.model is not None:
-            ReadAhead(candidate.plan.model.files)
+            self._reading = Errand(self._context, Reading(self._context).run(candidate.plan.model.files))
         self._front.hold()
         if not self._carry:
             yield from self._wait_for_requests(old)
@@ -273,8 +274,8 @@ def _given_back(engine: Engine) -> int:
     rows = {row.name: row.bytes for row in engine.plan.budget.rows}
     if engine.plan.device.kind != "cuda":
         return rows.get("kv cache", 0)  # the weights stay in the same memory
-    used = int(engine.child.stats.get("memory_used", engine.plan.budget.needed))
-    return max(used - _KEPT_ASLEEP, 0)
+    # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
+    return int(engine.child.stats.get("memory_used", 0))
 
 
 def _goes_on(old: Plan | None, new: Plan) -> bool:

@@ -184,9 +184,11 @@ class Verbs:
         if serving.plan is None:
             return
         self._engines.in_force()
+        self._engines.spare.keep()
         render = renderer(config.log.format, self._context.journal)
         self._context.log.configure(config.supervisor.log_lines, config.log.level, render)
-        tune = Tune(config.log.level, math.inf if config.params.disable_log_stats else serving.plan.log_stats_interval)
+        pace = math.inf if config.params.disable_log_stats else serving.plan.log_stats_interval
+        tune = Tune(config.log.level, pace, config.supervisor.stop_timeout)
         for child in (*self._front.children(), *(engine.child for engine in self._engines if engine.child)):
             child.send(tune)
         self._front.tell(Models(list(config.models)))
