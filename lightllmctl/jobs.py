@@ -20,6 +20,18 @@ class Display(Protocol):
     def show(self, job: Job) -> None: ...
 
 
+def run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> Job | None:
+    """Starts a job, waits for it and says how it ended; raises as `wait` does. None: nobody waited."""
+    job = context.client.post(f"/v1/{verb}", body)
+    if no_block:
+        click.echo(f"job {job_name(job)} started")
+        return None
+    job = wait(context, job, timeout)
+    message = clean(job.get("message") or "")
+    click.echo(f"job {job_name(job)} done{f': {message}' if message else ''}")
+    return job
+
+
 def wait(context: Context, job: Job, timeout: float | None) -> Job:
     """Follows ``job`` to its end and returns its last state.
 

@@ -79,6 +79,7 @@ def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
         ("Main PID", _main_pid(status)),
         ("Listen", Text(clean(", ".join([*status.get("listeners", []), status.get("control_socket", "")])))),
         ("Model", _model(status)),
+        *(("Models", Text(line)) for line in _others(status)),
         ("Requests", _requests(status.get("requests") or {})),
         *_tree(_workers(status, now), "Workers", glyphs),
         *(("Job" if i == 0 else "", job_line(job, now)) for i, job in enumerate(status.get("jobs") or [])),
@@ -100,7 +101,8 @@ def _loaded(status: Json, now: float) -> Text:
     if fault := config.get("pending_fault"):
         notes.append(f"the file is bad now: {clean(fault.splitlines()[0])}")
     else:
-        notes.append(f"{config.get('pending_changes', 0)} pending changes")
+        pending = config.get("pending_changes", 0)
+        notes.append(f"{pending} pending change{'' if pending == 1 else 's'}")
     return Text(f"{file} ({'; '.join(notes)})")
 
 
@@ -144,6 +146,12 @@ def _model(status: Json) -> Text:
     for fact in filter(None, facts):
         line.append(f"  {fact}", "not bold")
     return line
+
+
+def _others(status: Json) -> list[str]:
+    """One line with the models that a swap knows by name, where there are such."""
+    names = [clean(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
+    return [f"{', '.join(names)} (lightllmctl swap NAME)"] if names else []
 
 
 def _loaded_bytes(status: Json) -> str:

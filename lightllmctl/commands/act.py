@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from lightllmctl.commands.follow import complete_worker
+from lightllmctl.commands.options import complete_worker, waiting_options
 from lightllmctl.context import Context, pass_context
 from lightllmd.errors import ConnectionLost, DaemonNotRunning, JobGoesOn
 
 
-def waiting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--no-block", is_flag=True, help="Start the job and return at once.")(command)
-    return click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="SECONDS",
-        help="Wait no longer; exit code 10.",
-    )(command)
-
-
 def _run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> None:
     from lightllmctl import jobs
-    from lightllmctl.render import clean, job_name
 
-    job = context.client.post(f"/v1/{verb}", body)
-    if no_block:
-        click.echo(f"job {job_name(job)} started")
-        return
-    job = jobs.wait(context, job, timeout)
-    message = clean(job.get("message") or "")
-    click.echo(f"job {job_name(job)} done{f': {message}' if message else ''}")
+    jobs.run(context, verb, body, no_block, timeout)
 
 
 @click.command()

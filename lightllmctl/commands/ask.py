@@ -1,5 +1,4 @@
-"""Verbs that ask and change nothing: status, is-active, is-ready, list-models,
-list-workers, list-jobs, version."""
+"""Verbs that ask and change nothing: status, is-active, is-ready, list-models, list-workers, list-jobs, version."""
 
 from __future__ import annotations
 
@@ -9,11 +8,10 @@ from typing import Any
 
 import click
 
+from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
 from lightllmd import __version__
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_NOT_ACTIVE, DaemonNotRunning, LightllmdError
-
-json_option = click.option("--json", "as_json", is_flag=True, help='One JSON object, with `"api": 1`.')
 
 _CODES = {"active": CTL_DONE, "degraded": CTL_FAILED}
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from lightllmctl.commands.ask import json_option
+from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
 from lightllmd.errors import CTL_DONE, CTL_FAILED
 

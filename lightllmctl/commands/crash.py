@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lightllmctl.commands.ask import json_option
+from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
 from lightllmd.errors import LightllmdError, NoSuchCrash, Usage
 

@@ -7,23 +7,12 @@ from typing import Any
 
 import click
 
-from lightllmctl.commands.ask import json_option
+from lightllmctl.commands.options import complete_worker, json_option
 from lightllmctl.context import Context, pass_context
-from lightllmd.errors import LightllmdError
 
 lines_option = click.option(
     "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last ones."
 )
-
-
-def complete_worker(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Worker names for the shell's completion; none when no daemon answers."""
-    socket_path = context.find_root().params.get("socket_path")
-    try:
-        workers = Context(socket_path).client.get_list("/v1/workers")
-    except LightllmdError:
-        return []
-    return [name for worker in workers if (name := str(worker.get("name", ""))).startswith(incomplete)]
 
 
 @click.command()

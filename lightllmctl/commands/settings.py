@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
 
-from lightllmctl.commands.ask import json_option
+from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
 
 
@@ -114,11 +115,16 @@ def _table(name: str, table: Any, lines: list[str]) -> None:
     if own:
         lines += ["", f"[{name}]", *_pairs(own)]
     for key, value in inner.items():
-        _table(f"{name}.{key}", value, lines)
+        _table(f"{name}.{_toml_key(key)}", value, lines)
 
 
 def _pairs(table: dict[str, Any]) -> list[str]:
     return [f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}" for key, value in table.items()]
+
+
+def _toml_key(key: str) -> str:
+    """The name of a model may need quotes."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:

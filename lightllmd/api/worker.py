@@ -152,6 +152,7 @@ class Worker:
                 self._start(self._probe(message.number))
             case messages.Tune():
                 logging.getLogger().setLevel(message.log_level.upper())
+                self._stop_timeout = message.stop_timeout
             case messages.Health():
                 revisions.health = message
             case messages.Drain():

@@ -30,9 +30,8 @@ class Invocation:
     config: Config
     config_file: str | None  # None: none was named, and the default one is not there
     action: Action = "run"
-    flags: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # dotted key -> value; they override the file each time
+    # dotted key -> value: they override the file each time it is read
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse(argv: Sequence[str] | None = None) -> Invocation:
@@ -64,14 +63,10 @@ def reload(invocation: Invocation) -> Config:
     if file is None:
         raise ConfigInvalid([Problem("", "there is no file to read again: lightllmd was started without one")])
     config = load(file, invocation.flags)
-    problems = [
-        problem_at(
-            config, file, (change.key,), f"{show(change.old)} -> {show(change.new)} needs a restart of lightllmd"
-        )
-        for change in diff(invocation.config, config)
-        if change.reload == "restart"
-    ]
-    if problems:
+    fixed = [change for change in diff(invocation.config, config) if change.reload == "restart"]
+    if fixed:
+        why = "can't be changed while lightllmd runs; restart it"
+        problems = [problem_at(config, file, (one.key,), f"{show(one.old)} -> {show(one.new)} {why}") for one in fixed]
         raise ConfigInvalid(problems)
     return config
 

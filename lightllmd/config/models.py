@@ -26,7 +26,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 NAME_FORM = "letters, digits, '.', '_' and '-', beginning with a letter or a digit, at most 128"
 DOC = (
     "A table [models.NAME] makes a model known by that name: lightllmctl swap NAME brings it into service. What it "
-    "says stands over the top of the file and over flags while it serves. The model at the top is served first."
+    "says stands over the top of the file and over flags while it serves. The model at the top is served first; if it "
+    "has the model_dir of such a table, it is that one, unless [http] served_model_name gives it another name."
 )
 
 Overrides = dict[str, Any]  # checked values by parameter; model_dir is among them

@@ -257,6 +257,7 @@ class Tune(msgspec.Struct, tag="tune"):
 
     log_level: str
     log_stats_interval: float  # seconds; inf: none
+    stop_timeout: float  # seconds
 
 
 class Stage(msgspec.Struct, tag="stage"):

@@ -413,7 +413,7 @@ def test_tune_sets_the_log_level(tmp_path):
 
     async def scenario():
         async with stack(tmp_path) as one:
-            one.tell(messages.Tune("error", 1.0))
+            one.tell(messages.Tune("error", 1.0, 10.0))
             await until(lambda: logging.getLogger().level == logging.ERROR)
 
     try:

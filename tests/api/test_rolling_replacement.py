@@ -174,7 +174,7 @@ def test_request_that_is_still_on_its_way_when_a_worker_retires_is_answered(tmp_
             writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\nExpect: 100-continue\r\n\r\n")
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
             old.tell(messages.Retire())
-            old.tell(messages.Tune("info", 1.0))
+            old.tell(messages.Tune("info", 1.0, 10.0))
             count = len(old.beats)
             await until(lambda: old.beat() and len(old.beats) > count + 1)
             writer.write(b'{"inputs":"f"}')

@@ -564,7 +564,7 @@ def test_it_ends_from_its_sleep_at_once_with_0(start: Start, way: int | str) -> 
 
 def test_live_settings_are_obeyed(start: Start, connect: Connect) -> None:
     engine = start(tokens_per_second=200).wait_ready()
-    engine.link.send(messages.Tune("debug", math.inf))
+    engine.link.send(messages.Tune("debug", math.inf, 10.0))
     api = connect(engine)
     request = api.submit(1, "x", 60)
     api.hear(lambda: len(api.tokens(request)) == 60)

@@ -1,0 +1,61 @@
+"""Options and arguments that several verbs share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lightllmctl.context import Context
+from lightllmd.errors import LightllmdError
+
+json_option = click.option("--json", "as_json", is_flag=True, help='One JSON object, with `"api": 1`.')
+
+_SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = r"(\d+(?:\.\d+)?) *(ms|s|min|m|h|d) *"
+
+
+class Duration(click.ParamType):
+    """Seconds, as a number or as people write them: 90, 1.5s, 5m, 1h30m."""
+
+    name = "duration"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self.zero = zero  # whether 0 is one
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        if re.fullmatch(f"(?:{_PART})+", text):
+            seconds = sum(float(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text))
+        elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+            seconds = float(text)
+        else:
+            self.fail(f"{text!r} is no duration; write seconds, or such as 90s, 5m, 1h30m", param, ctx)
+        if seconds == math.inf or (seconds == 0 and not self.zero):
+            self.fail(f"{text!r} is no duration {'of a finite length' if self.zero else 'above 0'}", param, ctx)
+        return seconds
+
+
+def waiting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--no-block", is_flag=True, help="Start the job and return at once.")(command)
+    return click.option("--timeout", type=Duration(), metavar="TIME", help="Wait no longer; exit code 10.")(command)
+
+
+def names_at(path: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """The names of what the daemon lists at `path`, for the shell's completion; none when no daemon answers."""
+
+    def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        try:
+            listed = Context(context.find_root().params.get("socket_path")).client.get_list(path)
+        except LightllmdError:
+            return []
+        return [name for one in listed if (name := str(one.get("name", ""))).startswith(incomplete)]
+
+    return complete
+
+
+complete_worker = names_at("/v1/workers")
+complete_model = names_at("/v1/models")
