@@ -54,7 +54,52 @@ def test_a_path_is_the_callers_not_the_daemons(
     assert posted == [str(tmp_path / "here"), "small"], "a name of [models] comes first"
 
 
-@pytest.mark.parametrize("drain", ["soon", "-1", "5 parsecs", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        ("./absent", "{here}/absent"),
+        ("absent/deep/", "{here}/absent/deep"),
+        ("here", "{here}/here"),
+        ("package:x/y", "package:x/y"),
+        ("/m/../m/x", "/m/../m/x"),
+        ("absent", "absent"),
+    ],
+)
+def test_a_relative_path_is_sent_absolute(
+    ctl: Any, daemon: Any, answer: Any, new_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str,
+    sent: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    daemon.get("/v1/models", MODELS)
+    daemon.post("/v1/swap", answer(new_job(), 202))
+    assert ctl("swap", typed, "--no-block").code == 0
+    assert daemon.seen[-1][3]["model"] == sent.format(here=tmp_path)
+
+
+def test_1_when_the_new_model_was_kept_and_does_not_serve(ctl: Any, daemon: Any, answer: Any, new_job: Any) -> None:
+    details = {**DETAILS, "kept": "killed by SIGSEGV\x1b[2J"}
+    daemon.post("/v1/swap", answer(new_job(verb="swap"), 202))
+    daemon.get("/v1/jobs/31", answer(lines=[new_job(verb="swap", outcome="done", message="kept", details=details)]))
+    result = ctl("swap", "large", "--on-failure", "keep")
+    assert result.code == 1
+    assert "does not serve yet, it is tried again: killed by SIGSEGV\\x1b[2J" in result.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "seconds"),
+    [("0", 0.0), ("90", 90.0), ("1.5", 1.5), ("1.5s", 1.5), ("250ms", 0.25), ("5m", 300.0), ("5 min", 300.0),
+     ("1h30m", 5400.0), ("1d", 86400.0)],
+)  # fmt: skip
+def test_durations_are_taken_as_people_write_them(
+    ctl: Any, daemon: Any, answer: Any, new_job: Any, typed: str, seconds: float
+) -> None:
+    daemon.post("/v1/swap", answer(new_job(), 202))
+    assert ctl("swap", "large", "--no-block", "--drain", typed).code == 0
+    assert daemon.seen[-1][3]["drain_timeout"] == seconds
+
+
+@pytest.mark.parametrize("drain", ["soon", "", "1e3", "5x", "1m soon", "9" * 400, "-1", "5 parsecs", "nan", "inf"])
 def test_2_for_what_is_no_duration(ctl: Any, daemon: Any, drain: str) -> None:
     result = ctl("swap", "large", "--drain", drain)
     assert result.code == 2
@@ -101,6 +146,35 @@ def test_a_dry_run_shows_each_change_with_its_class(ctl: Any, daemon: Any, answe
         ["port", "8000", "8080", "front", "end"],
         ["data_type", '"auto"', '"fp32"', "engine"],
     ]
+
+
+def test_a_dry_run_that_takes_a_new_engine_shows_whether_it_fits(
+    ctl: Any, daemon: Any, answer: Any, new_job: Any
+) -> None:
+    changes = [{"key": "models.a", "old": {"model_dir": "\x9bred"}, "new": None, "reload": "live"}]
+    done = new_job(verb="reload", outcome="done", message="m", details={"changes": changes, "plan": "a\n  b\x1b"})
+    daemon.post("/v1/reload", answer(new_job(verb="reload"), 202))
+    daemon.get("/v1/jobs/31", answer(lines=[done]))
+    out = ctl("reload", "--dry-run").out.splitlines()
+    assert out[-4].split() == ["models.a", '{"model_dir":', '"\\x9bred"}', "-", "live"]
+    assert out[-3:] == ["", "a", "  b\\x1b"]
+
+
+def test_a_reload_without_a_change_is_a_success(ctl: Any, daemon: Any, answer: Any, new_job: Any) -> None:
+    done = new_job(verb="reload", target="", outcome="done", message="nothing changed", details={"changes": []})
+    daemon.post("/v1/reload", answer(done, 202))
+    daemon.get("/v1/jobs/31", answer(lines=[done]))
+    for arguments in ([], ["--dry-run"]):
+        result = ctl("reload", *arguments)
+        assert (result.code, result.out) == (0, "job #31 reload done: nothing changed\n")
+
+
+def test_a_job_that_is_only_started_says_so_and_prints_nothing_else(
+    ctl: Any, daemon: Any, answer: Any, new_job: Any
+) -> None:
+    daemon.post("/v1/reload", answer(new_job(verb="reload", target=""), 202))
+    assert ctl("reload", "--no-block").out == "job #31 reload started\n"
+    assert len(daemon.seen) == 1
 
 
 def test_6_for_a_bad_file_each_problem_with_its_line(ctl: Any, daemon: Any, answer: Any, new_job: Any) -> None:

@@ -44,6 +44,16 @@ def test_worker_names_are_completed_from_the_daemon(
     assert complete(words + "eng", monkeypatch, capsys) == ["engine-0", "engine-1"]
 
 
+def test_model_names_are_completed_from_the_daemon(
+    daemon: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.get("/v1/models", [{"name": "small", "served": True}, {"name": "large-1.5"}])
+    words = f"lightllmctl --socket {daemon.path} swap "
+    assert complete(words, monkeypatch, capsys) == ["small", "large-1.5"]
+    assert complete(words + "la", monkeypatch, capsys) == ["large-1.5"]
+    assert complete(words + "small --on-failure ", monkeypatch, capsys) == ["rollback", "keep"]
+
+
 def test_completion_is_silent_without_a_daemon(
     short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

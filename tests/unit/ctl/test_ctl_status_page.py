@@ -82,6 +82,23 @@ def test_draining_daemon_shows_its_job(status: dict[str, Any], new_job: Any, now
     assert page[11] == "        Job: #31 drain  draining (2 of 14 left) 86%  38 s"
 
 
+def test_swapping_daemon_shows_whom_it_waits_for_and_what_else_there_is(
+    status: dict[str, Any], new_job: Any, now: float
+) -> None:
+    status.update(state="swapping")
+    status["config"]["pending_changes"] = 1
+    status["models"] = [{"name": "qwen3-8b", "served": True}, {"name": "large"}, {"name": "hu\x1bge"}]
+    phase = "waiting for 3 requests on qwen3-8b"
+    status["jobs"] = [new_job(verb="swap", target="large", phase=phase)]
+    page = lines(status, now)
+    assert page[1].endswith("(loaded 2 h ago; 1 pending change)")
+    assert page[2].startswith("     Active: active (swapping)")
+    assert page[7] == "     Models: large, hu\\x1bge (lightllmctl swap NAME)"
+    assert page[12] == f"        Job: #31 swap large  {phase}  38 s"
+    status["config"]["pending_fault"] = "/etc/a.toml:3: port: 70000 is out of bounds\nmore"
+    assert lines(status, now)[1].endswith("the file is bad now: /etc/a.toml:3: port: 70000 is out of bounds)")
+
+
 def test_several_api_workers_are_numbered(status: dict[str, Any], new_worker: Any, now: float) -> None:
     status["workers"] = [new_worker("api-0"), new_worker("api-1", pid=902)]
     page = lines(status, now)
@@ -95,9 +112,11 @@ def test_ascii_terminals_get_ascii(status: dict[str, Any], now: float) -> None:
     assert status_page(status, now, ASCII).plain.isascii()
 
 
-@pytest.mark.parametrize("missing", ["config", "model", "requests", "workers", "jobs", "events", "state", "since"])
+@pytest.mark.parametrize(
+    "missing", ["config", "model", "models", "requests", "workers", "jobs", "events", "state", "since"]
+)
 def test_a_field_that_is_not_sent_is_left_out(status: dict[str, Any], now: float, missing: str) -> None:
-    del status[missing]
+    status.pop(missing, None)
     assert lines(status, now)[0].startswith("●")
 
 

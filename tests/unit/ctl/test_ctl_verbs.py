@@ -119,7 +119,7 @@ def test_10_when_the_job_takes_longer_than_asked(ctl: Any, daemon: Any, answer: 
     release = threading.Event()
     daemon.post("/v1/drain", new_job(verb="drain", target=""))
     daemon.get("/v1/jobs/31", answer(lines=[new_job(), lambda: release.wait(20) and ""]))
-    result = ctl("drain", "--timeout", "0.3")
+    result = ctl("drain", "--timeout", "300ms")
     release.set()
     assert result.code == 10
     assert result.err == "lightllmctl: job #31 restart engine was not finished within 0.3 s and goes on\n"
@@ -254,6 +254,14 @@ def test_config_is_the_toml_that_would_say_the_same(ctl: Any, daemon: Any) -> No
     }  # fmt: skip
     assert "# model_dir is not set" in ctl("config").out
     assert json.loads(ctl("config", "--json").out) == {"api": 1, **CONFIG}
+
+
+def test_config_quotes_the_names_of_models_where_toml_needs_it(ctl: Any, daemon: Any) -> None:
+    import tomllib
+
+    models = {"small": {"model_dir": "/m/small"}, "large-1.5": {"model_dir": "/m/large", "eos_id": [2]}}
+    daemon.get("/v1/config", {**CONFIG, "models": models})
+    assert tomllib.loads(ctl("config").out)["models"] == models
 
 
 def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, daemon: Any) -> None:
