@@ -152,3 +152,17 @@ def test_a_spare_imports_what_the_device_of_its_plan_needs(tmp_path: Path) -> No
     engine = msgspec.structs.replace(on_cpu.config.engine, backend="fake")
     fake = msgspec.structs.replace(on_cpu, config=msgspec.structs.replace(on_cpu.config, engine=engine))
     assert [Commands().early(plan) for plan in (on_cpu, on_a_gpu, fake)] == [CPU_IMPORTS, GPU_IMPORTS, ()]
+
+
+def test_a_reload_lets_the_spare_go_and_brings_one_back(tmp_path: Path) -> None:
+    with on_gpu(tmp_path).start() as daemon:
+        kept = spare(daemon)
+        file = tmp_path / "lightllmd.toml"
+        file.write_text("[supervisor]\nspare_engine = false\nstop_timeout = 5\n")
+        assert daemon.wait_job(daemon.ask("reload"))["outcome"] == "done"
+        wait_for(lambda: not psutil.pid_exists(kept), what="the spare's end")
+        assert daemon.spare() is None
+        file.write_text("")
+        assert daemon.wait_job(daemon.ask("reload"))["outcome"] == "done"
+        assert spare(daemon) != kept
+        assert daemon.stop() == 0
