@@ -267,8 +267,9 @@ class Stage(msgspec.Struct, tag="stage"):
 
 class Sleep(msgspec.Struct, tag="sleep"):
     """To an engine whose requests, if it has any, are held elsewhere: give the device's memory back. The phases
-    "sleep", in which a copy of the weights that was begun is finished, and "asleep" follow. With `Stage` before it the weights
-    stay in host memory (a CPU's too); without, they are read from their files again. Ignored unless it's ready."""
+    "sleep", in which a copy of the weights that was begun is finished, and "asleep" follow. With `Stage` before it the
+    weights stay in host memory (a CPU's too); without, they are read from their files again. Ignored unless it's
+    ready."""
 
 
 class Wake(msgspec.Struct, tag="wake"):
