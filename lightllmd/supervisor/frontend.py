@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 from lightllmd.errors import SystemFailure
@@ -32,11 +33,11 @@ _BEATS_TO_BELIEVE = 2  # heartbeats after `Drain` until in_flight is known to co
 class Api:
     """One api worker's place. Besides its process there may be a spare on its way in and some on their way out."""
 
-    def __init__(self, context: Context, index: int, greet: Callable[[Child], None]) -> None:
+    def __init__(self, context: Context, index: int, epochs: Iterator[int], greet: Callable[[Child], None]) -> None:
         self._context = context
         self._greet = greet  # tells a new process how things stand
         self.index = index
-        self.worker = Worker(context, "api", index, self._launch)
+        self.worker = Worker(context, "api", index, self._launch, epochs)
         self.spare: Child | None = None
         self.retiring: list[Child] = []
         self.roll_failure: str | None = None  # why the last replacement didn't come into service
@@ -129,13 +130,18 @@ class FrontEnd:
     def __init__(self, context: Context, workers: int, greet: Callable[[Child], None]) -> None:
         self._context = context
         self._greet = greet
-        self.apis = [Api(context, index, self._welcome) for index in range(workers)]
+        # By index, over all places of that index: an engine takes two processes of one epoch for the same one.
+        self._epochs: defaultdict[int, Iterator[int]] = defaultdict(lambda: itertools.count(1))
+        self.apis = [self._place(index) for index in range(workers)]
         self.dismissed: list[Api] = []  # places that there are too many of; their processes finish what they have
         self._past: Counter[str] = Counter()  # totals of the processes that are gone
         self._candidate: Engine | None = None
         self._answers: dict[Child, Prepared] = {}  # about the candidate
         self.holding = False  # new requests wait
         self._marks: dict[int | None, dict[Child, int]] = {}  # see `_mark`
+
+    def _place(self, index: int) -> Api:
+        return Api(self._context, index, self._epochs[index], self._welcome)
 
     def start(self) -> None:
         for api in self.apis:
@@ -144,7 +150,7 @@ class FrontEnd:
     def resize(self, workers: int) -> None:
         """Places are opened or closed at the end."""
         while len(self.apis) < workers:
-            self.apis.append(Api(self._context, len(self.apis), self._welcome))
+            self.apis.append(self._place(len(self.apis)))
             self.apis[-1].worker.start()
         while len(self.apis) > workers:
             self.dismissed.append(self.apis.pop())

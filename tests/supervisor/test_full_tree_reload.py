@@ -69,7 +69,7 @@ BAD = [
     Step("an engine that crashes", {"engine.fake.fault": "crash_in_load"}, 9, said="SIGSEGV"),
     Step("an engine that hangs", {"engine.fake.fault": "hang_in_load"}, 9, said="hung"),
     Step("all classes, and a crash", {"engine.fake.fault": "exit_at_boot", "http.hold_keepalive": 4}, 9, said="exit 1"),
-    Step("a port that is taken", {"port": 1}, 1),
+    Step("another machine's address", {"host": "192.0.2.1"}, 1, said="192.0.2.1"),
 ]
 
 
@@ -175,3 +175,17 @@ def test_a_signal_reloads_and_a_second_reload_meanwhile_is_refused(tmp_path: Pat
         last = jobs_of(daemon)[-1]
         assert (last["verb"], last["outcome"]) == ("reload", "rolled-back")
         assert last["by_uid"] is None
+
+
+def test_no_two_processes_of_a_front_end_share_an_epoch(tmp_path: Path) -> None:
+    """A place that was closed and opened again goes on counting: an engine tells its clients apart by that."""
+    daemon, settings = daemon_of_a_file(tmp_path, BASE)
+    with daemon.start():
+        seen: dict[tuple[str, int], set[int]] = {}
+        for workers in (2, 1, 2, 1, 2):
+            settings.in_force = settings.write({"http.workers": workers})
+            assert ctl(daemon, "reload").code == 0
+            for worker in daemon.workers("api"):
+                seen.setdefault((worker["name"], worker["generation"]), set()).add(worker["pid"])
+        assert {name for name, _ in seen} == {"api-0", "api-1"}
+        assert all(len(pids) == 1 for pids in seen.values()), seen
