@@ -8,7 +8,7 @@ import msgspec
 
 from lightllmd.config.plan import Facts, Plan, encode_plan
 from lightllmd.ipc import flight_record
-from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp, Sleep, Wake
+from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp, Sleep, Stage, Wake
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.exits import Ending
@@ -142,13 +142,22 @@ class Engine:
         generation.child.send(Sleep())
         self._rest = "sleep"
 
+    def stage(self) -> None:
+        """Its weights are copied to host memory, beside what it does."""
+        if self.child is not None:
+            self.child.send(Stage())
+
+    def unstage(self) -> None:
+        """It lets go of the copy."""
+        if self.child is not None and not self._rest:
+            self.child.send(Wake())
+
     def wake(self, after: Engine) -> None:
         """Back into service, or the next generation starts, as soon as `after` has let go of the device's memory."""
         self.wanted, self._after = True, after
         if self.child is None:
             self.worker.forgive()
-        elif not self._rest:
-            self.child.send(Wake())  # it lets go of what it staged
+        self.unstage()
         self._rouse()
 
     def _rouse(self) -> None:

@@ -20,7 +20,6 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
 from lightllmd.errors import ConfigInvalid, ControlError, DoesNotFit, LightllmdError, RolledBack
-from lightllmd.ipc.messages import Stage
 from lightllmd.supervisor import planning
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.engines import Engines
@@ -98,8 +97,16 @@ class Switch:
         return made
 
     def steps(self) -> Steps:
-        plan, facts = yield from self.plan()
         old = self._engines.serving
+        early = self._stage_early(old)
+        try:
+            plan, facts = yield from self.plan()
+        except BaseException:
+            if early:
+                old.unstage()
+            raise
+        if early and self._beside:
+            old.unstage()
         self._carry = not self._beside and _goes_on(old.plan, plan)
         candidate = self._engines.propose(plan, facts)
         try:
@@ -116,6 +123,15 @@ class Switch:
         self.details["phases"] = self._phases
         taken = sum(seconds for _, seconds in self._phases)
         return f"{plan.model_name} is in force, {self.details['how']} the old one, after {taken:.1f} s"
+
+    def _stage_early(self, old: Engine) -> bool:
+        """While the plan is made: an engine that took what its GPU had is all but sure to have to sleep."""
+        if old.plan is None or old.plan.device.kind != "cuda" or self._config.supervisor.swap == "beside":
+            return False
+        if old.plan.config.params.max_total_token_num != "auto":
+            return False
+        old.stage()
+        return True
 
     def _prove(self, candidate: Engine, old: Engine) -> Waiting[None]:
         """Until the candidate can be committed. Raises RolledBack, or ControlError if that failed too."""
@@ -135,8 +151,7 @@ class Switch:
             self.details["kept"] = failure.message
 
     def _make_room(self, old: Engine, candidate: Engine) -> Waiting[None]:
-        if old.child is not None:
-            old.child.send(Stage())
+        old.stage()
         if candidate.plan is not None and candidate.plan.model is not None:
             self._reading = Errand(self._context, Reading(self._context).run(candidate.plan.model.files))
         self._front.hold()

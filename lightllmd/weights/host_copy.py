@@ -25,7 +25,7 @@ from lightllmd.weights.device_facts import free_memory
 from lightllmd.weights.layout import Progress, Weight
 from lightllmd.weights.staged import PIECE_BYTES, Arrival, Piece, Staging, upload
 
-THREADS = 4  # copy 16 GB within three seconds, page faults included
+THREADS = 8  # at most; page faults of fresh memory are what they wait for
 SPARE_PIECES = 2
 MARGIN = 0.1  # of the free host memory that is left alone
 ALIGNMENT = 64  # bytes
