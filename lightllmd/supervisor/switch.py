@@ -107,7 +107,7 @@ class Switch:
             raise
         if early and self._beside:
             old.unstage()
-        self._carry = not self._beside and _goes_on(old.plan, plan)
+        self._carry = not self._beside and goes_on(old.plan, plan)
         candidate = self._engines.propose(plan, facts)
         try:
             yield from self._prove(candidate, old)
@@ -293,16 +293,16 @@ def _given_back(engine: Engine) -> int:
     return int(engine.child.stats.get("memory_used", 0))
 
 
-def _goes_on(old: Plan | None, new: Plan) -> bool:
-    """Whether requests of the old plan can be replayed on the new one: the same model, and nothing is too long."""
+def goes_on(old: Plan | None, new: Plan) -> bool:
+    """Whether requests of the old plan can be replayed on the new one: the same model, and none is too long or has too
+    many branches. How many slots there are doesn't matter: each holds the longest request, and the rest waits."""
     if old is None:
         return False
     before, now = old.config.params, new.config.params
     return (
         _identity(old) == _identity(new)
         and before.max_req_total_len <= now.max_req_total_len
-        and min(old.max_total_token_num, before.max_req_total_len * before.running_max_req_size)
-        <= new.max_total_token_num
+        and before.running_max_req_size <= now.running_max_req_size
     )
 
 
