@@ -172,6 +172,7 @@ def test_swaps_of_real_models_good_and_bad_fail_no_request(tmp_path: Path, tiny:
 
 
 @needs_demo
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("how", ["beside", "after"])
 def test_the_demo_model_and_its_twin_fail_no_request(tmp_path: Path, demo: Pair, how: str) -> None:
     swaps = ["swap"] * 10 + ["killed", "hanging", *demo.broken]
