@@ -1,0 +1,386 @@
+"""Children of a supervisor as objects: what api workers, engines and probes say and do, without a process.
+
+Each has an inbox and an outbox; nothing happens in it but by `turn` (it reads what it was told), `work` (it gets on
+with what it does) and signals. Times are in ticks of the simulation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import msgspec
+
+from lightllmd.config.plan import Facts, Plan, decode_plan
+from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_OUT_OF_MEMORY
+from lightllmd.ipc import messages
+from supervisor.simulated_api import Api
+
+KEPT_ASLEEP = 700 << 20  # bytes of the device that a sleeping engine still has
+_EXITS = {"config": EXIT_CONFIG, "weights": EXIT_CONFIG, "device": EXIT_NO_DEVICE, "memory": EXIT_OUT_OF_MEMORY}
+_decode = lru_cache(maxsize=64)(decode_plan)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What befalls a child when it enters a phase ("configure", "probe", "prepare": a probe's or api worker's own).
+
+    `what`: a kind of `Failed`; "exit" (1, without a word), "fault" (SIGSEGV), "hang", "slow" (with progress), "stall"
+    (without, but not for ever).
+    """
+
+    phase: str
+    what: str
+
+
+class World(Protocol):
+    """What children see of the rest."""
+
+    stopping: bool  # the supervisor was told to stop: requests may be lost
+
+    def facts(self, request: dict[str, Any]) -> Facts | str: ...
+
+    def memory_short(self) -> bool: ...
+
+    def generation_is_ready(self, generation: int) -> bool: ...
+
+    def count_token(self, generation: int) -> None: ...
+
+    def violated(self, what: str) -> None: ...
+
+    def told(self, process: SimulatedProcess, message: Any) -> None: ...
+
+    def fate(self, kind: str) -> Fate | None: ...
+
+    def died(self, process: SimulatedProcess) -> None: ...
+
+
+class Link:
+    """Stands for `ipc.channel.Channel`, with the child's end in it."""
+
+    _numbers = itertools.count(100_000)
+
+    def __init__(self) -> None:
+        self.number = next(self._numbers)
+        self.process: SimulatedProcess | None = None
+        self.down: deque[Any] = deque()
+        self.up: deque[Any] = deque()
+        self.their_end = True  # is open
+        self.closed = False
+
+    # --- the supervisor's end
+    def fileno(self) -> int:
+        return self.number
+
+    def send(self, message: Any) -> bool:
+        if not self.their_end or self.process is None:
+            return False
+        self.process.world.told(self.process, message)
+        self.down.append(message)
+        return True
+
+    def receive(self) -> Iterator[Any]:
+        while self.up:
+            yield self.up.popleft()
+        self.closed = self.closed or not self.their_end
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def readable(self) -> bool:
+        return not self.closed and (bool(self.up) or not self.their_end)
+
+
+class TheirEnd:
+    """What the supervisor hands to the child."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def fileno(self) -> int:
+        return self.link.number
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedProcess:
+    """Stands for `supervisor.process.Process`."""
+
+    _pids = itertools.count(10_000_000)  # no pid of Linux is that large
+
+    def __init__(
+        self,
+        world: World,
+        links: dict[int, Link],
+        command: Sequence[str],
+        *,
+        on_exit: Callable[[], None],
+        on_output: Callable[[str], None],
+        pass_fds: Sequence[int] = (),
+        stdin: bytes | None = None,
+        capture: bool = False,
+        tied: bool = False,
+    ) -> None:
+        self.world = world
+        self.pid = next(self._pids)
+        self.kind = command[0]
+        self.on_exit, self.on_output = on_exit, on_output
+        self.captured: bytearray | None = bytearray() if capture else None
+        self.returncode: int | None = None  # None: lives, or is being taken down
+        self.code: int | None = None  # what it will be
+        self.taken_down = 0  # ticks that the kernel still takes for that
+        self.exit_seen = self.reaped = self.disposed = False
+        self.stopped = self.hung = False  # by SIGSTOP; by itself
+        self.link: Link | None = None
+        self.ledger: list[Any] = []  # all that it was told
+        self.last_told: dict[str, Any] = {}  # by the message's name
+        self.program: Api | Engine | Probe | Reader
+        if self.kind == "probe":
+            self.program = Probe(self, msgspec.json.decode(stdin or b"{}"))
+        elif self.kind == "reader":
+            self.program = Reader(self)
+        else:
+            self.link = links[int(command[1])]
+            self.link.process = self
+            self.program = Api(self) if self.kind == "api" else Engine(self)
+
+    # --- as the supervisor sees it
+    def reap(self) -> int | None:
+        self.reaped = self.reaped or self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.code is not None:
+            return
+        if number == signal.SIGKILL or not self.stopped:
+            self.die(-number)
+
+    def dispose(self) -> None:
+        if self.returncode is None:
+            self.world.violated(f"{self} was let go of alive")
+        self.disposed = True
+
+    # --- as it is
+    @property
+    def alive(self) -> bool:
+        return self.code is None
+
+    @property
+    def still(self) -> bool:
+        return self.stopped or self.hung or not self.alive
+
+    def die(self, code: int) -> None:
+        self.code = code
+        self.taken_down = self.program.last_breath
+        if self.link is not None:
+            self.link.their_end = False
+            self.link.down.clear()
+        if not self.taken_down:
+            self.gone()
+
+    def gone(self) -> None:
+        self.returncode = self.code
+        self.program.memory = 0
+        self.world.died(self)
+
+    def say(self, message: Any) -> None:
+        if self.link is not None:
+            self.link.up.append(message)
+
+    def turn(self) -> None:
+        """Reads the next message."""
+        assert self.link is not None
+        self.program.hear(self.link.down.popleft())
+
+    def tick(self) -> None:
+        if self.code is not None and self.returncode is None:
+            self.taken_down -= 1
+            if self.taken_down <= 0:
+                self.gone()
+        elif not self.still:
+            self.program.work()
+
+    def suffer(self, fate: Fate) -> None:
+        self.on_output(f"{fate.what} in {fate.phase}")
+        match fate.what:
+            case "hang":
+                self.hung = True
+            case "exit":
+                self.die(1)
+            case "fault":
+                self.die(-signal.SIGSEGV)
+            case kind:
+                self.say(messages.Failed(kind, f"{kind} as ordered"))
+                self.die(_EXITS[kind])
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.pid} {self.program}>"
+
+
+class Engine:
+    """As `lightllmd.engine.worker`. What it holds of the device counts from its load on."""
+
+    AFTER = {"boot": "load", "load": "warmup", "warmup": "ready", "sleep": "asleep"}
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self.process = process
+        self.configured: messages.EngineConfigure | None = None
+        self.plan: Plan | None = None
+        self.phase = "boot"
+        self.progress = 0
+        self.left = 1  # units of work in this phase
+        self.fate = process.world.fate("engine")
+        self.memory = 0
+        self.tokens = 0
+        self.pending: list[Any] = []
+
+    @property
+    def last_breath(self) -> int:
+        return 1 if self.memory else 0
+
+    def __repr__(self) -> str:
+        return f"{self.phase} g{self.configured.generation if self.configured else '-'}"
+
+    @property
+    def ready(self) -> bool:
+        return self.phase == "ready" and not self.process.still
+
+    def enter(self, phase: str) -> None:
+        self.phase, self.progress, self.left = phase, 0, 1
+        assert self.plan is not None
+        if phase == "load":
+            self.memory = self.plan.budget.needed
+        elif phase == "asleep":
+            self.memory = KEPT_ASLEEP
+        self.beat()
+        what = self._inherent()
+        if phase == "load" and self.process.world.memory_short():
+            what = "memory"
+        if self.fate is not None and self.fate.phase == phase:
+            fate, self.fate = self.fate, None
+            what = fate.what
+        if what == "slow":
+            self.left = 8
+        elif what == "stall":
+            self.left = 3
+        elif what:
+            self.process.suffer(Fate(phase, what))
+
+    def _inherent(self) -> str:
+        assert self.plan is not None
+        faults = {("/models/broken", "load"): "weights", ("/models/crashing", "warmup"): "fault"}
+        faults[("/models/hanging", "load")] = "hang"
+        return faults.get((self.plan.config.params.model_dir or "", self.phase), "")
+
+    def work(self) -> None:
+        if self.plan is None:
+            return
+        if self.phase in self.AFTER:
+            self.left -= 1
+            self.progress += 1
+            if self.left <= 0:
+                self.enter(self.AFTER[self.phase])
+                return
+        if self.phase in ("ready", "asleep"):
+            self._obey_pending()
+        if not self.process.still:
+            self.beat()
+
+    def beat(self) -> None:
+        stats: dict[str, float] = {"tokens_out": self.tokens, "slots_total": 100}
+        if self.phase in ("ready", "sleep", "asleep"):
+            stats["memory_used"] = self.memory
+        busy = self.phase not in ("ready", "asleep")
+        self.process.say(messages.Heartbeat(self.phase, self.progress, busy, 100, stats))
+
+    def hear(self, message: Any) -> None:
+        if isinstance(message, messages.EngineConfigure):
+            self.configured, self.plan = message, _decode(message.plan)
+            self.enter("boot")
+        elif isinstance(message, messages.Stop):
+            self.process.die(0)
+        else:
+            self.pending.append(message)
+            if self.phase in ("ready", "asleep"):
+                self._obey_pending()
+
+    def _obey_pending(self) -> None:
+        """Only between steps of its work."""
+        pending, self.pending = self.pending, []
+        for message in pending:
+            match message:
+                case messages.Sleep() if self.phase == "ready":
+                    self.enter("sleep")
+                case messages.Wake() if self.phase == "asleep":
+                    self.enter("load")
+
+
+class Probe:
+    """As `lightllmd.weights.probe`."""
+
+    last_breath = 0
+    memory = 0
+    configured = True
+
+    def __init__(self, process: SimulatedProcess, request: dict[str, Any]) -> None:
+        self.process, self.request = process, request
+        self.fate = process.world.fate("probe")
+
+    def __repr__(self) -> str:
+        return str(self.request)
+
+    def work(self) -> None:
+        fate, self.fate = self.fate, None
+        if fate is not None and fate.what in ("slow", "stall"):
+            return
+        if fate is not None:
+            self._suffer(fate)
+            return
+        answer = self.process.world.facts(self.request)
+        assert self.process.captured is not None
+        if isinstance(answer, str):
+            problem = {"key": "model_dir", "message": answer, "file": None, "line": None}
+            self.process.captured += msgspec.json.encode({"problems": [problem]})
+            self.process.die(EXIT_CONFIG)
+        else:
+            self.process.captured += msgspec.json.encode(answer)
+            self.process.die(0)
+
+    def _suffer(self, fate: Fate) -> None:
+        if fate.what == "hang":
+            self.process.hung = True
+        elif fate.what == "fault":
+            self.process.die(-signal.SIGSEGV)
+        else:
+            self.process.on_output(f"{fate.what} as ordered")
+            self.process.die(_EXITS.get(fate.what, 1))
+
+    def hear(self, message: Any) -> None:
+        raise TypeError(f"a probe has no channel: {message}")
+
+
+class Reader:
+    """As `lightllmd.weights.read_ahead`."""
+
+    last_breath = 0
+    memory = 0
+    configured = True
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self.process = process
+        self.left = 4
+
+    def work(self) -> None:
+        self.left -= 1
+        if not self.left:
+            self.process.die(0)
+
+    def hear(self, message: Any) -> None:
+        raise TypeError(f"a reader has no channel: {message}")

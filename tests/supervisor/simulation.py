@@ -1,0 +1,436 @@
+"""The real supervisor in a world of objects: virtual time, children that are no processes, and every event delivered
+when the simulation says so.
+
+`Simulation` runs `Supervisor.run` on an event loop of its own. What may happen next are its `moves`: a child reads a
+message, the supervisor hears a child or of its death, a thread ends. Within a tick they happen in any order; before the
+next one all of them have happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+
+from lightllmd.config.cli import Invocation
+from lightllmd.config.load import load
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts
+from lightllmd.config.shape import Shape
+from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
+from lightllmd.ipc import messages
+from lightllmd.supervisor import child, logs, memory, probing, sockets, spare, supervisor
+from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.context import Commands, Context
+from lightllmd.supervisor.fd_store import FdStore
+from lightllmd.supervisor.health import RunningClock
+from lightllmd.supervisor.jobs import RunningJob
+from lightllmd.supervisor.notify import Notifier
+from lightllmd.supervisor.reload import Settings
+from lightllmd.supervisor.runtime import Runtime
+from supervisor.simulated_api import Api
+from supervisor.simulated_children import Engine, Fate, Link, SimulatedProcess, TheirEnd
+
+TICK = 0.5  # virtual seconds; the most that one turn of the supervisor counts
+DEVICE = 10 * 10**9  # bytes
+GOOD = ("first", "second", "large")  # "large" does not fit beside another
+BAD = ("broken", "crashing", "hanging", "untokenized")  # found out by starting it
+UNPLANNABLE = ("huge", "missing")
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+_WEIGHTS = {"/models/large": 3_000_000_000, "/models/huge": 20_000_000_000}  # elements, of 2 bytes
+_SMALL = Shape.of("llama", SHAPE).weight_elements
+_FLAGS = {
+    "model_dir": "/models/first",
+    "load_way": "DUMMY",
+    "max_total_token_num": 8192,
+    "engine.cuda_graphs": False,
+    "running_max_req_size": 16,
+    "max_req_total_len": 1024,
+    "max_req_input_len": 512,
+    "batch_max_tokens": 2048,
+    "http.workers": 2,
+    "supervisor.hang_timeout": 3,
+    "supervisor.boot_timeout": 6,
+    "supervisor.load_timeout": 6,
+    "supervisor.warmup_timeout": 6,
+    "supervisor.abort_grace": 1,
+    "supervisor.stop_timeout": 4,
+    "supervisor.drain_timeout": 20,
+    "supervisor.memory_timeout": 5,
+    "supervisor.backoff_max": 4,
+    "supervisor.start_limit_burst": 3,
+    "supervisor.retry_interval": 8,
+    "supervisor.health_interval": 5,
+    "supervisor.health_timeout": 5,
+}
+
+
+def configuration(**flags: Any) -> Config:
+    config = load(None, _FLAGS | {key.replace("__", "."): value for key, value in flags.items()})
+    named = {name: {"model_dir": f"/models/{name}"} for name in (*GOOD, *BAD, *UNPLANNABLE)}
+    return msgspec.structs.replace(config, models=named)
+
+
+class Loop(asyncio.BaseEventLoop):
+    """Runs what is ready and never waits; `now` is set from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self._selector = self  # asyncio's own loop asks it for events, and how long it may wait
+        self.readers: dict[int, Callable[[], object]] = {}
+        self.signals: dict[int, Callable[[], object]] = {}
+        self.threads: list[Callable[[], None]] = []  # what threads are doing; called, it is done
+
+    def time(self) -> float:
+        return self.now
+
+    def select(self, timeout: float | None) -> list[Any]:
+        if timeout is None or timeout > 0:
+            self.stop()
+        return []
+
+    def _process_events(self, events: list[Any]) -> None: ...
+
+    def _write_to_self(self) -> None: ...
+
+    def add_reader(self, fd: int, callback: Callable[..., object], *arguments: Any) -> None:
+        self.readers[fd] = partial(callback, *arguments)
+
+    def remove_reader(self, fd: int) -> bool:
+        return self.readers.pop(fd, None) is not None
+
+    def add_signal_handler(self, number: int, callback: Callable[..., object], *arguments: Any) -> None:
+        self.signals[number] = partial(callback, *arguments)
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Executor | None, work: Callable[..., Any], *arguments: Any
+    ) -> asyncio.Future[Any]:
+        future = self.create_future()
+
+        def end() -> None:
+            if future.cancelled():
+                return
+            try:
+                future.set_result(work(*arguments))
+            except LightllmdError as failure:
+                future.set_exception(failure)
+
+        self.threads.append(end)
+        return future
+
+
+class Listener:
+    """Stands for a listening socket."""
+
+    family = socket.AF_INET
+
+    def __init__(self, simulation: Simulation, port: int) -> None:
+        self.port, self.closed = port, False
+        simulation.listeners.append(self)
+
+    def fileno(self) -> int:
+        return 1_000_000 + self.port
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", self.port
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class SimulatedCommands(Commands):
+    def probe(self) -> list[str]:
+        return ["probe"]
+
+    def api(self, channel_fd: int) -> list[str]:
+        return ["api", str(channel_fd)]
+
+    def engine(self, channel_fd: int, flight_fd: int, early: Sequence[str] = ()) -> list[str]:
+        return ["engine", str(channel_fd)]
+
+    def read_ahead(self, files: Sequence[str]) -> list[str]:
+        return ["reader"]
+
+
+class NoControlServer:
+    def __init__(self, supervisor: Any) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class Simulation:
+    """`file`: what the configuration file says; None: something invalid."""
+
+    def __init__(self, config: Config) -> None:
+        self.loop = Loop()
+        self.loop.set_exception_handler(lambda _, told: self.violated(f"{told['message']}: {told.get('exception')!r}"))
+        self.links: dict[int, Link] = {}
+        self.processes: list[SimulatedProcess] = []
+        self.listeners: list[Listener] = []
+        self.fates: dict[str, deque[Fate]] = {"api": deque(), "engine": deque(), "probe": deque()}
+        self.violations: list[str] = []
+        self.file: Config | None = config
+        self.stopping = False  # it was told to, or gave up
+        self.sigchld = False
+        self.refuse_spawns = 0  # by the host, of the next ones
+        self.refuse_ports = False
+        self._patches = ExitStack()
+        folder = self._patches.enter_context(tempfile.TemporaryDirectory(prefix="sim-"))
+        self._patch()
+        notifier = Notifier({}, 1)
+        log = logs.LogBook(400, "debug", logs.renderer("text", False), None)
+        self.context = Context(
+            config=config,
+            clock=RunningClock(self.loop.time),
+            log=log,
+            events=logs.EventBook(log),
+            runtime=Runtime(Path(folder) / "control.sock"),
+            commands=SimulatedCommands(),
+            listeners=[Listener(self, 8000)],  # type: ignore[list-item]
+            fd_store=FdStore(notifier),
+            random=random.Random(0),
+        )
+        self.settings = Settings(Invocation(config, "lightllmd.toml"))
+        self.settings.reread = self._reread  # type: ignore[method-assign]
+        self.context.config = self.settings.effective
+        self.supervisor = supervisor.Supervisor(self.context, self.settings, notifier)
+        self.task = self.loop.create_task(self.supervisor.run())
+        self.settle()
+
+    def close(self) -> None:
+        for steps in self.supervisor.verbs._steps.values():
+            steps.close()
+        self.task.cancel()
+        self.supervisor._children = list  # type: ignore[method-assign]  # it need not wait for any
+        for _ in range(100):
+            self.settle()
+            for move in self.moves():
+                move()
+            if self.task.done():
+                break
+        self.context.runtime.close()
+        self._patches.close()
+        self.loop.close()
+
+    def _patch(self) -> None:
+        replace = lambda where, name, what: self._patches.enter_context(mock.patch.object(where, name, what))  # noqa: E731
+        replace(child, "Process", self._spawn)
+        replace(probing, "Process", self._spawn)
+        replace(child.channel, "pair", self._pair)
+        replace(supervisor, "TICK", TICK)
+        replace(supervisor, "resident", lambda pid: 1)
+        replace(supervisor, "is_stopped", self._is_stopped)
+        replace(spare, "is_stopped", self._is_stopped)
+        replace(supervisor.orphans, "become_subreaper", lambda: None)
+        replace(supervisor.orphans, "reap_strangers", self._reap)
+        replace(supervisor.control, "Server", NoControlServer)
+        replace(memory, "available_memory", lambda: DEVICE)
+        replace(sockets, "bind", self._bind)
+
+    # --- what the supervisor finds instead of the host's ------------------------------------------------------------
+    def _pair(self) -> tuple[Link, TheirEnd]:
+        link = Link()
+        self.links[link.number] = link
+        return link, TheirEnd(link)
+
+    def _spawn(self, command: Sequence[str], **options: Any) -> SimulatedProcess:
+        if self.refuse_spawns:
+            self.refuse_spawns -= 1
+            raise SystemFailure(f"can't start {command[0]}: as ordered")
+        process = SimulatedProcess(self, self.links, command, **options)
+        self.processes.append(process)
+        return process
+
+    def _bind(
+        self, host: str, port: int, kept: Sequence[Any] = (), patience: float = 0.0, **_: Any
+    ) -> list[Listener | Any]:
+        fitting = [listener for listener in kept if listener.port == port]
+        if self.refuse_ports and not fitting:
+            raise SystemFailure(f"{host}:{port} is in use by somebody else")
+        return fitting or [Listener(self, port)]
+
+    def _reread(self) -> Config:
+        if self.file is None:
+            raise ConfigInvalid([Problem("", "not TOML", "lightllmd.toml", 1)])
+        return self.file
+
+    def _reap(self, reap_known: Callable[[int], bool]) -> list[int]:
+        for process in self.processes:
+            if process.returncode is not None and not process.reaped and not reap_known(process.pid):
+                self.violated(f"{process} died and nobody owns it")
+        return []
+
+    def _is_stopped(self, pid: int) -> bool:
+        return any(process.stopped for process in self.processes if process.pid == pid)
+
+    # --- what children find -----------------------------------------------------------------------------------------
+    def facts(self, request: dict[str, Any]) -> Facts | str:
+        free = max(DEVICE - sum(process.program.memory for process in self.processes), 0)
+        device = DeviceFacts("cuda", "Simulated GPU", 1, DEVICE, free, ["bfloat16"], 4)
+        path = request.get("model_dir", "")
+        if path == "/models/missing":
+            return f"{path} does not exist"
+        size = _WEIGHTS.get(path, _SMALL)
+        model = ModelFacts(path, "dummy", "llama", SHAPE, [], size, 0, "bfloat16", 4096, [2], False, False)
+        return Facts(None if request.get("device_only") else model, device)
+
+    def memory_short(self) -> bool:
+        return sum(process.program.memory for process in self.processes) > DEVICE
+
+    def engine(self, generation: int) -> Engine | None:
+        for process in reversed(self.processes):
+            program = process.program
+            if isinstance(program, Engine) and program.configured and program.configured.generation == generation:
+                return program
+        return None
+
+    def generation_is_ready(self, generation: int) -> bool:
+        engine = self.engine(generation)
+        return engine is not None and engine.ready
+
+    def count_token(self, generation: int) -> None:
+        engine = self.engine(generation)
+        assert engine is not None
+        engine.tokens += 1
+
+    def fate(self, kind: str) -> Fate | None:
+        return self.fates[kind].popleft() if self.fates[kind] else None
+
+    def died(self, process: SimulatedProcess) -> None:
+        self.sigchld = True
+
+    def violated(self, what: str) -> None:
+        self.violations.append(what)
+
+    def told(self, process: SimulatedProcess, message: Any) -> None:
+        """Before it is sent."""
+        messages.encode(message)
+        program = process.program
+        if isinstance(program, Engine) and isinstance(message, messages.EngineConfigure):
+            last = max((g for p in self.engines() if (g := _generation(p.program)) is not None), default=0)
+            if message.generation <= last:
+                self.violated(f"generation {message.generation} follows {last}")
+        process.last_told[type(message).__name__] = message
+        process.ledger.append(message)
+
+    # --- time and events ----------------------------------------------------------------------------------------------
+    def settle(self) -> None:
+        """The supervisor does all that it can without something happening."""
+        if not self.loop.is_closed():
+            self.loop.run_forever()
+        self.stopping = self.stopping or self.supervisor.verbs.stopping is not None
+
+    def moves(self) -> list[Callable[[], object]]:
+        """What can happen next, in a fixed order."""
+        found: list[Callable[[], object]] = []
+        for process in self.processes:
+            link = process.link
+            if link is not None:
+                if link.down and not process.still:
+                    found.append(process.turn)
+                if link.readable and link.number in self.loop.readers:
+                    found.append(self.loop.readers[link.number])
+            if process.returncode is not None and not process.exit_seen and not process.disposed:
+                found.append(partial(self._exit, process))
+        if self.sigchld and signal.SIGCHLD in self.loop.signals:
+            found.append(self._signal_death)
+        if self.loop.threads:
+            found.append(lambda: self.loop.threads.pop(0)())
+        return found
+
+    def _exit(self, process: SimulatedProcess) -> None:
+        process.exit_seen = True
+        process.on_exit()
+
+    def _signal_death(self) -> None:
+        self.sigchld = False
+        self.loop.signals[signal.SIGCHLD]()
+
+    def happen(self, choice: int, at_once: int = 1) -> None:
+        """One of the moves; `at_once`: several before the supervisor has a turn."""
+        for _ in range(at_once):
+            if moves := self.moves():
+                moves[choice % len(moves)]()
+        self.settle()
+
+    def flush(self, order: random.Random) -> None:
+        """Everything that can happen without time passing happens."""
+        while moves := self.moves():
+            moves[order.randrange(len(moves))]()
+            if order.random() < 0.8:
+                self.settle()
+        self.settle()
+
+    def tick(self, order: random.Random) -> None:
+        self.flush(order)
+        for process in list(self.processes):
+            process.tick()
+        self.loop.now += TICK
+        self.settle()
+        self.processes = [process for process in self.processes if not (process.disposed and process.reaped)]
+
+    # --- the operator -------------------------------------------------------------------------------------------------
+    def signal(self, number: int) -> None:
+        if number in self.loop.signals and not self.task.done():
+            self.loop.signals[number]()
+        self.settle()
+
+    def ask(self, act: Callable[[], RunningJob]) -> RunningJob | LightllmdError | None:
+        """A control request: its job, or the refusal. None: the connection was closed, since the daemon ends."""
+        task = self.loop.create_task(self._ask(act))
+        self.settle()
+        if task.done():
+            return task.result()
+        if not self.supervisor._finished():
+            self.violated("a request was not answered")
+        task.cancel()
+        self.settle()
+        return None
+
+    async def _ask(self, act: Callable[[], RunningJob]) -> RunningJob | LightllmdError:
+        try:
+            job: RunningJob = await self.supervisor.call(act)
+        except LightllmdError as refusal:
+            return refusal
+        return job
+
+    # --- looks --------------------------------------------------------------------------------------------------------
+    def apis(self) -> list[SimulatedProcess]:
+        return [process for process in self.processes if process.kind == "api" and process.alive]
+
+    def engines(self) -> list[SimulatedProcess]:
+        return [process for process in self.processes if process.kind == "engine"]
+
+    def program(self, one: Child) -> Api | Engine:
+        program = one.process.program  # type: ignore[attr-defined]
+        assert isinstance(program, Api | Engine)
+        return program
+
+
+def _generation(program: object) -> int | None:
+    return program.configured.generation if isinstance(program, Engine) and program.configured else None

@@ -1,0 +1,387 @@
+"""The supervisor as a state machine, in a simulated world: no deadlock, no lost job, no lost request; what is wanted is
+reached, or it is told why not.
+
+Hypothesis draws what befalls it: kills, hangs, failures in each phase, slow children, signals, every verb, changed
+files, and the order in which it hears of each of these. `Truths` must hold after each step. At the end faults cease and
+time passes: then it serves, or says why not, and it stops cleanly.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from lightllmd.config.parameters import Config
+from lightllmd.errors import LightllmdError
+from lightllmd.supervisor import status
+from lightllmd.supervisor.jobs import RunningJob
+from lightllmd.supervisor.switch import Terms
+from lightllmd.supervisor.verbs import Asked
+from supervisor.simulated_api import Api
+from supervisor.simulated_children import Fate, SimulatedProcess
+from supervisor.simulation import BAD, GOOD, TICK, UNPLANNABLE, Simulation, configuration
+from supervisor.supervisor_truths import Truths
+
+LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
+PATIENCE = round(200 / TICK)  # ticks; more than every time-out of the configuration in a row
+_ENDS = ("config", "exit", "fault", "hang", "slow", "stall")
+ENGINE_FATES = [
+    ("engine", Fate(phase, what))
+    for phase in ("boot", "load", "warmup", "ready", "sleep", "asleep")
+    for what in (*_ENDS, "weights", "memory", "device")
+]
+API_FATES = [("api", Fate(phase, what)) for phase in ("boot", "prepare") for what in _ENDS]
+PROBE_FATES = [("probe", Fate("probe", what)) for what in (*_ENDS, "device")]
+FATES = st.sampled_from([*ENGINE_FATES, *API_FATES * 2, *PROBE_FATES])
+ORDERS = st.integers(0, 1 << 16)
+RARELY = st.integers(0, 15).map(lambda n: n == 7)  # what ends a run
+
+
+def edited(config: Config, table: str, **changes: Any) -> Config:
+    part = msgspec.structs.replace(getattr(config, table), **changes)
+    return msgspec.structs.replace(config, **{table: part})
+
+
+EDITS = {
+    "nothing": lambda config: config,
+    "live": lambda config: edited(config, "supervisor", retry_interval=config.supervisor.retry_interval + 1),
+    "level": lambda config: edited(config, "log", level="info" if config.log.level == "debug" else "debug"),
+    "swap": lambda config: edited(
+        config, "supervisor", swap={"auto": "after", "after": "beside", "beside": "auto"}[config.supervisor.swap]
+    ),
+    "spare": lambda config: edited(config, "supervisor", spare_engine=not config.supervisor.spare_engine),
+    "monitor": lambda config: edited(config, "params", health_monitor=not config.params.health_monitor),
+    "cors": lambda config: edited(config, "http", cors_origins=[*config.http.cors_origins, "*"][:3]),
+    "more workers": lambda config: edited(config, "http", workers=min(config.http.workers + 1, 3)),
+    "fewer workers": lambda config: edited(config, "http", workers=max(config.http.workers - 1, 1)),
+    "port": lambda config: edited(
+        config, "params", port=config.params.port % 8003 + 1 if config.params.port >= 8003 else config.params.port + 1
+    ),
+    "engine": lambda config: edited(
+        config, "params", running_max_req_size=16 if config.params.running_max_req_size == 8 else 8
+    ),
+    "slots": lambda config: edited(
+        config, "params", max_total_token_num="auto" if config.params.max_total_token_num == 8192 else 8192
+    ),
+    "model": lambda config: edited(
+        config, "params", model_dir="/models/second" if config.params.model_dir == "/models/first" else "/models/first"
+    ),
+    "broken model": lambda config: edited(config, "params", model_dir="/models/broken"),
+    "missing model": lambda config: edited(config, "params", model_dir="/models/missing"),
+}
+
+
+class SupervisorMachine(RuleBasedStateMachine):
+    @initialize(
+        swap=st.sampled_from(["auto", "auto", "beside", "after"]),
+        workers=st.integers(1, 2),
+        monitor=st.booleans(),
+        serving=st.booleans(),
+    )
+    def start(self, swap: str, workers: int, monitor: bool, serving: bool) -> None:
+        """`serving`: it comes to serve before anything is done to it."""
+        self.simulation = Simulation(
+            configuration(supervisor__swap=swap, http__workers=workers, health_monitor=monitor)
+        )
+        self.truths = Truths(self.simulation)
+        self.order = random.Random(0)
+        self.jobs: list[RunningJob] = []
+        self.told_to_stop = False
+        if serving:
+            self.pass_time(10, 0)
+            assert self.supervisor.state == "serving"
+
+    @property
+    def supervisor(self) -> Any:
+        return self.simulation.supervisor
+
+    @property
+    def alive(self) -> bool:
+        return not self.simulation.task.done()
+
+    # --- events and time --------------------------------------------------------------------------------------------
+    @rule(choices=st.lists(st.tuples(ORDERS, st.integers(1, 3)), min_size=1, max_size=8))
+    def happen(self, choices: list[tuple[int, int]]) -> None:
+        for choice, at_once in choices:
+            self.simulation.happen(choice, at_once)
+            self.check()
+
+    @rule(choice=ORDERS)
+    def work(self, choice: int) -> None:
+        """One child gets on, the others don't."""
+        if living := [process for process in self.simulation.processes if not process.still]:
+            living[choice % len(living)].program.work()
+            self.simulation.settle()
+
+    @rule(ticks=st.sampled_from([1, 1, 2, 3, 5, 10, 40]), order=ORDERS)
+    def pass_time(self, ticks: int, order: int) -> None:
+        for _ in range(ticks):
+            self.simulation.tick(random.Random(order))
+            self.check()
+
+    @rule(ticks=st.integers(1, 40), order=ORDERS)
+    def wait(self, ticks: int, order: int) -> None:
+        """Until no job runs, for a while at most."""
+        while ticks > 0 and self.alive and self.supervisor.verbs.jobs.running():
+            self.pass_time(1, order)
+            ticks -= 1
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+    @rule(choice=ORDERS, count=st.integers(1, 3))
+    def request(self, choice: int, count: int) -> None:
+        accepting = [p.program for p in self.simulation.apis() if isinstance(p.program, Api) and p.program.accepts]
+        for _ in range(count if accepting else 0):
+            accepting[choice % len(accepting)].open()
+
+    @rule(choice=ORDERS, count=st.integers(1, 6))
+    def finish(self, choice: int, count: int) -> None:
+        for _ in range(count):
+            self.finish_one(choice)
+
+    def finish_one(self, choice: int) -> bool:
+        able = [
+            (process.program, revision)
+            for process in self.simulation.apis()
+            if isinstance(process.program, Api) and not process.still
+            for revision in process.program.finishable()
+        ]
+        if able:
+            program, revision = able[choice % len(able)]
+            program.finish(revision)
+        return bool(able)
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+    def living(self) -> list[SimulatedProcess]:
+        return [process for process in self.simulation.processes if process.alive]
+
+    @rule(choice=ORDERS, number=st.sampled_from([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
+    def kill(self, choice: int, number: signal.Signals) -> None:
+        if living := self.living():
+            living[choice % len(living)].die(-number)
+            self.simulation.settle()
+
+    @rule(choice=ORDERS, how=st.sampled_from(["hangs", "SIGSTOP", "SIGCONT"]))
+    def hang(self, choice: int, how: str) -> None:
+        if living := self.living():
+            process = living[choice % len(living)]
+            process.hung = process.hung or how == "hangs"
+            process.stopped = how == "SIGSTOP" or (process.stopped and how == "hangs")
+
+    @rule(fates=st.lists(FATES, min_size=1, max_size=3))
+    def doom(self, fates: list[tuple[str, Fate]]) -> None:
+        """What befalls the next children of some kind."""
+        for kind, fate in fates:
+            self.simulation.fates[kind].append(fate)
+
+    @rule(processes=st.integers(0, 2), ports=st.booleans())
+    def refuse(self, processes: int, ports: bool) -> None:
+        """The host has no process, or no port, to give."""
+        self.simulation.refuse_spawns, self.simulation.refuse_ports = processes, ports
+
+    # --- the operator -------------------------------------------------------------------------------------------------
+    def ask(self, verb: str, *arguments: Any) -> RunningJob | LightllmdError | None:
+        if not self.alive:
+            return None
+        answer = self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Asked(), *arguments))
+        if isinstance(answer, RunningJob):
+            self.jobs.append(answer)
+        return answer
+
+    @rule(
+        model=st.sampled_from([*GOOD, *GOOD, *GOOD, *BAD, *UNPLANNABLE, "nobody"]),
+        drain_timeout=st.sampled_from([None, None, 0.0, 3.0]),
+        force=st.booleans(),
+        keep=st.sampled_from([False, False, False, True]),
+        plan_only=st.sampled_from([False, False, False, True]),
+    )
+    def swap(self, model: str, drain_timeout: float | None, force: bool, keep: bool, plan_only: bool) -> None:
+        force = force and drain_timeout is not None
+        self.ask("swap", model, Terms(drain_timeout, force, keep), plan_only)
+
+    @rule(
+        edits=st.lists(st.sampled_from(sorted(EDITS)), max_size=3),
+        valid=st.sampled_from([True, True, True, False]),
+        dry_run=st.sampled_from([False, False, False, True]),
+        by_signal=st.booleans(),
+    )
+    def reload(self, edits: list[str], valid: bool, dry_run: bool, by_signal: bool) -> None:
+        config = self.simulation.settings.written
+        for edit in edits:
+            config = EDITS[edit](config)
+        self.simulation.file = config if valid else None
+        if by_signal:
+            self.simulation.signal(signal.SIGHUP)
+        else:
+            self.ask("reload", dry_run)
+
+    @rule(
+        verb=st.sampled_from(["restart", "restart", "reset_failed", "drain", "resume"]),
+        who=st.sampled_from(["", "engine", "api", "api-0", "api-1", "nobody"]),
+    )
+    def other_verb(self, verb: str, who: str) -> None:
+        self.ask(verb, *([who] if verb in ("restart", "reset_failed") else []))
+
+    @rule(how=st.sampled_from(["stop", "stop now", "SIGTERM", "SIGINT"]), times=st.integers(1, 3), really=RARELY)
+    def stop(self, how: str, times: int, really: bool) -> None:
+        for _ in range(times if really else 0):
+            self.told_to_stop = True
+            if how.startswith("SIG"):
+                self.simulation.signal(signal.Signals[how])
+            else:
+                self.ask("stop", how == "stop now")
+
+    # --- what must hold -----------------------------------------------------------------------------------------------
+    @invariant()
+    def truths_hold(self) -> None:
+        if hasattr(self, "truths"):
+            self.check()
+
+    def check(self) -> None:
+        broken = self.truths.broken()
+        assert not broken, "\n".join([*broken, *self.story()])
+
+    def story(self) -> list[str]:
+        """For whoever reads a failure."""
+        events = [
+            f"    {event.worker or ''}: {event.message}" for event in self.simulation.context.events.feed.last(40)
+        ]
+        jobs = [f"    {job.verb} {job.target}: {job.phase} {job.message}" for job in self.supervisor.verbs.jobs.all()]
+        shown = [f"    {worker}" for worker in status.workers(self.supervisor)]
+        return ["events:", *events, "jobs:", *jobs, "workers:", *shown, f"processes: {self.simulation.processes}"]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "simulation"):
+            return
+        try:
+            self.faults_cease()
+            self.comes_to_rest()
+            if self.alive:
+                self.serves_or_says_why_not()
+                self.stops()
+            self.has_ended()
+        finally:
+            self.simulation.close()
+
+    def faults_cease(self) -> None:
+        for fates in self.simulation.fates.values():
+            fates.clear()
+        self.simulation.refuse_spawns, self.simulation.refuse_ports = 0, False
+
+    def comes_to_rest(self) -> None:
+        """Time passes, requests end; until there is nothing left to wait for."""
+        for _ in range(PATIENCE):
+            while self.finish_one(0):
+                pass
+            self.simulation.tick(self.order)
+            self.check()
+            if not self.alive or self.at_rest():
+                return
+        pytest.fail("\n".join(["it comes to no rest", *self.story()]))
+
+    def at_rest(self) -> bool:
+        supervisor = self.supervisor
+        if supervisor.verbs.jobs.running() or supervisor.engines.leaving or supervisor.front.dismissed:
+            return False
+        workers = [supervisor.engines.serving.worker, *(api.worker for api in supervisor.front.apis)]
+        if any(process.hung or process.stopped for process in self.living() if process.program.configured):
+            return False  # that is noticed
+        if any(process.program.in_flight for process in self.simulation.apis()) and workers[0].fatal is None:
+            return False
+        if any(api.spare is not None or api.retiring for api in supervisor.front.apis):
+            return False
+        if self.kept_a_bad_one and workers[0].limited:
+            workers.pop(0)  # it is tried again for ever
+        return all(worker.fatal is not None or worker.ready for worker in workers)
+
+    @property
+    def kept_a_bad_one(self) -> bool:
+        """Swapped to with --on-failure keep."""
+        plan = self.supervisor.plan
+        return plan is not None and plan.config.params.model_dir.removeprefix("/models/") in BAD
+
+    def serves_or_says_why_not(self) -> None:
+        supervisor = self.supervisor
+        engine, apis = supervisor.engines.serving.worker, supervisor.front.apis
+        if supervisor.verbs.draining:
+            assert status.state(supervisor) == "drained"
+            self.ask("resume")
+        if not engine.ready:
+            last = engine.fatal or engine.last_exit
+            assert last is not None
+            assert last.cause in status.health(supervisor)[1]
+            assert status.state(supervisor) in ("degraded", "starting")
+        if any(api.worker.fatal for api in apis):
+            assert status.state(supervisor) in ("degraded", "starting")
+        if self.kept_a_bad_one:
+            answer = self.ask("swap", "first", Terms())
+            assert isinstance(answer, RunningJob), answer
+            self.comes_to_rest()
+            assert answer.snapshot.outcome == "done", "\n".join([str(answer.snapshot), *self.story()])
+        if not engine.ready or any(api.worker.fatal for api in apis):
+            self.ask("reset_failed", "")
+            self.comes_to_rest()
+        self.pass_time(8, 0)
+        story = "\n".join(self.story())
+        assert status.state(supervisor) == "serving", story
+        assert status.build(supervisor).ready, story
+        self.children_are_as_expected()
+
+    def children_are_as_expected(self) -> None:
+        """Every one that there should be, no other; each knows of the revision in force and of no other."""
+        simulation, supervisor = self.simulation, self.supervisor
+        story = "\n".join(self.story())
+        serving = supervisor.engines.serving
+        apis = [api.worker.child.process for api in supervisor.front.apis]
+        assert len(apis) == simulation.context.config.http.workers, story
+        expected = {serving.child.process, *apis}
+        if supervisor.engines.spare.child is not None:
+            expected.add(supervisor.engines.spare.child.process)
+        assert set(simulation.processes) == expected, story
+        for process in apis:
+            api = process.program
+            assert api.revision == serving.revision, story
+            assert set(api.fronts) == {serving.revision}, story
+            assert not api.coming, story
+            assert api.fronts[api.revision].link == serving.generation.number, story
+            assert not any((api.shut, api.refusing, api.retired, api.in_flight)), story
+
+    def stops(self) -> None:
+        self.told_to_stop = True
+        self.simulation.signal(signal.SIGTERM)
+        for _ in range(PATIENCE):
+            if not self.alive:
+                return
+            self.pass_time(1, 0)
+        pytest.fail("\n".join(["it does not stop", *self.story()]))
+
+    def has_ended(self) -> None:
+        story = "\n".join(self.story())
+        for _ in range(5):
+            self.simulation.flush(self.order)
+        code = self.simulation.task.result()
+        if self.told_to_stop and self.supervisor.served_since:
+            assert code == 0, story
+        assert self.told_to_stop or code != 0, f"it ended by itself with exit {code}\n{story}"
+        left = [process for process in self.simulation.processes if process.returncode is None]
+        assert not left, f"left behind: {left}\n{story}"
+        running = self.supervisor.verbs.jobs.running()
+        assert not running, f"jobs without an end: {running}\n{story}"
+
+
+TestSupervisorModel = SupervisorMachine.TestCase
+TestSupervisorModel.settings = settings(
+    max_examples=4000 if LONG else 300,
+    stateful_step_count=60 if LONG else 40,
+    deadline=None,
+    derandomize=not LONG,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
