@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -348,6 +349,12 @@ def background(daemon: Daemon, *words: str) -> Iterator[subprocess.Popen[str]]:
 def jobs_of(daemon: Daemon) -> list[dict[str, Any]]:
     with daemon.control_client() as control:
         return control.get("/v1/jobs").json()
+
+
+def kill_candidate(daemon: Daemon) -> None:
+    """Ends the engine that is to replace the serving one."""
+    (pid,) = [worker["pid"] for worker in daemon.workers("engine") if worker["name"] == "candidate"]
+    os.kill(pid, signal.SIGKILL)
 
 
 def wait_for_phase(daemon: Daemon, words: str, timeout: float = 30.0) -> dict[str, Any]:

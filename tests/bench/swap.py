@@ -6,8 +6,9 @@
 it, the phases that the job tells, the longest time in which no client got a token, and every request that failed.
 *reload*: of a live setting, on the control socket, with no other load.
 
-Prompts are token ids, so models of random weights will do: ``-- --load_way DUMMY``, or files of `write_model.py`; one
-directory may stand for both. Without ``--model``: the demo model and a twin, as bf16 safetensors, written here.
+Prompts are token ids, so models of random weights will do: ``-- --load_way DUMMY``, or files of `write_model.py`.
+Without ``--to``: the same files at another path. Without ``--model``: the demo model and a twin, as bf16 safetensors,
+written here.
 """
 
 from __future__ import annotations
@@ -211,6 +212,14 @@ def measure(folder: Path, models: tuple[Path, Path], arguments: argparse.Namespa
         print(daemon.log_text()[-4000:])
 
 
+def linked(model: Path, folder: Path) -> Path:
+    """The same files at another path: for the daemon that is another model, whose requests can't be carried over."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
@@ -229,7 +238,8 @@ def main() -> None:
         if arguments.model is None:
             models = write_demo_models(Path(folder) / "models")
         else:
-            models = (arguments.model.absolute(), (arguments.to or arguments.model).absolute())
+            first = arguments.model.absolute()
+            models = (first, arguments.to.absolute() if arguments.to else linked(first, Path(folder) / "second"))
         measure(Path(folder) / "daemon", models, arguments)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from closed_loop import WAYS, ClosedLoop, Expected, Operator, Question, Timeline, ctl, jobs_of
+from closed_loop import WAYS, ClosedLoop, Expected, Operator, Question, Timeline, ctl, jobs_of, kill_candidate
 from config_file import config_in_force, daemon_of_a_file, value_of
 from harness import Daemon, free_port, wait_for
 
@@ -23,15 +23,15 @@ LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))
 CLIENTS = 32
 # The last two are still under way when most reloads end.
-QUESTIONS = [Question(f"question {i}", WAYS[i % 4], 12 + 4 * i) for i in range(8)]
-QUESTIONS += [Question(f"long question {i}", WAYS[i], 200) for i in range(2)]
+QUESTIONS = [Question(f"question {i}", WAYS[i % 4], 10 + 3 * i) for i in range(8)]
+QUESTIONS += [Question(f"long question {i}", WAYS[i], 150) for i in range(2)]
 LIVE_SECONDS = 0.1  # the aim; machines with neighbours are given more
 BASE: dict[str, Any] = {
     "engine.backend": "fake",
-    "engine.fake.tokens_per_second": 400,
+    "engine.fake.tokens_per_second": 150,
     "engine.fake.load_seconds": 0.1,
     "http.workers": 2,
-    "supervisor.load_timeout": 1,
+    "supervisor.load_timeout": 3,
     "supervisor.abort_grace": 0.2,
 }
 
@@ -85,6 +85,7 @@ def steps(draw: random.Random) -> list[Step]:
     return mixed
 
 
+@pytest.mark.timeout(900)
 def test_reloads_of_every_class_good_and_bad_fail_no_request(tmp_path: Path) -> None:
     daemon, settings = daemon_of_a_file(tmp_path, BASE)
     with daemon.start():
@@ -127,11 +128,11 @@ def test_a_new_port_opens_before_the_old_one_closes(tmp_path: Path) -> None:
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         with ClosedLoop(urls, QUESTIONS, CLIENTS) as load:
             load.wait_for(CLIENTS)
-            for port in (ports[1], ports[0]):
+            for port in (ports[1], ports[0]) if LONG else ports[1:]:
                 settings.write({"port": port})
                 operator.reload()
                 assert daemon.status()["listeners"] == [f"http://127.0.0.1:{port}"]
-                load.wait_for(2 * CLIENTS)
+                load.wait_for(CLIENTS)
                 fresh = httpx.post(f"http://127.0.0.1:{port}/generate", json={"inputs": "x"}, timeout=30)
                 assert fresh.status_code == 200
                 gone = ports[0] if port == ports[1] else ports[1]
@@ -165,12 +166,13 @@ def test_a_live_reload_takes_a_tenth_of_a_second(tmp_path: Path) -> None:
 
 
 def test_a_signal_reloads_and_a_second_reload_meanwhile_is_refused(tmp_path: Path) -> None:
-    daemon, settings = daemon_of_a_file(tmp_path, BASE)
+    daemon, settings = daemon_of_a_file(tmp_path, BASE | {"supervisor.load_timeout": 60})
     with daemon.start():
         settings.write({"engine.fake.fault": "hang_in_load"})
         daemon.process.send_signal(signal.SIGHUP)
         wait_for(lambda: any("Loading" in job["phase"] for job in daemon.status()["jobs"]), what="a reload under way")
         assert ctl(daemon, "reload").code == 7
+        kill_candidate(daemon)
         wait_for(lambda: not daemon.status()["jobs"], what="the end of the reload")
         last = jobs_of(daemon)[-1]
         assert (last["verb"], last["outcome"]) == ("reload", "rolled-back")
@@ -182,7 +184,7 @@ def test_no_two_processes_of_a_front_end_share_an_epoch(tmp_path: Path) -> None:
     daemon, settings = daemon_of_a_file(tmp_path, BASE)
     with daemon.start():
         seen: dict[tuple[str, int], set[int]] = {}
-        for workers in (2, 1, 2, 1, 2):
+        for workers in (2, 1, 2):
             settings.in_force = settings.write({"http.workers": workers})
             assert ctl(daemon, "reload").code == 0
             for worker in daemon.workers("api"):
