@@ -208,8 +208,13 @@ class FrontEnd:
         return bool(living) and all(child in self._answers for child in living) and not self.unprepared(revision)
 
     def unprepared(self, revision: int) -> str:
-        """Why an api worker can't serve it; empty: none said so."""
-        return next((answer.error for answer in self._answers.values() if answer.error), "")
+        """Why the api workers can't serve it: one said so, or none comes up. Empty: no reason is known."""
+        if error := next((answer.error for answer in self._answers.values() if answer.error), ""):
+            return error
+        given_up = [api.worker for api in self.apis if api.worker.fatal or api.worker.limited]
+        if len(given_up) < len(self.apis) or any(self.children()):
+            return ""
+        return f"{given_up[0].name} is down: {given_up[0].trouble}"
 
     def commit(self, revision: int, old: int, carry: bool) -> None:
         self._candidate, self._answers = None, {}

@@ -281,6 +281,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             while self.finish_one(0):
                 pass
             self.simulation.tick(self.order)
+            self.simulation.flush(self.order)
             self.check()
             if not self.alive or self.at_rest():
                 return
@@ -291,7 +292,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         if supervisor.verbs.jobs.running() or supervisor.engines.leaving or supervisor.front.dismissed:
             return False
         workers = [supervisor.engines.serving.worker, *(api.worker for api in supervisor.front.apis)]
-        if any(process.hung or process.stopped for process in self.living() if process.program.configured):
+        if any(process.still for process in self.simulation.processes if process.program.configured):
             return False  # that is noticed
         if any(process.program.in_flight for process in self.simulation.apis()) and workers[0].fatal is None:
             return False
