@@ -509,7 +509,7 @@ def test_requests_that_are_left_are_dropped_by_sleep(start: Start, connect: Conn
     api.socket.close()
     wake(engine)
     assert engine.flight().unproven == []
-    again = connect(engine)
+    again = connect(engine, 1)  # as another worker: the engine may not have heard yet that this one is gone
     emitted = expected("hello", 7)
     replayed = again.submit(1, "hello", 10, replay=True, emitted=[emitted])
     again.hear(lambda: any(finish for output in _outputs(again) for finish in output.finishes))
