@@ -92,6 +92,11 @@ class Engine:
     def asleep(self) -> bool:
         return self.child is not None and self.child.vitals.phase == "asleep"
 
+    @property
+    def hopeless(self) -> bool:
+        """No generation of it will ever finish what is held for it, unless an operator steps in."""
+        return self.child is None and self.worker.fatal is not None
+
     def up(self) -> EngineUp | None:
         """What a new api worker has to be told; None while no generation is in service."""
         if self.generation is None or self._rest or not self.generation.child.ready:

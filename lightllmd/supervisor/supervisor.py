@@ -246,7 +246,7 @@ class Supervisor:
     def _see_off(self) -> None:
         """Ends the engines that have finished what they had before they were replaced."""
         for engine in self.engines.leaving:
-            if engine.wanted and self.front.none_of(engine.revision):
+            if engine.wanted and (self.front.none_of(engine.revision) or engine.hopeless):
                 self.front.forget(engine.revision, "the model was replaced")
                 engine.end("replaced")
         self.engines.forget_ended()

@@ -157,7 +157,7 @@ class Switch:
         self._front.hold()
         if not self._carry:
             yield from self._wait_for_requests(old)
-            if not self._front.none_of(old.revision):
+            if not (self._front.none_of(old.revision) or old.hopeless):
                 raise ControlError(
                     f"{self._front.in_flight_of(old.revision)} requests were still in flight after "
                     f"{self._terms.drain_timeout:g} s; with force they are ended"
@@ -174,11 +174,11 @@ class Switch:
         self._passed("sleep")
 
     def _wait_for_requests(self, old: Engine) -> Waiting[None]:
-        """Until `old` has none left, or the terms' deadline; under force they are ended then."""
+        """Until `old` has none left that it can finish, or the terms' deadline; under force they are ended then."""
         clock, timeout = self._context.clock, self._terms.drain_timeout
         late = None if timeout is None else clock.now + timeout
         name = old.plan.model_name if old.plan else ""
-        while not self._front.none_of(old.revision):
+        while not (self._front.none_of(old.revision) or old.hopeless):
             count = self._front.in_flight_of(old.revision)
             yield f"waiting for {count} requests on {name}" if count else "draining", None
             if late is not None and clock.now >= late:

@@ -24,6 +24,7 @@ class Front:
     in_flight: int = 0
     link: int | None = None  # the generation that it is connected to
     held: int = 0  # ticks without one
+    left: int = 0  # ticks until it is prepared
 
 
 class Api:
@@ -37,6 +38,8 @@ class Api:
         self.configured: messages.ApiConfigure | None = None
         self.phase = "boot"
         self.fate = process.world.fate("api")
+        self.left = process.world.duration()  # ticks until it is up
+        self.overdue = False  # what is in the inbox was there a tick ago
         self.revision = 0
         self.fronts: dict[int, Front] = {}
         self.coming: dict[int, Front] = {}
@@ -85,14 +88,19 @@ class Api:
     # --- life
     def work(self) -> None:
         if self.phase == "boot" and self.configured is not None:
-            if self._befalls("boot"):
+            self.left -= 1
+            if self._befalls("boot") or self.left > 0:
                 return
-            while self.process.link is not None and self.process.link.down and self.process.alive:
-                self.process.turn()  # all that is there, before the first connection is accepted
-            if not self.process.alive:
-                return
+            self._read_all()  # before the first connection is accepted
             self.phase = "ready"
+        elif self.overdue:
+            self._read_all()  # at most one heartbeat is sent with messages unread
+        if self.process.still:
+            return
         for number in list(self.coming):
+            self.coming[number].left -= 1
+            if self.coming[number].left > 0:
+                continue
             if self._befalls("prepare"):
                 return
             self.fronts[number] = self.coming.pop(number)
@@ -104,8 +112,13 @@ class Api:
                 self.counts["failed"] += front.in_flight
                 front.in_flight = 0
         self.beat()
+        self.overdue = self.process.link is not None and bool(self.process.link.down)
         if self.retired and not self.in_flight:
             self.process.die(0)
+
+    def _read_all(self) -> None:
+        while self.process.link is not None and self.process.link.down and self.process.alive:
+            self.process.turn()
 
     def _befalls(self, phase: str) -> bool:
         if self.fate is None or self.fate.phase != phase:
@@ -162,7 +175,7 @@ class Api:
                 elif _decode(message.plan).config.params.model_dir == "/models/untokenized":
                     self.process.say(messages.Prepared(message.revision, "it has no tokenizer"))
                 else:
-                    self.coming.setdefault(message.revision, Front())
+                    self.coming.setdefault(message.revision, Front(left=world.duration()))
             case messages.Commit():
                 self._commit(message)
             case messages.Forget():
@@ -171,7 +184,7 @@ class Api:
                     return
                 self.coming.pop(message.revision, None)
                 front = self.fronts.pop(message.revision, None)
-                if front is not None and front.in_flight and not world.stopping:
+                if front is not None and front.in_flight and not world.may_end(message.revision):
                     world.violated(
                         f"{self.process}: {front.in_flight} requests of revision {message.revision} forgotten"
                     )

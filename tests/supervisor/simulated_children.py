@@ -41,11 +41,11 @@ class Fate:
 class World(Protocol):
     """What children see of the rest."""
 
-    stopping: bool  # the supervisor was told to stop: requests may be lost
-
     def facts(self, request: dict[str, Any]) -> Facts | str: ...
 
-    def memory_short(self) -> bool: ...
+    def may_end(self, revision: int) -> bool: ...
+
+    def memory_short(self, process: SimulatedProcess) -> bool: ...
 
     def generation_is_ready(self, generation: int) -> bool: ...
 
@@ -56,6 +56,8 @@ class World(Protocol):
     def told(self, process: SimulatedProcess, message: Any) -> None: ...
 
     def fate(self, kind: str) -> Fate | None: ...
+
+    def duration(self) -> int: ...
 
     def died(self, process: SimulatedProcess) -> None: ...
 
@@ -140,7 +142,6 @@ class SimulatedProcess:
         self.stopped = self.hung = False  # by SIGSTOP; by itself
         self.link: Link | None = None
         self.ledger: list[Any] = []  # all that it was told
-        self.last_told: dict[str, Any] = {}  # by the message's name
         self.program: Api | Engine | Probe | Reader
         if self.kind == "probe":
             self.program = Probe(self, msgspec.json.decode(stdin or b"{}"))
@@ -243,7 +244,7 @@ class Engine:
 
     @property
     def last_breath(self) -> int:
-        return 1 if self.memory else 0
+        return self.process.world.duration() if self.memory else 0
 
     def __repr__(self) -> str:
         return f"{self.phase} g{self.configured.generation if self.configured else '-'}"
@@ -253,7 +254,7 @@ class Engine:
         return self.phase == "ready" and not self.process.still
 
     def enter(self, phase: str) -> None:
-        self.phase, self.progress, self.left = phase, 0, 1
+        self.phase, self.progress, self.left = phase, 0, self.process.world.duration()
         assert self.plan is not None
         if phase == "load":
             self.memory = self.plan.budget.needed
@@ -261,7 +262,7 @@ class Engine:
             self.memory = KEPT_ASLEEP
         self.beat()
         what = self._inherent()
-        if phase == "load" and self.process.world.memory_short():
+        if phase == "load" and self.process.world.memory_short(self.process):
             what = "memory"
         if self.fate is not None and self.fate.phase == phase:
             fate, self.fate = self.fate, None

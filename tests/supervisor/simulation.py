@@ -31,7 +31,7 @@ from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts
 from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
-from lightllmd.supervisor import child, logs, memory, probing, sockets, spare, supervisor
+from lightllmd.supervisor import child, logs, memory, probing, reading, sockets, spare, supervisor
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Commands, Context
 from lightllmd.supervisor.fd_store import FdStore
@@ -175,6 +175,28 @@ class SimulatedCommands(Commands):
         return ["reader"]
 
 
+class Systemd(Notifier):
+    """What systemd would be told."""
+
+    def __init__(self) -> None:
+        super().__init__({}, 1)
+        self.watchdog_interval = 1.0
+        self.said: dict[str, str | int] = {}  # the last of each
+        self.stored: dict[str, int] = {}  # descriptors in its store, by name
+
+    @property
+    def active(self) -> bool:
+        return True
+
+    def send(self, *, fds: Sequence[int] = (), **assignments: str | int) -> bool:
+        self.said |= assignments
+        if "FDSTORE" in assignments:
+            self.stored[str(assignments["FDNAME"])] = fds[0]
+        if "FDSTOREREMOVE" in assignments:
+            del self.stored[str(assignments["FDNAME"])]
+        return True
+
+
 class NoControlServer:
     def __init__(self, supervisor: Any) -> None: ...
 
@@ -184,9 +206,12 @@ class NoControlServer:
 
 
 class Simulation:
-    """`file`: what the configuration file says; None: something invalid."""
+    """`file`: what the configuration file says; None: something invalid. `traffic`: how probable a request is, in each
+    tick and at each api worker. `pace`: how long children take, in ticks, and when requests come and end."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, traffic: float = 0.0, pace: int = 0) -> None:
+        self.traffic, self.pace = traffic, random.Random(pace)
+        self.measured = True  # no probe has failed: the supervisor knew what memory is free
         self.loop = Loop()
         self.loop.set_exception_handler(lambda _, told: self.violated(f"{told['message']}: {told.get('exception')!r}"))
         self.links: dict[int, Link] = {}
@@ -199,10 +224,12 @@ class Simulation:
         self.sigchld = False
         self.refuse_spawns = 0  # by the host, of the next ones
         self.refuse_ports = False
+        self.hopeless: set[int] = set()  # revisions that were given up because their engine can't be started
+        self.forced = self.kept = False  # a swap was asked for that may end requests, or serve what fails
         self._patches = ExitStack()
         folder = self._patches.enter_context(tempfile.TemporaryDirectory(prefix="sim-"))
         self._patch()
-        notifier = Notifier({}, 1)
+        self.systemd = Systemd()
         log = logs.LogBook(400, "debug", logs.renderer("text", False), None)
         self.context = Context(
             config=config,
@@ -212,13 +239,14 @@ class Simulation:
             runtime=Runtime(Path(folder) / "control.sock"),
             commands=SimulatedCommands(),
             listeners=[Listener(self, 8000)],  # type: ignore[list-item]
-            fd_store=FdStore(notifier),
+            fd_store=FdStore(self.systemd),
             random=random.Random(0),
         )
+        self.context.fd_store.keep(self.context.listeners)
         self.settings = Settings(Invocation(config, "lightllmd.toml"))
         self.settings.reread = self._reread  # type: ignore[method-assign]
         self.context.config = self.settings.effective
-        self.supervisor = supervisor.Supervisor(self.context, self.settings, notifier)
+        self.supervisor = supervisor.Supervisor(self.context, self.settings, self.systemd)
         self.task = self.loop.create_task(self.supervisor.run())
         self.settle()
 
@@ -241,6 +269,7 @@ class Simulation:
         replace = lambda where, name, what: self._patches.enter_context(mock.patch.object(where, name, what))  # noqa: E731
         replace(child, "Process", self._spawn)
         replace(probing, "Process", self._spawn)
+        replace(reading, "Process", self._spawn)
         replace(child.channel, "pair", self._pair)
         replace(supervisor, "TICK", TICK)
         replace(supervisor, "resident", lambda pid: 1)
@@ -261,6 +290,7 @@ class Simulation:
     def _spawn(self, command: Sequence[str], **options: Any) -> SimulatedProcess:
         if self.refuse_spawns:
             self.refuse_spawns -= 1
+            self.measured = False
             raise SystemFailure(f"can't start {command[0]}: as ordered")
         process = SimulatedProcess(self, self.links, command, **options)
         self.processes.append(process)
@@ -299,8 +329,21 @@ class Simulation:
         model = ModelFacts(path, "dummy", "llama", SHAPE, [], size, 0, "bfloat16", 4096, [2], False, False)
         return Facts(None if request.get("device_only") else model, device)
 
-    def memory_short(self) -> bool:
-        return sum(process.program.memory for process in self.processes) > DEVICE
+    def may_end(self, revision: int) -> bool:
+        """Whether requests of it may be ended: nobody could finish them, or the daemon stops."""
+        return self.stopping or revision in self.hopeless
+
+    def memory_short(self, process: SimulatedProcess) -> bool:
+        """As `process` begins to load."""
+        taken = sum(one.program.memory for one in self.processes)
+        dying = sum(one.program.memory for one in self.processes if not one.alive)
+        if taken > DEVICE >= taken - dying and self.measured:
+            self.violated(f"{process} does not wait for memory that is about to be free")
+        return taken > DEVICE
+
+    def duration(self) -> int:
+        """Of something that a child does, in ticks."""
+        return self.pace.choice((1, 1, 2, 3))
 
     def engine(self, generation: int) -> Engine | None:
         for process in reversed(self.processes):
@@ -319,7 +362,9 @@ class Simulation:
         engine.tokens += 1
 
     def fate(self, kind: str) -> Fate | None:
-        return self.fates[kind].popleft() if self.fates[kind] else None
+        fate = self.fates[kind].popleft() if self.fates[kind] else None
+        self.measured = self.measured and (kind != "probe" or fate is None)
+        return fate
 
     def died(self, process: SimulatedProcess) -> None:
         self.sigchld = True
@@ -335,7 +380,16 @@ class Simulation:
             last = max((g for p in self.engines() if (g := _generation(p.program)) is not None), default=0)
             if message.generation <= last:
                 self.violated(f"generation {message.generation} follows {last}")
-        process.last_told[type(message).__name__] = message
+        if isinstance(message, messages.Forget):
+            engines = [engine for engine in self.supervisor.engines if engine.revision == message.revision]
+            if any(engine.worker.fatal is not None for engine in engines):
+                self.hopeless.add(message.revision)
+        if isinstance(message, messages.Cut) and not self.forced:
+            self.violated("requests are ended that nobody asked to end")
+        if isinstance(message, messages.Commit) and not self.kept:
+            child = self.supervisor.engines.serving.child
+            if child is None or child.ready_at is None:
+                self.violated(f"revision {message.revision} is committed unproven")
         process.ledger.append(message)
 
     # --- time and events ----------------------------------------------------------------------------------------------
@@ -390,9 +444,18 @@ class Simulation:
         self.flush(order)
         for process in list(self.processes):
             process.tick()
+            if isinstance(process.program, Api) and process.program.accepts:
+                self._serve(process.program)
         self.loop.now += TICK
         self.settle()
         self.processes = [process for process in self.processes if not (process.disposed and process.reaped)]
+
+    def _serve(self, api: Api) -> None:
+        if self.pace.random() < self.traffic:
+            api.open()
+        for revision in api.finishable():
+            if self.pace.random() < 0.3:
+                api.finish(revision)
 
     # --- the operator -------------------------------------------------------------------------------------------------
     def signal(self, number: int) -> None:

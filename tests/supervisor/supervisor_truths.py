@@ -21,13 +21,20 @@ class Truths:
         self.simulation = simulation
         self.ended: dict[int, Job] = {}
         self.begun: dict[int, tuple[int, bytes]] = {}  # job -> revision and plan in force when it began
-        self.given_up: set[int] = set()  # jobs whose candidate was kept although it failed
 
     def broken(self) -> list[str]:
-        """What does not hold. Nothing once the daemon has ended: `at_the_end` is for that."""
+        """What does not hold. Nothing is looked at once the daemon has ended."""
         found, self.simulation.violations = self.simulation.violations, []
         if not self.simulation.task.done():
-            for look in (self._jobs, self._engines, self._processes, self._told, self._requests, self._shown):
+            for look in (
+                self._jobs,
+                self._engines,
+                self._processes,
+                self._told,
+                self._requests,
+                self._shown,
+                self._heard,
+            ):
                 found += look()
         return found
 
@@ -80,7 +87,7 @@ class Truths:
             yield "requests are held without a job"
         if not serving.wanted:
             yield "the engine in force was put to sleep without a job"
-        if serving.plan is None:
+        if serving.plan is None or supervisor.verbs.stopping is not None:
             return
         if changes := diff(context.config, self.simulation.settings.effective):
             yield f"what is in force is not what the settings say: {changes}"
@@ -89,6 +96,8 @@ class Truths:
         listeners = [listener for listener in self.simulation.listeners if not listener.closed]
         if listeners != context.listeners:
             yield f"{len(listeners)} listeners are open, {len(context.listeners)} in use"
+        if sorted(self.simulation.systemd.stored.values()) != sorted(listener.fileno() for listener in listeners):
+            yield f"systemd keeps other listeners: {self.simulation.systemd.stored}"
         for api in supervisor.front.apis:
             if api.worker.child is not None and api.worker.child.asked is None:
                 yield from self._front_end_as_configured(api.worker.child)
@@ -183,6 +192,22 @@ class Truths:
         status.sentence(supervisor)
         if shown.ready != (able and any(api.worker.ready for api in supervisor.front.apis)):
             yield f"the status says ready {shown.ready}"
+
+    def _heard(self) -> Iterator[str]:
+        """Of systemd; and the truth behind readiness, once the supervisor has heard all that there is to hear."""
+        simulation, supervisor = self.simulation, self.simulation.supervisor
+        said = simulation.systemd.said
+        if ("READY" in said) != (supervisor.served_since is not None):
+            yield f"it serves since {supervisor.served_since}, systemd was told {said}"
+        if simulation.systemd.reloading and not supervisor.verbs.jobs.running("reload"):
+            yield "systemd waits for a reload to end"
+        if ("STOPPING" in said) != (supervisor.verbs.stopping is not None):
+            yield f"a stop: {supervisor.verbs.stopping}, systemd was told {said}"
+        child = supervisor.engines.serving.child
+        if status.health(supervisor)[0] and child is not None and not simulation.moves():
+            program = simulation.program(child)
+            if program.phase != "ready" or not program.process.alive:
+                yield f"it says that it is ready, its engine is {program.process}"
 
 
 class ToldView:

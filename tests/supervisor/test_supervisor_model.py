@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lightllmd.config.parameters import Config
 from lightllmd.errors import LightllmdError
@@ -85,18 +85,24 @@ class SupervisorMachine(RuleBasedStateMachine):
         workers=st.integers(1, 2),
         monitor=st.booleans(),
         serving=st.booleans(),
+        faults=st.sampled_from([True, True, True, False]),
+        traffic=st.sampled_from([0.0, 0.2, 0.8]),
+        pace=ORDERS,
     )
-    def start(self, swap: str, workers: int, monitor: bool, serving: bool) -> None:
-        """`serving`: it comes to serve before anything is done to it."""
+    def start(
+        self, swap: str, workers: int, monitor: bool, serving: bool, faults: bool, traffic: float, pace: int
+    ) -> None:
+        """`serving`: it comes to serve before anything is done to it. `faults`: of host and children, not of models."""
         self.simulation = Simulation(
-            configuration(supervisor__swap=swap, http__workers=workers, health_monitor=monitor)
+            configuration(supervisor__swap=swap, http__workers=workers, health_monitor=monitor), traffic, pace
         )
         self.truths = Truths(self.simulation)
         self.order = random.Random(0)
         self.jobs: list[RunningJob] = []
         self.told_to_stop = False
+        self.faults = faults
         if serving:
-            self.pass_time(10, 0)
+            self.pass_time(20, 0)
             assert self.supervisor.state == "serving"
 
     @property
@@ -162,12 +168,14 @@ class SupervisorMachine(RuleBasedStateMachine):
     def living(self) -> list[SimulatedProcess]:
         return [process for process in self.simulation.processes if process.alive]
 
+    @precondition(lambda self: self.faults)
     @rule(choice=ORDERS, number=st.sampled_from([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
     def kill(self, choice: int, number: signal.Signals) -> None:
         if living := self.living():
             living[choice % len(living)].die(-number)
             self.simulation.settle()
 
+    @precondition(lambda self: self.faults)
     @rule(choice=ORDERS, how=st.sampled_from(["hangs", "SIGSTOP", "SIGCONT"]))
     def hang(self, choice: int, how: str) -> None:
         if living := self.living():
@@ -175,12 +183,14 @@ class SupervisorMachine(RuleBasedStateMachine):
             process.hung = process.hung or how == "hangs"
             process.stopped = how == "SIGSTOP" or (process.stopped and how == "hangs")
 
+    @precondition(lambda self: self.faults)
     @rule(fates=st.lists(FATES, min_size=1, max_size=3))
     def doom(self, fates: list[tuple[str, Fate]]) -> None:
         """What befalls the next children of some kind."""
         for kind, fate in fates:
             self.simulation.fates[kind].append(fate)
 
+    @precondition(lambda self: self.faults)
     @rule(processes=st.integers(0, 2), ports=st.booleans())
     def refuse(self, processes: int, ports: bool) -> None:
         """The host has no process, or no port, to give."""
@@ -204,6 +214,8 @@ class SupervisorMachine(RuleBasedStateMachine):
     )
     def swap(self, model: str, drain_timeout: float | None, force: bool, keep: bool, plan_only: bool) -> None:
         force = force and drain_timeout is not None
+        self.simulation.forced |= force
+        self.simulation.kept |= keep
         self.ask("swap", model, Terms(drain_timeout, force, keep), plan_only)
 
     @rule(
@@ -238,6 +250,46 @@ class SupervisorMachine(RuleBasedStateMachine):
             else:
                 self.ask("stop", how == "stop now")
 
+    @precondition(lambda self: self.alive and self.supervisor.verbs.jobs.running("swap", "reload"))
+    @rule(
+        ticks=st.integers(0, 6),
+        order=ORDERS,
+        deed=st.sampled_from(["kill", "hang", "doom", "request", "other_verb", "SIGTERM", "stop now"]),
+        whom=st.sampled_from(["api", "serving", "candidate", "leaving"]),
+        fate=st.sampled_from([*ENGINE_FATES, *API_FATES * 2]),
+        verb=st.sampled_from(["drain", "resume", "reset_failed"]),
+    )
+    def in_the_middle(self, ticks: int, order: int, deed: str, whom: str, fate: tuple[str, Fate], verb: str) -> None:
+        """Something happens while a switch is on its way."""
+        self.pass_time(ticks, order)
+        if deed in ("kill", "hang", "doom") and not self.faults:
+            return
+        match deed:
+            case "kill":
+                for process in self.called(whom, order):
+                    process.die(-signal.SIGKILL)
+                self.simulation.settle()
+            case "hang":
+                for process in self.called(whom, order):
+                    process.hung = True
+            case "doom":
+                self.doom([fate])
+            case "request":
+                self.request(order, 2)
+            case "other_verb":
+                self.other_verb(verb, "")
+            case _ if order % 4 == 0:
+                self.stop(deed, 1, really=True)
+
+    def called(self, whom: str, choice: int) -> list[SimulatedProcess]:
+        """One living process of that role, if there is one."""
+        engines = self.supervisor.engines
+        if whom == "api":
+            return self.simulation.apis()[choice % 2 :][:1]
+        found = {"serving": [engines.serving], "candidate": [engines.candidate], "leaving": engines.leaving}[whom]
+        processes = [engine.child.process for engine in found if engine is not None and engine.child is not None]
+        return [process for process in processes if process.alive][:1]
+
     # --- what must hold -----------------------------------------------------------------------------------------------
     @invariant()
     def truths_hold(self) -> None:
@@ -265,6 +317,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             self.comes_to_rest()
             if self.alive:
                 self.serves_or_says_why_not()
+                self.nothing_failed_without_a_fault()
                 self.stops()
             self.has_ended()
         finally:
@@ -274,6 +327,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         for fates in self.simulation.fates.values():
             fates.clear()
         self.simulation.refuse_spawns, self.simulation.refuse_ports = 0, False
+        self.simulation.traffic = 0.0
 
     def comes_to_rest(self) -> None:
         """Time passes, requests end; until there is nothing left to wait for."""
@@ -353,6 +407,21 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert not api.coming, story
             assert api.fronts[api.revision].link == serving.generation.number, story
             assert not any((api.shut, api.refusing, api.retired, api.in_flight)), story
+
+    def nothing_failed_without_a_fault(self) -> None:
+        """Only bad models were ended by something; no request was lost, nor ended unless that was asked for."""
+        if self.faults:
+            return
+        story = "\n".join(self.story())
+        assert {crash.worker for crash in self.supervisor.crashes.all()} <= (
+            {"engine-0"} if self.simulation.kept else set()
+        ) | {"candidate", "leaving"}, story
+        assert self.supervisor.front.total("failed") == 0 or self.simulation.kept, story
+        assert self.supervisor.front.total("cancelled") == 0 or self.simulation.forced, story
+        for job in self.jobs:
+            told = job.snapshot
+            if told.verb == "swap" and told.target in GOOD and not self.simulation.kept and told.outcome != "done":
+                assert "still in flight" in told.message, "\n".join([str(told), story])
 
     def stops(self) -> None:
         self.told_to_stop = True
