@@ -18,27 +18,37 @@ class SamplingRow(msgspec.Struct):
     """What the runner needs to (re)build a row's sampling state, penalty counts included."""
 
     params: SamplingParams
-    prompt_ids: list[int]  # empty unless params.input_penalty
+    prompt_ids: list[int]
     emitted: list[int]  # generated before the row (re)entered: empty for a fresh one
 
 
 class Row(msgspec.Struct):
-    """One branch that is fed tokens which the scheduler names. Invariant: ``len(slots) == len(tokens) >= 1``.
+    """One branch that is fed tokens which the scheduler names. Invariant: ``len(slots) == len(tokens)``, at least one
+    unless it is a twin.
 
     The fed tokens have the positions ``start .. start + len(tokens) - 1`` in the sequence, and their keys and values
-    go to `slots`, which join the row's entries of the request->slot table at those indices.
+    go to `slots`, which join the row's entries of the request->slot table at those indices. A prompt may come in
+    several steps; the last part alone has `sample`.
+
+    A *twin* feeds nothing: its past is that of the row it is a twin of, and its next token is drawn from the same
+    logits, by its own parameters.
     """
 
     table_row: int  # 0 .. running_max_req_size - 1; one owner from entry until it appears in Step.freed
     request: int
     branch: int
-    start: int  # tokens whose keys and values are already in the cache; 0 when the row (re)enters
-    tokens: list[int]  # ids fed in this step: prompt + emitted on (re)entry
+    start: int  # tokens whose keys and values are already in the cache, or come there by the row that this is a twin of
+    tokens: list[int]  # ids fed in this step
     slots: list[int]
     sample: bool  # the last fed token yields a next token
     position: int  # index among the branch's generated tokens of the one to come (part of the random key)
     sampling: SamplingRow | None  # set when the row (re)enters, None while it stays
     prompt_length: int = 0  # 0: this row feeds all that there is, so the prompt is start + len(tokens) - position long
+    past: list[int] | None = None  # slots of its first `start` tokens, where the table doesn't have them yet
+    twin_of: int | None = None  # index in Step.rows of an earlier row, which samples
+    # For log-probabilities of the prompt: the token behind each fed one, as long as that is the prompt's.
+    targets: list[int] | None = None
+    top_targets: int = 0  # alternatives reported beside each target
 
 
 class DecodeRows(msgspec.Struct):
@@ -57,10 +67,14 @@ class Step(msgspec.Struct):
     """`freed` rows are released before the others are read: the same number may be in both, with a new owner."""
 
     number: int  # counts from 1 within a generation
-    kind: Literal["prefill", "decode"]  # "prefill" when there are `rows`
+    # "decode": one token of each row; "prefill": nobody goes on beside prompts; "mixed": some do.
+    kind: Literal["prefill", "decode", "mixed"]
     decode: DecodeRows
     rows: list[Row]
     freed: list[int]  # table rows released since the last step
+    # Table row -> the tokens that it may sample from now on: bit t % 32 of little-endian word t // 32 allows token t,
+    # ceil(vocab / 32) words; empty: all. A row that enters is free until its mask comes, perhaps in the same step.
+    masks: dict[int, bytes] = {}
 
     @property
     def size(self) -> int:
@@ -76,12 +90,23 @@ def no_decode() -> DecodeRows:
     return DecodeRows([], [], [], [])
 
 
+Alternatives = list[tuple[int, float]]  # (token id, log-probability), best first
+
+
+class TargetLogprobs(msgspec.Struct):
+    """Of one row's `targets`: natural log of the model's own softmax, before penalties, masks and temperature."""
+
+    logprobs: list[float]
+    alternatives: list[Alternatives] | None  # None where `top_targets` is 0
+
+
 class StepResult(msgspec.Struct):
     """One entry per decode row, then one per row with ``sample = True``, in their order."""
 
     tokens: list[int]
     logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
-    alternatives: list[list[tuple[int, float]] | None]  # best first; None where params.top_logprobs is 0
+    alternatives: list[Alternatives | None]  # None where params.top_logprobs is 0
+    targets: list[TargetLogprobs] = []  # one entry per row that has `targets`, in their order
 
 
 class Runner(Protocol):

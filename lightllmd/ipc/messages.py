@@ -50,6 +50,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_new_tokens: int = 1
     seed: int = 0  # always set by the ledger: the client's, or one that it drew; 0 .. 2**63 - 1
     top_logprobs: int = 0  # alternatives reported beside the chosen token, 0..20
+    logit_bias: dict[int, float] = {}  # token -> added to its logit before everything else
+    allowed_token_ids: list[int] | None = None  # no other is ever generated, eos included; None: all
+    bad_words: list[list[int]] = []  # token sequences that are never completed
+    healing: bytes = b""  # the text begins with these bytes, which were taken back from the prompt
+    prompt_logprobs: int = -1  # alternatives reported beside each prompt token's log-probability, 0..20; -1: neither
+    use_cache: bool = True  # of prompts: False: neither reads nor fills it
+    length_penalty: float = 1.0  # beam search: a hypothesis scores its log-probability / length ** length_penalty
 
 
 class Submit(msgspec.Struct, tag="submit"):
@@ -88,6 +95,16 @@ ToEngine = Submit | Abort | Hello
 FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = 0, 1, 2, 3
 
 
+class PromptLogprobs(msgspec.Struct):
+    """A part of a request's prompt: entry i tells of prompt token ``first + i``; none tells of token 0. The parts come
+    in order, all of them before or with the first token. After a replay they may come again from the first on."""
+
+    request: int
+    first: int
+    logprobs: list[float]
+    alternatives: list[list[tuple[int, float]]] | None  # best first
+
+
 class StepOutput(msgspec.Struct, tag="step"):
     """What one step produced for one api worker. Parallel arrays, one entry per branch that moved.
 
@@ -102,6 +119,10 @@ class StepOutput(msgspec.Struct, tag="step"):
     logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
     finishes: list[int]  # FINISH_*
     alternatives: list[list[tuple[int, float]] | None] | None = None  # top_logprobs, best first
+    # (request, prompt tokens that came from the prompt cache), once per request and generation, with its first token.
+    # Only those above zero.
+    cached: list[tuple[int, int]] = []
+    prompts: list[PromptLogprobs] = []
 
 
 class Rejected(msgspec.Struct, tag="rejected"):
@@ -277,6 +298,10 @@ class Wake(msgspec.Struct, tag="wake"):
     lets go of what it staged."""
 
 
+class FlushCache(msgspec.Struct, tag="flush-cache"):
+    """To an engine: forget the prompts that nobody uses now."""
+
+
 class Stop(msgspec.Struct, tag="stop"):
     """End now in good order: an api worker ends its streams with an error frame; exit 0."""
 
@@ -303,6 +328,7 @@ Down = (
     | Stage
     | Sleep
     | Wake
+    | FlushCache
     | Stop
 )
 
@@ -314,7 +340,8 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
 
     A child makes progress when `phase` or `progress` changed since its last heartbeat, or when it is not `busy`.
     Phases: "boot", "load", "warmup", "ready", "sleep", "asleep" for engines; "boot", "ready" for api workers. "ready"
-    of an engine means that it has produced a real token.
+    of an engine means that it has produced a real token. A spare engine sends one, "boot", when all is done that it
+    can do without a configuration.
     """
 
     phase: str
