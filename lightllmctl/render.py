@@ -188,7 +188,7 @@ def _name(worker: Json, api_workers: int) -> str:
     name = str(worker.get("kind", worker.get("name", "?")))
     if worker.get("rank") is not None:
         name += f" rank {worker['rank']}"
-    elif api_workers > 1 and worker.get("index") is not None:
+    elif name == "api" and api_workers > 1 and worker.get("index") is not None:
         name += f" {worker['index']}"
     return clean(name)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import DEVICE_LOGIT_ROWS, SPARE_WIDTH, decode_parts, graph_sizes, prefill_sizes
 from lightllmd.config.parameters import Config
-from lightllmd.config.plan import BudgetRow, ModelFacts
+from lightllmd.config.plan import SPARE_ROW, BudgetRow, ModelFacts
 from lightllmd.config.shape import Shape
 
 RUNTIME = 1_200_000_000  # CUDA context, cuBLAS, compiled kernels
+# What a process with a CUDA context and nothing else takes: about 0.5 GB on an H100 with CUDA 13.
+SPARE_CONTEXT = 600_000_000
 CUBLAS_WORKSPACE = 64_000_000
 # The driver's nodes and kernel arguments of one captured graph, for each layer of the model. Measured on an H100, with
 # the kernels' own code: 170 kB (8B shape) and 275 kB (0.6B).
@@ -37,7 +39,14 @@ def rows(
         _tables(shape, running, width, batch_max_tokens),
         _graphs(shape, item, graph_sizes(config), prefill_sizes(batch_max_tokens) if config.engine.cuda_graphs else []),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
+        *_spare_engine(config),
     ]
+
+
+def _spare_engine(config: Config) -> list[BudgetRow]:
+    if not config.supervisor.spare_engine:
+        return []
+    return [BudgetRow(SPARE_ROW, SPARE_CONTEXT, "its CUDA context; none with supervisor.spare_engine = false")]
 
 
 def _token_bytes(shape: Shape, item: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.config.parameters import Config
+from lightllmd.config.parameters import Config, Params
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -38,11 +38,22 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     cpu_threads: int  # physical cores usable by this process
 
 
+class Other(msgspec.Struct, frozen=True):
+    """A model that may be swapped to, and that room is kept for beside the one that is planned."""
+
+    params: Params
+    model: ModelFacts | None = None
+    fault: str = ""  # why there is no `model`
+
+
 class Facts(msgspec.Struct, frozen=True):
     """The probe child's whole answer."""
 
     model: ModelFacts | None  # None with the fake backend
     device: DeviceFacts
+    # By name; empty unless room was asked for. With their parameters, so that a plan that is made again from the same
+    # facts divides the memory as the one before, whatever [models] says by then.
+    others: dict[str, Other] = {}
 
 
 class Derived(msgspec.Struct, frozen=True):
@@ -51,6 +62,9 @@ class Derived(msgspec.Struct, frozen=True):
     name: str
     value: Any
     reason: str
+
+
+SPARE_ROW, RESERVE_ROW = "spare engine", "reserve"
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
@@ -68,6 +82,20 @@ class Budget(msgspec.Struct, frozen=True):
     @property
     def needed(self) -> int:
         return sum(row.bytes for row in self.rows)
+
+    def row(self, name: str) -> int:
+        """Bytes of that row; 0 where there is none."""
+        return next((row.bytes for row in self.rows if row.name == name), 0)
+
+    @property
+    def spare(self) -> int:
+        """Of `needed`, what the engine itself never takes: the context that the spare one makes beforehand."""
+        return self.row(SPARE_ROW)
+
+    @property
+    def reserve(self) -> int:
+        """Of `needed`, what stays free for another model beside this one."""
+        return self.row(RESERVE_ROW)
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -1,6 +1,8 @@
-"""The process of one engine rank: ``python -m lightllmd.engine CHANNEL_FD PARENT_PID FLIGHT_FD [MODULE…]``.
+"""The process of one engine rank:
+``python -m lightllmd.engine CHANNEL_FD PARENT_PID FLIGHT_FD [[--context DEVICE] MODULE…]``.
 
-The modules are imported before the configuration is waited for: a spare engine has that behind it when it is needed.
+The modules are imported and a context on the device is made before the configuration is waited for: a spare engine has
+that behind it when it is needed.
 """
 
 from __future__ import annotations
@@ -36,9 +38,8 @@ def main(arguments: list[str]) -> None:
     recorder = FlightRecorder(int(arguments[2]))
     try:
         if arguments[3:]:
-            openmp.settle()
-        for module in arguments[3:]:
-            importlib.import_module(module)
+            _begin(arguments[3:])
+            link.send(messages.Heartbeat("boot", 0))
         configure = child.first_message(link)
         if isinstance(configure, messages.Stop):
             sys.exit(errors.EXIT_OK)
@@ -62,6 +63,20 @@ def main(arguments: list[str]) -> None:
         link.send(messages.Failed(kind, str(error) or type(error).__name__))
         logging.getLogger(__name__).exception("the engine ends")
         sys.exit(code)
+
+
+def _begin(told: list[str]) -> None:
+    """What a spare engine does beforehand. Raises ImportError, SystemFailure."""
+    device = None
+    if told[0] == "--context":
+        device, *told = told[1:]
+    openmp.settle()
+    for module in told:
+        importlib.import_module(module)
+    if device is not None:
+        from lightllmd.engine.device_context import make_context
+
+        make_context(device)
 
 
 if __name__ == "__main__":

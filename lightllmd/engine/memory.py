@@ -56,7 +56,7 @@ class MemoryMeter:
 
     def mark_asleep(self) -> None:
         """All that can be given back was. Of a GPU this is what everybody has there, as long as nobody else has any the
-        process's context with the kernels that it loaded."""
+        process's context with the kernels that it loaded, and a spare engine's."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             self.asleep = total - free

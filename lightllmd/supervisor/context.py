@@ -49,9 +49,12 @@ class Commands:
     def api(self, channel_fd: int) -> list[str]:
         return [self.python, "-m", "lightllmd.api", str(channel_fd), str(os.getpid())]
 
-    def engine(self, channel_fd: int, flight_fd: int, early: Sequence[str] = ()) -> list[str]:
-        """`early`: modules that it imports before it's configured."""
-        return [self.python, "-m", "lightllmd.engine", str(channel_fd), str(os.getpid()), str(flight_fd), *early]
+    def engine(
+        self, channel_fd: int, flight_fd: int, early: Sequence[str] = (), context_on: str | None = None
+    ) -> list[str]:
+        """Before it's configured it imports the modules `early` and makes a context on the device `context_on`."""
+        fixed = [self.python, "-m", "lightllmd.engine", str(channel_fd), str(os.getpid()), str(flight_fd)]
+        return [*fixed, *(["--context", context_on] if context_on else []), *early]
 
     def read_ahead(self, files: Sequence[str]) -> list[str]:
         """Brings files into the page cache and ends; may be killed at any time."""

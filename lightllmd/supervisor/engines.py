@@ -53,6 +53,7 @@ class Engines:
         self.serving.rename(SERVING)
         self.leaving.append(old)
         self.in_force()
+        self._plan_spare()
         return old
 
     def in_force(self) -> None:
@@ -60,7 +61,11 @@ class Engines:
         engine = self.serving
         assert engine.plan is not None
         self._context.plan, self._context.revision = engine.encoded, engine.revision
-        self.spare.plan_for(engine.plan)
+
+    def _plan_spare(self) -> None:
+        """Not at a mere change of settings: the memory is divided as the plan said that the engine started with."""
+        assert self.serving.plan is not None
+        self.spare.plan_for(self.serving.plan)
 
     def drop_candidate(self, why: str) -> None:
         """Given up; it is no candidate any more and ends at once."""
@@ -84,7 +89,9 @@ class Engines:
 
     def became_ready(self, engine: Engine) -> None:
         engine.became_ready()
-        self.spare.keep()
+        if engine is self.serving:  # a candidate's plan isn't in force yet: the commit follows, and asks for a spare
+            self._plan_spare()
+            self.spare.keep()
 
     def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> None:
         # A candidate that dies has failed: its switch decides what follows.

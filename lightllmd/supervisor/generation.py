@@ -80,7 +80,8 @@ class Engine:
             self.generation.child.worker = name
 
     def _launch(self, number: int) -> Child:
-        process = self._spare.take() or EngineProcess(self._context, self.worker.name)
+        assert self.plan is not None
+        process = self._spare.take(self.plan) or EngineProcess(self._context, self.worker.name)
         self.generation = Generation(self._context, self.worker.name, number, self.encoded, process)
         return self.generation.child
 

@@ -61,8 +61,8 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """One child process, or the place of one that will be started again."""
 
-    name: str  # "api-0", "engine-0": kind and index, stable over restarts
-    kind: str  # "api" | "engine"
+    name: str  # "api-0", "engine-0": kind and index, stable over restarts; "spare"
+    kind: str  # "api" | "engine" | "spare": an engine that waits to be taken, "running" and "ready" once it can be
     index: int  # the api worker's number, the engine's rank
     rank: int | None  # engines only
     pid: int | None  # None: no process now
@@ -71,7 +71,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     progress: int  # within the phase: bytes while loading, steps when ready
     progress_total: int  # what `progress` heads for; 0: unknown
     restarts: int  # starts after the first
-    generation: int  # the engine's generation, the api worker's epoch
+    generation: int  # the engine's generation, the api worker's epoch; 0: a spare
     memory_bytes: int  # resident set; 0 without a process
     heartbeat_age_s: float | None  # since the last heartbeat
     started: float | None  # of the present process

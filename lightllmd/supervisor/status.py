@@ -89,7 +89,7 @@ def _model(supervisor: Supervisor) -> snapshot.Model | None:
         progress=fraction(worker),
         device=plan.device.kind,
         data_type=plan.data_type,
-        weight_bytes=next((row.bytes for row in plan.budget.rows if row.name == "weights"), 0),
+        weight_bytes=plan.budget.row("weights"),
         tensor_parallel=plan.config.params.tp,
         kv_slots_used=int(stats.get("slots_used", 0)),
         kv_slots_total=int(stats.get("slots_total", plan.max_total_token_num)),
@@ -119,8 +119,9 @@ def measured_memory(supervisor: Supervisor) -> dict[str, int]:
 
 
 def workers(supervisor: Supervisor) -> list[snapshot.Worker]:
-    engines = [engine.worker for engine in supervisor.engines]
-    return [worker.snapshot() for worker in (*(api.worker for api in supervisor.front.apis), *engines)]
+    places = [*(api.worker for api in supervisor.front.apis), *(engine.worker for engine in supervisor.engines)]
+    spare = supervisor.engines.spare.snapshot()
+    return [*(worker.snapshot() for worker in places), *([spare] if spare else [])]
 
 
 def models(supervisor: Supervisor) -> list[snapshot.KnownModel]:

@@ -250,9 +250,8 @@ class Switch:
     def _resolve(self, facts: Facts) -> tuple[Plan, Facts]:
         """Beside, where that costs no KV slots (or is asked for), else after."""
         how, old = self._config.supervisor.swap, self._engines.serving
-        device = facts.device
-        room = msgspec.structs.replace(device, memory_free=device.memory_free + _given_back(old))
-        alone = msgspec.structs.replace(facts, device=room)
+        facts = _with_free(facts, self._held_by_spare(facts))
+        alone = _with_free(facts, _given_back(old))
         beside = self._try(facts)
         after = self._try(alone)
         if isinstance(after, ConfigInvalid):
@@ -266,6 +265,13 @@ class Switch:
                 return beside, facts
         self._beside = False
         return after, alone
+
+    def _held_by_spare(self, facts: Facts) -> int:
+        """Bytes that aren't free because of a context that the candidate takes over, and its plan counts. They are told
+        as the plan's own row for the next spare tells them: whatever a context takes, the two cancel each other."""
+        if facts.device.kind != "cuda" or not self._config.supervisor.spare_engine:
+            return 0
+        return self._engines.spare.context_bytes
 
     def _try(self, facts: Facts) -> Plan | ConfigInvalid:
         try:
@@ -282,13 +288,17 @@ class Switch:
         self._entered = now
 
 
+def _with_free(facts: Facts, more: int) -> Facts:
+    device = msgspec.structs.replace(facts.device, memory_free=facts.device.memory_free + more)
+    return msgspec.structs.replace(facts, device=device)
+
+
 def _given_back(engine: Engine) -> int:
     """Bytes that become free when it sleeps."""
     if engine.plan is None or engine.child is None:
         return 0
-    rows = {row.name: row.bytes for row in engine.plan.budget.rows}
     if engine.plan.device.kind != "cuda":
-        return rows.get("kv cache", 0)  # the weights stay in the same memory
+        return engine.plan.budget.row("kv cache")  # the weights stay in the same memory
     # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
     return int(engine.child.stats.get("memory_used", 0))
 

@@ -161,13 +161,12 @@ def swaps(daemon: Daemon, arguments: argparse.Namespace) -> None:
 
 
 def _spare(daemon: Daemon) -> bool:
-    """Whether there is one; it may still be at its imports."""
+    """Whether there is one that has done all that it can beforehand."""
     late = time.monotonic() + SPARE
-    while not daemon.spare():
+    while not any(worker["phase"] == "ready" for worker in daemon.workers("spare")):
         if time.monotonic() > late:
             return False
         time.sleep(0.1)
-    time.sleep(1.0)  # a spare says nothing when its imports are done
     return True
 
 

@@ -22,6 +22,7 @@ from lightllmd.ipc import messages
 from supervisor.simulated_api import Api
 
 KEPT_ASLEEP = 700 << 20  # bytes of the device that a sleeping engine still has
+CONTEXT = 500 << 20  # and one that has a context and nothing else
 _EXITS = {"config": EXIT_CONFIG, "weights": EXIT_CONFIG, "device": EXIT_NO_DEVICE, "memory": EXIT_OUT_OF_MEMORY}
 _decode = lru_cache(maxsize=64)(decode_plan)
 
@@ -46,6 +47,8 @@ class World(Protocol):
     def may_end(self, revision: int) -> bool: ...
 
     def memory_short(self, process: SimulatedProcess) -> bool: ...
+
+    def context_made(self, process: SimulatedProcess) -> None: ...
 
     def generation_is_ready(self, generation: int) -> bool: ...
 
@@ -150,7 +153,7 @@ class SimulatedProcess:
         else:
             self.link = links[int(command[1])]
             self.link.process = self
-            self.program = Api(self) if self.kind == "api" else Engine(self)
+            self.program = Api(self) if self.kind == "api" else Engine(self, command[2:])
 
     # --- as the supervisor sees it
     def reap(self) -> int | None:
@@ -226,12 +229,14 @@ class SimulatedProcess:
 
 
 class Engine:
-    """As `lightllmd.engine.worker`. What it holds of the device counts from its load on."""
+    """As `lightllmd.engine.worker`; what it holds of the device counts from its load on. A spare one has something to
+    do `early`; the context that it makes counts at once."""
 
     AFTER = {"boot": "load", "load": "warmup", "warmup": "ready", "sleep": "asleep"}
 
-    def __init__(self, process: SimulatedProcess) -> None:
+    def __init__(self, process: SimulatedProcess, early: Sequence[str]) -> None:
         self.process = process
+        self.early = early
         self.configured: messages.EngineConfigure | None = None
         self.plan: Plan | None = None
         self.phase = "boot"
@@ -257,7 +262,7 @@ class Engine:
         self.phase, self.progress, self.left = phase, 0, self.process.world.duration()
         assert self.plan is not None
         if phase == "load":
-            self.memory = self.plan.budget.needed
+            self.memory = self.plan.budget.needed - self.plan.budget.spare
         elif phase == "asleep":
             self.memory = KEPT_ASLEEP
         self.beat()
@@ -282,6 +287,7 @@ class Engine:
 
     def work(self) -> None:
         if self.plan is None:
+            self._begin()
             return
         if self.phase in self.AFTER:
             self.left -= 1
@@ -294,10 +300,19 @@ class Engine:
         if not self.process.still:
             self.beat()
 
+    def _begin(self) -> None:
+        if not self.early:
+            return
+        if self.early[-1] == "cuda":
+            self.memory = CONTEXT
+            self.process.world.context_made(self.process)
+        self.early = ()
+        self.beat()
+
     def beat(self) -> None:
         stats: dict[str, float] = {"tokens_out": self.tokens, "slots_total": 100}
         if self.phase in ("ready", "sleep", "asleep"):
-            stats["memory_used"] = self.memory
+            stats["memory_used"] = max(self.memory - KEPT_ASLEEP, 0)
         busy = self.phase not in ("ready", "asleep")
         self.process.say(messages.Heartbeat(self.phase, self.progress, busy, 100, stats))
 

@@ -168,8 +168,10 @@ class SimulatedCommands(Commands):
     def api(self, channel_fd: int) -> list[str]:
         return ["api", str(channel_fd)]
 
-    def engine(self, channel_fd: int, flight_fd: int, early: Sequence[str] = ()) -> list[str]:
-        return ["engine", str(channel_fd)]
+    def engine(
+        self, channel_fd: int, flight_fd: int, early: Sequence[str] = (), context_on: str | None = None
+    ) -> list[str]:
+        return ["engine", str(channel_fd), *early, *([context_on] if context_on else [])]
 
     def read_ahead(self, files: Sequence[str]) -> list[str]:
         return ["reader"]
@@ -340,6 +342,12 @@ class Simulation:
         if taken > DEVICE >= taken - dying and self.measured:
             self.violated(f"{process} does not wait for memory that is about to be free")
         return taken > DEVICE
+
+    def context_made(self, process: SimulatedProcess) -> None:
+        """By a spare engine."""
+        taken = sum(one.program.memory for one in self.processes)
+        if taken > DEVICE and self.measured:
+            self.violated(f"{process} takes {taken - DEVICE} bytes that the plan in force has given away")
 
     def duration(self) -> int:
         """Of something that a child does, in ticks."""

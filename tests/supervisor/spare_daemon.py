@@ -16,6 +16,11 @@ class Spares(Commands):
     def early(self, plan: Plan) -> Sequence[str]:
         return [os.environ.get("SPARE_IMPORTS", "lightllmd.engine.scheduler")]
 
+    def engine(
+        self, channel_fd: int, flight_fd: int, early: Sequence[str] = (), context_on: str | None = None
+    ) -> list[str]:
+        return super().engine(channel_fd, flight_fd, early, os.environ.get("SPARE_CONTEXT") if early else None)
+
 
 if __name__ == "__main__":
     sys.exit(main(parse(sys.argv[1:]), Spares()))

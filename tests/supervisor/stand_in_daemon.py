@@ -26,7 +26,9 @@ class StandIns(Commands):
     def api(self, channel_fd: int) -> list[str]:
         return [self.python, STAND_IN, "api", str(channel_fd), str(os.getpid())]
 
-    def engine(self, channel_fd: int, flight_fd: int, early: Sequence[str] = ()) -> list[str]:
+    def engine(
+        self, channel_fd: int, flight_fd: int, early: Sequence[str] = (), context_on: str | None = None
+    ) -> list[str]:
         return [self.python, STAND_IN, "engine", str(channel_fd), str(os.getpid()), str(flight_fd), *early]
 
     def early(self, plan: Plan) -> Sequence[str]:

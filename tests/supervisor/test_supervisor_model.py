@@ -88,14 +88,23 @@ class SupervisorMachine(RuleBasedStateMachine):
         faults=st.sampled_from([True, True, True, False]),
         traffic=st.sampled_from([0.0, 0.2, 0.8]),
         pace=ORDERS,
+        share=st.sampled_from([0.9, 1.0]),
     )
     def start(
-        self, swap: str, workers: int, monitor: bool, serving: bool, faults: bool, traffic: float, pace: int
+        self,
+        swap: str,
+        workers: int,
+        monitor: bool,
+        serving: bool,
+        faults: bool,
+        traffic: float,
+        pace: int,
+        share: float,
     ) -> None:
-        """`serving`: it comes to serve before anything is done to it. `faults`: of host and children, not of models."""
-        self.simulation = Simulation(
-            configuration(supervisor__swap=swap, http__workers=workers, health_monitor=monitor), traffic, pace
-        )
+        """`serving`: it comes to serve before anything is done to it. `faults`: of host and children, not of models.
+        `share`: of the device's memory, that a plan may use."""
+        flags = {"supervisor.swap": swap, "http.workers": workers, "engine.memory_fraction": share}
+        self.simulation = Simulation(configuration(health_monitor=monitor, **flags), traffic, pace)
         self.truths = Truths(self.simulation)
         self.order = random.Random(0)
         self.sure: list[RunningJob] = []  # swaps that only a fault can hinder
