@@ -99,7 +99,7 @@ def _print_effective(context: Context, answer: dict[str, Any]) -> None:
 def to_toml(config: dict[str, Any]) -> str:
     """The daemon's Config as the file that would say the same: parameters first, then the tables."""
     top = dict(config.get("params") or {})
-    tables = {name: value for name, value in config.items() if name not in ("params", "places")}
+    tables = {name: value for name, value in config.items() if name not in ("params", "top", "places")}
     lines = _pairs(top)
     for name, table in tables.items():
         _table(name, table, lines)

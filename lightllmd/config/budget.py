@@ -11,7 +11,7 @@ from lightllmd.config import gpu_budget
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW, SPARE_WIDTH
 from lightllmd.config.parameters import Config
-from lightllmd.config.plan import Budget, BudgetRow, DeviceFacts, ModelFacts
+from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts, ModelFacts
 from lightllmd.config.shape import Shape
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -32,15 +32,35 @@ class Demand:
     slot_bytes: int  # keys and values of one token in all layers
     gather_bytes: int = 0  # per slot: one layer's keys and values, gathered for attention
     spare_slots: int = 0  # that no request ever owns
+    neighbours: tuple[Neighbour, ...] = ()  # models for any one of which there has to be room beside this one
+
+    @property
+    def rest(self) -> int:
+        """All that does not depend on the number of slots."""
+        return sum(row.bytes for row in self.rows) + self.spare_slots * self.slot_bytes
+
+    @property
+    def slot_cost(self) -> int:
+        return self.slot_bytes + self.gather_bytes
+
+    @property
+    def alone(self) -> int:
+        """Left for slots where there is no neighbour; negative when even the rest does not fit."""
+        return self.available - self.rest
 
     @property
     def room(self) -> int:
-        """Left for slots; negative when even the rest does not fit."""
-        return self.available - sum(row.bytes for row in self.rows) - self.spare_slots * self.slot_bytes
+        """Left for slots."""
+        return min([self.alone, *(neighbour.leaves(self.alone) for neighbour in self.neighbours)])
 
     @property
     def most_slots(self) -> int:
-        return max(0, self.room // (self.slot_bytes + self.gather_bytes))
+        return max(0, self.room // self.slot_cost)
+
+    def largest_neighbour(self, slots: int) -> Neighbour | None:
+        """That takes the most beside so many slots of this one."""
+        kv = slots * self.slot_cost
+        return max(self.neighbours, key=lambda neighbour: neighbour.takes(kv), default=None)
 
     def with_slots(self, slots: int) -> Budget:
         spare = f" and {self.spare_slots} for padding" if self.spare_slots else ""
@@ -50,10 +70,53 @@ class Demand:
             how = f"one layer's keys and values gathered, padded x {GATHER_PADDING}"
             slot_rows.append(BudgetRow("attention", slots * self.gather_bytes, how))
         weights, *rest = self.rows
+        if neighbour := self.largest_neighbour(slots):
+            rest.append(neighbour.row(slots * self.slot_cost))
         return Budget(rows=[weights, *slot_rows, *rest], available=self.available)
 
 
-def demand(config: Config, model: ModelFacts, device: DeviceFacts, data_type: str, batch_max_tokens: int) -> Demand:
+@dataclass(frozen=True)
+class Neighbour:
+    """A model that shall fit beside the one that is planned. Alone it would have `least` to `most` slots.
+
+    Planned by this rule, any two models fit beside each other, X with Y for a neighbour and Y with X. Of what is
+    available let P be what the rest of both leaves, and B the bytes of their slots: least <= B <= most. `leaves` grants
+    X at most P - most(Y), or at most P / 2 (and P - least(Y)); and Y the like. If X has at most P - most(Y), or Y at
+    most P - most(X), both fit; else each has at most P / 2, and both fit too. Neither needs to know what the other was
+    given: the same models get the same slots whichever of them came before.
+    """
+
+    name: str
+    demand: Demand
+    least: int
+    most: int  # the same as `least` where the number is written
+
+    def leaves(self, room: int) -> int:
+        """Bytes of `room` that the slots of the planned model may take; `room` is what its rest leaves."""
+        left, cost = room - self.demand.rest, self.demand.slot_cost
+        return max(left - self.most * cost, min(left // 2, left - self.least * cost))
+
+    def slots(self, kv: int) -> int:
+        """As many bytes of slots as the planned model's `kv`, within its bounds."""
+        return min(max(self.least, kv // self.demand.slot_cost), self.most)
+
+    def takes(self, kv: int) -> int:
+        return self.demand.rest + self.slots(kv) * self.demand.slot_cost
+
+    def row(self, kv: int) -> BudgetRow:
+        slots, cost = self.slots(kv), self.demand.slot_cost
+        how = f"{size(self.demand.rest)} and {slots} slots x {size(cost)}"
+        return BudgetRow(RESERVE_ROW, self.takes(kv), f"room for {self.name} beside it: {how}")
+
+
+def demand(
+    config: Config,
+    model: ModelFacts,
+    device: DeviceFacts,
+    data_type: str,
+    batch_max_tokens: int,
+    neighbours: tuple[Neighbour, ...] = (),
+) -> Demand:
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
     shape, item = Shape.of(model.model_type, model.hf_config), ITEM_BYTES[data_type]
     available = int(device.memory_free * config.engine.memory_fraction)
@@ -64,7 +127,7 @@ def demand(config: Config, model: ModelFacts, device: DeviceFacts, data_type: st
     )
     if device.kind == "cuda":
         rows = gpu_budget.rows(config, model, shape, data_type, item, batch_max_tokens)
-        return Demand([*rows, margin], available, slot_bytes, spare_slots=1)
+        return Demand([*rows, margin], available, slot_bytes, spare_slots=1, neighbours=neighbours)
     rows = [
         _weights(shape, model, data_type),
         _activations(shape, batch_max_tokens, item),
@@ -74,7 +137,8 @@ def demand(config: Config, model: ModelFacts, device: DeviceFacts, data_type: st
         BudgetRow("graphs", 0, "none on a CPU"),
         BudgetRow("runtime", CPU_RUNTIME, "the process before it has loaded anything"),
     ]
-    return Demand([*rows, margin], available, slot_bytes, gather_bytes=GATHER_PADDING * layer_bytes)
+    gathered = GATHER_PADDING * layer_bytes
+    return Demand([*rows, margin], available, slot_bytes, gather_bytes=gathered, neighbours=neighbours)
 
 
 # --- on a CPU -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from lightllmd.errors import NoSuchModel, Problem
 TABLE = "models"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 NAME_FORM = "letters, digits, '.', '_' and '-', beginning with a letter or a digit, at most 128"
+TOP = "the model at the top"  # no NAME: it has spaces
 DOC = (
     "A table [models.NAME] makes a model known by that name: lightllmctl swap NAME brings it into service. What it "
     "says stands over the top of the file and over flags while it serves. The model at the top is served first; if it "
@@ -134,6 +135,7 @@ def with_model(config: Config, name: str) -> Config:
     return msgspec.structs.replace(
         config,
         params=msgspec.structs.replace(config.params, **entry),
+        top=config.params,
         http=msgspec.structs.replace(config.http, served_model_name=name),
         places=places,
     )
@@ -146,6 +148,7 @@ def with_path(config: Config, path: str) -> Config:
     return msgspec.structs.replace(
         config,
         params=msgspec.structs.replace(config.params, model_dir=path),
+        top=config.params,
         http=msgspec.structs.replace(config.http, served_model_name=""),
         places=places,
     )
@@ -184,6 +187,21 @@ def name_of(config: Config) -> str | None:
     if config.http.served_model_name in alike:
         return config.http.served_model_name
     return next((name for name in alike if _in_force(config.params, config.models[name])), next(iter(alike), None))
+
+
+def others(config: Config) -> dict[str, Params]:
+    """The parameters of every model that a swap by name may put in the place of the one that `config` serves; with
+    [models] the one at the top of the file too, as TOP, which the named ones take the place of.
+
+    Unlike `with_model` it takes a configuration of any making.
+    """
+    top, served = config.top or config.params, name_of(config)
+    found = {name: msgspec.structs.replace(top, **entry) for name, entry in config.models.items() if name != served}
+    taken = [config.params, *found.values()]
+    directories = [_plain(one.model_dir) for one in taken if one.model_dir is not None]
+    if config.models and top.model_dir is not None and _plain(top.model_dir) not in directories:
+        found[TOP] = top
+    return found
 
 
 def _plain(model_dir: str) -> str:

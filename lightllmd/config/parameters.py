@@ -439,6 +439,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
     engine: EngineSettings = EngineSettings()
+    top: Params | None = None  # what `params` were before those of a named model, or a path, took their place
     models: dict[str, dict[str, Any]] = {}  # [models.NAME]: checked values of parameters, model_dir among them
     # where each key that is not a default was set ("models.NAME.key" too): its line in the file, 0: command line
     places: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -12,12 +12,12 @@ import msgspec
 from lightllmd.config import budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
-from lightllmd.config.budget import Demand
+from lightllmd.config.budget import Demand, Neighbour
 from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
-from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Plan
+from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan
 from lightllmd.config.report import budget_table, report
 from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, Problem
@@ -142,24 +142,15 @@ class _Real(_Maker):
     def __init__(self, config: Config, facts: Facts, config_file: str | None, model: ModelFacts) -> None:
         super().__init__(config, facts, config_file)
         self.model = model
+        self.neighbours: tuple[Neighbour, ...] = ()
 
     def plan(self) -> Plan:
-        self._check_model()
-        self._check_context()
-        decode_kernel = self._decode_kernel()
-        self.stop_if_problems()
-        try:
-            shape = Shape.of(self.model.model_type, self.model.hf_config)
-        except ConfigInvalid as invalid:
-            raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
-        vocab = shape.vocab
-        if self.device.kind == "cuda" and shape.head_dim not in DEVICE_HEAD_DIMS:
-            known = ", ".join(map(str, DEVICE_HEAD_DIMS))
-            self.problem(f"the model's config: head_dim {shape.head_dim}: a GPU takes {known}", "model_dir")
+        shape = self._checked_shape()
         self.settle("device", self._device())
         data_type = self.settle("data_type", self._data_type())
-        eos_id = self.settle("eos_id", self._eos_id(vocab))
+        eos_id = self.settle("eos_id", self._eos_id(shape.vocab))
         batch = self.settle("batch_max_tokens", _batch_max_tokens(self.params))
+        self.neighbours = tuple(self._neighbours())
         demand = self._demand(data_type, self.params)
         slots = self._slots(demand, data_type)
         self.stop_if_problems()
@@ -173,20 +164,58 @@ class _Real(_Maker):
             data_type=data_type,
             tokenizer_mode=self.settle("tokenizer_mode", self._tokenizer_mode()),
             log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
-            vocab_size=vocab,
+            vocab_size=shape.vocab,
             model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
             derived=self.derived,
             budget=demand.with_slots(slots.value),
-            decode_kernel=decode_kernel,
+            decode_kernel=next(iter(decode_modes(self.params.mode)), "auto"),  # the rules let no two through
         )
 
-    def _decode_kernel(self) -> str:
-        """The rules have seen to it that there is one at most."""
+    def neighbour(self, name: str) -> Neighbour:
+        """What it takes beside another model. Raises ConfigInvalid where it can't be served at all."""
+        self._checked_shape()
+        data_type = self._data_type().value
+        demand = self._demand(data_type, self.params)
+        most = self._slots(demand, data_type).value
+        self.stop_if_problems()
+        least = self.params.max_req_total_len + 1 if self.params.max_total_token_num == "auto" else most
+        return Neighbour(name, demand, least, most)
+
+    def _neighbours(self) -> Iterator[Neighbour]:
+        """Of those that can't be served nothing is kept: it is said, and the others have to do without them."""
+        for name, other in self.facts.others.items():
+            try:
+                yield self._neighbour(name, other)
+            except ConfigInvalid as invalid:
+                fault = "; ".join(problem.message for problem in invalid.problems)
+                self.settle(f"room for {name}", _Value(0, f"none beside this model: {fault}"))
+
+    def _neighbour(self, name: str, other: Other) -> Neighbour:
+        if other.model is None:
+            raise ConfigInvalid([Problem("model_dir", other.fault)])
+        config = msgspec.structs.replace(self.config, params=other.params)
+        return _Real(config, Facts(other.model, self.device), self.config_file, other.model).neighbour(name)
+
+    def _checked_shape(self) -> Shape:
+        """Raises ConfigInvalid where the model can't be served, whatever memory there is."""
+        self._check_model()
+        self._check_context()
+        self._check_mode()
+        self.stop_if_problems()
+        try:
+            shape = Shape.of(self.model.model_type, self.model.hf_config)
+        except ConfigInvalid as invalid:
+            raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
+        if self.device.kind == "cuda" and shape.head_dim not in DEVICE_HEAD_DIMS:
+            known = ", ".join(map(str, DEVICE_HEAD_DIMS))
+            self.problem(f"the model's config: head_dim {shape.head_dim}: a GPU takes {known}", "model_dir")
+        return shape
+
+    def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)
         if names and self.device.kind != "cuda":
             self.problem(f"mode {names[0]} needs a CUDA device; this model runs on {self.device.name}", "mode")
-        return names[0] if names else "auto"
 
     def _check_model(self) -> None:
         kind, config = self.model.model_type, self.model.hf_config
@@ -263,7 +292,8 @@ class _Real(_Maker):
 
     def _demand(self, data_type: str, params: Params) -> Demand:
         config = msgspec.structs.replace(self.config, params=params)
-        return budget.demand(config, self.model, self.device, data_type, _batch_max_tokens(params).value)
+        tokens = _batch_max_tokens(params).value
+        return budget.demand(config, self.model, self.device, data_type, tokens, self.neighbours)
 
     def _slots(self, demand: Demand, data_type: str) -> _Value:
         """The size of the KV cache, or a problem that says what would fit."""
@@ -285,14 +315,21 @@ class _Real(_Maker):
                 total,
                 written,
             )
-        self.short_of = (demand.with_slots(total if written == "auto" else written).needed, demand.available)
-        may_use = f"{size(demand.available)} ({self.config.engine.memory_fraction:g} of the free memory) may be used"
+        asked = total if written == "auto" else written
+        needed = demand.with_slots(asked)
+        self.short_of = (needed.needed, demand.available)
+        short, keys = "does not fit", ["model_dir"]
+        if neighbour := demand.largest_neighbour(asked):
+            kept = f'{size(needed.reserve)} for {neighbour.name} beside it, which supervisor.swap = "beside" keeps'
+            short = f"{short} with {kept}"
+            if demand.alone > total * demand.slot_cost:
+                keys = ["supervisor.swap"]
+        short += f": {size(demand.available)} ({self.config.engine.memory_fraction:g} of the free memory) may be used"
         if largest is None:
-            self.problem(f"does not fit: {may_use}; without KV cache it needs {_rows(demand)}", "model_dir")
+            self.problem(f"{short}; without KV cache it needs {_rows(demand)}", *keys)
         else:
             self.problem(
-                f"{key} = {total if written == 'auto' else written} does not fit: {may_use}; a slot takes "
-                f"{size(demand.slot_bytes + demand.gather_bytes)}, the rest {_rows(demand)}; "
+                f"{key} = {asked} {short}; a slot takes {size(demand.slot_cost)}, the rest {_rows(demand)}; "
                 f"at most {key} = {largest} fits",
                 key,
             )
@@ -301,7 +338,10 @@ class _Real(_Maker):
     def _auto_slots(self, demand: Demand) -> _Value:
         params, most = self.params, demand.most_slots
         useful = params.running_max_req_size * params.max_req_total_len + 1
-        chosen = _Value(most, f"what {size(demand.room)} hold at {size(demand.slot_bytes)} a slot, after the rest")
+        rest = "after the rest"
+        if neighbour := demand.largest_neighbour(most):
+            rest += f" and with room for {neighbour.name} beside it"
+        chosen = _Value(most, f"what {size(demand.room)} hold at {size(demand.slot_bytes)} a slot, {rest}")
         if useful < most:
             chosen = _Value(useful, "running_max_req_size x max_req_total_len + 1: more could never be used")
         if self.device.kind != "cpu":

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from lightllmd.config.parameters import Config
-from lightllmd.config.plan import Facts
+import msgspec
+
+from lightllmd.config.models import others
+from lightllmd.config.parameters import Config, Params
+from lightllmd.config.plan import Facts, Other
+from lightllmd.errors import ConfigInvalid, LightllmdError, NoUsableDevice
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.probing import Probe
 
 
 async def facts_of(context: Context, config: Config, config_file: str | None) -> Facts:
-    """Of the configured model and device. Cancelled, it ends the probe. Raises LightllmdError."""
+    """Of the configured model and device, and of the models that room is to be kept for. Cancelled, it ends the probe.
+    Raises LightllmdError."""
+    kept = others(config) if config.supervisor.swap == "beside" else {}
+    try:
+        return await _ask(context, config, config_file, kept)
+    except (ConfigInvalid, NoUsableDevice):
+        raise  # not because of them
+    except LightllmdError as failure:
+        if not kept:
+            raise
+        # Whatever reading them did to the probe, the configured model is not to suffer for it.
+        facts = await _ask(context, config, config_file, {})
+        unread = {name: Other(params, fault=failure.message) for name, params in kept.items()}
+        return msgspec.structs.replace(facts, others=unread)
+
+
+async def _ask(context: Context, config: Config, config_file: str | None, kept: dict[str, Params]) -> Facts:
     return await Probe(context, config, config_file).ask(
         model_dir=config.params.model_dir,
         load_way=config.params.load_way,
         backend=config.engine.backend,
         device=config.engine.device,
         threads=config.engine.threads,
+        others=kept,
     )

@@ -11,7 +11,8 @@ import sys
 
 import msgspec
 
-from lightllmd.config.plan import Facts
+from lightllmd.config.parameters import Params
+from lightllmd.config.plan import Facts, ModelFacts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem
 from lightllmd.weights.device_facts import device_facts
 from lightllmd.weights.model_facts import model_facts
@@ -24,6 +25,7 @@ class Request(msgspec.Struct, frozen=True):
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     threads: int = 0  # 0: the physical cores
     device_only: bool = False  # no model is looked for
+    others: dict[str, Params] = {}  # models beside that one, by name: what can't be read of them is told, no error
 
 
 def probe(request: Request) -> Facts:
@@ -32,8 +34,22 @@ def probe(request: Request) -> Facts:
         return Facts(None, device_facts("cpu" if request.backend == "fake" else request.device, request.threads))
     if request.model_dir is None:
         raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
-    model = model_facts(request.model_dir, dummy=request.load_way == "DUMMY")
-    return Facts(model=model, device=device_facts(request.device, request.threads))
+    model = _read(request.model_dir, request.load_way)
+    others = {name: _other(params) for name, params in request.others.items()}
+    return Facts(model=model, device=device_facts(request.device, request.threads), others=others)
+
+
+def _read(model_dir: str, load_way: str) -> ModelFacts:
+    return model_facts(model_dir, dummy=load_way == "DUMMY")
+
+
+def _other(params: Params) -> Other:
+    try:
+        return Other(params, _read(params.model_dir or "", params.load_way))
+    except ConfigInvalid as invalid:
+        return Other(params, fault="; ".join(problem.message for problem in invalid.problems))
+    except LightllmdError as error:
+        return Other(params, fault=error.message)
 
 
 def main() -> int:
