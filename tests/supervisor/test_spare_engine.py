@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -152,6 +153,46 @@ def test_a_spare_imports_what_the_device_of_its_plan_needs(tmp_path: Path) -> No
     engine = msgspec.structs.replace(on_cpu.config.engine, backend="fake")
     fake = msgspec.structs.replace(on_cpu, config=msgspec.structs.replace(on_cpu.config, engine=engine))
     assert [Commands().early(plan) for plan in (on_cpu, on_a_gpu, fake)] == [CPU_IMPORTS, GPU_IMPORTS, ()]
+
+
+def test_a_spare_is_told_where_to_make_a_context_before_what_to_import() -> None:
+    commands = Commands("python")
+    fixed = ["python", "-m", "lightllmd.engine", "3", str(os.getpid()), "4"]
+    assert commands.engine(3, 4) == fixed
+    assert commands.engine(3, 4, GPU_IMPORTS) == [*fixed, *GPU_IMPORTS]
+    assert commands.engine(3, 4, GPU_IMPORTS, "cuda") == [*fixed, "--context", "cuda", *GPU_IMPORTS]
+
+
+def test_a_spare_that_cant_make_its_context_ends_and_disturbs_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARE_CONTEXT", "cuda:99")
+    with SpareDaemon(tmp_path) as daemon:
+        wait_for(lambda: "the spare engine: can't make a context on cuda:99" in daemon.log_text())
+        assert daemon.spare() is None
+        engine = daemon.pid("engine")
+        assert daemon.wait_ready()["generation"] == 1
+        assert daemon.stop() == 0
+        assert daemon.log_text().count("the spare engine: ") == 1, "it isn't tried in a loop"
+        assert f"pid {engine}" in daemon.log_text()
+
+
+def test_the_status_shows_the_spare_as_a_worker_of_its_own_kind(tmp_path: Path) -> None:
+    def shown(state: str) -> dict[str, Any] | None:
+        found = [worker for worker in daemon.workers("spare") if worker["state"] == state and worker["memory_bytes"]]
+        return found[0] if found else None
+
+    with SpareDaemon(tmp_path) as daemon:
+        worker = wait_for(lambda: shown("running"), what="a spare that has done what it can")
+        assert (worker["name"], worker["pid"], worker["phase"]) == ("spare", spare(daemon), "ready")
+        assert worker["memory_bytes"] > 1_000_000
+        assert daemon.status()["restarts"] == 0
+        daemon.kill("engine")
+        wait_for(lambda: daemon.pid("engine") == worker["pid"] and daemon.status()["ready"])
+        assert wait_for(lambda: shown("running"))["pid"] != worker["pid"]
+    with on_gpu(tmp_path).start() as daemon:  # whose stand-in never says that it's done
+        assert wait_for(lambda: shown("starting"))["pid"] == spare(daemon)
+        assert [worker["kind"] for worker in daemon.status()["workers"]] == ["api", "engine", "spare"]
 
 
 def test_a_reload_lets_the_spare_go_and_brings_one_back(tmp_path: Path) -> None:

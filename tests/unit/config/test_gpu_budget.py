@@ -68,6 +68,7 @@ def test_the_rows_of_an_8b_model_by_hand() -> None:
         "tables",
         "graphs",
         "runtime",
+        "spare engine",
         "margin",
     ]
     assert row(plan, "weights") == 8_030_261_248 * 2
@@ -98,6 +99,15 @@ def test_the_rest_of_the_card_is_kv_cache() -> None:
         assert f"at most max_total_token_num = {plan.max_total_token_num} fits" in problem.message
         exact = planned(config, flags | {"max_total_token_num": plan.max_total_token_num, "batch_max_tokens": 8192})
         assert exact.max_total_token_num == plan.max_total_token_num
+
+
+def test_the_spare_engines_context_is_budgeted_where_one_is_kept() -> None:
+    with_one, without = planned(LLAMA_8B), planned(LLAMA_8B, {"supervisor.spare_engine": False})
+    assert with_one.budget.spare == row(with_one, "spare engine") == gpu_budget.SPARE_CONTEXT
+    assert "spare engine" not in budget_table(without)
+    assert without.budget.spare == 0
+    given_up = row(without, "kv cache") - row(with_one, "kv cache")
+    assert abs(given_up - gpu_budget.SPARE_CONTEXT) <= 32 * 2 * 8 * 128 * 2, "but for a part of a slot"
 
 
 def refused(config: dict[str, Any], flags: dict[str, Any]) -> list[Any]:

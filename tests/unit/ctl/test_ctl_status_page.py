@@ -108,6 +108,17 @@ def test_several_api_workers_are_numbered(status: dict[str, Any], new_worker: An
     ]
 
 
+def test_a_spare_engine_is_a_row_like_the_others(status: dict[str, Any], new_worker: Any, now: float) -> None:
+    kept = new_worker("spare-0", kind="spare", pid=1905, memory_bytes=480_000_000, generation=0)
+    status["workers"] = [new_worker("api-0"), new_worker("api-1", pid=902), kept]
+    page = lines(status, now)
+    assert page[8:11] == [
+        "    Workers: ├─  901 api 0   ready         205 MB",
+        "             ├─  902 api 1   ready         205 MB",
+        "             └─ 1905 spare   ready         480 MB",
+    ]
+
+
 def test_ascii_terminals_get_ascii(status: dict[str, Any], now: float) -> None:
     assert status_page(status, now, ASCII).plain.isascii()
 
