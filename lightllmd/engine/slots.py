@@ -1,20 +1,26 @@
-"""The allocator of token slots: which slot of the KV cache belongs to somebody.
+"""The allocator of token slots: which slot of the KV cache belongs to somebody, and to how many.
 
 A slot holds one token's keys and values in every layer; any slot is as good as any other for correctness, so there
 is no fragmentation. On a CPU attention reads faster where a sequence's slots are contiguous, so a sequence is placed
 in a gap with room to grow where there is one, and grows into the slot after its last.
+
+A slot is free when nobody refers to it. Each owner gives back its own reference once, whoever took the slot first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+MOST_REFERENCES = 255  # to one slot: they are counted in a byte
+
 
 class Slots:
-    """`total` slots, numbered from 0. One byte per slot says whether it has an owner; `free` counts those without."""
+    """`total` slots, numbered from 0. One byte per slot counts its references; `free` counts the slots without."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
-        self._owned = bytearray(total)
+        self._references = bytearray(total)
         self._hint = 0  # no slot below this one is free
         self._cursor = 0  # behind the room of the sequence that was placed last, where the search for a gap begins
 
@@ -31,14 +37,14 @@ class Slots:
         if self.free == self.total:
             self._cursor = 0
         for gap, begin in ((room, self._cursor), (room, self._hint), (count, self._hint)):
-            start = self._owned.find(bytes(gap), begin)
+            start = self._references.find(bytes(gap), begin)
             if start >= 0:
                 self._cursor = start + gap
                 break
         self.free -= count
         if start < 0:
             return self._lowest(count)
-        self._owned[start : start + count] = b"\1" * count
+        self._references[start : start + count] = b"\1" * count
         return list(range(start, start + count))
 
     def grow(self, held: list[list[int]]) -> list[int]:
@@ -48,39 +54,64 @@ class Slots:
         """
         if len(held) > self.free:
             raise RuntimeError(f"{len(held)} slots asked, {self.free} of {self.total} free")
-        owned, total = self._owned, self.total
+        references, total = self._references, self.total
         taken = []
         for slots in held:  # once per token served
             slot = slots[-1] + 1
-            if slot >= total or owned[slot]:
-                slot = self._hint = owned.find(0, self._hint)
-            owned[slot] = 1
+            if slot >= total or references[slot]:
+                slot = self._hint = references.find(0, self._hint)
+            references[slot] = 1
             slots.append(slot)
             taken.append(slot)
         self.free -= len(taken)
         return taken
 
-    def release(self, slots: list[int]) -> None:
-        """Gives slots back. Raises RuntimeError for one that has no owner: it would get two."""
-        owned = self._owned
+    def share(self, slots: Iterable[int]) -> None:
+        """One more reference to each. Raises RuntimeError for a slot that has no owner, or MOST_REFERENCES."""
+        references = self._references
         for slot in slots:
-            if not owned[slot]:
-                raise RuntimeError(f"slot {slot} was released twice")
-            owned[slot] = 0
-        self.free += len(slots)
-        self._hint = min(self._hint, min(slots, default=self.total))
+            count = references[slot]
+            if not 0 < count < MOST_REFERENCES:
+                raise RuntimeError(
+                    f"slot {slot} with {count} references can't be shared, 1 to {MOST_REFERENCES - 1} can"
+                )
+            references[slot] = count + 1
+
+    def release(self, slots: list[int]) -> None:
+        """Gives back one reference to each. Raises RuntimeError for a slot that has no owner: it would get two."""
+        references = self._references
+        freed = len(slots)
+        for slot in slots:
+            count = references[slot]
+            if count == 1:
+                references[slot] = 0
+            elif count:
+                references[slot] = count - 1
+                freed -= 1
+            else:
+                raise RuntimeError(f"slot {slot} was released more often than taken")
+        if freed:
+            self.free += freed
+            self._hint = min(self._hint, min(slots))  # a lower hint than needed does no harm
+
+    def references(self, slot: int) -> int:
+        return self._references[slot]
 
     def check(self) -> None:
-        """Raises RuntimeError unless free + used == total by an actual count."""
-        if self._owned.count(0) != self.free:
-            raise RuntimeError(f"{self.free} slots are counted free, {self._owned.count(0)} are")
+        """Raises RuntimeError unless free + used == total by an actual count, and the search for a free slot begins
+        before the first."""
+        if self._references.count(0) != self.free:
+            raise RuntimeError(f"{self.free} slots are counted free, {self._references.count(0)} are")
+        first = self._references.find(0)
+        if 0 <= first < self._hint:
+            raise RuntimeError(f"slot {first} is free, the search for one begins at {self._hint}")
 
     def _lowest(self, count: int) -> list[int]:
         taken: list[int] = []
         slot = self._hint - 1
         for _ in range(count):
-            slot = self._owned.find(0, slot + 1)
-            self._owned[slot] = 1
+            slot = self._references.find(0, slot + 1)
+            self._references[slot] = 1
             taken.append(slot)
         self._hint = slot + 1
         return taken
