@@ -97,6 +97,11 @@ class Budget(msgspec.Struct, frozen=True):
         """Of `needed`, what stays free for another model beside this one."""
         return self.row(RESERVE_ROW)
 
+    @property
+    def taken(self) -> int:
+        """Of `needed`, what the engine itself takes."""
+        return self.needed - self.spare - self.reserve
+
 
 class Plan(msgspec.Struct, frozen=True):
     """A configuration with nothing left open. `config` keeps what was written; the fields below are in force."""

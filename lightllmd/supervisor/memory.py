@@ -47,7 +47,8 @@ class MemoryGate:
     def plan_for(self, plan: Plan) -> None:
         # What the next spare takes is left out, which is made behind the start. So the start waits for no byte that the
         # present one holds: its context becomes the engine's own, and is in the plan already.
-        self._needed, self._on_gpu = plan.budget.needed - plan.budget.spare, plan.device.kind == "cuda"
+        # Nor does it wait for the room of a model that isn't there.
+        self._needed, self._on_gpu = plan.budget.taken, plan.device.kind == "cuda"
 
     def opens(self, name: str) -> bool:
         """Whether the start of `name`, which is due, may begin. True forgets it: the next one is asked for anew."""

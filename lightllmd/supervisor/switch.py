@@ -252,7 +252,10 @@ class Switch:
         how, old = self._config.supervisor.swap, self._engines.serving
         facts = _with_free(facts, self._held_by_spare(facts))
         alone = _with_free(facts, _given_back(old))
-        beside = self._try(facts)
+        if how == "beside" and facts.others:
+            beside, facts = self._in_kept_room(facts, alone)
+        else:
+            beside = self._try(facts)
         after = self._try(alone)
         if isinstance(after, ConfigInvalid):
             if after.short_of is None:
@@ -265,6 +268,19 @@ class Switch:
                 return beside, facts
         self._beside = False
         return after, alone
+
+    def _in_kept_room(self, facts: Facts, alone: Facts) -> tuple[Plan | ConfigInvalid | None, Facts]:
+        """Planned as if the old engine had never been, so that a model has the same slots after any swaps; None where
+        the room that the old one's plan kept for it isn't there."""
+        undivided, before = alone, self._engines.serving.facts
+        if before is not None and before.device.kind == alone.device.kind:
+            undivided = _with_free(alone, max(before.device.memory_free - alone.device.memory_free, 0))
+        made = self._try(undivided)
+        if isinstance(made, ConfigInvalid):
+            return made, undivided
+        own = made.budget.needed - made.budget.reserve
+        fits = own <= facts.device.memory_free * self._config.engine.memory_fraction
+        return made if fits else None, undivided
 
     def _held_by_spare(self, facts: Facts) -> int:
         """Bytes that aren't free because of a context that the candidate takes over, and its plan counts. They are told
@@ -298,7 +314,8 @@ def _given_back(engine: Engine) -> int:
     if engine.plan is None or engine.child is None:
         return 0
     if engine.plan.device.kind != "cuda":
-        return engine.plan.budget.row("kv cache")  # the weights stay in the same memory
+        # The weights stay in the same memory; of slots that were never used nothing was taken.
+        return min(engine.plan.budget.row("kv cache"), engine.child.memory)
     # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
     return int(engine.child.stats.get("memory_used", 0))
 

@@ -262,7 +262,7 @@ class Engine:
         self.phase, self.progress, self.left = phase, 0, self.process.world.duration()
         assert self.plan is not None
         if phase == "load":
-            self.memory = self.plan.budget.needed - self.plan.budget.spare
+            self.memory = self.plan.budget.taken
         elif phase == "asleep":
             self.memory = KEPT_ASLEEP
         self.beat()

@@ -26,8 +26,8 @@ import msgspec
 
 from lightllmd.config.cli import Invocation
 from lightllmd.config.load import load
-from lightllmd.config.parameters import Config
-from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts
+from lightllmd.config.parameters import Config, Params
+from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Other
 from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
@@ -209,9 +209,13 @@ class NoControlServer:
 
 class Simulation:
     """`file`: what the configuration file says; None: something invalid. `traffic`: how probable a request is, in each
-    tick and at each api worker. `pace`: how long children take, in ticks, and when requests come and end."""
+    tick and at each api worker. `pace`: how long children take, in ticks, and when requests come and end.
+    `readable_others`: paths of models whose headers the probe can read beside those of the one it is asked for."""
 
-    def __init__(self, config: Config, traffic: float = 0.0, pace: int = 0) -> None:
+    def __init__(
+        self, config: Config, traffic: float = 0.0, pace: int = 0, readable_others: Sequence[str] = ()
+    ) -> None:
+        self.readable_others = readable_others
         self.traffic, self.pace = traffic, random.Random(pace)
         self.measured = True  # no probe has failed: the supervisor knew what memory is free
         self.loop = Loop()
@@ -327,9 +331,15 @@ class Simulation:
         path = request.get("model_dir", "")
         if path == "/models/missing":
             return f"{path} does not exist"
-        size = _WEIGHTS.get(path, _SMALL)
-        model = ModelFacts(path, "dummy", "llama", SHAPE, [], size, 0, "bfloat16", 4096, [2], False, False)
-        return Facts(None if request.get("device_only") else model, device)
+        others = {name: self._other(params) for name, params in request.get("others", {}).items()}
+        return Facts(None if request.get("device_only") else _model(path), device, others)
+
+    def _other(self, told: dict[str, Any]) -> Other:
+        params = msgspec.convert(told, Params)
+        path = params.model_dir or ""
+        if path in self.readable_others:
+            return Other(params, _model(path))
+        return Other(params, fault=f"{path} can't be read")
 
     def may_end(self, revision: int) -> bool:
         """Whether requests of it may be ended: nobody could finish them, or the daemon stops."""
@@ -501,6 +511,11 @@ class Simulation:
         program = one.process.program  # type: ignore[attr-defined]
         assert isinstance(program, Api | Engine)
         return program
+
+
+def _model(path: str) -> ModelFacts:
+    size = _WEIGHTS.get(path, _SMALL)
+    return ModelFacts(path, "dummy", "llama", SHAPE, [], size, 0, "bfloat16", 4096, [2], False, False)
 
 
 def _generation(program: object) -> int | None:
