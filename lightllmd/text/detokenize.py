@@ -8,7 +8,7 @@ replay needs nothing here: the next token of the next generation is pushed as if
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lightllmd.text.vocabulary import LeadingSpace, Vocabulary
@@ -25,24 +25,36 @@ class IncrementalDetokenizer(Protocol):
 
 
 def open_detokenizer(
-    vocabulary: Vocabulary, hidden: frozenset[int], prompt_ids: Sequence[int] = (), *, separate_added: bool = False
+    vocabulary: Vocabulary,
+    hidden: frozenset[int],
+    prompt_ids: Sequence[int] = (),
+    *,
+    separate_added: bool = False,
+    healed: bytes = b"",
 ) -> IncrementalDetokenizer:
     """A detokenizer that leaves out the `hidden` ids.
 
     `prompt_ids` are what the text continues: the first piece is then what ``decode(prompt + output)`` has beyond
-    ``decode(prompt)``. `separate_added` puts a space between an added token that is shown and its neighbours.
+    ``decode(prompt)``. `separate_added` puts a space between an added token that is shown and its neighbours. The
+    output begins with the bytes `healed`, which are the prompt's and not shown again.
     """
     context = [number for number in prompt_ids[-_CONTEXT_SCAN:] if number not in hidden][-_CONTEXT:]
     separated = vocabulary.added_ids - hidden if separate_added else None
-    if separated:
-        return SeparatedStream(vocabulary, hidden, separated, context)
-    return _plain_stream(vocabulary, hidden, context)
+
+    def stream(begun: bool = False) -> IncrementalDetokenizer:
+        run = _plain_stream(vocabulary, hidden, context, begun=bool(healed))
+        return SeparatedStream(vocabulary, hidden, separated, run, begun) if separated else run
+
+    return HealedStream(vocabulary, prompt_ids, healed, stream) if healed else stream()
 
 
-def _plain_stream(vocabulary: Vocabulary, hidden: frozenset[int], context: list[int]) -> IncrementalDetokenizer:
+def _plain_stream(
+    vocabulary: Vocabulary, hidden: frozenset[int], context: list[int], begun: bool = False
+) -> IncrementalDetokenizer:
+    """`begun`: it goes on with a text, even where that has no token in the context."""
     if vocabulary.decode is not None:
         return WindowStream(vocabulary, hidden, context)
-    return TableStream(vocabulary, hidden, LeadingSpace.KEEP if context else vocabulary.leading_space)
+    return TableStream(vocabulary, hidden, LeadingSpace.KEEP if context or begun else vocabulary.leading_space)
 
 
 class TableStream:
@@ -112,6 +124,7 @@ class TableStream:
         return text
 
 
+_CHARACTER = 4  # bytes at most
 _CONTEXT = 6  # tokens kept before the ones whose text is still to come
 _CONTEXT_SCAN = 64  # of the prompt's last tokens, those shown are searched for context
 _PATIENCE = 8  # tokens that may wait for the end of a UTF-8 sequence, which has at most four bytes
@@ -159,13 +172,18 @@ class SeparatedStream:
     """Spaces between added tokens and their neighbours; each run between two added tokens is a text of its own."""
 
     def __init__(
-        self, vocabulary: Vocabulary, hidden: frozenset[int], separated: frozenset[int], context: list[int]
+        self,
+        vocabulary: Vocabulary,
+        hidden: frozenset[int],
+        separated: frozenset[int],
+        run: IncrementalDetokenizer,
+        begun: bool,
     ) -> None:
         self._vocabulary = vocabulary
         self._hidden = hidden
         self._separated = separated
-        self._run = _plain_stream(vocabulary, hidden, context)
-        self._begun = False  # something was shown
+        self._run = run  # of the tokens since the last added one
+        self._begun = begun  # something was shown
         self._after_added = False  # and the last of it was an added token
 
     def push(self, ids: Sequence[int]) -> str:
@@ -188,3 +206,60 @@ class SeparatedStream:
 
     def flush(self) -> str:
         return self._run.flush()
+
+
+class HealedStream:
+    """An output that begins with the prompt's last bytes, which are left out, however its tokens cut them.
+
+    Bytes are decoded here until the first whole character behind them; the rest is left to `open_rest`, which is told
+    whether any text was shown. Where the prompt ended inside a character, that one is shown whole.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        prompt_ids: Sequence[int],
+        healed: bytes,
+        open_rest: Callable[[bool], IncrementalDetokenizer],
+    ) -> None:
+        if vocabulary.decode is not None:
+            raise ValueError("tokens of this vocabulary have no bytes of their own")
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")(vocabulary.byte_errors)
+        before = b"".join(vocabulary.token_bytes(number) or b"" for number in prompt_ids[-_CHARACTER:])
+        self._decoder.decode(before + healed)  # what the prompt shows, but for an incomplete character
+        self._left = len(healed)  # bytes still to be left out
+        self._open_rest = open_rest
+        self._rest: IncrementalDetokenizer | None = None
+        self._begun = False  # something was shown
+
+    def push(self, ids: Sequence[int]) -> str:
+        if self._rest is not None:
+            return self._rest.push(ids)
+        out: list[str] = []
+        for index, number in enumerate(ids):
+            if self._left == 0 and number in self._vocabulary.added_ids:
+                return "".join(out) + self._end() + self._go_on(ids[index:])
+            raw = b"" if number in self._vocabulary.special_ids else self._vocabulary.token_bytes(number) or b""
+            beyond = raw[self._left :]
+            self._left = max(0, self._left - len(raw))
+            out.append(self._decoder.decode(beyond))
+            self._begun = self._begun or bool(out[-1])
+            if self._left == 0 and not self._decoder.getstate()[0]:
+                return "".join(out) + self._go_on(ids[index + 1 :])
+        return "".join(out)
+
+    def _end(self) -> str:
+        """Gives up what waits."""
+        text = self._decoder.decode(b"", True)
+        self._begun = self._begun or bool(text)
+        return text
+
+    def _go_on(self, ids: Sequence[int]) -> str:
+        self._rest = self._open_rest(self._begun)
+        return self._rest.push(ids)
+
+    def flush(self) -> str:
+        if self._rest is not None:
+            return self._rest.flush()
+        return self._end() if self._left == 0 else ""

@@ -87,17 +87,22 @@ class Tokenizer(ABC):
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         print_eos_token: bool | None = False,
+        hidden: bytes = b"",
     ) -> IncrementalDetokenizer:
         """For one sequence that continues `prompt_ids` (whose text it does not repeat).
 
         `spaces_between_special_tokens` puts a space between an added token that is shown and its neighbours.
         `print_eos_token`: True shows the ids that end a generation, False hides them, None treats them as any other.
+        `hidden`: bytes with which the output begins and that are not shown, because they were taken back from the
+        prompt (`healing.roll_back`).
         """
         vocabulary = self.vocabulary
-        hidden = vocabulary.special_ids if skip_special_tokens else frozenset()
+        left_out = vocabulary.special_ids if skip_special_tokens else frozenset()
         if print_eos_token is not None:
-            hidden = hidden.difference(self.eos_ids) if print_eos_token else hidden.union(self.eos_ids)
-        return open_detokenizer(vocabulary, hidden, prompt_ids, separate_added=spaces_between_special_tokens)
+            left_out = left_out.difference(self.eos_ids) if print_eos_token else left_out.union(self.eos_ids)
+        return open_detokenizer(
+            vocabulary, left_out, prompt_ids, separate_added=spaces_between_special_tokens, healed=hidden
+        )
 
     def decode(
         self,
