@@ -58,8 +58,11 @@ class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "beside", "after"],
         Setting(
             doc="How a new model, or new settings of the engine, come into service. beside: the new engine loads while "
-            "the old one serves on, wherever both fit. after: it loads when the old one has finished its requests and "
-            "let go of its memory; new requests wait meanwhile. auto: beside where that costs no KV cache, else after.",
+            "the old one serves on. Room is kept for it: for any other model of [models] (with max_total_token_num = "
+            "auto, as much KV cache as the one that serves has), so that every swap between them finds it; a model "
+            "that leaves none is refused. What finds no room all the same comes as with after. after: it loads when "
+            "the old one has finished its requests and let go of its memory; new requests wait meanwhile. auto: beside "
+            "where that costs no KV cache, else after; no room is kept. What is kept is settled with each new engine.",
             reload="live",
         ),
     ] = "auto"

@@ -253,9 +253,12 @@ class Switch:
         facts = _with_free(facts, self._held_by_spare(facts))
         alone = _with_free(facts, _given_back(old))
         if how == "beside" and facts.others:
-            beside, facts = self._in_kept_room(facts, alone)
-        else:
-            beside = self._try(facts)
+            undivided = self._undivided(alone)
+            beside = self._try(undivided)
+            if isinstance(beside, Plan) and _fits(beside, facts):
+                return beside, undivided
+            how = "after"
+        beside = self._try(facts)
         after = self._try(alone)
         if isinstance(after, ConfigInvalid):
             if after.short_of is None:
@@ -269,18 +272,12 @@ class Switch:
         self._beside = False
         return after, alone
 
-    def _in_kept_room(self, facts: Facts, alone: Facts) -> tuple[Plan | ConfigInvalid | None, Facts]:
-        """Planned as if the old engine had never been, so that a model has the same slots after any swaps; None where
-        the room that the old one's plan kept for it isn't there."""
-        undivided, before = alone, self._engines.serving.facts
-        if before is not None and before.device.kind == alone.device.kind:
-            undivided = _with_free(alone, max(before.device.memory_free - alone.device.memory_free, 0))
-        made = self._try(undivided)
-        if isinstance(made, ConfigInvalid):
-            return made, undivided
-        own = made.budget.needed - made.budget.reserve
-        fits = own <= facts.device.memory_free * self._config.engine.memory_fraction
-        return made if fits else None, undivided
+    def _undivided(self, alone: Facts) -> Facts:
+        """As if the old engine had never been, so that a model has the same slots after any swaps."""
+        before = self._engines.serving.facts
+        if before is None or before.device.kind != alone.device.kind:
+            return alone
+        return _with_free(alone, max(before.device.memory_free - alone.device.memory_free, 0))
 
     def _held_by_spare(self, facts: Facts) -> int:
         """Bytes that aren't free because of a context that the candidate takes over, and its plan counts. They are told
@@ -302,6 +299,12 @@ class Switch:
         now = time.monotonic()
         self._phases.append((phase, round(now - self._entered, 3)))
         self._entered = now
+
+
+def _fits(plan: Plan, facts: Facts) -> bool:
+    """Whether what it takes is free now: the room that the old engine's plan kept, if nobody else has it."""
+    may_use = int(facts.device.memory_free * plan.config.engine.memory_fraction)
+    return plan.budget.needed - plan.budget.reserve <= may_use
 
 
 def _with_free(facts: Facts, more: int) -> Facts:
