@@ -20,7 +20,8 @@ from lightllmd.errors import EXIT_OK, ConfigInvalid, Problem
 
 DEFAULT_FILE = "/etc/lightllmd/lightllmd.toml"
 
-Action = Literal["run", "check", "print-config", "json-schema"]
+Action = Literal["run", "check", "print-config", "json-schema", "feature-table"]
+PRINTED: tuple[Action, ...] = ("print-config", "json-schema", "feature-table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,9 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     if unknown:
         _refuse_unknown(parser, unknown)
     given = vars(options)
-    if given.pop("print_config", False):
-        return Invocation(Config(), None, "print-config")
-    if given.pop("json_schema", False):
-        return Invocation(Config(), None, "json-schema")
+    for action in PRINTED:
+        if given.get(action.replace("-", "_")):
+            return Invocation(Config(), None, action)
     named, checked = given.pop("config", None), given.pop("check", None)
     flags = {field.key: _value(field, given[field.key]) for field in fields(Config) if field.key in given}
     file = _choose_file(checked or named, flags)
@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     actions.add_argument("--print-config", action="store_true", help="print a file with every setting commented")
     actions.add_argument("--json-schema", action="store_true", help="print the JSON schema of the file, for editors")
+    actions.add_argument("--feature-table", action="store_true", help="print which features of generation go together")
     actions.add_argument("--version", action="version", version=f"lightllmd {__version__}")
     actions.add_argument("-h", "--help", action="help", help="show this")
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -199,6 +200,8 @@ def finish(invocation: Invocation) -> int | None:
         sys.stdout.write(reference.sample())
     elif invocation.action == "json-schema":
         sys.stdout.write(reference.schema_text())
+    elif invocation.action == "feature-table":
+        sys.stdout.write(reference.feature_table())
     elif invocation.action == "check":
         sys.stdout.write(f"{invocation.config_file or 'command line'}: valid\n")
     else:

@@ -115,9 +115,9 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     batch_max_tokens: Annotated[
         int | None,
         Setting(
-            doc="Most prompt tokens that one prefill step may hold, over all requests that it admits; at least "
-            "max_req_total_len. Unset: max(max_total_token_num / 6, max_req_total_len) when max_total_token_num is a "
-            "number, max(8192, max_req_total_len) when it is auto.",
+            doc="Most prompt tokens that one step may hold, over all requests; a step's working memory grows with it. "
+            "What a paused request had generated counts as prompt. At least max_req_total_len or, with splitfuse_mode, "
+            "splitfuse_block_size. Unset: the larger of that and max_total_token_num / 6, or 8192 where that is auto.",
             group=CAPACITY,
             unit="tokens",
             minimum=1,
@@ -230,7 +230,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             doc="Below this share of used KV slots a request is admitted on the guess that it generates no more than "
             "router_max_new_token_len tokens; from it on, and always at 0, its whole max_new_tokens are reserved. "
-            "When a guess was wrong the newest request is paused and goes on later.",
+            "When a guess was wrong the newest request is paused; to go on later it is computed again up to where it "
+            "was, less what use_dynamic_prompt_cache still has of it. Not with beam_mode.",
             group=SCHEDULING,
             minimum=0,
             maximum=1,
@@ -260,15 +261,19 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     use_dynamic_prompt_cache: Annotated[
         bool,
         Setting(
-            doc="Keeps the KV cache of finished requests and reuses the part that a new prompt begins with.",
+            doc="Keeps the KV cache of prompts and answers, and computes of a new prompt only what comes behind the "
+            "longest beginning that is kept, to the token. It takes the KV slots that nobody needs, and gives up the "
+            "least recently used as soon as a request needs them: it delays none and takes no memory of its own. The "
+            "prompt's last token is always computed. A request opts out with disable_prompt_cache. A new engine begins "
+            "with an empty cache; lightllmctl cache shows and empties it.",
             group=SCHEDULING,
-            needs="the prompt cache",
         ),
     ] = False
     splitfuse_block_size: Annotated[
         int,
         Setting(
-            doc="Prompt tokens of one request that one step of splitfuse_mode takes. Unused without it.",
+            doc="Most prompt tokens that one step of splitfuse_mode takes: fewer shorten the gaps in running streams, "
+            "more let prompts through faster. Unused without it.",
             group=SCHEDULING,
             unit="tokens",
             minimum=1,
@@ -278,30 +283,38 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     splitfuse_mode: Annotated[
         bool,
         Setting(
-            doc="Cuts prompts into blocks and computes them together with the running requests' next tokens.",
+            doc="Cuts prompts into blocks of splitfuse_block_size and computes one in each step, beside the running "
+            "requests' next tokens: a long prompt holds up no stream for longer than a block takes. Without it a "
+            "prompt is computed in one step that the others wait for, which is faster for the prompt itself.",
             group=SCHEDULING,
-            needs="chunked prefill",
         ),
     ] = False
     beam_mode: Annotated[
         bool,
-        Setting(doc="best_of > 1 means beam search.", group=MODES, needs="beam search"),
+        Setting(
+            doc="best_of = n > 1 means beam search: the n best continuations that keeping n at every token finds, "
+            "best first, by log-probability / length ** length_penalty; do_sample, top_p and top_k mean nothing then. "
+            "The beams share the KV cache of what they have in common, and a step of theirs waits for the one before "
+            "it. best_of = 1 is as without it. Not with diverse_mode, token_healing_mode or router_token_ratio.",
+            group=MODES,
+        ),
     ] = False
     diverse_mode: Annotated[
         bool,
         Setting(
-            doc="best_of > 1 means independent samples that share the prompt's KV cache.",
+            doc="best_of = n > 1 computes the prompt once for all n sequences, which share its KV cache and draw "
+            "independently, with the seed of the request and their own number; greedy ones are alike. Without it each "
+            "computes and keeps the prompt for itself. Not with beam_mode.",
             group=MODES,
-            needs="diverse mode",
         ),
     ] = False
     token_healing_mode: Annotated[
         bool,
         Setting(
-            doc="Takes back the prompt's last tokens and lets the model write them anew, so that a prompt that ends "
-            "inside a word goes on well.",
+            doc="Takes back the prompt's last tokens and lets the model write them anew, held to their text, so that a "
+            "prompt that ends inside a word goes on well. The new ones are counted in max_new_tokens; their text up to "
+            "where the prompt ended isn't repeated. Not with beam_mode.",
             group=MODES,
-            needs="token healing",
         ),
     ] = False
     enable_multimodal: Annotated[
@@ -343,9 +356,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     return_all_prompt_logprobs: Annotated[
         bool,
         Setting(
-            doc="Answers carry the log-probability of every prompt token.",
+            doc="Every answer of the native API that is no stream carries prompt_token_ids, and as prompt_logprobs the "
+            "log-probability of every prompt token but the first, as if it had asked for that itself. It costs a "
+            "product with the vocabulary for each of them, and no prompt is read from the prompt cache.",
             group=MODES,
-            needs="prompt log-probabilities",
         ),
     ] = False
     use_reward_model: Annotated[
@@ -355,11 +369,11 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     long_truncation_mode: Annotated[
         Literal["head", "center"] | None,
         Setting(
-            doc="What happens to a prompt longer than max_req_input_len: head cuts its beginning, center its middle; "
-            'unset (or "None") the request is refused.',
+            doc="What happens to a prompt of more than max_req_input_len tokens: head cuts its beginning, so that the "
+            "last max_req_input_len tokens stay; center cuts its middle, so that the first and the last halves of that "
+            'stay, the last one a token longer where it is odd. Unset (or "None") the request is refused.',
             group=CAPACITY,
             reload="front end",
-            needs="truncation of long prompts",
             example='"None"',
         ),
     ] = None

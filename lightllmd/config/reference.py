@@ -1,4 +1,4 @@
-"""What is generated from the declaration: the sample file, the JSON schema and the lines of --help."""
+"""What is generated from the declarations: the sample file, the JSON schema, the table of features, lines of --help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import textwrap
 from typing import Any
 
-from lightllmd.config import models
+from lightllmd.config import features, models
 from lightllmd.config.check import bounds, expected
 from lightllmd.config.modes import NAMES
 from lightllmd.config.parameters import Config
@@ -98,6 +98,21 @@ def _entry(field: Field) -> str:
     shown = field.setting.example if field.default in (None, "", []) else ""
     text = f"{_comment(field.setting.doc)}\n{_comment('; '.join(facts(field)) + '.')}\n"
     return text + f"#{field.name} = {shown or toml_value(field.default)}"
+
+
+# --- the table of features --------------------------------------------------------------------------------------
+
+
+def feature_table() -> str:
+    """In Markdown: which features of generation go together."""
+    made = features.table()
+    letters = [letter for letter, _, _ in made.rows[:-1]]
+    lines = [["", *letters], ["---"] * (len(letters) + 1)]
+    for letter, name, cells in made.rows:
+        said = [("works" if cell.works else "refused") + (f" ({cell.remark})" if cell.remark else "") for cell in cells]
+        lines.append([f"{letter} `{name}`", *said, *[""] * (len(letters) - len(said))])
+    rows = [" ".join(["|", *(f"{cell} |" if cell else "|" for cell in line)]) for line in lines]
+    return "\n".join([*rows, "", *(f"{number}. {said}" for number, said in enumerate(made.remarks, 1))]) + "\n"
 
 
 # --- the schema -------------------------------------------------------------------------------------------------

@@ -51,14 +51,14 @@ class _Value:
 
 
 def _batch_max_tokens(params: Params) -> _Value:
-    total, slots = params.max_req_total_len, params.max_total_token_num
+    """A step holds the longest request, or with splitfuse_mode a block of its prompt."""
     if params.batch_max_tokens is not None:
         return _Value(params.batch_max_tokens)
+    key = "splitfuse_block_size" if params.splitfuse_mode else "max_req_total_len"
+    least, slots = getattr(params, key), params.max_total_token_num
     if slots == "auto":
-        return _Value(
-            max(AUTO_PREFILL, total), f"max({AUTO_PREFILL}, max_req_total_len), max_total_token_num being auto"
-        )
-    return _Value(max(slots // 6, total), f"max(max_total_token_num / 6 = {slots // 6}, max_req_total_len = {total})")
+        return _Value(max(AUTO_PREFILL, least), f"max({AUTO_PREFILL}, {key}), max_total_token_num being auto")
+    return _Value(max(slots // 6, least), f"max(max_total_token_num / 6 = {slots // 6}, {key} = {least})")
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -1,10 +1,11 @@
-"""Which settings contradict each other. Every rule is one entry of `RULES`."""
+"""Which settings contradict each other. Every rule is one entry of `RULES`; those of generation are in features.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lightllmd.config.features import Feature, pairs
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 
@@ -37,10 +38,13 @@ def _total_fits_slots(config: Config) -> str:
 
 
 def _prefill_takes_longest(config: Config) -> str:
-    batch, total = config.params.batch_max_tokens, config.params.max_req_total_len
-    if batch is None or batch >= total:
+    """splitfuse_mode cuts prompts, so that a step need not hold a whole one."""
+    params = config.params
+    key = "splitfuse_block_size" if params.splitfuse_mode else "max_req_total_len"
+    batch, least = params.batch_max_tokens, getattr(params, key)
+    if batch is None or batch >= least:
         return ""
-    return f"batch_max_tokens = {batch} must be at least max_req_total_len = {total}"
+    return f"batch_max_tokens = {batch} must be at least {key} = {least}"
 
 
 def _socket_path_length(config: Config) -> str:
@@ -86,31 +90,20 @@ def _needs_gateway(key: str) -> Rule:
     return Rule((key,), broken)
 
 
-def _pair(first: str, second: str, reason: str) -> Rule:
-    """Two switches that exclude each other."""
+def _pair(first: Feature, second: Feature, reason: str) -> Rule:
+    """Two features that exclude each other."""
 
     def broken(config: Config) -> str:
-        both = getattr(config.params, first) and getattr(config.params, second)
-        return f"{first} and {second} exclude each other: {reason}" if both else ""
+        both = first.is_on(config.params) and second.is_on(config.params)
+        return f"{first.name} and {second.name} exclude each other: {reason}" if both else ""
 
-    return Rule((first, second), broken)
+    return Rule((first.key, second.key), broken)
 
-
-def _exact_reservation(key: str) -> Rule:
-    def broken(config: Config) -> str:
-        if not getattr(config.params, key) or config.params.router_token_ratio == 0:
-            return ""
-        return f"{key} needs router_token_ratio = 0: its sequences can't be paused one by one"
-
-    return Rule((key, "router_token_ratio"), broken)
-
-
-ONE_STEP = "each is a way of its own to choose a step's tokens"
 
 RULES: tuple[Rule, ...] = (
     Rule(("max_req_input_len", "max_req_total_len"), _input_below_total),
     Rule(("max_total_token_num", "max_req_total_len"), _total_fits_slots),
-    Rule(("max_req_total_len", "batch_max_tokens"), _prefill_takes_longest),
+    Rule(("max_req_total_len", "splitfuse_block_size", "splitfuse_mode", "batch_max_tokens"), _prefill_takes_longest),
     Rule(("supervisor.control_socket",), _socket_path_length),
     Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
     Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
@@ -118,15 +111,12 @@ RULES: tuple[Rule, ...] = (
     Rule(("mode", "data_type"), _mode_fits_data_type),
     _needs_gateway("grouping_key"),
     _needs_gateway("enable_monitor_auth"),
-    _pair("splitfuse_mode", "beam_mode", ONE_STEP),
-    _pair("splitfuse_mode", "diverse_mode", ONE_STEP),
-    _pair("splitfuse_mode", "token_healing_mode", ONE_STEP),
-    _pair("beam_mode", "diverse_mode", ONE_STEP),
-    _pair("beam_mode", "token_healing_mode", ONE_STEP),
-    _pair("diverse_mode", "token_healing_mode", ONE_STEP),
-    _pair("use_reward_model", "return_all_prompt_logprobs", "a reward model has no next-token probabilities"),
-    _exact_reservation("beam_mode"),
-    _exact_reservation("diverse_mode"),
+    _pair(
+        Feature("use_reward_model"),
+        Feature("return_all_prompt_logprobs"),
+        "a reward model has no next-token probabilities",
+    ),
+    *(_pair(first, second, declared.reason) for first, second, declared in pairs() if declared.reason),
 )
 
 

@@ -27,7 +27,7 @@ from roff import Page, bold, escape, italic, prose  # noqa: E402
 
 from lightllmctl.__main__ import cli as ctl  # noqa: E402
 from lightllmd import __version__, errors  # noqa: E402
-from lightllmd.config import cli, models, reference  # noqa: E402
+from lightllmd.config import cli, features, models, reference  # noqa: E402
 from lightllmd.config.parameters import Config  # noqa: E402
 from lightllmd.config.setting import Field, tables  # noqa: E402
 
@@ -272,6 +272,7 @@ def configuration() -> str:
             group = field.setting.group
             made.subsection(group)
         _setting(made, field)
+    _features(made)
     made.section(f"[{models.TABLE}.NAME]")
     made.paragraph(prose(_sentence(models.DOC)))
     made.paragraph(
@@ -286,6 +287,22 @@ def configuration() -> str:
     )
     see_also(made, "lightllmd(8)", "lightllmctl(1)")
     return made.text()
+
+
+def _features(made: Page) -> None:
+    made.section("FEATURES OF GENERATION")
+    made.paragraph(
+        prose("Which of them go together: + works, - is refused. The numbers are of the remarks below the table.")
+    )
+    table = features.table()
+    width = max(len(name) for _, name, _ in table.rows) + 3
+    lines = [" " * width + "".join(f"{letter:>4}" for letter, _, _ in table.rows[:-1])]
+    for letter, name, cells in table.rows:
+        marks = (("+" if cell.works else "-") + (str(cell.remark) if cell.remark else "") for cell in cells)
+        lines.append(f"{letter}  {name}".ljust(width) + "".join(f"{mark:>4}" for mark in marks))
+    made.code("\n".join(lines))
+    for number, remark in enumerate(table.remarks, 1):
+        made.item(str(number), prose(remark))
 
 
 def _setting(made: Page, field: Field) -> None:

@@ -153,3 +153,4 @@ def test_version_help_and_the_generated_files() -> None:
     assert "[http] The HTTP front end.:" not in shown
     assert run("--print-config").stdout.startswith("#:schema")
     assert run("--json-schema").stdout.startswith("{")
+    assert run("--feature-table").stdout.startswith("| |")

@@ -143,6 +143,11 @@ def test_data_type(native: str | None, fast: list[str], expected: str, because: 
         ({"max_total_token_num": 6000, "max_req_total_len": 6000}, 6000),
         ({}, 8192),
         ({"max_req_total_len": 8192, "batch_max_tokens": 9000}, 9000),
+        ({"max_total_token_num": 6000, "splitfuse_mode": True}, 1000),
+        ({"max_total_token_num": 6000, "splitfuse_mode": True, "splitfuse_block_size": 2048}, 2048),
+        ({"splitfuse_mode": True}, 8192),
+        ({"splitfuse_mode": True, "splitfuse_block_size": 9000}, 9000),
+        ({"splitfuse_mode": True, "batch_max_tokens": 256}, 256),
     ],
 )
 def test_batch_max_tokens_follows_the_documented_formula(flags: dict[str, Any], expected: int) -> None:

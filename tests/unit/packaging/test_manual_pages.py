@@ -15,7 +15,7 @@ import pytest
 from debian_package import CHECKOUT
 from lightllmctl.__main__ import cli as ctl
 from lightllmd import errors
-from lightllmd.config import models
+from lightllmd.config import features, models
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import Reload, fields, tables
 
@@ -55,6 +55,16 @@ def test_every_setting_is_in_the_manual(pages: Path) -> None:
         assert re.search(rf"^{re.escape(heading)}$", text, re.MULTILINE), heading
     for kind in typing.get_args(Reload):
         assert re.search(rf"^ +{kind}( |$)", text, re.MULTILINE), kind
+
+
+def test_the_table_of_features_is_in_the_manual(pages: Path) -> None:
+    _, _, text = rendered(pages / "lightllmd.toml.5").partition("FEATURES OF GENERATION")
+    table = features.table()
+    for letter, name, cells in table.rows:
+        marks = (("+" if cell.works else "-") + str(cell.remark or "") for cell in cells)
+        assert re.search(rf"^ +{letter}  {name} *{' +'.join(map(re.escape, marks))}$", text, re.MULTILINE), name
+    for number, remark in enumerate(table.remarks, 1):
+        assert re.search(rf"^ +{number} +{re.escape(remark)}$", text, re.MULTILINE), remark
 
 
 def test_every_verb_and_option_is_in_the_manual(pages: Path) -> None:
