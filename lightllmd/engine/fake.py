@@ -1,6 +1,7 @@
 """A runner without a model: deterministic tokens, a chosen pace, and faults on demand. No torch.
 
 It goes through the real worker loop and scheduler, so that everything around a model can be tested, deaths included.
+What it generates: `fake_model`.
 """
 
 from __future__ import annotations
@@ -8,39 +9,28 @@ from __future__ import annotations
 import os
 import signal
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import Row, Step, StepResult
+from lightllmd.engine.batch import Row, SamplingRow, Step, StepResult, TargetLogprobs
+from lightllmd.engine.fake_model import (
+    EMPTY,
+    allowed_bits,
+    branch_key,
+    extended,
+    fake_target,
+    fake_target_alternatives,
+    first_allowed,
+    ranking,
+    token_at,
+)
 from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
 
 _LAG = 0.02  # seconds that a late loop may catch up
-_MASK = (1 << 64) - 1
-
-
-def _key(prompt_ids: list[int], seed: int, branch: int, model: str) -> int:
-    """What the tokens of one branch depend on beside their position; 64 bits."""
-    crc = zlib.crc32(repr((prompt_ids, seed, branch)).encode(), zlib.crc32(model.encode()))
-    return crc * 0x9E3779B97F4A7C15 & _MASK
-
-
-def _token(key: int, position: int) -> int:
-    """The finaliser of SplitMix64 on (key, position), folded to the 95 printable ASCII bytes."""
-    x = (key + position * 0xBF58476D1CE4E5B9) & _MASK
-    x = (x ^ x >> 30) * 0x94D049BB133111EB & _MASK
-    return 32 + (x ^ x >> 31) % 95
-
-
-def fake_token(prompt_ids: list[int], seed: int, branch: int, position: int, model: str = "") -> int:
-    """The token that a fake generation has at `position`: a printable ASCII byte, never eos. ``seed = 0``: greedy.
-
-    `model`: its model_dir, which no one opens; other names have other tokens.
-    """
-    return _token(_key(prompt_ids, seed, branch, model), position)
 
 
 class Pace:
@@ -117,9 +107,23 @@ def end_by(way: str) -> NoReturn:
         time.sleep(3600)
 
 
-class _Branch(NamedTuple):
+@dataclass
+class _Branch:
+    """What a table row's tokens depend on; of `history` nothing is kept where no alternatives are asked for."""
+
     key: int
     top_logprobs: int
+    history: int  # of all tokens that the scheduler named or the row was fed
+    length: int  # tokens
+    mask: int = 0  # its bits; 0: every token is allowed
+    newest: int = 0  # token
+
+    def feed(self, start: int, tokens: list[int]) -> None:
+        """`tokens` come at `start`; those that it entered with are known."""
+        if self.top_logprobs:
+            fresh = tokens[max(0, self.length - start) :]
+            self.history = extended(self.history, fresh)
+            self.length += len(fresh)
 
 
 class _Launched(NamedTuple):
@@ -128,13 +132,19 @@ class _Launched(NamedTuple):
 
 
 class FakeRunner:
-    """A Runner whose tokens are `fake_token`'s. Like a device it shows a step's death when the step is collected."""
+    """A Runner whose tokens are `fake_token`'s, whatever steps they come by: prompts in parts or behind a cached
+    prefix, twins, rows that are fed token by token. The log-probability of each is 0; biases and penalties change
+    nothing.
+
+    Like a device it shows a step's death when the step is collected.
+    """
 
     def __init__(self, settings: FakeSettings) -> None:
         self.overlaps = settings.overlap
         self._settings = settings
         self._poison = settings.poison.encode()
         self._model = ""  # the plan's model_dir
+        self._vocab: int | None = None  # None: as many as a mask has bits
         self._branches: dict[int, _Branch] = {}  # by table row
         self._out: deque[_Launched] = deque()
         self._staged = self._asleep = False
@@ -153,7 +163,7 @@ class FakeRunner:
             if fraction >= 1.0:
                 break
             time.sleep(min(0.02, self._settings.load_seconds - elapsed))
-        self._plan = plan
+        self._plan, self._vocab = plan, plan.vocab_size
 
     def prepare(self, beat: Callable[[], None]) -> None:
         pass
@@ -186,16 +196,26 @@ class FakeRunner:
             self._branches.pop(table_row, None)
         poisoned = False
         for row in step.rows:
-            poisoned |= self._enter(row)
-        places = list(zip(step.decode.table_rows, step.decode.positions, strict=True))
+            if row.sampling is not None:
+                poisoned |= self._enter(row, row.sampling)
+            self._branches[row.table_row].feed(row.start, row.tokens)
+        for table_row, mask in step.masks.items():
+            self._branches[table_row].mask = allowed_bits(mask, self._vocab)
+        decode = step.decode
+        for table_row, start in zip(decode.table_rows, decode.starts, strict=True):
+            branch = self._branches[table_row]
+            branch.feed(start, [branch.newest])
+        places = list(zip(decode.table_rows, decode.positions, strict=True))
         places += [(row.table_row, row.position) for row in step.rows if row.sample]
-        tokens, alternatives = [], []
+        result = StepResult([], [0.0] * len(places), [])
         for table_row, position in places:
             branch = self._branches[table_row]
-            token = _token(branch.key, position)
-            tokens.append(token)
-            alternatives.append(_alternatives(token, branch.top_logprobs) if branch.top_logprobs else None)
-        self._out.append(_Launched(StepResult(tokens, [0.0] * len(tokens), alternatives), poisoned))
+            branch.newest = first_allowed(token_at(branch.key, position), branch.mask)
+            result.tokens.append(branch.newest)
+            top = branch.top_logprobs
+            result.alternatives.append(ranking(branch.history, top, branch.mask) if top else None)
+        result.targets = [_scored(row, row.targets) for row in step.rows if row.targets is not None]
+        self._out.append(_Launched(result, poisoned))
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
         beat()
@@ -204,16 +224,19 @@ class FakeRunner:
             end_by(self._settings.poison_way)
         return launched.result
 
-    def _enter(self, row: Row) -> bool:
+    def _enter(self, row: Row, sampling: SamplingRow) -> bool:
         """Notes what a row's tokens depend on; whether its prompt is poison."""
-        assert row.sampling is not None  # batch.Row: set whenever a row enters
-        params = row.sampling.params
-        prompt = row.tokens[: len(row.tokens) - row.position]
-        key = _key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
-        self._branches[row.table_row] = _Branch(key, params.top_logprobs)
+        params, prompt = sampling.params, sampling.prompt_ids
+        key = branch_key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
+        history, length = EMPTY, 0
+        if params.top_logprobs:
+            history, length = extended(EMPTY, prompt + sampling.emitted), len(prompt) + len(sampling.emitted)
+        self._branches[row.table_row] = _Branch(key, params.top_logprobs, history, length)
         return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
 
 
-def _alternatives(token: int, count: int) -> list[tuple[int, float]]:
-    """The chosen token first, then its neighbours in ASCII, each less likely by a factor of e."""
-    return [(32 + (token - 32 + i) % 95, -float(i)) for i in range(count)]
+def _scored(row: Row, targets: list[int]) -> TargetLogprobs:
+    places = [(row.start + index, row.tokens[index]) for index in range(len(targets))]
+    logprobs = [fake_target(*place, target) for place, target in zip(places, targets, strict=True)]
+    top = row.top_targets
+    return TargetLogprobs(logprobs, [fake_target_alternatives(*place, top) for place in places] if top else None)

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import Row, Step, StepResult
+from lightllmd.engine.batch import Alternatives, Row, Step, StepResult, TargetLogprobs
 from lightllmd.engine.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.memory import MemoryMeter
-from lightllmd.engine.sampler import Sampler
+from lightllmd.engine.sampler import Sampler, highest
 from lightllmd.engine.table import SlotTable
 from lightllmd.kernels.dispatch import kernels_for
 from lightllmd.models.decoder import Decoder
@@ -57,7 +59,7 @@ class TorchRunner:
         shape = (self.slots, 2 * spec.kv_heads, spec.head_dim)
         self.caches = [torch.empty(shape, dtype=dtype) for _ in range(spec.layers)]
         rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
-        self.table = SlotTable(rows, width, _CPU, dtype)
+        self.table = SlotTable(rows, width, self.slots, _CPU, dtype)
         self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, _CPU)
         self._newest = [0] * rows  # each table row's newest token
         self._result = StepResult([], [], [])
@@ -98,14 +100,14 @@ class TorchRunner:
             for row in rows:
                 if row.sampling is not None:
                     self.sampler.enter(row.table_row, row.sampling, row.branch)
-            last, end = [], 0  # of each sampled row among the tokens
-            for row in rows:
-                end += len(row.tokens)
-                if row.sample:
-                    last.append(end - 1)
-            wanted = torch.tensor(last) if 0 < len(last) < end else None
-            hidden = self.decoder.forward(self.table.pack(rows, self.decoder.rope), self.caches, beat, wanted)
-            self._result = self._sample([row for row in rows if row.sample], hidden, beat)
+            self.sampler.restrict(step.masks)
+            kept = _Kept.of(rows, len(step.decode.table_rows))
+            batch = self.table.pack(rows, self.decoder.rope)
+            hidden = self.decoder.forward(batch, self.caches, beat, kept.wanted(step.fed))
+            self._result = self._sample([row for row in rows if row.sample], kept.sampled, hidden, beat)
+            self._result.targets = self._score(
+                [row for row in rows if row.targets is not None], kept.scored, hidden, beat
+            )
             self.memory.end_step(begun)
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
@@ -136,18 +138,91 @@ class TorchRunner:
             for table_row, start, slot, position in going_on
         ] + step.rows
 
-    def _sample(self, rows: list[Row], hidden: Tensor, beat: Callable[[], None]) -> StepResult:
-        result = StepResult([], [], [])
-        for first in range(0, len(rows), LOGIT_ROWS):
-            some = rows[first : first + LOGIT_ROWS]
-            logits = self.decoder.head.logits(hidden[first : first + LOGIT_ROWS])
-            table_rows = [row.table_row for row in some]
-            tokens, logprobs, alternatives = self.sampler.sample(logits, table_rows, [row.position for row in some])
-            result.tokens += tokens.tolist()
-            result.logprobs += logprobs.tolist()
-            result.alternatives += alternatives
+    def _sample(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Callable[[], None]) -> StepResult:
+        """`places` among the hidden states of each row's last token; twins share one."""
+        count = len(rows)
+        result = StepResult([0] * count, [0.0] * count, [None] * count)
+        for some, logits in self._logits(places, hidden):
+            table_rows = [rows[index].table_row for index in some]
+            tokens, logprobs, alternatives = self.sampler.sample(
+                logits, table_rows, [rows[index].position for index in some]
+            )
+            drawn = zip(some, tokens.tolist(), logprobs.tolist(), alternatives, strict=True)
+            for index, *of_row in drawn:
+                result.tokens[index], result.logprobs[index], result.alternatives[index] = of_row
             beat()
         self.sampler.record([row.table_row for row in rows], result.tokens)
         for row, token in zip(rows, result.tokens, strict=True):
             self._newest[row.table_row] = token
         return result
+
+    def _logits(self, places: list[int], hidden: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Parts of `places` and their logits ``[B <= LOGIT_ROWS, V]``, which may be overwritten. The logits of a place
+        are the same numbers wherever it is named: a product of other rows beside it might round them otherwise."""
+        in_order = sorted(range(len(places)), key=places.__getitem__)
+        shared = [list(same) for _, same in groupby(in_order, places.__getitem__)]
+        for first in range(0, len(shared), LOGIT_ROWS):
+            part = shared[first : first + LOGIT_ROWS]
+            logits = self.decoder.head.logits(hidden[[places[same[0]] for same in part]])
+            named = [(index, at) for at, same in enumerate(part) for index in same]
+            if len(named) == len(part):
+                yield [index for index, _ in named], logits
+                continue
+            for begin in range(0, len(named), LOGIT_ROWS):
+                some = named[begin : begin + LOGIT_ROWS]
+                yield [index for index, _ in some], logits[[at for _, at in some]]
+
+    def _score(
+        self, rows: list[Row], places: list[int], hidden: Tensor, beat: Callable[[], None]
+    ) -> list[TargetLogprobs]:
+        """`places` among the hidden states of the tokens before the rows' targets, row by row."""
+        targets = [target for row in rows for target in row.targets or ()]
+        wanted = [row.top_targets for row in rows for _ in row.targets or ()]
+        logprobs: list[float] = []
+        alternatives: list[Alternatives] = []
+        for first in range(0, len(places), LOGIT_ROWS):
+            part = slice(first, first + LOGIT_ROWS)
+            logits = self.decoder.head.logits(hidden[places[part]])
+            total = logits.logsumexp(-1, keepdim=True)
+            logprobs += (logits.gather(-1, torch.tensor(targets[part])[:, None]) - total)[:, 0].tolist()
+            if most := max(wanted[part]):
+                alternatives += highest(logits, total, most)
+            else:
+                alternatives += [[]] * len(total)
+            beat()
+        scores, end = [], 0
+        for row in rows:
+            begin, end = end, end + len(row.targets or ())
+            best = [found[: row.top_targets] for found in alternatives[begin:end]] if row.top_targets else None
+            scores.append(TargetLogprobs(logprobs[begin:end], best))
+        return scores
+
+
+@dataclass
+class _Kept:
+    """The tokens whose logits are asked for: the last layer keeps the hidden states of these alone, in their order."""
+
+    tokens: list[int] = field(default_factory=list)  # among the packed ones, ascending
+    sampled: list[int] = field(default_factory=list)  # among `tokens`, of each row that samples
+    scored: list[int] = field(default_factory=list)  # the same, of each token before a target
+
+    @staticmethod
+    def of(rows: list[Row], ahead: int) -> _Kept:
+        """`ahead` of the rows stand before Step.rows."""
+        kept, end = _Kept(), 0
+        lasts = []  # of each row among `tokens`
+        for row in rows:
+            begin, end = end, end + len(row.tokens)
+            named = range(begin, begin + len(row.targets or ()))
+            kept.scored += range(len(kept.tokens), len(kept.tokens) + len(named))
+            kept.tokens += named
+            if row.sample and row.twin_of is None and end != named.stop:
+                kept.tokens.append(end - 1)
+            lasts.append(len(kept.tokens) - 1 if row.twin_of is None else lasts[ahead + row.twin_of])
+            if row.sample:
+                kept.sampled.append(lasts[-1])
+        return kept
+
+    def wanted(self, fed: int) -> Tensor | None:
+        """For `Decoder.forward`: never none at all, which products are not made for."""
+        return None if len(self.tokens) == fed else torch.tensor(self.tokens or [fed - 1])

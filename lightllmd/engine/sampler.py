@@ -1,18 +1,23 @@
-"""From logits to the next token of each row. The order of operations is that of LightLLM's `sample`:
+"""From logits to the next token of each row. The order of operations is that of LightLLM's `sample`, its biases before
+and its masks where the others end:
 
-repetition, frequency and presence penalties; exponential decay on the eos logits; eos mask below min_new_tokens;
-temperature; softmax; top-p, top-k and min-p; draw. The log-probability is that of the softmax before truncation.
+logit bias; repetition, frequency and presence penalties; exponential decay on the eos logits; eos mask below
+min_new_tokens; the row's mask; temperature; softmax; top-p, top-k and min-p; draw. The log-probability is that of the
+softmax before truncation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import SamplingRow
+from lightllmd.engine.batch import Alternatives, SamplingRow
 from lightllmd.kernels.philox import uniform
 
-GROWTH_MOST = 1e30  # a larger one would leave fp32, and infinite logits have no probabilities
+LOGIT_MOST = 1e30  # a larger one would leave fp32, and infinite logits have no probabilities
 EOS_MASKED = -1e6
 GREEDY_BELOW = 1e-5  # temperature
 CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger are sorted whole
@@ -21,7 +26,7 @@ CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger 
 (GREEDY, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR, MIN_NEW,
  ALTERNATIVES) = range(12)  # fmt: skip
 
-Sampled = tuple[Tensor, Tensor, list[list[tuple[int, float]] | None]]
+Sampled = tuple[Tensor, Tensor, list[Alternatives | None]]
 
 
 class Sampler:
@@ -39,6 +44,8 @@ class Sampler:
         self._history = torch.zeros((rows, width), dtype=torch.int32)  # tokens that the penalties count
         self._lengths = [0] * rows  # of the history; stays 0 where there are no penalties
         self._penalised = [False] * rows
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}  # row -> token ids, what is added to their logits
+        self._masks: dict[int, bytes] = {}  # as Step.masks; a row that may sample any token has none
         self._eos = torch.tensor([eos for eos in eos_ids if 0 <= eos < vocab], dtype=torch.int64, device=device)
 
     def enter(self, row: int, sampling: SamplingRow, branch: int) -> None:
@@ -55,6 +62,7 @@ class Sampler:
             and factor == 1
             and params.min_new_tokens <= 1
             and params.top_logprobs == 0
+            and not params.logit_bias
         )
         self._parameters[row] = torch.tensor(
             [
@@ -78,6 +86,20 @@ class Sampler:
         self._lengths[row] = len(counted) if self._penalised[row] else 0
         if self._lengths[row]:
             self._history[row, : len(counted)] = torch.tensor(counted, dtype=torch.int32)
+        self._masks.pop(row, None)
+        self._biases.pop(row, None)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=self.device)
+            added = torch.tensor(list(params.logit_bias.values()), dtype=torch.float64, device=self.device)
+            self._biases[row] = ids, added.clamp(-LOGIT_MOST, LOGIT_MOST).float()
+
+    def restrict(self, masks: Mapping[int, bytes]) -> None:
+        """Sets the masks of some rows, as `Step.masks` gives them; an empty one lifts what was set."""
+        for row, mask in masks.items():
+            if mask:
+                self._masks[row] = mask
+            else:
+                self._masks.pop(row, None)
 
     def record(self, rows: list[int], tokens: list[int]) -> None:
         """`tokens` were emitted; they count towards the penalties of the next step."""
@@ -91,13 +113,15 @@ class Sampler:
 
         Returns tokens [B], log-probabilities [B] and the alternatives of the rows that ask for some.
         """
-        if all(self._plain[row] for row in rows):
-            highest, tokens = logits.max(-1)
-            return tokens, highest - logits.logsumexp(-1), [None] * len(rows)
+        if all(self._plain[row] and row not in self._masks for row in rows):
+            best, tokens = logits.max(-1)
+            return tokens, best - logits.logsumexp(-1), [None] * len(rows)
         table = self._parameters[rows]
         generated = torch.tensor(positions, dtype=torch.float64)
+        self._add_bias(logits, rows)
         self._penalise(logits, rows, table)
         self._shape_eos(logits, table, generated)
+        self._mask(logits, rows)
         hot = (table[:, TEMPERATURE] != 1).nonzero()[:, 0].to(self.device)
         if len(hot):
             logits[hot] /= table[:, TEMPERATURE].to(self.device, torch.float32)[hot, None]
@@ -114,6 +138,18 @@ class Sampler:
         chosen = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
         return tokens, chosen, _alternatives(logits, total, table[:, ALTERNATIVES].int().tolist())
 
+    def _add_bias(self, logits: Tensor, rows: list[int]) -> None:
+        for index, row in enumerate(rows):
+            if row in self._biases:
+                ids, added = self._biases[row]
+                logits[index, ids] += added
+
+    def _mask(self, logits: Tensor, rows: list[int]) -> None:
+        for index, row in enumerate(rows):
+            if mask := self._masks.get(row):
+                allowed = np.unpackbits(np.frombuffer(mask, np.uint8), count=self.vocab, bitorder="little")
+                logits[index].masked_fill_(torch.from_numpy(allowed == 0).to(self.device), float("-inf"))
+
     def _penalise(self, logits: Tensor, rows: list[int], table: Tensor) -> None:
         at = [index for index, row in enumerate(rows) if self._lengths[row]]
         if not at:
@@ -128,18 +164,18 @@ class Sampler:
         some = logits[at]
         factor = torch.where(some > 0, 1 / of[:, REPETITION, None], of[:, REPETITION, None])
         changed = some * factor - counts * of[:, FREQUENCY, None] - of[:, PRESENCE, None]
-        logits[at] = torch.where(counts > 0, changed, some)
+        logits[at] = torch.where(counts > 0, changed.clamp_(max=LOGIT_MOST), some)
 
     def _shape_eos(self, logits: Tensor, table: Tensor, generated: Tensor) -> None:
         beyond = (generated - table[:, DECAY_START]).clamp(min=0)
-        growth = (table[:, DECAY_FACTOR].pow(beyond) - 1).clamp(max=GROWTH_MOST)
+        growth = (table[:, DECAY_FACTOR].pow(beyond) - 1).clamp(max=LOGIT_MOST)
         masked = generated < table[:, MIN_NEW] - 1
         at = ((growth != 0) | masked).nonzero()[:, 0]
         if not len(at) or not len(self._eos):
             return
         index = at.to(self.device)[:, None]
         eos = logits[index, self._eos]
-        grown = eos + eos.abs() * growth[at].to(self.device, torch.float32)[:, None]
+        grown = (eos + eos.abs() * growth[at].to(self.device, torch.float32)[:, None]).clamp_(max=LOGIT_MOST)
         logits[index, self._eos] = grown.masked_fill(masked[at].to(self.device)[:, None], EOS_MASKED)
 
 
@@ -190,10 +226,21 @@ def _invert(mass: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=mass.shape[1] - 1)
 
 
-def _alternatives(logits: Tensor, total: Tensor, wanted: list[int]) -> list[list[tuple[int, float]] | None]:
-    most = max(wanted, default=0)
+def _alternatives(logits: Tensor, total: Tensor, wanted: list[int]) -> list[Alternatives | None]:
+    """Those of a row are fewer than `wanted` where its mask allows no more."""
+    most = max(wanted)
     if most == 0:
         return [None] * len(wanted)
-    values, ids = (logits - total).topk(min(most, logits.shape[1]), -1)
-    pairs = zip(ids.tolist(), values.tolist(), wanted, strict=True)
-    return [list(zip(of, at, strict=True))[:count] if count else None for of, at, count in pairs]
+    found = highest(logits, total, most)
+    return [
+        [pair for pair in pairs[:count] if pair[1] != float("-inf")] if count else None
+        for pairs, count in zip(found, wanted, strict=True)
+    ]
+
+
+def highest(logits: Tensor, total: Tensor, count: int) -> list[Alternatives]:
+    """Of each row of ``logits [B, V]`` the `count` best tokens with their log-probabilities; ``total [B, 1]`` is the
+    log of the sum of their exponentials."""
+    values, ids = logits.topk(min(count, logits.shape[1]), -1)
+    pairs = zip(ids.tolist(), (values - total).tolist(), strict=True)
+    return [list(zip(of, at, strict=True)) for of, at in pairs]

@@ -1,16 +1,20 @@
-"""The scheduling policy: what runs in the next step. Pure Python, deterministic, without a clock.
+"""The scheduling policy: what runs in the next step. Pure Python and numpy, deterministic, without a clock.
 
 Three lines wait, and the first that is not empty is served from its head without overtaking:
 
 * `paused`, oldest first: sequences that ran before, in this generation or in one that died;
-* `suspects`, newest request first, one sequence at a time: they had no token yet when an engine died, so nothing
-  else may be out together with the step that could die of them;
+* `suspects`, newest request first, one at a time: they had no token yet when an engine died, so nothing else may be out
+  together with the step that could die of them;
 * `waiting`, in order of arrival: new ones. They also follow right behind the paused while there is no suspect.
 
 The scheduler owns the slots, the table rows and every sequence. `next_step` may be called while steps are out;
 `complete` takes the result of the oldest of them. Steps run in the order in which they were made, so what a step frees
 or a sequence gave back may be handed out anew at once: whatever the new owner does is ordered behind. `submit`, `abort`
 and `api_gone` come at any time between those two.
+
+A running sequence is *prefilling* until the last part of its prompt is in a step. From then on it goes on by itself,
+its newest token known to the runner alone, unless it is *stepwise*: then each of its steps waits until the token before
+is here, because it decides what the next may be (a mask), or because the scheduler chooses it (beams).
 """
 
 from __future__ import annotations
@@ -19,17 +23,23 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain
+from typing import NamedTuple
 
 from lightllmd.engine.admission import Admission, Limits
-from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
-from lightllmd.engine.request import Owner, Sequence, State, sequences_of
-from lightllmd.engine.slots import Slots
+from lightllmd.engine import beams
+from lightllmd.engine.batch import Step, StepResult
+from lightllmd.engine.beams import BeamResult
+from lightllmd.engine.composer import Composer
+from lightllmd.engine.constraint import Constraints
+from lightllmd.engine.key_values import KeyValues
+from lightllmd.engine.request import Fork, Owner, Sequence, State, sequences_of
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
     FINISH_LENGTH,
     FINISH_NONE,
     FINISH_STOP,
     Load,
+    PromptLogprobs,
     Rejected,
     StepOutput,
     Submit,
@@ -38,27 +48,51 @@ from lightllmd.ipc.messages import (
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
+def _feeds(sequence: Sequence) -> bool:
+    """It has a part of its prompt to feed; who follows another one in a fork has none."""
+    return sequence.fed < sequence.target and sequence.fork_lead in (None, sequence)
+
+
+def _join(sequence: Sequence, lead: Sequence) -> None:
+    """`sequence` follows `lead`: it draws from the same logits, and they share the prompt's slots."""
+    if lead.fork is None:
+        lead.fork = Fork([lead])
+    lead.fork.members.append(sequence)
+    sequence.fork = lead.fork
+
+
 def _age(sequence: Sequence) -> tuple[int, int, int]:
     """Older is smaller."""
     return sequence.order
 
 
+class _Sent(NamedTuple):
+    """What a step that is out makes, in the order of its result."""
+
+    sequences: list[Sequence]  # whose tokens
+    targets: list[tuple[Sequence, int]]  # whose prompt's log-probabilities, from which token on
+
+
 class Scheduler:
-    def __init__(self, limits: Limits, generation: int) -> None:
+    def __init__(self, limits: Limits, generation: int, constraints: Constraints | None = None) -> None:
+        """`constraints` None: what requests restrict is not heeded."""
         self.limits = limits
         self.generation = generation
-        self.slots = Slots(limits.max_total_token_num)
+        self.keys = KeyValues(
+            limits.max_total_token_num, limits.use_dynamic_prompt_cache, limits.beam_mode or limits.diverse_mode
+        )
         self.running: list[Sequence] = []  # in order of admission
         self.paused: list[Sequence] = []  # ascending by order; no suspects
         self.suspects: list[Sequence] = []  # ascending by order
         self.waiting: deque[Sequence] = deque()  # in order of arrival here
-        self.first_admitted: list[int] = []  # arrival_ns of those that the newest prefill admitted for the first time
+        self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
+        self._constraints = constraints
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
         self._gone: dict[int, int] = {}  # api worker -> its newest epoch that is dead
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
-        self._out: deque[list[Sequence]] = deque()  # of each step that is out: whose tokens it makes, in their order
-        self._on_trial = False  # the step that is out is a suspect's
+        self._out: deque[_Sent] = deque()  # the steps that are out
+        self._trial: list[Sequence] = []  # suspects that run and have no token yet
         self._tickets = 0  # entries into a line so far
         self._admitting = 0  # the newest ticket that the admission round which goes on is for; 0: none does
         self._decoded = 0  # decode steps since the last admission round began
@@ -69,20 +103,58 @@ class Scheduler:
         """What to launch now; None when nobody can run, or not until a step that is out completes.
 
         An admission round goes before decode: as many prefills as it takes for those that are in line when it begins.
+        Under splitfuse they go beside it, in blocks.
         """
-        if self._on_trial or (self._trial_is_next and self._out):
+        self.first_admitted = []
+        if self._out and (self._trial or self._trial_is_next):
             return None
-        if self._round_is_due():
+        self._trial = [sequence for sequence in self._trial if sequence.prefilling]
+        if not self._trial and self._round_is_due():
             self._admitting, self._decoded = self._tickets, 0
-        batch = self._admit() if self._admitting else []
-        if batch:
-            return self._prefill(batch)
-        self._admitting = 0
-        if not self.running:
+        if self._admitting and not (self._admit() or any(map(_feeds, self.running))):
+            self._admitting = 0
+        block = self.limits.splitfuse_block_size
+        composer = Composer(self._steps + 1, self.keys)
+        going_on: list[Sequence] = []
+        if not self._trial and (block or not any(map(_feeds, self.running))):
+            going_on = self._go_on(composer)
+        beside = bool(going_on or composer.named)
+        most = block if beside else max(block, self.limits.batch_max_tokens) if block else None
+        self._feed(composer, most)
+        if not (going_on or composer.rows):
             return None
-        while self.slots.free < len(self.running):
+        if beside:
+            self._decoded += 1
+        return self._send(composer, going_on)
+
+    def _go_on(self, composer: Composer) -> list[Sequence]:
+        """Those that feed their newest token, which the runner knows; the others that feed theirs are in the composer
+        then. The newest are paused until there are slots for the rest."""
+        while True:
+            going_on, chosen = [], []
+            for sequence in self.running:
+                if sequence.fed < sequence.target:
+                    continue
+                if not sequence.stepwise:
+                    going_on.append(sequence)
+                elif not sequence.pending:
+                    chosen.append(sequence)
+            if len(going_on) + len(chosen) <= self.keys.available:
+                break
             self._pause(max(self.running, key=_age))
-        return self._decode()
+        self.keys.grow(going_on + chosen)
+        for sequence in chosen:
+            composer.choose(sequence)
+        return going_on
+
+    def _feed(self, composer: Composer, most: int | None) -> None:
+        """Prompts, in the order of their admission, up to `most` tokens of them; None: whole ones."""
+        for sequence in self._trial or self.running:
+            if _feeds(sequence):
+                left = sequence.target if most is None else most - composer.fed
+                if left <= 0:
+                    break
+                composer.feed(sequence, left)
 
     def _round_is_due(self) -> bool:
         """Always while nothing runs, else every `router_max_wait_tokens` decode steps, which count with and without
@@ -107,84 +179,90 @@ class Scheduler:
         newest = self.suspects[-1].request
         return [next(sequence for sequence in self.suspects if sequence.request == newest)]
 
-    def _admit(self) -> list[Sequence]:
-        """The round's next prefill. First come, first served: stops at the first that can't go, so nobody is overtaken
-        for ever. One whose token is still to come can't: it would be fed without it."""
-        admission = Admission(self.limits, self.running, self.slots.used)
-        batch: list[Sequence] = []
+    def _admit(self) -> bool:
+        """Those of the line who may run now; whether there are any. First come, first served: stops at the first that
+        can't go, so nobody is overtaken for ever. One whose token is still to come can't: it would be fed without
+        it."""
+        admission = Admission(self.limits, self.running, self.keys.used, self.keys.locked)
+        admitted: list[Sequence] = []
         for sequence in self._line():
-            if sequence.ticket > self._admitting or sequence.pending or not admission.fits(sequence):
+            if sequence.beam and sequence is not sequence.fork_lead:
+                continue  # it came with the first
+            party = sequence.fork.members if sequence.fork is not None and sequence.beam else [sequence]
+            if any(one.ticket > self._admitting or one.pending for one in party):
                 break
-            batch.append(sequence)
-        for sequence in batch:
-            self._leave_line(sequence)
-        return batch
+            leads = self._find(sequence, admitted)
+            for follower in party[1:]:
+                follower.common = len(follower.prompt_ids)
+            if not admission.fits(party, self.keys.locked):
+                self.keys.give_up(sequence)
+                break
+            if leads is not None:
+                _join(sequence, leads)
+            admitted += party
+        for sequence in admitted:
+            self._enter(sequence)
+        return bool(admitted)
+
+    def _find(self, sequence: Sequence, admitted: list[Sequence]) -> Sequence | None:
+        """Looks for a past that it need not compute: what the cache has, or the prompt of another branch that is
+        admitted with it, which is returned."""
+        if sequence.forks and not sequence.beam and not sequence.emitted:
+            for other in admitted:
+                if other.request == sequence.request and not other.emitted and other.fork_lead in (None, other):
+                    sequence.common = len(sequence.prompt_ids)
+                    return other
+        self.keys.find(sequence, self._steps + 1)
+        return None
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._leave_line(sequence)
+        if sequence.state is State.WAITING:
+            self.first_admitted.append(sequence.arrival_ns)
+        if sequence.suspect:
+            self._trial.append(sequence)
+        sequence.state = State.RUNNING
+        sequence.table_row = self._rows.pop()
+        sequence.entered = False
+        sequence.stepwise = sequence.beam
+        if sequence.fork_lead in (None, sequence):
+            self.keys.enter(sequence)
+        else:
+            sequence.fed, sequence.target = 0, 1  # until the first of the fork has fed the prompt
+        self.running.append(sequence)
 
     def _pause(self, sequence: Sequence) -> None:
-        """Takes its slots; it comes back by a prefill over prompt and emitted tokens."""
+        """Takes its slots; it comes back by a prefill over prompt and emitted tokens. Beams begin anew."""
         self._decoded = 0
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.state = State.PAUSED
-        self._enter_line(sequence)
+        party = [sequence]
+        if sequence.fork is not None and (sequence.beam or sequence.prefilling):
+            party = list(sequence.fork.members)
+        for one in party:
+            self.running.remove(one)
+            self._release(one)
+            one.state = State.PAUSED
+            self._enter_line(one)
+        if sequence.fork is not None and sequence.beam:
+            beams.begin(sequence.fork)
 
     # --- steps ------------------------------------------------------------------------------------------------
-    def _prefill(self, batch: list[Sequence]) -> Step:
-        rows = []
-        self.first_admitted = [sequence.arrival_ns for sequence in batch if sequence.state is State.WAITING]
-        self._on_trial = any(sequence.suspect for sequence in batch)
-        for sequence in batch:
-            params, emitted = sequence.params, sequence.emitted
-            tokens = sequence.prompt_ids + emitted
-            sequence.state = State.RUNNING
-            sequence.table_row = self._rows.pop()
-            sequence.slots = self.slots.take(len(tokens), len(sequence.prompt_ids) + params.max_new_tokens - 1)
-            prompt_ids = sequence.prompt_ids if params.input_penalty else []
-            sampling = SamplingRow(params, prompt_ids, list(emitted))
-            rows.append(
-                Row(
-                    table_row=sequence.table_row,
-                    request=sequence.request,
-                    branch=sequence.branch,
-                    start=0,
-                    tokens=tokens,
-                    slots=list(sequence.slots),
-                    sample=True,
-                    position=len(emitted),
-                    sampling=sampling,
-                )
-            )
-        self.running += batch
-        return self._step(no_decode(), rows, batch)
-
-    def _decode(self) -> Step:
-        running = self.running
-        held = [sequence.slots for sequence in running]
-        decode = DecodeRows(
-            table_rows=[sequence.table_row for sequence in running],
-            starts=[len(slots) for slots in held],  # before they grow
-            slots=self.slots.grow(held),
-            positions=[len(sequence.emitted) + sequence.pending for sequence in running],
-        )
-        self._decoded += 1
-        return self._step(decode, [], list(running))
-
-    def _step(self, decode: DecodeRows, rows: list[Row], sequences: list[Sequence]) -> Step:
-        """`sequences`: whose tokens the step makes, in the order of its result."""
+    def _send(self, composer: Composer, going_on: list[Sequence]) -> Step:
         self._steps += 1
         freed, self._freed = self._freed, []
-        self._out.append(sequences)
+        step = composer.step(going_on, freed)
+        sequences = going_on + composer.named
+        self._out.append(_Sent(sequences, composer.targets))
         last = []
         for sequence in sequences:
             sequence.pending += 1
-            if len(sequence.emitted) + sequence.pending >= sequence.params.max_new_tokens:
+            if len(sequence.emitted) + sequence.pending >= sequence.params.max_new_tokens and not sequence.beam:
                 last.append(sequence)
         for sequence in last:
             self._release(sequence)
             sequence.state = State.ENDING
         if last:
             self.running = [sequence for sequence in self.running if sequence.state is State.RUNNING]
-        return Step(self._steps, "prefill" if rows else "decode", decode, rows, freed)
+        return step
 
     def complete(self, result: StepResult) -> dict[Owner, StepOutput]:
         """Takes what the runner made of the oldest step that is out; what each api worker is to be told.
@@ -193,13 +271,24 @@ class Scheduler:
         """
         outputs: dict[Owner, StepOutput] = {}
         ended: list[Sequence] = []
+        beams: dict[int, list[BeamResult]] = {}
+        sent = self._out.popleft()
         eos_ids, gone = self.limits.eos_ids, State.ENDED
-        self._on_trial = False  # a trial's step is out alone
+        for (sequence, first), told in zip(sent.targets, result.targets, strict=True):
+            if sequence.state is not gone:
+                part = PromptLogprobs(sequence.request, first, told.logprobs, told.alternatives)
+                self._output(outputs, sequence).prompts.append(part)
         for sequence, token, logprob, alternatives in zip(
-            self._out.popleft(), result.tokens, result.logprobs, result.alternatives, strict=True
+            sent.sequences, result.tokens, result.logprobs, result.alternatives, strict=True
         ):
             sequence.pending -= 1
             if sequence.state is gone:
+                continue
+            if sequence.suspect:
+                self._acquit(sequence.request)
+            if sequence.beam:
+                if sequence.state is State.RUNNING:  # else they begin anew
+                    beams.setdefault(sequence.request, []).append((sequence, logprob, alternatives or []))
                 continue
             params, emitted = sequence.params, sequence.emitted
             position = len(emitted)
@@ -213,11 +302,12 @@ class Scheduler:
                 finish = FINISH_LENGTH
             if finish:
                 ended.append(sequence)
-            if sequence.suspect:
-                self._acquit(sequence.request)
             output = outputs.get(sequence.owner)
             if output is None:
-                output = outputs[sequence.owner] = StepOutput(self.generation, [], [], [], [], [], [])
+                output = self._output(outputs, sequence)
+            if sequence.cached:
+                output.cached.append((sequence.request, sequence.cached))
+                sequence.cached = 0
             output.requests.append(sequence.request)
             output.branches.append(sequence.branch)
             output.positions.append(position)
@@ -228,9 +318,26 @@ class Scheduler:
                 output.alternatives = [None] * (len(output.tokens) - 1)
             if output.alternatives is not None:
                 output.alternatives.append(alternatives)
+        for results in beams.values():
+            self._search(results, outputs)
         for sequence in ended:
             self._end(sequence)
         return outputs
+
+    def _output(self, outputs: dict[Owner, StepOutput], sequence: Sequence) -> StepOutput:
+        return outputs.setdefault(sequence.owner, StepOutput(self.generation, [], [], [], [], [], []))
+
+    def _search(self, results: list[BeamResult], outputs: dict[Owner, StepOutput]) -> None:
+        """A step of one request's beams."""
+        lead = results[0][0]
+        fork = lead.fork
+        assert fork is not None
+        members = list(fork.members)
+        if beams.advance(fork, results, self.keys):
+            return
+        beams.tell(fork, results, self._output(outputs, lead))
+        for member in members:
+            self._end(member)
 
     # --- coming and going -------------------------------------------------------------------------------------
     def submit(self, message: Submit) -> Rejected | None:
@@ -249,14 +356,25 @@ class Scheduler:
             text = f"the queue is full: {len(self.waiting)} of {self.limits.max_queue} places are taken"
             return Rejected(self.generation, message.request, "queue_full", text, RETRY_AFTER)
         sequences = sequences_of(message)
+        if self._constraints is not None:
+            constraint = self._constraints.of(message.params)
+            for sequence in sequences:
+                sequence.constraint = constraint
+        if message.params.n > 1:
+            for sequence in sequences:
+                sequence.forks = self.limits.beam_mode or self.limits.diverse_mode
+            if self.limits.beam_mode:
+                beams.fork(sequences, self.limits.eos_ids)
         self._requests[message.request] = {sequence.branch: sequence for sequence in sequences}
         for sequence in sequences:
             self._enter_line(sequence)
         return None
 
     def abort(self, request: int, branches: list[int] | None = None) -> None:
-        """Ends branches in whatever state they are; those that are unknown have ended already."""
+        """Ends branches in whatever state they are; those that are unknown have ended already. Beams end together."""
         here = self._requests.get(request, {})
+        if branches is not None and any(sequence.beam for sequence in here.values()):
+            branches = None
         for branch in list(here) if branches is None else branches:
             if branch in here:
                 self._end(here[branch])
@@ -269,9 +387,18 @@ class Scheduler:
                 self.abort(request)
 
     def clear(self) -> None:
-        """Ends all requests; the tokens of steps that are out are dropped."""
+        """Ends all requests and empties the prompt cache; the tokens of steps that are out are dropped."""
         for request in list(self._requests):
             self.abort(request)
+        self.keys.flush()
+
+    def flush_cache(self) -> int:
+        """Empties the prompt cache but for what is in use; returns how many tokens that were."""
+        return self.keys.flush()
+
+    def cache_stats(self) -> dict[str, float]:
+        """Gauges and counters of the prompt cache in tokens; empty without one."""
+        return self.keys.stats()
 
     def _never_fits(self, message: Submit) -> str | None:
         prompt, params = len(message.prompt_ids), message.params
@@ -279,9 +406,11 @@ class Scheduler:
             return "a request needs a prompt and at least one unfinished branch"
         if any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
             return f"a branch has its {params.max_new_tokens} tokens already"
-        if prompt + params.max_new_tokens + 1 > self.limits.max_total_token_num:
+        beams = params.n if self.limits.beam_mode else 1
+        if prompt + beams * params.max_new_tokens + 1 > self.limits.max_total_token_num:
+            each = f"{beams} beams x " if beams > 1 else ""
             return (
-                f"{prompt} prompt tokens + {params.max_new_tokens} max_new_tokens + 1 "
+                f"{prompt} prompt tokens + {each}{params.max_new_tokens} max_new_tokens + 1 "
                 f"exceed max_total_token_num {self.limits.max_total_token_num}"
             )
         return None
@@ -296,6 +425,10 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:
+            if sequence.fork_lead is sequence and sequence.prefilling and sequence.fork is not None:
+                # Those who wait for the prompt that it feeds feed it themselves.
+                for follower in sequence.fork.members[:0:-1] if not sequence.beam else ():
+                    self._pause(follower)
             self.running.remove(sequence)
             self._release(sequence)
         elif sequence.state is not State.ENDING:
@@ -308,11 +441,11 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Takes back the slots and the row of one that leaves the running batch."""
-        self.slots.release(sequence.slots)
-        sequence.slots = []
+        self.keys.release(sequence)
         self._rows.append(sequence.table_row)
-        self._freed.append(sequence.table_row)
-        sequence.table_row = -1
+        if sequence.entered:
+            self._freed.append(sequence.table_row)
+        sequence.table_row, sequence.fed, sequence.target = -1, 0, 0
 
     def _enter_line(self, sequence: Sequence) -> None:
         self._tickets += 1
@@ -335,23 +468,21 @@ class Scheduler:
         return bool(self._requests)
 
     def load(self) -> Load:
-        worst_case = Admission(self.limits, self.running, used=self.slots.total)
+        total = self.limits.max_total_token_num
+        worst_case = Admission(self.limits, self.running, used=total, locked=self.keys.locked)
         return Load(
             generation=self.generation,
-            slots_total=self.slots.total,
-            slots_used=self.slots.used,
+            slots_total=total,
+            slots_used=self.keys.used,
             running=len(self.running),
             waiting=len(self.waiting),
             paused=len(self.paused) + len(self.suspects),
-            estimated_peak=worst_case.peak / self.slots.total,
+            estimated_peak=worst_case.peak / total,
         )
 
     def check(self) -> None:
-        """Raises RuntimeError unless every slot and row is free or has exactly one owner."""
-        self.slots.check()
-        slots = [slot for sequence in self.running for slot in sequence.slots]
+        """Raises RuntimeError unless every slot and row is free or has its owners."""
+        self.keys.check(self.running)
         rows = [sequence.table_row for sequence in self.running]
-        if len(set(slots)) != len(slots) or len(slots) != self.slots.used:
-            raise RuntimeError(f"{len(slots)} slots held, {len(set(slots))} different, {self.slots.used} counted used")
         if sorted(rows + self._rows) != list(range(self.limits.running_max_req_size)):
             raise RuntimeError("a table row is lost or has two owners")

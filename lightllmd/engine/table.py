@@ -17,17 +17,22 @@ ALIKE = 1 / GATHER_PADDING
 
 class SlotTable:
     """``[rows, width]``: the slot of each token of each table row. Lives in host memory; entries at or beyond a
-    row's length are stale."""
+    row's length are stale. `total`: the slots that there are; rows may share some."""
 
-    def __init__(self, rows: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, width: int, total: int, device: torch.device, dtype: torch.dtype) -> None:
         self.slots = torch.zeros((rows, width), dtype=torch.int32)
         self._run = [-1] * rows  # the first slot of a row whose slots are one run, else -1
+        self._most_gathered = GATHER_PADDING * total
         self._device, self._dtype = device, dtype
 
     def pack(self, rows: list[Row], rope: Rope) -> GroupedBatch:
-        """Enters the rows' slots into the table and lays their tokens out, in the order of the rows."""
+        """Enters the rows' slots into the table and lays their tokens out, in the order of the rows. A row without
+        tokens, a twin, is entered only."""
         for row in rows:
-            self._enter(row)
+            if row.past:
+                self._enter(row.table_row, 0, row.past)
+            if row.slots:
+                self._enter(row.table_row, row.start, row.slots)
         tokens = [token for row in rows for token in row.tokens]
         starts, first = [], 0  # of each row among the packed tokens
         for row in rows:
@@ -56,15 +61,15 @@ class SlotTable:
         cos, sin = angles.unsqueeze(1).chunk(2, -1)
         return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)
 
-    def _enter(self, row: Row) -> None:
-        end = row.start + len(row.tokens)
-        if len(row.slots) == 1:
-            self.slots[row.table_row, row.start] = row.slots[0]
+    def _enter(self, table_row: int, first: int, slots: list[int]) -> None:
+        """`slots` are the row's from token `first` on, and those before it are in the table."""
+        if len(slots) == 1:
+            self.slots[table_row, first] = slots[0]
         else:
-            self.slots[row.table_row, row.start : end] = torch.tensor(row.slots, dtype=torch.int32)
-        run = row.slots[0] if row.start == 0 else self._run[row.table_row]
-        contiguous = run >= 0 and row.slots[0] == run + row.start and row.slots[-1] == run + end - 1
-        self._run[row.table_row] = run if contiguous and _ascending(row.slots) else -1
+            self.slots[table_row, first : first + len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        run = slots[0] if first == 0 else self._run[table_row]
+        contiguous = run >= 0 and slots[0] == run + first and _ascending(slots)
+        self._run[table_row] = run if contiguous else -1
 
     def _row_slots(self, row: Row) -> Slots:
         end = row.start + len(row.tokens)
@@ -72,12 +77,15 @@ class SlotTable:
         return slice(run, run + end) if run >= 0 else self.slots[row.table_row, :end].to(self._device)
 
     def _groups(self, rows: list[Row], starts: list[int], total: int) -> list[DecodeGroup]:
-        """Rows of like length together, longest first."""
+        """Rows of like length together, longest first; no more at a time than would hold every slot if none was
+        shared."""
         order = sorted(range(len(rows)), key=lambda index: -rows[index].start)
         groups: list[list[int]] = []
         for index in order:
             longest = rows[groups[-1][0]].start + 1 if groups else 0
-            if groups and (longest <= SHORT_ROW or rows[index].start + 1 >= ALIKE * longest):
+            alike = rows[index].start + 1 >= ALIKE * longest
+            fits = groups and (len(groups[-1]) + 1) * longest <= self._most_gathered
+            if groups and (longest <= SHORT_ROW or (alike and fits)):
                 groups[-1].append(index)
             else:
                 groups.append([index])
@@ -107,7 +115,7 @@ class SlotTable:
 
 
 def _ascending(slots: list[int]) -> bool:
-    return len(slots) == 1 or slots == list(range(slots[0], slots[0] + len(slots)))
+    return slots[-1] - slots[0] == len(slots) - 1 and slots == list(range(slots[0], slots[0] + len(slots)))
 
 
 def rope_lengths(row: Row) -> list[int]:

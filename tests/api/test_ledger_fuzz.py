@@ -8,7 +8,7 @@ import pytest
 
 from ledger_bench import Bench
 from lightllmd.api.entry import Entry
-from lightllmd.engine.fake import fake_token
+from lightllmd.engine.fake_model import fake_token
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
     FINISH_LENGTH,

@@ -19,7 +19,7 @@ import pytest
 from lightllmd import errors
 from lightllmd.config.parameters import Config, EngineSettings, FakeSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
-from lightllmd.engine.fake import fake_token
+from lightllmd.engine.fake_model import fake_token
 from lightllmd.ipc import bus, channel, flight_record, messages
 from lightllmd.ipc.messages import Failed, Heartbeat, Load, SamplingParams, StepOutput, Submit
 

@@ -21,7 +21,7 @@ import torch
 
 from harness import Daemon
 from lightllmd import LLM
-from lightllmd.engine.fake import fake_token
+from lightllmd.engine.fake_model import fake_token
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, OutOfMemory
 from tiny_models import BASE, transformers_model, write_model
 

@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.batch import Step, StepResult
-from lightllmd.engine.fake import FakeRunner, fake_token
+from lightllmd.engine.fake import FakeRunner
+from lightllmd.engine.fake_model import fake_token
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.request import State
 from lightllmd.engine.scheduler import Scheduler

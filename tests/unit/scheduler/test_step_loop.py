@@ -8,7 +8,8 @@ import pytest
 
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.batch import Step, StepResult
-from lightllmd.engine.fake import FakeRunner, fake_token
+from lightllmd.engine.fake import FakeRunner
+from lightllmd.engine.fake_model import fake_token
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.scheduler import Scheduler
 from scheduler_samples import limits, submit
