@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from closed_loop import WAYS, ClosedLoop, Expected, Operator, Question, Ran, Timeline, background, ctl
+from closed_loop import WAYS, ClosedLoop, Expected, Operator, Question, Ran, Timeline, background, ctl, jobs_of
 from config_file import Settings, daemon_of_a_file
 from harness import Daemon, wait_for
 from swap_models import demo_file, write_broken_models, write_demo_models, write_tiny_models
@@ -169,6 +169,23 @@ def test_swaps_of_real_models_good_and_bad_fail_no_request(tmp_path: Path, tiny:
     with daemon.start():
         expected = learnt(daemon, tmp_path / "second", tiny)
         swaps_and_reloads(daemon, settings, tiny, expected, deeds)
+
+
+def test_room_is_kept_for_the_other_model_and_is_the_same_after_swaps(tmp_path: Path, tiny: Pair) -> None:
+    more = {"supervisor.swap": "beside", "max_total_token_num": "auto", "batch_max_tokens": 512}
+    gone = {"models.gone.model_dir": str(tiny.broken["missing"])}
+    daemon, _ = daemon_of(tmp_path, tiny, **more, **gone)
+    with daemon.start():
+        slots = daemon.status()["model"]["kv_slots_total"]
+        assert f"room for {tiny.names[1]} beside it: " in daemon.log_text()
+        assert "room for gone" in daemon.log_text()
+        for target, other in (tiny.names[::-1], tiny.names):
+            assert ctl(daemon, "swap", target).code == 0
+            told = jobs_of(daemon)[-1]["details"]
+            assert told["how"] == "beside"
+            assert f"room for {other} beside it: " in told["plan"]
+            assert daemon.wait_ready()["model"]["kv_slots_total"] == slots
+        assert daemon.stop() == 0
 
 
 @needs_demo
