@@ -23,16 +23,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
+from lightllmd.api.intake import Intake
 from lightllmd.config.load import load, nearest_key
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
 from lightllmd.config.report import budget_table
 from lightllmd.config.resolve import resolve
 from lightllmd.config.setting import by_key
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.backends import runner_for
+from lightllmd.engine.backends import runner_for, scheduler_for
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.scheduler import Scheduler
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
@@ -70,8 +69,9 @@ class LLM:
         with LoadBar(self.plan.model_name, progress) as bar:
             self._runner.load(self.plan, bar.update)
         self._runner.prepare(_nothing)
-        self._scheduler = Scheduler(Limits.of(self.plan), generation=1)
+        self._scheduler = scheduler_for(self.plan, generation=1)
         self._loop = StepLoop(self._scheduler, self._runner)
+        self._intake = Intake(self.plan, lambda: self.tokenizer)
         self._jobs: dict[int, Job] = {}  # in the engine now, by request number
         self._numbers = 0  # the newest request's
         self._unusable = ""  # why nothing can be generated any more
@@ -104,7 +104,8 @@ class LLM:
 
         `prompts` (text) or `prompt_token_ids`, one of the two. `sampling` has the names of the native API's
         ``parameters`` (max_new_tokens, do_sample, temperature, top_p, top_k, min_p, seed, n or best_of,
-        presence_penalty, stop_sequences, ignore_eos, …) and top_logprobs (0 … 20); it is for all prompts.
+        presence_penalty, stop_sequences, ignore_eos, logit_bias, allowed_token_ids, bad_words, prompt_logprobs, …)
+        and top_logprobs (0 … 20); it is for all prompts.
         `parameters`, one dict per prompt, overrides it. As in the native API a stop text is part of the output that
         it ends.
 
@@ -116,7 +117,9 @@ class LLM:
         engine can't go on; it can't be used then either. ^C ends what is running after the step that is out.
         """
         self._check_usable()
-        jobs = open_jobs(self.plan, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize)
+        jobs = open_jobs(
+            self._intake, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize
+        )
         with self._limited(max_running), RequestBar(len(jobs), progress) as bar, _deferred_interrupt() as check:
             try:
                 self._run(jobs, bar, check)
@@ -154,6 +157,12 @@ class LLM:
     def _deliver(self, output: StepOutput) -> int:
         """Gives each branch its token. Returns how many requests ended."""
         jobs, before = self._jobs, len(self._jobs)
+        for number, cached in output.cached:
+            if number in jobs:
+                jobs[number].cached = cached
+        for part in output.prompts:
+            if part.request in jobs and not jobs[part.request].prompt_log.take(part):
+                raise EngineError(f"request {part.request}: a part of its prompt's log-probabilities is missing")
         rows = zip(
             output.requests,
             output.branches,

@@ -13,6 +13,8 @@ import msgspec
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
 
+Kind = Literal["prefill", "decode", "mixed"]
+
 
 class SamplingRow(msgspec.Struct):
     """What the runner needs to (re)build a row's sampling state, penalty counts included."""
@@ -68,7 +70,7 @@ class Step(msgspec.Struct):
 
     number: int  # counts from 1 within a generation
     # "decode": one token of each row; "prefill": nobody goes on beside prompts; "mixed": some do.
-    kind: Literal["prefill", "decode", "mixed"]
+    kind: Kind
     decode: DecodeRows
     rows: list[Row]
     freed: list[int]  # table rows released since the last step

@@ -137,6 +137,15 @@ class RadixTree:
         """Evicts all that no lock protects; returns how many tokens."""
         return self.evict(self.evictable)
 
+    def every_slot(self) -> list[int]:
+        """Of all that is in the tree, in no order."""
+        edges, nodes = [], [self.root]
+        while nodes:
+            node = nodes.pop()
+            edges.append(node.slots)
+            nodes += node.children.values()
+        return _unpack(edges)
+
     def check(self) -> None:
         """Raises RuntimeError unless structure, counts, locks, order of use and references hold by an actual walk."""
         rank = {node: place for place, node in enumerate(self._unlocked)}

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lightllmd.engine.beam import BeamSearch
+from lightllmd.engine.constraint import Constraint
+from lightllmd.engine.radix_tree import Node
 from lightllmd.ipc.messages import SamplingParams, Submit
 
 Owner = tuple[int, int]  # (api worker, its epoch)
+TokenIds = NDArray[np.int32]
 
 
 class State(Enum):
@@ -19,11 +26,33 @@ class State(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """Set by the scheduler alone.
+class Fork:
+    """Sequences of one request that run on the same prompt, which the first of them feeds.
 
-    Invariant while running: ``len(slots)`` tokens are in the cache as soon as the steps that are out have run. That is
-    all of the prompt, the emitted and the pending ones but the newest.
+    The slots of the prompt are charged to `members[0]`, see `Sequence.common`. Beams are a fork for as long as they are
+    here; branches that draw for themselves join one when they are admitted with the first.
+    """
+
+    members: list[Sequence] = field(default_factory=list)
+    search: BeamSearch | None = None  # None: each draws for itself
+    top_logprobs: int = 0  # of a search: alternatives that the client asked for
+    ends: frozenset[int] = frozenset()  # of a search: the tokens that end a hypothesis
+
+    def leave(self, sequence: Sequence) -> None:
+        """It gave its slots back: the next one pays for the prompt."""
+        first = self.members[0] is sequence
+        self.members.remove(sequence)
+        sequence.fork = None
+        if first and self.members:
+            self.members[0].common = self.members[0].shared
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Set by the scheduler and its `KeyValues` alone.
+
+    Invariant while running, once its prompt is fed: ``len(slots)`` tokens are in the cache as soon as the steps that
+    are out have run. That is all of the prompt, the emitted and the pending ones but the newest.
     """
 
     request: int
@@ -34,12 +63,27 @@ class Sequence:
     params: SamplingParams
     emitted: list[int]
     state: State
+    first: bool = True  # of the branches that its request came with
     suspect: bool = False  # had no token when an engine died: is admitted alone; cleared by its next token
     replayed: bool = False
     ticket: int = 0  # set on entry into a line: later entries have greater ones
     pending: int = 0  # tokens that steps which are out will make
     table_row: int = -1
-    slots: list[int] = field(default_factory=list)
+    # --- its keys and values
+    slots: list[int] = field(default_factory=list)  # of its tokens, in order; while running
+    node: Node | None = None  # of the prompt cache's tree, locked: where the slots end that belong to the tree
+    shared: int = 0  # how many those are
+    common: int = 0  # tokens whose slots are not charged to this sequence: the tree's, or the fork's
+    fed: int = 0  # of `target`: whose keys and values are in the cache, or the steps so far compute
+    target: int = 0  # tokens that its (re)admission feeds or finds, before the next one is drawn
+    entered: bool = False  # the runner knows it under `table_row`
+    # --- how its tokens are chosen
+    forks: bool = False  # the branches of its request share its prompt
+    fork: Fork | None = None
+    constraint: Constraint | None = None
+    stepwise: bool = False  # each of its steps waits for the token of the one before
+    cached: int = 0  # prompt tokens found in the prompt cache, until the api worker is told
+    prompt_key: TokenIds | None = None
 
     @property
     def arrival_ns(self) -> int:
@@ -49,6 +93,33 @@ class Sequence:
     def length(self) -> int:
         """Tokens that a (re)admission feeds; nothing is pending then."""
         return len(self.prompt_ids) + len(self.emitted)
+
+    @property
+    def key(self) -> TokenIds:
+        """The tokens that are known, as the prompt cache compares them."""
+        if self.prompt_key is None:
+            self.prompt_key = np.array(self.prompt_ids, np.int32)
+        return np.concatenate([self.prompt_key, np.array(self.emitted, np.int32)]) if self.emitted else self.prompt_key
+
+    @property
+    def computed(self) -> int:
+        """Tokens that are in the cache as soon as the steps that are out have run."""
+        return self.fed if self.prefilling else len(self.slots)
+
+    @property
+    def fork_lead(self) -> Sequence | None:
+        """Of its fork, the one that feeds the prompt, or fed it."""
+        return self.fork.members[0] if self.fork is not None else None
+
+    @property
+    def beam(self) -> bool:
+        """The scheduler chooses its tokens."""
+        return self.fork is not None and self.fork.search is not None
+
+    @property
+    def prefilling(self) -> bool:
+        """It runs, and has no next token yet. A follower waits for its leader."""
+        return self.fed < self.target
 
     def estimate(self, worst_case: bool, new_token_len: int) -> tuple[int, int]:
         """(tokens held after its next step, tokens still to come after that), as the admission rule counts them;
@@ -76,8 +147,9 @@ def sequences_of(submit: Submit) -> list[Sequence]:
             params=submit.params,
             emitted=list(emitted),
             state=State.PAUSED if submit.replay else State.WAITING,
+            first=index == 0,
             suspect=submit.suspect,
             replayed=submit.replay,
         )
-        for branch, emitted in zip(submit.branches, submit.emitted, strict=True)
+        for index, (branch, emitted) in enumerate(zip(submit.branches, submit.emitted, strict=True))
     ]

@@ -25,8 +25,8 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
-from lightllmd.engine.admission import Admission, Limits
 from lightllmd.engine import beams
+from lightllmd.engine.admission import Admission, Limits
 from lightllmd.engine.batch import Step, StepResult
 from lightllmd.engine.beams import BeamResult
 from lightllmd.engine.composer import Composer
@@ -271,7 +271,7 @@ class Scheduler:
         """
         outputs: dict[Owner, StepOutput] = {}
         ended: list[Sequence] = []
-        beams: dict[int, list[BeamResult]] = {}
+        searched: dict[int, list[BeamResult]] = {}
         sent = self._out.popleft()
         eos_ids, gone = self.limits.eos_ids, State.ENDED
         for (sequence, first), told in zip(sent.targets, result.targets, strict=True):
@@ -288,7 +288,7 @@ class Scheduler:
                 self._acquit(sequence.request)
             if sequence.beam:
                 if sequence.state is State.RUNNING:  # else they begin anew
-                    beams.setdefault(sequence.request, []).append((sequence, logprob, alternatives or []))
+                    searched.setdefault(sequence.request, []).append((sequence, logprob, alternatives or []))
                 continue
             params, emitted = sequence.params, sequence.emitted
             position = len(emitted)
@@ -318,7 +318,7 @@ class Scheduler:
                 output.alternatives = [None] * (len(output.tokens) - 1)
             if output.alternatives is not None:
                 output.alternatives.append(alternatives)
-        for results in beams.values():
+        for results in searched.values():
             self._search(results, outputs)
         for sequence in ended:
             self._end(sequence)
@@ -406,9 +406,9 @@ class Scheduler:
             return "a request needs a prompt and at least one unfinished branch"
         if any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
             return f"a branch has its {params.max_new_tokens} tokens already"
-        beams = params.n if self.limits.beam_mode else 1
-        if prompt + beams * params.max_new_tokens + 1 > self.limits.max_total_token_num:
-            each = f"{beams} beams x " if beams > 1 else ""
+        width = params.n if self.limits.beam_mode else 1
+        if prompt + width * params.max_new_tokens + 1 > self.limits.max_total_token_num:
+            each = f"{width} beams x " if width > 1 else ""
             return (
                 f"{prompt} prompt tokens + {each}{params.max_new_tokens} max_new_tokens + 1 "
                 f"exceed max_total_token_num {self.limits.max_total_token_num}"

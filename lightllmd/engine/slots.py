@@ -94,6 +94,11 @@ class Slots:
             self.free += freed
             self._hint = min(self._hint, min(slots))  # a lower hint than needed does no harm
 
+    @property
+    def counts(self) -> bytes:
+        """The references to each slot."""
+        return bytes(self._references)
+
     def references(self, slot: int) -> int:
         return self._references[slot]
 

@@ -20,12 +20,10 @@ from lightllmd import errors
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
 from lightllmd.engine import fake
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.backends import runner_for
+from lightllmd.engine.backends import runner_for, scheduler_for
 from lightllmd.engine.batch import Runner, Step
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.request import Owner
-from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc import messages
 from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.channel import Channel
@@ -50,9 +48,9 @@ class EngineWorker:
         self._generation = configure.generation
         self._endpoint = configure.endpoint
         self._plan = plan
-        self._scheduler = Scheduler(Limits.of(plan), configure.generation)
+        self._scheduler = scheduler_for(plan, configure.generation)
         params, engine = plan.config.params, plan.config.engine
-        self._metrics = EngineMetrics(params.max_req_input_len)
+        self._metrics = EngineMetrics()
         self._statistics = Statistics(math.inf if params.disable_log_stats else plan.log_stats_interval)
         # The defaults set no pace and no fault.
         settings = engine.fake if engine.backend == "fake" else FakeSettings()
@@ -64,6 +62,7 @@ class EngineWorker:
         self._phase, self._progress, self._total = "boot", 0, 0
         self._entered = time.monotonic()  # the phase
         self._tokens_out = 0
+        self._flushes = self._flushed_tokens = 0  # of the prompt cache, since the start
         self._next_beat = 0.0  # monotonic seconds
         self._next_load = 0.0
         self._told: messages.Load | None = None  # the last Load sent
@@ -224,7 +223,8 @@ class EngineWorker:
         self._recorded = flight
 
     def _count(self, step: Step, generated: int, seconds: float, now: float) -> None:
-        self._metrics.step(step.kind, seconds, step.size)
+        begun = sum(row.sampling is not None and not row.position for row in step.rows)
+        self._metrics.step(step.kind, seconds, begun)
         fed = sum(len(row.tokens) for row in step.rows)
         if self._statistics.count(fed, generated, now):
             load = self._scheduler.load()
@@ -275,6 +275,10 @@ class EngineWorker:
                         self._wake()
                     else:
                         self._runner.unstage()
+                case messages.FlushCache():
+                    self._flushes += 1
+                    self._flushed_tokens += self._scheduler.flush_cache()
+                    self._beat(time.monotonic())  # which tells whoever waits for it
                 case messages.Tune():
                     logging.getLogger().setLevel(message.log_level.upper())
                     self._statistics = Statistics(message.log_stats_interval)
@@ -311,6 +315,9 @@ class EngineWorker:
             "waiting": load.waiting,
             "paused": load.paused,
         }
+        if cache := self._scheduler.cache_stats():
+            self._metrics.cache(cache)
+            stats |= {**cache, "cache_flushes": self._flushes, "cache_flushed_tokens": self._flushed_tokens}
         if self._phase in ("ready", "sleep", "asleep"):
             stats |= self._runner.memory_stats()
         busy = self._phase not in ("ready", "asleep") or self._loop.busy

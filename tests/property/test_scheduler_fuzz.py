@@ -268,7 +268,7 @@ class Model:
         assert not self.requests
         assert not self.out
         assert not self.scheduler.busy
-        assert self.scheduler.slots.free == self.limits.max_total_token_num
+        assert self.scheduler.keys.slots.free == self.limits.max_total_token_num
         assert self.scheduler.load().estimated_peak == 0
 
     # --- invariants ------------------------------------------------------------------------------------------

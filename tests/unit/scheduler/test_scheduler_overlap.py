@@ -82,7 +82,7 @@ def test_slots_and_row_of_one_whose_last_token_is_out_serve_others_in_the_next_s
     assert first.freed == []
     assert engine.complete().requests == [1]
     assert engine.complete().requests == [2]
-    assert engine.scheduler.slots.used == 0
+    assert engine.scheduler.keys.slots.used == 0
 
 
 def test_the_token_behind_an_end_is_dropped_and_its_slots_are_free_when_the_end_is_noticed() -> None:
@@ -93,7 +93,7 @@ def test_the_token_behind_an_end_is_dropped_and_its_slots_are_free_when_the_end_
     late = engine.launch()
     assert late.size == 2
     assert engine.complete(EOS, 50).finishes == [FINISH_STOP, FINISH_NONE]
-    assert engine.scheduler.slots.used == 12
+    assert engine.scheduler.keys.slots.used == 12
     following = engine.launch()
     assert following.freed == [late.decode.table_rows[0]]
     assert following.decode.table_rows == late.decode.table_rows[1:]
@@ -114,7 +114,7 @@ def test_the_token_behind_an_abort_is_dropped() -> None:
     engine.scheduler.abort(2)
     engine.scheduler.abort(3)
     assert not engine.scheduler.busy
-    assert engine.scheduler.slots.used == 0
+    assert engine.scheduler.keys.slots.used == 0
 
 
 def test_an_abort_reaches_one_whose_last_token_is_out() -> None:
@@ -156,7 +156,7 @@ def test_the_token_of_one_that_was_paused_meanwhile_may_end_it() -> None:
     engine = paused_with_a_step_out()
     assert engine.complete(51, EOS).finishes == [FINISH_NONE, FINISH_STOP]
     assert engine.in_line() == []
-    assert engine.scheduler.slots.used == len(engine.scheduler.running[0].slots)
+    assert engine.scheduler.keys.slots.used == len(engine.scheduler.running[0].slots)
 
 
 def test_nobody_is_resumed_while_their_token_is_out() -> None:

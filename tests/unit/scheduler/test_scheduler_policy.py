@@ -62,20 +62,20 @@ def waiting(count: int, length: int, most: int) -> list[Sequence]:
 def test_worked_example_of_the_admission_rule(used: int, admitted: int, load: float) -> None:
     admission = Admission(limits(router_token_ratio=0.5), [], used)
     candidates = waiting(6, length=100, most=400)
-    assert [admission.fits(candidate) for candidate in candidates[: admitted + 1]][:admitted] == [True] * admitted
+    assert [admission.fits([candidate]) for candidate in candidates[: admitted + 1]][:admitted] == [True] * admitted
     assert admission.peak / 1000 == pytest.approx(load)
-    assert admitted == 6 or not admission.fits(candidates[admitted])
+    assert admitted == 6 or not admission.fits([candidates[admitted]])
 
 
 def test_ratio_zero_always_reserves_the_worst_case() -> None:
     admission = Admission(limits(), [], used=0)
-    assert [admission.fits(candidate) for candidate in waiting(3, 100, 400)] == [True, True, False]
+    assert [admission.fits([candidate]) for candidate in waiting(3, 100, 400)] == [True, True, False]
 
 
 def test_ignore_eos_is_reserved_in_full_whatever_the_ratio() -> None:
     admission = Admission(limits(router_token_ratio=1.0), [], used=0)
     candidates = [sequences_of(submit(i, 100, 400, params={"ignore_eos": True}))[0] for i in range(3)]
-    assert [admission.fits(candidate) for candidate in candidates] == [True, True, False]
+    assert [admission.fits([candidate]) for candidate in candidates] == [True, True, False]
 
 
 def test_whatever_validation_lets_pass_runs_alone_on_an_empty_server() -> None:
@@ -203,7 +203,7 @@ def test_abort_ends_a_branch_in_any_state() -> None:
         engine.scheduler.check()
     engine.scheduler.abort(99)
     assert not engine.scheduler.busy
-    assert engine.scheduler.slots.used == 0
+    assert engine.scheduler.keys.slots.used == 0
 
 
 def test_abort_of_some_branches_leaves_the_others() -> None:

@@ -1,0 +1,98 @@
+"""Beam search over sequences: what the search decides becomes their tokens and their pasts.
+
+The beams of a request are a `Fork` from submission to end. The first feeds the prompt; from the first result on, live
+beam i is member i, best first, and members beyond have no past.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from lightllmd.engine.batch import Alternatives
+from lightllmd.engine.beam import BeamSearch
+from lightllmd.engine.key_values import KeyValues
+from lightllmd.engine.request import Fork, Sequence
+from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput
+
+BeamResult = tuple[Sequence, float, Alternatives]  # a beam, the log-probability of its best token, its alternatives
+
+
+def fork(sequences: list[Sequence], eos_ids: frozenset[int]) -> None:
+    """Makes a request's branches the beams of one search."""
+    params = sequences[0].params
+    ends = frozenset[int]() if params.ignore_eos else eos_ids
+    beams = Fork(list(sequences), top_logprobs=params.top_logprobs, ends=ends)
+    reported = max(params.top_logprobs, BeamSearch.candidates(len(sequences), ends))
+    params = msgspec.structs.replace(params, do_sample=False, top_logprobs=reported)
+    for sequence in sequences:
+        sequence.params, sequence.fork = params, beams
+    begin(beams)
+
+
+def begin(fork: Fork) -> None:
+    """A new search, from the prompt on."""
+    params = fork.members[0].params
+    fork.search = BeamSearch(len(fork.members), fork.ends, params.max_new_tokens, params.length_penalty)
+    for member in fork.members:
+        member.emitted = []
+
+
+def advance(fork: Fork, results: list[BeamResult], keys: KeyValues) -> bool:
+    """Takes a step's results, one for each live beam; False: the search is over, or can't go on."""
+    assert fork.search is not None
+    if any(logprob != logprob for _, logprob, _ in results):
+        return False
+    parents = fork.search.advance([alternatives for _, _, alternatives in results])
+    if fork.search.done:
+        return False
+    for member in keys.rearrange(fork.members, parents):
+        member.entered = False
+    params = fork.members[0].params
+    counted = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    for member, beam in zip(fork.members, fork.search.live, strict=False):
+        member.emitted = beam.tokens
+        if counted:
+            member.entered = False  # the runner counted the token that it drew, not the one that was chosen
+    return True
+
+
+def tell(fork: Fork, results: list[BeamResult], output: StepOutput) -> None:
+    """The hypotheses, best first, a branch each. A search over so few tokens that it has fewer repeats the last one."""
+    assert fork.search is not None
+    lead = fork.members[0]
+    if lead.cached:
+        output.cached.append((lead.request, lead.cached))
+    if not fork.search.done:  # logits that are no numbers
+        _append(output, lead, 0, 0, float("nan"), None, FINISH_ABORT)
+        return
+    best = fork.search.ended
+    for rank, member in enumerate(fork.members):
+        hypothesis = best[min(rank, len(best) - 1)]
+        last = len(hypothesis.tokens) - 1
+        for position, token in enumerate(hypothesis.tokens):
+            finish = FINISH_NONE
+            if position == last:
+                finish = FINISH_STOP if hypothesis.ended else FINISH_LENGTH
+            shown = hypothesis.alternatives[position][: fork.top_logprobs] if fork.top_logprobs else None
+            _append(output, member, position, token, hypothesis.logprobs[position], shown, finish)
+
+
+def _append(
+    output: StepOutput,
+    member: Sequence,
+    position: int,
+    token: int,
+    logprob: float,
+    alternatives: Alternatives | None,
+    finish: int,
+) -> None:
+    output.requests.append(member.request)
+    output.branches.append(member.branch)
+    output.positions.append(position)
+    output.tokens.append(token)
+    output.logprobs.append(logprob)
+    output.finishes.append(finish)
+    if alternatives is not None and output.alternatives is None:
+        output.alternatives = [None] * (len(output.tokens) - 1)
+    if output.alternatives is not None:
+        output.alternatives.append(alternatives)

@@ -1,0 +1,98 @@
+"""One step in the making: rows of sequences that are fed, or wait for no more than their own newest token."""
+
+from __future__ import annotations
+
+from lightllmd.engine.batch import DecodeRows, Kind, Row, SamplingRow, Step
+from lightllmd.engine.key_values import KeyValues
+from lightllmd.engine.request import Sequence
+
+
+class Composer:
+    def __init__(self, number: int, keys: KeyValues) -> None:
+        self.number = number
+        self.named: list[Sequence] = []  # whose tokens the rows make, in their order
+        self.targets: list[tuple[Sequence, int]] = []  # whose prompt is told of, from which of its tokens on
+        self.fed = 0  # tokens of prompts
+        self._prompts = 0  # rows of them
+        self._keys = keys
+        self.rows: list[Row] = []
+        self._masks: dict[int, bytes] = {}
+
+    def feed(self, sequence: Sequence, most: int) -> None:
+        """The next part of a prompt, of at most `most` tokens, if it need not wait for another one's."""
+        if not sequence.entered and not self._keys.find_more(sequence, self.number):
+            return
+        if sequence.first and not sequence.entered and not sequence.emitted:
+            sequence.cached = sequence.shared
+        first, end = sequence.fed, min(sequence.target, sequence.fed + most)
+        prompt, emitted = sequence.prompt_ids, sequence.emitted
+        tokens = prompt[first:end] + emitted[max(0, first - len(prompt)) : max(0, end - len(prompt))]
+        targets = None
+        if sequence.first and sequence.params.prompt_logprobs >= 0 and not emitted:
+            targets = prompt[first + 1 : end + 1]
+            self.targets.append((sequence, first + 1))
+        row = self._row(sequence, first, tokens)
+        row.slots = sequence.slots[first:end]
+        row.sample = end == sequence.target
+        row.targets, row.top_targets = targets, max(0, sequence.params.prompt_logprobs) if targets is not None else 0
+        sequence.fed = end
+        self.fed += end - first
+        self._prompts += 1
+        self._keys.publish(sequence, self.number)
+        at = len(self.rows) - 1
+        if not row.sample:
+            return
+        self.named.append(sequence)
+        if sequence.fork is None or sequence.beam:
+            return
+        for follower in sequence.fork.members[1:]:
+            if follower.prefilling:
+                self._keys.follow(follower, sequence)
+                self._row(follower, follower.fed, []).twin_of = at
+                self.named.append(follower)
+
+    def choose(self, sequence: Sequence) -> None:
+        """A stepwise one's newest token, which goes to the last of its slots."""
+        at = len(sequence.slots) - 1
+        row = self._row(sequence, at, [sequence.emitted[-1]])
+        row.slots = [sequence.slots[at]]
+        self.named.append(sequence)
+
+    def _row(self, sequence: Sequence, start: int, tokens: list[int]) -> Row:
+        entering = not sequence.entered
+        sequence.entered = True
+        row = Row(
+            table_row=sequence.table_row,
+            request=sequence.request,
+            branch=sequence.branch,
+            start=start,
+            tokens=tokens,
+            slots=[],
+            sample=True,
+            position=len(sequence.emitted),
+            sampling=SamplingRow(sequence.params, sequence.prompt_ids, list(sequence.emitted)) if entering else None,
+            prompt_length=len(sequence.prompt_ids),
+            past=sequence.slots[:start] if entering and start else None,
+        )
+        self.rows.append(row)
+        constraint = sequence.constraint
+        if constraint is not None and (entering or sequence.stepwise):
+            mask = constraint.mask(sequence.emitted)
+            if mask or not entering:
+                self._masks[sequence.table_row] = mask
+            if not sequence.beam:
+                sequence.stepwise = constraint.stepwise and not constraint.settled(sequence.emitted)
+        return row
+
+    def step(self, going_on: list[Sequence], freed: list[int]) -> Step:
+        """`going_on` feed their newest tokens, which go to the last of their slots."""
+        decode = DecodeRows(
+            table_rows=[sequence.table_row for sequence in going_on],
+            starts=[len(sequence.slots) - 1 for sequence in going_on],
+            slots=[sequence.slots[-1] for sequence in going_on],
+            positions=[len(sequence.emitted) + sequence.pending for sequence in going_on],
+        )
+        followers = sum(row.twin_of is not None for row in self.rows)
+        alone = not going_on and self._prompts + followers == len(self.rows)
+        kind: Kind = "decode" if not self._prompts else "prefill" if alone else "mixed"
+        return Step(self.number, kind, decode, self.rows, freed, self._masks)
