@@ -13,18 +13,17 @@ from typing import Any
 import msgspec
 from pydantic import Field, ValidationError
 
+from lightllmd.api import intake
+from lightllmd.api.bad_words import bad_word_ids
 from lightllmd.api.bodies import field_names
-from lightllmd.api.branch import Branch
+from lightllmd.api.branch import Branch, open_branches
+from lightllmd.api.common_fields import MAX_LOGPROBS
 from lightllmd.api.errors import from_validation, shown
-from lightllmd.api.limits import Limits
 from lightllmd.api.native_bodies import Parameters
-from lightllmd.config.plan import Plan
+from lightllmd.api.prompt_log import PromptLog
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import FINISH_ABORT, SamplingParams
 from lightllmd.text.interface import Tokenizer
-from lightllmd.text.stop import StopMatcher
-
-MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +41,13 @@ class Generated:
 class Output:
     """What one prompt gave."""
 
-    prompt_token_ids: list[int]  # as they were run
-    branches: list[Generated]  # n of them
+    prompt_token_ids: list[int]  # as they were run: cut where they were too long, without what was healed
+    branches: list[Generated]  # n of them, of a beam search the best first
+    prompt_tokens: int  # of the prompt, with what was healed
+    cached: int  # of them, found in the prompt cache
+    # Of prompt_token_ids[1:], where they were asked for; prompt_top_logprobs where alternatives were.
+    prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None  # as Generated.top_logprobs
 
     @property
     def text(self) -> str | None:
@@ -59,35 +63,34 @@ class Output:
 class Fields(Parameters):
     """`parameters` of the native API, and what only OpenAI's routes have there."""
 
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 
     def sampling(self) -> SamplingParams:
         return msgspec.structs.replace(super().sampling(), top_logprobs=self.top_logprobs)
 
 
-class Silent:
-    """A detokenizer for those who want no text."""
-
-    def push(self, ids: Sequence[int]) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
 class Job:
     """One prompt on its way. `left` branches have not ended."""
 
-    __slots__ = ("branches", "detokenized", "left", "params", "prompt_ids")
+    __slots__ = ("_checked", "_detokenized", "branches", "cached", "left", "prompt_log")
 
-    def __init__(
-        self, prompt_ids: list[int], params: SamplingParams, branches: list[Branch], detokenized: bool
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self.params = params
-        self.branches = branches
-        self.detokenized = detokenized
-        self.left = len(branches)
+    def __init__(self, checked: intake.Job, tokenizer: Tokenizer | None) -> None:
+        """Without a tokenizer its output has no text."""
+        self._checked = checked
+        self._detokenized = tokenizer is not None
+        self.branches = open_branches(self.params.n, self.prompt_ids, checked.text, tokenizer, self.params.healing)
+        self.prompt_log = PromptLog()
+        self.cached = 0  # prompt tokens that were found in the prompt cache
+        self.left = len(self.branches)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self._checked.params
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """As they are run."""
+        return self._checked.prompt_ids
 
     def take(
         self, index: int, token: int, logprob: float, alternatives: list[tuple[int, float]] | None, finish: int
@@ -106,16 +109,20 @@ class Job:
         return stopped
 
     def output(self) -> Output:
-        return Output(self.prompt_ids, [self._generated(branch) for branch in self.branches])
+        branches = [self._generated(branch) for branch in self.branches]
+        log, asked = self.prompt_log, self.params.prompt_logprobs
+        logprobs = log.logprobs if asked >= 0 else None
+        tops = [log.alternatives(index) for index in range(len(log.logprobs))] if asked > 0 else None
+        return Output(self.prompt_ids, branches, len(self._checked.given_ids), self.cached, logprobs, tops)
 
     def _generated(self, branch: Branch) -> Generated:
         tops = [others or [] for others in branch.alternatives] if self.params.top_logprobs else None
-        text = branch.text if self.detokenized else None
+        text = branch.text if self._detokenized else None
         return Generated(branch.ids, text, branch.logprobs, tops, branch.finish or "abort")
 
 
 def open_jobs(
-    plan: Plan,
+    rules: intake.Intake,
     tokenizer: Callable[[], Tokenizer],
     prompts: str | Sequence[str] | None,
     prompt_token_ids: Sequence[Sequence[int]] | None,
@@ -124,7 +131,7 @@ def open_jobs(
     detokenize: bool,
 ) -> list[Job]:
     """One job per prompt. `tokenizer` is called when text is read or written. Raises InvalidRequest."""
-    limits = Limits.of(plan)
+    limits = rules.limits
     field, texts = "prompts", [prompts] if isinstance(prompts, str) else prompts
     if (texts is None) == (prompt_token_ids is None):
         raise InvalidRequest("prompts, prompt_token_ids: one of the two is needed; got " + ("both", "none")[not texts])
@@ -140,14 +147,25 @@ def open_jobs(
         prompt_ids = limits.prompt(prompt, f"{field}[{number}]")
         limits.branches(fields.sequences, f"{place}n")
         limits.new_tokens(len(prompt_ids), fields.new_tokens, f"{place}max_new_tokens of {field}[{number}]")
-        stop_texts, stop_ids = fields.stops()
-        for stop in stop_ids:
+        text = fields.text()
+        for stop in text.stop_ids:
             limits.token_ids(stop, f"{place}stop_sequences")
-        if stop_texts and not detokenize:
-            raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {shown(stop_texts)}")
+        if text.stop_strings and not detokenize:
+            raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {shown(text.stop_strings)}")
+        bad_texts = fields.bad_texts
         seed = secrets.randbits(63) if fields.drawn_seed is None else fields.drawn_seed
-        params = msgspec.structs.replace(fields.sampling(), seed=seed)
-        jobs.append(Job(prompt_ids, params, list(_branches(fields, prompt_ids, tokenizer, detokenize)), detokenize))
+        checked = rules.job(
+            prompt_ids,
+            bad_word_ids(bad_texts, tokenizer(), f"{place}bad_words") if bad_texts else [],
+            msgspec.structs.replace(fields.sampling(), seed=seed),
+            seed,
+            text,
+            cut=prompt_ids is not prompt,
+            place=place,
+            heals=prompt_token_ids is None,
+            shows_prompt=True,
+        )
+        jobs.append(Job(checked, tokenizer() if detokenize else None))
     return jobs
 
 
@@ -192,21 +210,3 @@ def _token_ids(given: Sequence[int], field: str) -> list[int]:
         wrong = next(one for one in given if type(one) is not int)
         raise InvalidRequest(f"{field}: token ids should be integers; got {shown(wrong)}")
     return list(given)
-
-
-def _branches(
-    fields: Fields, prompt_ids: list[int], tokenizer: Callable[[], Tokenizer], detokenize: bool
-) -> Iterator[Branch]:
-    texts, ids = fields.stops()
-    for index in range(fields.sequences):
-        detokenizer = (
-            tokenizer().detokenizer(
-                prompt_ids,
-                skip_special_tokens=fields.skip_special_tokens,
-                spaces_between_special_tokens=fields.add_spaces_between_special_tokens,
-                print_eos_token=fields.print_eos_token,
-            )
-            if detokenize
-            else Silent()
-        )
-        yield Branch(index, detokenizer, StopMatcher(texts, ids) if texts or ids else None)

@@ -29,7 +29,7 @@ class Accounts:
         """In the ledger now."""
         self._metrics.entered()
         validation = entry.started_at - entry.arrived_at
-        self._metrics.submitted(validation, len(entry.prompt_ids), entry.params.max_new_tokens)
+        self._metrics.submitted(validation, entry.prompt_tokens, entry.params.max_new_tokens)
 
     def ended(self, entry: Entry) -> None:
         if entry.first_token_at is not None:
@@ -43,3 +43,4 @@ class Accounts:
                 entry.ended_at - entry.started_at,
                 [len(branch.ids) for branch in entry.branches],
             )
+            self._metrics.cached(entry.cached, entry.prompt_tokens)

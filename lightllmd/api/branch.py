@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE
 from lightllmd.text.detokenize import IncrementalDetokenizer
+from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopMatcher
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How tokens become text: where it stops and what of it is shown."""
+
+    stop_strings: list[str] = field(default_factory=list)
+    stop_ids: list[list[int]] = field(default_factory=list)
+    include_stop: bool = True  # native output shows the stop text, OpenAI's does not
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    print_eos_token: bool = False
 
 
 class Branch:
@@ -60,3 +76,36 @@ class Branch:
     @property
     def cumulative_logprob(self) -> float:
         return sum(self.logprobs)
+
+
+class _Silent:
+    """A detokenizer for those who want no text."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def open_branches(
+    count: int, prompt_ids: Sequence[int], options: TextOptions, tokenizer: Tokenizer | None, healing: bytes = b""
+) -> list[Branch]:
+    """Those of a request that continues `prompt_ids`. `healing`: see SamplingParams. Without a tokenizer they have no
+    text."""
+    branches = []
+    for index in range(count):
+        detokenizer: IncrementalDetokenizer = _Silent()
+        if tokenizer is not None:
+            detokenizer = tokenizer.detokenizer(
+                prompt_ids,
+                skip_special_tokens=options.skip_special_tokens,
+                spaces_between_special_tokens=options.spaces_between_special_tokens,
+                print_eos_token=options.print_eos_token,
+                hidden=healing,
+            )
+        stop = None
+        if options.stop_strings or options.stop_ids:
+            stop = StopMatcher(options.stop_strings, options.stop_ids, options.include_stop)
+        branches.append(Branch(index, detokenizer, stop))
+    return branches

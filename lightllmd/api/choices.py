@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -12,32 +13,38 @@ import msgspec
 from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
 from lightllmd.api.errors import openai_error
+from lightllmd.api.prompt_log import FLOOR
 from lightllmd.errors import RequestError
 from lightllmd.text.interface import Tokenizer
 
 _json = msgspec.json.Encoder()
-_FLOOR = -9999.0  # JSON has no -inf; OpenAI's own floor
 
 
 class Choice:
     """One sequence of the answer, and how much of it a stream has sent."""
 
-    __slots__ = ("begun", "branch", "finished", "index", "offset", "prompt", "sent")
+    __slots__ = ("begun", "branch", "entry", "finished", "index", "offset", "prompt", "sent")
 
-    def __init__(self, index: int, prompt: int, branch: Branch) -> None:
+    def __init__(self, index: int, prompt: int, entry: Entry, branch: Branch) -> None:
         self.index = index
         self.prompt = prompt  # the number of its prompt in the body
+        self.entry = entry
         self.branch = branch
         self.sent = 0  # tokens
-        self.offset = 0  # characters
+        self.offset = 0  # characters generated
         self.begun = False
         self.finished = False
 
 
-def usage(entries: Sequence[Entry]) -> dict[str, int]:
-    prompt = sum(len(entry.prompt_ids) for entry in entries)
+def usage(entries: Sequence[Entry]) -> dict[str, Any]:
+    prompt = sum(entry.prompt_tokens for entry in entries)
     completion = sum(entry.generated for entry in entries)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(entry.cached for entry in entries)},
+    }
 
 
 class Shape(ABC):
@@ -46,17 +53,32 @@ class Shape(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, answer_id: str, model: str, tokenizer: Tokenizer, alternatives: int | None) -> None:
-        """`alternatives`: shown per token; None: no log-probabilities at all."""
+    def __init__(
+        self, answer_id: str, model: str, tokenizer: Tokenizer, alternatives: int | None, scores_prompt: bool
+    ) -> None:
+        """`alternatives`: shown per token; None: no log-probabilities at all. `scores_prompt`: an answer in one piece
+        tells those of the prompt, in a field of its own."""
         self.id = answer_id
         self.model = model
         self.created = int(time.time())
         self._tokenizer = tokenizer
         self._alternatives = alternatives
+        self._scores_prompt = scores_prompt
+
+    def answer(self, choices: Sequence[Choice], entries: Sequence[Entry]) -> dict[str, Any]:
+        """In one piece."""
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "choices": [self.whole(choice) for choice in choices],
+            "usage": usage(entries),
+        }
 
     @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
-        """An entry of `choices` of an answer in one piece."""
+        """An entry of `choices` of such an answer."""
 
     @abstractmethod
     def pieces(self, choice: Choice) -> list[dict[str, Any]]:
@@ -68,10 +90,19 @@ class Shape(ABC):
     def alternatives_at(self, branch: Branch, index: int) -> list[tuple[int, float]]:
         return (branch.alternatives[index] or [])[: self._alternatives]
 
+    def prompt_scores(self, entry: Entry) -> dict[str, Any]:
+        """vLLM's extension."""
+        if not self._scores_prompt:
+            return {}
+        return {"prompt_logprobs": entry.prompt_log.ranked(entry.prompt_ids, self.token_text)}
+
 
 class ChatShape(Shape):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    def answer(self, choices: Sequence[Choice], entries: Sequence[Entry]) -> dict[str, Any]:
+        return super().answer(choices, entries) | self.prompt_scores(entries[0])
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         branch = choice.branch
@@ -117,7 +148,18 @@ class ChatShape(Shape):
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token) or b""
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, _FLOOR), "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as an answer repeats it."""
+
+    text: str
+    offsets: list[int]  # the character that each of its tokens begins at; empty: its log-probabilities aren't shown
+
+
+_NO_ECHO = Echo("", [])
 
 
 class CompletionShape(Shape):
@@ -130,23 +172,24 @@ class CompletionShape(Shape):
         model: str,
         tokenizer: Tokenizer,
         alternatives: int | None,
-        echoed: Sequence[str] = (),
+        scores_prompt: bool,
+        echoes: Sequence[Echo] = (),
     ) -> None:
-        """`echoed`: the prompts' texts, where the answer begins with them."""
-        super().__init__(answer_id, model, tokenizer, alternatives)
-        self._echoed = echoed
+        """`echoes`: the prompts, where the answer begins with them."""
+        super().__init__(answer_id, model, tokenizer, alternatives, scores_prompt)
+        self._echoes = echoes
 
-    def _prompt(self, choice: Choice) -> str:
-        return self._echoed[choice.prompt] if self._echoed else ""
+    def _echo(self, choice: Choice) -> Echo:
+        return self._echoes[choice.prompt] if self._echoes else _NO_ECHO
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         branch = choice.branch
         return {
             "index": choice.index,
-            "text": self._prompt(choice) + branch.text,
-            "logprobs": self._logprobs(branch, 0, len(branch.ids), 0),
+            "text": self._echo(choice).text + branch.text,
+            "logprobs": self._logprobs(choice, 0, len(branch.ids)),
             "finish_reason": branch.finish,
-        }
+        } | self.prompt_scores(choice.entry)
 
     def pieces(self, choice: Choice) -> list[dict[str, Any]]:
         branch = choice.branch
@@ -156,30 +199,44 @@ class CompletionShape(Shape):
         choice.sent = count
         choice.finished = branch.finish is not None
         text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
-        logprobs = self._logprobs(branch, first, count, choice.offset)
+        logprobs = self._logprobs(choice, first, count)
         choice.offset += len(text)
         if not choice.begun:
             choice.begun = True
-            text = self._prompt(choice) + text
+            text = self._echo(choice).text + text
         if not text and logprobs is None and branch.finish is None:
             return []
         return [{"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": branch.finish}]
 
-    def _logprobs(self, branch: Branch, first: int, end: int, offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, first: int, end: int) -> dict[str, Any] | None:
+        """Of the generated tokens from `first` on, behind those of an echoed prompt if they are the first shown."""
         if self._alternatives is None:
             return None
-        offsets, tops = [], []
+        branch, entry, echo = choice.branch, choice.entry, self._echo(choice)
+        ids: list[int] = []
+        logprobs: list[float | None] = []
+        offsets: list[int] = []
+        tops: list[dict[str, float] | None] = []
+        if first == 0 and echo.offsets:
+            log = entry.prompt_log
+            ids, logprobs, offsets = [*entry.prompt_ids], [None, *log.logprobs], [*echo.offsets]
+            tops = [None, *(self._top(log.alternatives(index)) for index in range(len(log.logprobs)))]
+        offset = len(echo.text) + choice.offset
         for index in range(first, end):
             offsets.append(offset)
             offset += len(branch.texts[index])
-            others = self.alternatives_at(branch, index)
-            tops.append({self.token_text(token): max(logprob, _FLOOR) for token, logprob in others})
+            tops.append(self._top(branch.alternatives[index] or []))
         return {
-            "tokens": [self.token_text(token) for token in branch.ids[first:end]],
-            "token_logprobs": [max(logprob, _FLOOR) for logprob in branch.logprobs[first:end]],
+            "tokens": [self.token_text(token) for token in ids + branch.ids[first:end]],
+            "token_logprobs": [
+                None if logprob is None else max(logprob, FLOOR) for logprob in logprobs + branch.logprobs[first:end]
+            ],
             "top_logprobs": tops if self._alternatives else None,
             "text_offset": offsets,
         }
+
+    def _top(self, others: Sequence[tuple[int, float]]) -> dict[str, float]:
+        return {self.token_text(token): max(logprob, FLOOR) for token, logprob in others[: self._alternatives]}
 
 
 class Chunks:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightllmd.api.branch import Branch
+from lightllmd.api.prompt_log import PromptLog
 from lightllmd.errors import RequestError
 from lightllmd.ipc.messages import SamplingParams
 
@@ -21,6 +22,7 @@ class Entry:
         "arrival_ns",
         "arrived_at",
         "branches",
+        "cached",
         "ended_at",
         "error",
         "first_token_at",
@@ -31,6 +33,8 @@ class Entry:
         "params",
         "private",
         "prompt_ids",
+        "prompt_log",
+        "prompt_tokens",
         "proven",
         "request",
         "started_at",
@@ -50,11 +54,15 @@ class Entry:
         arrived_at: float,
         now: float,
         private: bool,
+        prompt_tokens: int,
     ) -> None:
         self.ledger = ledger  # whose it is now; another one's after a `hand_over`
         self.request = request
         self.arrival_ns = time.monotonic_ns()
         self.prompt_ids = prompt_ids
+        self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back
+        self.prompt_log = PromptLog()
+        self.cached = 0  # prompt tokens that the engine that gave the first token found in its prompt cache
         self.params = params
         self.branches = branches
         self.notify = notify

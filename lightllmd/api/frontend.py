@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
 from lightllmd.api.accounts import Accounts
-from lightllmd.api.branch import Branch
+from lightllmd.api.bad_words import bad_word_ids
+from lightllmd.api.branch import TextOptions, open_branches
 from lightllmd.api.entry import Entry
+from lightllmd.api.intake import Intake, Job
 from lightllmd.api.ledger import Ledger
-from lightllmd.api.limits import Limits
 from lightllmd.api.reply import Pending, Signal
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.interface import Tokenizer
-from lightllmd.text.stop import StopMatcher
 
 _INLINE = 16 << 10  # characters; tokenised in a few milliseconds
 _PROBE = [0]  # any model has a token 0
@@ -32,28 +31,6 @@ async def _off_loop(size: int, work: Callable[..., Result], *arguments: Any) -> 
     return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
 
 
-@dataclass(frozen=True)
-class TextOptions:
-    """How tokens become text: where it stops and what of it is shown."""
-
-    stop_strings: list[str] = field(default_factory=list)
-    stop_ids: list[list[int]] = field(default_factory=list)
-    include_stop: bool = True  # native output shows the stop text, OpenAI's does not
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    print_eos_token: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt, checked and ready to run."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    seed: int | None
-    text: TextOptions
-
-
 class FrontEnd:
     def __init__(self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts) -> None:
         self.plan = plan
@@ -61,7 +38,8 @@ class FrontEnd:
         self.special_ids = tokenizer.special_ids
         self.ledger = ledger
         self.accounts = accounts
-        self.limits = Limits.of(plan)
+        self.intake = Intake(plan, lambda: tokenizer)
+        self.limits = self.intake.limits
         self.http = plan.config.http
         self.model_name = plan.config.http.served_model_name or plan.model_name
         self.entering = 0  # requests that are past the gate and not in the ledger yet; see Revisions.entered
@@ -80,17 +58,9 @@ class FrontEnd:
         """Raises InvalidRequest when the model has no chat template or its template refuses the messages."""
         return await _off_loop(len(msgspec.json.encode(messages)), self.tokenizer.encode_chat, messages)
 
-    def branch(self, index: int, prompt_ids: list[int], options: TextOptions) -> Branch:
-        detokenizer = self.tokenizer.detokenizer(
-            prompt_ids,
-            skip_special_tokens=options.skip_special_tokens,
-            spaces_between_special_tokens=options.spaces_between_special_tokens,
-            print_eos_token=options.print_eos_token,
-        )
-        stop = None
-        if options.stop_strings or options.stop_ids:
-            stop = StopMatcher(options.stop_strings, options.stop_ids, options.include_stop)
-        return Branch(index, detokenizer, stop)
+    async def bad_words(self, words: list[str], field: str) -> list[list[int]]:
+        """The token sequences that write them. Raises InvalidRequest."""
+        return await _off_loop(sum(map(len, words)), bad_word_ids, words, self.tokenizer, field)
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -102,9 +72,16 @@ class FrontEnd:
         entries: list[Entry] = []
         try:
             for job in jobs:
-                branches = [self.branch(index, job.prompt_ids, job.text) for index in range(job.params.n)]
+                params = job.params
+                branches = open_branches(params.n, job.prompt_ids, job.text, self.tokenizer, params.healing)
                 entry = self.ledger.open(
-                    job.prompt_ids, job.params, branches, signal.set, seed=job.seed, arrived_at=arrived_at
+                    job.prompt_ids,
+                    params,
+                    branches,
+                    signal.set,
+                    seed=job.seed,
+                    arrived_at=arrived_at,
+                    prompt_tokens=len(job.given_ids),
                 )
                 entries.append(entry)
         except BaseException:
@@ -127,7 +104,7 @@ class FrontEnd:
     async def probe(self) -> None:
         """Has the engine make one token, for nobody. Raises RequestError when it can't, or dies first."""
         signal = Signal()
-        branches = [self.branch(0, _PROBE, TextOptions())]
+        branches = open_branches(1, _PROBE, TextOptions(), self.tokenizer)
         params = SamplingParams(max_new_tokens=1, ignore_eos=True)
         entry = self.ledger.open(_PROBE, params, branches, signal.set, private=True)
         while entry.outcome is None:

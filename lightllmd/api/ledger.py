@@ -93,8 +93,10 @@ class Ledger:
         seed: int | None = None,
         arrived_at: float | None = None,
         private: bool = False,
+        prompt_tokens: int | None = None,
     ) -> Entry:
-        """Takes a request, draws its seed if it has none, and sends it to the engine or holds it.
+        """Takes a request, draws its seed if it has none, and sends it to the engine or holds it. `prompt_tokens`:
+        the prompt's length as it was given; None: `prompt_ids` are all of it.
 
         Raises NotReady while refusing, QueueFull when `max_held` requests are held already. A `private` one is taken
         whenever there is an engine, and only then.
@@ -109,7 +111,8 @@ class Ledger:
         number = self.tally.next_number()
         now = self._clock()
         arrived_at = now if arrived_at is None else arrived_at
-        entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private)
+        prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
+        entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens)
         self._entries[number] = entry
         if self._link is None:
             entry.held_since = now
@@ -264,6 +267,7 @@ class Ledger:
             entry.notify()
 
     def _step(self, output: StepOutput) -> None:
+        self._prompts(output)
         entries, touched, alternatives = self._entries, self._touched, output.alternatives
         rows = zip(
             output.requests,
@@ -290,8 +294,8 @@ class Ledger:
                 log.error("request %d: position %d where %d follows", request, position, len(branch.ids))
                 self.fail(entry, RequestFailed("the engine broke off this request"))
                 continue
-            if not entry.proven:
-                self._prove(entry)
+            if not entry.proven and not self._prove(entry):
+                continue
             try:
                 stopped = branch.take(token, logprob, others, finish)
             except Exception:  # whatever a tokenizer may raise is this request's fault; others' tokens wait behind it
@@ -305,12 +309,31 @@ class Ledger:
                     self._end(entry, "ok")
             touched.add(entry)
 
-    def _prove(self, entry: Entry) -> None:
+    def _prompts(self, output: StepOutput) -> None:
+        """What it says of prompts, all of which comes before or with the first token. What an engine says that only
+        goes on with a request doesn't count."""
+        for request, tokens in output.cached:
+            entry = self._entries.get(request)
+            if entry is not None and entry.first_token_at is None:
+                entry.cached = tokens
+        for part in output.prompts:
+            entry = self._entries.get(part.request)
+            if entry is not None and not entry.prompt_log.take(part):
+                log.error("request %d: a part of its prompt's log-probabilities is missing", part.request)
+                self.fail(entry, RequestFailed("the engine broke off this request"))
+
+    def _prove(self, entry: Entry) -> bool:
+        """Its first token of this engine is here. False: what had to come before it is not."""
+        if entry.params.prompt_logprobs >= 0 and not entry.prompt_log.whole(entry.prompt_ids):
+            log.error("request %d: its first token came before its prompt's log-probabilities", entry.request)
+            self.fail(entry, RequestFailed("the engine broke off this request"))
+            return False
         entry.proven = True
         entry.suspect = False
         entry.trial_deaths = 0
         if entry.first_token_at is None:
             entry.first_token_at = self._clock()
+        return True
 
     def _rejected(self, message: Rejected) -> None:
         entry = self._entries.get(message.request)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
+from lightllmd.ipc.messages import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Limits:
     running_max_req_size: int
     max_queue: int
     vocab_size: int
+    eos_ids: frozenset[int]
     long_truncation_mode: str | None
 
     @classmethod
@@ -28,6 +30,7 @@ class Limits:
             params.running_max_req_size,
             plan.config.http.max_queue,
             plan.vocab_size,
+            frozenset(plan.eos_id),
             params.long_truncation_mode,
         )
 
@@ -92,3 +95,24 @@ class Limits:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequest(f"{field}: token id {bad} is not within 0 .. {self.vocab_size - 1}", param=field)
+
+    def constraints(self, params: SamplingParams, place: str) -> None:
+        """What a request says of single tokens. `place` is the prefix of its fields' names."""
+        self.token_ids([*params.logit_bias], f"{place}logit_bias")
+        self.token_ids(params.allowed_token_ids or [], f"{place}allowed_token_ids")
+        for word in params.bad_words:
+            self.token_ids(word, f"{place}bad_words")
+        if params.allowed_token_ids is None and not params.bad_words:
+            return
+        never = {word[0] for word in params.bad_words if len(word) == 1}
+        if params.min_new_tokens > 1:
+            never |= self.eos_ids
+        allowed = range(self.vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
+        if all(token in never for token in allowed):
+            field = f"{place}{'bad_words' if params.bad_words else 'allowed_token_ids'}"
+            before = f", and min_new_tokens = {params.min_new_tokens} no eos" if params.min_new_tokens > 1 else ""
+            words = f" without the {len(params.bad_words)} bad_words" if params.bad_words else ""
+            raise InvalidRequest(
+                f"{field}: no token is left of the {len(allowed)} allowed{words}{before}",
+                param=field,
+            )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd.api import bodies
 from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
-from lightllmd.api.frontend import FrontEnd, Job, TextOptions
+from lightllmd.api.frontend import FrontEnd
+from lightllmd.api.intake import Job
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.reply import EventStream, Pending
 from lightllmd.api.responses import json_response, on_each
@@ -36,7 +39,8 @@ class Token(msgspec.Struct):
 
 
 class DetailedToken(Token):
-    prompt_cache_len: int = 0
+    prompt_cache_len: int  # tokens of the prompt that were found in the prompt cache
+    cumlogprob: float | UnsetType = UNSET  # sum of the log-probabilities up to and with this one
 
 
 class Frame(msgspec.Struct):
@@ -55,7 +59,7 @@ class TokenFrames:
 
     def __init__(self, entry: Entry, special: frozenset[int]) -> None:
         self.branch = entry.branches[0]
-        self.prompt_tokens = len(entry.prompt_ids)
+        self.prompt_tokens = entry.prompt_tokens
         self.special = special
         self.sent = 0
 
@@ -90,16 +94,27 @@ def error_frame(error: RequestError) -> bytes:
     return b"data:%b\n\n" % _json.encode({"message": error.message, "status": error.status})
 
 
-def detailed_tokens(branch: Branch, prompt_tokens: int, special: frozenset[int]) -> list[DetailedToken]:
+def detailed_tokens(entry: Entry, branch: Branch, special: frozenset[int], totals: bool) -> list[DetailedToken]:
+    """`totals`: with cumulative log-probabilities."""
+    rows = zip(branch.ids, branch.texts, branch.logprobs, accumulate(branch.logprobs), strict=True)
     return [
-        DetailedToken(token, text, logprob, token in special, index + 1, prompt_tokens)
-        for index, (token, text, logprob) in enumerate(zip(branch.ids, branch.texts, branch.logprobs, strict=True))
+        DetailedToken(
+            token,
+            text,
+            logprob,
+            token in special,
+            index + 1,
+            entry.prompt_tokens,
+            entry.cached,
+            total if totals else UNSET,
+        )
+        for index, (token, text, logprob, total) in enumerate(rows)
     ]
 
 
-def generated(entry: Entry, special: frozenset[int], return_details: bool) -> dict[str, Any]:
-    """The 200 body of /generate: scalars for one sequence, lists for several."""
-    prompt_tokens = len(entry.prompt_ids)
+def generated(entry: Entry, special: frozenset[int], return_details: bool, tells_totals: bool) -> dict[str, Any]:
+    """The 200 body of /generate: scalars for one sequence, lists for several. `tells_totals`: the tokens of several
+    have cumulative log-probabilities."""
     counts: list[Any] = [len(branch.ids) for branch in entry.branches]
     reasons: list[Any] = [branch.finish for branch in entry.branches]
     several = len(entry.branches) > 1
@@ -107,39 +122,52 @@ def generated(entry: Entry, special: frozenset[int], return_details: bool) -> di
         "generated_text": [branch.text for branch in entry.branches],
         "count_output_tokens": counts if several else counts[0],
         "finish_reason": reasons if several else reasons[0],
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": entry.prompt_tokens,
     }
     if return_details:
-        tokens: list[Any] = [detailed_tokens(branch, prompt_tokens, special) for branch in entry.branches]
+        totals = several and tells_totals
+        tokens: list[Any] = [detailed_tokens(entry, branch, special, totals) for branch in entry.branches]
         body["tokens"] = tokens if several else tokens[0]
+    if entry.params.prompt_logprobs >= 0:
+        body["prompt_token_ids"] = entry.prompt_ids
+        body["prompt_logprobs"] = entry.prompt_log.pairs(entry.prompt_ids)
     return body
 
 
-async def prepare(front: FrontEnd, body: GenerateBody) -> Job:
-    """Tokenises and checks lengths. Raises InvalidRequest."""
+async def prepare(front: FrontEnd, body: GenerateBody, streamed: bool) -> Job:
+    """Tokenises and checks what only the plan knows. Raises InvalidRequest."""
     parameters = body.parameters
     front.limits.branches(parameters.sequences, "parameters.best_of")
-    prompt_ids = front.limits.prompt(await front.encode(body.inputs), "inputs")
+    encoded = await front.encode(body.inputs)
+    prompt_ids = front.limits.prompt(encoded, "inputs")
     front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, "parameters.max_new_tokens")
-    stop_strings, stop_ids = parameters.stops()
-    for ids in stop_ids:
+    text = parameters.text()
+    for ids in text.stop_ids:
         front.limits.token_ids(ids, "parameters.stop_sequences")
-    text = TextOptions(
-        stop_strings,
-        stop_ids,
-        include_stop=True,
-        skip_special_tokens=parameters.skip_special_tokens,
-        spaces_between_special_tokens=parameters.add_spaces_between_special_tokens,
-        print_eos_token=parameters.print_eos_token,
+    bad_words = await front.bad_words(parameters.bad_texts, "parameters.bad_words")
+    return front.intake.job(
+        prompt_ids,
+        bad_words,
+        parameters.sampling(),
+        parameters.drawn_seed,
+        text,
+        cut=prompt_ids is not encoded,
+        place="parameters.",
+        heals=True,
+        shows_prompt=not streamed,
     )
-    return Job(prompt_ids, parameters.sampling(), parameters.drawn_seed, text)
 
 
-def one_sequence(body: GenerateBody) -> None:
-    """Raises InvalidRequest for what a stream can't do."""
-    asked = body.parameters.sequences
+def streamable(body: GenerateBody) -> None:
+    """Raises InvalidRequest for what a stream can't do. Its frames have no place for log-probabilities of the prompt;
+    return_all_prompt_logprobs is about answers in one piece."""
+    asked, logprobs = body.parameters.sequences, body.parameters.prompt_logprobs
     if asked != 1:
         raise InvalidRequest(f"parameters.best_of: a stream has one sequence, so should be 1; got {asked}")
+    if logprobs is not None:
+        raise InvalidRequest(
+            f"parameters.prompt_logprobs: a stream doesn't show them, so should be absent; got {logprobs}"
+        )
 
 
 def router(revisions: Revisions) -> APIRouter:
@@ -147,18 +175,21 @@ def router(revisions: Revisions) -> APIRouter:
     limit = revisions.front.http.max_body_bytes
     admission = revisions.accounts.admission
 
-    async def opened(request: Request, body: GenerateBody, arrived_at: float) -> tuple[FrontEnd, Pending]:
+    async def opened(
+        request: Request, body: GenerateBody, arrived_at: float, *, streamed: bool
+    ) -> tuple[FrontEnd, Pending]:
         with admission():
             async with revisions.entered(request.receive) as front:
-                return front, front.open([await prepare(front, body)], arrived_at)
+                return front, front.open([await prepare(front, body, streamed)], arrived_at)
 
     async def whole(request: Request, body: GenerateBody, arrived_at: float) -> Response:
-        front, pending = await opened(request, body, arrived_at)
+        front, pending = await opened(request, body, arrived_at, streamed=False)
         await pending.finish(request.receive)
-        return json_response(generated(pending.entries[0], front.special_ids, body.parameters.return_details))
+        details, totals = body.parameters.return_details, front.intake.tells_totals
+        return json_response(generated(pending.entries[0], front.special_ids, details, totals))
 
     async def stream(request: Request, body: GenerateBody, arrived_at: float) -> EventStream:
-        front, pending = await opened(request, body, arrived_at)
+        front, pending = await opened(request, body, arrived_at, streamed=True)
         return EventStream(pending, TokenFrames(pending.entries[0], front.special_ids), revisions.streams)
 
     @routes.post("/generate", openapi_extra=bodies.documented(GenerateBody))
@@ -175,7 +206,7 @@ def router(revisions: Revisions) -> APIRouter:
         arrived_at = time.monotonic()
         with admission():
             body = await bodies.parse(request, GenerateBody, limit)
-            one_sequence(body)
+            streamable(body)
         return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
 
     @routes.post("/", openapi_extra=bodies.documented(GenerateOrStreamBody))
@@ -185,7 +216,7 @@ def router(revisions: Revisions) -> APIRouter:
         with admission():
             body = await bodies.parse(request, GenerateOrStreamBody, limit)
             if body.stream:
-                one_sequence(body)
+                streamable(body)
         if body.stream:
             return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
         return await whole(request, body, arrived_at)

@@ -7,23 +7,27 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lightllmd.api.bodies import Body
+from lightllmd.api.branch import TextOptions
+from lightllmd.api.common_fields import (
+    MAX_COUNT,
+    MAX_PENALTY,
+    MAX_SEED,
+    MAX_STOPS,
+    CommonFields,
+    Count,
+    StopText,
+)
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
-MAX_SEED = 2**63 - 1
-MAX_COUNT = 2**31 - 1  # of tokens, ids and the like
-MAX_PENALTY = 1000.0  # beyond it fp32 logits mean nothing any more
-MAX_STOPS = 64
 DEFAULT_MAX_NEW_TOKENS = 16
 
-_NOT_YET = ("regular_constraint", "allowed_token_ids", "guided_grammar", "guided_json", "prompt_logprobs")
+_NOT_YET = ("regular_constraint", "guided_grammar", "guided_json")
 
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
-class Parameters(Body):
+class Parameters(CommonFields):
     """`parameters` of /generate, /generate_stream and /."""
 
     return_details: bool = False
@@ -86,15 +90,16 @@ class Parameters(Body):
     def drawn_seed(self) -> int | None:
         return None if self.seed is None or self.seed < 0 else self.seed
 
-    def stops(self) -> tuple[list[str], list[list[int]]]:
-        """Stop texts and stop token sequences."""
-        given = self.stop_sequences
-        if given is None:
-            return [], []
-        if isinstance(given, str):
-            return [given], []
-        texts = [stop for stop in given if isinstance(stop, str)]
-        return texts, [stop for stop in given if not isinstance(stop, str)]
+    def text(self) -> TextOptions:
+        stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
+        return TextOptions(
+            [stop for stop in stops if isinstance(stop, str)],
+            [stop for stop in stops if not isinstance(stop, str)],
+            include_stop=True,
+            skip_special_tokens=self.skip_special_tokens,
+            spaces_between_special_tokens=self.add_spaces_between_special_tokens,
+            print_eos_token=self.print_eos_token,
+        )
 
     def sampling(self) -> SamplingParams:
         return SamplingParams(
@@ -112,6 +117,7 @@ class Parameters(Body):
             ignore_eos=self.ignore_eos,
             max_new_tokens=self.new_tokens,
             min_new_tokens=self.min_new_tokens,
+            **self.common_sampling(),
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -13,22 +14,34 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd.api import bodies
-from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Shape, error_frame, usage
-from lightllmd.api.frontend import FrontEnd, Job, TextOptions
+from lightllmd.api.branch import TextOptions
+from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Echo, Shape, error_frame
+from lightllmd.api.frontend import FrontEnd
+from lightllmd.api.intake import Job
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.reply import EventStream, Pending
 from lightllmd.api.responses import json_response
 from lightllmd.api.revisions import Revisions
-from lightllmd.errors import NotFound
+from lightllmd.errors import InvalidRequest, NotFound
 
 Kind = TypeVar("Kind", bound=OpenAIBody)
 
 
-def job(front: FrontEnd, body: OpenAIBody, prompt_ids: list[int], field: str) -> Job:
-    """Checks lengths; `max_tokens` defaults to what fits. Raises InvalidRequest."""
+def job(
+    front: FrontEnd, body: OpenAIBody, given: list[int], bad_words: list[list[int]], field: str, *, heals: bool
+) -> Job:
+    """Checks what only the plan knows; `max_tokens` defaults to what fits. `heals`: the prompt is a text that is
+    continued. Raises InvalidRequest."""
     limits = front.limits
-    prompt_ids = limits.prompt(prompt_ids, field)
-    limits.branches(body.branches, "n")
+    prompt_ids = limits.prompt(given, field)
+    limits.branches(body.branches, "n" if body.branches == body.n else "best_of")
+    beams = front.intake.beams and body.branches > 1
+    if body.use_beam_search is not None and body.use_beam_search != beams:
+        raise InvalidRequest(
+            f"use_beam_search: with {body.branches} sequences and the server's beam_mode "
+            f"{'on' if front.intake.beams else 'off'} it should be {_json(beams)}; got {_json(body.use_beam_search)}",
+            param="use_beam_search",
+        )
     new_tokens = body.asked_tokens
     if new_tokens is None:
         new_tokens = limits.room(len(prompt_ids))
@@ -39,7 +52,16 @@ def job(front: FrontEnd, body: OpenAIBody, prompt_ids: list[int], field: str) ->
         skip_special_tokens=body.skip_special_tokens,
         spaces_between_special_tokens=False,  # a native habit; clients parse what added tokens mark, such as tool calls
     )
-    return Job(prompt_ids, body.sampling(new_tokens), body.folded_seed, text)
+    return front.intake.job(
+        prompt_ids,
+        bad_words,
+        body.sampling(new_tokens),
+        body.folded_seed,
+        text,
+        cut=prompt_ids is not given,
+        heals=heals,
+        shows_prompt=not body.stream,
+    )
 
 
 async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
@@ -47,36 +69,48 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     front.limits.at_once(len(prompts) * body.branches, "prompt")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(await front.encode_batch(texts))
+    bad_words = await front.bad_words(body.bad_texts, "bad_words")
     jobs = []
     for index, prompt in enumerate(prompts):
-        ids = next(encoded) if isinstance(prompt, str) else prompt
-        jobs.append(job(front, body, ids, "prompt" if len(prompts) == 1 else f"prompt.{index}"))
+        is_text = isinstance(prompt, str)
+        ids = next(encoded) if is_text else prompt
+        field = "prompt" if len(prompts) == 1 else f"prompt.{index}"
+        jobs.append(job(front, body, ids, bad_words, field, heals=is_text))
     return jobs
 
 
 async def chat_jobs(front: FrontEnd, body: ChatBody) -> list[Job]:
     ids = await front.encode_chat([message.model_dump() for message in body.messages])
-    return [job(front, body, ids, "messages")]
+    bad_words = await front.bad_words(body.bad_texts, "bad_words")
+    return [job(front, body, ids, bad_words, "messages", heals=False)]
 
 
-def choices_of(pending: Pending, n: int) -> list[Choice]:
-    """`n` per prompt, in the order of the prompts; of more branches than that the likeliest per token."""
+def choices_of(pending: Pending, n: int, beams: bool) -> list[Choice]:
+    """`n` per prompt, in the order of the prompts; of more branches than that the best: of beams, which are in that
+    order, the first, else the likeliest per token, as OpenAI says of best_of."""
     picked: list[Choice] = []
     for prompt, entry in enumerate(pending.entries):
         branches = entry.branches
-        if len(branches) > n:
-            branches = sorted(branches, key=lambda branch: -branch.cumulative_logprob / max(1, len(branch.ids)))[:n]
-        picked += [Choice(len(picked) + index, prompt, branch) for index, branch in enumerate(branches)]
+        if len(branches) > n and not beams:
+            branches = sorted(branches, key=lambda branch: -branch.cumulative_logprob / max(1, len(branch.ids)))
+        picked += [Choice(len(picked) + index, prompt, entry, branch) for index, branch in enumerate(branches[:n])]
     return picked
 
 
-def completion_shape(front: FrontEnd, body: CompletionBody) -> Shape:
-    echoed = _echoed(front, body) if body.echo else ()
-    return CompletionShape(_new_id("cmpl"), front.model_name, front.tokenizer, body.alternatives, echoed)
+def completion_shape(front: FrontEnd, body: CompletionBody, jobs: list[Job]) -> Shape:
+    echoes: list[Echo] = []
+    if body.echo:
+        echoes = [
+            _echo(front, prompt, job, scored=body.logprobs is not None)
+            for prompt, job in zip(body.prompts, jobs, strict=True)
+        ]
+    scores = _scores_prompt(front, body)
+    return CompletionShape(_new_id("cmpl"), front.model_name, front.tokenizer, body.alternatives, scores, echoes)
 
 
-def chat_shape(front: FrontEnd, body: ChatBody) -> Shape:
-    return ChatShape(_new_id("chatcmpl"), front.model_name, front.tokenizer, body.alternatives)
+def chat_shape(front: FrontEnd, body: ChatBody, jobs: list[Job]) -> Shape:
+    scores = _scores_prompt(front, body)
+    return ChatShape(_new_id("chatcmpl"), front.model_name, front.tokenizer, body.alternatives, scores)
 
 
 def model_card(name: str, created: int, served: FrontEnd | None) -> dict[str, Any]:
@@ -114,27 +148,19 @@ def router(revisions: Revisions) -> APIRouter:
         body: Kind,
         arrived_at: float,
         jobs_of: Callable[[FrontEnd, Kind], Awaitable[list[Job]]],
-        shape_of: Callable[[FrontEnd, Kind], Shape],
+        shape_of: Callable[[FrontEnd, Kind, list[Job]], Shape],
     ) -> Response:
         with admission():
             async with revisions.entered(request.receive) as front:
                 revisions.check_name(front, body.model)
-                pending = front.open(await jobs_of(front, body), arrived_at)
-        shape = shape_of(front, body)
+                jobs = await jobs_of(front, body)
+                pending = front.open(jobs, arrived_at)
+        shape, n, beams = shape_of(front, body, jobs), body.n or 1, front.intake.beams
         if body.stream:
-            chunks = Chunks(shape, choices_of(pending, body.n or 1), pending.entries, body.include_usage)
+            chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.include_usage)
             return EventStream(pending, chunks, revisions.streams)
         await pending.finish(request.receive)
-        return json_response(
-            {
-                "id": shape.id,
-                "object": shape.object,
-                "created": shape.created,
-                "model": shape.model,
-                "choices": [shape.whole(choice) for choice in choices_of(pending, body.n or 1)],
-                "usage": usage(pending.entries),
-            }
-        )
+        return json_response(shape.answer(choices_of(pending, n, beams), pending.entries))
 
     @routes.post("/completions", openapi_extra=bodies.documented(CompletionBody))
     async def completions(request: Request) -> Response:
@@ -157,12 +183,27 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
+def _json(value: bool) -> str:
+    return "true" if value else "false"
+
+
 def _new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def _echoed(front: FrontEnd, body: CompletionBody) -> Sequence[str]:
-    return [
-        prompt if isinstance(prompt, str) else front.tokenizer.decode(prompt, skip_special_tokens=False)
-        for prompt in body.prompts
-    ]
+def _scores_prompt(front: FrontEnd, body: OpenAIBody) -> bool:
+    return body.prompt_logprobs is not None or front.intake.scores_prompts
+
+
+def _echo(front: FrontEnd, prompt: str | list[int], job: Job, scored: bool) -> Echo:
+    """A text is repeated as it came, unless it was cut."""
+    ids, is_text = job.given_ids, isinstance(prompt, str)
+    if isinstance(prompt, str) and not scored and not job.cut:
+        return Echo(prompt, [])
+    stream = front.tokenizer.detokenizer(
+        skip_special_tokens=is_text, spaces_between_special_tokens=False, print_eos_token=None
+    )
+    pieces = [stream.push([token]) for token in ids]
+    pieces.append(stream.flush())
+    text = prompt if isinstance(prompt, str) and not job.cut else "".join(pieces)
+    return Echo(text, [*accumulate(map(len, pieces[:-2]), initial=0)] if scored else [])

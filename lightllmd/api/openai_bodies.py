@@ -5,17 +5,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import msgspec
 from pydantic import Field, model_validator
 
 from lightllmd.api.bodies import Body
-from lightllmd.api.native_bodies import MAX_COUNT, MAX_PENALTY, MAX_SEED, MAX_STOPS, Count, StopText
+from lightllmd.api.common_fields import (
+    MAX_COUNT,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_SEED,
+    MAX_STOPS,
+    CommonFields,
+    Count,
+    StopText,
+)
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
 MAX_N = 32
 MAX_PROMPTS = 2048
 MAX_MESSAGES = 4096
-MAX_TOP_LOGPROBS = 20
 
 # Accepted without effect: they change nothing that a client could see here.
 _HARMLESS = frozenset(
@@ -38,7 +47,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
     "suffix": (None, ""),
     **dict.fromkeys(
@@ -47,15 +55,12 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
             "prediction",
             "reasoning_effort",
             "web_search_options",
-            "allowed_token_ids",
             "regular_constraint",
             "guided_json",
             "guided_regex",
             "guided_choice",
             "guided_grammar",
             "structured_outputs",
-            "prompt_logprobs",
-            "use_beam_search",
             "chat_template",
         ),
         (None,),
@@ -76,7 +81,7 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class OpenAIBody(Body, ABC):
+class OpenAIBody(CommonFields, ABC):
     """What both routes share."""
 
     model: str | None = None
@@ -98,6 +103,9 @@ class OpenAIBody(Body, ABC):
     ignore_eos: bool = False
     min_tokens: int = Field(default=1, ge=0, le=MAX_COUNT)
     skip_special_tokens: bool = True
+    use_beam_search: bool | None = Field(
+        default=None, description="the server's beam_mode decides; a value that contradicts it is refused"
+    )
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +117,10 @@ class OpenAIBody(Body, ABC):
             raise ValueError("top_k should be -1 (off) or at least 1; got 0")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams only; stream is not true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError(
+                f"prompt_logprobs is for answers in one piece, not for streams; got {self.prompt_logprobs}"
+            )
         if self.asked_tokens is not None and self.min_tokens > self.asked_tokens:
             raise ValueError(f"min_tokens should be at most max_tokens = {self.asked_tokens}; got {self.min_tokens}")
         return self
@@ -155,6 +167,7 @@ class OpenAIBody(Body, ABC):
             max_new_tokens=max_new_tokens,
             min_new_tokens=max(1, min(self.min_tokens, max_new_tokens)),
             top_logprobs=self.alternatives or 0,
+            **self.common_sampling(),
         )
 
 
@@ -170,7 +183,7 @@ class CompletionBody(OpenAIBody):
     )
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _best_of(self) -> Self:
@@ -178,13 +191,20 @@ class CompletionBody(OpenAIBody):
             raise ValueError(f"best_of should be at least n = {self.n or 1}; got {self.best_of}")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
             raise ValueError(f"best_of should equal n = {self.n or 1} in a stream; got {self.best_of}")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs: not available yet")
         return self
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def scored_echo(self) -> int:
+        """Alternatives shown beside each token of the prompt in `logprobs`; -1: the prompt isn't in there."""
+        return self.logprobs if self.echo and self.logprobs is not None else -1
+
+    def sampling(self, max_new_tokens: int) -> SamplingParams:
+        params = super().sampling(max_new_tokens)
+        return msgspec.structs.replace(params, prompt_logprobs=max(params.prompt_logprobs, self.scored_echo))
 
     @property
     def branches(self) -> int:
@@ -221,7 +241,7 @@ class ChatBody(OpenAIBody):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,6 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
     ("suffix", "completions", _c(suffix="x"), "suffix: not available yet"),
     ("tools", "chat/completions", _m(tools=[{"type": "function"}]), "tools: not available yet"),
     ("response_format", "chat/completions", _m(response_format={"type": "json_object"}), "not available yet"),
-    ("logit_bias", "chat/completions", _m(logit_bias={"5": 1}), "logit_bias: not available yet"),
     ("guided", "chat/completions", _m(guided_json={}), "guided_json: not available yet"),
     (
         "image",
@@ -181,7 +180,6 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
     ("top_logprobs too many", "chat/completions", _m(logprobs=True, top_logprobs=21), "20; got 21"),
     ("logprobs as number", "chat/completions", _m(logprobs=1), "logprobs"),
     ("logprobs as boolean", "completions", _c(logprobs=True), "logprobs"),
-    ("echo with logprobs", "completions", _c(echo=True, logprobs=1), "not available yet"),
     ("stream_options without stream", "chat/completions", _m(stream_options={"include_usage": True}), "stream"),
     ("stop number", "completions", _c(stop=3), "stop"),
     ("min above max", "completions", _c(max_tokens=2, min_tokens=3), "min_tokens"),

@@ -10,6 +10,7 @@ import pytest
 from api.frontend_harness import EOS, expected, frames, make_plan, run, stack
 from lightllmd.config.plan import ModelFacts
 
+UNCACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
 CHAT = "user: hi\nassistant: "
 HI = [{"role": "user", "content": "hi"}]
 
@@ -49,7 +50,7 @@ def test_chat_answers_in_openai_s_shape(tmp_path):
                     "finish_reason": "length",
                 }
             ]
-            assert body["usage"] == {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+            assert body["usage"] == {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25} | UNCACHED
 
     run(scenario())
 
@@ -75,7 +76,7 @@ def test_chat_stream_has_role_content_finish_usage_and_done(tmp_path):
             assert [chunk["choices"][0]["finish_reason"] for chunk in content][-1] == "length"
             assert all(chunk["usage"] is None for chunk in content)
             assert usage["choices"] == []
-            assert usage["usage"] == {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+            assert usage["usage"] == {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25} | UNCACHED
             plain = await one.client.post(
                 "/v1/chat/completions", json={k: v for k, v in body.items() if k != "stream_options"}
             )
@@ -88,7 +89,7 @@ def test_max_tokens_defaults_to_what_fits(tmp_path):
     async def scenario():
         async with stack(tmp_path, {"max_req_input_len": 60, "max_req_total_len": 100}) as one:
             answer = await one.client.post("/v1/chat/completions", json={"messages": HI})
-            assert answer.json()["usage"] == {"prompt_tokens": 20, "completion_tokens": 80, "total_tokens": 100}
+            assert answer.json()["usage"] == {"prompt_tokens": 20, "completion_tokens": 80, "total_tokens": 100} | UNCACHED
 
     run(scenario())
 

@@ -1,0 +1,90 @@
+"""The fields of a request that LightLLM's own routes and OpenAI's have under the same names, with the same meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from lightllmd.api.bodies import MAX_FIELDS, Body
+from lightllmd.api.errors import shown
+
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1  # of tokens, ids and the like
+MAX_PENALTY = 1000.0  # beyond it fp32 logits mean nothing any more
+MAX_STOPS = 64
+MAX_LOGPROBS = 20  # alternatives per token
+MAX_BIAS = 100
+MAX_LENGTH_PENALTY = 10.0
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD = 256  # characters, or ids
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+_BadText = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD)]
+_BadIds = Annotated[list[Count], Field(min_length=1, max_length=MAX_BAD_WORD, fail_fast=True)]
+
+
+def _biases(given: Any) -> Any:
+    """Keys are strings, as JSON knows no others, or integers."""
+    if not isinstance(given, dict):
+        return given
+    if len(given) > MAX_FIELDS:
+        raise ValueError(f"{len(given)} tokens, more than {MAX_FIELDS}")
+    biases = {}
+    for key, bias in given.items():
+        decimal = isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdecimal()
+        if not decimal and type(key) is not int:
+            raise ValueError(f"keys should be token ids; got {shown(key)}")
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise ValueError(f"the bias of token {key} should be a number -{MAX_BIAS} … {MAX_BIAS}; got {shown(bias)}")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+class CommonFields(Body):
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = Field(
+        default=None, description="token id -> what is added to its logit, -100 … 100"
+    )
+    allowed_token_ids: Annotated[list[Count], Field(min_length=1, fail_fast=True)] | None = Field(
+        default=None, description="no other token is generated, an eos that is not among them neither"
+    )
+    bad_words: (
+        Annotated[list[_BadText], Field(max_length=MAX_BAD_WORDS)]
+        | Annotated[list[_BadIds], Field(max_length=MAX_BAD_WORDS)]
+        | None
+    ) = Field(
+        default=None,
+        description="never generated: sequences of token ids, or texts. A text, without the white space that it begins "
+        "with, is matched as the token sequences that it has at the beginning of a text and within one, there with "
+        "and without a space before it; not as other tokens that happen to spell it, nor in other upper and lower case",
+    )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="log-probabilities of the prompt's tokens, with so many alternatives to each; not in a stream. "
+        "Such a request does not read the prompt cache, and its prompt is not healed",
+    )
+    disable_prompt_cache: bool = Field(default=False, description="neither reads nor fills the prompt cache")
+    length_penalty: float = Field(
+        default=1.0,
+        ge=-MAX_LENGTH_PENALTY,
+        le=MAX_LENGTH_PENALTY,
+        description="of beam search: a beam scores its log-probability divided by (its tokens ** length_penalty)",
+    )
+
+    @property
+    def bad_texts(self) -> list[str]:
+        return [word for word in self.bad_words or () if isinstance(word, str)]
+
+    def common_sampling(self) -> dict[str, Any]:
+        """Of SamplingParams; of the bad words those that are token ids."""
+        return {
+            "logit_bias": self.logit_bias or {},
+            "allowed_token_ids": None if self.allowed_token_ids is None else sorted({*self.allowed_token_ids}),
+            "bad_words": [word for word in self.bad_words or () if not isinstance(word, str)],
+            "prompt_logprobs": -1 if self.prompt_logprobs is None else self.prompt_logprobs,
+            "use_cache": not self.disable_prompt_cache,
+            "length_penalty": self.length_penalty,
+        }
