@@ -13,7 +13,7 @@ from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
 from lightllmd.kernels.linear import DenseLinear, Linear, PackedLinear
 from lightllmd.kernels.reference import ACTIVATIONS
 
-# A mask for queries that follow a cached prefix has at most this many rows: bounds its memory.
+# A mask for queries that follow a cached prefix has at most this many rows: bounds its memory (config.bounds).
 MASK_ROWS = 512
 # The logits computed again in fp32: more than any close race for the next token has runners.
 CLOSE = 32
@@ -136,14 +136,14 @@ def prefill_attention(q: Tensor, cache: Tensor, slots: Tensor | slice, start: in
     for first in range(0, count, MASK_ROWS):
         last = min(count, first + MASK_ROWS)
         end = start + last
-        position = torch.arange(start + first, end, device=q.device)
-        visible = torch.arange(end, device=q.device)[None] <= position[:, None]
+        mask = q.new_zeros(last - first, end)
+        mask[:, start + first :] = q.new_full((last - first, last - first), float("-inf")).triu_(1)
         parts.append(
             functional.scaled_dot_product_attention(
                 queries[:, :, first:last],
                 keys[:, :, :end],
                 values[:, :, :end],
-                attn_mask=visible,
+                attn_mask=mask,
                 scale=scale,
                 enable_gqa=True,
             )

@@ -15,6 +15,7 @@ LOGIT_ROWS = 64  # rows whose fp32 logits exist at a time, however many rows a s
 # never parted, whatever that pads.
 GATHER_PADDING = 2
 SHORT_ROW = 128
+MASK_ROWS = 512  # tokens behind a cached prefix that attend at a time: their mask is as wide as the sequence
 
 # --- on a GPU
 DEVICE_HEAD_DIMS = (16, 32, 64, 128, 256)  # elements of a head that the kernels are made for

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightllmd.config import gpu_budget
 from lightllmd.config.amount import count, size
-from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW, SPARE_WIDTH
+from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT_ROW, SPARE_WIDTH
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts, ModelFacts
 from lightllmd.config.shape import Shape
@@ -132,7 +132,8 @@ def demand(
         _weights(shape, model, data_type),
         _activations(shape, batch_max_tokens, item),
         _logits(shape, item),
-        _tables(config),
+        _tables(config, shape),
+        _prefix_masks(config, item),
         _short_rows(config, layer_bytes),
         BudgetRow("graphs", 0, "none on a CPU"),
         BudgetRow("runtime", CPU_RUNTIME, "the process before it has loaded anything"),
@@ -176,7 +177,16 @@ def _logits(shape: Shape, item: int) -> BudgetRow:
     )
 
 
-def _tables(config: Config) -> BudgetRow:
-    """request->slot table and penalty history, 32 bits an entry."""
+def _tables(config: Config, shape: Shape) -> BudgetRow:
+    """request->slot table and penalty history, 32 bits an entry; each row's mask, one bit for each token."""
     rows, width = config.params.running_max_req_size + 1, config.params.max_req_total_len + SPARE_WIDTH
-    return BudgetRow("tables", 2 * rows * width * 4, f"request table and history, each {rows} x {width} x 4 B")
+    words = -(-shape.vocab // 32)
+    how = f"request table and history, each {rows} x {width} x 4 B, and masks, {rows} x {size(4 * words)}"
+    return BudgetRow("tables", rows * (2 * width + words) * 4, how)
+
+
+def _prefix_masks(config: Config, item: int) -> BudgetRow:
+    """Which tokens are seen by those that are fed behind a prefix, or as a later part of a prompt."""
+    width = config.params.max_req_total_len
+    how = f"tokens fed behind others, {MASK_ROWS} at a time x {width} x {item} B"
+    return BudgetRow("prefix masks", MASK_ROWS * width * item, how)

@@ -67,6 +67,8 @@ class ApiMetrics(_Metrics):
         self._input_length = histogram("request_input_length", "Prompt tokens of a request", inputs)
         self._max_new_tokens = histogram("request_max_new_tokens", "max_new_tokens of a request", totals)
         self._generated = histogram("request_generated_tokens", "Generated tokens of a branch", totals)
+        self._cache_length = histogram("cache_length", "Prompt tokens found in the prompt cache", inputs)
+        self._cache_ratio = histogram("cache_ratio", "Their share of the prompt", _RATIOS)
 
     def entered(self) -> None:
         self._count.inc()
@@ -89,6 +91,11 @@ class ApiMetrics(_Metrics):
         for tokens in generated:
             self._generated.observe(tokens)
 
+    def cached(self, tokens: int, prompt_tokens: int) -> None:
+        """Of a request that succeeded."""
+        self._cache_length.observe(tokens)
+        self._cache_ratio.observe(tokens / prompt_tokens)
+
     def failed(self) -> None:
         self._failure.inc()
 
@@ -96,7 +103,7 @@ class ApiMetrics(_Metrics):
 class EngineMetrics(_Metrics):
     """What the scheduler's process knows. Sizes count branches."""
 
-    def __init__(self, max_req_input_len: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         count = counter("batch_inference_count", "Steps run", "method")
@@ -108,10 +115,6 @@ class EngineMetrics(_Metrics):
         self._running = gauge("batch_current_size", "Branches running")
         self._paused = gauge("batch_pause_size", "Branches paused")
         self._peak = gauge("batch_current_max_tokens", "Token slots that the running batch may come to need at once")
-        self.cache_length = histogram(
-            "cache_length", "Prompt tokens found in the prompt cache", _hundredths(max_req_input_len)
-        )
-        self.cache_ratio = histogram("cache_ratio", "Their share of the prompt", _RATIOS)
 
     def step(self, kind: Literal["prefill", "decode"], seconds: float, branches: int) -> None:
         count, duration = self._steps[kind]

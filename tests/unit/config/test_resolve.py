@@ -307,6 +307,7 @@ def test_the_table_adds_up_and_names_its_rows() -> None:
         "activations",
         "logits",
         "tables",
+        "prefix masks",
         "short rows",
         "graphs",
         "runtime",

@@ -34,7 +34,7 @@ GAUGES = {"queue_size", "batch_current_size", "batch_pause_size", "batch_current
 
 
 def test_names_kinds_and_buckets_are_the_originals() -> None:
-    metrics = [*ApiMetrics(2048, 3072).registry.collect(), *EngineMetrics(2048).registry.collect()]
+    metrics = [*ApiMetrics(2048, 3072).registry.collect(), *EngineMetrics().registry.collect()]
     found = {metric.name.removeprefix("lightllm_"): metric for metric in metrics}
     assert all(metric.name.startswith("lightllm_") for metric in metrics)
     assert set(found) == COUNTERS | set(HISTOGRAMS) | GAUGES
