@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,25 +9,13 @@ from collections.abc import Sequence
 import click
 
 from lightllmctl import commands
+from lightllmctl.commands.group import Verbs
 from lightllmctl.context import Context
 from lightllmd import __version__
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_INTERRUPTED, CTL_USAGE, ConfigInvalid, LightllmdError
 
 PROGRAM = "lightllmctl"
 COMPLETION_VARIABLE = "_LIGHTLLMCTL_COMPLETE"
-
-
-class Verbs(click.Group):
-    """Names the nearest verb when one is misspelt."""
-
-    def resolve_command(
-        self, context: click.Context, arguments: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if arguments and not arguments[0].startswith("-") and self.get_command(context, arguments[0]) is None:
-            near = difflib.get_close_matches(arguments[0], self.list_commands(context), n=1)
-            hint = f", did you mean {near[0]}?" if near else "; lightllmctl --help lists them"
-            raise click.UsageError(f"no such verb: {arguments[0]}{hint}")
-        return super().resolve_command(context, arguments)
 
 
 @click.group(

@@ -80,6 +80,7 @@ def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
         ("Listen", Text(clean(", ".join([*status.get("listeners", []), status.get("control_socket", "")])))),
         ("Model", _model(status)),
         *(("Models", Text(line)) for line in _others(status)),
+        *(("Cache", Text(line)) for line in _cache(status)),
         ("Requests", _requests(status.get("requests") or {})),
         *_tree(_workers(status, now), "Workers", glyphs),
         *(("Job" if i == 0 else "", job_line(job, now)) for i, job in enumerate(status.get("jobs") or [])),
@@ -152,6 +153,17 @@ def _others(status: Json) -> list[str]:
     """One line with the models that a swap knows by name, where there are such."""
     names = [clean(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
     return [f"{', '.join(names)} (lightllmctl swap NAME)"] if names else []
+
+
+def _cache(status: Json) -> list[str]:
+    """One line where there is a prompt cache."""
+    if not (cache := status.get("cache")):
+        return []
+    found = f"{cache.get('hit_tokens', 0) / looked_up:.0%}" if (looked_up := cache.get("lookup_tokens")) else "none"
+    return [
+        f"{units.count(cache.get('tokens', 0))} prompt tokens cached   (since the engine's start: {found} of "
+        f"{units.count(looked_up or 0)} found, {units.count(cache.get('evicted_tokens', 0))} evicted)"
+    ]
 
 
 def _loaded_bytes(status: Json) -> str:

@@ -216,6 +216,12 @@ class Busy(ControlError):
     ctl_code = CTL_BUSY
 
 
+class PromptCacheOff(ControlError):
+    """There is no prompt cache to look at or to flush."""
+
+    status = 409
+
+
 class DoesNotFit(ControlError):
     status = 507
     ctl_code = CTL_DOES_NOT_FIT

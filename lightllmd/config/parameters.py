@@ -272,8 +272,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     splitfuse_block_size: Annotated[
         int,
         Setting(
-            doc="Most prompt tokens that one step of splitfuse_mode takes: fewer shorten the gaps in running streams, "
-            "more let prompts through faster. Unused without it.",
+            doc="Most prompt tokens that a step of splitfuse_mode computes beside running requests: fewer shorten the "
+            "gaps in their streams, more let prompts through faster. Unused without it.",
             group=SCHEDULING,
             unit="tokens",
             minimum=1,
@@ -283,9 +283,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     splitfuse_mode: Annotated[
         bool,
         Setting(
-            doc="Cuts prompts into blocks of splitfuse_block_size and computes one in each step, beside the running "
-            "requests' next tokens: a long prompt holds up no stream for longer than a block takes. Without it a "
-            "prompt is computed in one step that the others wait for, which is faster for the prompt itself.",
+            doc="While requests run, prompts are cut into blocks of splitfuse_block_size, and each step computes one "
+            "block beside the running requests' next tokens: a long prompt holds up no stream for longer than a block "
+            "takes. Without it the others wait for a step that computes the whole prompt, which is faster for that "
+            "prompt. While nothing runs, a step takes batch_max_tokens of prompts with and without it.",
             group=SCHEDULING,
         ),
     ] = False
@@ -356,9 +357,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     return_all_prompt_logprobs: Annotated[
         bool,
         Setting(
-            doc="Every answer of the native API that is no stream carries prompt_token_ids, and as prompt_logprobs the "
-            "log-probability of every prompt token but the first, as if it had asked for that itself. It costs a "
-            "product with the vocabulary for each of them, and no prompt is read from the prompt cache.",
+            doc="Every answer of the native API that is no stream carries prompt_token_ids and, as prompt_logprobs, the "
+            "log-probability of every prompt token but the first. That costs a product with the whole vocabulary for "
+            "each of them, and the prompt is computed whole, whatever the prompt cache has of it. Without it a request "
+            "may ask for them with prompt_logprobs.",
             group=MODES,
         ),
     ] = False

@@ -11,12 +11,15 @@ Readers open these files at any moment, so whatever moment a process dies at lea
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
 __all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render", "sit"]
+
+StepKind = Literal["prefill", "decode", "mixed"]
 
 _SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
 _BATCH_SIZES = [float(size) for size in range(1, 129)]
@@ -108,20 +111,37 @@ class EngineMetrics(_Metrics):
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         count = counter("batch_inference_count", "Steps run", "method")
         duration = histogram("batch_inference_duration_bucket", "Of one step, in seconds", _SECONDS, "method")
-        self._steps = {kind: (count.labels(kind), duration.labels(kind)) for kind in ("prefill", "decode")}
+        self._steps = {kind: (count.labels(kind), duration.labels(kind)) for kind in get_args(StepKind)}
         self._queued = histogram("request_queue_duration_bucket", "From arrival to the first admission", _SECONDS)
-        self._next_size = histogram("batch_next_size", "Branches of a prefill batch", _BATCH_SIZES)
+        self._next_size = histogram("batch_next_size", "Branches that one step begins", _BATCH_SIZES)
         self._waiting = gauge("queue_size", "Branches never admitted yet")
         self._running = gauge("batch_current_size", "Branches running")
         self._paused = gauge("batch_pause_size", "Branches paused")
         self._peak = gauge("batch_current_max_tokens", "Token slots that the running batch may come to need at once")
+        self._cached = gauge("prompt_cache_tokens", "Tokens in the prompt cache")
+        self._evictable = gauge("prompt_cache_evictable_tokens", "Of them, used by no running branch")
+        self._cache_counts = {
+            "cache_lookups_tokens": counter("prompt_cache_lookup_tokens", "Prompt tokens that were looked up"),
+            "cache_hits_tokens": counter("prompt_cache_hit_tokens", "Of them, found in the prompt cache"),
+            "cache_evicted_tokens": counter("prompt_cache_evicted_tokens", "Tokens that gave way to others"),
+        }
+        self._cache_counted = dict.fromkeys(self._cache_counts, 0.0)
 
-    def step(self, kind: Literal["prefill", "decode"], seconds: float, branches: int) -> None:
+    def step(self, kind: StepKind, seconds: float, begun: int) -> None:
+        """`begun`: branches whose first step it is."""
         count, duration = self._steps[kind]
         count.inc()
         duration.observe(seconds)
-        if kind == "prefill":
-            self._next_size.observe(branches)
+        if begun:
+            self._next_size.observe(begun)
+
+    def cache(self, stats: Mapping[str, float]) -> None:
+        """`Scheduler.cache_stats`, whose counts grow from this process's start on."""
+        self._cached.set(stats["cache_tokens"])
+        self._evictable.set(stats["cache_evictable"])
+        for name, counter in self._cache_counts.items():
+            counter.inc(stats[name] - self._cache_counted[name])
+            self._cache_counted[name] = stats[name]
 
     def admitted(self, queued_seconds: float) -> None:
         self._queued.observe(queued_seconds)

@@ -97,6 +97,8 @@ class ControlPlane:
             Route("/v1/reload", self.reload, methods=["POST"]),
             Route("/v1/swap", self.swap, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/cache", self.cache),
+            Route("/v1/cache/flush", self.flush_cache, methods=["POST"]),
             Route("/v1/drain", self.drain, methods=["POST"]),
             Route("/v1/resume", self.resume, methods=["POST"]),
             Route("/v1/reset-failed", self.reset_failed, methods=["POST"]),
@@ -123,6 +125,10 @@ class ControlPlane:
 
     async def models(self, request: Request) -> Response:
         return _json(status.models(self._supervisor))
+
+    async def cache(self, request: Request) -> Response:
+        self._supervisor.verbs.check_cached()
+        return _json(status.cache(self._supervisor))
 
     async def config(self, request: Request) -> Response:
         if not _switch(request, "effective"):
@@ -211,6 +217,11 @@ class ControlPlane:
         terms = Terms(timeout, _boolean(body, "force"), body.get("on_failure") == "keep")
         plan_only = _boolean(body, "plan")
         return await self._job(lambda: self._supervisor.verbs.swap(asked, model, terms, plan_only))
+
+    async def flush_cache(self, request: Request) -> Response:
+        asked = self._mutation(request)
+        await _body(request, set())
+        return await self._job(lambda: self._supervisor.verbs.flush_cache(asked))
 
     async def drain(self, request: Request) -> Response:
         asked = self._mutation(request)

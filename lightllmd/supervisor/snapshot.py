@@ -24,6 +24,9 @@ drain_timeout?, force?,                                                      Sta
 on_failure?}
 POST /v1/reset-failed {worker?} 202 `Job`                                    NoSuchWorker, Busy, StaleGeneration
 GET /v1/models                  list of `KnownModel`
+GET /v1/cache                   `Cache`                                      PromptCacheOff, TryAgain
+POST /v1/cache/flush            202 `Job`                                    PromptCacheOff, TryAgain, Busy,
+                                                                             StaleGeneration
 GET /v1/jobs                    list of `Job`, oldest first
 GET /v1/jobs/{id}               stream of `Job`, ends with the job           NoSuchJob
 GET /v1/events?follow=&lines=   stream of `Event`                            Usage
@@ -99,6 +102,17 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
     served: bool
 
 
+class Cache(msgspec.Struct, frozen=True, kw_only=True):
+    """The prompt cache of the engine in force. The last three count since the start of its process."""
+
+    tokens: int  # kept: each has a KV slot
+    evictable: int  # of them, not used by any running request: they give way as soon as slots are needed
+    kv_slots_total: int
+    lookup_tokens: int  # of the prompts that were looked up
+    hit_tokens: int  # of them, found
+    evicted_tokens: int
+
+
 class Requests(msgspec.Struct, frozen=True, kw_only=True):
     """The first three are now, the others count since the daemon's start."""
 
@@ -116,7 +130,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One mutation, from request to outcome."""
 
     id: int
-    verb: str  # "restart" | "drain" | "resume" | "reload" | "swap" | "reset-failed" | "stop"
+    verb: str  # "restart" | "drain" | "resume" | "reload" | "swap" | "reset-failed" | "flush-cache" | "stop"
     target: str  # what it acts on: "", "engine", "api-0", a model, …
     phase: str  # in words; "done" at the end
     progress: float | None  # 0..1, where known
@@ -172,6 +186,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     control_socket: str
     model: Model | None  # None before the plan is made
     models: list[KnownModel]  # as `GET /v1/models`
+    cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests
     workers: list[Worker]
     jobs: list[Job]  # those in progress

@@ -96,6 +96,21 @@ def _model(supervisor: Supervisor) -> snapshot.Model | None:
     )
 
 
+def cache(supervisor: Supervisor) -> snapshot.Cache | None:
+    child = supervisor.engines.serving.worker.child
+    stats = child.stats if child is not None and child.ready else {}
+    if "cache_tokens" not in stats:
+        return None
+    return snapshot.Cache(
+        tokens=int(stats["cache_tokens"]),
+        evictable=int(stats["cache_evictable"]),
+        kv_slots_total=int(stats["slots_total"]),
+        lookup_tokens=int(stats["cache_lookups_tokens"]),
+        hit_tokens=int(stats["cache_hits_tokens"]),
+        evicted_tokens=int(stats["cache_evicted_tokens"]),
+    )
+
+
 def _requests(supervisor: Supervisor) -> snapshot.Requests:
     front = supervisor.front
     stats = [engine.child.stats for engine in supervisor.engines if engine.child is not None]
@@ -164,6 +179,7 @@ def build(supervisor: Supervisor) -> snapshot.Status:
         control_socket=str(supervisor.context.runtime.control_socket),
         model=_model(supervisor),
         models=models(supervisor),
+        cache=cache(supervisor),
         requests=_requests(supervisor),
         workers=shown,
         jobs=[job.snapshot for job in supervisor.verbs.jobs.running()],

@@ -1,4 +1,5 @@
-"""The mutations: restart, reload, swap, drain, resume, reset-failed, stop: jobs that the single-writer loop steps."""
+"""The mutations: restart, reload, swap, drain, resume, reset-failed, flush-cache, stop. Each is a job that the
+single-writer loop steps."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from lightllmd.errors import (
     ControlError,
     LightllmdError,
     NoSuchWorker,
+    PromptCacheOff,
     RolledBack,
     StaleGeneration,
     TryAgain,
 )
-from lightllmd.ipc.messages import Drain, Models, Resume, Tune
+from lightllmd.ipc.messages import Drain, FlushCache, Models, Resume, Tune
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.frontend import Api, FrontEnd
@@ -116,6 +118,21 @@ class Verbs:
         engine, apis = self._targets(target)
         workers = [api.worker for api in apis] + ([self._engines.serving.worker] if engine else [])
         return self._open("reset-failed", asked, self._reset_failed(workers), target)
+
+    def flush_cache(self, asked: Asked) -> RunningJob:
+        self._gate(asked, overrides=("drain",))
+        self.check_cached()
+        return self._open("flush-cache", asked, self._flush_cache())
+
+    def check_cached(self) -> None:
+        """Raises PromptCacheOff, and TryAgain where no engine has anything in its cache yet."""
+        self._check_planned()
+        plan, worker = self._engines.serving.plan, self._engines.serving.worker
+        assert plan is not None
+        if not plan.config.params.use_dynamic_prompt_cache:
+            raise PromptCacheOff("there is no prompt cache: use_dynamic_prompt_cache = false")
+        if not worker.ready:
+            raise TryAgain("no engine is ready: the prompt cache of the next one will be empty")
 
     def stop(self, asked: Asked, now: bool = False) -> RunningJob:
         """A second stop changes the first: `now` ends its drain."""
@@ -216,6 +233,21 @@ class Verbs:
             worker.forgive()
         return "; ".join(done) or "there was nothing to forget"
         yield  # makes this a generator like the others
+
+    def _flush_cache(self) -> Steps:
+        """The engine counts what it flushed in its heartbeats."""
+        worker = self._engines.serving.worker
+        child = worker.child
+        assert child is not None
+        before = child.stats
+        child.send(FlushCache())
+        while child.stats["cache_flushes"] == before["cache_flushes"]:
+            if worker.child is not child:
+                return "the engine ended meanwhile, and its prompt cache with it"
+            yield "waiting for the engine's present step", None
+        flushed = child.stats["cache_flushed_tokens"] - before["cache_flushed_tokens"]
+        kept = child.stats["cache_tokens"]
+        return f"{flushed:.0f} tokens forgotten" + (f"; requests use {kept:.0f} more" if kept else "")
 
     def _stop(self) -> Steps:
         deadline = self._context.clock.now + self._context.config.supervisor.drain_timeout

@@ -164,15 +164,7 @@ def control() -> str:
     context = click.Context(ctl, info_name="lightllmctl", **ctl.context_settings)
     _options(made, ctl, context)
     made.section("VERBS")
-    for name in ctl.list_commands(context):
-        command = ctl.get_command(context, name)
-        if command is None or command.hidden:
-            continue
-        inner = click.Context(command, info_name=name, parent=context)
-        made.subsection(" ".join([name, *_usage(command, inner)]))
-        for roff in _help_paragraphs(command.help or ""):
-            made.paragraph(roff)
-        _options(made, command, inner)
+    _verbs(made, ctl, context)
     made.section("EXIT STATUS")
     made.items(codes)
     made.section("ENVIRONMENT")
@@ -191,6 +183,20 @@ def control() -> str:
     )
     see_also(made, "lightllmd(8)", "lightllmd.toml(5)")
     return made.text()
+
+
+def _verbs(made: Page, group: click.Group, context: click.Context, prefix: str = "") -> None:
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if command is None or command.hidden:
+            continue
+        inner = click.Context(command, info_name=name, parent=context)
+        made.subsection(" ".join([f"{prefix}{name}", *_usage(command, inner)]))
+        for roff in _help_paragraphs(command.help or ""):
+            made.paragraph(roff)
+        _options(made, command, inner)
+        if isinstance(command, click.Group):
+            _verbs(made, command, inner, f"{prefix}{name} ")
 
 
 def _split_exit_codes(text: str) -> tuple[str, list[tuple[str, str]]]:

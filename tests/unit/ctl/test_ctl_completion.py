@@ -36,6 +36,11 @@ def test_verbs_are_completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert complete("lightllmctl is-", monkeypatch, capsys) == ["is-active", "is-ready"]
 
 
+def test_the_verbs_of_a_verb_are_completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complete("lightllmctl cache ", monkeypatch, capsys) == ["flush", "stats"]
+    assert complete("lightllmctl cache s", monkeypatch, capsys) == ["stats"]
+
+
 def test_worker_names_are_completed_from_the_daemon(
     daemon: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

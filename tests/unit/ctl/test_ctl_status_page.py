@@ -99,6 +99,17 @@ def test_swapping_daemon_shows_whom_it_waits_for_and_what_else_there_is(
     assert lines(status, now)[1].endswith("the file is bad now: /etc/a.toml:3: port: 70000 is out of bounds)")
 
 
+def test_the_prompt_cache_has_a_line_where_there_is_one(status: dict[str, Any], now: float) -> None:
+    status["cache"] = {"tokens": 123_400, "lookup_tokens": 0, "hit_tokens": 0, "evicted_tokens": 0}
+    assert lines(status, now)[7] == (
+        "      Cache: 123k prompt tokens cached   (since the engine's start: none of 0 found, 0 evicted)"
+    )
+    status["cache"] |= {"lookup_tokens": 2_000_000, "hit_tokens": 1_500_000, "evicted_tokens": 99}
+    assert lines(status, now)[7].endswith("(since the engine's start: 75% of 2.0M found, 99 evicted)")
+    status["cache"] = None
+    assert not any("Cache" in line for line in lines(status, now))
+
+
 def test_several_api_workers_are_numbered(status: dict[str, Any], new_worker: Any, now: float) -> None:
     status["workers"] = [new_worker("api-0"), new_worker("api-1", pid=902)]
     page = lines(status, now)

@@ -177,6 +177,53 @@ def test_a_peers_pid_is_the_listeners(daemon: Any) -> None:
     assert Client(daemon.path).daemon_pid() == os.getpid()
 
 
+CACHE = {
+    "tokens": 12_345, "evictable": 12_000, "kv_slots_total": 412_000,
+    "lookup_tokens": 1_234_567, "hit_tokens": 987_654, "evicted_tokens": 7,
+}  # fmt: skip
+
+
+def test_cache_stats_are_a_table(ctl: Any, daemon: Any) -> None:
+    daemon.get("/v1/cache", CACHE)
+    assert ctl("cache", "stats").out.splitlines() == [
+        "TOKENS          COUNT  SHARE",
+        "cached         12,345  3% of the KV cache",
+        "unused now     12,000  97% of what is cached",
+        "looked up   1,234,567  -",
+        "found         987,654  80% of what was looked up",
+        "evicted             7  -",
+    ]
+    assert json.loads(ctl("cache", "stats", "--json").out) == {"api": 1, **CACHE}
+    daemon.get("/v1/cache", dict.fromkeys(CACHE, 0))
+    assert "found           0  -" in ctl("cache", "stats").out.splitlines()
+
+
+def test_cache_flush_is_a_job(ctl: Any, daemon: Any, answer: Any, new_job: Any) -> None:
+    flush = new_job(verb="flush-cache", target="")
+    daemon.post("/v1/cache/flush", answer(flush, 202))
+    daemon.get("/v1/jobs/31", answer(lines=[{**flush, "outcome": "done", "message": "70 tokens forgotten"}]))
+    result = ctl("cache", "flush")
+    assert (result.code, result.out.splitlines()[-1]) == (0, "job #31 flush-cache done: 70 tokens forgotten")
+
+
+@pytest.mark.parametrize("verb", ["stats", "flush"])
+def test_1_without_a_prompt_cache(ctl: Any, daemon: Any, answer: Any, verb: str) -> None:
+    off = answer({"error": "PromptCacheOff", "message": "use_dynamic_prompt_cache = false"}, 409)
+    daemon.get("/v1/cache", off)
+    daemon.post("/v1/cache/flush", off)
+    result = ctl("cache", verb)
+    assert (result.code, result.out, result.err) == (1, "", "lightllmctl: use_dynamic_prompt_cache = false\n")
+
+
+def test_cache_alone_or_misspelt_says_what_there_is(ctl: Any) -> None:
+    result = ctl("cache")
+    assert (result.code, result.out) == (2, "")
+    assert "flush" in result.err
+    assert "stats" in result.err
+    result = ctl("cache", "flsh")
+    assert (result.code, result.err) == (2, "lightllmctl: no such verb: flsh, did you mean flush?\n")
+
+
 def test_logs_and_events_pass_their_options_on(ctl: Any, daemon: Any, answer: Any, now: float) -> None:
     entry = {"at": now, "worker": "engine-0", "level": "error", "message": "\x1b[31mred [bold]x[/bold]"}
     daemon.get("/v1/logs", answer(lines=["", entry, "", {**entry, "new": 1}]))

@@ -6,10 +6,12 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client import generate_latest
 
+from lightllmd.engine.batch import Kind
 from lightllmd.observe.log import ChildFormatter
 from lightllmd.observe.metrics import ApiMetrics, EngineMetrics
 from lightllmd.observe.stats import Statistics
@@ -31,15 +33,17 @@ HISTOGRAMS = {
     "cache_ratio": 11,
 }
 GAUGES = {"queue_size", "batch_current_size", "batch_pause_size", "batch_current_max_tokens"}
+OUR_COUNTERS = {"prompt_cache_lookup_tokens", "prompt_cache_hit_tokens", "prompt_cache_evicted_tokens"}
+OUR_GAUGES = {"prompt_cache_tokens", "prompt_cache_evictable_tokens"}
 
 
-def test_names_kinds_and_buckets_are_the_originals() -> None:
+def test_names_kinds_and_buckets_are_the_originals_and_ours() -> None:
     metrics = [*ApiMetrics(2048, 3072).registry.collect(), *EngineMetrics().registry.collect()]
     found = {metric.name.removeprefix("lightllm_"): metric for metric in metrics}
     assert all(metric.name.startswith("lightllm_") for metric in metrics)
-    assert set(found) == COUNTERS | set(HISTOGRAMS) | GAUGES
-    assert {name for name, metric in found.items() if metric.type == "counter"} == COUNTERS
-    assert {name for name, metric in found.items() if metric.type == "gauge"} == GAUGES
+    assert set(found) == COUNTERS | OUR_COUNTERS | set(HISTOGRAMS) | GAUGES | OUR_GAUGES
+    assert {name for name, metric in found.items() if metric.type == "counter"} == COUNTERS | OUR_COUNTERS
+    assert {name for name, metric in found.items() if metric.type == "gauge"} == GAUGES | OUR_GAUGES
     for name, count in HISTOGRAMS.items():
         samples = [
             sample for sample in found[name].samples if sample.name.endswith("_bucket") and "le" in sample.labels
@@ -71,6 +75,31 @@ def test_a_request_is_counted_once_at_each_station() -> None:
     assert value("lightllm_request_generated_tokens_sum") == 9
     assert value("lightllm_request_mean_time_per_token_duration_sum") == pytest.approx(0.1)
     assert value("lightllm_request_input_length_sum") == 7
+
+
+def test_steps_of_every_kind_are_counted_and_what_begins_in_them() -> None:
+    metrics = EngineMetrics()
+    metrics.step("prefill", 0.1, begun=3)
+    metrics.step("mixed", 0.1, begun=2)
+    metrics.step("mixed", 0.1, begun=0)
+    metrics.step("decode", 0.1, begun=0)
+    value = metrics.registry.get_sample_value
+    counts = {kind: value("lightllm_batch_inference_count_total", {"method": kind}) for kind in get_args(Kind)}
+    assert counts == {"prefill": 1, "mixed": 2, "decode": 1}
+    assert (value("lightllm_batch_next_size_count"), value("lightllm_batch_next_size_sum")) == (2, 5)
+
+
+def test_the_caches_counts_become_counters() -> None:
+    metrics = EngineMetrics()
+    stats = {"cache_lookups_tokens": 100.0, "cache_hits_tokens": 60.0, "cache_evicted_tokens": 0.0}
+    metrics.cache(stats | {"cache_tokens": 70, "cache_evictable": 20})
+    metrics.cache(stats | {"cache_tokens": 7, "cache_evictable": 2, "cache_hits_tokens": 90.0})
+    value = metrics.registry.get_sample_value
+    assert value("lightllm_prompt_cache_tokens") == 7
+    assert value("lightllm_prompt_cache_evictable_tokens") == 2
+    assert value("lightllm_prompt_cache_lookup_tokens_total") == 100
+    assert value("lightllm_prompt_cache_hit_tokens_total") == 90
+    assert value("lightllm_prompt_cache_evicted_tokens_total") == 0
 
 
 CHILD = """

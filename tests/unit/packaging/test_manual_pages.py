@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -67,11 +68,18 @@ def test_the_table_of_features_is_in_the_manual(pages: Path) -> None:
         assert re.search(rf"^ +{number} +{re.escape(remark)}$", text, re.MULTILINE), remark
 
 
+def verbs(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if not command.hidden:
+            yield prefix + name, command
+        if isinstance(command, click.Group):
+            yield from verbs(command, f"{prefix}{name} ")
+
+
 def test_every_verb_and_option_is_in_the_manual(pages: Path) -> None:
     text = rendered(pages / "lightllmctl.1")
-    for name, command in ctl.commands.items():
-        if not command.hidden:
-            assert re.search(rf"^   {name}( |$)", text, re.MULTILINE), name
+    for name, command in verbs(ctl):
+        assert re.search(rf"^   {name}( |$)", text, re.MULTILINE), name
         for option in command.params:
             if isinstance(option, click.Option) and not option.hidden:
                 assert option.opts[-1] in text, (name, option.opts)
