@@ -21,7 +21,7 @@ from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
 from lightllmd.engine import fake
 from lightllmd.engine.backends import runner_for, scheduler_for
-from lightllmd.engine.batch import Runner, Step
+from lightllmd.engine.batch import Row, Runner, Step
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.request import Owner
 from lightllmd.ipc import messages
@@ -35,6 +35,11 @@ HEARTBEAT = 0.25  # seconds, for Load too; the supervisor expects a sign of life
 SELF: Owner = (-1, 0)  # the api number of the engine's own warm-up request, which has the number 0
 
 log = logging.getLogger(__name__)
+
+
+def _goes_on(row: Row) -> bool:
+    """It feeds its newest token, as a decode row does."""
+    return row.sampling is None and row.position > 0 and len(row.tokens) == 1
 
 
 class EngineWorker:
@@ -126,7 +131,7 @@ class EngineWorker:
     def _warm_up(self) -> None:
         """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens."""
         prompt = list(range(min(4, self._plan.vocab_size, self._plan.max_total_token_num - 3)))
-        params = messages.SamplingParams(max_new_tokens=2, ignore_eos=True)
+        params = messages.SamplingParams(max_new_tokens=2, ignore_eos=True, use_cache=False)
         own = messages.Submit(0, *SELF, time.monotonic_ns(), prompt, params, branches=[0], emitted=[[]])
         refused = self._scheduler.submit(own)
         if refused:
@@ -209,12 +214,12 @@ class EngineWorker:
         """Leaves for the supervisor what this process is doing, should it not come back: the newest step that is out
         (none: `step` was the last), and who could be to blame in any that is.
 
-        Every row of a prefill yields a token, so requests are unproven as long as their prefill is out.
+        Requests are unproven as long as a part of their prompt is out.
         """
         out = self._loop.out
         flight = Flight(step.number)
         if out:
-            unproven = list(dict.fromkeys(row.request for step in out for row in step.rows))
+            unproven = list(dict.fromkeys(row.request for step in out for row in step.rows if not _goes_on(row)))
             flight = Flight(out[-1].number, out[-1].kind, out[-1].size, out[-1].fed, unproven)
         known = self._recorded
         if known and (known.kind, known.rows, known.unproven) == (flight.kind, flight.rows, flight.unproven):
@@ -225,7 +230,7 @@ class EngineWorker:
     def _count(self, step: Step, generated: int, seconds: float, now: float) -> None:
         begun = sum(row.sampling is not None and not row.position for row in step.rows)
         self._metrics.step(step.kind, seconds, begun)
-        fed = sum(len(row.tokens) for row in step.rows)
+        fed = sum(len(row.tokens) for row in step.rows if not _goes_on(row))
         if self._statistics.count(fed, generated, now):
             load = self._scheduler.load()
             log.info(

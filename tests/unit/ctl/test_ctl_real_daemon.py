@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from harness import Daemon, wait_for
@@ -20,7 +21,8 @@ from lightllmctl.client import Client
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("ctl"), "--engine.fake.load_seconds", "0.2").start() as daemon:
+    flags = ("--engine.fake.load_seconds", "0.2", "--use_dynamic_prompt_cache")
+    with Daemon(tmp_path_factory.mktemp("ctl"), *flags).start() as daemon:
         yield daemon
 
 
@@ -77,6 +79,29 @@ def test_unknown_workers_are_4(run: Any) -> None:
         assert (code, out) == (4, "")
         assert "engine-77" in err
         assert err.count("\n") == 1
+
+
+def test_the_prompt_cache_is_shown_and_flushed(real: Daemon, run: Any) -> None:
+    def stats() -> dict[str, int]:
+        return json.loads(run("cache", "stats", "--json")[1])
+
+    assert run("restart", "engine-0")[0] == 0
+    assert run("cache", "flush")[1].splitlines()[-1].endswith("done: 0 tokens forgotten")
+    assert {key for key, value in stats().items() if value} == {"api", "kv_slots_total"}
+    prompt = "x" * 100
+    for _ in range(2):
+        body = {"inputs": prompt, "parameters": {"max_new_tokens": 11, "ignore_eos": True}}
+        httpx.post(f"{real.url}/generate", json=body, timeout=60).raise_for_status()
+    # The second prompt was found but for its last token; of its answer, which is the first's, the last token isn't fed.
+    wait_for(lambda: stats()["lookup_tokens"] == 200 and stats()["tokens"] == stats()["evictable"] == 110)
+    assert stats()["hit_tokens"] == 99
+    assert "Cache: 110 prompt tokens cached   (since the engine's start: 50% of 200 found" in run("status")[1]
+    metrics = httpx.get(f"{real.url}/metrics", timeout=60).text
+    assert "lightllm_prompt_cache_hit_tokens_total 99.0" in metrics
+    code, out, err = run("cache", "flush")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].endswith("flush-cache done: 110 tokens forgotten")
+    assert stats()["tokens"] == 0
 
 
 def test_drain_and_resume(run: Any) -> None:
