@@ -146,7 +146,8 @@ def open_jobs(
     ):
         prompt_ids = limits.prompt(prompt, f"{field}[{number}]")
         limits.branches(fields.sequences, f"{place}n")
-        limits.new_tokens(len(prompt_ids), fields.new_tokens, f"{place}max_new_tokens of {field}[{number}]")
+        place_of_length = f"{place}max_new_tokens of {field}[{number}]"
+        limits.new_tokens(len(prompt_ids), fields.new_tokens, fields.sequences, place_of_length)
         text = fields.text()
         for stop in text.stop_ids:
             limits.token_ids(stop, f"{place}stop_sequences")

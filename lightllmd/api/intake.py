@@ -34,7 +34,7 @@ class Intake:
     def __init__(self, plan: Plan, tokenizer: Callable[[], Tokenizer]) -> None:
         params = plan.config.params
         self.limits = Limits.of(plan)
-        self.beams = params.beam_mode  # n > 1 is a beam search
+        self.beams = self.limits.beam_mode  # n > 1 is a beam search
         self.tells_totals = params.beam_mode or params.diverse_mode  # the tokens of n > 1 have cumulative logprobs
         self.scores_prompts = params.return_all_prompt_logprobs  # answers tell the prompt's log-probabilities
         self._heals = params.token_healing_mode

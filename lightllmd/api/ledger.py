@@ -315,7 +315,7 @@ class Ledger:
         for request, tokens in output.cached:
             entry = self._entries.get(request)
             if entry is not None and entry.first_token_at is None:
-                entry.cached = tokens
+                entry.cached = entry.cached or tokens
         for part in output.prompts:
             entry = self._entries.get(part.request)
             if entry is not None and not entry.prompt_log.take(part):

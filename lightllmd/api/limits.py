@@ -18,6 +18,7 @@ class Limits:
     max_queue: int
     vocab_size: int
     eos_ids: frozenset[int]
+    beam_mode: bool
     long_truncation_mode: str | None
 
     @classmethod
@@ -31,6 +32,7 @@ class Limits:
             plan.config.http.max_queue,
             plan.vocab_size,
             frozenset(plan.eos_id),
+            params.beam_mode,
             params.long_truncation_mode,
         )
 
@@ -56,11 +58,16 @@ class Limits:
             code="context_length_exceeded",
         )
 
-    def room(self, prompt_tokens: int) -> int:
-        """New tokens that fit behind the prompt; may be < 1."""
-        return min(self.max_req_total_len, self.max_total_token_num - 1) - prompt_tokens
+    def _width(self, sequences: int) -> int:
+        """Sequences that hold their tokens at the same time, come what may: beams."""
+        return sequences if self.beam_mode else 1
 
-    def new_tokens(self, prompt_tokens: int, max_new_tokens: int, field: str) -> None:
+    def room(self, prompt_tokens: int, sequences: int) -> int:
+        """New tokens that fit behind the prompt in each sequence; may be < 1."""
+        slots = (self.max_total_token_num - 1 - prompt_tokens) // self._width(sequences)
+        return min(self.max_req_total_len - prompt_tokens, slots)
+
+    def new_tokens(self, prompt_tokens: int, max_new_tokens: int, sequences: int, field: str) -> None:
         total = prompt_tokens + max_new_tokens
         asked = f"{field}: {prompt_tokens} prompt tokens + {max_new_tokens} new tokens"
         if total > self.max_req_total_len:
@@ -69,6 +76,10 @@ class Limits:
                 param=field,
                 code="context_length_exceeded",
             )
+        width = self._width(sequences)
+        total = prompt_tokens + width * max_new_tokens
+        if width > 1:
+            asked = f"{field}: {prompt_tokens} prompt tokens + {width} beams of {max_new_tokens} new tokens"
         if total + 1 > self.max_total_token_num:
             raise InvalidRequest(
                 f"{asked} + 1 = {total + 1}, more than max_total_token_num = {self.max_total_token_num}",

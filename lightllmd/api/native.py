@@ -140,7 +140,7 @@ async def prepare(front: FrontEnd, body: GenerateBody, streamed: bool) -> Job:
     front.limits.branches(parameters.sequences, "parameters.best_of")
     encoded = await front.encode(body.inputs)
     prompt_ids = front.limits.prompt(encoded, "inputs")
-    front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, "parameters.max_new_tokens")
+    front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, parameters.sequences, "parameters.max_new_tokens")
     text = parameters.text()
     for ids in text.stop_ids:
         front.limits.token_ids(ids, "parameters.stop_sequences")

@@ -44,8 +44,9 @@ def job(
         )
     new_tokens = body.asked_tokens
     if new_tokens is None:
-        new_tokens = limits.room(len(prompt_ids))
-    limits.new_tokens(len(prompt_ids), max(1, new_tokens), "max_tokens" if body.asked_tokens else field)
+        new_tokens = limits.room(len(prompt_ids), body.branches)
+    place = "max_tokens" if body.asked_tokens else field
+    limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, place)
     text = TextOptions(
         body.stops,
         include_stop=False,

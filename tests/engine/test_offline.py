@@ -50,7 +50,7 @@ def at_rest(llm: LLM) -> None:
     llm._scheduler.check()
     assert not llm._loop.busy
     assert not llm._jobs
-    assert llm._scheduler.slots.used == 0
+    assert llm._scheduler.keys.used == 0
 
 
 # --- what it generates --------------------------------------------------------------------------------------------
