@@ -193,7 +193,7 @@ def _scan(
         row = tl.load(rows + at).to(tl.int64)
         parameters += row * COLUMNS
         counts += row * VOCAB
-        mask += at * mask_stride
+        mask += row * mask_stride
         position = tl.load(generated + at)
         flags = tl.load(parameters)
         inverse = _real(parameters + INVERSE_TEMPERATURE)
@@ -352,7 +352,7 @@ def sample(
     generated: Tensor,
     counts: Tensor,
     eos: Tensor,
-    mask: Tensor | None,
+    masks: Tensor | None,
     last: Tensor,
     plain: bool,
     search: bool,
@@ -362,8 +362,8 @@ def sample(
     ``logits [B, V]`` fp32: overwritten by the shaped ones in rows that have a limit or ask for alternatives.
     ``parameters [R, 16]`` int32 (`PARAMETERS`) and ``counts [R, V]`` int16 are per table row; ``rows [B]`` int32 says
     which; ``generated [B]`` int32 are the positions of the tokens to come; ``eos [E]`` int32, distinct; ``last [R]``
-    int32 gets the tokens. ``mask [B, ceil(V / 32)]`` int32: bit t % 32 of word t // 32 allows token t.
-    `plain`: no row has a flag, and there is no mask. `search`: some row has a limit.
+    int32 gets the tokens. ``masks [R, ceil(V / 32)]`` int32: bit t % 32 of word t // 32 allows token t.
+    `plain`: no row has a flag, and there are no masks. `search`: some row has a limit.
     Where the logits of a row have no softmax, its log-probability is NaN and its token any.
     """
     batch, vocab = logits.shape
@@ -382,14 +382,14 @@ def sample(
         generated,
         counts,
         eos,
-        eos if mask is None else mask,
-        0 if mask is None else mask.stride(0),
+        eos if masks is None else masks,
+        0 if masks is None else masks.stride(0),
         statistics,
         candidates,
         VOCAB=vocab,
         EOS=len(eos),
         PLAIN=plain,
-        MASKED=mask is not None,
+        MASKED=masks is not None,
         num_warps=8,
     )
     _choose[(batch,)](

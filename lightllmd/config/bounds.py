@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import takewhile
 
-from lightllmd.config.parameters import Config
+from lightllmd.config.parameters import Config, Params
 
 SPARE_WIDTH = 8  # entries of the request table beyond the longest request
 
@@ -23,6 +23,8 @@ DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
 PREFILL_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
 FEW_ROWS = 4  # up to so many rows products have a kernel for each number
 NAMED_ROWS = 64  # the most rows that such a padded prefill has
+MIXED_STEP = 32  # decode rows are padded to multiples of it beside a block of a prompt, which costs much more
+SCORED_ROWS = 128  # prompt tokens whose logits exist at a time, at least
 MOST_SEGMENTS = 64  # parts that decode attention cuts a row into
 # Programs of one decode attention that cuts rows into parts: two for each multiprocessor.
 MOST_PROGRAMS = 2 * 132
@@ -55,6 +57,20 @@ def graph_sizes(config: Config) -> list[int]:
 def prefill_sizes(batch_max_tokens: int) -> list[int]:
     """The token counts that short prefills are padded to, and captured at: launches cost more than they compute."""
     return [size for size in PREFILL_SIZES if size <= batch_max_tokens]
+
+
+def mixed_sizes(params: Params) -> list[int]:
+    """The row counts that decode rows beside a block of a prompt are padded to, and such steps captured at; none where
+    there are no blocks, or where one is so large that launches cost less than it computes."""
+    most = params.running_max_req_size
+    if not params.splitfuse_mode or params.splitfuse_block_size > PREFILL_SIZES[-1]:
+        return []
+    return [size for size in batch_sizes(most) if size % MIXED_STEP == 0 or size == most]
+
+
+def scored_rows(running: int) -> int:
+    """The prompt tokens whose logits exist at a time; rows that are sampled are fewer at a time or as many."""
+    return min(DEVICE_LOGIT_ROWS, max(SCORED_ROWS, running + 1))
 
 
 def decode_parts(most: int, kv_heads: int) -> int:

@@ -6,7 +6,7 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 from __future__ import annotations
 
 from lightllmd.config.amount import count, size
-from lightllmd.config.bounds import DEVICE_LOGIT_ROWS, SPARE_WIDTH, decode_parts, graph_sizes, prefill_sizes
+from lightllmd.config.bounds import SPARE_WIDTH, decode_parts, graph_sizes, mixed_sizes, prefill_sizes, scored_rows
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import SPARE_ROW, BudgetRow, ModelFacts
 from lightllmd.config.shape import Shape
@@ -18,7 +18,7 @@ CUBLAS_WORKSPACE = 64_000_000
 # The driver's nodes and kernel arguments of one captured graph, for each layer of the model. Measured on an H100, with
 # the kernels' own code: 170 kB (8B shape) and 275 kB (0.6B).
 GRAPH_BYTES_PER_LAYER = 300_000
-RANKING_BYTES = 8  # per logit: its order and its sorted copy, while tokens are drawn
+RANKING_BYTES = 8  # per logit: its order and its sorted copy, while tokens are drawn; or the softmax of a prompt's
 COUNT_BYTES = 2  # per entry of the penalties' counts
 ROW_PARAMETERS = 512  # sampling parameters of one table row
 STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles, 32 bits each, and spare ones
@@ -37,7 +37,7 @@ def rows(
         _logits(shape, item, running),
         _sampling(shape, running),
         _tables(shape, running, width, batch_max_tokens),
-        _graphs(shape, item, graph_sizes(config), prefill_sizes(batch_max_tokens) if config.engine.cuda_graphs else []),
+        _graphs(config, shape, item, batch_max_tokens),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
         *_spare_engine(config),
     ]
@@ -71,14 +71,15 @@ def _decode_workspace(shape: Shape, running: int) -> BudgetRow:
 
 
 def _logits(shape: Shape, item: int, running: int) -> BudgetRow:
-    chunk, each = min(DEVICE_LOGIT_ROWS, running + 1), 4 + item + RANKING_BYTES
+    chunk, each = scored_rows(running), 4 + item + RANKING_BYTES
     return BudgetRow("logits", chunk * shape.vocab * each, f"{chunk} rows at a time x {shape.vocab} x {each} B")
 
 
 def _sampling(shape: Shape, running: int) -> BudgetRow:
-    table = (running + 1) * shape.vocab * COUNT_BYTES
-    how = f"counts of {running + 1} rows x {shape.vocab} x {COUNT_BYTES} B, and their parameters"
-    return BudgetRow("sampling tables", table + (running + 1) * ROW_PARAMETERS, how)
+    """A mask is there once more while it is brought."""
+    each = shape.vocab * COUNT_BYTES + 2 * 4 * -(-shape.vocab // 32) + ROW_PARAMETERS
+    how = f"counts of {running + 1} rows x {shape.vocab} x {COUNT_BYTES} B, their masks and parameters"
+    return BudgetRow("sampling tables", (running + 1) * each, how)
 
 
 def _tables(shape: Shape, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
@@ -88,10 +89,16 @@ def _tables(shape: Shape, running: int, width: int, batch_max_tokens: int) -> Bu
     return BudgetRow("tables", requests + rope + numbers, how)
 
 
-def _graphs(shape: Shape, item: int, decode: list[int], prefill: list[int]) -> BudgetRow:
+def _graphs(config: Config, shape: Shape, item: int, batch_max_tokens: int) -> BudgetRow:
+    """Each keeps the hidden states that it ends with; all else that one computes is another's room too."""
+    decode = graph_sizes(config)
     if not decode:
         return BudgetRow("graphs", 0, "none: cuda_graphs = false")
-    each, count = shape.layers * GRAPH_BYTES_PER_LAYER, len(decode) + len(prefill)
-    pool = max(decode[-1], *prefill, 0) * _token_bytes(shape, item) + _decode_workspace(shape, decode[-1]).bytes
-    how = f"{len(decode)} of decode steps, {len(prefill)} of short prefills x {size(each)}; {size(pool)} shared"
-    return BudgetRow("graphs", count * each + pool, how)
+    block = min(config.params.splitfuse_block_size, batch_max_tokens)
+    mixed = [block + size for size in mixed_sizes(config.params) if size in decode]
+    tokens = [*decode, *prefill_sizes(batch_max_tokens), *mixed]
+    each, kept = shape.layers * GRAPH_BYTES_PER_LAYER, sum(tokens) * shape.hidden * item
+    pool = max(tokens) * _token_bytes(shape, item) + _decode_workspace(shape, decode[-1]).bytes + kept
+    beside = f", {len(mixed)} of both" if mixed else ""
+    how = f"{len(decode)} of decode steps, {len(tokens) - len(decode) - len(mixed)} of short prefills{beside}"
+    return BudgetRow("graphs", len(tokens) * each + pool, f"{how} x {size(each)}; {size(pool)} for what they compute")

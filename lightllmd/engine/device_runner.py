@@ -1,8 +1,8 @@
 """Computes steps on a GPU. Everything that the next step needs stays on the device, so that a step is launched while
 the one before it computes: the host sends a few numbers per row and reads the tokens a step later.
 
-Steps of rows that all go on, and short prefills, are padded to one of a few sizes and replayed as CUDA graphs. Others
-are launched operation by operation. Sampling is launched behind the forward, apart from the graph.
+Small steps are padded to one of a few shapes and replayed as CUDA graphs. Others are launched operation by operation.
+Sampling is launched behind the forward, apart from the graph.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from subprocess import CalledProcessError
@@ -24,11 +23,11 @@ from triton.runtime import driver
 from lightllmd.config.bounds import (
     DEVICE_LOGIT_ROWS,
     FEW_ROWS,
-    NAMED_ROWS,
     SPARE_WIDTH,
-    batch_sizes,
     graph_sizes,
+    mixed_sizes,
     prefill_sizes,
+    scored_rows,
 )
 from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import Step, StepResult, no_decode
@@ -37,8 +36,10 @@ from lightllmd.engine.graphs import StepGraphs
 from lightllmd.engine.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.memory import MemoryMeter
 from lightllmd.engine.packing import Packed, Packer
+from lightllmd.engine.prompt_scores import PromptScores
+from lightllmd.engine.shapes import Shape, Shapes, places
 from lightllmd.engine.staging import Download
-from lightllmd.engine.warmup import one_token, prefill_steps
+from lightllmd.engine.warmup import worst_steps
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels
@@ -56,6 +57,8 @@ class _Out:
     """A step whose tokens are on their way to the host."""
 
     chunks: list[tuple[list[int], Download]]  # (table rows, tokens + log-probabilities + alternatives)
+    scores: PromptScores | None
+    end: Download | None  # where a step has neither
 
 
 class DeviceRunner:
@@ -73,7 +76,6 @@ class DeviceRunner:
         self.overlaps = plan.config.engine.overlap
         self.slots = plan.max_total_token_num
         self._rows = params.running_max_req_size
-        self._sizes = batch_sizes(self._rows)
         self._out: deque[_Out] = deque()
         self._copy: HostCopy | None = None  # made by `stage`
         with memory_errors(), torch.inference_mode():
@@ -107,7 +109,11 @@ class DeviceRunner:
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
         group, most = spec.heads // spec.kv_heads, plan.batch_max_tokens + self._rows
         self._packer = Packer(table, self._last, self.slots, self.decoder.rope, group, most)
-        self._prefill_sizes: list[int] = []  # those that short prefills are padded to
+        if device.type == "cuda":  # without graphs too: the same launches, so the same bits
+            block = min(params.splitfuse_block_size, plan.batch_max_tokens)
+            self._shapes = Shapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_sizes(params), block)
+        else:
+            self._shapes = Shapes(self._rows, [], [], 0)
         self._graphs: StepGraphs | None = None
 
     def prepare(self, beat: Callable[[], None]) -> None:
@@ -118,26 +124,25 @@ class DeviceRunner:
         with memory_errors(), torch.inference_mode():
             if captured:
                 self._graphs = StepGraphs()
-            if self._device.type == "cuda":  # without graphs too: the same launches, so the same bits
-                self._prefill_sizes = prefill_sizes(self._plan.batch_max_tokens)
-            for size in reversed(self._prefill_sizes):
-                self._settle(("prefill", size), self._packer.named(one_token(self._rows, self.slots), 1, size))
-                beat()
-            for size in reversed(self._sizes):
-                hidden = self._settle(("decode", size), self._packer.going_on(no_decode(), size), size in captured)
-                if size <= DEVICE_LOGIT_ROWS:
+            blank = Step(0, "decode", no_decode(), [], [])
+            for shape in self._shapes:
+                packed = self._packer.pack(blank, shape, self._shapes.rows(shape.ahead))
+                hidden = self._settle(shape, packed, bool(captured) and shape.ahead <= captured[-1])
+                if not shape.behind and shape.ahead <= DEVICE_LOGIT_ROWS:
                     self.decoder.head.logits(hidden)
                 beat()
             # No batch has these sizes, but a step of few named tokens may, and products have a kernel for each.
-            for size in set(range(1, FEW_ROWS + 1)) - set(self._sizes):
-                self._settle(("named", size), self._packer.going_on(no_decode(), size), False)
+            for size in range(1, FEW_ROWS + 1):
+                shape = Shape(size, 0)
+                if shape not in self._shapes:
+                    self._settle(shape, self._packer.pack(blank, shape, size), False)
             self.memory.mark_graphs()
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
             self._packer.longest_whole = whole_prompts.plan(
                 self.decoder.heads, self.caches[0].dtype, self._device, longest
             )
-            for step in prefill_steps(self._plan):
+            for step in worst_steps(self._plan):
                 self.run(step, beat)
             self.memory.mark_worst_steps()
             log.info(
@@ -181,23 +186,38 @@ class DeviceRunner:
     def launch(self, step: Step, beat: Callable[[], None]) -> None:
         """A row whose logits are no numbers gets a log-probability that is none either. Raises OutOfMemory."""
         with memory_errors(), torch.inference_mode():
+            shape = self._shapes.of(step)
             rows = [*step.decode.table_rows, *(row.table_row for row in step.rows if row.sample)]
-            packed, hidden = self._compute(step, self._padded(len(rows)), beat)
+            packed = self._packer.pack(step, shape, self._shapes.rows(len(rows)))
+            hidden, whole = self._forward(shape, packed, beat)
             # What sampling needs to know can come while the forward computes.
             for row in step.rows:
                 if row.sampling is not None:
                     self._sampler.enter(row.table_row, row.sampling, row.branch)
+            for table_row, mask in step.masks.items():
+                self._sampler.restrict(table_row, mask)
             self._sampler.flush()
-            self._out.append(self._sample(rows, hidden, packed))
+            chunks = self._sample(rows, self._sampled(hidden, packed) if whole else hidden, packed)
+            scores = None
+            if any(row.targets is not None for row in step.rows):
+                at_once = scored_rows(self._rows)
+                where = packed.targets, packed.before
+                scores = PromptScores(step.rows, *where, self.decoder.head, hidden, at_once)
+            end = None if chunks or scores else Download([], self._device)
+            self._out.append(_Out(chunks, scores, end))
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
         with memory_errors():
-            result = StepResult([], [], [])
-            for rows, download in self._out.popleft().chunks:
+            result, out = StepResult([], [], []), self._out.popleft()
+            for rows, download in out.chunks:
                 tokens, logprobs, *alternatives = (tensor[: len(rows)].tolist() for tensor in download.wait(beat))
                 result.tokens += tokens
                 result.logprobs += logprobs
                 result.alternatives += self._sampler.alternatives(rows, *alternatives)
+            if out.scores is not None:
+                result.targets = out.scores.take(beat)
+            if out.end is not None:
+                out.end.wait(beat)
             return result
 
     def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
@@ -208,8 +228,13 @@ class DeviceRunner:
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:
         """Computes a step without sampling: fp32 logits ``[T, vocab]`` behind each of its tokens."""
-        _, hidden = self._compute(step, self._padded(step.size), _nothing, every=True)
-        return self.decoder.head.logits(hidden[: step.fed])
+        shape = self._shapes.of(step)
+        packed = self._packer.pack(step, shape, self._shapes.rows(step.size))
+        hidden, _ = self._forward(shape, packed, _nothing, every=True)
+        fed = list(range(len(step.decode.table_rows)))
+        for row, first in zip(step.rows, places(step, shape), strict=True):
+            fed += range(first, first + len(row.tokens))
+        return self.decoder.head.logits(hidden[fed])
 
     def memory_stats(self) -> dict[str, float]:
         stats = self.memory.stats()
@@ -219,32 +244,27 @@ class DeviceRunner:
         return stats
 
     # --- the forward ----------------------------------------------------------------------------------------------
-    def _compute(self, step: Step, rows: int, beat: Callable[[], None], every: bool = False) -> tuple[Packed, Tensor]:
-        """The step on the device, what is sampled padded to `rows`, and the hidden states of what is sampled, or of
-        `every` token."""
-        if not step.rows:
-            packed = self._packer.going_on(step.decode, rows)
-            hidden = self._replay(("decode", rows))
-            return packed, self.decoder.forward(packed.batch, self.caches, beat) if hidden is None else hidden
-        size = self._prefill_size(step)
-        packed = self._packer.named(step, rows, size)
-        if size is None:
-            wanted = None if every else packed.sampled
-            return packed, self.decoder.forward(packed.batch, self.caches, beat, wanted)
-        hidden = self._replay(("prefill", size))
-        if hidden is None:
-            hidden = self.decoder.forward(packed.batch, self.caches, beat)
-        if every:
-            return packed, hidden
-        sampled = hidden.new_empty(rows, hidden.shape[1])
+    def _forward(
+        self, shape: Shape, packed: Packed, beat: Callable[[], None], every: bool = False
+    ) -> tuple[Tensor, bool]:
+        """Hidden states of all tokens, or of those that are sampled, and whether they are all."""
+        if not shape.padded:
+            every = every or packed.targets is not None
+            return self.decoder.forward(packed.batch, self.caches, beat, None if every else packed.sampled), every
+        if self._graphs is not None and shape in self._graphs:
+            return self._graphs.replay(shape), True
+        return self.decoder.forward(packed.batch, self.caches, beat), True
+
+    @staticmethod
+    def _sampled(hidden: Tensor, packed: Packed) -> Tensor:
+        """Out of the hidden states of all tokens."""
+        if packed.sampled is None:
+            return hidden
+        sampled = hidden.new_empty(len(packed.sampled), hidden.shape[1])
         gather_rows(hidden, packed.sampled, sampled)
-        return packed, sampled
+        return sampled
 
-    def _replay(self, shape: Hashable) -> Tensor | None:
-        """None where the shape was not captured."""
-        return self._graphs.replay(shape) if self._graphs is not None and shape in self._graphs else None
-
-    def _settle(self, shape: Hashable, packed: Packed, captured: bool = True) -> Tensor:
+    def _settle(self, shape: Shape, packed: Packed, captured: bool) -> Tensor:
         """Runs a step once, so that all it needs is compiled and loaded, and captures it. Returns its hidden states."""
 
         def compute() -> Tensor:
@@ -255,19 +275,8 @@ class DeviceRunner:
             self._graphs.capture(shape, compute)
         return hidden
 
-    def _padded(self, rows: int) -> int:
-        """The smallest batch size that holds `rows`."""
-        return self._sizes[bisect_left(self._sizes, rows)]
-
-    def _prefill_size(self, step: Step) -> int | None:
-        """The smallest size that holds the step, if it is short."""
-        if step.decode.table_rows or len(step.rows) > NAMED_ROWS:
-            return None
-        index = bisect_left(self._prefill_sizes, step.fed)
-        return self._prefill_sizes[index] if index < len(self._prefill_sizes) else None
-
     # --- sampling -----------------------------------------------------------------------------------------------
-    def _sample(self, rows: list[int], hidden: Tensor, packed: Packed) -> _Out:
+    def _sample(self, rows: list[int], hidden: Tensor, packed: Packed) -> list[tuple[list[int], Download]]:
         """`rows` are the table rows that count; `hidden` is padded as what is sampled."""
         chunks = []
         for first in range(0, len(rows), DEVICE_LOGIT_ROWS):
@@ -276,8 +285,8 @@ class DeviceRunner:
             drawn = self._sampler.sample(
                 logits, rows[part], packed.table_rows[part], packed.generated[part], self._last
             )
-            chunks.append((rows[part], Download(drawn)))
-        return _Out(chunks)
+            chunks.append((rows[part], Download(drawn, self._device)))
+        return chunks
 
     def _open(self, kind: str) -> torch.device:
         """A GPU; a CPU is taken where Triton interprets its kernels, which tests do. Raises NoUsableDevice."""

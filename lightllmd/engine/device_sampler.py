@@ -10,16 +10,18 @@ from torch import Tensor
 
 from lightllmd.engine.batch import SamplingRow
 from lightllmd.engine.sampler import GREEDY_BELOW
+from lightllmd.engine.staging import send
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import sampling
 
-MOST_ALTERNATIVES = 20
-FLUSH_IDS = 1 << 16  # counted tokens of entering rows that are uploaded at a time: bounds the memory that takes
+MANY_ALTERNATIVES, MOST_ALTERNATIVES = 20, 64  # what requests may ask for, and what beams do
+FLUSH_IDS = 1 << 16  # counted or biased tokens that are uploaded at a time: bounds the memory that takes
 MOST_REAL = 1e30  # penalties are kept below it: an infinite one times zero would be no number
 LEAST_REAL = 1e-30
 
 DRAWN, PENALISED, ENDING = sampling.DRAWN.value, sampling.PENALISED.value, sampling.ENDING.value
 LIMITED, ALTERNATIVES = sampling.LIMITED.value, sampling.ALTERNATIVES.value
+MASKED, BIASED = 1 << 8, 1 << 9  # of the host's copy alone: what they ask for is launched where some row has it
 
 
 class DeviceSampler:
@@ -40,17 +42,45 @@ class DeviceSampler:
         eos = sorted({eos for eos in eos_ids if 0 <= eos < vocab})
         self._eos = torch.tensor(eos, dtype=torch.int32, device=device)
         self._entered: dict[int, tuple[np.void, list[int]]] = {}  # since the last flush
+        words = -(-vocab // 32)
+        self._free = np.full(words, -1, np.int32)  # the mask that allows all
+        self._masks = torch.full((rows, words), -1, dtype=torch.int32, device=device)
+        self._restricted: dict[int, np.ndarray] = {}  # since the last flush
+        self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of rows that are BIASED: token ids, what is added
+        self._wanted = np.zeros(rows, np.int32)  # alternatives
 
     def enter(self, row: int, sampling_row: SamplingRow, branch: int) -> None:
         """A row (re)enters: all that was known of the number is forgotten."""
         params = sampling_row.params
         packed = _pack(params, branch, self._vocab)
+        self.restrict(row, b"")
+        self._wanted[row] = params.top_logprobs
         self._flags[row] = flags = packed["flags"]
+        self._biases.pop(row, None)
+        if params.logit_bias:
+            self._flags[row] |= BIASED
+            added = np.fromiter(params.logit_bias.values(), np.float64, len(params.logit_bias))
+            ids = np.fromiter(params.logit_bias, np.int64, len(added))
+            self._biases[row] = ids, added.clip(-MOST_REAL, MOST_REAL).astype(np.float32)
         history = sampling_row.prompt_ids + sampling_row.emitted if params.input_penalty else sampling_row.emitted
         self._entered[row] = packed, history if flags & PENALISED else []
 
+    def restrict(self, row: int, mask: bytes) -> None:
+        """From now on the row samples from these tokens alone (as in `Step.masks`); empty: from all."""
+        if mask:
+            self._restricted[row] = np.frombuffer(mask, "<i4")
+            self._flags[row] |= MASKED
+        elif self._flags[row] & MASKED:
+            self._restricted[row] = self._free
+            self._flags[row] &= ~MASKED
+
     def flush(self) -> None:
-        """Brings to the device what entered since the last call."""
+        """Brings to the device what entered and was restricted since the last call."""
+        if self._restricted:
+            rows = np.fromiter(self._restricted, np.int64, len(self._restricted))
+            masks = np.stack(list(self._restricted.values()))
+            self._masks.index_copy_(0, send(rows, self._device), send(masks, self._device))
+            self._restricted.clear()
         if not self._entered:
             return
         rows = np.fromiter(self._entered, np.int64, len(self._entered))
@@ -71,17 +101,17 @@ class DeviceSampler:
         rows: Tensor,
         generated: Tensor,
         last: Tensor,
-        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """One token for each row of ``logits [B, V]`` fp32, which are overwritten; each row's also goes to `last`.
 
         `table_rows` are those that count; ``rows [B]`` int32 are the same on the device, behind them padding that
-        points at a row which never enters. ``generated [B]`` int32: positions of the tokens to come. ``mask [B,
-        ceil(V / 32)]`` int32: bit t % 32 of word t // 32 allows token t.
+        points at a row which never enters. ``generated [B]`` int32: positions of the tokens to come.
         Returns tokens ``[B]`` int32 and log-probabilities ``[B]``, then for `alternatives`, if some row asks, ids and
-        log-probabilities ``[B, <= 20]``. The log-probability of logits that are no numbers is none.
+        log-probabilities ``[B, <= 64]``. The log-probability of logits that are no numbers is none.
         """
         flags = int(np.bitwise_or.reduce(self._flags[table_rows], initial=0))
+        if flags & BIASED:
+            self._add_biases(logits, table_rows)
         tokens, logprobs, totals = sampling.sample(
             logits,
             self._parameters,
@@ -89,14 +119,16 @@ class DeviceSampler:
             generated,
             self._counts,
             self._eos,
-            mask,
+            self._masks if flags & MASKED else None,
             last,
-            plain=flags == 0 and mask is None,
+            plain=not flags & ~BIASED,
             search=bool(flags & LIMITED),
         )
         if not flags & ALTERNATIVES:
             return tokens, logprobs
-        return tokens, logprobs, *self._highest(logits, rows, totals)
+        few = self._wanted[table_rows].max() <= MANY_ALTERNATIVES
+        most = min(MANY_ALTERNATIVES if few else MOST_ALTERNATIVES, self._vocab)
+        return tokens, logprobs, *self._highest(logits, rows, totals, most)
 
     @staticmethod
     def alternatives(
@@ -111,9 +143,22 @@ class DeviceSampler:
         )
         return [pairs or None for pairs in found]
 
-    def _highest(self, logits: Tensor, rows: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_biases(self, logits: Tensor, table_rows: list[int]) -> None:
+        """A row has an id once, so nothing is added in an order of the device's choice."""
+        places, numbers = [], []
+        for at, row in enumerate(table_rows):
+            if row in self._biases:
+                ids, added = self._biases[row]
+                places.append(at * self._vocab + ids)
+                numbers.append(added)
+        place, number = np.concatenate(places), np.concatenate(numbers)
+        for first in range(0, len(place), FLUSH_IDS):
+            part = slice(first, first + FLUSH_IDS)
+            logits.view(-1).index_add_(0, send(place[part], self._device), send(number[part], self._device))
+
+    def _highest(self, logits: Tensor, rows: Tensor, totals: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """An id is -1 from each row's wanted number on: the row may have another owner when the host reads them."""
-        values, ids = logits.topk(min(MOST_ALTERNATIVES, self._vocab), -1)
+        values, ids = logits.topk(most, -1)
         of = self._parameters.index_select(0, rows.long())
         inverse = of.view(torch.float32)[:, sampling.INVERSE_TEMPERATURE.value, None]
         wanted = of[:, sampling.ALTERNATIVES_WANTED.value, None]
@@ -134,11 +179,8 @@ class DeviceSampler:
             self._counts.view(-1).index_copy_(0, at, counted.short())
 
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
-        """int64 arrays in one copy. torch gives the pinned buffer to nobody else before the copy is done."""
-        host = torch.from_numpy(np.concatenate(arrays))
-        if self._device.type == "cuda":
-            host = host.pin_memory().to(self._device, non_blocking=True)
-        return list(host.split([len(array) for array in arrays]))
+        """int64 arrays in one copy."""
+        return list(send(np.concatenate(arrays), self._device).split([len(array) for array in arrays]))
 
 
 def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:

@@ -6,8 +6,8 @@ replayed. Padding belongs to a table row and a slot that nobody owns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllmd.config.bounds import FEW_ROWS, NAMED_ROWS
-from lightllmd.engine.batch import DecodeRows, Step
-from lightllmd.engine.staging import Numbers, Upload
+from lightllmd.engine.batch import DecodeRows, Row, Step
+from lightllmd.engine.shapes import Shape, places
+from lightllmd.engine.staging import Numbers, Upload, pinned
 from lightllmd.engine.table import rope_lengths
 from lightllmd.kernels.layout import PrefillTiles, TableBatch
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
@@ -32,6 +33,8 @@ class Packed:
     sampled: Tensor | None  # [R] int32, the tokens whose next token is asked for; None: those of all rows, in order
     table_rows: Tensor  # [R] int32, whose they are
     generated: Tensor  # [R] int32, positions of the tokens to come
+    targets: Tensor | None = None  # [N] int32, row by row; None: no row has `Row.targets`, or all are empty
+    before: Tensor | None = None  # [N] int32, the fed token before each target
 
 
 class Packer:
@@ -44,90 +47,148 @@ class Packer:
         self._pad_row, self._pad_slot = rows - 1, pad_slot
         self._rope, self._group = rope, group
         self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
-        # Of a token: id, table row, position, slot, length; of a row: three of what is sampled, four of its tiles.
+        # Of a token: id, table row, position, slot, length, target and place before it; of a row: three of what is
+        # sampled, four of its tiles.
         most = rows + NAMED_ROWS + 1
-        self._upload = Upload(5 * tokens + 7 * most + 2 * (tokens * group // 64 + most), device)
-        self._newest = torch.full((max(rows, FEW_ROWS),), -1, dtype=torch.int32, device=device)
+        self._upload = Upload(7 * tokens + 7 * most + 2 * (tokens * group // 64 + most), device)
+        self._newest = np.full(max(rows, FEW_ROWS), -1, np.int32)
         self._counting = torch.arange(tokens, dtype=torch.int32, device=device)
         # The angles of all positions or, where they depend on lengths too, of the step's tokens.
-        places = torch.arange(1 if rope.by_length else width, device=device)
-        self._cos_sin = rope.cos_sin(places, places if rope.by_length else None)
+        angles = torch.arange(1 if rope.by_length else width, device=device)
+        self._cos_sin = rope.cos_sin(angles, angles if rope.by_length else None)
         if rope.by_length:
             self._cos_sin = self._cos_sin.repeat(tokens, 1)
 
-    def going_on(self, rows: DecodeRows, size: int) -> Packed:
+    def pack(self, step: Step, shape: Shape, sampled: int) -> Packed:
+        """A step that fits `shape`; what is sampled of it is padded to so many."""
+        self._take_over(step.rows)
+        self._upload.begin()
+        if step.rows or shape.behind:
+            return self._named(step, shape, sampled)
+        return self._going_on(step.decode, shape.ahead)
+
+    def _take_over(self, rows: list[Row]) -> None:
+        """The slots of tokens that are in the cache join the table, behind all that read it before. torch gives the
+        pinned buffer to nobody else before the copies are done."""
+        entering = [row for row in rows if row.past]
+        if not entering:
+            return
+        slots = pinned(np.concatenate([_ints(row.past or ()) for row in entering]), self._table.device)
+        for row, past in zip(entering, slots.split([len(row.past or ()) for row in entering]), strict=True):
+            self._table[row.table_row, : len(past)].copy_(past, non_blocking=True)
+
+    def _going_on(self, rows: DecodeRows, size: int) -> Packed:
         """Rows that feed their newest tokens, padded to `size`."""
         pad = size - len(rows.table_rows)
-        self._upload.begin()
+        self._upload.put(self._newest[:size])
         self._upload.put(rows.table_rows + [self._pad_row] * pad)
         self._upload.put(rows.starts + [0] * pad)
         self._upload.put(rows.slots + [self._pad_slot] * pad)
-        self._upload.put(rows.positions + [0] * pad)
-        table_rows, positions, slots, generated = self._upload.send()
-        lengths = positions + 1 if self._rope.by_length else None
-        batch = self._batch(self._newest[:size], table_rows, positions, slots, lengths, size, None)
-        return Packed(batch, None, table_rows, generated)
-
-    def named(self, step: Step, sampled_size: int, size: int | None = None) -> Packed:
-        """A step that has rows with named tokens, behind those that go on. With a `size` it is padded to so many
-        tokens; then nobody may go on, and fewer than `named_rows(size)` rows be there."""
-        decode, rows = step.decode, step.rows
-        ahead = len(decode.table_rows)
-        counts, starts = [len(row.tokens) for row in rows], [row.start for row in rows]
-        ends = [ahead + int(end) for end in np.cumsum(counts)]
-        sampled = [(end - 1, row) for end, row in zip(ends, rows, strict=True) if row.sample]
-        pad = sampled_size - ahead - len(sampled)
-        tokens = size or step.fed
-        pairs = pairs_per_tile(tokens, self._group)
-        whole = spans(counts, starts, ahead, self.longest_whole)
-        apart = {index + number for index, span in whole.items() for number in range(span.rows)}
-        tiled = [0 if index in apart else count for index, count in enumerate(counts)]
-        tiles = tiles_for(tiled, starts, self._group, pairs)
-        spare = 0 if size is None else size - step.fed
-        self._upload.begin()
-        self._put(np.concatenate([_ints([-1] * ahead), *(_ints(row.tokens) for row in rows)]), 0, spare)
-        repeated = np.repeat(_ints([row.table_row for row in rows]), counts)
-        self._put(np.concatenate([_ints(decode.table_rows), repeated]), self._pad_row, spare)
-        places = (np.arange(row.start, row.start + len(row.tokens), dtype=np.int32) for row in rows)
-        self._put(np.concatenate([_ints(decode.starts), *places]), 0, spare)
-        self._put(np.concatenate([_ints(decode.slots), *(_ints(row.slots) for row in rows)]), self._pad_slot, spare)
         if self._rope.by_length:
-            self._put([start + 1 for start in decode.starts] + list(chain(*map(rope_lengths, rows))), 1, spare)
-        # A row of padding feeds nothing, so its tiles are passed over.
-        rows_there = len(rows) if size is None else named_rows(size)
-        missing = rows_there - len(rows)
-        tiles_there = len(tiles) if size is None else size * self._group // pairs + rows_there
-        filler = np.tile(np.array([rows_there - 1, 0]), tiles_there - len(tiles))
-        self._upload.put(np.concatenate([tiles.reshape(-1), filler]))
-        self._put([row.table_row for row in rows], self._pad_row, missing)
-        self._put([ahead, *ends[:-1]], 0, missing)
-        self._put(counts, 0, missing)
-        self._put(starts, 0, missing)
-        self._put([*range(ahead), *(at for at, _ in sampled)], 0, pad)
-        self._put(decode.table_rows + [row.table_row for _, row in sampled], self._pad_row, pad)
-        self._put(decode.positions + [row.position for _, row in sampled], 0, pad)
-        *fed, flat, tile_rows, first, count, start, at, table_rows, generated = self._upload.send()
-        prefill = PrefillTiles(flat.view(-1, 2), pairs, tile_rows, first, count, start, list(whole.values()))
-        batch = self._batch(*fed[:4], fed[4] if self._rope.by_length else None, ahead, prefill)
-        return Packed(batch, at, table_rows, generated)
+            self._upload.put([start + 1 for start in rows.starts] + [1] * pad)
+        self._upload.put(rows.positions + [0] * pad)
+        *fed, generated = self._upload.send()
+        return Packed(self._batch(fed, size, None), None, fed[1], generated)
 
-    def _put(self, numbers: Numbers, filler: int, count: int) -> None:
-        self._upload.put(numbers if not count else np.concatenate([_ints(numbers), _ints([filler] * count)]))
+    def _named(self, step: Step, shape: Shape, sampled: int) -> Packed:
+        """A step that has rows with named tokens."""
+        decode, rows = step.decode, step.rows
+        fed = [row for row in rows if row.tokens]
+        single = [row for row in fed if shape.ahead and len(row.tokens) == 1]
+        longer = [row for row in fed if not (shape.ahead and len(row.tokens) == 1)]
+        counts, starts = [len(row.tokens) for row in longer], [row.start for row in longer]
+        spare = shape.ahead - len(decode.table_rows) - len(single), shape.behind - sum(counts)
 
-    def _batch(
+        def put(ahead: list[int], behind: Iterable[Numbers], filler: int) -> None:
+            """A number of each token, padding included."""
+            self._put([ahead, [filler] * spare[0], *behind, [filler] * spare[1]])
+
+        put(
+            [-1] * len(decode.table_rows) + [row.tokens[0] for row in single],
+            (row.tokens for row in longer),
+            0,
+        )
+        put(
+            decode.table_rows + [row.table_row for row in single],
+            [np.repeat(_ints([row.table_row for row in longer]), _ints(counts))],
+            self._pad_row,
+        )
+        put(
+            decode.starts + [row.start for row in single],
+            (np.arange(row.start, row.start + len(row.tokens)) for row in longer),
+            0,
+        )
+        put(decode.slots + [row.slots[0] for row in single], (row.slots for row in longer), self._pad_slot)
+        if self._rope.by_length:
+            put(
+                [start + 1 for start in decode.starts] + [rope_lengths(row)[0] for row in single],
+                (rope_lengths(row) for row in longer),
+                1,
+            )
+        pairs = pairs_per_tile(shape.behind, self._group)
+        whole = {} if shape.padded else spans(counts, starts, shape.ahead, self.longest_whole)
+        if shape.behind:
+            apart = {index + number for index, span in whole.items() for number in range(span.rows)}
+            tiles = tiles_for(
+                [0 if index in apart else count for index, count in enumerate(counts)], starts, self._group, pairs
+            )
+            self._put_tiles(longer, counts, starts, tiles, shape, pairs)
+        firsts = places(step, shape)
+        self._put_sampled(step, firsts, sampled)
+        scored = [(row, first) for row, first in zip(rows, firsts, strict=True) if row.targets]
+        if scored:
+            self._put([row.targets or () for row, _ in scored])
+            self._put([np.arange(first, first + len(row.targets or ())) for row, first in scored])
+        sent = iter(self._upload.send())
+        tokens = [next(sent) for _ in range(5 if self._rope.by_length else 4)]
+        prefill = None
+        if shape.behind:
+            flat, *of_rows = (next(sent) for _ in range(5))
+            prefill = PrefillTiles(flat.view(-1, 2), pairs, *of_rows, whole=list(whole.values()))
+        return Packed(self._batch(tokens, shape.ahead, prefill), *sent)
+
+    def _put_tiles(
         self,
-        tokens: Tensor,
-        table_rows: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        lengths: Tensor | None,
-        decode: int,
-        prefill: PrefillTiles | None,
-    ) -> TableBatch:
+        rows: list[Row],
+        counts: list[int],
+        starts: list[int],
+        tiles: NDArray[np.int32],
+        shape: Shape,
+        pairs: int,
+    ) -> None:
+        """A row of padding feeds nothing, so its tiles are passed over."""
+        there = shape.rows_behind if shape.padded else len(rows)
+        most = shape.behind * self._group // pairs + there if shape.padded else len(tiles)
+        self._put([tiles.reshape(-1), np.tile(np.array([there - 1, 0]), most - len(tiles))])
+        firsts = shape.ahead + np.cumsum([0, *counts])[:-1]
+        missing = there - len(rows)
+        self._put([[row.table_row for row in rows], [self._pad_row] * missing])
+        for numbers in (firsts, counts, starts):
+            self._put([numbers, [0] * missing])
+
+    def _put_sampled(self, step: Step, firsts: list[int], size: int) -> None:
+        """Which tokens are sampled, whose they are, and the positions of those to come. `firsts`: of each row."""
+        decode, rows = step.decode, step.rows
+        lasts: list[int] = []
+        for row, first in zip(rows, firsts, strict=True):
+            lasts.append(first + len(row.tokens) - 1 if row.twin_of is None else lasts[row.twin_of])
+        asked = [(row, last) for row, last in zip(rows, lasts, strict=True) if row.sample]
+        ahead = len(decode.table_rows)
+        pad = size - ahead - len(asked)
+        self._put([range(ahead), [last for _, last in asked], [0] * pad])
+        self._put([decode.table_rows, [row.table_row for row, _ in asked], [self._pad_row] * pad])
+        self._put([decode.positions, [row.position for row, _ in asked], [0] * pad])
+
+    def _put(self, parts: Sequence[Numbers]) -> None:
+        self._upload.put(np.concatenate([_ints(part) for part in parts]))
+
+    def _batch(self, fed: list[Tensor], decode: int, prefill: PrefillTiles | None) -> TableBatch:
+        """`fed`: of each token its id, table row, position, slot and, where angles depend on it, length."""
+        tokens, table_rows, positions, slots, *lengths = fed
         angles = positions
-        if lengths is not None:
+        if lengths:
             angles = self._counting[: len(positions)]
-            self._cos_sin[: len(positions)] = self._rope.cos_sin(positions, lengths)
+            self._cos_sin[: len(positions)] = self._rope.cos_sin(positions, lengths[0])
         return TableBatch(
             tokens=tokens,
             rows=table_rows,
@@ -144,8 +205,3 @@ class Packer:
 
 def _ints(numbers: Numbers) -> NDArray[np.int32]:
     return np.asarray(numbers, np.int32)
-
-
-def named_rows(size: int) -> int:
-    """The rows that a step of `size` padded tokens has, the last of them always padding."""
-    return min(size, NAMED_ROWS) + 1

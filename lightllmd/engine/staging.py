@@ -57,11 +57,22 @@ class Upload:
         return [self._device[begin:end] for begin, end in zip(begins, self._ends, strict=True)]
 
 
-class Download:
-    """Tensors on their way to the host."""
+def pinned(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers of any size, ready to be copied to the device: torch gives their memory to nobody else before the copies
+    that were begun are done. Takes over `numbers`."""
+    host = torch.from_numpy(numbers)
+    return host.pin_memory() if device.type == "cuda" else host
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        device = tensors[0].device
+
+def send(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """As `pinned`, and on the device."""
+    return pinned(numbers, device).to(device, non_blocking=True)
+
+
+class Download:
+    """Tensors on their way to the host. Of none: the end of what was launched before."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         self._host = [tensor.to("cpu", non_blocking=True) if device.type == "cuda" else tensor for tensor in tensors]
         self._done = _Event(device)
         self._done.record()

@@ -1,12 +1,13 @@
-"""The steps that a GPU runs before it is ready: each shape that has a kernel of its own, and the worst admissible ones,
-so that no later step compiles anything or runs out of memory."""
+"""The steps that a GPU runs before it is ready: each that has a kernel of its own, and the worst admissible ones, so
+that no later step compiles anything or runs out of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
+from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, no_decode
+from lightllmd.engine.device_sampler import MOST_ALTERNATIVES
 from lightllmd.ipc.messages import SamplingParams
 
 PLAIN = SamplingParams()
@@ -21,11 +22,14 @@ EVERYTHING = SamplingParams(
     exponential_decay_length_penalty=(1, 1.01),
     min_new_tokens=2,
     top_logprobs=20,
+    logit_bias={0: 0.1},
 )
+BEAM = SamplingParams(top_logprobs=MOST_ALTERNATIVES)
 
 
-def prefill_steps(plan: Plan) -> Iterator[Step]:
-    """From one token to the most that a step may feed, then the most rows that may be sampled in one."""
+def worst_steps(plan: Plan) -> Iterator[Step]:
+    """From one token to the most that a step may feed, then that beside decode rows, then the most rows that may be
+    sampled in one."""
     params = plan.config.params
     longest, widest = params.max_req_total_len, params.running_max_req_size
     most = min(plan.batch_max_tokens, plan.max_total_token_num, widest * longest)
@@ -33,15 +37,18 @@ def prefill_steps(plan: Plan) -> Iterator[Step]:
     while tokens < most:
         yield _step(tokens, longest, PLAIN)
         tokens = 2 * tokens + (tokens > 1)  # 1, 2, 5, 11 …: between the powers of two that kernels are made for
-    yield _step(most, longest, EVERYTHING)
+    scored = _step(most, longest, EVERYTHING)
+    for row in scored.rows:
+        row.targets, row.top_targets = row.tokens, 20
+    yield scored
+    if params.splitfuse_mode:
+        yield _beside_decode_rows(_step(most, longest, PLAIN), widest)
     rows = min(widest, most)
-    yield _step(rows, 1, EVERYTHING)
-    yield _step(rows, 1, DRAWN)
-
-
-def one_token(table_row: int, slot: int) -> Step:
-    """A step that feeds one token."""
-    return Step(0, "prefill", no_decode(), [Row(table_row, 0, 0, 0, [0], [slot], True, 0, None)], [])
+    for params_of_all in (EVERYTHING, BEAM, DRAWN):
+        yield _step(rows, 1, params_of_all)
+    masked = _step(1, 1, DRAWN)
+    masked.masks[0] = b"\xff\xff\xff\xff" * -(-plan.vocab_size // 32)
+    yield masked
 
 
 def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
@@ -51,3 +58,11 @@ def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
         slots = list(range(first, min(first + longest, tokens)))
         rows.append(Row(number, 0, 0, 0, [1] * len(slots), slots, True, 0, SamplingRow(params, [], [])))
     return Step(0, "prefill", no_decode(), rows, [])
+
+
+def _beside_decode_rows(step: Step, widest: int) -> Step:
+    """With as many of them as there can be, each in its first slot's place."""
+    numbers = list(range(len(step.rows), widest))
+    nothing = [0] * len(numbers)
+    step.decode = DecodeRows(numbers, nothing, nothing, nothing)
+    return step

@@ -42,7 +42,7 @@ class Device:
     ) -> None:
         self.sampler.enter(row, SamplingRow(params, prompt or [], emitted or []), 0)
 
-    def sample(self, logits: Tensor, rows: list[int], positions: list[int], mask: Tensor | None = None) -> Result:
+    def sample(self, logits: Tensor, rows: list[int], positions: list[int]) -> Result:
         """`logits` may have more rows: the rest is padding."""
         pad = len(logits) - len(rows)
         self.sampler.flush()
@@ -52,7 +52,6 @@ class Device:
             torch.tensor(rows + [ROWS] * pad, dtype=torch.int32, device=DEVICE),
             torch.tensor(positions + [0] * pad, dtype=torch.int32, device=DEVICE),
             self.last,
-            mask,
         )
         tokens, logprobs, *rest = (tensor[: len(rows)].tolist() for tensor in (tokens, logprobs, *rest))
         return tokens, logprobs, self.sampler.alternatives(rows, *rest)
@@ -185,21 +184,109 @@ def test_alternatives_of_a_vocabulary_of_less_than_twenty() -> None:
     assert sorted(token for token, _ in alternatives) == list(range(9))
 
 
+def mask_of(allowed: list[int]) -> bytes:
+    number = sum(1 << token for token in set(allowed))
+    return number.to_bytes(-(-VOCAB // 32) * 4, "little")
+
+
 def test_a_mask_leaves_only_what_it_allows() -> None:
     device = Device()
     device.enter(0, SamplingParams())
     device.enter(1, SamplingParams(do_sample=True, top_p=0.9, seed=4, min_new_tokens=5, top_logprobs=5))
     logits = normal(2, VOCAB)
     allowed = [33, EOS[0]]
-    mask = torch.zeros((2, 4), dtype=torch.int32)
-    for token in allowed:
-        mask[:, token // 32] |= 1 << (token % 32)
-    tokens, logprobs, alternatives = device.sample(logits, [0, 1], [0, 0], mask.to(DEVICE))
+    for row in (0, 1):
+        device.sampler.restrict(row, mask_of(allowed))
+    tokens, logprobs, alternatives = device.sample(logits, [0, 1], [0, 0])
     assert tokens[0] == max(allowed, key=lambda token: logits[0, token].item())
     assert logprobs[0] == pytest.approx(logits[0, allowed].log_softmax(-1).max().item())
     assert tokens[1] == 33  # eos is allowed, and masked until the fifth token
     assert alternatives[1] is not None
     assert [token for token, _ in alternatives[1]][:2] == [33, EOS[0]]
+
+
+def test_a_row_keeps_its_mask_until_it_is_lifted_or_the_row_enters_again() -> None:
+    device = Device()
+    logits = normal(2, VOCAB)
+    best = logits.argmax(-1).tolist()
+    for row in (0, 1):
+        device.enter(row, SamplingParams())
+    assert device.sample(logits, [0, 1], [0, 0])[0] == best
+    device.sampler.restrict(0, mask_of([7]))
+    for _ in range(2):
+        assert device.sample(logits, [0, 1], [0, 0])[0] == [7, best[1]], "the row beside it is free"
+    device.sampler.restrict(0, mask_of([8]))
+    assert device.sample(logits, [0, 1], [0, 0])[0] == [8, best[1]]
+    device.sampler.restrict(0, b"")
+    device.sampler.restrict(1, mask_of([9]))
+    assert device.sample(logits, [0, 1], [0, 0])[0] == [best[0], 9]
+    device.enter(1, SamplingParams())
+    assert device.sample(logits, [0, 1], [0, 0])[0] == best
+    device.sampler.restrict(1, mask_of([9]))
+    device.enter(1, SamplingParams())
+    device.sampler.restrict(1, mask_of([10]))
+    assert device.sample(logits, [0, 1], [0, 0])[0] == [best[0], 10], "one that comes with the entry counts"
+
+
+@pytest.mark.parametrize("params", [{}, {"do_sample": True, "seed": 3}, {"presence_penalty": 1.0}], ids=str)
+def test_biases_are_added_before_all_else_to_their_own_rows(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_sampler, "FLUSH_IDS", 2)
+    bias = {5: 1.5, VOCAB - 1: -100.0, 0: 0.25}
+    device, plain = Device(), Device()
+    logits = normal(4, VOCAB, seed=2)
+    for row in range(3):
+        device.enter(row, SamplingParams(**params, logit_bias=bias if row else {}), [], [5])
+        plain.enter(row, SamplingParams(**params), [], [5])
+    changed = logits.clone()
+    for token, added in bias.items():
+        changed[[0, 2], token] += added
+    order = [2, 0, 1]
+    biased = [changed[0], logits[1], changed[2], logits[3]]
+    assert device.sample(logits, order, [1] * 3) == plain.sample(torch.stack(biased), order, [1] * 3)
+    device.enter(2, SamplingParams(**params), [], [5])
+    again = device.sample(logits[:1], [2], [1])
+    fresh = Device()
+    fresh.enter(2, SamplingParams(**params), [], [5])
+    assert again == fresh.sample(logits[:1], [2], [1])
+
+
+def test_a_bias_beyond_all_measure_leaves_numbers() -> None:
+    device = Device()
+    device.enter(0, SamplingParams(logit_bias={3: 1e300, 4: -1e300}))
+    tokens, logprobs, _ = device.sample(normal(1, VOCAB), [0], [0])
+    assert (tokens, logprobs) == ([3], [0.0])
+
+
+def test_beams_get_up_to_sixty_four_alternatives_beside_users_with_fewer() -> None:
+    device = Device()
+    logits = normal(2, VOCAB, seed=3)
+    device.enter(0, SamplingParams(top_logprobs=64))
+    device.enter(1, SamplingParams(top_logprobs=2))
+    beam, few = device.sample(logits, [0, 1], [0, 0])[2]
+    assert beam is not None
+    assert few is not None
+    truth = logits[0].log_softmax(-1).topk(64)
+    assert [token for token, _ in beam] == truth.indices.tolist()
+    assert [value for _, value in beam] == pytest.approx(truth.values.tolist(), abs=1e-5)
+    assert len(few) == 2
+
+
+def test_a_row_whose_token_was_chosen_elsewhere_enters_with_the_counts_of_its_new_past() -> None:
+    """A beam: what the device sampled of it is not what it is fed next."""
+    params = SamplingParams(top_logprobs=8, **PENALTIES)
+    beam, history = Device(), [4]
+    beam.enter(0, params, [], history)
+    for step in range(4):
+        logits = normal(1, VOCAB, seed=step)
+        token = beam.sample(logits, [0], [len(history)])[0][0]
+        history = [*history[:-1], (token + 5) % VOCAB, 11]  # another beam's past
+        beam.enter(0, params, [], history)
+        fresh = Device()
+        fresh.enter(3, params, [], history)
+        assert beam.sample(logits, [0], [len(history)]) == fresh.sample(logits, [3], [len(history)])
+        beam.enter(0, params, [], history)
 
 
 def test_min_p_looks_at_the_logits_after_penalties_and_temperature() -> None:

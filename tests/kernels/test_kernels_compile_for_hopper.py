@@ -81,10 +81,10 @@ def sampling(plain: bool, search: bool, masked: bool = False, offset: int = 0) -
     from lightllmd.kernels.sampling import sample
 
     vocab, table = 128256, torch.zeros(5, 16, dtype=torch.int32)
-    mask = torch.zeros(4, vocab // 32, dtype=torch.int32) if masked else None
+    masks = torch.zeros(5, vocab // 32, dtype=torch.int32) if masked else None
     counts, eos = torch.zeros(5, vocab, dtype=torch.int16), torch.zeros(2, dtype=torch.int32)
     rows, last = numbers(offset), torch.zeros(5, dtype=torch.int32)
-    sample(torch.empty(4, vocab), table, rows, numbers(offset), counts, eos, mask, last, plain, search)
+    sample(torch.empty(4, vocab), table, rows, numbers(offset), counts, eos, masks, last, plain, search)
 
 
 def numbers(offset: int) -> Tensor:

@@ -46,7 +46,7 @@ def sample(
     rows: list[np.ndarray],
     generated: list[int] | None = None,
     counts: Tensor | None = None,
-    mask: Tensor | None = None,
+    masks: Tensor | None = None,
     order: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities and `last` of table rows `order` (all of them unless given), on the CPU."""
@@ -63,9 +63,9 @@ def sample(
         torch.tensor(generated or [0] * len(order), dtype=torch.int32, device=DEVICE),
         on_device,
         torch.tensor(EOS, dtype=torch.int32, device=DEVICE),
-        None if mask is None else mask.to(DEVICE),
+        None if masks is None else masks.to(DEVICE),
         last,
-        plain=flags == 0 and mask is None,
+        plain=flags == 0 and masks is None,
         search=bool(flags & LIMITED),
     )
     counts.copy_(on_device)
@@ -134,14 +134,14 @@ def test_every_mixture_of_settings_chooses_what_the_reference_does(masked: bool,
         generated = [draw.randrange(12) for _ in order]
         logits = normal(6, vocab, seed=trial) * 3
         counts = (torch.rand((8, vocab), generator=torch.Generator().manual_seed(trial)) * 5 - 3).clamp(min=0).short()
-        allowed = normal(6, vocab, seed=trial + 9) > -0.5 if masked else None
+        allowed = normal(8, vocab, seed=trial + 9) > -0.5 if masked else None
         truth = [
-            expected(logits[at], rows[row], generated[at], counts[row], None if allowed is None else allowed[at])
+            expected(logits[at], rows[row], generated[at], counts[row], None if allowed is None else allowed[row])
             for at, row in enumerate(order)
         ]
         before = counts.clone()
-        mask = None if allowed is None else bits(allowed)
-        tokens, logprobs, last = sample(logits, rows, generated, counts, mask, order)
+        masks = None if allowed is None else bits(allowed)
+        tokens, logprobs, last = sample(logits, rows, generated, counts, masks, order)
         assert tokens.tolist() == [token for token, _ in truth]
         assert logprobs.tolist() == pytest.approx([logprob for _, logprob in truth], rel=1e-4, abs=1e-4)
         assert last[order].tolist() == tokens.tolist()

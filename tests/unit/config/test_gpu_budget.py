@@ -77,10 +77,10 @@ def test_the_rows_of_an_8b_model_by_hand() -> None:
     assert row(plan, "activations") == (8192 + 1000) * token + 64_000_000
     assert row(plan, "decode workspace") == 1000 * 32 * 129 * 4
     assert row(plan, "logits") == 512 * 128256 * (4 + 2 + 8)
-    assert row(plan, "sampling tables") == pytest.approx(1001 * 128256 * 2, rel=0.01)
+    assert row(plan, "sampling tables") == 1001 * (128256 * 2 + 2 * 4008 * 4 + 512)
     assert row(plan, "tables") == pytest.approx(1001 * 3080 * 4 + 3080 * 128 * 4 + 10192 * 64)
-    count = len(bounds.batch_sizes(1000)) + len(bounds.PREFILL_SIZES)
-    graphs = count * 32 * gpu_budget.GRAPH_BYTES_PER_LAYER
+    sizes = [*bounds.batch_sizes(1000), *bounds.PREFILL_SIZES]
+    graphs = len(sizes) * 32 * gpu_budget.GRAPH_BYTES_PER_LAYER + sum(sizes) * 4096 * 2
     assert row(plan, "graphs") == graphs + max(bounds.PREFILL_SIZES) * token + 1000 * 32 * 129 * 4
     assert 400_000 < plan.max_total_token_num < 430_000
     assert "slots and 1 for padding" in budget_table(plan)
@@ -124,6 +124,27 @@ def test_without_graphs_none_are_planned_and_fewer_rows_take_fewer() -> None:
     whole = row(planned(LLAMA_8B), "graphs")
     assert row(planned(LLAMA_8B, {"engine.cuda_graphs": False}), "graphs") == 0
     assert 0 < row(planned(LLAMA_8B, {"engine.graph_max_rows": 64}), "graphs") < whole
+
+
+def test_blocks_beside_decode_rows_have_graphs_only_where_there_are_some_and_they_are_small() -> None:
+    flags = {"running_max_req_size": 100, "splitfuse_mode": True}
+    without = row(planned(LLAMA_8B, flags | {"splitfuse_mode": False}), "graphs")
+    token = (4096 + 4096 + 48 * 128 + 32 * 128 + 28672 + 14336) * 2 + 128 * 4
+    each = 32 * gpu_budget.GRAPH_BYTES_PER_LAYER
+    sizes = [256 + rows for rows in (32, 64, 96, 100)]
+    assert row(planned(LLAMA_8B, flags), "graphs") == without + 4 * each + sum(sizes) * 4096 * 2
+    large = flags | {"splitfuse_block_size": 1000}
+    wider = sum(sizes) + 4 * (1000 - 256)
+    grown = 4 * each + wider * 4096 * 2 + (1100 - max(bounds.PREFILL_SIZES)) * token
+    assert row(planned(LLAMA_8B, large), "graphs") == without + grown
+    assert row(planned(LLAMA_8B, flags | {"splitfuse_block_size": 2000}), "graphs") == without
+    fewer = planned(LLAMA_8B, flags | {"engine.graph_max_rows": 64})
+    assert 0 < row(fewer, "graphs") < row(planned(LLAMA_8B, flags), "graphs")
+
+
+def test_few_rows_leave_room_for_the_logits_of_prompts() -> None:
+    plan = planned(LLAMA_8B, {"running_max_req_size": 4})
+    assert row(plan, "logits") == 128 * 128256 * (4 + 2 + 8)
 
 
 def test_a_head_that_no_kernel_takes_is_refused_by_its_size() -> None:
