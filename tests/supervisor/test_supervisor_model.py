@@ -31,6 +31,7 @@ from supervisor.simulation import BAD, GOOD, TICK, UNPLANNABLE, Simulation, conf
 from supervisor.supervisor_truths import Truths
 
 LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
+pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 PATIENCE = round(200 / TICK)  # ticks; more than every time-out of the configuration in a row
 _ENDS = ("config", "exit", "fault", "hang", "slow", "stall")
 ENGINE_FATES = [
