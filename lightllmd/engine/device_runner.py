@@ -189,7 +189,8 @@ class DeviceRunner:
             shape = self._shapes.of(step)
             rows = [*step.decode.table_rows, *(row.table_row for row in step.rows if row.sample)]
             packed = self._packer.pack(step, shape, self._shapes.rows(len(rows)))
-            hidden, whole = self._forward(shape, packed, beat)
+            whole = shape.padded or packed.targets is not None
+            hidden = self._forward(shape, packed, whole, beat)
             # What sampling needs to know can come while the forward computes.
             for row in step.rows:
                 if row.sampling is not None:
@@ -230,7 +231,7 @@ class DeviceRunner:
         """Computes a step without sampling: fp32 logits ``[T, vocab]`` behind each of its tokens."""
         shape = self._shapes.of(step)
         packed = self._packer.pack(step, shape, self._shapes.rows(step.size))
-        hidden, _ = self._forward(shape, packed, _nothing, every=True)
+        hidden = self._forward(shape, packed, True, _nothing)
         fed = list(range(len(step.decode.table_rows)))
         for row, first in zip(step.rows, places(step, shape), strict=True):
             fed += range(first, first + len(row.tokens))
@@ -244,16 +245,11 @@ class DeviceRunner:
         return stats
 
     # --- the forward ----------------------------------------------------------------------------------------------
-    def _forward(
-        self, shape: Shape, packed: Packed, beat: Callable[[], None], every: bool = False
-    ) -> tuple[Tensor, bool]:
-        """Hidden states of all tokens, or of those that are sampled, and whether they are all."""
-        if not shape.padded:
-            every = every or packed.targets is not None
-            return self.decoder.forward(packed.batch, self.caches, beat, None if every else packed.sampled), every
+    def _forward(self, shape: Shape, packed: Packed, whole: bool, beat: Callable[[], None]) -> Tensor:
+        """Hidden states: of all tokens, or of those that are sampled."""
         if self._graphs is not None and shape in self._graphs:
-            return self._graphs.replay(shape), True
-        return self.decoder.forward(packed.batch, self.caches, beat), True
+            return self._graphs.replay(shape)
+        return self.decoder.forward(packed.batch, self.caches, beat, None if whole else packed.sampled)
 
     @staticmethod
     def _sampled(hidden: Tensor, packed: Packed) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from lightllmd.engine.batch import DecodeRows, Row, Step, StepResult
 from lightllmd.engine.device_runner import DeviceRunner
+from lightllmd.engine.shapes import Shapes
 from lightllmd.errors import NoUsableDevice
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, transformers_model, write_model
@@ -91,7 +92,9 @@ def test_greedy_tokens_are_the_cpus_and_the_same_overlapped_captured_and_prepare
         assert list(zip(*(r.tokens for r in continuation(runner, prompts, count, overlapped)), strict=True)) == [
             tuple(tokens) for tokens in expected
         ]
-    runner = load_on_device(model, running_max_req_size=5, max_req_total_len=40, max_req_input_len=39)
+    limits = {"running_max_req_size": 5, "max_req_total_len": 40, "max_req_input_len": 39}
+    runner = load_on_device(model, splitfuse_mode=True, **limits)
+    runner._shapes = Shapes(5, [16], [5], 16)
     runner.prepare(nothing)
     assert [list(row) for row in zip(*(r.tokens for r in continuation(runner, prompts, count, True)), strict=True)] == (
         expected
