@@ -19,6 +19,8 @@ from lightllmd.ipc.messages import SamplingParams
 Allowed = NDArray[np.bool_]  # [vocab]
 Ids = NDArray[np.int64]
 
+_NONE: Ids = np.zeros(0, dtype=np.int64)
+
 
 class Constraint(Protocol):
     """Of one request. It holds no state of a sequence, so all branches share it."""
@@ -117,21 +119,20 @@ class _Stepwise:
 
     def mask(self, emitted: Sequence[int]) -> bytes:
         ends = self._word_ends(emitted)
-        at = None if self._prefix is None else self._prefix.reached(emitted)
-        if not ends and at is None:
+        healing = None if self._prefix is None else self._prefix.next(emitted)
+        if not ends and healing is None:
             return self._usual
         allowed = self._base.copy()
         allowed[ends] = False
-        if self._prefix is not None and at is not None:
-            beyond = self._prefix.beyond(at)
+        if healing is not None:
+            inside, beyond = healing
             beyond = beyond[allowed[beyond]]
             allowed.fill(False)
-            allowed[beyond] = True
-            allowed[self._prefix.inside(at)] = True
+            allowed[inside] = allowed[beyond] = True
         return _pack(allowed, self._eos)
 
     def settled(self, emitted: Sequence[int]) -> bool:
-        return not self._words and (self._prefix is None or self._prefix.reached(emitted) is None)
+        return not self._words and (self._prefix is None or self._prefix.covered_by(emitted))
 
     def _word_ends(self, emitted: Sequence[int]) -> list[int]:
         """The tokens that would complete a bad word."""
@@ -149,36 +150,89 @@ class ByteIndex:
         self._ids: Ids = np.array(order, dtype=np.int64)
         self._sorted = [known[number] for number in order]
         self._lengths = [len(raw) for raw in known]
-        self.longest = max(self._lengths, default=0)  # bytes
 
     def length(self, token: int) -> int:
         """Bytes."""
         return self._lengths[token] if token < len(self._lengths) else 0
-
-    def equal(self, raw: bytes) -> Ids:
-        first = bisect_left(self._sorted, raw)
-        return self._ids[first : bisect_right(self._sorted, raw, first)]
 
     def longer(self, raw: bytes) -> Ids:
         """Those that begin with `raw` and go on."""
         first = bisect_right(self._sorted, raw)
         return self._ids[first : bisect_right(self._sorted, raw, first, key=lambda token: token[: len(raw)])]
 
+    def has(self, raw: bytes) -> bool:
+        first = bisect_left(self._sorted, raw)
+        return first < len(self._sorted) and self._sorted[first] == raw
+
+    def begins(self, raw: bytes) -> bool:
+        """Whether any token begins with `raw`."""
+        first = bisect_left(self._sorted, raw)
+        return first < len(self._sorted) and self._sorted[first].startswith(raw)
+
+    def parts(self, raw: bytes) -> list[tuple[int, Ids]]:
+        """(a length, the tokens that are the first so many bytes of `raw`), ascending."""
+        found, first, end = [], 0, len(self._sorted)
+        for length in range(1, len(raw) + 1):
+            part = raw[:length]
+            first = bisect_left(self._sorted, part, first, end)
+            behind = bisect_right(self._sorted, part, first, end)
+            if behind > first:
+                found.append((length, self._ids[first:behind]))
+            elif first == end or not self._sorted[first].startswith(part):
+                break
+        return found
+
 
 class Prefix:
-    """Bytes that a text has to begin with, however tokens cut them."""
+    """Bytes that a text has to begin with, however tokens cut them.
+
+    Tokens that cut words as no tokenizer would are likely ones by themselves, but lead the model astray. So the prefix
+    is covered by no more tokens than are needed to write it exactly. This lets the model write it as it stood in the
+    prompt, and bounds what healing takes of max_new_tokens.
+    """
 
     def __init__(self, text: bytes, index: ByteIndex) -> None:
         self._text, self._index = text, index
-        # For each place, whether tokens can go on from there to the end or beyond it.
-        self._open = [True] * (len(text) + 1)
-        for at in range(len(text) - 1, -1, -1):
-            rest = text[at:]
-            self._open[at] = bool(len(index.equal(rest)) or len(index.longer(rest))) or any(
-                self._open[end] and len(index.equal(text[at:end])) for end in self._ends(at)
-            )
+        self._coverable: dict[tuple[int, int], bool] = {}  # see _covers
+        self._most = self._fewest()
 
-    def reached(self, emitted: Sequence[int]) -> int | None:
+    def next(self, emitted: Sequence[int]) -> tuple[Ids, Ids] | None:
+        """(the tokens that may come behind `emitted` and end in the prefix or with it, those that cover the rest of it
+        and go on); None: it is covered."""
+        at = self._reached(emitted)
+        if at is None:
+            return None
+        rest, left = self._text[at:], self._most - len(emitted) - 1
+        inside = [ids for length, ids in self._index.parts(rest) if self._covers(at + length, left)]
+        return np.concatenate([_NONE, *inside]), self._index.longer(rest)
+
+    def _fewest(self) -> int:
+        """Tokens that write the text exactly; one for each byte where none can."""
+        places = seen = {0}
+        for count in range(1, len(self._text)):
+            if any(self._index.has(self._text[at:]) for at in places):
+                return count
+            places = {at + length for at in places for length, _ in self._index.parts(self._text[at:])} - seen
+            seen = seen | places
+        return len(self._text)
+
+    def _covers(self, at: int, tokens: int) -> bool:
+        """Whether no more than so many can go on from `at` to the end of the text, or beyond it."""
+        if at == len(self._text):
+            return True
+        if tokens <= 0:
+            return False
+        if (at, tokens) not in self._coverable:
+            rest = self._text[at:]
+            self._coverable[at, tokens] = self._index.begins(rest) or (
+                tokens > 1 and any(self._covers(at + length, tokens - 1) for length, _ in self._index.parts(rest))
+            )
+        return self._coverable[at, tokens]
+
+    def covered_by(self, emitted: Sequence[int]) -> bool:
+        return self._reached(emitted) is None
+
+    def _reached(self, emitted: Sequence[int]) -> int | None:
         """The place in it behind the tokens generated so far; None: they cover all of it."""
         at = 0
         for token in emitted:
@@ -186,19 +240,6 @@ class Prefix:
             if at >= len(self._text):
                 return None
         return at
-
-    def inside(self, at: int) -> Ids:
-        """The tokens that may come next at `at` and end in it, or together with it."""
-        parts = [self._index.equal(self._text[at:end]) for end in self._ends(at) if self._open[end]]
-        return np.concatenate([*parts, self._index.equal(self._text[at:])])
-
-    def beyond(self, at: int) -> Ids:
-        """Those that cover what is left of it and go on."""
-        return self._index.longer(self._text[at:])
-
-    def _ends(self, at: int) -> range:
-        """Where a token from `at` can end before the prefix does."""
-        return range(at + 1, min(len(self._text), at + self._index.longest + 1))
 
 
 def _within(ids: Sequence[int], size: int) -> Ids:
