@@ -7,27 +7,31 @@ from collections.abc import Iterator
 from lightllmd.errors import InvalidRequest
 from lightllmd.text.interface import Tokenizer
 
-# What a word may follow: characters that don't merge with a letter behind them, each in some tokenizers.
-_BEFORE = ("\n", ".", "1")
+# What a word may follow: texts of every tokenizer that seldom merge with one.
+_BEFORE = ("\n", "1")
 
 
 def bad_word_ids(words: list[str], tokenizer: Tokenizer, field: str) -> list[list[int]]:
-    """Of each word, without its leading white space: as it begins a text, and as it stands within one with and without
-    a space before it. Raises InvalidRequest for a word that no token writes."""
+    """Of each word, without the white space that it begins with (unless it is nothing else): as it begins a text, and
+    as it stands within one with and without a space before it. Raises InvalidRequest for a word that has no tokens."""
     found: dict[tuple[int, ...], None] = {}
     for number, word in enumerate(words):
-        ways = [ways for ways in _ways(word.lstrip(), tokenizer) if ways] if word.strip() else []
+        ways = [ids for ids in _ways(word.lstrip() or word, tokenizer) if ids]
         if not ways:
             raise InvalidRequest(f"{field}.{number}: {word!r} has no tokens", param=f"{field}.{number}")
         found.update(dict.fromkeys(ways))
-    return [list(ids) for ids in found]
+    # One that ends in another one can't be completed anyway, and short ones are cheaper to prevent.
+    return [list(ids) for ids in found if not any(ids[start:] in found for start in range(1, len(ids)))]
 
 
 def _ways(word: str, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
     yield tuple(tokenizer.encode(word, add_special_tokens=False))
     for before in _BEFORE:
         for text in (word, f" {word}"):
-            lead = tokenizer.encode(before, add_special_tokens=False)
-            whole = tokenizer.encode(before + text, add_special_tokens=False)
+            try:
+                lead = tokenizer.encode(before, add_special_tokens=False)
+                whole = tokenizer.encode(before + text, add_special_tokens=False)
+            except InvalidRequest:  # token ids as text can't be put together so
+                continue
             if whole[: len(lead)] == lead:  # else they merged, and the word has no tokens of its own there
                 yield tuple(whole[len(lead) :])

@@ -49,15 +49,12 @@ class CommonFields(Body):
     allowed_token_ids: Annotated[list[Count], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="no other token is generated, an eos that is not among them neither"
     )
-    bad_words: (
-        Annotated[list[_BadText], Field(max_length=MAX_BAD_WORDS)]
-        | Annotated[list[_BadIds], Field(max_length=MAX_BAD_WORDS)]
-        | None
-    ) = Field(
+    bad_words: Annotated[list[_BadText | _BadIds], Field(max_length=MAX_BAD_WORDS)] | None = Field(
         default=None,
         description="never generated: sequences of token ids, or texts. A text, without the white space that it begins "
-        "with, is matched as the token sequences that it has at the beginning of a text and within one, there with "
-        "and without a space before it; not as other tokens that happen to spell it, nor in other upper and lower case",
+        "with (unless it is nothing else), is matched as the token sequences that it has at the beginning of a text "
+        "and within one, there with and without a space before it; not as other tokens that happen to spell it, nor "
+        "in other upper and lower case",
     )
     prompt_logprobs: int | None = Field(
         default=None,

@@ -64,6 +64,18 @@ def fake_tokens(submit: messages.Submit, branch: int, position: int) -> int:
     return fake_token(submit.prompt_ids, seed, branch, position)
 
 
+def prompt_parts(submit: messages.Submit, size: int = 3) -> list[messages.PromptLogprobs]:
+    """In parts of `size` tokens: token i has -i / 8; the alternatives are the ids from 65 on, with -1, -2, …"""
+    prompt, alternatives = submit.prompt_ids, submit.params.prompt_logprobs
+    others = [(65 + rank, -1.0 - rank) for rank in range(alternatives)]
+    parts = []
+    for first in range(1, len(prompt), size):
+        logprobs = [-index / 8 for index in range(first, min(first + size, len(prompt)))]
+        told = [others for _ in logprobs] if alternatives else None
+        parts.append(messages.PromptLogprobs(submit.request, first, logprobs, told))
+    return parts
+
+
 class ScriptedEngine:
     """Speaks a generation's part. `token` chooses each token; nothing moves unless `step` is called or `free_run`."""
 
@@ -82,6 +94,8 @@ class ScriptedEngine:
         self.running: dict[int, tuple[messages.Submit, dict[int, int]]] = {}  # request -> branch -> next position
         self.reject: messages.Rejected | None = None
         self.free_run = False
+        self.logprob: Callable[[int, int], float] = lambda branch, position: -0.5
+        self.cached = 0  # prompt tokens that each request is said to have found in the prompt cache
         self._task = asyncio.create_task(self._run())
 
     def __repr__(self) -> str:
@@ -122,21 +136,29 @@ class ScriptedEngine:
     async def submitted(self, count: int) -> None:
         await until(lambda: len(self.submits) >= count)
 
-    def step(self, only: set[int] | None = None) -> int:
-        """One token for each running branch (of the requests in `only`)."""
+    def step(self, only: set[int] | None = None, at_once: int = 1) -> int:
+        """One token for each running branch (of the requests in `only`), or several of each in one message."""
         rows: list[tuple[int, int, int, int, float, int]] = []
+        prompts: list[messages.PromptLogprobs] = []
+        cached: list[tuple[int, int]] = []
         owner = (0, 1)
         for request, (submit, positions) in list(self.running.items()):
             if only is not None and request not in only:
                 continue
-            for branch, position in list(positions.items()):
+            if submit.params.prompt_logprobs >= 0 and not any(positions.values()):
+                prompts += prompt_parts(submit)
+            if self.cached and not any(positions.values()):
+                cached.append((request, self.cached))
+            for branch in list(positions) * at_once:
+                if (position := positions.get(branch)) is None:
+                    continue
                 token = self.token(submit, branch, position)
                 finish = FINISH_NONE
                 if token == EOS and not submit.params.ignore_eos:
                     finish = FINISH_STOP
                 elif position + 1 == submit.params.max_new_tokens:
                     finish = FINISH_LENGTH
-                rows.append((request, branch, position, token, -0.5, finish))
+                rows.append((request, branch, position, token, self.logprob(branch, position), finish))
                 if finish == FINISH_NONE:
                     positions[branch] = position + 1
                 else:
@@ -147,6 +169,7 @@ class ScriptedEngine:
             requests, branches, at, tokens, logprobs, finishes = (list(column) for column in zip(*rows, strict=True))
             others = [[(token, -0.5), (65, -1.5), (66, -2.5)] for token in tokens]
             output = messages.StepOutput(self.generation, requests, branches, at, tokens, logprobs, finishes, others)
+            output.cached, output.prompts = cached, prompts
             self.socket.send(*owner, output)
         return len(rows)
 

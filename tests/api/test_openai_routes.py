@@ -89,7 +89,9 @@ def test_max_tokens_defaults_to_what_fits(tmp_path):
     async def scenario():
         async with stack(tmp_path, {"max_req_input_len": 60, "max_req_total_len": 100}) as one:
             answer = await one.client.post("/v1/chat/completions", json={"messages": HI})
-            assert answer.json()["usage"] == {"prompt_tokens": 20, "completion_tokens": 80, "total_tokens": 100} | UNCACHED
+            assert (
+                answer.json()["usage"] == {"prompt_tokens": 20, "completion_tokens": 80, "total_tokens": 100} | UNCACHED
+            )
 
     run(scenario())
 
