@@ -228,6 +228,29 @@ def test_a_row_keeps_its_mask_until_it_is_lifted_or_the_row_enters_again() -> No
     assert device.sample(logits, [0, 1], [0, 0])[0] == [best[0], 10], "one that comes with the entry counts"
 
 
+def test_batches_without_masks_and_biases_launch_what_they_launch_without_such_rows_beside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[tuple[bool, bool]] = []
+    kernels = device_sampler.sampling.sample
+
+    def noted(*arguments: Any, plain: bool, **more: Any) -> tuple[Tensor, ...]:
+        launched.append((plain, arguments[6] is not None))
+        return kernels(*arguments, plain=plain, **more)
+
+    monkeypatch.setattr(device_sampler.sampling, "sample", noted)
+    device = Device()
+    for row, bias in ((0, {}), (1, {}), (2, {4: 1.0})):
+        device.enter(row, SamplingParams(logit_bias=bias))
+    device.sampler.restrict(1, mask_of([3]))
+    logits = normal(1, VOCAB)
+    for row in range(3):
+        device.sample(logits, [row], [0])
+    device.enter(1, SamplingParams())
+    device.sample(logits, [1], [0])
+    assert launched == [(True, False), (False, True), (True, False), (True, False)]
+
+
 @pytest.mark.parametrize("params", [{}, {"do_sample": True, "seed": 3}, {"presence_penalty": 1.0}], ids=str)
 def test_biases_are_added_before_all_else_to_their_own_rows(
     params: dict[str, Any], monkeypatch: pytest.MonkeyPatch

