@@ -36,6 +36,10 @@ class Generated:
     top_logprobs: list[list[tuple[int, float]]] | None  # (token id, logprob), best first; None: not asked for
     finish_reason: str  # "stop" | "length" | "abort": the model's logits were no numbers after these tokens
 
+    @property
+    def cumulative_logprob(self) -> float:
+        return sum(self.logprobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Output:

@@ -24,8 +24,9 @@ _PROBE = [0]  # any model has a token 0
 Result = TypeVar("Result")
 
 
-async def _off_loop(size: int, work: Callable[..., Result], *arguments: Any) -> Result:
-    """Work on `size` characters: here when they are few, in a thread when they are many, so that streams go on."""
+async def off_loop(size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Work on `size` characters or numbers: here when they are few, in a thread when they are many, so that streams go
+    on."""
     if size <= _INLINE:
         return work(*arguments)
     return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
@@ -49,18 +50,18 @@ class FrontEnd:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest for text that is no valid Unicode."""
-        return await _off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
 
     async def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return await _off_loop(sum(map(len, texts)), self.tokenizer.encode_batch, texts)
+        return await off_loop(sum(map(len, texts)), self.tokenizer.encode_batch, texts)
 
     async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Raises InvalidRequest when the model has no chat template or its template refuses the messages."""
-        return await _off_loop(len(msgspec.json.encode(messages)), self.tokenizer.encode_chat, messages)
+        return await off_loop(len(msgspec.json.encode(messages)), self.tokenizer.encode_chat, messages)
 
     async def bad_words(self, words: list[str], field: str) -> list[list[int]]:
         """The token sequences that write them. Raises InvalidRequest."""
-        return await _off_loop(sum(map(len, words)), bad_word_ids, words, self.tokenizer, field)
+        return await off_loop(sum(map(len, words)), bad_word_ids, words, self.tokenizer, field)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

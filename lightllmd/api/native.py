@@ -16,7 +16,7 @@ from starlette.responses import Response
 from lightllmd.api import bodies
 from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
-from lightllmd.api.frontend import FrontEnd
+from lightllmd.api.frontend import FrontEnd, off_loop
 from lightllmd.api.intake import Job
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.reply import EventStream, Pending
@@ -185,8 +185,10 @@ def router(revisions: Revisions) -> APIRouter:
     async def whole(request: Request, body: GenerateBody, arrived_at: float) -> Response:
         front, pending = await opened(request, body, arrived_at, streamed=False)
         await pending.finish(request.receive)
+        (entry,) = pending.entries
         details, totals = body.parameters.return_details, front.intake.tells_totals
-        return json_response(generated(pending.entries[0], front.special_ids, details, totals))
+        size = entry.prompt_log.size
+        return json_response(await off_loop(size, generated, entry, front.special_ids, details, totals))
 
     async def stream(request: Request, body: GenerateBody, arrived_at: float) -> EventStream:
         front, pending = await opened(request, body, arrived_at, streamed=True)

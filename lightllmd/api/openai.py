@@ -16,7 +16,7 @@ from starlette.responses import Response
 from lightllmd.api import bodies
 from lightllmd.api.branch import TextOptions
 from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Echo, Shape, error_frame
-from lightllmd.api.frontend import FrontEnd
+from lightllmd.api.frontend import FrontEnd, off_loop
 from lightllmd.api.intake import Job
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.reply import EventStream, Pending
@@ -161,7 +161,8 @@ def router(revisions: Revisions) -> APIRouter:
             chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.include_usage)
             return EventStream(pending, chunks, revisions.streams)
         await pending.finish(request.receive)
-        return json_response(shape.answer(choices_of(pending, n, beams), pending.entries))
+        size = sum(entry.prompt_log.size for entry in pending.entries)
+        return json_response(await off_loop(size, shape.answer, choices_of(pending, n, beams), pending.entries))
 
     @routes.post("/completions", openapi_extra=bodies.documented(CompletionBody))
     async def completions(request: Request) -> Response:

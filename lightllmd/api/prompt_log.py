@@ -35,6 +35,11 @@ class PromptLog:
     def whole(self, prompt_ids: Sequence[int]) -> bool:
         return len(self.logprobs) == len(prompt_ids) - 1
 
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return len(self.logprobs) + sum(map(len, self._alternatives))
+
     def alternatives(self, index: int) -> list[tuple[int, float]]:
         return self._alternatives[index] if self._alternatives else []
 

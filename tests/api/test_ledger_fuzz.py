@@ -14,32 +14,44 @@ from lightllmd.ipc.messages import (
     FINISH_LENGTH,
     FINISH_NONE,
     Abort,
+    PromptLogprobs,
     StepOutput,
     Submit,
 )
 
 
 class RandomEngine:
-    """A generation as the ledger may meet it: slow, ahead of the ledger, or dead in the middle of a message."""
+    """A generation as the ledger may meet it: slow, ahead of the ledger, or dead in the middle of a message.
+
+    A prompt's log-probabilities come in parts of any size, and several tokens of a branch in one message.
+    """
 
     def __init__(self, bench: Bench, chance: random.Random) -> None:
         self.bench, self.chance, self.link = bench, chance, bench.link
         self.read = 0
         self.rows: dict[tuple[int, int], list] = {}  # (request, branch) -> [submit, position]
+        self.untold: dict[int, PromptLogprobs] = {}  # request -> what is still to be said of its prompt
 
     def turn(self) -> None:
         for message in self.link.sent[self.read :]:
             if isinstance(message, Submit):
                 for branch, emitted in zip(message.branches, message.emitted, strict=True):
                     self.rows[message.request, branch] = [message, len(emitted)]
+                if message.params.prompt_logprobs >= 0 and not any(message.emitted) and len(message.prompt_ids) > 1:
+                    logprobs = prompt_logprobs(message.prompt_ids)
+                    self.untold[message.request] = PromptLogprobs(message.request, 1, logprobs, None)
             elif isinstance(message, Abort):
                 for key in [key for key in self.rows if key[0] == message.request]:
                     if message.branches is None or key[1] in message.branches:
                         del self.rows[key]
         self.read = len(self.link.sent)
-        moved = [key for key in self.rows if self.chance.random() < 0.7]
+        prompts = [self.told(part) for part in list(self.untold.values()) if self.chance.random() < 0.7]
+        ready = [key for key in self.rows if key[0] not in self.untold]
+        moved = [key for key in ready for _ in range(self.chance.choice([0, 1, 1, 1, 3]))]
         columns: list[list] = [[], [], [], [], []]
         for key in moved:
+            if key not in self.rows:
+                continue  # its last token is in this message
             submit, position = self.rows[key]
             token = fake_token(
                 submit.prompt_ids, submit.params.seed if submit.params.do_sample else 0, key[1], position
@@ -52,12 +64,26 @@ class RandomEngine:
                 del self.rows[key]
             else:
                 self.rows[key][1] += 1
-        if moved:
+        if moved or prompts:
             requests, branches, positions, tokens, finishes = columns
             output = StepOutput(
-                self.bench.generation, requests, branches, positions, tokens, [0.0] * len(moved), finishes
+                self.bench.generation, requests, branches, positions, tokens, [0.0] * len(tokens), finishes
             )
+            output.prompts = prompts
             self.link.inbox.append(messages.decode_to_api(messages.encode(output)))
+
+    def told(self, rest: PromptLogprobs) -> PromptLogprobs:
+        """The next part."""
+        size = self.chance.randrange(1, 6)
+        if size < len(rest.logprobs):
+            self.untold[rest.request] = PromptLogprobs(rest.request, rest.first + size, rest.logprobs[size:], None)
+        else:
+            del self.untold[rest.request]
+        return PromptLogprobs(rest.request, rest.first, rest.logprobs[:size], None)
+
+
+def prompt_logprobs(prompt_ids: list[int]) -> list[float]:
+    return [-prompt_ids[at] - at / 8 for at in range(1, len(prompt_ids))]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -83,9 +109,10 @@ def test_random_deaths_change_no_byte_of_any_stream(seed):
         if turn < 2000 and chance.random() < 0.05:
             sampled = chance.random() < 0.5
             entry = bench.open(
-                bytes([chance.randrange(97, 123)]),
+                bytes(chance.randrange(97, 123) for _ in range(chance.choice([1, 1, 2, 12]))),
                 n=chance.choice([1, 1, 2, 4]),
                 do_sample=sampled,
+                prompt_logprobs=chance.choice([-1, -1, 0]),
                 max_new_tokens=chance.randrange(1, 60),
                 stop=["e", "zq"] if chance.random() < 0.3 else None,
             )
@@ -111,6 +138,8 @@ def test_random_deaths_change_no_byte_of_any_stream(seed):
         if entry.request in cancelled:
             continue
         assert entry.outcome == "ok"
+        told = prompt_logprobs(entry.prompt_ids) if entry.params.prompt_logprobs >= 0 else []
+        assert entry.prompt_log.logprobs == told
         for branch in entry.branches:
             whole = bytes(
                 fake_token(entry.prompt_ids, seed_used, branch.index, position)
