@@ -68,6 +68,11 @@ PAIRS: tuple[Pair, ...] = (
     ),
     Pair(
         "token_healing_mode",
+        "return_all_prompt_logprobs",
+        note="the log-probabilities are of the prompt without the tokens that were taken back",
+    ),
+    Pair(
+        "token_healing_mode",
         "long_truncation_mode",
         note="a prompt is cut first, then healed at its end",
     ),
