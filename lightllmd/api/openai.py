@@ -73,10 +73,9 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     bad_words = await front.bad_words(body.bad_texts, "bad_words")
     jobs = []
     for index, prompt in enumerate(prompts):
-        is_text = isinstance(prompt, str)
-        ids = next(encoded) if is_text else prompt
+        ids = next(encoded) if isinstance(prompt, str) else prompt
         field = "prompt" if len(prompts) == 1 else f"prompt.{index}"
-        jobs.append(job(front, body, ids, bad_words, field, heals=is_text))
+        jobs.append(job(front, body, ids, bad_words, field, heals=isinstance(prompt, str)))
     return jobs
 
 
