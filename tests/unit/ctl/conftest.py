@@ -59,11 +59,11 @@ class StubDaemon:
 
     def end(self) -> None:
         """Stops listening, as a daemon that is gone."""
-        if self.server is not None:
-            self.server.shutdown()
-            self.server.server_close()
-            self.server.hang_up()
-            self.server = None
+        server, self.server = self.server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            server.hang_up()
             self.path.unlink(missing_ok=True)
 
 
