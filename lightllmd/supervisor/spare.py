@@ -61,6 +61,7 @@ class Spare:
         self._early: Sequence[str] = ()  # what the next one imports; empty: none is kept
         self._bytes = 0  # what its context may take of a GPU; 0: it makes none
         self._process: EngineProcess | None = None
+        self._ended = False  # the daemon stops; engines may still become ready meanwhile
 
     @property
     def child(self) -> Child | None:
@@ -80,6 +81,8 @@ class Spare:
     def keep(self) -> None:
         """Called when the engine in force has become ready, or the setting changed: only then, so a spare that can't
         live isn't tried in a loop."""
+        if self._ended:
+            return
         if not self._early or not self._context.config.supervisor.spare_engine:
             if self.child is not None and self.child.asked is None:
                 self.child.terminate("no spare engine is wanted")
@@ -140,6 +143,6 @@ class Spare:
 
     def end(self, why: str) -> None:
         """For good."""
-        self._early = ()
+        self._ended = True
         if self.child is not None:
             self.child.terminate(why)

@@ -107,3 +107,15 @@ def test_a_context_waits_for_an_engine_whose_plan_has_the_bytes(world: World) ->
     world.pass_time()
     assert [one.memory for one in world.waiting()] == [CONTEXT]
     assert simulation.supervisor.state == "serving"
+
+
+def test_no_spare_is_made_once_the_daemon_stops(world: World) -> None:
+    """An engine may still become ready then, which asks for one."""
+    supervisor = world.simulation.supervisor
+    spare = supervisor.engines.spare
+    spare.end("the daemon stops")
+    world.pass_time()
+    assert spare.child is None
+    spare.plan_for(supervisor.plan)
+    spare.keep()
+    assert spare.child is None
