@@ -65,6 +65,48 @@ def test_rows_read_together_are_padded_within_what_the_budget_plans(tmp_path: Pa
             assert len(held) * max(held) <= max(GATHER_PADDING * sum(held), len(held) * SHORT_ROW)
 
 
+@torch.inference_mode()
+def test_rows_that_share_slots_are_gathered_within_what_the_budget_plans(tmp_path: Path) -> None:
+    """Together they may hold many times the tokens that there are slots for."""
+    slots = 600
+    runner = load(write_model(tmp_path), slots=slots, max_req_total_len=600, max_req_input_len=500)
+    shared = list(range(500))
+    rows = [Row(n, n, 0, 500, [1], [500 + n], True, 1, None, past=shared) for n in range(16)]
+    packed = runner.table.pack(rows, runner.decoder.rope)
+    gathered = [len(group.slots) for group in packed.decode if isinstance(group.slots, torch.Tensor)]
+    assert len(gathered) > 1
+    assert max(gathered) <= GATHER_PADDING * slots
+    served = [row for group in packed.decode if group.tokens is not None for row in group.tokens.tolist()]
+    assert sorted(served) == list(range(16))
+
+
+@torch.inference_mode()
+def test_rows_are_read_as_runs_where_their_slots_are_one_and_by_number_elsewhere(runner: TorchRunner) -> None:
+    """Whatever of them was cached, or entered with another step."""
+    draw, runs = random.Random(3), 0
+    for _ in range(300):
+        begin, length = draw.randrange(200), draw.randint(3, 30)
+        slots = list(range(begin, begin + length))
+        if draw.random() < 0.5:
+            first, second = sorted(draw.sample(range(length), 2))
+            slots[first], slots[second] = slots[second], slots[first]
+        whole = slots == sorted(slots)
+        cached = draw.randrange(length - 1)
+        past, start = slots[:cached], cached
+        for end in sorted({draw.randint(cached + 1, length), length}):
+            row = Row(4, 4, 0, start, [1] * (end - start), slots[start:end], True, 0, None, past=past)
+            packed = runner.table.pack([row], runner.decoder.rope)
+            read = packed.prefill[0].slots if packed.prefill else packed.decode[0].slots
+            if isinstance(read, slice):
+                runs += 1
+                assert list(range(read.start, read.stop)) == slots[:end]
+            else:
+                assert read.tolist() == slots[:end]
+                assert not whole, "a run is read without its numbers"
+            past, start = None, end
+    assert runs > 100
+
+
 def test_a_beat_comes_with_every_layer(runner: TorchRunner) -> None:
     driver, beats = Driver(runner), []
     runner.run(driver.step(driver.row(0, IDS)), lambda: beats.append(None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 from typing import Any
 
 import pytest
@@ -22,10 +23,17 @@ def sampler(vocab: int = VOCAB, rows: int = 8) -> Sampler:
 
 
 def brute(
-    logits: list[float], params: SamplingParams, prompt: list[int], emitted: list[int], branch: int = 0
+    logits: list[float],
+    params: SamplingParams,
+    prompt: list[int],
+    emitted: list[int],
+    branch: int = 0,
+    allowed: set[int] | None = None,
 ) -> tuple[int, float]:
     """One row, step by step as the specification says it. Returns (token, log-probability)."""
     row, position = list(logits), len(emitted)
+    for token, added in params.logit_bias.items():
+        row[token] += added
     counted = (prompt if params.input_penalty else []) + emitted
     for token in set(counted):
         value = row[token]
@@ -36,6 +44,8 @@ def brute(
         row[eos] += abs(row[eos]) * (factor ** max(position - start, 0) - 1)
         if position < params.min_new_tokens - 1:
             row[eos] = -1e6
+    if allowed is not None:
+        row = [value if token in allowed else -math.inf for token, value in enumerate(row)]
     greedy = not params.do_sample or params.temperature < 1e-5
     if not greedy:
         row = [value / params.temperature for value in row]
@@ -81,8 +91,17 @@ def random_params(draw_: random.Random) -> SamplingParams:
         "input_penalty": draw_.random() < 0.5,
         "min_new_tokens": draw_.choice([1, 1, 6]),
         "seed": draw_.getrandbits(63),
+        "logit_bias": draw_.choice([{}, {}, {7: 4.0, 2: -100.0, 96: 2.5}, {5: 100.0}]),
     }
     return SamplingParams(max_new_tokens=40, **changes)
+
+
+def mask_of(allowed: set[int], vocab: int = VOCAB) -> bytes:
+    """As Step.masks; bits beyond the vocabulary mean nothing."""
+    words = [0] * -(-vocab // 32)
+    for token in {*allowed, vocab + 1}:
+        words[token // 32] |= 1 << token % 32
+    return struct.pack(f"<{len(words)}I", *words)
 
 
 def test_every_mixture_of_parameters_follows_the_specification() -> None:
@@ -98,8 +117,10 @@ def test_every_mixture_of_parameters_follows_the_specification() -> None:
             emitted = draw_.choices(range(12), k=draw_.randrange(10))
             asked = prompt if params.input_penalty else []
             many.enter(row, SamplingRow(params, asked, emitted), branch=index)
+            allowed = draw_.choice([None, None, {5}, {2, 31, 32, 96}, set(range(0, VOCAB, 3))])
+            many.restrict({row: b"" if allowed is None else mask_of(allowed)})
             positions.append(len(emitted))
-            expected.append(brute(logits[index].double().tolist(), params, prompt, emitted, index))
+            expected.append(brute(logits[index].double().tolist(), params, prompt, emitted, index, allowed))
         tokens, logprobs, _ = many.sample(logits, rows, positions)
         assert tokens.tolist() == [token for token, _ in expected], trial
         assert logprobs.tolist() == pytest.approx([logprob for _, logprob in expected], rel=1e-4, abs=1e-4)
@@ -169,6 +190,29 @@ def test_alternatives_are_the_highest_of_the_whole_softmax() -> None:
     assert [token for token, _ in alternatives[0]] == truth.indices.tolist()  # type: ignore[union-attr]
     assert [value for _, value in alternatives[0]] == pytest.approx(truth.values.tolist(), abs=1e-5)  # type: ignore[union-attr]
     assert alternatives[0][0] == (tokens[0].item(), pytest.approx(logprobs[0].item()))  # type: ignore[index]
+
+
+def test_alternatives_of_a_masked_row_are_those_that_it_may_take() -> None:
+    one, logits = sampler(), torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(8))
+    one.enter(0, SamplingRow(SamplingParams(top_logprobs=64), [], []), 0)
+    one.restrict({0: mask_of({3, 64, 96})})
+    (found,) = one.sample(logits.clone(), [0], [0])[2]
+    truth = logits[0, [3, 64, 96]].log_softmax(-1)
+    assert dict(found or ()) == pytest.approx(dict(zip((3, 64, 96), truth.tolist(), strict=True)), abs=1e-5)
+    one.restrict({0: b""})
+    assert len(one.sample(logits.clone(), [0], [0])[2][0] or ()) == 64
+
+
+def test_a_mask_and_a_bias_end_with_their_row() -> None:
+    one, logits = sampler(), torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(6))
+    one.enter(0, SamplingRow(SamplingParams(logit_bias={4: 50.0}), [], []), 0)
+    assert one.sample(logits.clone(), [0], [0])[0].tolist() == [4]
+    one.restrict({0: mask_of({7, 8})})
+    assert one.sample(logits.clone(), [0], [1])[0].item() in (7, 8)
+    one.enter(0, SamplingRow(SamplingParams(), [], []), 0)
+    tokens, logprobs, _ = one.sample(logits.clone(), [0], [0])
+    assert tokens.tolist() == [logits.argmax().item()]
+    assert logprobs.tolist() == pytest.approx([logits.log_softmax(-1).max().item()], abs=1e-5)
 
 
 @pytest.mark.parametrize("vocab", [50, 1500, 5000])
@@ -262,6 +306,9 @@ def test_a_seed_reproduces_and_branches_differ() -> None:
         {"repetition_penalty": 1e300},
         {"presence_penalty": 1e300, "frequency_penalty": 1e300, "temperature": 1e-5, "do_sample": True},
         {"temperature": 1e300, "do_sample": True},
+        {"logit_bias": {7: 1e300, 9: -1e300}, "temperature": 1e-5, "do_sample": True},
+        {"logit_bias": {2: 1e300}, "exponential_decay_length_penalty": (0, 1000.0), "repetition_penalty": 0.01},
+        {"logit_bias": dict.fromkeys(range(VOCAB), -1e300), "presence_penalty": 2.0},
     ],
     ids=str,
 )
