@@ -201,6 +201,7 @@ class _Real(_Maker):
         """Raises ConfigInvalid where the model can't be served, whatever memory there is."""
         self._check_model()
         self._check_context()
+        self._check_prompt_cache()
         self._check_mode()
         self.stop_if_problems()
         try:
@@ -244,6 +245,21 @@ class _Real(_Maker):
                 "max_req_total_len",
             )
         self.settle("context", _Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
+
+    def _check_prompt_cache(self) -> None:
+        """Keys that were rotated for one prompt's length are wrong for another's."""
+        config, total = self.model.hf_config, self.params.max_req_total_len
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        context = config.get("max_position_embeddings")
+        if not self.params.use_dynamic_prompt_cache or (rope.get("rope_type") or rope.get("type")) != "dynamic":
+            return
+        if isinstance(context, int) and total > context:
+            self.problem(
+                "use_dynamic_prompt_cache: this model's rope scaling is dynamic: beyond "
+                f"{context} tokens what it caches of a prompt depends on the whole prompt's length; "
+                f"max_req_total_len = {context} or less works",
+                "use_dynamic_prompt_cache",
+            )
 
     def _device(self) -> _Value:
         if self.config.engine.device != "auto":

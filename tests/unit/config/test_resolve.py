@@ -194,6 +194,16 @@ def test_a_model_that_cant_be_served_is_refused_by_name(facts: dict[str, Any], p
     assert part in problem.message
 
 
+def test_no_prompt_is_cached_whose_keys_depend_on_its_length() -> None:
+    facts = {"hf_config": SMOLLM2 | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "context_length": 32768}
+    long = {"use_dynamic_prompt_cache": True, "max_req_total_len": 8193}
+    (problem,) = refused(long, **facts)
+    assert problem.key == "use_dynamic_prompt_cache"
+    assert "max_req_total_len = 8192" in problem.message
+    made(long | {"max_req_total_len": 8192}, **facts)
+    made(long | {"use_dynamic_prompt_cache": False}, **facts)
+
+
 def test_more_than_the_models_context_is_refused() -> None:
     (problem,) = refused(context_length=2048)
     assert (problem.key, problem.file, problem.line) == ("max_req_total_len", FILE, None)
