@@ -3,6 +3,11 @@
 Everybody is taken to run on in lockstep until done. With the estimates (a, b) (see Sequence.estimate) sorted by b
 descending, the i longest are still running when the i-th ends, so the most slots ever held at once are
 ``max_i(i * b_i + a_1 + … + a_i)``. A candidate is admitted while that peak stays below the number of slots.
+
+Some fall behind the others: a prompt that is fed in blocks beside them, or one whose every step waits for the token
+before. They take n >= b steps for their b tokens, and hold at most ``a + min(b, t)`` after t of them. So the peak is
+the maximum over all ends T = n_j of the sum of ``a_i + min(b_i, T)`` over those with n_i >= T; where n = b for all,
+that is the formula above.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine.request import Sequence
+from lightllmd.engine.request import Sequence, State
 
 
 class Limits(NamedTuple):
@@ -50,42 +55,60 @@ class Limits(NamedTuple):
         )
 
     @property
+    def least_block(self) -> int:
+        """Prompt tokens that a block has room for at least, however many go on beside it."""
+        return self.splitfuse_block_size - self.splitfuse_block_size // 2
+
+    @property
     def shares(self) -> bool:
         """Slots may have several users."""
         return self.use_dynamic_prompt_cache or self.beam_mode or self.diverse_mode
 
 
-def peak(estimates: Iterable[tuple[int, int]]) -> int:
-    """The most slots held at once; `estimates` are (-b, a), ascending. At most the sum of all a + b."""
-    held, worst = 0, 0
-    for i, (negative_b, a) in enumerate(estimates, 1):
-        held += a
-        worst = max(worst, held - i * negative_b)
-    return worst
+class _Estimate(NamedTuple):
+    held: int  # a
+    to_come: int  # b
+    steps: int  # n
 
 
-class _Lockstep:
+class _Future:
     """The estimates of those that are counted in, and the most slots that they ever hold at once."""
 
-    def __init__(self, estimates: Iterable[tuple[int, int]]) -> None:
-        self._estimates = sorted(estimates)
-        self._whole = sum(held - negative_b for negative_b, held in self._estimates)
+    def __init__(self, estimates: Iterable[_Estimate]) -> None:
+        self._ends: list[tuple[int, int]] = []  # (-n, a + b), ascending
+        self._to_come: list[int] = []  # -b, ascending
+        self._whole = 0  # the sum of all a + b, which the peak never exceeds
+        for held, to_come, steps in estimates:
+            self._ends.append((-steps, held + to_come))
+            self._to_come.append(-to_come)
+            self._whole += held + to_come
+        self._ends.sort()
+        self._to_come.sort()
 
-    def with_(self, estimates: Iterable[tuple[int, int]]) -> _Lockstep:
-        more = _Lockstep(())
-        more._estimates, more._whole = self._estimates.copy(), self._whole
-        for estimate in estimates:
-            insort(more._estimates, estimate)
-            more._whole += estimate[1] - estimate[0]
+    def with_(self, estimates: Iterable[_Estimate]) -> _Future:
+        more = _Future(())
+        more._ends, more._to_come, more._whole = self._ends.copy(), self._to_come.copy(), self._whole
+        for held, to_come, steps in estimates:
+            insort(more._ends, (-steps, held + to_come))
+            insort(more._to_come, -to_come)
+            more._whole += held + to_come
         return more
 
     def stays_below(self, slots: int) -> bool:
-        # The peak is at most what all need together, which is quick to know.
-        return self._whole < slots or self.peak < slots
+        return self._whole < slots or self.peak < slots  # the former is quick to know
 
     @property
     def peak(self) -> int:
-        return peak(self._estimates)
+        """Until step T those whose b is less have got all their tokens, the others T."""
+        worst = whole = 0
+        growing = beyond = 0  # those with b >= T, and the sum of their b
+        for negative_end, most in self._ends:
+            whole += most
+            while growing < len(self._to_come) and self._to_come[growing] <= negative_end:
+                beyond -= self._to_come[growing]
+                growing += 1
+            worst = max(worst, whole - beyond - growing * negative_end)
+        return worst
 
 
 class Admission:
@@ -105,10 +128,18 @@ class Admission:
         self._worst_case = used / limits.max_total_token_num >= limits.router_token_ratio
         running = list(running)
         self._rows = len(running)
-        self._apart = _Lockstep(map(self._estimate, running))
-        self._shared = _Lockstep(map(self._own, running)) if limits.shares else None
+        self._blocks = 0  # steps until all prompts so far are fed beside others; without splitfuse others stand still
+        estimates = [self._estimate(sequence, sequence.target - sequence.fed) for sequence in running]
+        self._apart = _Future(estimates)
+        self._shared = None
+        if limits.shares:
+            known = dict(zip(running, estimates, strict=True))
+            self._shared = _Future(self._own(sequence, known) for sequence in running)
         self._locked = locked
+        # What is left of a batch that waits for a prompt in common; blocks are bounded where they are fed.
         self._fed = 0
+        if not limits.splitfuse_block_size:
+            self._fed = sum(sequence.target - sequence.fed for sequence in running if sequence.feeds)
 
     @property
     def peak(self) -> int:
@@ -129,13 +160,17 @@ class Admission:
         fed = sum(self._feeds(sequence) for sequence in party)
         if self._fed and self._fed + fed > limits.batch_max_tokens:
             return False
-        apart = self._apart.with_(map(self._estimate, party))
+        blocks = self._blocks
+        estimates = [self._estimate(sequence, sequence.length - sequence.common) for sequence in party]
+        apart = self._apart.with_(estimates)
         fits = apart.stays_below(limits.max_total_token_num)
         shared = None
         if self._shared is not None:
-            shared = self._shared.with_(map(self._own, party))
+            known = dict(zip(party, estimates, strict=True))
+            shared = self._shared.with_(self._own(sequence, known) for sequence in party)
             fits = fits or shared.stays_below(limits.max_total_token_num - locked)
         if not fits:
+            self._blocks = blocks
             return False
         self._apart, self._shared, self._locked = apart, shared, locked
         self._rows += len(party)
@@ -148,10 +183,22 @@ class Admission:
         block = self._limits.splitfuse_block_size
         return min(tokens, block) if block else tokens
 
-    def _estimate(self, sequence: Sequence) -> tuple[int, int]:
+    def _estimate(self, sequence: Sequence, feeds: int) -> _Estimate:
+        """`feeds`: tokens of its prompt that are still to be fed, or to be followed."""
         held, to_come = sequence.estimate(self._worst_case, self._limits.router_max_new_token_len)
-        return -to_come, held
+        # A step with a token, one that waits for it; one more for each end.
+        steps = 2 * (to_come + 2) if sequence.lags else to_come
+        block = self._limits.least_block
+        if block and (feeds or sequence.state is not State.RUNNING):
+            if sequence.fork_lead in (None, sequence):
+                self._blocks += -(-feeds // block)
+            steps += self._blocks
+        return _Estimate(held, to_come, steps)
 
-    def _own(self, sequence: Sequence) -> tuple[int, int]:
-        negative_b, held = self._estimate(sequence)
-        return negative_b, held - sequence.common
+    @staticmethod
+    def _own(sequence: Sequence, known: dict[Sequence, _Estimate]) -> _Estimate:
+        """What is charged to it where slots are shared. The prompt of a fork stays as long as any of its members."""
+        held, to_come, steps = known[sequence]
+        if sequence.fork is not None and sequence is sequence.fork_lead:
+            steps = max(known[member].steps for member in sequence.fork.members)
+        return _Estimate(held - sequence.common, to_come, steps)

@@ -46,13 +46,15 @@ def advance(fork: Fork, results: list[BeamResult], keys: KeyValues) -> bool:
     if fork.search.done:
         return False
     for member in keys.rearrange(fork.members, parents):
-        member.entered = False
+        member.stale = True
     params = fork.members[0].params
     counted = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    for member, beam in zip(fork.members, fork.search.live, strict=False):
-        member.emitted = beam.tokens
+    live = fork.search.live
+    for at, member in enumerate(fork.members):
+        # One without a past is as long as the others: it needs as many slots once it has one again.
+        member.emitted = live[min(at, len(live) - 1)].tokens
         if counted:
-            member.entered = False  # the runner counted the token that it drew, not the one that was chosen
+            member.stale = True  # the runner counted the token that it drew, not the one that was chosen
     return True
 
 

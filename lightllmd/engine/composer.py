@@ -22,7 +22,7 @@ class Composer:
         """The next part of a prompt, of at most `most` tokens, if it need not wait for another one's."""
         if not sequence.entered and not self._keys.find_more(sequence, self.number):
             return
-        if sequence.first and not sequence.entered and not sequence.emitted:
+        if self._keys.cache and sequence.first and not sequence.entered and not sequence.emitted:
             sequence.cached = sequence.shared
         first, end = sequence.fed, min(sequence.target, sequence.fed + most)
         prompt, emitted = sequence.prompt_ids, sequence.emitted
@@ -59,8 +59,8 @@ class Composer:
         self.named.append(sequence)
 
     def _row(self, sequence: Sequence, start: int, tokens: list[int]) -> Row:
-        entering = not sequence.entered
-        sequence.entered = True
+        entering = sequence.stale or not sequence.entered
+        sequence.entered, sequence.stale = True, False
         row = Row(
             table_row=sequence.table_row,
             request=sequence.request,

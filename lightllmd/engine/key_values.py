@@ -130,7 +130,7 @@ class KeyValues:
     # --- what others may use ----------------------------------------------------------------------------------------
     def publish(self, sequence: Sequence, step: int) -> None:
         """What has been fed of its tokens, in `step` at the latest, may be read by later steps."""
-        if self._tree is None or not (sequence.params.use_cache if self.cache else sequence.forks):
+        if self._tree is None or not self._shares(sequence):
             return
         key = sequence.key[: sequence.fed]
         if self._tree.match(key, step + 1).length > sequence.shared:
@@ -142,7 +142,7 @@ class KeyValues:
         """It leaves. What it knows of its tokens stays in the prompt cache."""
         own = sequence.slots[sequence.shared :]
         if self._tree is not None:
-            if self.cache and sequence.params.use_cache:
+            if self.cache and self._shares(sequence):
                 own = self._leave_behind(sequence)
             self._unlock(sequence)
         self.slots.release(own)
@@ -169,11 +169,14 @@ class KeyValues:
         return self._tree.clear() if self._tree is not None else 0
 
     # --- inside -----------------------------------------------------------------------------------------------------
+    def _shares(self, sequence: Sequence) -> bool:
+        """Others than the members of its fork may have its slots, and it theirs."""
+        return sequence.params.use_cache and (self.cache or sequence.forks)
+
     def _reads(self, sequence: Sequence) -> bool:
-        params = sequence.params
-        if params.prompt_logprobs >= 0 and not sequence.emitted:
+        if sequence.params.prompt_logprobs >= 0 and not sequence.emitted:
             return False  # they need the whole prompt's logits
-        return params.use_cache if self.cache else sequence.forks
+        return self._shares(sequence)
 
     def _make_room(self, count: int) -> None:
         if self._tree is not None and count > self.slots.free:

@@ -77,6 +77,7 @@ class Sequence:
     fed: int = 0  # of `target`: whose keys and values are in the cache, or the steps so far compute
     target: int = 0  # tokens that its (re)admission feeds or finds, before the next one is drawn
     entered: bool = False  # the runner knows it under `table_row`
+    stale: bool = False  # what the runner knows is no longer so: its next row enters anew
     # --- how its tokens are chosen
     forks: bool = False  # the branches of its request share its prompt
     fork: Fork | None = None
@@ -120,6 +121,18 @@ class Sequence:
     def prefilling(self) -> bool:
         """It runs, and has no next token yet. A follower waits for its leader."""
         return self.fed < self.target
+
+    @property
+    def feeds(self) -> bool:
+        """It has a part of its prompt to feed; who follows another one in a fork has none."""
+        return self.prefilling and self.fork_lead in (None, self)
+
+    @property
+    def lags(self) -> bool:
+        """Not each step takes it on: its next waits until the token of the one before is here."""
+        if self.entered or self.constraint is None:
+            return self.stepwise or self.beam
+        return self.beam or self.constraint.stepwise
 
     def estimate(self, worst_case: bool, new_token_len: int) -> tuple[int, int]:
         """(tokens held after its next step, tokens still to come after that), as the admission rule counts them;

@@ -48,11 +48,6 @@ from lightllmd.ipc.messages import (
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
-def _feeds(sequence: Sequence) -> bool:
-    """It has a part of its prompt to feed; who follows another one in a fork has none."""
-    return sequence.fed < sequence.target and sequence.fork_lead in (None, sequence)
-
-
 def _join(sequence: Sequence, lead: Sequence) -> None:
     """`sequence` follows `lead`: it draws from the same logits, and they share the prompt's slots."""
     if lead.fork is None:
@@ -108,22 +103,28 @@ class Scheduler:
         self.first_admitted = []
         if self._out and (self._trial or self._trial_is_next):
             return None
-        self._trial = [sequence for sequence in self._trial if sequence.prefilling]
-        if not self._trial and self._round_is_due():
-            self._admitting, self._decoded = self._tickets, 0
-        if self._admitting and not (self._admit() or any(map(_feeds, self.running))):
-            self._admitting = 0
+        self._trial = [sequence for sequence in self._trial if sequence.feeds]
+        if not self._trial:
+            if self._round_is_due():
+                self._admitting, self._decoded = self._tickets, 0
+            if self._admitting and not (self._admit() or any(sequence.feeds for sequence in self.running)):
+                self._admitting = 0
         block = self.limits.splitfuse_block_size
         composer = Composer(self._steps + 1, self.keys)
         going_on: list[Sequence] = []
-        if not self._trial and (block or not any(map(_feeds, self.running))):
+        if not self._trial and (block or not any(sequence.feeds for sequence in self.running)):
             going_on = self._go_on(composer)
-        beside = bool(going_on or composer.named)
-        most = block if beside else max(block, self.limits.batch_max_tokens) if block else None
-        self._feed(composer, most)
+        decodes = bool(going_on or composer.named)
+        # Who waits for a token of its own goes on right behind this step, if not in it.
+        beside = not self._trial and not all(sequence.prefilling for sequence in self.running)
+        beside_nobody = max(block, self.limits.batch_max_tokens)
+        # Those who go on have room in the block, as long as half of it is left: products of few rows more are much
+        # slower.
+        left = max(self.limits.least_block, block - len(going_on) - len(composer.named))
+        self._feed(composer, None if not block else left if beside else beside_nobody)
         if not (going_on or composer.rows):
             return None
-        if beside:
+        if decodes:
             self._decoded += 1
         return self._send(composer, going_on)
 
@@ -133,7 +134,7 @@ class Scheduler:
         while True:
             going_on, chosen = [], []
             for sequence in self.running:
-                if sequence.fed < sequence.target:
+                if sequence.prefilling:
                     continue
                 if not sequence.stepwise:
                     going_on.append(sequence)
@@ -141,7 +142,8 @@ class Scheduler:
                     chosen.append(sequence)
             if len(going_on) + len(chosen) <= self.keys.available:
                 break
-            self._pause(max(self.running, key=_age))
+            self._decoded = 0
+            self._pause(self._party(max(self.running, key=_age)))
         self.keys.grow(going_on + chosen)
         for sequence in chosen:
             composer.choose(sequence)
@@ -150,7 +152,7 @@ class Scheduler:
     def _feed(self, composer: Composer, most: int | None) -> None:
         """Prompts, in the order of their admission, up to `most` tokens of them; None: whole ones."""
         for sequence in self._trial or self.running:
-            if _feeds(sequence):
+            if sequence.feeds:
                 left = sequence.target if most is None else most - composer.fed
                 if left <= 0:
                     break
@@ -223,7 +225,6 @@ class Scheduler:
             self._trial.append(sequence)
         sequence.state = State.RUNNING
         sequence.table_row = self._rows.pop()
-        sequence.entered = False
         sequence.stepwise = sequence.beam
         if sequence.fork_lead in (None, sequence):
             self.keys.enter(sequence)
@@ -231,19 +232,22 @@ class Scheduler:
             sequence.fed, sequence.target = 0, 1  # until the first of the fork has fed the prompt
         self.running.append(sequence)
 
-    def _pause(self, sequence: Sequence) -> None:
-        """Takes its slots; it comes back by a prefill over prompt and emitted tokens. Beams begin anew."""
-        self._decoded = 0
-        party = [sequence]
+    @staticmethod
+    def _party(sequence: Sequence) -> list[Sequence]:
+        """Those who are paused together: beams, and who follow one that feeds its prompt."""
         if sequence.fork is not None and (sequence.beam or sequence.prefilling):
-            party = list(sequence.fork.members)
-        for one in party:
-            self.running.remove(one)
-            self._release(one)
-            one.state = State.PAUSED
-            self._enter_line(one)
-        if sequence.fork is not None and sequence.beam:
-            beams.begin(sequence.fork)
+            return list(sequence.fork.members)
+        return [sequence]
+
+    def _pause(self, party: list[Sequence]) -> None:
+        """Takes their slots; they come back by a prefill over prompt and emitted tokens. Beams begin anew."""
+        for sequence in party:
+            self.running.remove(sequence)
+            self._release(sequence)
+            sequence.state = State.PAUSED
+            self._enter_line(sequence)
+        if party and party[0].fork is not None and party[0].beam:
+            beams.begin(party[0].fork)
 
     # --- steps ------------------------------------------------------------------------------------------------
     def _send(self, composer: Composer, going_on: list[Sequence]) -> Step:
@@ -407,6 +411,8 @@ class Scheduler:
         if any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
             return f"a branch has its {params.max_new_tokens} tokens already"
         width = params.n if self.limits.beam_mode else 1
+        if width > self.limits.running_max_req_size:
+            return f"{width} beams exceed running_max_req_size {self.limits.running_max_req_size}"
         if prompt + width * params.max_new_tokens + 1 > self.limits.max_total_token_num:
             each = f"{width} beams x " if width > 1 else ""
             return (
@@ -425,10 +431,9 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:
-            if sequence.fork_lead is sequence and sequence.prefilling and sequence.fork is not None:
+            if sequence.feeds and sequence.fork is not None and not sequence.beam:
                 # Those who wait for the prompt that it feeds feed it themselves.
-                for follower in sequence.fork.members[:0:-1] if not sequence.beam else ():
-                    self._pause(follower)
+                self._pause(sequence.fork.members[1:])
             self.running.remove(sequence)
             self._release(sequence)
         elif sequence.state is not State.ENDING:
@@ -446,6 +451,7 @@ class Scheduler:
         if sequence.entered:
             self._freed.append(sequence.table_row)
         sequence.table_row, sequence.fed, sequence.target = -1, 0, 0
+        sequence.entered = sequence.stale = False
 
     def _enter_line(self, sequence: Sequence) -> None:
         self._tickets += 1

@@ -1,0 +1,518 @@
+"""The scheduler's world in one object: a ledger, a device and an operator, with steps that overlap or don't.
+
+Each operation is checked against what the documentation promises, by the steps and messages alone wherever they tell.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from lightllmd.engine.admission import Limits
+from lightllmd.engine.batch import Row, Step
+from lightllmd.engine.fake_model import fake_target, fake_target_alternatives
+from lightllmd.engine.loop import StepLoop
+from lightllmd.engine.request import Sequence, State
+from lightllmd.engine.scheduler import Scheduler
+from lightllmd.ipc.messages import PromptLogprobs, SamplingParams, StepOutput, Submit
+from property.fuzz_device import Branch, Device
+from property.fuzz_reference import CONSTRAINTS, Output, finishes, outputs
+
+APIS = 2
+
+
+@dataclass
+class Ledger:
+    """One request in flight as its api worker sees it."""
+
+    request: int
+    api: int
+    arrival: int
+    prompt: list[int]
+    params: SamplingParams
+    beams: bool
+    open: dict[int, list[int]] = field(default_factory=dict)  # branch -> tokens so far
+    replayed: bool = False
+    suspect: bool = False
+    scored: int = 0  # prompt tokens whose log-probabilities are told
+    # --- of this generation
+    first: int = 0  # the branch that tells of the prompt
+    skipped: int = 0  # prompt tokens that its first admission found in the cache
+    cached: list[int] = field(default_factory=list)  # what was told of that
+    _expected: list[Output] | None = None
+
+    @property
+    def expected(self) -> list[Output]:
+        if self._expected is None:
+            self._expected = outputs(self.prompt, self.params, self.beams)
+        return self._expected
+
+
+@dataclass
+class Launched:
+    """A step that is out: whose tokens it makes, in their order; `trial`: a suspect's."""
+
+    step: Step
+    branches: list[Branch]
+    trial: bool
+
+
+def key(sequence: Sequence) -> Branch:
+    return sequence.request, sequence.branch
+
+
+class Model:
+    def __init__(self, limits: Limits, depth: int, seen: Counter[str] | None = None) -> None:
+        """`seen` counts what happened."""
+        self.limits, self.depth = limits, depth
+        self.seen: Counter[str] = Counter() if seen is None else seen
+        self.requests: dict[int, Ledger] = {}
+        self.ended: list[list[int]] = []  # prompts and outputs, some of them
+        self.arrivals = 0
+        self.epochs = dict.fromkeys(range(APIS), 1)
+        self.generation = 0
+        self.start()
+
+    def start(self) -> None:
+        self.generation += 1
+        self.scheduler = Scheduler(self.limits, self.generation, CONSTRAINTS)
+        runner = Device(self.limits.max_total_token_num, self.depth, self.seen)
+        self.loop = StepLoop(self.scheduler, runner, self.launching)
+        self.out: deque[Launched] = deque()
+        self.pending: Counter[Branch] = Counter()  # tokens that are out
+        self.rows: dict[int, Branch] = {}  # the runner's table as of the newest launch: row -> its owner
+        self.left: dict[Branch, int] = {}  # tokens of its prompt to feed, of those that entered
+        self.newest_admitted: Branch = (0, 0)  # of those that were new
+        self.round: set[Branch] = set()  # who was in line when the admission round began; empty: none goes on
+        self.head: tuple[object, int] = (None, 0)  # of the line, and the step by which it should have gone
+        self.steps = 0
+        self.note()
+
+    def note(self) -> None:
+        """How things stand before a turn."""
+        scheduler = self.scheduler
+        self.running = list(scheduler.running)
+        self.going_on = [s for s in self.running if self.left.get(key(s)) == 0 and s.slots]
+        self.suspects = {sequence.request for sequence in scheduler.suspects}
+        self.paused = {(key(sequence), sequence.ticket) for sequence in scheduler.paused}
+        self.new = [key(sequence) for sequence in scheduler.waiting]
+        suspects = sorted(scheduler.suspects, key=lambda sequence: (-sequence.request, sequence.branch))
+        line = [*scheduler.paused, *suspects, *scheduler.waiting]
+        self.line = set(map(key, line))
+        self.resuming = bool(scheduler.paused)
+        self.stepped = False
+        head = (key(line[0]), line[0].ticket) if line else None
+        if head != self.head[0]:
+            block = self.limits.splitfuse_block_size
+            blocks = sum(1 + (s.target // block if block else 0) for s in self.running)
+            tokens = max((s.params.max_new_tokens for s in self.running), default=0)
+            self.head = head, self.steps + self.limits.router_max_wait_tokens + blocks + 2 * tokens + 10
+
+    # --- operations ------------------------------------------------------------------------------------------
+    def submit(self, prompt: list[int], params: SamplingParams, api: int) -> None:
+        self.arrivals += 1
+        number, limits = self.arrivals, self.limits
+        beams = limits.beam_mode and params.n > 1
+        ledger = Ledger(number, api, number, prompt, params, beams, {branch: [] for branch in range(params.n)})
+        waiting = len(self.scheduler.waiting)
+        rejected = self.scheduler.submit(self.message(ledger))
+        width = params.n if beams else 1
+        too_wide = beams and params.n > limits.running_max_req_size
+        if too_wide or len(prompt) + width * params.max_new_tokens + 1 > limits.max_total_token_num:
+            assert rejected
+            assert rejected.reason == "invalid"
+        elif waiting and waiting + params.n > limits.max_queue:
+            assert rejected
+            assert rejected.reason == "queue_full"
+            assert rejected.retry_after
+        else:
+            assert rejected is None
+            self.requests[number] = ledger
+
+    def message(self, ledger: Ledger) -> Submit:
+        branches = sorted(ledger.open)
+        ledger.first, ledger.skipped, ledger.cached = branches[0], 0, []
+        return Submit(
+            *(ledger.request, ledger.api, self.epochs[ledger.api], ledger.arrival, ledger.prompt, ledger.params),
+            branches=branches,
+            emitted=[list(ledger.open[branch]) for branch in branches],
+            replay=ledger.replayed,
+            suspect=ledger.suspect,
+        )
+
+    def abort(self, pick: int, whole: bool) -> None:
+        if not self.requests:
+            return
+        request = list(self.requests)[pick % len(self.requests)]
+        ledger = self.requests[request]
+        branches = None if whole else [list(ledger.open)[pick % len(ledger.open)]]
+        self.end(ledger, branches)
+
+    def abort_leader(self) -> None:
+        """Of one that feeds a prompt for others too."""
+        for sequence in self.scheduler.running:
+            if sequence.fork_lead is sequence and sequence.prefilling:
+                self.seen["left by its leader"] += not sequence.beam
+                self.end(self.requests[sequence.request], [sequence.branch])
+                break
+
+    def end(self, ledger: Ledger, branches: list[int] | None) -> None:
+        self.scheduler.abort(ledger.request, branches)
+        for branch in list(ledger.open) if branches is None or ledger.beams else branches:
+            self.close(ledger, branch)
+
+    def api_gone(self, api: int) -> None:
+        late = next((ledger for ledger in self.requests.values() if ledger.api == api), None)
+        self.scheduler.api_gone(api, self.epochs[api])
+        self.requests = {number: ledger for number, ledger in self.requests.items() if ledger.api != api}
+        if late:
+            before = self.scheduler.busy
+            assert self.scheduler.submit(self.message(late)) is None, "what a dead api worker still sent is dropped"
+            assert self.scheduler.busy == before
+        self.epochs[api] += 1
+
+    def crash(self, in_step: bool) -> None:
+        """The engine dies (in the middle of a turn, perhaps) and everything in flight is replayed on the next."""
+        if in_step:
+            self.note()
+            step = self.scheduler.next_step()
+            if step:
+                self.launching(step)
+        unproven = {row.request for launched in self.out for row in launched.step.rows}
+        self.count_cache()
+        self.start()
+        for ledger in self.requests.values():
+            ledger.replayed = True
+            ledger.suspect = ledger.request in unproven
+            assert self.scheduler.submit(self.message(ledger)) is None, "a replayed request is never rejected"
+
+    def flush(self) -> None:
+        self.scheduler.flush_cache()
+
+    def clear(self) -> None:
+        self.scheduler.clear()
+        assert not self.scheduler.busy
+        assert self.scheduler.keys.slots.free == self.limits.max_total_token_num
+        self.requests = {}
+
+    def step(self) -> None:
+        """One turn."""
+        self.note()
+        before = len(self.out)
+        told = self.loop.turn(lambda: None)
+        if not self.stepped:
+            self.idle()
+        assert list(self.loop.out) == [launched.step for launched in self.out][self.loop.completed is not None :]
+        if self.loop.completed is None:
+            assert not told
+            assert len(self.out) > before or not self.loop.busy, "a turn without a step, though somebody is in line"
+            return
+        launched = self.out.popleft()
+        assert self.loop.completed is launched.step
+        self.pending.subtract(launched.branches)
+        alive = [branch for branch in launched.branches if branch[1] in getattr(self.ledger(branch), "open", ())]
+        self.seen["late"] += len(launched.branches) - len(alive)
+        alive = [branch for branch in alive if not self.requests[branch[0]].beams]
+        heard = [branch for owner, output in told.items() for branch in self.hear(owner, output)]
+        assert sorted(heard) == sorted(alive), "one token for each row whose branch has not ended"
+
+    def ledger(self, branch: Branch) -> Ledger | None:
+        return self.requests.get(branch[0])
+
+    def hear(self, owner: tuple[int, int], output: StepOutput) -> list[Branch]:
+        """Returns whose tokens it tells, but for beams."""
+        api, epoch = owner
+        assert epoch == self.epochs[api]
+        assert output.generation == self.generation
+        for request, tokens in output.cached:
+            self.requests[request].cached.append(tokens)
+        for part in output.prompts:
+            self.hear_prompt(part)
+        rows = len(output.tokens)
+        columns = (output.requests, output.branches, output.positions, output.tokens, output.logprobs)
+        others = output.alternatives or [None] * rows
+        heard = []
+        for request, branch, position, token, logprob, finish, shown in zip(
+            *columns, output.finishes, others, strict=True
+        ):
+            ledger = self.requests[request]
+            assert ledger.api == api
+            tokens, expected = ledger.open[branch], ledger.expected[branch]
+            assert position == len(tokens), "positions are contiguous per branch"
+            assert (token, logprob) == (expected.tokens[position], expected.logprobs[position])
+            assert shown == expected.alternatives[position]
+            assert finish == finishes(expected)[position]
+            if branch == ledger.first and not position:
+                assert ledger.cached == [ledger.skipped] * (ledger.skipped > 0), "told once, as the device saw it"
+                assert ledger.params.prompt_logprobs < 0 or ledger.scored == len(ledger.prompt) - 1
+            tokens.append(token)
+            ledger.suspect = False
+            if not ledger.beams:
+                heard.append((request, branch))
+            if finish:
+                self.ended[self.arrivals % 10 : self.arrivals % 10 + 1] = [ledger.prompt + tokens]
+                self.close(ledger, branch)
+        return heard
+
+    def hear_prompt(self, part: PromptLogprobs) -> None:
+        ledger = self.requests[part.request]
+        prompt, last = ledger.prompt, part.first + len(part.logprobs) - 1
+        assert not ledger.open.get(ledger.first), "all of it is told before the first token"
+        assert 1 <= part.first <= ledger.scored + 1, "no part is missing"
+        places = [(at - 1, prompt[at - 1]) for at in range(part.first, last + 1)]
+        assert part.logprobs == [fake_target(*place, prompt[place[0] + 1]) for place in places]
+        top = ledger.params.prompt_logprobs
+        assert part.alternatives == ([fake_target_alternatives(*place, top) for place in places] if top else None)
+        ledger.scored = max(ledger.scored, last)
+
+    def close(self, ledger: Ledger, branch: int) -> None:
+        del ledger.open[branch]
+        if not ledger.open:
+            del self.requests[ledger.request]
+
+    def drain(self) -> None:
+        """Every request that is there ends."""
+        left = sum(
+            len(ledger.open) * ledger.params.max_new_tokens + len(ledger.prompt) for ledger in self.requests.values()
+        )
+        for _ in range(20 * left + 100):
+            if not self.loop.busy:
+                break
+            self.step()
+            self.check()
+        assert not self.requests
+        assert not self.out
+        assert not self.scheduler.busy
+        keys, total = self.scheduler.keys, self.limits.max_total_token_num
+        assert keys.locked == 0
+        assert keys.available == total
+        assert self.scheduler.load().estimated_peak == 0
+        self.count_cache()
+        kept = total - keys.slots.free
+        assert self.scheduler.flush_cache() == kept
+        assert keys.slots.free == total
+        assert not self.scheduler.cache_stats().get("cache_tokens")
+
+    def count_cache(self) -> None:
+        for name, value in self.scheduler.cache_stats().items():
+            self.seen[name] += int(value)
+
+    # --- invariants ------------------------------------------------------------------------------------------
+    def idle(self) -> None:
+        """No step could be made: all that go on wait for their tokens, or for a suspect's."""
+        self.round = set()
+        self.pausing()  # perhaps for those who can't go on now
+        if any(launched.trial for launched in self.out) or (self.suspects and not self.resuming and self.out):
+            return
+        for sequence in self.going_on:
+            assert sequence.state is not State.RUNNING or self.waits(sequence), "a stream stands still"
+
+    def waits(self, sequence: Sequence) -> bool:
+        """It can't go on before its token is here."""
+        constraint = CONSTRAINTS.of(sequence.params)
+        stepwise = sequence.beam or (constraint is not None and constraint.stepwise)
+        return stepwise and self.pending[key(sequence)] > 0
+
+    def newly_paused(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.state is State.PAUSED]
+
+    def launching(self, step: Step) -> None:
+        """Called with a step right before its launch."""
+        self.stepped = True
+        self.steps += 1
+        assert step.number == self.steps
+        assert len(self.out) <= self.depth
+        assert not any(launched.trial for launched in self.out), "nothing goes beside a suspect"
+        for table_row in step.freed:
+            del self.rows[table_row]
+        self.pausing()
+        going_on = self.decode(step)
+        fed = 0
+        feeding: list[Branch] = []
+        branches = list(going_on)
+        for row in step.rows:
+            branch = (row.request, row.branch)
+            assert branch not in going_on
+            assert branch[1] in self.requests[row.request].open
+            if row.sample:
+                branches.append(branch)
+            if self.is_prompt(row):
+                feeding.append(branch)
+                fed += len(row.tokens)
+                self.prompt(row)
+            else:
+                going_on.append(branch)
+                self.named(row)
+        assert len(set(branches)) == len(branches)
+        assert 0 < step.size <= self.limits.running_max_req_size
+        assert step.kind == ("decode" if not feeding else "mixed" if going_on else "prefill")
+        self.seen[step.kind] += 1
+        trial = self.admissions(feeding)
+        self.shares(going_on, feeding, fed, trial)
+        if not trial and self.head[0] is not None:
+            assert self.steps <= self.head[1], "the head of the line waits too long"
+        self.pending.update(branches)
+        self.out.append(Launched(step, branches, trial))
+
+    def pausing(self) -> None:
+        paused = self.newly_paused()
+        self.seen["paused"] += len(paused)
+        if paused:
+            assert self.limits.router_token_ratio > 0, "ratio 0 reserves the worst case, so nothing is ever paused"
+            newest = max((sequence.order[:2] for sequence in self.scheduler.running), default=(0, 0))
+            assert min(sequence.order[:2] for sequence in paused) >= newest, "newest first"
+
+    def decode(self, step: Step) -> list[Branch]:
+        branches = []
+        decode = step.decode
+        for table_row, start, position in zip(decode.table_rows, decode.starts, decode.positions, strict=True):
+            branch = self.rows[table_row]
+            ledger = self.requests[branch[0]]
+            assert not ledger.beams
+            assert position == len(ledger.open[branch[1]]) + self.pending[branch]
+            assert position < ledger.params.max_new_tokens, "only eos and abort waste a row of a step"
+            assert start == len(ledger.prompt) + position - 1
+            branches.append(branch)
+        return branches
+
+    def is_prompt(self, row: Row) -> bool:
+        """It feeds a part of a prompt, or follows one that does."""
+        if row.sampling is None or self.rows.get(row.table_row) == (row.request, row.branch):
+            return self.left[row.request, row.branch] > 0
+        self.rows[row.table_row] = row.request, row.branch
+        # A beam that had no past has one now, and goes on from what the search chose.
+        return not self.requests[row.request].beams or not row.sampling.emitted
+
+    def named(self, row: Row) -> None:
+        branch = (row.request, row.branch)
+        ledger = self.requests[row.request]
+        self.left[branch] = 0
+        assert len(row.tokens) == 1
+        assert row.sample
+        assert row.targets is None
+        assert not self.pending[branch], "its token is here"
+        if not ledger.beams:
+            emitted = ledger.open[row.branch]
+            assert (row.sampling, row.past, row.twin_of) == (None, None, None)
+            assert (row.position, row.tokens) == (len(emitted), emitted[-1:])
+        elif row.sampling is not None:
+            self.seen["other pasts"] += row.past is not None
+            assert row.sampling.emitted[-1:] == row.tokens
+
+    def prompt(self, row: Row) -> None:
+        ledger, branch = self.requests[row.request], (row.request, row.branch)
+        emitted = ledger.open[row.branch]
+        assert not self.pending[branch], "nobody is resumed while a token of theirs is out"
+        whole = ledger.prompt + emitted
+        if row.sampling is not None:
+            assert row.sampling.emitted == emitted
+            assert row.sampling.prompt_ids == ledger.prompt
+            self.left[branch] = len(whole) - row.start
+            self.entering(row, ledger, whole)
+        else:
+            assert row.start == len(whole) - self.left[branch]
+        end = row.start + len(row.tokens)
+        assert row.tokens == whole[row.start : end]
+        assert row.tokens or row.twin_of is not None
+        assert row.sample == (end == len(whole))
+        assert row.position == len(emitted)
+        self.left[branch] -= len(row.tokens)
+        if ledger.params.prompt_logprobs >= 0 and row.branch == ledger.first and not emitted:
+            assert row.targets == ledger.prompt[row.start + 1 : end + 1]
+            assert row.top_targets == ledger.params.prompt_logprobs
+        else:
+            assert row.targets is None
+
+    def entering(self, row: Row, ledger: Ledger, whole: list[int]) -> None:
+        limits, params = self.limits, ledger.params
+        emitted = len(whole) - len(ledger.prompt)
+        if row.twin_of is not None:
+            self.seen["twins"] += 1
+            assert limits.diverse_mode
+            assert row.start == len(whole)
+            return
+        assert row.start < len(whole), "the logits of the last token are needed"
+        if limits.use_dynamic_prompt_cache:
+            if not emitted and row.branch == ledger.first:
+                ledger.skipped = row.start
+            if row.start and (not params.use_cache or (params.prompt_logprobs >= 0 and not emitted)):
+                raise AssertionError("one that opted out, or whose prompt is scored, read the cache")
+            self.seen["hits"] += row.start > 0
+            self.seen["partial hits"] += 0 < row.start < len(whole) - 1
+            self.seen["resumed by a hit"] += row.start > len(ledger.prompt)
+
+    def admissions(self, feeding: list[Branch]) -> bool:
+        """Who was admitted, and whether that was right; whether the step is a suspect's trial."""
+        before = set(map(key, self.running))
+        running = [key(sequence) for sequence in self.scheduler.running]
+        admitted = [branch for branch in running if branch not in before]
+        admitted += [branch for branch in feeding if branch not in before and branch not in running]
+        assert set(feeding) <= before.union(admitted)
+        for branch in set(admitted).difference(feeding):
+            self.left.pop(branch, None)
+        if not self.limits.splitfuse_block_size:
+            hanging = [s for s in self.scheduler.running if s.prefilling and not s.entered and s.slots]
+            self.seen["waits"] += len(hanging)
+        new = [branch for branch in admitted if branch in self.new]
+        if new:
+            assert min(new) > self.newest_admitted, "first come, first served"
+            self.newest_admitted = max(new)
+            still = [key(sequence) for sequence in self.scheduler.waiting]
+            assert not still or min(still) > self.newest_admitted
+            left = {(key(sequence), sequence.ticket) for sequence in self.scheduler.paused}
+            assert not left & self.paused, "nobody new passes a paused one"
+            assert not self.suspects
+        requests = {request for request, _ in feeding}
+        on_trial = {request for request, _ in admitted} & self.suspects
+        trying = on_trial or {s.request for s in self.running if s.suspect and key(s) in feeding}
+        if trying:
+            self.seen["trials"] += bool(on_trial)
+            assert requests == trying, "a suspect is tried alone"
+            assert len(feeding) == 1
+            assert not self.out
+            assert not on_trial or on_trial == {max(self.suspects)}, "newest first"
+            assert not on_trial or not self.resuming, "suspects come after those who are none"
+        if admitted:
+            if on_trial or not self.running or not self.round:
+                self.round = self.line
+            assert set(admitted) <= self.round, "who comes during a round waits for the next"
+        elif not feeding:
+            self.round = set()
+        return bool(trying)
+
+    def shares(self, going_on: list[Branch], feeding: list[Branch], fed: int, trial: bool) -> None:
+        """Who has a part in the step: no prompt stalls the others."""
+        block, most = self.limits.splitfuse_block_size, self.limits.batch_max_tokens
+        if trial:
+            assert not going_on
+            return
+        could = [sequence for sequence in self.going_on if sequence.state not in (State.PAUSED, State.ENDED)]
+        if block:
+            assert fed <= (block if could else max(block, most)), "a block of prompts beside those who go on"
+        else:
+            assert fed <= most or len(feeding) == 1
+            assert not (feeding and going_on)
+        if block or not feeding:
+            part = set(going_on)
+            for sequence in could:
+                assert key(sequence) in part or self.waits(sequence), "a stream stands still"
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        scheduler.check()  # each slot is free or has its owners, each row too
+        keys, total = scheduler.keys, self.limits.max_total_token_num
+        assert len(scheduler.running) <= self.limits.running_max_req_size
+        assert keys.available + keys.used == total
+        held = {slot for sequence in scheduler.running for slot in sequence.slots}
+        assert len(held) == keys.used, "what nobody uses can be had"
+        if not self.limits.use_dynamic_prompt_cache:
+            assert keys.slots.used == keys.used, "nothing is kept without a cache"
+        for sequence in scheduler.running:
+            assert sequence.pending == self.pending[key(sequence)] <= len(self.out)
+            if not sequence.prefilling:
+                assert len(sequence.slots) == sequence.length + sequence.pending - 1
+            elif sequence.fork_lead in (None, sequence):
+                assert len(sequence.slots) == sequence.length
+            else:
+                assert not sequence.slots
+                self.seen["beams without a past"] += sequence.beam and bool(sequence.emitted)

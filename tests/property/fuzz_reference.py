@@ -1,0 +1,95 @@
+"""What requests generate when nothing is scheduled, shared, paused or replayed: straight from their definitions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightllmd.engine.batch import Alternatives
+from lightllmd.engine.constraint import Constraints
+from lightllmd.engine.fake_model import fake_alternatives, fake_token
+from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SamplingParams
+
+EOS = ord("e")  # a byte that fake tokens do hit, so that generations end by eos too
+# Bytes, and behind them tokens of several, so that prompts have something to heal.
+VOCABULARY = [bytes([byte]) for byte in range(128)] + [b"ab", b"abc", b"bc", b"cab", b"aa"]
+CONSTRAINTS = Constraints(len(VOCABULARY), [EOS], lambda: VOCABULARY)
+
+
+class Output(NamedTuple):
+    """Of one branch, an entry per token."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    alternatives: list[Alternatives | None]
+    finish: int  # of the last; the others have none
+
+
+def outputs(prompt: list[int], params: SamplingParams, beams: bool) -> list[Output]:
+    """Of all branches. `beams`: n > 1 is a search for the best of them."""
+    if beams and params.n > 1:
+        return _searched(prompt, params)
+    return [_drawn(prompt, params, branch) for branch in range(params.n)]
+
+
+def _mask(params: SamplingParams, tokens: list[int]) -> bytes:
+    constraint = CONSTRAINTS.of(params)
+    return constraint.mask(tokens) if constraint is not None else b""
+
+
+def _drawn(prompt: list[int], params: SamplingParams, branch: int) -> Output:
+    seed = params.seed if params.do_sample else 0
+    output = Output([], [], [], FINISH_LENGTH)
+    tokens = output.tokens
+    while len(tokens) < params.max_new_tokens:
+        mask = _mask(params, tokens)
+        top = params.top_logprobs
+        output.alternatives.append(fake_alternatives(prompt + tokens, top, mask) if top else None)
+        output.logprobs.append(0.0)
+        tokens.append(fake_token(prompt, seed, branch, len(tokens), mask=mask))
+        if tokens[-1] == EOS and not params.ignore_eos and len(tokens) >= params.min_new_tokens:
+            return output._replace(finish=FINISH_STOP)
+    return output
+
+
+def _searched(prompt: list[int], params: SamplingParams) -> list[Output]:
+    """The rules that engine/beam.py states, as lists of (total, tokens, log-probabilities)."""
+    width, ends = params.n, set() if params.ignore_eos else {EOS}
+    count = max(2, 1 + len(ends)) * width
+    live: list[tuple[float, list[int], list[float]]] = [(0.0, [], [])]
+    ended: list[tuple[float, bool, list[int], list[float]]] = []  # (score, by eos, ...), best first
+    while live:
+        found = [
+            (-(total + logprob), beam, token, logprob)
+            for beam, (total, tokens, _) in enumerate(live)
+            for token, logprob in fake_alternatives(prompt + tokens, count, _mask(params, tokens))
+        ]
+        found.sort()
+        last = len(live[0][1]) + 1 == params.max_new_tokens
+        following: list[tuple[float, list[int], list[float]]] = []
+        for rank, (negative, beam, token, logprob) in enumerate(found[:count]):
+            tokens, logprobs = [*live[beam][1], token], [*live[beam][2], logprob]
+            if token in ends or last:
+                if rank < width:
+                    score = -negative / len(tokens) ** params.length_penalty
+                    ended.append((score, token in ends, tokens, logprobs))
+                    ended = sorted(ended, key=lambda one: -one[0])[:width]
+            elif len(following) < width:
+                following.append((-negative, tokens, logprobs))
+        live = following
+        if live and len(ended) == width and live[0][0] / len(live[0][1]) ** params.length_penalty <= ended[-1][0]:
+            live = []
+    ended += [ended[-1]] * (width - len(ended))
+    found_outputs = []
+    for _, by_eos, tokens, logprobs in ended:
+        shown: list[Alternatives | None] = [None] * len(tokens)
+        if params.top_logprobs:
+            shown = [
+                fake_alternatives(prompt + tokens[:at], params.top_logprobs, _mask(params, tokens[:at]))
+                for at in range(len(tokens))
+            ]
+        found_outputs.append(Output(tokens, logprobs, shown, FINISH_STOP if by_eos else FINISH_LENGTH))
+    return found_outputs
+
+
+def finishes(output: Output) -> list[int]:
+    return [FINISH_NONE] * (len(output.tokens) - 1) + [output.finish]
