@@ -195,7 +195,8 @@ def test_a_model_that_cant_be_served_is_refused_by_name(facts: dict[str, Any], p
 
 
 def test_no_prompt_is_cached_whose_keys_depend_on_its_length() -> None:
-    facts = {"hf_config": SMOLLM2 | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "context_length": 32768}
+    stretched = {"max_position_embeddings": 8192, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    facts = {"hf_config": SMOLLM2 | stretched, "context_length": 32768}
     long = {"use_dynamic_prompt_cache": True, "max_req_total_len": 8193}
     (problem,) = refused(long, **facts)
     assert problem.key == "use_dynamic_prompt_cache"
