@@ -359,8 +359,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             doc="Every answer of the native API that is no stream carries prompt_token_ids and, as prompt_logprobs, "
             "the log-probability of every prompt token but the first. That costs a product with the whole vocabulary "
-            "for each of them, and the prompt is computed whole, whatever the prompt cache has of it. Without it a request "
-            "may ask for them with prompt_logprobs.",
+            "for each of them, and the prompt is computed whole, whatever the prompt cache has of it. Without it a "
+            "request may ask for them with prompt_logprobs.",
             group=MODES,
         ),
     ] = False
