@@ -337,6 +337,8 @@ class SupervisorMachine(RuleBasedStateMachine):
     def faults_cease(self) -> None:
         for fates in self.simulation.fates.values():
             fates.clear()
+        for process in self.simulation.processes:
+            process.program.fate = None  # a spare has its own for later
         self.simulation.refuse_spawns, self.simulation.refuse_ports = 0, False
         self.simulation.traffic = 0.0
 
