@@ -1,4 +1,4 @@
-"""The scheduler's world in one object: a ledger, a device and an operator, with steps that overlap or don't.
+"""The scheduler's world in one object: its clients, a device and an operator, with steps that overlap or don't.
 
 Each operation is checked against what the documentation promises, by the steps and messages alone wherever they tell.
 """
@@ -6,46 +6,17 @@ Each operation is checked against what the documentation promises, by the steps 
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.batch import Row, Step
-from lightllmd.engine.fake_model import fake_target, fake_target_alternatives
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.request import Sequence, State
 from lightllmd.engine.scheduler import Scheduler
-from lightllmd.ipc.messages import PromptLogprobs, SamplingParams, StepOutput, Submit
+from lightllmd.ipc.messages import SamplingParams
+from property.fuzz_clients import Clients, Ledger
 from property.fuzz_device import Branch, Device
-from property.fuzz_reference import CONSTRAINTS, Output, finishes, outputs
-
-APIS = 2
-
-
-@dataclass
-class Ledger:
-    """One request in flight as its api worker sees it."""
-
-    request: int
-    api: int
-    arrival: int
-    prompt: list[int]
-    params: SamplingParams
-    beams: bool
-    open: dict[int, list[int]] = field(default_factory=dict)  # branch -> tokens so far
-    replayed: bool = False
-    suspect: bool = False
-    scored: int = 0  # prompt tokens whose log-probabilities are told
-    # --- of this generation
-    first: int = 0  # the branch that tells of the prompt
-    skipped: int = 0  # prompt tokens that its first admission found in the cache
-    cached: list[int] = field(default_factory=list)  # what was told of that
-    _expected: list[Output] | None = None
-
-    @property
-    def expected(self) -> list[Output]:
-        if self._expected is None:
-            self._expected = outputs(self.prompt, self.params, self.beams)
-        return self._expected
+from property.fuzz_reference import CONSTRAINTS
 
 
 @dataclass
@@ -61,16 +32,12 @@ def key(sequence: Sequence) -> Branch:
     return sequence.request, sequence.branch
 
 
-class Model:
+class Model(Clients):
     def __init__(self, limits: Limits, depth: int, seen: Counter[str] | None = None) -> None:
         """`seen` counts what happened."""
         self.limits, self.depth = limits, depth
         self.seen: Counter[str] = Counter() if seen is None else seen
-        self.requests: dict[int, Ledger] = {}
-        self.ended: list[list[int]] = []  # prompts and outputs, some of them
-        self.arrivals = 0
-        self.epochs = dict.fromkeys(range(APIS), 1)
-        self.generation = 0
+        super().__init__()
         self.start()
 
     def start(self) -> None:
@@ -128,17 +95,6 @@ class Model:
         else:
             assert rejected is None
             self.requests[number] = ledger
-
-    def message(self, ledger: Ledger) -> Submit:
-        branches = sorted(ledger.open)
-        ledger.first, ledger.skipped, ledger.cached = branches[0], 0, []
-        return Submit(
-            *(ledger.request, ledger.api, self.epochs[ledger.api], ledger.arrival, ledger.prompt, ledger.params),
-            branches=branches,
-            emitted=[list(ledger.open[branch]) for branch in branches],
-            replay=ledger.replayed,
-            suspect=ledger.suspect,
-        )
 
     def abort(self, pick: int, whole: bool) -> None:
         if not self.requests:
@@ -215,60 +171,6 @@ class Model:
         alive = [branch for branch in alive if not self.requests[branch[0]].beams]
         heard = [branch for owner, output in told.items() for branch in self.hear(owner, output)]
         assert sorted(heard) == sorted(alive), "one token for each row whose branch has not ended"
-
-    def ledger(self, branch: Branch) -> Ledger | None:
-        return self.requests.get(branch[0])
-
-    def hear(self, owner: tuple[int, int], output: StepOutput) -> list[Branch]:
-        """Returns whose tokens it tells, but for beams."""
-        api, epoch = owner
-        assert epoch == self.epochs[api]
-        assert output.generation == self.generation
-        for request, tokens in output.cached:
-            self.requests[request].cached.append(tokens)
-        for part in output.prompts:
-            self.hear_prompt(part)
-        rows = len(output.tokens)
-        columns = (output.requests, output.branches, output.positions, output.tokens, output.logprobs)
-        others = output.alternatives or [None] * rows
-        heard = []
-        for request, branch, position, token, logprob, finish, shown in zip(
-            *columns, output.finishes, others, strict=True
-        ):
-            ledger = self.requests[request]
-            assert ledger.api == api
-            tokens, expected = ledger.open[branch], ledger.expected[branch]
-            assert position == len(tokens), "positions are contiguous per branch"
-            assert (token, logprob) == (expected.tokens[position], expected.logprobs[position])
-            assert shown == expected.alternatives[position]
-            assert finish == finishes(expected)[position]
-            if branch == ledger.first and not position:
-                assert ledger.cached == [ledger.skipped] * (ledger.skipped > 0), "told once, as the device saw it"
-                assert ledger.params.prompt_logprobs < 0 or ledger.scored == len(ledger.prompt) - 1
-            tokens.append(token)
-            ledger.suspect = False
-            if not ledger.beams:
-                heard.append((request, branch))
-            if finish:
-                self.ended[self.arrivals % 10 : self.arrivals % 10 + 1] = [ledger.prompt + tokens]
-                self.close(ledger, branch)
-        return heard
-
-    def hear_prompt(self, part: PromptLogprobs) -> None:
-        ledger = self.requests[part.request]
-        prompt, last = ledger.prompt, part.first + len(part.logprobs) - 1
-        assert not ledger.open.get(ledger.first), "all of it is told before the first token"
-        assert 1 <= part.first <= ledger.scored + 1, "no part is missing"
-        places = [(at - 1, prompt[at - 1]) for at in range(part.first, last + 1)]
-        assert part.logprobs == [fake_target(*place, prompt[place[0] + 1]) for place in places]
-        top = ledger.params.prompt_logprobs
-        assert part.alternatives == ([fake_target_alternatives(*place, top) for place in places] if top else None)
-        ledger.scored = max(ledger.scored, last)
-
-    def close(self, ledger: Ledger, branch: int) -> None:
-        del ledger.open[branch]
-        if not ledger.open:
-            del self.requests[ledger.request]
 
     def drain(self) -> None:
         """Every request that is there ends."""
@@ -472,6 +374,8 @@ class Model:
             assert not self.out
             assert not on_trial or on_trial == {max(self.suspects)}, "newest first"
             assert not on_trial or not self.resuming, "suspects come after those who are none"
+        if not trying and self.suspects and not self.resuming:
+            self.round = self.line  # a trial is due at any time, even if there is no room for it
         if admitted:
             if on_trial or not self.running or not self.round:
                 self.round = self.line
