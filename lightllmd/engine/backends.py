@@ -8,6 +8,7 @@ from lightllmd.engine.admission import Limits
 from lightllmd.engine.batch import Runner
 from lightllmd.engine.constraint import Constraints
 from lightllmd.engine.scheduler import Scheduler
+from lightllmd.text.healing import writable
 from lightllmd.text.tokenizer import load_tokenizer
 
 
@@ -28,14 +29,7 @@ def runner_for(plan: Plan) -> Runner:
 
 def scheduler_for(plan: Plan, generation: int) -> Scheduler:
     """Reads the tokenizer where healing needs the tokens' bytes. Raises ConfigInvalid."""
-    vocabulary = (lambda: _vocabulary(plan)) if plan.config.params.token_healing_mode else None
+    vocabulary = (lambda: writable(load_tokenizer(plan))) if plan.config.params.token_healing_mode else None
     constraints = Constraints(plan.vocab_size, plan.eos_id, vocabulary)
     constraints.load()
     return Scheduler(Limits.of(plan), generation, constraints)
-
-
-def _vocabulary(plan: Plan) -> list[bytes | None]:
-    """The bytes of each token; None for one that no text is made of."""
-    tokenizer = load_tokenizer(plan)
-    special = tokenizer.special_ids
-    return [None if token in special else tokenizer.token_bytes(token) for token in range(plan.vocab_size)]
