@@ -63,7 +63,7 @@ def number_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_what_is_kept_and_what_is_taken_back_are_the_prompt(kind, text):
     tokenizer = KINDS[kind]
@@ -137,7 +137,7 @@ def texts_of(kind: str) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_prompt_and_output_are_the_text_of_all_ids(kind, data):
     """Also where the prompt ends inside a character: then the output has it whole."""
