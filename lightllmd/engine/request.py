@@ -125,7 +125,7 @@ class Sequence:
     @property
     def feeds(self) -> bool:
         """It has a part of its prompt to feed; who follows another one in a fork has none."""
-        return self.prefilling and self.fork_lead in (None, self)
+        return self.fed < self.target and self.fork_lead in (None, self)
 
     @property
     def lags(self) -> bool:

@@ -134,7 +134,7 @@ class Scheduler:
         while True:
             going_on, chosen = [], []
             for sequence in self.running:
-                if sequence.prefilling:
+                if sequence.fed < sequence.target:
                     continue
                 if not sequence.stepwise:
                     going_on.append(sequence)
