@@ -69,7 +69,8 @@ class Intake:
             )
         run, healing = ids, b""
         if heals and self._heals and params.prompt_logprobs < 0:
-            run, healing = roll_back(ids, self._tokenizer())
+            # As many tokens may pass before one shows, and they count.
+            run, healing = roll_back(ids, self._tokenizer(), most=min(2, params.max_new_tokens - 1))
         if shows_prompt and self.scores_prompts:
             params = msgspec.structs.replace(params, prompt_logprobs=max(0, params.prompt_logprobs))
         return Job(ids, cut, run, msgspec.structs.replace(params, healing=healing), seed, text)

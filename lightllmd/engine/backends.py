@@ -28,8 +28,9 @@ def runner_for(plan: Plan) -> Runner:
 
 
 def scheduler_for(plan: Plan, generation: int) -> Scheduler:
-    """Reads the tokenizer where healing needs the tokens' bytes. Raises ConfigInvalid."""
-    vocabulary = (lambda: writable(load_tokenizer(plan))) if plan.config.params.token_healing_mode else None
-    constraints = Constraints(plan.vocab_size, plan.eos_id, vocabulary)
-    constraints.load()
+    """Under token_healing_mode the tokens' bytes are read now; else not before a request that was healed is replayed
+    from a generation that did. Raises ConfigInvalid."""
+    constraints = Constraints(plan.vocab_size, plan.eos_id, lambda: writable(load_tokenizer(plan)))
+    if plan.config.params.token_healing_mode:
+        constraints.load()
     return Scheduler(Limits.of(plan), generation, constraints)

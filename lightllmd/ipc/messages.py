@@ -51,7 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int = 0  # always set by the ledger: the client's, or one that it drew; 0 .. 2**63 - 1
     top_logprobs: int = 0  # alternatives reported beside the chosen token, 0..20
     logit_bias: dict[int, float] = {}  # token -> added to its logit before everything else
-    allowed_token_ids: list[int] | None = None  # no other is ever generated, eos included; None: all
+    # No other is generated, eos included, but for those that write what `healing` took back. None: all are allowed.
+    allowed_token_ids: list[int] | None = None
     bad_words: list[list[int]] = []  # token sequences that are never completed
     healing: bytes = b""  # the text begins with these bytes, which were taken back from the prompt
     prompt_logprobs: int = -1  # alternatives reported beside each prompt token's log-probability, 0..20; -1: neither

@@ -329,6 +329,8 @@ def goes_on(old: Plan | None, new: Plan) -> bool:
     if old is None:
         return False
     before, now = old.config.params, new.config.params
+    if before.beam_mode and old.max_total_token_num > new.max_total_token_num:
+        return False  # the beams of a request need slots together
     return (
         _identity(old) == _identity(new)
         and before.max_req_total_len <= now.max_req_total_len
@@ -339,7 +341,7 @@ def goes_on(old: Plan | None, new: Plan) -> bool:
 def _identity(plan: Plan) -> tuple[Any, ...]:
     """What makes tokens mean the same."""
     where = (plan.model.path, *plan.model.files) if plan.model else plan.config.params.model_dir
-    return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode
+    return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode, plan.config.params.beam_mode
 
 
 def fraction(worker: Worker) -> float | None:

@@ -31,10 +31,18 @@ def plan(**params: Any) -> Plan:
         ({"running_max_req_size": 49}, False),
         ({"model_dir": "other"}, False),
         ({"eos_id": [3]}, False),
+        ({"beam_mode": True}, False),
+        ({"diverse_mode": True, "splitfuse_mode": True, "use_dynamic_prompt_cache": True}, True),
     ],
 )
 def test_the_same_model_goes_on_where_no_limit_shrinks(changed: dict[str, Any], carried: bool) -> None:
     assert goes_on(plan(), plan(**changed)) == carried
+
+
+def test_beams_go_on_where_no_fewer_slots_are_there() -> None:
+    old = plan(beam_mode=True, max_total_token_num=9000)
+    assert goes_on(old, plan(beam_mode=True, max_total_token_num=9000))
+    assert not goes_on(old, plan(beam_mode=True, max_total_token_num=8999))
 
 
 def test_nothing_goes_on_from_nothing_or_in_another_vocabulary() -> None:
