@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllmd.kernels.segments import chunk, merge_lines
+
 LOG2_E = 1.4426950408889634
-MERGED_AT_ONCE = 8192  # numbers of partial results that a program holds in registers
 
 
 class DecodeTiles(NamedTuple):
@@ -40,54 +41,6 @@ def segments_for(batch: int, kv_heads: int, width: int, multiprocessors: int = 1
     """
     most = min(64, 2 * multiprocessors // (batch * kv_heads), triton.cdiv(width, 32))
     return 1 << max(0, most.bit_length() - 1)
-
-
-def workspace_size(batch: int, heads: int, head_dim: int, segments: int) -> int:
-    """fp32 numbers that `partial` of `decode_attention` has room for."""
-    return batch * heads * segments * (head_dim + 1) if segments > 1 else 0
-
-
-@triton.jit
-def _merge_lines(
-    partial,
-    out,
-    line,
-    lines,
-    used,
-    COUNT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """`out` of the `COUNT` lines (row and head) from `line` on, of `lines` in all, out of their first `used` segments;
-    the other segments were never written."""
-    lane = tl.arange(0, PADDED)
-    ours = lane < COUNT
-    column = tl.arange(0, D)
-    logs = partial + lines * SEGMENTS * D
-    # Past the first-level cache: other multiprocessors wrote all this, maybe in the same launch.
-    every = tl.arange(0, SEGMENTS)
-    all_logs = tl.load(
-        logs + (line + lane)[:, None] * SEGMENTS + every[None, :],
-        mask=ours[:, None] & (every < used)[None, :],
-        other=float("-inf"),
-        cache_modifier=".cg",
-    )
-    best = tl.where(ours, tl.max(all_logs, 1), 0.0)
-    total = tl.sum(tl.exp2(all_logs - best[:, None]), 1)
-    merged = tl.zeros([PADDED, D], tl.float32)
-    for base in range(0, used, CHUNK):
-        segment = base + tl.arange(0, CHUNK)
-        entry = (line + lane)[:, None] * SEGMENTS + segment[None, :]
-        inside = ours[:, None] & (segment < used)[None, :]
-        log = tl.load(logs + entry, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        value_at = partial + entry[:, :, None] * D + column[None, None, :]
-        value = tl.load(value_at, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
-        merged += tl.sum(value * tl.exp2(log - best[:, None])[:, :, None], 1)
-    merged = merged / tl.where(ours, total, 1.0)[:, None]
-    out_at = out + (line + lane)[:, None] * D + column[None, :]
-    tl.store(out_at, merged.to(out.dtype.element_ty), mask=ours[:, None])
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
@@ -161,9 +114,10 @@ def _decode(
             tl.store(out + line[:, None] * D + column[None, :], value.to(out.dtype.element_ty), mask=ours[:, None])
         else:
             lines = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * COUNT
+            logs = partial + lines * SEGMENTS * D
             entry = line * SEGMENTS + segment
             tl.store(partial + entry[:, None] * D + column[None, :], value, mask=ours[:, None])
-            tl.store(partial + lines * SEGMENTS * D + entry, best + tl.log2(total), mask=ours)
+            tl.store(logs + entry, best + tl.log2(total), mask=ours)
             if MERGE:
                 # One thread counts. Its release covers what the others wrote before the barrier, its acquire what
                 # they read after it, since the counter's value reaches them through a barrier too.
@@ -172,7 +126,8 @@ def _decode(
                 used = tl.cdiv(length, span)
                 if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
                     tl.store(counter, 0)  # as the next launch expects it
-                    _merge_lines(partial, out, first_line, lines, used, COUNT, PADDED, D, SEGMENTS, CHUNK)
+                    few = tl.arange(0, PADDED)
+                    merge_lines(partial, logs, out, first_line + few, few < COUNT, used, D, SEGMENTS, CHUNK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
@@ -192,8 +147,10 @@ def _merge(
     span = tl.cdiv(tl.cdiv(length, SEGMENTS), BLOCK_N) * BLOCK_N
     if span < length:
         lines = tl.num_programs(0).to(tl.int64) * HEADS
-        line = batch * HEADS + tl.program_id(1)
-        _merge_lines(partial, out, line, lines, tl.cdiv(length, span), 1, 1, D, SEGMENTS, CHUNK)
+        logs = partial + lines * SEGMENTS * D
+        one = tl.arange(0, 1)
+        line = batch * HEADS + tl.program_id(1) + one
+        merge_lines(partial, logs, out, line, one < 1, tl.cdiv(length, span), D, SEGMENTS, CHUNK)
 
 
 def decode_attention(
@@ -246,7 +203,7 @@ def decode_attention(
         M=max(16, padded),
         BLOCK_N=block_n,
         SEGMENTS=segments,
-        CHUNK=_chunk(segments, padded, dim),
+        CHUNK=chunk(segments, padded, dim),
         MERGE=arrived is not None,
         num_warps=warps,
         num_stages=stages,
@@ -260,9 +217,5 @@ def decode_attention(
             D=dim,
             BLOCK_N=block_n,
             SEGMENTS=segments,
-            CHUNK=_chunk(segments, 1, dim),
+            CHUNK=chunk(segments, 1, dim),
         )
-
-
-def _chunk(segments: int, lines: int, dim: int) -> int:
-    return max(1, min(segments, MERGED_AT_ONCE // (lines * dim)))

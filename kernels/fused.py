@@ -11,13 +11,15 @@ from torch import Tensor
 
 from lightllmd.kernels import skinny, whole_prompts
 from lightllmd.kernels.activation import gated
-from lightllmd.kernels.decode_attention import decode_attention, segments_for, workspace_size
+from lightllmd.kernels.decode_attention import decode_attention, segments_for
 from lightllmd.kernels.embed import enter
-from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.layout import GroupedBatch, Heads, PrefillTiles, TableBatch
 from lightllmd.kernels.linear import DenseLinear, Linear
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.prefill_attention import prefill_attention
 from lightllmd.kernels.rope_kv import rope_kv
+from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.split_prefill import split_prefill
 
 # Products of so many rows are computed in pieces: cuBLAS chooses better tiles for those (TFLOP/s of an 8B model's, at
 # length on an H100: 719 at 2048 rows, 644 at 4096, 701 at 8192, 726 at 16384).
@@ -106,8 +108,7 @@ class FusedKernels:
                     return attended.flatten(1)
                 out[span.first : span.first + len(attended)] = attended
             if len(rows.tiles):
-                where = (rows.tiles, rows.rows, rows.first, rows.counts, rows.starts)
-                prefill_attention(q, cache, batch.table, *where, heads.scale, out, pairs=rows.pairs)
+                self._prefill(q[ahead:], cache, batch.table, rows, heads.scale, out[ahead:])
         return out.flatten(1)
 
     def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
@@ -162,6 +163,16 @@ class FusedKernels:
         packed = self._packed
         where = (cache, table, rows, positions)
         decode_attention(q, *where, scale, out, partial, segments=segments, packed=packed, arrived=arrived)
+
+    def _prefill(self, q: Tensor, cache: Tensor, table: Tensor, rows: PrefillTiles, scale: float, out: Tensor) -> None:
+        """Attention of the rows' tokens that lie in tiles."""
+        where = (rows.rows, rows.first, rows.counts, rows.starts)
+        if rows.segments == 1:
+            prefill_attention(q, cache, table, rows.tiles, *where, scale, out, pairs=rows.pairs)
+            return
+        partial = q.new_empty(workspace_size(*q.shape, rows.segments), dtype=torch.float32)
+        where = (rows.tiles, rows.number, *where)
+        split_prefill(q, cache, table, *where, scale, out, partial, self._arrived, segments=rows.segments)
 
     def _normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)

@@ -77,11 +77,13 @@ class PrefillTiles:
     """
 
     tiles: Tensor  # [N, 2]: (row, block of its queries), the heaviest first
-    pairs: int  # (query, head of a group) pairs of a tile
+    number: Tensor  # [1] of the tiles; those behind are padding
     rows: Tensor  # [R] table rows
-    first: Tensor  # [R]
+    first: Tensor  # [R], counted from the first token behind the decode rows
     counts: Tensor  # [R]
     starts: Tensor  # [R]
+    pairs: int  # (query, head of a group) pairs of a tile
+    segments: int  # of the keys of each tile; 1: tiles are not split
     whole: list[Span]  # the rows that have no tiles
 
 

@@ -55,6 +55,71 @@ def tiles_for(counts: Sequence[int], starts: Sequence[int], group: int, pairs: i
     return np.stack([row, tile], 1)[order].astype(np.int32)
 
 
+@triton.jit
+def last_key(start, count, begin, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Behind the last key that any of the pairs from `begin` on sees."""
+    return start + tl.minimum((begin + BLOCK_M - 1) // GROUP, count - 1) + 1
+
+
+@triton.jit
+def attend(
+    q,
+    cache,
+    slots_at,
+    first,
+    start,
+    count,
+    begin,
+    kv_head,
+    first_key,
+    end_key,
+    q_stride,
+    cache_stride,
+    scale,
+    lowest,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The pairs from `begin` on of a row over its keys from `first_key` to `end_key`, whole blocks unless that is the
+    last one: each pair's line (token and head) of `out`, its highest score (`lowest` or more), its sum of weights and
+    its weighted sum of values. `scale` is of base-2 exponents, above 0."""
+    pair = begin + tl.arange(0, BLOCK_M)
+    # Pairs behind the last one compute its token again.
+    token = tl.minimum(pair // GROUP, count - 1)
+    head = kv_head * GROUP + pair % GROUP
+    line = first.to(tl.int64) + token
+    column = tl.arange(0, D)
+    query = tl.load(q + line[:, None] * q_stride + head[:, None] * D + column[None, :])
+    position = start + token  # the last key that a pair sees
+    keys = last_key(start, count, begin, GROUP, BLOCK_M)
+    all_seen = start + begin // GROUP + 1  # keys that every pair sees
+
+    keys_at = cache + kv_head * D + column[None, :]
+    best = tl.full([BLOCK_M], lowest, tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    value = tl.zeros([BLOCK_M, D], tl.float32)
+    for block in range(first_key, end_key, BLOCK_N):
+        key = block + tl.arange(0, BLOCK_N)
+        # Entries behind the last key are not the row's: the last key stands in for them, and no pair sees it there.
+        slot = tl.load(slots_at + tl.minimum(key, keys - 1)).to(tl.int64)
+        at = keys_at + slot[:, None] * cache_stride
+        k = tl.load(at)
+        v = tl.load(at + KV_HEADS * D)
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee")
+        if block + BLOCK_N > all_seen:
+            scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        highest = tl.maximum(best, tl.max(scores, 1) * scale)
+        share = tl.exp2(scores * scale - highest[:, None])
+        shrink = tl.exp2(best - highest)
+        weight = weight * shrink + tl.sum(share, 1)
+        value = tl.dot(share.to(v.dtype), v, value * shrink[:, None], input_precision="ieee")
+        best = highest
+    return line * KV_HEADS * GROUP + head, best, weight, value
+
+
 @triton.jit(do_not_specialize_on_alignment=["tiles", "rows", "first", "counts", "starts"])
 def _prefill(
     q,
@@ -77,7 +142,7 @@ def _prefill(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile is computed in `PARTS` programs; `scale` is of base-2 exponents, above 0."""
+    """A tile is computed in `PARTS` programs."""
     kv_head = tl.program_id(0)
     tile = tiles + (tl.program_id(1) // PARTS) * 2
     index = tl.load(tile)
@@ -85,41 +150,31 @@ def _prefill(
     count = tl.load(counts + index)
     if begin < count * GROUP:
         start = tl.load(starts + index)
-        pair = begin + tl.arange(0, BLOCK_M)
-        # Pairs behind the last one compute its token again.
-        token = tl.minimum(pair // GROUP, count - 1)
-        head = kv_head * GROUP + pair % GROUP
-        line = tl.load(first + index).to(tl.int64) + token
-        column = tl.arange(0, D)
-        query = tl.load(q + line[:, None] * q_stride + head[:, None] * D + column[None, :])
-        position = start + token  # the last key that a pair sees
-        keys = start + tl.minimum((begin + BLOCK_M - 1) // GROUP, count - 1) + 1
-        all_seen = start + begin // GROUP + 1  # keys that every pair sees
-
-        slots_at = table + tl.load(rows + index).to(tl.int64) * table_stride
-        keys_at = cache + kv_head * D + column[None, :]
-        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        weight = tl.zeros([BLOCK_M], tl.float32)
-        value = tl.zeros([BLOCK_M, D], tl.float32)
-        for block in range(0, keys, BLOCK_N):
-            key = block + tl.arange(0, BLOCK_N)
-            # Entries behind the last key are not the row's: the last key stands in for them, and no pair sees it there.
-            slot = tl.load(slots_at + tl.minimum(key, keys - 1)).to(tl.int64)
-            at = keys_at + slot[:, None] * cache_stride
-            k = tl.load(at)
-            v = tl.load(at + KV_HEADS * D)
-            scores = tl.dot(query, tl.trans(k), input_precision="ieee")
-            if block + BLOCK_N > all_seen:
-                scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-            highest = tl.maximum(best, tl.max(scores, 1) * scale)
-            share = tl.exp2(scores * scale - highest[:, None])
-            shrink = tl.exp2(best - highest)
-            weight = weight * shrink + tl.sum(share, 1)
-            value = tl.dot(share.to(v.dtype), v, value * shrink[:, None], input_precision="ieee")
-            best = highest
+        line, _, weight, value = attend(
+            q,
+            cache,
+            table + tl.load(rows + index).to(tl.int64) * table_stride,
+            tl.load(first + index),
+            start,
+            count,
+            begin,
+            kv_head,
+            0,
+            last_key(start, count, begin, GROUP, BLOCK_M),
+            q_stride,
+            cache_stride,
+            scale,
+            float("-inf"),
+            KV_HEADS,
+            GROUP,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+        )
         value = value / weight[:, None]
-        out_at = out + (line[:, None] * KV_HEADS * GROUP + head[:, None]) * D + column[None, :]
-        tl.store(out_at, value.to(out.dtype.element_ty), mask=(pair < count * GROUP)[:, None])
+        ours = begin + tl.arange(0, BLOCK_M) < count * GROUP
+        out_at = out + line[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(out_at, value.to(out.dtype.element_ty), mask=ours[:, None])
 
 
 def prefill_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 from lightllmd.config.parameters import Config, Params
 
@@ -23,11 +23,15 @@ DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
 PREFILL_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
 FEW_ROWS = 4  # up to so many rows products have a kernel for each number
 NAMED_ROWS = 64  # the most rows that such a padded prefill has
-MIXED_STEP = 32  # decode rows are padded to multiples of it beside a block of a prompt, which costs much more
+MIXED_STEP = 32  # rows that go on are padded to multiples of it beside a block of a prompt, which costs much more
 SCORED_ROWS = 128  # prompt tokens whose logits exist at a time, at least
 MOST_SEGMENTS = 64  # parts that decode attention cuts a row into
-# Programs of one decode attention that cuts rows into parts: two for each multiprocessor.
-MOST_PROGRAMS = 2 * 132
+MULTIPROCESSORS = 132
+# Programs of one decode attention that cuts rows into parts.
+MOST_PROGRAMS = 2 * MULTIPROCESSORS
+# Parts of all (token, query head) pairs together in a prefill attention that cuts the keys of its tiles into segments:
+# a multiprocessor each, for 128 pairs.
+SPLIT_LINES = MULTIPROCESSORS * 128
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -59,13 +63,20 @@ def prefill_sizes(batch_max_tokens: int) -> list[int]:
     return [size for size in PREFILL_SIZES if size <= batch_max_tokens]
 
 
-def mixed_sizes(params: Params) -> list[int]:
-    """The row counts that decode rows beside a block of a prompt are padded to, and such steps captured at; none where
-    there are no blocks, or where one is so large that launches cost less than it computes."""
-    most = params.running_max_req_size
-    if not params.splitfuse_mode or params.splitfuse_block_size > PREFILL_SIZES[-1]:
+def block_beside(block: int, rows: int) -> int:
+    """The prompt tokens that a step feeds beside `rows` rows that go on. A block has room for those, in steps, as long
+    as half of it is left: products of a few rows more than a block are much slower."""
+    return max(block - block // 2, block - MIXED_STEP * -(-rows // MIXED_STEP))
+
+
+def mixed_shapes(params: Params) -> list[tuple[int, int]]:
+    """What rows that go on, and prompt tokens beside them, are padded to, and such steps captured at, by ascending
+    rows; none where there are no blocks, or where one is so large that launches cost less than it computes."""
+    block, most = params.splitfuse_block_size, params.running_max_req_size
+    if not params.splitfuse_mode or block > PREFILL_SIZES[-1]:
         return []
-    return [size for size in batch_sizes(most) if size % MIXED_STEP == 0 or size == most]
+    sizes = [size for size in batch_sizes(most) if size % MIXED_STEP == 0 or size == most]
+    return [(size, block_beside(block, fewer + 1)) for fewer, size in pairwise([0, *sizes])]
 
 
 def scored_rows(running: int) -> int:

@@ -6,7 +6,15 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 from __future__ import annotations
 
 from lightllmd.config.amount import count, size
-from lightllmd.config.bounds import SPARE_WIDTH, decode_parts, graph_sizes, mixed_sizes, prefill_sizes, scored_rows
+from lightllmd.config.bounds import (
+    SPARE_WIDTH,
+    SPLIT_LINES,
+    decode_parts,
+    graph_sizes,
+    mixed_shapes,
+    prefill_sizes,
+    scored_rows,
+)
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import SPARE_ROW, BudgetRow, ModelFacts
 from lightllmd.config.shape import Shape
@@ -34,6 +42,7 @@ def rows(
         BudgetRow("weights", model.weight_elements * item, f"{count(model.weight_elements)} parameters in {data_type}"),
         _activations(shape, item, batch_max_tokens, running),
         _decode_workspace(shape, running),
+        *_split_workspace(config, shape),
         _logits(shape, item, running),
         _sampling(shape, running),
         _tables(shape, running, width, batch_max_tokens),
@@ -70,6 +79,14 @@ def _decode_workspace(shape: Shape, running: int) -> BudgetRow:
     return BudgetRow("decode workspace", parts * each, f"{parts} segments of rows x {size(each)}")
 
 
+def _split_workspace(config: Config, shape: Shape) -> list[BudgetRow]:
+    """Partial results of prefill attention beside rows that go on, fp32 ``[lines, head_dim + 1]``."""
+    if not mixed_shapes(config.params):
+        return []
+    each = (shape.head_dim + 1) * 4
+    return [BudgetRow("prefill workspace", SPLIT_LINES * each, f"{SPLIT_LINES} parts of heads x {size(each)}")]
+
+
 def _logits(shape: Shape, item: int, running: int) -> BudgetRow:
     chunk, each = scored_rows(running), 4 + item + RANKING_BYTES
     return BudgetRow("logits", chunk * shape.vocab * each, f"{chunk} rows at a time x {shape.vocab} x {each} B")
@@ -94,11 +111,12 @@ def _graphs(config: Config, shape: Shape, item: int, batch_max_tokens: int) -> B
     decode = graph_sizes(config)
     if not decode:
         return BudgetRow("graphs", 0, "none: cuda_graphs = false")
-    block = min(config.params.splitfuse_block_size, batch_max_tokens)
-    mixed = [block + size for size in mixed_sizes(config.params) if size in decode]
+    mixed = [ahead + behind for ahead, behind in mixed_shapes(config.params) if ahead in decode]
     tokens = [*decode, *prefill_sizes(batch_max_tokens), *mixed]
     each, kept = shape.layers * GRAPH_BYTES_PER_LAYER, sum(tokens) * shape.hidden * item
     pool = max(tokens) * _token_bytes(shape, item) + _decode_workspace(shape, decode[-1]).bytes + kept
+    if mixed:
+        pool += sum(row.bytes for row in _split_workspace(config, shape))
     beside = f", {len(mixed)} of both" if mixed else ""
     how = f"{len(decode)} of decode steps, {len(tokens) - len(decode) - len(mixed)} of short prefills{beside}"
     return BudgetRow("graphs", len(tokens) * each + pool, f"{how} x {size(each)}; {size(pool)} for what they compute")

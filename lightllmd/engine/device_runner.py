@@ -25,7 +25,7 @@ from lightllmd.config.bounds import (
     FEW_ROWS,
     SPARE_WIDTH,
     graph_sizes,
-    mixed_sizes,
+    mixed_shapes,
     prefill_sizes,
     scored_rows,
 )
@@ -107,13 +107,12 @@ class DeviceRunner:
         self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device)
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
-        group, most = spec.heads // spec.kv_heads, plan.batch_max_tokens + self._rows
-        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, group, most)
+        most = plan.batch_max_tokens + self._rows
+        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, self.decoder.heads, most)
         if device.type == "cuda":  # without graphs too: the same launches, so the same bits
-            block = min(params.splitfuse_block_size, plan.batch_max_tokens)
-            self._shapes = Shapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_sizes(params), block)
+            self._shapes = Shapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_shapes(params))
         else:
-            self._shapes = Shapes(self._rows, [], [], 0)
+            self._shapes = Shapes(self._rows, [], [])
         self._graphs: StepGraphs | None = None
 
     def prepare(self, beat: Callable[[], None]) -> None:

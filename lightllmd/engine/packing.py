@@ -19,7 +19,8 @@ from lightllmd.engine.batch import DecodeRows, Row, Step
 from lightllmd.engine.shapes import Shape, places
 from lightllmd.engine.staging import Numbers, Upload, pinned
 from lightllmd.engine.table import rope_lengths
-from lightllmd.kernels.layout import PrefillTiles, TableBatch
+from lightllmd.kernels import split_prefill
+from lightllmd.kernels.layout import Heads, PrefillTiles, TableBatch
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
 from lightllmd.kernels.whole_prompts import spans
 from lightllmd.models.layers import Rope
@@ -40,17 +41,18 @@ class Packed:
 class Packer:
     """`table` ``[rows + 1, width]`` and `last` ``[rows + 1]`` are the runner's; their last row is padding's."""
 
-    def __init__(self, table: Tensor, last: Tensor, pad_slot: int, rope: Rope, group: int, tokens: int) -> None:
-        """`group`: query heads of a key/value head. `tokens`: the most that a step feeds."""
+    def __init__(self, table: Tensor, last: Tensor, pad_slot: int, rope: Rope, heads: Heads, tokens: int) -> None:
+        """`tokens`: the most that a step feeds."""
         device, (rows, width) = table.device, table.shape
         self._table, self._last = table, last
         self._pad_row, self._pad_slot = rows - 1, pad_slot
-        self._rope, self._group = rope, group
+        group = heads.query // heads.kv
+        self._rope, self._group, self._kv_heads = rope, group, heads.kv
         self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
         # Of a token: id, table row, position, slot, length, target and place before it; of a row: three of what is
-        # sampled, four of its tiles.
+        # sampled, four of its tiles; of a step: how many tiles it has.
         most = rows + NAMED_ROWS + 1
-        self._upload = Upload(7 * tokens + 7 * most + 2 * (tokens * group // 64 + most), device)
+        self._upload = Upload(7 * tokens + 7 * most + 2 * (tokens * group // 64 + most) + 1, device)
         self._newest = np.full(max(rows, FEW_ROWS), -1, np.int32)
         self._counting = torch.arange(tokens, dtype=torch.int32, device=device)
         # The angles of all positions or, where they depend on lengths too, of the step's tokens.
@@ -125,7 +127,10 @@ class Packer:
                 (rope_lengths(row) for row in longer),
                 1,
             )
-        pairs = pairs_per_tile(shape.behind, self._group)
+        pairs, segments = pairs_per_tile(shape.behind, self._group), 1
+        if shape.padded and shape.ahead and shape.behind:
+            segments = split_prefill.segments_for(shape.behind, self._group, self._kv_heads, self._table.shape[1])
+            pairs = pairs if segments == 1 else split_prefill.PAIRS
         whole = {} if shape.padded else spans(counts, starts, shape.ahead, self.longest_whole)
         if shape.behind:
             apart = {index + number for index, span in whole.items() for number in range(span.rows)}
@@ -143,8 +148,8 @@ class Packer:
         tokens = [next(sent) for _ in range(5 if self._rope.by_length else 4)]
         prefill = None
         if shape.behind:
-            flat, *of_rows = (next(sent) for _ in range(5))
-            prefill = PrefillTiles(flat.view(-1, 2), pairs, *of_rows, whole=list(whole.values()))
+            flat, *others = (next(sent) for _ in range(6))
+            prefill = PrefillTiles(flat.view(-1, 2), *others, pairs, segments, whole=list(whole.values()))
         return Packed(self._batch(tokens, shape.ahead, prefill), *sent)
 
     def _put_tiles(
@@ -160,7 +165,8 @@ class Packer:
         there = shape.rows_behind if shape.padded else len(rows)
         most = shape.behind * self._group // pairs + there if shape.padded else len(tiles)
         self._put([tiles.reshape(-1), np.tile(np.array([there - 1, 0]), most - len(tiles))])
-        firsts = shape.ahead + np.cumsum([0, *counts])[:-1]
+        self._put([[len(tiles)]])
+        firsts = np.cumsum([0, *counts])[:-1]
         missing = there - len(rows)
         self._put([[row.table_row for row in rows], [self._pad_row] * missing])
         for numbers in (firsts, counts, starts):

@@ -30,17 +30,17 @@ class Shape(NamedTuple):
 
 
 class Shapes:
-    def __init__(self, rows: int, prefill: list[int], mixed: list[int], block: int) -> None:
-        """`rows`: the most that a step has. `prefill`: tokens of short prefills. `mixed`: rows that go on beside at
-        most `block` tokens of prompts. Both are ascending, and empty where such steps are not padded."""
-        self._sizes, self._prefill, self._mixed, self._block = batch_sizes(rows), prefill, mixed, block
+    def __init__(self, rows: int, prefill: list[int], mixed: list[tuple[int, int]]) -> None:
+        """`rows`: the most that a step has. `prefill`: tokens of short prefills. `mixed`: rows that go on, and tokens
+        of prompts beside them. Both are ascending, and empty where such steps are not padded."""
+        self._sizes, self._prefill = batch_sizes(rows), prefill
+        self._mixed = [Shape(ahead, behind) for ahead, behind in mixed]
 
     def __iter__(self) -> Iterator[Shape]:
         """All padded ones, those with the most tokens first."""
         decode = [Shape(size, 0) for size in self._sizes]
         prefill = [Shape(0, size) for size in self._prefill]
-        mixed = [Shape(size, self._block) for size in self._mixed]
-        return iter(sorted(decode + prefill + mixed, key=lambda shape: -shape.tokens))
+        return iter(sorted(decode + prefill + self._mixed, key=lambda shape: -shape.tokens))
 
     def rows(self, count: int) -> int:
         """The batch size that so many rows are padded to."""
@@ -55,8 +55,10 @@ class Shapes:
         if not ahead and len(fed) <= NAMED_ROWS and (size := _least(self._prefill, sum(fed))):
             return Shape(0, size)
         longer = ahead + len(fed) - single
-        if behind <= self._block and longer <= NAMED_ROWS and (size := _least(self._mixed, single)):
-            return Shape(size, self._block)
+        if longer <= NAMED_ROWS:
+            index = bisect_left(self._mixed, (single,))
+            if index < len(self._mixed) and behind <= self._mixed[index].behind:
+                return self._mixed[index]
         return Shape(single, behind, padded=False)
 
 

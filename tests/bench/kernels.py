@@ -1,6 +1,6 @@
 """What each kernel reaches on one GPU: GB/s or TFLOP/s, each result checked against torch before it is timed.
 
-``python tests/bench/kernels.py [--only attention,dense,small,sampling] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8]``
+``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8]``
 
 One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
 products (for `kernels/tiles.py`) and of decode attention.
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from cases.timing import Report
 
-SECTIONS = ("small", "sampling", "attention", "dense")
+SECTIONS = ("small", "sampling", "attention", "split", "dense")
 
 
 def main() -> None:
@@ -49,6 +49,11 @@ def main() -> None:
             from cases import attention
 
             attention.measure(arguments.shape, arguments.sweep, report)
+    if "split" in wanted:
+        with report.case("split"):
+            from cases import split
+
+            split.measure(arguments.shape, report)
     if "dense" in wanted:
         with report.case("dense"):
             from cases import dense

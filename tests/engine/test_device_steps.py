@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from lightllmd.engine.device_runner import DeviceRunner
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.engine.shapes import Shape, Shapes, places
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels import fused, split_prefill
 from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, write_model
 
 pytest.importorskip("triton")
@@ -26,7 +28,7 @@ pytest.importorskip("triton")
 # numpy, which interprets, tells of each infinity that is dealt with later.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 VOCAB, ROWS = 128, 16
-PADDED = {"prefill": [16, 32], "mixed": [8, ROWS], "block": 16}
+PADDED = {"prefill": [16, 32], "mixed": [(8, 16), (ROWS, 16)]}
 
 
 def nothing() -> None:
@@ -195,6 +197,33 @@ def test_steps_that_overlap_make_the_same_to_the_bit(model: Path, padded: list[S
     assert overlapped(pad(load_on_device(model))) == padded
 
 
+def test_a_block_whose_keys_are_split_makes_what_a_cpu_makes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of prompts, one behind a long past, beside rows that go on, in the place of a padded step."""
+    monkeypatch.setattr(split_prefill, "FEWEST_KEYS", 32)
+    launched: list[int] = []
+    split = fused.split_prefill
+
+    def noted(*arguments: Any, segments: int, **more: Any) -> None:
+        launched.append(segments)
+        split(*arguments, segments=segments, **more)
+
+    monkeypatch.setattr(fused, "split_prefill", noted)
+    draw = random.Random(8)
+    a, b, c = (draw.choices(range(VOCAB), k=length) for length in (84, 9, 5))
+    results = []
+    for runner in (pad(load_on_device(model)), load(model, slots=255)):
+        driver = Driver(runner, scattered=True)
+        first = driver.step(driver.row(0, a[:71], sample=False, prompt_length=84), driver.row(1, b))
+        beside = [driver.row(0, a[71:], prompt_length=84), driver.row(2, c[:2], sample=False, prompt_length=5)]
+        mixed = driver.step(*beside)
+        mixed.decode = DecodeRows([1], [len(b)], [driver.row(1, [0]).slots[0]], [1])
+        last = driver.step(driver.row(2, c[2:], prompt_length=5))
+        results.append([runner.run(step, nothing) for step in (first, mixed, last)])
+    alike(*results)
+    assert len(set(launched)) == 1
+    assert launched[0] > 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -260,7 +289,7 @@ def test_more_rows_than_a_padded_prefill_has_each_feed_their_own_token(model: Pa
     """As beams do: all behind one past, whose slots they share."""
     count = NAMED_ROWS + 6
     runner, reference = (make(model, running_max_req_size=count + 1) for make in (load_on_device, load))
-    runner._shapes = Shapes(count + 1, [16, 64], [count + 1], 16)
+    runner._shapes = Shapes(count + 1, [16, 64], [(count + 1, 16)])
     ids = random.Random(2).choices(range(VOCAB), k=40)
     for one in (runner, reference):
         driver = Driver(one)
@@ -299,7 +328,8 @@ def test_every_step_fits_its_shape_and_each_token_has_a_place(
     if not rows and not going_on:
         return
     step = Step(1, "mixed", DecodeRows(*([0] * going_on for _ in range(4))), rows, [])
-    shapes = Shapes(130, [16, 64] if padded else [], [32, 64, 130] if padded else [], block)
+    mixed = [(32, 2 * block), (64, block + block // 2), (130, block)]
+    shapes = Shapes(130, [16, 64] if padded else [], mixed if padded else [])
     shape = shapes.of(step)
     single = sum(len(row.tokens) == 1 for row in rows)
     firsts = places(step, shape)
@@ -316,7 +346,7 @@ def test_every_step_fits_its_shape_and_each_token_has_a_place(
 
 
 def test_a_step_of_single_tokens_has_the_shape_of_a_decode_step_whoever_named_them() -> None:
-    shapes = Shapes(130, [16, 64], [32, 130], 64)
+    shapes = Shapes(130, [16, 64], [(32, 64), (130, 64)])
     rows = [Row(0, 0, 0, 90, [1], [1], True, 3, None) for _ in range(70)]
     beside = DecodeRows(*([0] * 20 for _ in range(4)))
     assert shapes.of(Step(1, "mixed", beside, rows, [])) == Shape(96, 0)

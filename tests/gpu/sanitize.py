@@ -23,12 +23,14 @@ from torch import Tensor
 from lightllmd.engine.batch import SamplingRow
 from lightllmd.engine.device_sampler import DeviceSampler
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels import split_prefill
 from lightllmd.kernels.activation import gated
-from lightllmd.kernels.decode_attention import decode_attention, workspace_size
+from lightllmd.kernels.decode_attention import decode_attention
 from lightllmd.kernels.embed import enter, gather_rows
 from lightllmd.kernels.norm import add_rms_norm, rms_norm
 from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
 from lightllmd.kernels.rope_kv import rope_kv
+from lightllmd.kernels.segments import workspace_size
 from lightllmd.kernels.skinny import linear
 from lightllmd.kernels.tiles import Tile
 
@@ -131,9 +133,19 @@ def prefill(dtype: torch.dtype, dim: int) -> None:
         q = normal(tokens, heads + 2 * kv_heads, dim, dtype=dtype)[:, :heads]
         out = nothing_yet(tokens, heads, dim, dtype=dtype)
         firsts = [0, *itertools.accumulate(counts)][:-1]
-        rows = (numbers(values) for values in ([*range(len(counts))], firsts, counts, starts))
-        prefill_attention(q, cache, table, tiles, *rows, dim**-0.5, out, pairs=pairs)
+        where = [numbers([*range(len(counts))]), *(numbers(values) for values in (firsts, counts, starts))]
+        prefill_attention(q, cache, table, tiles, *where, dim**-0.5, out, pairs=pairs)
         check(out)
+        tiles = torch.from_numpy(tiles_for(counts, starts, group, split_prefill.PAIRS))
+        tiles, number = torch.cat([tiles, torch.zeros(3, 2, dtype=torch.int32)]).to(DEVICE), numbers([len(tiles)])
+        for segments in (2, 8):
+            out = nothing_yet(tokens, heads, dim, dtype=dtype)
+            partial = nothing_yet(workspace_size(tokens, heads, dim, segments), dtype=torch.float32)
+            arrived = numbers([0] * len(tiles) * split_prefill.PAIRS * kv_heads)
+            rest = (tiles, number, *where, dim**-0.5, out, partial, arrived)
+            split_prefill.split_prefill(q, cache, table, *rest, segments=segments)
+            check(out)
+            assert not arrived.cpu().any()
 
 
 def products(dtype: torch.dtype) -> None:

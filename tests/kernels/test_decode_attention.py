@@ -15,8 +15,8 @@ from lightllmd.kernels.decode_attention import (
     decode_attention,
     decode_tiles,
     segments_for,
-    workspace_size,
 )
+from lightllmd.kernels.segments import workspace_size
 
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -100,12 +100,14 @@ def at_another_offset() -> None:
         sampling(False, True, offset=offset)
         decode_attention(BF16, 128, 16, offset=offset)
         prefill_attention(BF16, 128, 8192, offset=offset)
+        split_prefill(BF16, 128, 2, offset=offset)
 
 
 def decode_attention(
     dtype: torch.dtype, dim: int, segments: int, merged_at_once: bool = False, offset: int = 0
 ) -> None:
-    from lightllmd.kernels.decode_attention import decode_attention, workspace_size
+    from lightllmd.kernels.decode_attention import decode_attention
+    from lightllmd.kernels.segments import workspace_size
 
     q, cache, table, index = attended(dtype, dim, offset)
     out, partial = torch.empty(4, 32, dim, dtype=dtype), torch.empty(workspace_size(4, 32, dim, segments))
@@ -121,6 +123,17 @@ def prefill_attention(dtype: torch.dtype, dim: int, tokens: int, offset: int = 0
     q, cache, table, index = attended(dtype, dim, offset)
     tiles, out = numbers(offset).view(2, 2), torch.empty(4, 32, dim, dtype=dtype)
     prefill_attention(q, cache, table, tiles, index, index, index, index, 0.1, out, pairs=pairs_per_tile(tokens, 4))
+
+
+def split_prefill(dtype: torch.dtype, dim: int, segments: int, offset: int = 0) -> None:
+    from lightllmd.kernels.segments import workspace_size
+    from lightllmd.kernels.split_prefill import split_prefill
+
+    q, cache, table, index = attended(dtype, dim, offset)
+    tiles, out = numbers(offset).view(2, 2), torch.empty(4, 32, dim, dtype=dtype)
+    partial, arrived = torch.empty(workspace_size(4, 32, dim, segments)), torch.zeros(1024, dtype=torch.int32)
+    rows = (tiles, index, index, index, index, index)
+    split_prefill(q, cache, table, *rows, 0.1, out, partial, arrived, segments=segments)
 
 
 def attended(dtype: torch.dtype, dim: int, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,6 +178,11 @@ CASES: dict[str, Callable[[], None]] = {
     "prefill attention fp16": partial(prefill_attention, FP16, 128, 8192),
     "prefill attention fp32": partial(prefill_attention, FP32, 128, 8192),
     "prefill attention fp32, small heads": partial(prefill_attention, FP32, 64, 8192),
+    "split prefill attention bf16": partial(split_prefill, BF16, 128, 2),
+    "split prefill attention bf16, eight segments": partial(split_prefill, BF16, 128, 8),
+    "split prefill attention bf16, small heads": partial(split_prefill, BF16, 64, 4),
+    "split prefill attention bf16, large heads": partial(split_prefill, BF16, 256, 2),
+    "split prefill attention fp32": partial(split_prefill, FP32, 128, 2),
     OFFSET: at_another_offset,
 }
 
@@ -196,8 +214,9 @@ def test_attention_reads_two_tiles_ahead(compiled: list[dict[str, Any]]) -> None
     kernels = {(kernel["case"], kernel["kernel"]): kernel for kernel in compiled}
     assert kernels["decode attention bf16", "_decode"]["shared"] >= 2 * 2 * 32 * 128 * 2
     assert kernels["prefill attention bf16", "_prefill"]["shared"] >= 3 * 2 * 128 * 128 * 2
+    assert kernels["split prefill attention bf16", "_split_prefill"]["shared"] >= 3 * 2 * 128 * 128 * 2
 
 
 def test_prefill_attention_multiplies_by_warp_groups(compiled: list[dict[str, Any]]) -> None:
-    kernels = [kernel for kernel in compiled if kernel["case"].startswith("prefill attention bf16")]
+    kernels = [kernel for kernel in compiled if " prefill attention bf16" in f" {kernel['case']}"]
     assert all(kernel["wgmma"] for kernel in kernels)

@@ -6,13 +6,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from kv_rows import KvRows, int32
-from lightllmd.kernels import reference
+from lightllmd.kernels import reference, split_prefill
 from lightllmd.kernels.prefill_attention import TileShape, pairs_per_tile, prefill_attention, tile_shape, tiles_for
+from lightllmd.kernels.segments import workspace_size
 
+# numpy, which interprets, tells of the logarithm of no weight.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -28,8 +32,9 @@ def check(
     before: int = 0,
     shape: TileShape | None = None,
     kv_heads: int = 2,
-) -> None:
-    """`before` tokens of other rows are packed before those of these."""
+    segments: int = 1,
+) -> Tensor:
+    """`before` tokens of other rows are packed before those of these. Returns what it has found right."""
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     rows = KvRows.of(lengths, kv_heads, dim, dtype, device)
     heads, total = kv_heads * group, before + sum(counts)
@@ -38,16 +43,40 @@ def check(
     out = torch.full((total, heads, dim), float("nan"), dtype=dtype, device=device)
     ends = [before + sum(counts[: index + 1]) for index in range(len(counts))]
     first = [before, *ends[:-1]]
-    pairs = pairs_per_tile(sum(counts), group)
+    pairs = pairs_per_tile(sum(counts), group) if segments == 1 else split_prefill.PAIRS
     tiles = torch.from_numpy(tiles_for(counts, starts, group, pairs))
     if shuffled:
         tiles = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(2))]
     where = [int32(numbers, device) for numbers in (rows.table_rows, first, counts, starts)]
-    prefill_attention(q, rows.cache, rows.table, tiles.to(device), *where, SCALE, out, pairs=pairs, shape=shape)
+    tiles = tiles.to(device)
+    if segments == 1:
+        prefill_attention(q, rows.cache, rows.table, tiles, *where, SCALE, out, pairs=pairs, shape=shape)
+    else:
+        split(q, rows, tiles, where, out, segments, shape)
     assert out[:before].isnan().all()
     for (begin, end), slots in zip(pairwise([before, *ends]), rows.slots, strict=True):
         truth = reference.attention(q[begin:end], rows.cache, slots, SCALE)
         torch.testing.assert_close(out[begin:end], truth, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    return out
+
+
+def split(
+    q: Tensor,
+    rows: KvRows,
+    tiles: Tensor,
+    where: list[Tensor],
+    out: Tensor,
+    segments: int,
+    shape: TileShape | None,
+) -> None:
+    """Behind the tiles come some that are not counted, of a row that is not there."""
+    (tokens, heads, dim), device = q.shape, str(q.device)
+    number, padding = int32([len(tiles)], device), torch.full((3, 2), 1 << 20, dtype=torch.int32, device=device)
+    partial = torch.full((workspace_size(tokens, heads, dim, segments),), float("nan"), device=device)
+    arrived = torch.zeros(len(tiles) * split_prefill.PAIRS // 16 * heads, dtype=torch.int32, device=device)
+    rest = (torch.cat([tiles, padding]), number, *where, SCALE, out, partial, arrived)
+    split_prefill.split_prefill(q, rows.cache, rows.table, *rest, segments=segments, shape=shape)
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -87,6 +116,39 @@ def test_large_steps_use_large_tiles(dtypes: torch.dtype, device: str) -> None:
 def test_shapes_of_every_size_give_the_same(block_m: int, block_n: int, dtypes: torch.dtype, device: str) -> None:
     shape = tile_shape(dtypes, 64, 64)._replace(block_m=block_m, block_n=block_n)
     check([40, 3], [0, 90], 3, 64, dtypes, device, shape=shape)
+
+
+SMALL = TileShape(32, 32, 4, 3)
+
+
+@pytest.mark.parametrize("segments", [2, 4, 8])
+@pytest.mark.parametrize("start", [0, 1, 30, 31, 64, 127, 250])
+def test_segments_of_keys_merge_to_the_whole(segments: int, start: int, dtypes: torch.dtype, device: str) -> None:
+    """Some segments are empty, and of some a part of the tile sees nothing."""
+    check([33], [start], 2, 32, dtypes, device, kv_heads=1, segments=segments, shape=SMALL)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_segments_of_every_group_and_head_dim(group: int, dim: int, dtypes: torch.dtype, device: str) -> None:
+    check([20, 3], [150, 12], group, dim, dtypes, device, segments=2)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_programs_of_split_tiles_go_on_until_all_rows_are_done(
+    shuffled: bool, dtypes: torch.dtype, device: str
+) -> None:
+    counts, starts = [2, 1, 60, 3, 2, 5, 2], [3, 90, 5, 64, 200, 0, 130]
+    check(counts, starts, 3, 16, dtypes, device, shuffled, before=4, segments=4)
+
+
+def test_how_many_segments_there_are_changes_nothing_but_rounding(device: str) -> None:
+    def attended(segments: int) -> Tensor:
+        return check([40], [300], 2, 64, torch.float32, device, kv_heads=1, segments=segments, shape=SMALL)
+
+    whole = attended(1)
+    for segments in (2, 4, 8):
+        torch.testing.assert_close(attended(segments), whole, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 16])

@@ -16,9 +16,9 @@ from lightllmd.kernels.decode_attention import (
     decode_attention,
     decode_tiles,
     segments_for,
-    workspace_size,
 )
 from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
+from lightllmd.kernels.segments import workspace_size
 
 DECODE = ((1, 576), (8, 576), (32, 576), (128, 576), (256, 576), (1, 4096), (16, 4096), (64, 4096))  # rows, context
 PREFILL = (512, 2048, 8192)

@@ -131,12 +131,18 @@ def test_blocks_beside_decode_rows_have_graphs_only_where_there_are_some_and_the
     without = row(planned(LLAMA_8B, flags | {"splitfuse_mode": False}), "graphs")
     token = (4096 + 4096 + 48 * 128 + 32 * 128 + 28672 + 14336) * 2 + 128 * 4
     each = 32 * gpu_budget.GRAPH_BYTES_PER_LAYER
-    sizes = [256 + rows for rows in (32, 64, 96, 100)]
-    assert row(planned(LLAMA_8B, flags), "graphs") == without + 4 * each + sum(sizes) * 4096 * 2
-    large = flags | {"splitfuse_block_size": 1000}
-    wider = sum(sizes) + 4 * (1000 - 256)
-    grown = 4 * each + wider * 4096 * 2 + (1100 - max(bounds.PREFILL_SIZES)) * token
+    sizes, split = [256, 256, 256, 228], row(planned(LLAMA_8B, flags), "prefill workspace")
+    assert split == 132 * 128 * 129 * 4
+    assert row(planned(LLAMA_8B, flags), "graphs") == without + 4 * each + sum(sizes) * 4096 * 2 + split
+    large = flags | {"splitfuse_block_size": 1024}
+    grown = 4 * each + (3 * 1024 + 996) * 4096 * 2 + split
     assert row(planned(LLAMA_8B, large), "graphs") == without + grown
+    odd = flags | {"splitfuse_block_size": 40, "running_max_req_size": 1100}
+    wider = row(planned(LLAMA_8B, odd), "graphs") - row(planned(LLAMA_8B, odd | {"splitfuse_mode": False}), "graphs")
+    shapes = [tokens + beside for tokens, beside in bounds.mixed_shapes(planned(LLAMA_8B, odd).config.params)]
+    assert shapes[-1] == 1100 + 20
+    kept = len(shapes) * each + sum(shapes) * 4096 * 2 + split
+    assert wider == kept + (1120 - 1100) * token
     assert row(planned(LLAMA_8B, flags | {"splitfuse_block_size": 2000}), "graphs") == without
     fewer = planned(LLAMA_8B, flags | {"engine.graph_max_rows": 64})
     assert 0 < row(fewer, "graphs") < row(planned(LLAMA_8B, flags), "graphs")
@@ -178,3 +184,17 @@ def test_the_decode_workspace_holds_every_split_within_the_bounds(
 ) -> None:
     if rows <= most and rows * kv_heads * segments <= max(bounds.MOST_PROGRAMS, rows * kv_heads):
         assert rows * segments <= bounds.decode_parts(most, kv_heads)
+
+
+@pytest.mark.parametrize("block", [1, 16, 31, 100, 256, 1000])
+@pytest.mark.parametrize("most", [1, 20, 32, 100, 1000])
+def test_every_block_that_is_fed_beside_rows_fits_a_padded_shape(block: int, most: int) -> None:
+    params = planned(
+        LLAMA_8B, {"running_max_req_size": most, "splitfuse_mode": True, "splitfuse_block_size": block}
+    ).config.params
+    shapes = bounds.mixed_shapes(params)
+    for rows in range(1, most + 1):
+        ahead, behind = next(shape for shape in shapes if shape[0] >= rows)
+        assert block // 2 <= bounds.block_beside(block, rows) <= behind <= block
+        if ahead <= min(block // 2, 256) and ahead % bounds.MIXED_STEP == 0:
+            assert ahead + behind == block
