@@ -59,7 +59,7 @@ PAIRS: tuple[Pair, ...] = (
     Pair(
         "beam_mode",
         "router_token_ratio",
-        reason="the beams of a request can't be paused one by one, so all their tokens have to be reserved",
+        note="the beams of a request are paused together, and their search begins anew",
     ),
     Pair(
         "use_dynamic_prompt_cache",

@@ -231,7 +231,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             doc="Below this share of used KV slots a request is admitted on the guess that it generates no more than "
             "router_max_new_token_len tokens; from it on, and always at 0, its whole max_new_tokens are reserved. "
             "When a guess was wrong the newest request is paused; to go on later it is computed again up to where it "
-            "was, less what use_dynamic_prompt_cache still has of it. Not with beam_mode.",
+            "was, less what use_dynamic_prompt_cache still has of it; a beam search begins anew.",
             group=SCHEDULING,
             minimum=0,
             maximum=1,
@@ -296,7 +296,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             doc="best_of = n > 1 means beam search: the n best continuations that keeping n at every token finds, "
             "best first, by log-probability / length ** length_penalty; do_sample, top_p and top_k mean nothing then. "
             "The beams share the KV cache of what they have in common, and a step of theirs waits for the one before "
-            "it. best_of = 1 is as without it. Not with diverse_mode, token_healing_mode or router_token_ratio.",
+            "it. best_of = 1 is as without it. Not with diverse_mode or token_healing_mode.",
             group=MODES,
         ),
     ] = False
