@@ -86,12 +86,6 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
         "diverse_mode",
         "exclude each other",
     ),
-    "beam-with-ratio": (
-        MODEL + "beam_mode = true\nrouter_token_ratio = 0.5\n",
-        3,
-        "router_token_ratio",
-        "beam_mode and router_token_ratio > 0 exclude each other: the beams",
-    ),
     "auth-without-gateway": (MODEL + "enable_monitor_auth = true\n", 2, "enable_monitor_auth", "metric_gateway"),
     "grouping-key-form": (MODEL + 'grouping_key = ["a"]\n', 2, "grouping_key", "key=value"),
     "grouping-key-table": (MODEL + "grouping_key = {a = 1}\n", 2, "grouping_key", "1 is an integer"),
