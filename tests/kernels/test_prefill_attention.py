@@ -122,14 +122,13 @@ SMALL = TileShape(32, 32, 4, 3)
 
 
 @pytest.mark.parametrize("segments", [2, 4, 8])
-@pytest.mark.parametrize("start", [0, 1, 30, 31, 64, 127, 250])
+@pytest.mark.parametrize("start", [0, 30, 31, 64, 250])
 def test_segments_of_keys_merge_to_the_whole(segments: int, start: int, dtypes: torch.dtype, device: str) -> None:
     """Some segments are empty, and of some a part of the tile sees nothing."""
     check([33], [start], 2, 32, dtypes, device, kv_heads=1, segments=segments, shape=SMALL)
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 7])
-@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 16), (4, 128), (7, 32), (2, 256)])
 def test_segments_of_every_group_and_head_dim(group: int, dim: int, dtypes: torch.dtype, device: str) -> None:
     check([20, 3], [150, 12], group, dim, dtypes, device, segments=2)
 
