@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightllmd.engine.batch import Alternatives, SamplingRow
-from lightllmd.kernels.philox import uniform
+from lightllmd.kernels.philox import gumbel
 
 LOGIT_MOST = 1e30  # a larger one would leave fp32, and infinite logits have no probabilities
 EOS_MASKED = -1e6
@@ -129,12 +129,13 @@ class Sampler:
         tokens = logits.argmax(-1)
         drawn = (table[:, GREEDY] == 0).nonzero()[:, 0]
         if len(drawn):
-            seeds = self._seeds[rows][drawn]
-            u = uniform(seeds[:, 0], seeds[:, 1], torch.tensor(positions)[drawn]).to(self.device)
+            noise = [
+                gumbel(*self._seeds[rows[index]].tolist(), positions[index], self.vocab) for index in drawn.tolist()
+            ]
             at = drawn.to(self.device)
-            probabilities = (logits[at] - total[at]).exp()
             limits = table[drawn].to(self.device)
-            tokens[at] = draw(probabilities, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], u)
+            logprobs, noises = logits[at] - total[at], torch.stack(noise).to(self.device)
+            tokens[at] = draw(logprobs, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], noises)
         chosen = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
         return tokens, chosen, _alternatives(logits, total, table[:, ALTERNATIVES].int().tolist())
 
@@ -179,24 +180,22 @@ class Sampler:
         logits[index, self._eos] = grown.masked_fill(masked[at].to(self.device)[:, None], EOS_MASKED)
 
 
-def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
-    """Inverse transform sampling: one token of each row of ``probabilities [B, V]`` at ``u [B]`` in (0, 1).
+def draw(logprobs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor) -> Tensor:
+    """One token of each row of ``logprobs [B, V]``: the highest sum with its Gumbel ``noise [B, V]``, which is a draw
+    from the softmax (Gumbel 1954, "Gumbel-max trick"). Rounding changes it only where two sums are as good as equal, so
+    a sequence that is replayed goes on as it would have.
 
     Tokens are ranked by probability, equal ones by id; those whose preceding mass exceeds top_p go, those at rank
-    top_k and beyond, and those of less than min_p times the highest probability (Nguyen et al. 2024). A row without
-    a limit is read in order of ids, without a sort.
+    top_k and beyond, and those of less than min_p times the highest probability (Nguyen et al. 2024).
     """
-    vocab = probabilities.shape[1]
+    vocab = logprobs.shape[1]
     limited = (top_p < 1) | (top_k < vocab) | (min_p > 0)
-    tokens = torch.empty(len(u), dtype=torch.int64, device=probabilities.device)
-    free = (~limited).nonzero()[:, 0]
-    if len(free):
-        tokens[free] = _invert(probabilities[free].double(), u[free])
+    tokens = (logprobs + noise).argmax(-1)
     left = limited.nonzero()[:, 0]
     for width in (min(CANDIDATES, vocab), vocab):
         if not len(left):
             break
-        values, ids = _ranked(probabilities[left], width)
+        values, ids = _ranked(logprobs[left].exp(), width)
         before = values.double().cumsum(-1) - values.double()
         rank = torch.arange(width, device=values.device)
         kept = (before <= top_p[left, None]) & (rank < top_k[left, None])
@@ -204,8 +203,8 @@ def draw(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, u: 
         # Equal values at the end of a partial ranking may go on behind it, with lower ids: not yet decided.
         sure = ~kept[:, -1] & ((values > values[:, -1:]) | ~kept).all(-1) if width < vocab else kept[:, 0]
         done = sure.nonzero()[:, 0]
-        at = _invert((values[done] * kept[done]).double(), u[left[done]])
-        tokens[left[done]] = ids[done].gather(-1, at[:, None])[:, 0]
+        sums = (logprobs[left[done]] + noise[left[done]]).gather(-1, ids[done]).masked_fill(~kept[done], float("-inf"))
+        tokens[left[done]] = ids[done].gather(-1, sums.argmax(-1, keepdim=True))[:, 0]
         left = left[~sure]
     return tokens
 
@@ -217,13 +216,6 @@ def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
     ids = probabilities.topk(width, -1, sorted=False).indices.sort(-1).values
     values, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
-
-
-def _invert(mass: Tensor, u: Tensor) -> Tensor:
-    """The first index whose cumulative mass exceeds u times the whole; never one without mass."""
-    cumulative = mass.cumsum(-1)
-    target = u[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=mass.shape[1] - 1)
 
 
 def _alternatives(logits: Tensor, total: Tensor, wanted: list[int]) -> list[Alternatives | None]:

@@ -59,7 +59,7 @@ def test_prompt_and_text_are_the_text_of_all_ids(healer: LLM) -> None:
         )
         for prompt, output in zip(prompts, outputs, strict=True):
             ids = tokenizer.encode(prompt)
-            kept, taken = roll_back(ids, tokenizer)
+            kept, taken = roll_back(ids, tokenizer, most=min(2, length - 1))
             assert output.prompt_token_ids == kept
             assert output.prompt_tokens == len(ids)
             for branch in output.branches:

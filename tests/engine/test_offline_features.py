@@ -86,13 +86,15 @@ def test_a_prompt_is_healed_unless_it_is_token_ids_or_scored() -> None:
         (given,) = llm.generate(prompt_token_ids=[list(b"hello wor")], max_new_tokens=6)
         (scored,) = llm.generate("hello wor", max_new_tokens=6, prompt_logprobs=0)
         (silent,) = llm.generate("hello wor", max_new_tokens=6, detokenize=False)
-        (short,) = llm.generate("hello wor", max_new_tokens=1)
+        (short,) = llm.generate("hello wor", max_new_tokens=2)
+        (single,) = llm.generate("hello wor", max_new_tokens=1)
     assert (bytes(healed.prompt_token_ids), healed.prompt_tokens) == (b"hello w", 9)
     assert bytes(healed.token_ids[:2]) == b"or"
     assert healed.text == bytes(healed.token_ids[2:]).decode()
     assert silent.token_ids == healed.token_ids
-    assert (short.text, bytes(short.token_ids)) == ("", b"o")
-    for whole in (given, scored):
+    # No more is taken back than leaves a token to be shown.
+    assert (bytes(short.prompt_token_ids), bytes(short.token_ids[:1]), len(short.text or "")) == (b"hello wo", b"r", 1)
+    for whole in (given, scored, single):
         assert (bytes(whole.prompt_token_ids), whole.prompt_tokens) == (b"hello wor", 9)
         assert whole.text == bytes(whole.token_ids).decode()
 
