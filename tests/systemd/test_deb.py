@@ -20,7 +20,7 @@ from debian_package import build, pack_wheels
 from systemd_machine import Load, Machine, Service, why_not
 
 WHEELHOUSE = os.environ.get("LIGHTLLMD_WHEELHOUSE", "")
-OF_MODELS = ("torch", "transformers", "numpy", "tokenizers", "sentencepiece", "gguf", "safetensors")  # not the fake's
+OF_MODELS = ("torch", "transformers", "tokenizers", "sentencepiece", "gguf", "safetensors")  # not the fake's
 PLACE = "/srv/package"  # of the built packages, in the machine
 CONFIG = "/etc/lightllmd/lightllmd.toml"
 VENV = "/usr/lib/lightllmd/venv"
