@@ -141,7 +141,9 @@ class Sequence:
         The sum is the most slots that it will ever hold, when `worst_case` or ignore_eos; else an optimistic guess
         of the output's length takes the place of max_new_tokens.
         """
-        emitted, most = len(self.emitted) + self.pending, self.params.max_new_tokens
+        # All beams go on from what the first makes, those without a past too.
+        pending = self.fork.members[0].pending if self.fork is not None and self.beam else self.pending
+        emitted, most = len(self.emitted) + pending, self.params.max_new_tokens
         if not (worst_case or self.params.ignore_eos):
             most = min(most, max(int(1.1 * emitted), new_token_len))
         held = len(self.prompt_ids) + emitted + (self.state is not State.RUNNING)

@@ -150,6 +150,20 @@ def test_beams_share_the_prompt_and_what_they_have_in_common() -> None:
     assert engine.scheduler.keys.slots.used == 0
 
 
+def test_beams_are_reserved_for_while_the_step_that_parts_them_is_out() -> None:
+    """Each needs a slot as soon as the first has fed the prompt; nobody is admitted into those."""
+    options = {"max_total_token_num": 100, "batch_max_tokens": 50, "router_max_wait_tokens": 0}
+    engine = Steps(submit(1, 33, 13), overlap=True, beam_mode=True, **options)
+    for _ in range(10):
+        engine.turn()
+    engine.put(submit(2, 50, 6, params={"n": 4}))
+    engine.turn()
+    engine.put(submit(3, 1, 8))
+    engine.drain()
+    fed_from_the_start = [row.request for step in engine.launched for row in step.rows if row.start == 0]
+    assert fed_from_the_start == [1, 2, 3], "nobody is paused"
+
+
 def test_a_beam_that_enters_anew_gives_its_table_row_back() -> None:
     """Penalties make all beams enter anew with each step."""
     engine = Steps(submit(1, 5, 30, params={"n": 2, "presence_penalty": 0.5}), beam_mode=True)
