@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from anchors import PLAIN, anchors_of
 from roofline import Card, Roofline, card_of
-from settings import settings
+from settings import load_way, settings
 from works import HOST_PHASES, Bench, Result
 
 from lightllmd import LLM
@@ -88,7 +88,6 @@ def arguments() -> argparse.Namespace:
 def open_llm(given: argparse.Namespace) -> LLM:
     """With as many rows as the widest work needs: fewer are a matter of admission alone."""
     folder = Path(given.model)
-    bare = folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf"))
     length = given.length
     rows = max(
         given.rows,
@@ -99,7 +98,7 @@ def open_llm(given: argparse.Namespace) -> LLM:
     if (folder / "config.json").is_file():
         length = min(length, json.loads((folder / "config.json").read_bytes())["max_position_embeddings"])
     parameters = {
-        "load_way": given.load_way or ("DUMMY" if bare else "HF"),
+        "load_way": load_way(given.model, given.load_way),
         "tp": given.tp,
         "mode": [mode for mode in given.mode.split(",") if mode],
         "data_type": given.dtype,

@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from settings import settings
+from settings import load_way, settings
 from works import Host
 
 from engine import commit_of, numbers, problems_told
@@ -61,10 +61,8 @@ def arguments() -> argparse.Namespace:
 
 
 def open_llm(given: argparse.Namespace, cache: bool) -> LLM:
-    folder = Path(given.model)
-    bare = folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf"))
     parameters = {
-        "load_way": given.load_way or ("DUMMY" if bare else "HF"),
+        "load_way": load_way(given.model, given.load_way),
         "data_type": given.dtype,
         "device": given.device,
         "max_req_total_len": given.prompt + given.new + 1,

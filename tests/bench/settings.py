@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import tomli
@@ -17,3 +18,10 @@ def settings(pairs: list[str]) -> dict[str, Any]:
         except tomli.TOMLDecodeError:
             found[key] = text
     return found
+
+
+def load_way(model: str, asked: str | None) -> str:
+    """What was asked for; else random weights for a directory that has none."""
+    folder = Path(model)
+    bare = folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf"))
+    return asked or ("DUMMY" if bare else "HF")

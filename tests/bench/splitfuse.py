@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from settings import settings
+from settings import load_way, settings
 
 from engine import commit_of, numbers, problems_told
 from lightllmctl.workload import draw_ids
@@ -126,14 +126,12 @@ def _nothing() -> None:
 
 def measured(given: argparse.Namespace, block: int | None) -> tuple[Latencies, Latencies]:
     """Undisturbed, and beside a prompt."""
-    folder = Path(given.model)
-    bare = folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf"))
     # Beside a prompt a stream gets a token for every block, and a rest comes before and after.
     blocks = -(-given.prompt // (block or given.prompt))
     new = SETTLE + (given.repeats + 1) * (given.tokens + blocks + 8)
     length = max(given.context + new, given.prompt + 1) + 1
     parameters = {
-        "load_way": given.load_way or ("DUMMY" if bare else "HF"),
+        "load_way": load_way(given.model, given.load_way),
         "data_type": given.dtype,
         "device": given.device,
         "max_req_total_len": length,
