@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightllmd.api.errors import error_response
+from lightllmd.config.files import read_bytes
 from lightllmd.errors import ConfigInvalid, Problem, Unauthorized
 
+MAX_FILE_BYTES = 1 << 20
 OPEN_PATHS = frozenset({"/health", "/healthz", "/liveness", "/readiness"})
 
 
 def read_keys(path: str) -> list[str]:
     """One key a line; blank lines and lines that begin with # are skipped. Raises ConfigInvalid."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as failure:
+        lines = [line.strip() for line in read_bytes(path, MAX_FILE_BYTES).decode("utf-8").splitlines()]
+    except OSError as failure:
+        raise ConfigInvalid([Problem("http.api_keys_file", f"{path} can't be read: {failure.strerror}")]) from failure
+    except UnicodeDecodeError as failure:
         raise ConfigInvalid([Problem("http.api_keys_file", f"{path} can't be read: {failure}")]) from failure
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:

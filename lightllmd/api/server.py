@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from lightllmd.config.files import read_bytes
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -21,6 +22,7 @@ KEEP_ALIVE = 30  # seconds that an idle HTTP connection stays open
 # connection themselves: who keeps one for longer may send a request just when we close it.
 KEEP_ALIVE_RETIRED = 6
 _SETTLE = 0.2  # seconds after which uvicorn knows every connection that was accepted
+LARGEST_PEM = 1 << 20  # bytes
 BACKLOG = 4096  # as the supervisor's; the kernel caps it at net.core.somaxconn
 
 
@@ -42,6 +44,9 @@ def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
         ssl_keyfile=http.tls_key or None,
     )
     try:
+        for path in (http.tls_certificate, http.tls_key):
+            if path:
+                read_bytes(path, LARGEST_PEM)  # OpenSSL would wait for a pipe's writer
         config.load()
     except OSError as failure:  # ssl.SSLError is one
         message = f"{http.tls_certificate} with key {http.tls_key or 'in the same file'} can't be used: {failure}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tomli
 
 from lightllmd.config.check import Fault
+from lightllmd.config.files import read_bytes
 from lightllmd.config.toml_lines import Path as KeyPath
 from lightllmd.config.toml_lines import key_lines
 from lightllmd.errors import Problem
@@ -63,14 +63,9 @@ class Unreadable(Exception):
 def parse(file: str) -> Document:
     """What a file holds. Raises Unreadable."""
     try:
-        with Path(file).open("rb") as stream:
-            body = stream.read(MAX_FILE_BYTES + 1)
+        body = read_bytes(file, MAX_FILE_BYTES)
     except OSError as error:
         raise Unreadable(f"can't be read: {error.strerror}") from None
-    except ValueError as error:  # a NUL in the path
-        raise Unreadable(f"can't be read: {error}") from None
-    if len(body) > MAX_FILE_BYTES:
-        raise Unreadable(f"is larger than {MAX_FILE_BYTES} bytes")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
+from lightllmd.config.files import read_bytes
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import Row, SamplingRow, Step, StepResult, TargetLogprobs
@@ -68,8 +69,7 @@ class Faults:
         if not self._file:
             return self._settings.fault
         try:
-            with open(self._file, encoding="utf-8") as file:
-                return file.read().strip() or self._settings.fault
+            return read_bytes(self._file, 1024).decode().strip() or self._settings.fault
         except OSError:
             return ""
 

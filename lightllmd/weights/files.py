@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 
+from lightllmd.config.files import open_regular
 from lightllmd.errors import WeightsInvalid
 
 
@@ -16,7 +17,7 @@ class WeightFile:
     def __init__(self, path: str) -> None:
         self._path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = open_regular(path)
         except OSError as error:
             raise self._unreadable(error) from None
 

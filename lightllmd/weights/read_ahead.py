@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from lightllmd.config.files import open_regular
 from lightllmd.weights.device_facts import free_memory
 
 THREADS = 4  # a fast disk answers several at a time better than one
@@ -42,7 +43,7 @@ class ReadAhead:
             with open(os.devnull, "wb", buffering=0) as nowhere:
                 while piece := self._next():
                     file, begin, size = piece
-                    with open(file, "rb", buffering=0) as stored:
+                    with open(open_regular(file), "rb", buffering=0) as stored:
                         # To /dev/null pages are passed, not copied. posix_fadvise(WILLNEED) is no way: whatever it is
                         # asked for, it fetches no more than the device's largest transfer.
                         while size > 0 and (count := os.sendfile(nowhere.fileno(), stored.fileno(), begin, size)):

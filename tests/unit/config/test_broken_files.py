@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,8 +204,11 @@ def test_a_file_that_cant_be_read_is_a_problem(name: str, tmp_path: Path) -> Non
     assert f"{tmp_path / name}: can't be read: " in done.stderr
 
 
-def test_an_endless_file_is_not_read_to_its_end() -> None:
-    (one,) = problems_of(Path("/dev/zero"))
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    large = tmp_path / "large.toml"
+    large.touch()
+    os.truncate(large, 1 << 40)
+    (one,) = problems_of(large)
     assert str(MAX_FILE_BYTES) in one.message
 
 
