@@ -45,6 +45,7 @@ from lightllmd.ipc.messages import (
     Submit,
 )
 
+_GONE_KEPT = 256  # what a dead process still sent arrives long before so many others die
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
@@ -83,7 +84,7 @@ class Scheduler:
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints = constraints
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
-        self._gone: dict[int, int] = {}  # api worker -> its newest epoch that is dead
+        self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
         self._out: deque[_Sent] = deque()  # the steps that are out
@@ -347,9 +348,9 @@ class Scheduler:
     def submit(self, message: Submit) -> Rejected | None:
         """Puts a request in line. A replayed one is never turned away for want of room in the queue.
 
-        A request that is already here, or whose api worker is dead, is ignored.
+        A request that is already here, or whose api worker's process is dead, is ignored: no answer has a reader.
         """
-        if message.request in self._requests or message.epoch <= self._gone.get(message.api, -1):
+        if message.request in self._requests or (message.api, message.epoch) in self._gone:
             return None
         problem = self._never_fits(message)
         if problem:
@@ -385,7 +386,8 @@ class Scheduler:
 
     def api_gone(self, api: int, epoch: int) -> None:
         """Ends all requests of an api worker's epoch, and those of it that are still to arrive."""
-        self._gone[api] = max(epoch, self._gone.get(api, -1))
+        # One by one: while a replacement starts, or dies, the process before it lives and serves.
+        self._gone.append((api, epoch))
         for request, branches in list(self._requests.items()):
             if next(iter(branches.values())).owner == (api, epoch):
                 self.abort(request)

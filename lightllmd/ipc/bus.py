@@ -27,6 +27,8 @@ class EngineSocket:
         self.socket = self.context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self.socket.setsockopt(option, 0)
+        # An api worker that connects again is heard at once, even if the end of its last connection is not noticed yet.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         old = os.umask(0o177)
         try:
             self.socket.bind(endpoint)

@@ -47,6 +47,7 @@ class Clients:
         self.ended: list[list[int]] = []  # prompts and outputs, some of them
         self.arrivals = 0
         self.epochs = dict.fromkeys(range(APIS), 1)
+        self.replacements = dict.fromkeys(range(APIS), 0)  # that died since the process of `epochs` began
         self.generation = 0
 
     def message(self, ledger: Ledger) -> Submit:

@@ -119,13 +119,18 @@ class Model(Clients):
 
     def api_gone(self, api: int) -> None:
         late = next((ledger for ledger in self.requests.values() if ledger.api == api), None)
+        if self.arrivals % 2:  # its replacement dies, and it goes on
+            self.replacements[api] += 1
+            self.scheduler.api_gone(api, self.epochs[api] + self.replacements[api])
+            return
         self.scheduler.api_gone(api, self.epochs[api])
         self.requests = {number: ledger for number, ledger in self.requests.items() if ledger.api != api}
         if late:
             before = self.scheduler.busy
             assert self.scheduler.submit(self.message(late)) is None, "what a dead api worker still sent is dropped"
             assert self.scheduler.busy == before
-        self.epochs[api] += 1
+        self.epochs[api] += self.replacements[api] + 1
+        self.replacements[api] = 0
 
     def crash(self, in_step: bool) -> None:
         """The engine dies (in the middle of a turn, perhaps) and everything in flight is replayed on the next."""

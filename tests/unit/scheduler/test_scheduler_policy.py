@@ -228,6 +228,19 @@ def test_a_dead_api_workers_requests_end_and_its_late_ones_are_dropped() -> None
     assert [sequence.request for sequence in engine.scheduler.waiting] == [9, 3]
 
 
+def test_a_dead_replacement_silences_no_process_that_serves() -> None:
+    """Of one api worker two processes live at a time while one replaces the other."""
+    engine = Engine()
+    engine.put(submit(1))
+    for epoch in (2, 3):
+        engine.scheduler.api_gone(0, epoch)
+    engine.put(submit(2))
+    late = submit(3)
+    late.epoch = 2
+    engine.put(late)
+    assert [sequence.request for sequence in engine.scheduler.waiting] == [1, 2]
+
+
 def test_a_full_queue_turns_away_new_ones_but_no_replayed_one() -> None:
     engine = Engine(max_queue=3)
     rejected = engine.put(submit(1, params={"n": 2}), submit(2, params={"n": 2}), submit(3), submit(4, replay=True))
