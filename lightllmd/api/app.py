@@ -15,6 +15,7 @@ from lightllmd.api import native, openai, probes
 from lightllmd.api.auth import BearerKeys
 from lightllmd.api.bodies import schemas
 from lightllmd.api.errors import MethodNotAllowed, error_response
+from lightllmd.api.ignored_fields import name_in
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody
 from lightllmd.api.revisions import Revisions
@@ -55,7 +56,7 @@ def _document(app: FastAPI) -> None:
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, LightllmdError)
-    return error_response(error, request.url.path)
+    return name_in(error_response(error, request.url.path), request.scope)
 
 
 async def _by_framework(request: Request, error: Exception) -> Response:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar, TypeVar, get_args
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
 from lightllmd.api.errors import from_validation
+from lightllmd.api.ignored_fields import IgnoredFields
+from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import BodyTooLarge, ClientClosed, InvalidRequest
 
 MAX_DEPTH = 64  # of nested JSON arrays and objects
@@ -23,9 +26,28 @@ Model = TypeVar("Model", bound="Body")
 
 
 class Body(BaseModel):
-    """Strict: no "1" for 1, no 2.0 for 2, no NaN, no unknown field."""
+    """Strict: no "1" for 1, no 2.0 for 2, no NaN. null says what leaving the field out says, where that is allowed.
+
+    An unknown field is a fault, except where the class is `lenient` and its reader has a set to note such names in
+    (pydantic's validation context)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    lenient: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_fields(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields, ignored = cls.model_fields, info.context if cls.lenient else None
+        kept = {}
+        for name, value in given.items():
+            field = fields.get(name)
+            if field is None and isinstance(ignored, set):
+                ignored.add(name)
+            elif value is not None or field is None or field.is_required():
+                kept[name] = value
+        return kept
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
@@ -54,8 +76,10 @@ async def read(request: Request, limit: int) -> bytes:
             return b"".join(chunks)
 
 
-def decode(raw: bytes, model: type[Model]) -> Model:
-    """Raises InvalidRequest with every fault that was found."""
+def decode(raw: bytes, model: type[Model], ignored: set[str] | None = None) -> Model:
+    """Puts the names of fields that were passed over into `ignored`; None: unknown fields are refused.
+
+    Raises InvalidRequest with every fault that was found."""
     if not raw.strip():
         raise InvalidRequest("the body is empty; a JSON object is expected")
     try:
@@ -70,16 +94,28 @@ def decode(raw: bytes, model: type[Model]) -> Model:
         raise InvalidRequest(f"the body must be a JSON object; got {_kind(body)}")
     _check_shape(body)
     try:
-        return model.model_validate(model.prepare(body))
+        return model.model_validate(model.prepare(body), context=ignored)
     except ValidationError as failure:
         raise from_validation(failure, field_names(model)) from None
 
 
-async def parse(request: Request, model: type[Model], limit: int) -> Model:
+async def parse(request: Request, model: type[Model], limit: int, told: IgnoredFields | None = None) -> Model:
+    """`told` hears of unknown fields that were passed over; None: they are refused."""
     raw = await read(request, limit)
+    ignored: set[str] | None = None if told is None else set()
     if len(raw) > _INLINE:
-        return await asyncio.get_running_loop().run_in_executor(None, decode, raw, model)
-    return decode(raw, model)
+        body = await asyncio.get_running_loop().run_in_executor(None, decode, raw, model, ignored)
+    else:
+        body = decode(raw, model, ignored)
+    if told is not None and ignored:
+        told.note(request.scope, ignored)
+    return body
+
+
+def parser(http: HttpSettings) -> Callable[[Request, type[Model]], Awaitable[Model]]:
+    """`parse` as the configuration has it."""
+    told = IgnoredFields() if http.unknown_fields == "ignore" else None
+    return partial(parse, limit=http.max_body_bytes, told=told)
 
 
 def field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[str]]:

@@ -13,6 +13,7 @@ import msgspec
 from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
 from lightllmd.api.errors import openai_error
+from lightllmd.api.openai_bodies import UsageTold
 from lightllmd.api.prompt_log import FLOOR
 from lightllmd.errors import RequestError
 from lightllmd.text.interface import Tokenizer
@@ -36,15 +37,19 @@ class Choice:
         self.finished = False
 
 
-def usage(entries: Sequence[Entry]) -> dict[str, Any]:
+def usage(entries: Sequence[Entry], completion: int) -> dict[str, Any]:
+    """`completion`: tokens generated for them, as far as the client knows of them."""
     prompt = sum(entry.prompt_tokens for entry in entries)
-    completion = sum(entry.generated for entry in entries)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(entry.cached for entry in entries)},
     }
+
+
+def _generated(entries: Sequence[Entry]) -> int:
+    return sum(entry.generated for entry in entries)
 
 
 class Shape(ABC):
@@ -73,7 +78,7 @@ class Shape(ABC):
             "created": self.created,
             "model": self.model,
             "choices": [self.whole(choice) for choice in choices],
-            "usage": usage(entries),
+            "usage": usage(entries, _generated(entries)),
         }
 
     @abstractmethod
@@ -242,27 +247,35 @@ class CompletionShape(Shape):
 class Chunks:
     """The frames of an OpenAI stream: several tokens that came together share a chunk."""
 
-    def __init__(self, shape: Shape, choices: list[Choice], entries: Sequence[Entry], include_usage: bool) -> None:
+    def __init__(self, shape: Shape, choices: list[Choice], entries: Sequence[Entry], told: UsageTold) -> None:
         self._shape = shape
         self._choices = choices
         self._entries = entries
-        self._include_usage = include_usage
+        self._told = told
         head = {"id": shape.id, "object": shape.chunk_object, "created": shape.created, "model": shape.model}
         self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._tail = b"]}\n\n" if told is UsageTold.NEVER else b'],"usage":null}\n\n'
 
     def take(self) -> bytes:
         pieces = self._shape.pieces
         return b"".join(
-            b"%b%b%b" % (self._head, _json.encode(piece), self._tail)
+            b"%b%b%b" % (self._head, _json.encode(piece), self._tail_now())
             for choice in self._choices
             for piece in pieces(choice)
         )
 
+    def _tail_now(self) -> bytes:
+        if self._told is not UsageTold.ALWAYS:
+            return self._tail
+        return self._usage(sum(choice.sent for choice in self._choices))
+
+    def _usage(self, completion: int) -> bytes:
+        return b'],"usage":%b}\n\n' % _json.encode(usage(self._entries, completion))
+
     def end(self) -> bytes:
-        if not self._include_usage:
+        if self._told is UsageTold.NEVER:
             return b"data: [DONE]\n\n"
-        return b'%b],"usage":%b}\n\ndata: [DONE]\n\n' % (self._head, _json.encode(usage(self._entries)))
+        return b"%b%bdata: [DONE]\n\n" % (self._head, self._usage(_generated(self._entries)))
 
     def error(self, error: RequestError) -> bytes:
         return error_frame(error)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.responses import Response
 
 from lightllmd.errors import (
@@ -29,6 +29,16 @@ from lightllmd.errors import (
 OPENAI_PREFIX = "/v1/"
 _SHOWN = 80  # characters of a refused value that a message repeats
 _MOST_FAULTS = 8  # in one message
+_CLOSE = 0.81  # difflib's ratio; a little less makes max_tokens of min_tokens
+# What servers call the same thing. The spelling of such a name is near to that of others which mean something else.
+_SAME_MEANING = (
+    frozenset({"max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens", "max_length"}),
+    frozenset({"min_new_tokens", "min_tokens", "min_length"}),
+    frozenset({"stop_sequences", "stop", "stop_token_ids", "stop_words", "stop_strings"}),
+    frozenset({"repetition_penalty", "repeat_penalty"}),
+    frozenset({"logit_bias", "logits_bias", "token_bias"}),
+    frozenset({"add_spaces_between_special_tokens", "spaces_between_special_tokens"}),
+)
 _TYPE_WORDS = {"model_type": "should be an object", "tuple_type": "should be an array"}
 
 _OPENAI_TYPES: dict[type[LightllmdError], str] = {
@@ -78,10 +88,18 @@ def shown(value: Any) -> str:
     return brief.repr(value)
 
 
+def contradiction(field: str, words: str) -> PydanticCustomError:
+    """For a model's validator to raise where `field` is wrong because of what another one says. `words` say it all."""
+    return PydanticCustomError("contradiction", "{words}", {"words": words, "field": field})
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?``, or the list of what is known."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    if (same := next((group for group in _SAME_MEANING if name in group), None)) is not None:
+        close = sorted(same.intersection(known))
+    else:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 
@@ -91,7 +109,7 @@ def from_validation(failure: ValidationError, known: dict[str, Iterable[str]]) -
     `known` has the field names of each object by its dotted path without indices ("" is the body).
     """
     faults: dict[str, _Fault] = {}  # by the field that is wrong, so that of a union one alternative speaks
-    for problem in failure.errors(include_url=False, include_context=False):
+    for problem in failure.errors(include_url=False):
         fault = _Fault.of(problem, known)
         if fault.field not in faults or fault.closeness > faults[fault.field].closeness:
             faults[fault.field] = fault
@@ -121,9 +139,16 @@ class _Fault:
             else:  # pydantic's name for an alternative of a union
                 field = field or ".".join(path)
         where = ".".join(path)
+        if kind == "contradiction":
+            path.append(problem["ctx"]["field"])
         words = _words(problem, known.get(".".join(names[:-1]), ()))
         closeness = (not kind.endswith("_type"), len(path))
-        return cls(where if field is None else field, where, f"{where}: {words}" if where else words, closeness)
+        return cls(
+            ".".join(path) if field is None else field,
+            ".".join(path),
+            f"{where}: {words}" if where else words,
+            closeness,
+        )
 
 
 def _words(problem: ErrorDetails, known: Iterable[str]) -> str:
@@ -132,6 +157,8 @@ def _words(problem: ErrorDetails, known: Iterable[str]) -> str:
         return f"unknown field; {nearest(str(problem['loc'][-1]), known)}"
     if kind == "missing":
         return "required"
+    if kind == "contradiction":
+        return problem["msg"]
     if kind == "value_error":  # from a validator of ours, which says it all
         return problem["msg"].removeprefix("Value error, ")
     words = _TYPE_WORDS.get(kind) or problem["msg"].replace("Input should be", "should be")

@@ -17,6 +17,7 @@ from lightllmd.api import bodies
 from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
 from lightllmd.api.frontend import FrontEnd, off_loop
+from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.reply import EventStream, Pending
@@ -138,7 +139,7 @@ async def prepare(front: FrontEnd, body: GenerateBody, streamed: bool) -> Job:
     """Tokenises and checks what only the plan knows. Raises InvalidRequest."""
     parameters = body.parameters
     front.limits.branches(parameters.sequences, "parameters.best_of")
-    encoded = await front.encode(body.inputs)
+    encoded = await front.encode(body.inputs, add_special_tokens=parameters.add_special_tokens)
     prompt_ids = front.limits.prompt(encoded, "inputs")
     front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, parameters.sequences, "parameters.max_new_tokens")
     text = parameters.text()
@@ -171,8 +172,8 @@ def streamable(body: GenerateBody) -> None:
 
 
 def router(revisions: Revisions) -> APIRouter:
-    routes = APIRouter(tags=["lightllm"])
-    limit = revisions.front.http.max_body_bytes
+    routes = APIRouter(tags=["lightllm"], route_class=NamingRoute)
+    parse = bodies.parser(revisions.front.http)
     admission = revisions.accounts.admission
 
     async def opened(
@@ -199,7 +200,7 @@ def router(revisions: Revisions) -> APIRouter:
         """Generates, then answers with the whole text."""
         arrived_at = time.monotonic()
         with admission():
-            body = await bodies.parse(request, GenerateBody, limit)
+            body = await parse(request, GenerateBody)
         return await whole(request, body, arrived_at)
 
     @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody))
@@ -207,7 +208,7 @@ def router(revisions: Revisions) -> APIRouter:
         """Server-sent events, one frame per token."""
         arrived_at = time.monotonic()
         with admission():
-            body = await bodies.parse(request, GenerateBody, limit)
+            body = await parse(request, GenerateBody)
             streamable(body)
         return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
 
@@ -216,7 +217,7 @@ def router(revisions: Revisions) -> APIRouter:
         """/generate_stream if `stream` is true, else /generate."""
         arrived_at = time.monotonic()
         with admission():
-            body = await bodies.parse(request, GenerateOrStreamBody, limit)
+            body = await parse(request, GenerateOrStreamBody)
             if body.stream:
                 streamable(body)
         if body.stream:
@@ -226,8 +227,8 @@ def router(revisions: Revisions) -> APIRouter:
     @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:
         """Counts a text's tokens, special ones included."""
-        body = await bodies.parse(request, TokensBody, limit)
-        special = body.parameters.get("add_special_tokens", True)
+        body = await parse(request, TokensBody)
+        special = body.parameters.add_special_tokens
         return json_response({"ntokens": len(await revisions.front.encode(body.text, add_special_tokens=special))})
 
     return routes

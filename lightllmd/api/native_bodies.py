@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from lightllmd.api.common_fields import (
     Count,
     StopText,
 )
+from lightllmd.api.errors import contradiction
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
@@ -55,6 +56,13 @@ class Parameters(CommonFields):
     add_spaces_between_special_tokens: bool = True
     print_eos_token: bool = False
     input_penalty: bool = False
+    add_special_tokens: bool = Field(default=True, description="as the tokenizer's own settings say; false: none")
+    group_request_id: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(
+        default=None, description="accepted without effect: it names a request to the original's scheduler"
+    )
+    suggested_dp_index: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = Field(
+        default=None, description="accepted without effect: requests go where there is room"
+    )
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(default=None, description="-1 or absent: drawn")
 
     @model_validator(mode="before")
@@ -69,12 +77,13 @@ class Parameters(CommonFields):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.top_k == 0:
-            raise ValueError("top_k should be -1 (off) or at least 1; got 0")
+            raise contradiction("top_k", "top_k should be -1 (off) or at least 1; got 0")
         if self.n is not None and self.best_of is not None and self.n != self.best_of:
-            raise ValueError(f"n should equal best_of; got n = {self.n}, best_of = {self.best_of}")
+            raise contradiction("n", f"n should equal best_of; got n = {self.n}, best_of = {self.best_of}")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens should be at most max_new_tokens = {self.max_new_tokens}; got {self.min_new_tokens}"
+            raise contradiction(
+                "min_new_tokens",
+                f"min_new_tokens should be at most max_new_tokens = {self.max_new_tokens}; got {self.min_new_tokens}",
             )
         return self
 
@@ -126,6 +135,8 @@ class Multimodal(Body):
 
 
 class GenerateBody(Body):
+    lenient = True
+
     inputs: str
     parameters: Parameters = Parameters()
     multimodal_params: Multimodal = Multimodal()
@@ -138,8 +149,6 @@ class GenerateBody(Body):
                 if parameters.get(name) is not None:
                     raise InvalidRequest(f"parameters.{name}: not available yet", param=f"parameters.{name}")
             body = body | {"parameters": {key: value for key, value in parameters.items() if key not in _NOT_YET}}
-        elif "parameters" in body and parameters is None:
-            body = {key: value for key, value in body.items() if key != "parameters"}
         multimodal = body.get("multimodal_params")
         if isinstance(multimodal, dict) and multimodal.get("images"):
             raise InvalidRequest("multimodal_params.images: not available yet", param="multimodal_params.images")
@@ -152,6 +161,12 @@ class GenerateOrStreamBody(GenerateBody):
     stream: bool = False
 
 
+class TokensParameters(Body):
+    add_special_tokens: bool = True
+
+
 class TokensBody(Body):
+    lenient = True
+
     text: str
-    parameters: dict[Literal["add_special_tokens"], bool] = {}
+    parameters: TokensParameters = TokensParameters()

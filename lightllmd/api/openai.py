@@ -17,6 +17,7 @@ from lightllmd.api import bodies
 from lightllmd.api.branch import TextOptions
 from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Echo, Shape, error_frame
 from lightllmd.api.frontend import FrontEnd, off_loop
+from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.reply import EventStream, Pending
@@ -44,7 +45,7 @@ def job(
         )
     new_tokens = body.asked_tokens
     if new_tokens is None:
-        new_tokens = limits.room(len(prompt_ids), body.branches)
+        new_tokens = body.default_tokens(limits.room(len(prompt_ids), body.branches))
     place = "max_tokens" if body.asked_tokens else field
     limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, place)
     text = TextOptions(
@@ -80,7 +81,7 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
 
 
 async def chat_jobs(front: FrontEnd, body: ChatBody) -> list[Job]:
-    ids = await front.encode_chat([message.model_dump() for message in body.messages])
+    ids = await front.encode_chat([message.plain() for message in body.messages])
     bad_words = await front.bad_words(body.bad_texts, "bad_words")
     return [job(front, body, ids, bad_words, "messages", heals=False)]
 
@@ -120,8 +121,8 @@ def model_card(name: str, created: int, served: FrontEnd | None) -> dict[str, An
 
 
 def router(revisions: Revisions) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["openai"])
-    limit = revisions.front.http.max_body_bytes
+    routes = APIRouter(prefix="/v1", tags=["openai"], route_class=NamingRoute)
+    parse = bodies.parser(revisions.front.http)
     admission = revisions.accounts.admission
     started = int(time.time())
 
@@ -157,7 +158,7 @@ def router(revisions: Revisions) -> APIRouter:
                 pending = front.open(jobs, arrived_at)
         shape, n, beams = shape_of(front, body, jobs), body.n or 1, front.intake.beams
         if body.stream:
-            chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.include_usage)
+            chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.usage_told)
             return EventStream(pending, chunks, revisions.streams)
         await pending.finish(request.receive)
         size = sum(entry.prompt_log.size for entry in pending.entries)
@@ -168,7 +169,7 @@ def router(revisions: Revisions) -> APIRouter:
         """Continues one prompt or several, given as text or as token ids."""
         arrived_at = time.monotonic()
         with admission():
-            body = await bodies.parse(request, CompletionBody, limit)
+            body = await parse(request, CompletionBody)
         make = partial(answer, request, body, arrived_at, completion_jobs, completion_shape)
         return await (revisions.stream(make, error_frame) if body.stream else make())
 
@@ -177,7 +178,7 @@ def router(revisions: Revisions) -> APIRouter:
         """Answers a conversation, rendered by the model's own chat template."""
         arrived_at = time.monotonic()
         with admission():
-            body = await bodies.parse(request, ChatBody, limit)
+            body = await parse(request, ChatBody)
         make = partial(answer, request, body, arrived_at, chat_jobs, chat_shape)
         return await (revisions.stream(make, error_frame) if body.stream else make())
 

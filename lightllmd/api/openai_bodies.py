@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
@@ -19,20 +20,24 @@ from lightllmd.api.common_fields import (
     Count,
     StopText,
 )
+from lightllmd.api.errors import contradiction
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
 MAX_N = 32
 MAX_PROMPTS = 2048
 MAX_MESSAGES = 4096
+DEFAULT_COMPLETION_TOKENS = 16
 
-# Accepted without effect: they change nothing that a client could see here.
+# Documented by OpenAI and accepted without effect: they change nothing that a client could see here.
 _HARMLESS = frozenset(
     {
         "metadata",
         "parallel_tool_calls",
+        "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "reasoning_effort",
         "safety_identifier",
         "service_tier",
         "store",
@@ -52,8 +57,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
             "audio",
-            "prediction",
-            "reasoning_effort",
             "web_search_options",
             "regular_constraint",
             "guided_json",
@@ -76,13 +79,26 @@ def refuse_unbuilt(body: dict[str, Any], path: str = "") -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in _HARMLESS and name not in _NOT_YET}
 
 
+class UsageTold(Enum):
+    NEVER = "never"
+    AT_END = "in the last chunk"
+    ALWAYS = "in every chunk"
+
+
 class StreamOptions(Body):
+    lenient = True
+
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(
+        default=False, description="with include_usage: every chunk tells the usage so far, not only the last one"
+    )
     include_obfuscation: bool = False
 
 
 class OpenAIBody(CommonFields, ABC):
     """What both routes share."""
+
+    lenient = True
 
     model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_N)
@@ -114,20 +130,27 @@ class OpenAIBody(CommonFields, ABC):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.top_k == 0:
-            raise ValueError("top_k should be -1 (off) or at least 1; got 0")
+            raise contradiction("top_k", "top_k should be -1 (off) or at least 1; got 0")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams only; stream is not true")
+            raise contradiction("stream_options", "stream_options is for streams only; stream is not true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError(
-                f"prompt_logprobs is for answers in one piece, not for streams; got {self.prompt_logprobs}"
+            raise contradiction(
+                "prompt_logprobs",
+                f"prompt_logprobs is for answers in one piece, not for streams; got {self.prompt_logprobs}",
             )
         if self.asked_tokens is not None and self.min_tokens > self.asked_tokens:
-            raise ValueError(f"min_tokens should be at most max_tokens = {self.asked_tokens}; got {self.min_tokens}")
+            raise contradiction(
+                "min_tokens", f"min_tokens should be at most max_tokens = {self.asked_tokens}; got {self.min_tokens}"
+            )
         return self
 
     @property
     def asked_tokens(self) -> int | None:
         return self.max_tokens
+
+    def default_tokens(self, room: int) -> int:
+        """What is generated at most if the body says nothing and `room` new tokens fit."""
+        return room
 
     @property
     @abstractmethod
@@ -139,8 +162,12 @@ class OpenAIBody(CommonFields, ABC):
         return self.n or 1
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_told(self) -> UsageTold:
+        """In a stream."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return UsageTold.NEVER
+        return UsageTold.ALWAYS if options.continuous_usage_stats else UsageTold.AT_END
 
     @property
     def stops(self) -> list[str]:
@@ -188,10 +215,14 @@ class CompletionBody(OpenAIBody):
     @model_validator(mode="after")
     def _best_of(self) -> Self:
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(f"best_of should be at least n = {self.n or 1}; got {self.best_of}")
+            raise contradiction("best_of", f"best_of should be at least n = {self.n or 1}; got {self.best_of}")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
-            raise ValueError(f"best_of should equal n = {self.n or 1} in a stream; got {self.best_of}")
+            raise contradiction("best_of", f"best_of should equal n = {self.n or 1} in a stream; got {self.best_of}")
         return self
+
+    def default_tokens(self, room: int) -> int:
+        """OpenAI documents 16."""
+        return min(room, max(DEFAULT_COMPLETION_TOKENS, self.min_tokens))
 
     @property
     def alternatives(self) -> int | None:
@@ -218,23 +249,50 @@ class CompletionBody(OpenAIBody):
 
 
 class TextPart(Body):
+    lenient = True
+
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+class RefusalPart(Body):
+    """Of an answer that said no: the model is not shown it again."""
 
-    # What an assistant's earlier answer may carry when a client sends it back.
-    _harmless: ClassVar[frozenset[str]] = frozenset({"name", "refusal", "annotations"})
+    lenient = True
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class Message(Body):
+    lenient = True
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+
+    # What an assistant's earlier answer may carry when a client sends it back, and hints for caches.
+    _harmless: ClassVar[frozenset[str]] = frozenset({"name", "refusal", "annotations", "cache_control"})
     _not_yet: ClassVar[dict[str, tuple[Any, ...]]] = {
         "tool_calls": (None, []),
         "function_call": (None,),
         "audio": (None,),
-        "tool_call_id": (None,),
-        "reasoning_content": (None,),
     }
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise contradiction("content", f"content is required for the role {self.role!r}; it is missing or null")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As a chat template takes it. An answer without content (it refused, or called a tool) is empty."""
+        content: Any = self.content
+        if isinstance(content, list):
+            content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
+        return {"role": self.role, "content": content or ""}
 
 
 class ChatBody(OpenAIBody):
@@ -254,7 +312,7 @@ class ChatBody(OpenAIBody):
     @model_validator(mode="after")
     def _logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed when logprobs is true")
+            raise contradiction("top_logprobs", "top_logprobs is only allowed when logprobs is true")
         return self
 
     @property
@@ -279,5 +337,7 @@ def _message(message: Any, path: str) -> Any:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("image_url", "input_audio", "file", "video_url", "audio_url"):
                 raise InvalidRequest(f"{path}.content: {kind} is not available yet", param=f"{path}.content")
+            if isinstance(part, dict):
+                part.pop("cache_control", None)
     dropped = Message._harmless | Message._not_yet.keys()
     return {name: value for name, value in message.items() if name not in dropped}

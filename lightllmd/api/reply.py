@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lightllmd.api.entry import Entry
 from lightllmd.api.errors import error_response
+from lightllmd.api.ignored_fields import name_in
 from lightllmd.errors import ClientClosed, RequestError
 
 HELD = b": held\n\n"  # SSE comments: they keep proxies and clients from giving up
@@ -112,9 +113,8 @@ class Frames(Protocol):
         """The last frame of a stream that has started and can't go on."""
 
 
-def _start() -> Message:
-    """Middleware changes it."""
-    return {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
+def _start(response: Response) -> Message:
+    return {"type": "http.response.start", "status": 200, "headers": response.raw_headers}
 
 
 class EventStream(Response):
@@ -127,6 +127,7 @@ class EventStream(Response):
 
     def __init__(self, pending: Pending, frames: Frames, streams: set[EventStream]) -> None:
         self.status_code = 200
+        self.raw_headers = list(_HEADERS)
         self.background = None
         self.body = b""
         self.pending = pending
@@ -154,7 +155,7 @@ class EventStream(Response):
                 if isinstance(error, ClientClosed):
                     return
                 if error is not None and not self.started:
-                    await error_response(error, scope["path"])(scope, receive, send)
+                    await name_in(error_response(error, scope["path"]), scope)(scope, receive, send)
                     return
                 if error is not None and pending.aborted and pending.generated:
                     error = None  # the branches show it as their finish
@@ -172,7 +173,7 @@ class EventStream(Response):
                     continue
                 if not self.started:
                     self.started = True
-                    await send(_start())
+                    await send(_start(self))
                 self.last_sent = loop.time()
                 await send({"type": "http.response.body", "body": body, "more_body": not last})
                 if last:
@@ -191,6 +192,7 @@ class LateStream(Response):
         self, make: Callable[[], Awaitable[Response]], error_frame: Callable[[RequestError], bytes], idle: float
     ) -> None:
         self.status_code = 200
+        self.raw_headers = list(_HEADERS)
         self.background = None
         self.body = b""
         self._make = make
@@ -204,7 +206,7 @@ class LateStream(Response):
             while not (await asyncio.wait({making}, timeout=self._idle))[0]:
                 if not started:
                     started = True
-                    await send(_start())
+                    await send(_start(self))
                 await send({"type": "http.response.body", "body": HELD, "more_body": True})
             stream = making.result()
         except RequestError as error:
@@ -214,7 +216,7 @@ class LateStream(Response):
             return
         finally:
             making.cancel()
-        if started:
-            assert isinstance(stream, EventStream)
-            stream.started = True
+        assert isinstance(stream, EventStream)
+        stream.started = started
+        stream.raw_headers = self.raw_headers
         await stream(scope, receive, send)

@@ -166,6 +166,16 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="front end",
         ),
     ] = 16 << 20
+    unknown_fields: Annotated[
+        Literal["ignore", "refuse"],
+        Setting(
+            doc="What becomes of fields that this server does not know, on the OpenAI routes and at the top level of "
+            "the native ones. ignore: they are passed over, and named in the response header x-lightllmd-ignored and "
+            "once for each client in the log. refuse: 400 with the nearest known name. In parameters of the native "
+            "routes unknown names are always refused.",
+            reload="front end",
+        ),
+    ] = "ignore"
     cors_origins: Annotated[
         list[str],
         Setting(

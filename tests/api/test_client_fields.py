@@ -1,0 +1,235 @@
+"""What real client programs send beside the documented fields passes, and is told of where it changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from api.frontend_harness import expected, frames, run, stack
+from lightllmd.api.ignored_fields import IgnoredFields, listed
+
+HI = [{"role": "user", "content": "hi"}]
+ROUTES = {
+    "/generate": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
+    "/generate_stream": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
+    "/": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
+    "/tokens": {"text": "x"},
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": HI, "max_tokens": 2},
+}
+OPENAI = [route for route in ROUTES if route.startswith("/v1/")]
+
+
+def test_unknown_fields_are_ignored_and_named(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for route, body in ROUTES.items():
+                given = body | {"zeta": 1, "alpha": {"deep": [1]}, "evil\r\nname": None}
+                answer = await one.client.post(route, json=given)
+                assert answer.status_code == 200, answer.text
+                assert answer.headers["x-lightllmd-ignored"] == "alpha, evil??name, zeta"
+                plain = await one.client.post(route, json=body)
+                assert "x-lightllmd-ignored" not in plain.headers
+
+    run(scenario())
+
+
+def test_unknown_fields_are_refused_where_that_is_configured(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, unknown_fields="refuse") as one:
+            for route, body in ROUTES.items():
+                answer = await one.client.post(route, json=body | {"zeta": 1})
+                assert answer.status_code == 400
+                assert "zeta: unknown field" in answer.text
+                assert (await one.client.post(route, json=body)).status_code == 200
+
+    run(scenario())
+
+
+def test_answers_that_stream_or_fail_or_wait_name_ignored_fields_too(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            body = {"prompt": "x", "max_tokens": 2, "zeta": 1}
+            streamed = await one.client.post("/v1/completions", json=body | {"stream": True})
+            refused = await one.client.post("/v1/completions", json=body | {"max_tokens": 10**6})
+            assert (streamed.status_code, refused.status_code) == (200, 400)
+            assert {a.headers["x-lightllmd-ignored"] for a in (streamed, refused)} == {"zeta"}
+            gate = one.worker.revisions.gate
+            gate.hold()
+            request = one.client.build_request("POST", "/v1/completions", json=body | {"stream": True})
+            waiting = asyncio.create_task(one.client.send(request))
+            while not gate.waiting:
+                await asyncio.sleep(0.001)
+            gate.release()
+            assert (await waiting).headers["x-lightllmd-ignored"] == "zeta"
+
+    run(scenario())
+
+
+def test_ignored_fields_are_logged_once_for_each_client(caplog):
+    told = IgnoredFields()
+    with caplog.at_level(logging.INFO, logger="lightllmd"):
+        for address, key in [("10.0.0.1", b""), ("10.0.0.2", b""), ("10.0.0.1", b"Bearer secret")]:
+            headers = [(b"authorization", key)] if key else []
+            for names in ({"a"}, {"a", "b"}, {"b"}):
+                told.note({"path": "/x", "client": (address, 1), "headers": headers}, names)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 6
+    assert lines[0].startswith("client 10.0.0.1: ")
+    assert lines[0].endswith(" are ignored: a")
+    assert lines[1].endswith(" are ignored: b")
+    assert not any("secret" in line for line in lines)
+
+
+def test_however_many_clients_and_names_their_memory_is_bounded():
+    told = IgnoredFields()
+    for number in range(2000):
+        names = {f"{'n' * 1000}{index}" for index in range(100)}
+        scope = {"path": "/x", "client": (str(number), 1), "headers": []}
+        told.note(scope, names)
+    assert len(told._logged) <= 4096
+    assert len(listed(names)) < 1200
+    assert listed({f"field{index}" for index in range(20)}).endswith(", and 4 more")
+
+
+def test_null_says_what_leaving_a_field_out_says(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            api = (await one.client.get("/openapi.json")).json()
+            schemas = api["components"]["schemas"]
+            parameters = dict.fromkeys(schemas["Parameters"]["properties"]) | {"max_new_tokens": 2}
+            for route, body in ROUTES.items():
+                content = api["paths"][route]["post"]["requestBody"]["content"]["application/json"]
+                schema = schemas[content["schema"]["$ref"].rsplit("/", 1)[-1]]
+                bodies = [dict.fromkeys(schema["properties"]) | body]
+                if "inputs" in body:
+                    bodies += [body | {"parameters": parameters}, body | {"parameters": None}]
+                for given in bodies:
+                    answer = await one.client.post(route, json=given)
+                    assert answer.status_code == 200, answer.text
+                    assert "x-lightllmd-ignored" not in answer.headers
+
+    run(scenario())
+
+
+def test_what_openai_documents_and_changes_nothing_here_is_plainly_accepted(tmp_path):
+    idle = {
+        "metadata": {"a": "b"},
+        "modalities": ["text"],
+        "parallel_tool_calls": False,
+        "prediction": {"type": "content", "content": "x"},
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+        "reasoning_effort": "low",
+        "safety_identifier": "s",
+        "service_tier": "auto",
+        "store": True,
+        "user": "u",
+        "verbosity": "low",
+        "web_search_options": None,
+    }
+
+    async def scenario():
+        async with stack(tmp_path, unknown_fields="refuse") as one:
+            for route in OPENAI:
+                for fields in (idle, dict.fromkeys(idle)):
+                    answer = await one.client.post(route, json=ROUTES[route] | fields)
+                    assert answer.status_code == 200, answer.text
+                    assert "x-lightllmd-ignored" not in answer.headers
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("route", OPENAI)
+def test_continuous_usage_counts_up_to_the_last_chunk(tmp_path, route):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            body = ROUTES[route] | {"stream": True, "stream_options": options, "max_tokens": 6, "n": 2}
+            usages = [chunk["usage"] for chunk in frames((await one.client.post(route, json=body)).text)]
+            prompt = usages[-1]["prompt_tokens"]
+            assert prompt == (1 if route == "/v1/completions" else 20)
+            assert all(usage["prompt_tokens"] == prompt for usage in usages)
+            assert all(usage["total_tokens"] == prompt + usage["completion_tokens"] for usage in usages)
+            counts = [usage["completion_tokens"] for usage in usages]
+            assert counts == sorted(counts)
+            assert counts[-1] == 12
+            options["include_usage"] = False
+            plain = frames((await one.client.post(route, json=body)).text)
+            assert not any("usage" in chunk for chunk in plain)
+
+    run(scenario())
+
+
+def test_a_completion_has_16_tokens_by_default_or_what_fits(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, {"max_req_input_len": 20, "max_req_total_len": 30}) as one:
+            for prompt, extra, count in (("x", {}, 16), ("x" * 20, {}, 10), ("x", {"min_tokens": 20}, 20)):
+                answer = await one.client.post("/v1/completions", json={"prompt": prompt, "max_tokens": None} | extra)
+                assert answer.json()["usage"]["completion_tokens"] == count
+
+    run(scenario())
+
+
+def test_an_assistant_without_content_is_empty(tmp_path):
+    empty = [
+        {"content": None},
+        {},
+        {"content": None, "refusal": "I won't"},
+        {"content": []},
+        {"content": [{"type": "refusal", "refusal": "I won't"}]},
+        {"content": "", "tool_calls": []},
+    ]
+
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for fields in empty:
+                messages = [*HI, {"role": "assistant", **fields}, {"role": "user", "content": "so?"}]
+                body = {"messages": messages, "max_tokens": 1}
+                answer = await one.client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                prompt = bytes(one.engine.submits[-1].prompt_ids)
+                assert prompt == b"user: hi\nassistant: \nuser: so?\nassistant: "
+
+    run(scenario())
+
+
+def test_a_fault_between_fields_names_one_of_them(tmp_path):
+    faults = [
+        ("/v1/completions", {"top_k": 0}, "top_k"),
+        ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/completions", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ("/v1/completions", {"min_tokens": 3}, "min_tokens"),
+        ("/v1/completions", {"best_of": 1, "n": 2}, "best_of"),
+        ("/v1/completions", {"best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"use_beam_search": True, "n": 2}, "use_beam_search"),
+        ("/v1/completions", {"length_penalty": 2.0}, "length_penalty"),
+        ("/v1/chat/completions", {"top_logprobs": 1}, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": [*HI, {"role": "user"}]}, "messages.1.content"),
+    ]
+
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for route, fields, param in faults:
+                answer = await one.client.post(route, json=ROUTES[route] | fields)
+                assert answer.status_code == 400
+                assert answer.json()["error"]["param"] == param
+
+    run(scenario())
+
+
+def test_native_fields_of_the_original_are_taken(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            tokenizer, given = one.worker.revisions.front.tokenizer, []
+            encode = tokenizer._encode
+            tokenizer._encode = lambda text, special: given.append(special) or encode(text, special)
+            for special in (True, False, None):
+                fields = {"add_special_tokens": special, "group_request_id": 7, "suggested_dp_index": -1}
+                answer = await one.generate("x", max_new_tokens=2, **fields)
+                assert answer.json()["generated_text"] == [expected("x", 2)]
+            assert given == [True, False, True]
+
+    run(scenario())
