@@ -21,6 +21,7 @@ class Entry:
     __slots__ = (
         "arrival_ns",
         "arrived_at",
+        "batch",
         "branches",
         "cached",
         "ended_at",
@@ -58,6 +59,7 @@ class Entry:
     ) -> None:
         self.ledger = ledger  # whose it is now; another one's after a `hand_over`
         self.request = request
+        self.batch = request  # the request that the first prompt of the same body became
         self.arrival_ns = time.monotonic_ns()
         self.prompt_ids = prompt_ids
         self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back

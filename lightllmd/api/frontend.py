@@ -83,6 +83,7 @@ class FrontEnd:
                     seed=job.seed,
                     arrived_at=arrived_at,
                     prompt_tokens=len(job.given_ids),
+                    batch=entries[0].request if entries else 0,
                 )
                 entries.append(entry)
         except BaseException:

@@ -94,18 +94,20 @@ class Ledger:
         arrived_at: float | None = None,
         private: bool = False,
         prompt_tokens: int | None = None,
+        batch: int = 0,
     ) -> Entry:
         """Takes a request, draws its seed if it has none, and sends it to the engine or holds it. `prompt_tokens`:
-        the prompt's length as it was given; None: `prompt_ids` are all of it.
+        the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
+        opened right before for the first prompt of the same body; 0: this is the first.
 
-        Raises NotReady while refusing, QueueFull when `max_held` requests are held already. A `private` one is taken
-        whenever there is an engine, and only then.
+        Raises NotReady while refusing, QueueFull when `max_held` requests are held already, but not for the further
+        prompts of a body. A `private` one is taken whenever there is an engine, and only then.
         """
         if private and self._link is None:
             raise NotReady("no engine is ready")
         if self.refusal is not None and not private:
             raise NotReady(self.refusal)
-        if self._link is None and len(self._entries) >= self.max_held:
+        if self._link is None and not batch and len(self._entries) >= self.max_held:
             raise QueueFull(f"{self.max_held} requests are waiting for the engine to be ready", retry_after=5.0)
         params = msgspec.structs.replace(params, seed=secrets.randbits(63) if seed is None else seed)
         number = self.tally.next_number()
@@ -113,6 +115,7 @@ class Ledger:
         arrived_at = now if arrived_at is None else arrived_at
         prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
         entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens)
+        entry.batch = batch or number
         self._entries[number] = entry
         if self._link is None:
             entry.held_since = now
@@ -239,6 +242,7 @@ class Ledger:
                 entry.params,
                 branches=[branch.index for branch in unfinished],
                 emitted=[branch.ids for branch in unfinished],
+                batch=entry.batch,
                 replay=entry.submitted,
                 suspect=entry.suspect,
             )

@@ -146,7 +146,8 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: Annotated[
         int,
         Setting(
-            doc="Sequences that wait for admission; beyond that, 429.",
+            doc="Sequences that may wait for admission: while fewer do, a request is taken with all that it brings, "
+            "which is at most running_max_req_size + max_queue sequences; otherwise it gets 429.",
             unit="sequences",
             minimum=1,
             maximum=1_000_000,

@@ -84,6 +84,7 @@ class Scheduler:
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints = constraints
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
+        self._batches: dict[Owner, tuple[int, bool]] = {}  # its newest batch, and whether there was room for it
         self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
@@ -346,7 +347,7 @@ class Scheduler:
 
     # --- coming and going -------------------------------------------------------------------------------------
     def submit(self, message: Submit) -> Rejected | None:
-        """Puts a request in line. A replayed one is never turned away for want of room in the queue.
+        """Puts a request in line, if there is room for it or it is replayed.
 
         A request that is already here, or whose api worker's process is dead, is ignored: no answer has a reader.
         """
@@ -355,10 +356,10 @@ class Scheduler:
         problem = self._never_fits(message)
         if problem:
             return Rejected(self.generation, message.request, "invalid", problem)
-        branches = len(message.branches)
-        # An empty queue takes a request of any width, or one with more branches than the bound would never run.
-        if not message.replay and self.waiting and len(self.waiting) + branches > self.limits.max_queue:
-            text = f"the queue is full: {len(self.waiting)} of {self.limits.max_queue} places are taken"
+        if not self._has_room(message) and not message.replay:
+            text = (
+                f"the queue is full: {len(self.waiting)} sequences wait, and http.max_queue is {self.limits.max_queue}"
+            )
             return Rejected(self.generation, message.request, "queue_full", text, RETRY_AFTER)
         sequences = sequences_of(message)
         if self._constraints is not None:
@@ -375,6 +376,16 @@ class Scheduler:
             self._enter_line(sequence)
         return None
 
+    def _has_room(self, message: Submit) -> bool:
+        """There is room while fewer than `max_queue` sequences wait, whatever a body brings: its parts are taken or
+        turned away together, and one wider than the queue runs too."""
+        owner, batch = (message.api, message.epoch), message.batch or message.request
+        newest, room = self._batches.get(owner, (-1, False))
+        if newest != batch:
+            room = len(self.waiting) < self.limits.max_queue
+            self._batches[owner] = batch, room
+        return room
+
     def abort(self, request: int, branches: list[int] | None = None) -> None:
         """Ends branches in whatever state they are; those that are unknown have ended already. Beams end together."""
         here = self._requests.get(request, {})
@@ -388,6 +399,7 @@ class Scheduler:
         """Ends all requests of an api worker's epoch, and those of it that are still to arrive."""
         # One by one: while a replacement starts, or dies, the process before it lives and serves.
         self._gone.append((api, epoch))
+        self._batches.pop((api, epoch), None)
         for request, branches in list(self._requests.items()):
             if next(iter(branches.values())).owner == (api, epoch):
                 self.abort(request)

@@ -71,6 +71,7 @@ class Submit(msgspec.Struct, tag="submit"):
     params: SamplingParams
     branches: list[int]  # the branches still unfinished
     emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
+    batch: int = 0  # the number of the first of those that came in one body, which are sent one behind the other
     replay: bool = False  # enters as paused, ahead of the queue
     suspect: bool = False  # was without a token when an engine died: admitted alone, see Scheduler
 

@@ -185,6 +185,17 @@ def test_held_too_long_is_a_deadline_and_full_is_429():
         bench.open()  # the bound is for those without an engine
 
 
+def test_a_batch_is_held_whole_and_named_as_one_to_every_engine():
+    bench = Bench(max_held=1)
+    first = bench.open()
+    bench.ledger.open([1], SamplingParams(), first.branches, lambda: None, batch=first.request)
+    with pytest.raises(QueueFull):
+        bench.open()
+    for _ in range(2):
+        assert [submit.batch for submit in bench.up().submits] == [first.request] * 2
+        bench.down()
+
+
 def test_stop_text_ends_a_branch_and_drops_what_comes_after():
     bench = Bench()
     bench.up()

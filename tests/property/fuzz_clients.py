@@ -25,6 +25,7 @@ class Ledger:
     open: dict[int, list[int]] = field(default_factory=dict)  # branch -> tokens so far
     replayed: bool = False
     suspect: bool = False
+    batch: int = 0
     scored: int = 0  # prompt tokens whose log-probabilities are told
     # --- of this generation
     first: int = 0  # the branch that tells of the prompt
@@ -57,6 +58,7 @@ class Clients:
             *(ledger.request, ledger.api, self.epochs[ledger.api], ledger.arrival, ledger.prompt, ledger.params),
             branches=branches,
             emitted=[list(ledger.open[branch]) for branch in branches],
+            batch=ledger.batch,
             replay=ledger.replayed,
             suspect=ledger.suspect,
         )

@@ -76,19 +76,23 @@ class Model(Clients):
             self.head = head, self.steps + self.limits.router_max_wait_tokens + blocks + 2 * tokens + 10
 
     # --- operations ------------------------------------------------------------------------------------------
-    def submit(self, prompt: list[int], params: SamplingParams, api: int) -> None:
+    def submit(self, prompt: list[int], params: SamplingParams, api: int, further: bool = False) -> None:
+        """`further`: in the body of the one before, which is of the same api worker."""
         self.arrivals += 1
+        if not further:
+            self.batch = self.arrivals
+            self.room = len(self.scheduler.waiting) < self.limits.max_queue
         number, limits = self.arrivals, self.limits
         beams = limits.beam_mode and params.n > 1
         ledger = Ledger(number, api, number, prompt, params, beams, {branch: [] for branch in range(params.n)})
-        waiting = len(self.scheduler.waiting)
+        ledger.batch = self.batch
         rejected = self.scheduler.submit(self.message(ledger))
         width = params.n if beams else 1
         too_wide = beams and params.n > limits.running_max_req_size
         if too_wide or len(prompt) + width * params.max_new_tokens + 1 > limits.max_total_token_num:
             assert rejected
             assert rejected.reason == "invalid"
-        elif waiting and waiting + params.n > limits.max_queue:
+        elif not self.room:
             assert rejected
             assert rejected.reason == "queue_full"
             assert rejected.retry_after

@@ -90,8 +90,11 @@ def draw_params(draw: random.Random, model: Model, length: int) -> SamplingParam
 
 
 def draw_request(draw: random.Random, model: Model) -> None:
-    prompt = draw_prompt(draw, model)
-    model.submit(prompt, draw_params(draw, model, len(prompt)), draw.randrange(APIS))
+    """Or several in one body."""
+    api = draw.randrange(APIS)
+    for place in range(draw.choice([1, 1, 1, 1, 3])):
+        prompt = draw_prompt(draw, model)
+        model.submit(prompt, draw_params(draw, model, len(prompt)), api, further=place > 0)
 
 
 @pytest.mark.timeout(60 + OPERATIONS // 500)

@@ -244,13 +244,25 @@ def test_a_dead_replacement_silences_no_process_that_serves() -> None:
 def test_a_full_queue_turns_away_new_ones_but_no_replayed_one() -> None:
     engine = Engine(max_queue=3)
     rejected = engine.put(submit(1, params={"n": 2}), submit(2, params={"n": 2}), submit(3), submit(4, replay=True))
-    assert [answer and answer.reason for answer in rejected] == [None, "queue_full", None, None]
-    assert rejected[1].retry_after > 0
+    assert [answer and answer.reason for answer in rejected] == [None, None, "queue_full", None]
+    assert rejected[2].retry_after > 0
+    assert "max_queue is 3" in rejected[2].message
 
 
-def test_an_empty_queue_takes_a_request_wider_than_its_bound() -> None:
+def test_a_batch_within_the_bound_enters_an_idle_server_whole_and_runs() -> None:
+    engine = Engine(max_queue=2, running_max_req_size=2)
+    assert engine.put(*(submit(i, most=3, batch=1) for i in range(1, 5))) == [None] * 4
+    assert engine.prefills() == [[(1, 0), (2, 0)], [(3, 0), (4, 0)]]
+
+
+def test_a_batch_is_taken_or_turned_away_as_one() -> None:
     engine = Engine(max_queue=2)
-    assert engine.put(submit(1, params={"n": 4})) == [None]
+    engine.put(submit(1, batch=1), submit(2, batch=1), submit(3, batch=1))
+    engine.scheduler.abort(2)
+    full = engine.put(submit(4, batch=4))
+    engine.scheduler.abort(1)
+    rest = engine.put(submit(5, batch=4), submit(6))
+    assert [answer and answer.reason for answer in full + rest] == ["queue_full", "queue_full", None]
 
 
 def finishes(eos: int, **params: object) -> list[int]:
