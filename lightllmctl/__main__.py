@@ -11,7 +11,7 @@ import click
 from lightllmctl import commands
 from lightllmctl.commands.group import Verbs
 from lightllmctl.context import Context
-from lightllmd import __version__
+from lightllmd import __version__, console
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_INTERRUPTED, CTL_USAGE, ConfigInvalid, LightllmdError
 
 PROGRAM = "lightllmctl"
@@ -42,7 +42,7 @@ def cli(context: click.Context, socket_path: str | None) -> int:
     """
     context.obj = Context(socket_path)
     if context.invoked_subcommand is None:
-        click.echo(context.get_help(), err=True)
+        console.complain(context.get_help())
     return CTL_USAGE
 
 
@@ -51,17 +51,11 @@ commands.register(cli)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns its exit code, one of CTL_* in ``lightllmd.errors``."""
+    console.prepare()
     try:
-        if instruction := os.environ.get(COMPLETION_VARIABLE):
-            from click.shell_completion import shell_complete
-
-            return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
-        code = _run(sys.argv[1:] if arguments is None else list(arguments))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader has seen enough. What is left in the buffer would fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+    except BrokenPipeError:  # the reader has seen enough
+        console.silence(sys.stdout)
         return CTL_DONE
     except (KeyboardInterrupt, click.Abort):
         return CTL_INTERRUPTED
@@ -69,28 +63,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        with cli.make_context(PROGRAM, arguments) as context:
-            return cli.invoke(context) or CTL_DONE
-    except click.exceptions.Exit as done:
-        return done.exit_code
+        code = _invoke(arguments)
+        sys.stdout.flush()
+        return code
     except click.ClickException as error:
         return _fail(error.format_message(), CTL_USAGE)
     except ConfigInvalid as error:
         for problem in error.problems:
-            click.echo(str(problem), err=True)
+            console.complain(str(problem))
         return error.ctl_code
     except LightllmdError as error:
         return _fail(error.message, error.ctl_code)
     except BrokenPipeError:
         raise
     except OSError as error:
+        console.silence(sys.stdout)  # it may be what failed
         return _fail(str(error), CTL_FAILED)
     except Exception as error:  # a fault of this program; the shell that called it still gets a line and a code
         return _fail(f"internal error: {type(error).__name__}: {error}", CTL_FAILED)
 
 
+def _invoke(arguments: list[str]) -> int:
+    if instruction := os.environ.get(COMPLETION_VARIABLE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+    try:
+        with cli.make_context(PROGRAM, arguments) as context:
+            return cli.invoke(context) or CTL_DONE
+    except click.exceptions.Exit as done:
+        return done.exit_code
+
+
 def _fail(message: str, code: int) -> int:
-    click.echo(f"{PROGRAM}: {' '.join(message.split())}", err=True)
+    console.complain(f"{PROGRAM}: {' '.join(message.split())}")
     return code
 
 

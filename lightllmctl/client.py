@@ -22,7 +22,15 @@ from typing import Any
 import httpx
 
 from lightllmd import errors
-from lightllmd.errors import BadAnswer, ConnectionLost, ControlError, DaemonNotRunning, NoAnswer, NotPermitted
+from lightllmd.errors import (
+    BadAnswer,
+    ConnectionLost,
+    ControlError,
+    DaemonNotRunning,
+    NoAnswer,
+    NotPermitted,
+    Usage,
+)
 
 
 class Client:
@@ -154,6 +162,8 @@ class Client:
             raise self._lost() from error
         except httpx.HTTPError as error:
             raise BadAnswer(f"{self.socket_path}: {error}") from error
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:  # what the caller named is too long, or no text
+            raise Usage(f"can't be asked of the daemon: {error}") from error
 
     def _lost(self) -> ConnectionLost:
         return ConnectionLost(f"the daemon closed the connection ({self.socket_path})")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from lightllmd import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +45,7 @@ class Context:
         return _console(sys.stdout)
 
     def echo_json(self, value: Any) -> None:
-        import json
-
-        click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+        console.say(console.literal(value, indent=2 if sys.stdout.isatty() else None))
 
 
 pass_context = click.make_pass_decorator(Context)
@@ -73,10 +73,18 @@ def _is_socket_of(path: Path, uid: int) -> bool:
 
 
 def _console(file: Any) -> Console:
-    """A rich console that never wraps or guesses, is plain when not on a terminal, and leaves EPIPE to `main`."""
+    """A rich console that never wraps or guesses, is plain when not on a terminal, and leaves EPIPE to `main`.
+
+    Of control characters only its own reach the terminal, whatever the texts hold.
+    """
     from rich.console import Console
+    from rich.segment import Segment
 
     class PlainConsole(Console):
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*arguments, **options):
+                yield segment if segment.control else Segment(console.printable(segment.text), segment.style)
+
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import click
-
 from lightllmctl.client import named_error
 from lightllmctl.context import Context
 from lightllmctl.render import clean, job_name
+from lightllmd import console
 from lightllmd.errors import ConfigInvalid, ConnectionLost, JobFailed, JobGoesOn, NoAnswer, RolledBack
 
 Job = dict[str, Any]
@@ -24,11 +24,11 @@ def run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeo
     """Starts a job, waits for it and says how it ended; raises as `wait` does. None: nobody waited."""
     job = context.client.post(f"/v1/{verb}", body)
     if no_block:
-        click.echo(f"job {job_name(job)} started")
+        console.say(f"job {job_name(job)} started")
         return None
     job = wait(context, job, timeout)
     message = clean(job.get("message") or "")
-    click.echo(f"job {job_name(job)} done{f': {message}' if message else ''}")
+    _say(f"job {job_name(job)} done{f': {message}' if message else ''}")
     return job
 
 
@@ -46,9 +46,17 @@ def wait(context: Context, job: Job, timeout: float | None) -> Job:
     except NoAnswer as error:
         raise JobGoesOn(f"job {job_name(job)} was not finished within {timeout:g} s and goes on") from error
     except KeyboardInterrupt:
-        click.echo(f"\njob {job_name(job)} goes on; see lightllmctl list-jobs", err=True)
+        console.complain(f"\njob {job_name(job)} goes on; see lightllmctl list-jobs")
         raise
     return judged(job)
+
+
+def _say(line: str) -> None:
+    """A job is followed to its end also where nothing reads of it: the exit code tells its outcome."""
+    try:
+        console.say(line)
+    except OSError:
+        console.silence(sys.stdout)
 
 
 def _show(display: Display, job: Job) -> None:
@@ -92,7 +100,7 @@ class Lines:
     def show(self, job: Job) -> None:
         line = f"job {job_name(job)}: {clean(job.get('phase', ''))}"
         if line != self.last:
-            click.echo(line)
+            _say(line)
             self.last = line
 
 

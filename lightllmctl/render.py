@@ -12,9 +12,11 @@ from typing import Any
 from rich.text import Text
 
 from lightllmctl import units
+from lightllmd import console
 
 GOOD, WARN, BAD, FAINT, STRONG = "green", "yellow", "red", "dim", "bold"
 LABEL_WIDTH = 11  # "   Requests", right-aligned as systemctl does
+LONGEST_NAME = 200  # characters; more would push what stands behind it out of sight
 HEAD_WIDTH = 92  # where "generation 7" ends
 
 Json = dict[str, Any]
@@ -57,8 +59,14 @@ def activity(status: Json) -> Activity:
 
 
 def clean(text: Any) -> str:
-    """Text from elsewhere without control characters: a worker's output must not drive the reader's terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in str(text))
+    """Text from elsewhere as one line, without control characters: it must not drive the reader's terminal."""
+    return console.printable(str(text)).replace("\n", console.escaped("\n"))
+
+
+def brief(text: Any) -> str:
+    """`clean`, of a name that more is to follow."""
+    text = str(text)
+    return clean(text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…")
 
 
 # --- status ---------------------------------------------------------------------------------------------------
@@ -132,7 +140,7 @@ def _model(status: Json) -> Text:
         return Text("not planned yet", FAINT)
     state = model.get("state", "?")
     styles = {"ready": GOOD, "down": BAD, "failed": BAD}
-    line = Text(clean(model.get("name", "?")), STRONG)
+    line = Text(brief(model.get("name", "?")), STRONG)
     line.append("  ").append(state, f"not bold {styles.get(state, WARN)}")
     if (progress := model.get("progress")) is not None and state != "ready":
         line.append(f" {progress:.0%}", "not bold")
@@ -151,7 +159,7 @@ def _model(status: Json) -> Text:
 
 def _others(status: Json) -> list[str]:
     """One line with the models that a swap knows by name, where there are such."""
-    names = [clean(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
+    names = [brief(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
     return [f"{', '.join(names)} (lightllmctl swap NAME)"] if names else []
 
 
@@ -202,7 +210,7 @@ def _name(worker: Json, api_workers: int) -> str:
         name += f" rank {worker['rank']}"
     elif name == "api" and api_workers > 1 and worker.get("index") is not None:
         name += f" {worker['index']}"
-    return clean(name)
+    return brief(name)
 
 
 def worker_state(worker: Json) -> tuple[str, str]:
@@ -257,7 +265,7 @@ def _tree(rows: Sequence[Text], label: str, glyphs: Glyphs) -> Iterable[tuple[st
 
 
 def job_name(job: Json) -> str:
-    return " ".join(filter(None, (f"#{job.get('id', '?')}", clean(job.get("verb", "")), clean(job.get("target", "")))))
+    return " ".join(filter(None, (f"#{job.get('id', '?')}", brief(job.get("verb", "")), brief(job.get("target", "")))))
 
 
 def job_line(job: Json, now: float) -> Text:
@@ -275,7 +283,7 @@ _EVENT_STYLES = {"exit": BAD, "hang": BAD, "warning": WARN, "ready": GOOD}
 def event_line(event: Json) -> Text:
     line = Text(f"{units.stamp(event.get('at', 0.0))} ")
     if worker := event.get("worker"):
-        line.append(f"{clean(worker)}: ")
+        line.append(f"{brief(worker)}: ")
     return line.append(clean(event.get("message", "")), _EVENT_STYLES.get(str(event.get("kind")), ""))
 
 
@@ -283,7 +291,7 @@ _LEVEL_STYLES = {"debug": FAINT, "warning": WARN, "error": BAD}
 
 
 def log_line(entry: Json) -> Text:
-    line = Text(f"{units.stamp(entry.get('at', 0.0))} {clean(entry.get('worker', '?'))}: ")
+    line = Text(f"{units.stamp(entry.get('at', 0.0))} {brief(entry.get('worker', '?'))}: ")
     return line.append(clean(entry.get("message", "")), _LEVEL_STYLES.get(str(entry.get("level")), ""))
 
 
@@ -291,9 +299,13 @@ def log_line(entry: Json) -> Text:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], right: Iterable[int] = ()) -> Text:
-    """Columns two spaces apart, none cut or wrapped; columns of ``right`` are right-aligned. The last one is free."""
+    """Columns two spaces apart, none wrapped; columns of ``right`` are right-aligned. The last one is free, the others
+    are at most LONGEST_NAME wide."""
     right = set(right)
     cells = [[value if isinstance(value, Text) else Text(value) for value in row] for row in rows]
+    for row in cells:
+        for cell in row[:-1]:
+            cell.truncate(LONGEST_NAME, overflow="ellipsis")
     heads = [Text(header, STRONG) for header in headers]
     widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(headers))]
     page = Text()

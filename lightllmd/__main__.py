@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+from lightllmd import console
 from lightllmd.config import cli
-from lightllmd.errors import ConfigInvalid
+from lightllmd.errors import EXIT_OK, EXIT_SYSTEM, ConfigInvalid
 
 
 def main() -> int:
+    console.prepare()
     try:
         invocation = cli.parse()
     except ConfigInvalid as invalid:
-        print(invalid.message, file=sys.stderr)
+        console.complain(invalid.message)
         return invalid.exit_code
-    done = cli.finish(invocation)
+    except SystemExit as asked:  # by --help, --version, a flag that doesn't exist
+        code = int(asked.code or EXIT_OK)
+        return _printed(lambda: code) or EXIT_OK
+    done = _printed(lambda: cli.finish(invocation))
     if done is not None:
         return done
     from lightllmd.supervisor import supervisor  # not needed by --check and --help
 
     return supervisor.main(invocation)
+
+
+def _printed(print_it: Callable[[], int | None]) -> int | None:
+    """What `print_it` returns, once all of it has been written."""
+    try:
+        code = print_it()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough
+        console.silence(sys.stdout)
+        return EXIT_OK
+    except OSError as refused:
+        console.silence(sys.stdout)
+        console.complain(f"lightllmd: standard output: {refused.strerror}")
+        return EXIT_SYSTEM
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import click
 
 from lightllmctl.commands.options import complete_worker, waiting_options
 from lightllmctl.context import Context, pass_context
+from lightllmd import console
 from lightllmd.errors import ConnectionLost, DaemonNotRunning, JobGoesOn
 
 
@@ -62,7 +63,7 @@ def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> 
     pid = pid if pid == client.daemon_pid() else None  # the daemon may live in another pid namespace
     job = client.post("/v1/stop", {"now": now})
     if no_block:
-        click.echo(f"job {job_name(job)} started")
+        console.say(f"job {job_name(job)} started")
         return
     try:
         jobs.wait(context, job, timeout)
@@ -71,7 +72,7 @@ def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> 
     left = None if timeout is None else max(timeout - (time.monotonic() - began), 0.0)
     if not client.wait_gone(pid, left):
         raise JobGoesOn(f"the daemon was not gone within {timeout:g} s; job {job_name(job)} goes on")
-    click.echo("lightllmd has stopped")
+    console.say("lightllmd has stopped")
 
 
 @click.command("reset-failed")

@@ -10,7 +10,7 @@ import click
 
 from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
-from lightllmd import __version__
+from lightllmd import __version__, console
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_NOT_ACTIVE, DaemonNotRunning, LightllmdError
 
 _CODES = {"active": CTL_DONE, "degraded": CTL_FAILED}
@@ -96,7 +96,7 @@ def is_active(context: Context, quiet: bool) -> int:
     except DaemonNotRunning:
         word = "inactive"
     if not quiet:
-        click.echo(word)
+        console.say(word)
     return _exit_code(word)
 
 
@@ -116,7 +116,7 @@ def is_ready(context: Context, quiet: bool) -> int:
         answer = {"state": "inactive", "health": "lightllmd is not running"}
     ready = bool(answer.get("ready"))
     if not quiet:
-        click.echo("ready" if ready else f"not ready: {clean(answer.get('health') or answer.get('state', '?'))}")
+        console.say("ready" if ready else f"not ready: {clean(answer.get('health') or answer.get('state', '?'))}")
     if ready:
         return CTL_DONE
     return CTL_FAILED if activity(answer).word == "degraded" else CTL_NOT_ACTIVE
@@ -191,7 +191,7 @@ def list_jobs(context: Context, as_json: bool) -> None:
         context.echo_json({"api": 1, "jobs": jobs})
         return
     if not jobs:
-        click.echo("No jobs.")
+        console.say("No jobs.")
         return
     styles = {"done": "green", "failed": "red", "rolled-back": "red", None: "yellow"}
     now = time.time()
@@ -227,11 +227,11 @@ def version(context: Context, as_json: bool) -> None:
     if as_json:
         context.echo_json({"api": 1, "lightllmctl": __version__, "daemon": daemon})
         return
-    click.echo(f"lightllmctl {__version__}")
+    console.say(f"lightllmctl {__version__}")
     if daemon is None:
-        click.echo("lightllmd is not running")
+        console.say("lightllmd is not running")
     else:
-        click.echo(
+        console.say(
             f"lightllmd {daemon.get('version', '?')} (Python {daemon.get('python', '?')}, pid {daemon.get('pid')})"
         )
 

@@ -9,6 +9,7 @@ import click
 from lightllmctl.commands.group import Verbs
 from lightllmctl.commands.options import json_option, waiting_options
 from lightllmctl.context import Context, pass_context
+from lightllmd import console
 from lightllmd.errors import CTL_USAGE
 
 
@@ -20,7 +21,7 @@ def cache(context: click.Context) -> int:
     Exit code 1 where there is none, use_dynamic_prompt_cache being off.
     """
     if context.invoked_subcommand is None:
-        click.echo(context.get_help(), err=True)
+        console.complain(context.get_help())
     return CTL_USAGE
 
 

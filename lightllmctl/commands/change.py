@@ -9,6 +9,7 @@ import click
 
 from lightllmctl.commands.options import Duration, complete_model, waiting_options
 from lightllmctl.context import Context, pass_context
+from lightllmd import console
 from lightllmd.errors import JobFailed
 
 
@@ -115,11 +116,7 @@ def _lines(text: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    import json
-
-    from lightllmctl.render import clean
-
-    return "-" if value is None else clean(json.dumps(value, ensure_ascii=False))
+    return "-" if value is None else console.literal(value)
 
 
 COMMANDS = (reload, swap)

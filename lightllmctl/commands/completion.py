@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from lightllmd import console
+
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
@@ -13,7 +15,7 @@ def completion(context: click.Context, shell: str) -> None:
 
     Bash: `source <(lightllmctl completion bash)`
     """
-    click.echo(script(context.find_root().command, shell))
+    console.say(script(context.find_root().command, shell))
 
 
 def script(cli: click.Command, shell: str) -> str:

@@ -8,6 +8,7 @@ import click
 
 from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
+from lightllmd import console
 from lightllmd.errors import LightllmdError, NoSuchCrash, Usage
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def crash(context: Context, as_json: bool, which: str | None) -> None:
         elif crashes:
             context.console.print(_table(crashes))
         else:
-            click.echo("No crashes.")
+            console.say("No crashes.")
         return
     report = context.client.get(f"/v1/crashes/{_number(context, which)}")
     if as_json:

@@ -9,6 +9,7 @@ import click
 
 from lightllmctl.commands.options import complete_worker, json_option
 from lightllmctl.context import Context, pass_context
+from lightllmd import console
 
 lines_option = click.option(
     "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last ones."
@@ -41,11 +42,9 @@ def events(context: Context, follow: bool, lines: int, as_json: bool) -> None:
 
 
 def _print_stream(context: Context, path: str, render: Any, as_json: bool, **query: Any) -> None:
-    import json
-
     for entry in context.client.stream(path, **query):
         if as_json:
-            click.echo(json.dumps(entry, ensure_ascii=False))
+            console.say(console.literal(entry))
         else:
             context.console.print(render(entry))
         sys.stdout.flush()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from typing import Any
 
 import click
 
 from lightllmctl.commands.options import json_option
 from lightllmctl.context import Context, pass_context
+from lightllmd import console
 
 
 @click.command()
@@ -32,7 +35,7 @@ def check(context: Context, file: str, as_json: bool) -> None:
     if as_json:
         context.echo_json({"api": 1, "file": file, "ok": True, "problems": []})
     else:
-        click.echo(f"{file}: no problems found")
+        console.say(f"{file}: no problems found")
 
 
 @click.command()
@@ -50,7 +53,7 @@ def config(context: Context, effective: bool, as_json: bool) -> None:
     elif effective:
         _print_effective(context, answer)
     else:
-        click.echo(to_toml(answer))
+        console.say(to_toml(answer))
 
 
 def _print_effective(context: Context, answer: dict[str, Any]) -> None:
@@ -119,7 +122,10 @@ def _table(name: str, table: Any, lines: list[str]) -> None:
 
 
 def _pairs(table: dict[str, Any]) -> list[str]:
-    return [f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}" for key, value in table.items()]
+    return [
+        f"# {key} is not set" if value is None else f"{_toml_key(key)} = {_toml_value(value)}"
+        for key, value in table.items()
+    ]
 
 
 def _toml_key(key: str) -> str:
@@ -129,9 +135,12 @@ def _toml_key(key: str) -> str:
 
 def _toml_value(value: Any) -> str:
     """Of what JSON carries, TOML writes everything alike but null."""
-    import json
-
-    return "-" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "-"
+    text = json.dumps(value, ensure_ascii=False)
+    if console.says_anything(sys.stdout):
+        return text
+    return re.sub(r"[^\x00-\x7f]", lambda found: console.escaped(found[0]), text)  # as a TOML string writes it, too
 
 
 COMMANDS = (check, config)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from lightllmd import __version__
+from lightllmd import __version__, console
 from lightllmd.config import reference
 from lightllmd.config.check import show
 from lightllmd.config.diff import diff
@@ -203,7 +203,7 @@ def finish(invocation: Invocation) -> int | None:
     elif invocation.action == "feature-table":
         sys.stdout.write(reference.feature_table())
     elif invocation.action == "check":
-        sys.stdout.write(f"{invocation.config_file or 'command line'}: valid\n")
+        console.say(f"{invocation.config_file or 'command line'}: valid")
     else:
         return None
     return EXIT_OK

@@ -67,7 +67,7 @@ def parse(file: str) -> Document:
     except OSError as error:
         raise Unreadable(f"can't be read: {error.strerror}") from None
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")  # editors on Windows begin with a byte order mark
     except UnicodeDecodeError as error:
         line = body.count(b"\n", 0, error.start) + 1
         raise Unreadable(f"byte 0x{body[error.start]:02x} is not valid UTF-8", line) from None

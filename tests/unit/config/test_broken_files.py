@@ -190,6 +190,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert {one.file for one in found} == {str(file)}
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "lightllmd.toml"
+    file.write_bytes("\ufeffport = 9000\r\nprot = 1\r\n".encode())
+    with pytest.raises(ConfigInvalid) as invalid:
+        load(str(file), {"engine.backend": "fake"})
+    assert [(problem.key, problem.line) for problem in invalid.value.problems] == [("prot", 2)]
+
+
 def test_invalid_utf8_names_byte_and_line(tmp_path: Path) -> None:
     (one,) = problems_of(write(tmp_path, b'model_dir = "m"\njob_name = "\xff"\n'))
     assert one.line == 2

@@ -156,7 +156,7 @@ def test_a_dry_run_that_takes_a_new_engine_shows_whether_it_fits(
     daemon.post("/v1/reload", answer(new_job(verb="reload"), 202))
     daemon.get("/v1/jobs/31", answer(lines=[done]))
     out = ctl("reload", "--dry-run").out.splitlines()
-    assert out[-4].split() == ["models.a", '{"model_dir":', '"\\x9bred"}', "-", "live"]
+    assert out[-4].split() == ["models.a", '{"model_dir":', '"\\u009bred"}', "-", "live"]
     assert out[-3:] == ["", "a", "  b\\x1b"]
 
 
