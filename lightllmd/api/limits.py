@@ -52,11 +52,7 @@ class Limits:
         if self.long_truncation_mode == "center":
             half = limit // 2
             return ids[:half] + ids[half - limit :]
-        raise InvalidRequest(
-            f"{field}: the prompt has {length} tokens, more than max_req_input_len = {limit}",
-            param=field,
-            code="context_length_exceeded",
-        )
+        raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
 
     def _width(self, sequences: int) -> int:
         """Sequences that hold their tokens at the same time, come what may: beams."""
@@ -68,24 +64,16 @@ class Limits:
         return min(self.max_req_total_len - prompt_tokens, slots)
 
     def new_tokens(self, prompt_tokens: int, max_new_tokens: int, sequences: int, field: str) -> None:
-        total = prompt_tokens + max_new_tokens
-        asked = f"{field}: {prompt_tokens} prompt tokens + {max_new_tokens} new tokens"
-        if total > self.max_req_total_len:
-            raise InvalidRequest(
-                f"{asked} = {total}, more than max_req_total_len = {self.max_req_total_len}",
-                param=field,
-                code="context_length_exceeded",
-            )
         width = self._width(sequences)
-        total = prompt_tokens + width * max_new_tokens
-        if width > 1:
-            asked = f"{field}: {prompt_tokens} prompt tokens + {width} beams of {max_new_tokens} new tokens"
-        if total + 1 > self.max_total_token_num:
-            raise InvalidRequest(
-                f"{asked} + 1 = {total + 1}, more than max_total_token_num = {self.max_total_token_num}",
-                param=field,
-                code="context_length_exceeded",
-            )
+        for each, name, limit in (
+            (max_new_tokens, "max_req_total_len", self.max_req_total_len),
+            (width * max_new_tokens, "max_total_token_num - 1", self.max_total_token_num - 1),
+        ):
+            total = prompt_tokens + each
+            if total > limit:
+                beams = f" of {width} beams" if each > max_new_tokens else ""
+                parts = f"{prompt_tokens} in the prompt, {each} in the completion{beams}"
+                raise _overflow(f"you requested {total} tokens ({parts})", name, limit, field)
 
     def branches(self, n: int, field: str) -> None:
         if n > self.running_max_req_size:
@@ -127,3 +115,13 @@ class Limits:
                 f"{field}: no token is left of the {len(allowed)} allowed{words}{before}",
                 param=field,
             )
+
+
+def _overflow(asked: str, name: str, limit: int, field: str) -> InvalidRequest:
+    """In the words by which client programs know it, whatever the server."""
+    return InvalidRequest(
+        f"This model's maximum context length is {limit} tokens. However, {asked}, more than {name} = {limit} "
+        f"({field}). Please reduce the length of the prompt or completion.",
+        param=field,
+        code="context_length_exceeded",
+    )

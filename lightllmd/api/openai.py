@@ -46,8 +46,7 @@ def job(
     new_tokens = body.asked_tokens
     if new_tokens is None:
         new_tokens = body.default_tokens(limits.room(len(prompt_ids), body.branches))
-    place = "max_tokens" if body.asked_tokens else field
-    limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, place)
+    limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, body.asking_field or field)
     text = TextOptions(
         body.stops,
         include_stop=False,

@@ -148,6 +148,11 @@ class OpenAIBody(CommonFields, ABC):
     def asked_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def asking_field(self) -> str | None:
+        """Which says `asked_tokens`."""
+        return None if self.max_tokens is None else "max_tokens"
+
     def default_tokens(self, room: int) -> int:
         """What is generated at most if the body says nothing and `room` new tokens fit."""
         return room
@@ -318,6 +323,10 @@ class ChatBody(OpenAIBody):
     @property
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def asking_field(self) -> str | None:
+        return super().asking_field if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def alternatives(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 
 import pytest
 
@@ -231,5 +232,32 @@ def test_native_fields_of_the_original_are_taken(tmp_path):
                 answer = await one.generate("x", max_new_tokens=2, **fields)
                 assert answer.json()["generated_text"] == [expected("x", 2)]
             assert given == [True, False, True]
+
+    run(scenario())
+
+
+def test_what_does_not_fit_is_told_in_the_words_that_clients_know(tmp_path):
+    known = r"This model's maximum context length is (\d+) tokens\. However, (?:you requested|your prompt resulted in) (\d+)"
+    cases = [
+        ("/generate", {"inputs": "x" * 61}, None, 60, 61),
+        ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 100}}, None, 100, 101),
+        ("/v1/completions", {"prompt": ["x", "y" * 61]}, "prompt.1", 60, 61),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 100}, "max_tokens", 100, 101),
+        ("/v1/chat/completions", {"messages": HI, "max_tokens": 90}, "max_tokens", 100, 110),
+        ("/v1/chat/completions", {"messages": HI, "max_completion_tokens": 90}, "max_completion_tokens", 100, 110),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 60}]}, "messages", 60, 78),
+    ]
+
+    async def scenario():
+        async with stack(tmp_path, {"max_req_input_len": 60, "max_req_total_len": 100}) as one:
+            for route, body, param, most, asked in cases:
+                answer = await one.client.post(route, json=body)
+                assert answer.status_code == 400, answer.text
+                error = answer.json().get("error") or answer.json()
+                match = re.match(known, error["message"])
+                assert match, error["message"]
+                assert (int(match[1]), int(match[2])) == (most, asked)
+                if param:
+                    assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
     run(scenario())

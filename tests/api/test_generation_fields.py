@@ -190,10 +190,12 @@ def test_beams_count_towards_the_slots_that_a_request_may_need(tmp_path):
         limits = {"beam_mode": True, "max_req_input_len": 100, "max_req_total_len": 3000}
         async with stack(tmp_path, limits) as one:
             refused = await one.generate("x", n=4, max_new_tokens=1500)
-            assert "1 prompt tokens + 4 beams of 1500 new tokens + 1 = 6002" in refused.json()["message"]
+            assert "6001 tokens (1 in the prompt, 6000 in the completion of 4 beams)" in refused.json()["message"]
             assert (await one.generate("x", n=4, max_new_tokens=1499)).status_code == 200
-            answer = await one.client.post("/v1/completions", json={"prompt": "x", "n": 4})
-            assert one.engine.submits[-1].params.max_new_tokens == (6000 - 1 - 1) // 4
+            chat = {"messages": [{"role": "user", "content": "x"}], "n": 4}
+            answer = await one.client.post("/v1/chat/completions", json=chat)
+            submit = one.engine.submits[-1]
+            assert submit.params.max_new_tokens == (6000 - 1 - len(submit.prompt_ids)) // 4
             assert answer.json()["usage"]["completion_tokens"] == 4 * 1499
 
     run(scenario())
