@@ -237,7 +237,9 @@ def test_native_fields_of_the_original_are_taken(tmp_path):
 
 
 def test_what_does_not_fit_is_told_in_the_words_that_clients_know(tmp_path):
-    known = r"This model's maximum context length is (\d+) tokens\. However, (?:you requested|your prompt resulted in) (\d+)"
+    known = (
+        r"This model's maximum context length is (\d+) tokens\. However, you(?: requested|r prompt resulted in) (\d+)"
+    )
     cases = [
         ("/generate", {"inputs": "x" * 61}, None, 60, 61),
         ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 100}}, None, 100, 101),
