@@ -153,20 +153,20 @@ def open_jobs(
         place_of_length = f"{place}max_new_tokens of {field}[{number}]"
         limits.new_tokens(len(prompt_ids), fields.new_tokens, fields.sequences, place_of_length)
         text = fields.text()
-        for stop in text.stop_ids:
+        for stop in text.stops.ids:
             limits.token_ids(stop, f"{place}stop_sequences")
-        if text.stop_strings and not detokenize:
-            raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {shown(text.stop_strings)}")
+        if text.stops.strings and not detokenize:
+            got = shown(text.stops.strings)
+            raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {got}")
         bad_texts = fields.bad_texts
+        bad_words = bad_word_ids(bad_texts, tokenizer(), f"{place}bad_words") if bad_texts else []
         seed = secrets.randbits(63) if fields.drawn_seed is None else fields.drawn_seed
         checked = rules.job(
             prompt_ids,
-            bad_word_ids(bad_texts, tokenizer(), f"{place}bad_words") if bad_texts else [],
-            msgspec.structs.replace(fields.sampling(), seed=seed),
+            rules.params(msgspec.structs.replace(fields.sampling(), seed=seed), bad_words, place),
             seed,
             text,
             cut=prompt_ids is not prompt,
-            place=place,
             heals=prompt_token_ids is None,
             shows_prompt=True,
         )

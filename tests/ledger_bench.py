@@ -12,7 +12,7 @@ from lightllmd.ipc.messages import (
     StepOutput,
     Submit,
 )
-from lightllmd.text import ByteTokenizer, StopMatcher
+from lightllmd.text import ByteTokenizer, StopList, StopMatcher
 
 TOKENIZER = ByteTokenizer()
 
@@ -80,7 +80,8 @@ class Bench:
     def open(self, prompt: bytes = b"p", n: int = 1, stop: list[str] | None = None, notify=lambda: None, **params):
         params = SamplingParams(n=n, **({"max_new_tokens": 8} | params))
         branches = [
-            Branch(index, TOKENIZER.detokenizer(), StopMatcher(stop, [], True) if stop else None) for index in range(n)
+            Branch(index, TOKENIZER.detokenizer(), StopMatcher(StopList(stop), True) if stop else None)
+            for index in range(n)
         ]
         return self.ledger.open(list(prompt), params, branches, notify)
 

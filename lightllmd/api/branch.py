@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE
 from lightllmd.text.detokenize import IncrementalDetokenizer
 from lightllmd.text.interface import Tokenizer
-from lightllmd.text.stop import StopMatcher
+from lightllmd.text.stop import StopList, StopMatcher
+
+_ALL_SHOWN: dict[int, str] = {}
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """How tokens become text: where it stops and what of it is shown."""
 
-    stop_strings: list[str] = field(default_factory=list)
-    stop_ids: list[list[int]] = field(default_factory=list)
+    stops: StopList = field(default_factory=StopList)
     include_stop: bool = True  # native output shows the stop text, OpenAI's does not
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -30,9 +31,16 @@ class Branch:
     are what a replay sends to the engine, whether or not their text was released yet.
     """
 
-    __slots__ = ("_detokenizer", "_stop", "alternatives", "finish", "ids", "index", "logprobs", "texts")
+    __slots__ = ("_detokenizer", "_stop", "_unshown", "alternatives", "finish", "ids", "index", "logprobs", "texts")
 
-    def __init__(self, index: int, detokenizer: IncrementalDetokenizer, stop: StopMatcher | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        detokenizer: IncrementalDetokenizer,
+        stop: StopMatcher | None,
+        unshown: Mapping[int, str] = _ALL_SHOWN,
+    ) -> None:
+        """`unshown`: the texts of tokens that the detokenizer leaves out, by id; a stop may hold them."""
         self.index = index
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -41,6 +49,7 @@ class Branch:
         self.finish: str | None = None  # "stop" | "length" | "abort"
         self._detokenizer = detokenizer
         self._stop = stop
+        self._unshown = unshown
 
     def take(
         self, token: int, logprob: float, alternatives: list[tuple[int, float]] | None, finish: int = FINISH_NONE
@@ -54,7 +63,7 @@ class Branch:
             text += self._detokenizer.flush()
         stop = self._stop
         if stop is not None:
-            text = stop.push(text, (token,))
+            text = stop.push(text, (token,), self._unshown.get(token, ""))
             if stop.stopped:
                 self.finish = "stop"
             elif finish != FINISH_NONE:
@@ -93,19 +102,18 @@ def open_branches(
 ) -> list[Branch]:
     """Those of a request that continues `prompt_ids`. `healing`: see SamplingParams. Without a tokenizer they have no
     text."""
+    detokenizing = None
+    if tokenizer is not None:
+        detokenizing = tokenizer.detokenizing(
+            skip_special_tokens=options.skip_special_tokens,
+            spaces_between_special_tokens=options.spaces_between_special_tokens,
+            print_eos_token=options.print_eos_token,
+        )
     branches = []
     for index in range(count):
-        detokenizer: IncrementalDetokenizer = _Silent()
-        if tokenizer is not None:
-            detokenizer = tokenizer.detokenizer(
-                prompt_ids,
-                skip_special_tokens=options.skip_special_tokens,
-                spaces_between_special_tokens=options.spaces_between_special_tokens,
-                print_eos_token=options.print_eos_token,
-                hidden=healing,
-            )
-        stop = None
-        if options.stop_strings or options.stop_ids:
-            stop = StopMatcher(options.stop_strings, options.stop_ids, options.include_stop)
-        branches.append(Branch(index, detokenizer, stop))
+        stop = StopMatcher(options.stops, options.include_stop) if options.stops else None
+        if detokenizing is None:
+            branches.append(Branch(index, _Silent(), stop))
+        else:
+            branches.append(Branch(index, detokenizing.open(prompt_ids, healing), stop, detokenizing.unshown))
     return branches

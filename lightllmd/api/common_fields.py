@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from lightllmd.api.bodies import MAX_FIELDS, Body
 from lightllmd.api.errors import shown
+from lightllmd.text.stop import MAX_STOP_LENGTH, MAX_STOP_TOTAL
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1  # of tokens, ids and the like
 MAX_PENALTY = 1000.0  # beyond it fp32 logits mean nothing any more
-MAX_STOPS = 64
 MAX_LOGPROBS = 20  # alternatives per token
 MAX_BIAS = 100
 MAX_LENGTH_PENALTY = 10.0
+MAX_ALLOWED = 1 << 19  # ids; no vocabulary has more
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD = 256  # characters, or ids
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _BadText = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD)]
 _BadIds = Annotated[list[Count], Field(min_length=1, max_length=MAX_BAD_WORD, fail_fast=True)]
+
+
+def affordable_stops(stops: list[Any]) -> list[Any]:
+    total = sum(map(len, stops))
+    if total > MAX_STOP_TOTAL:
+        raise ValueError(f"the stops should have at most {MAX_STOP_TOTAL} characters or ids in all; got {total}")
+    return stops
+
+
+def _ascending(ids: list[int]) -> list[int]:
+    return sorted({*ids})
 
 
 def _biases(given: Any) -> Any:
@@ -46,9 +58,10 @@ class CommonFields(Body):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = Field(
         default=None, description="token id -> what is added to its logit, -100 … 100"
     )
-    allowed_token_ids: Annotated[list[Count], Field(min_length=1, fail_fast=True)] | None = Field(
-        default=None, description="no other token is generated, an eos that is not among them neither"
-    )
+    allowed_token_ids: (
+        Annotated[list[Count], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True), AfterValidator(_ascending)]
+        | None
+    ) = Field(default=None, description="no other token is generated, an eos that is not among them neither")
     bad_words: Annotated[list[_BadText | _BadIds], Field(max_length=MAX_BAD_WORDS)] | None = Field(
         default=None,
         description="never generated: sequences of token ids, or texts. A text, without the white space that it begins "
@@ -79,7 +92,7 @@ class CommonFields(Body):
         """Of SamplingParams; of the bad words those that are token ids."""
         return {
             "logit_bias": self.logit_bias or {},
-            "allowed_token_ids": None if self.allowed_token_ids is None else sorted({*self.allowed_token_ids}),
+            "allowed_token_ids": self.allowed_token_ids,
             "bad_words": [word for word in self.bad_words or () if not isinstance(word, str)],
             "prompt_logprobs": -1 if self.prompt_logprobs is None else self.prompt_logprobs,
             "use_cache": not self.disable_prompt_cache,

@@ -20,6 +20,8 @@ from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.interface import Tokenizer
 
 _INLINE = 16 << 10  # characters; tokenised in a few milliseconds
+STOP_COST = 16  # characters that are tokenised in the time that an automaton takes for one of a stop
+_BAD_WORD_COST = 16  # the same of a bad word, which is tokenised in several ways
 _PROBE = [0]  # any model has a token 0
 Result = TypeVar("Result")
 
@@ -61,7 +63,8 @@ class FrontEnd:
 
     async def bad_words(self, words: list[str], field: str) -> list[list[int]]:
         """The token sequences that write them. Raises InvalidRequest."""
-        return await off_loop(sum(map(len, words)), bad_word_ids, words, self.tokenizer, field)
+        size = sum(map(len, words)) * _BAD_WORD_COST
+        return await off_loop(size, bad_word_ids, words, self.tokenizer, field)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

@@ -40,33 +40,38 @@ class Intake:
         self._heals = params.token_healing_mode
         self._tokenizer = tokenizer
 
-    def job(
-        self,
-        ids: list[int],
-        bad_words: list[list[int]],
-        params: SamplingParams,
-        seed: int | None,
-        text: TextOptions,
-        *,
-        cut: bool,
-        place: str = "",
-        heals: bool,
-        shows_prompt: bool,
-    ) -> Job:
-        """`ids` have passed the limits, which have `cut` them or not; `bad_words` are those that were texts. `place` is
-        the prefix of the fields' names. `heals`: the prompt is a text that the output continues. `shows_prompt`: the
-        answer has room for log-probabilities of the prompt.
-
-        A prompt of which they were asked for is scored whole, so it isn't healed. Raises InvalidRequest.
-        """
+    def params(
+        self, params: SamplingParams, bad_words: list[list[int]], place: str = "", *, prompts: int = 1
+    ) -> SamplingParams:
+        """What a body says once for all its `prompts`, checked once. `bad_words` are those that were texts; `place` is
+        the prefix of the fields' names. Raises InvalidRequest."""
         if bad_words:
             params = msgspec.structs.replace(params, bad_words=[*params.bad_words, *bad_words])
         self.limits.constraints(params, place)
+        self.limits.repeated(params, prompts, place)
         if params.length_penalty != 1.0 and not self.beams:
             raise InvalidRequest(
                 f"{place}length_penalty: beam search alone has one, and beam_mode is off; got {params.length_penalty}",
                 param=f"{place}length_penalty",
             )
+        return params
+
+    def job(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        seed: int | None,
+        text: TextOptions,
+        *,
+        cut: bool,
+        heals: bool,
+        shows_prompt: bool,
+    ) -> Job:
+        """`ids` have passed the limits, which have `cut` them or not. `heals`: the prompt is a text that the output
+        continues. `shows_prompt`: the answer has room for log-probabilities of the prompt.
+
+        A prompt of which they were asked for is scored whole, so it isn't healed.
+        """
         run, healing = ids, b""
         if heals and self._heals and params.prompt_logprobs < 0:
             # As many tokens may pass before one shows, and they count.

@@ -8,6 +8,8 @@ from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
+MAX_REPEATED = 1 << 21  # ids of biases, bad words and allowed tokens, times the prompts of the body
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -87,6 +89,21 @@ class Limits:
         if sequences > most:
             raise InvalidRequest(
                 f"{field}: {sequences} sequences, more than running_max_req_size + http.max_queue = {most}",
+                param=field,
+            )
+
+    def repeated(self, params: SamplingParams, prompts: int, place: str) -> None:
+        """What a body says of single tokens goes to the engine with each of its prompts."""
+        numbers = {
+            "allowed_token_ids": len(params.allowed_token_ids or ()),
+            "bad_words": sum(map(len, params.bad_words)),
+            "logit_bias": len(params.logit_bias),
+        }
+        if prompts > 1 and prompts * sum(numbers.values()) > MAX_REPEATED:
+            field = place + max(numbers, key=numbers.__getitem__)
+            raise InvalidRequest(
+                f"{field}: {sum(numbers.values())} token ids for each of {prompts} prompts, more than {MAX_REPEATED} "
+                "in all; send fewer prompts at a time",
                 param=field,
             )
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from lightllmd.api import bodies
 from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
-from lightllmd.api.frontend import FrontEnd, off_loop
+from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
 from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
@@ -143,17 +143,16 @@ async def prepare(front: FrontEnd, body: GenerateBody, streamed: bool) -> Job:
     prompt_ids = front.limits.prompt(encoded, "inputs")
     front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, parameters.sequences, "parameters.max_new_tokens")
     text = parameters.text()
-    for ids in text.stop_ids:
+    await off_loop(text.stops.size * STOP_COST, text.stops.build)
+    for ids in text.stops.ids:
         front.limits.token_ids(ids, "parameters.stop_sequences")
     bad_words = await front.bad_words(parameters.bad_texts, "parameters.bad_words")
     return front.intake.job(
         prompt_ids,
-        bad_words,
-        parameters.sampling(),
+        front.intake.params(parameters.sampling(), bad_words, "parameters."),
         parameters.drawn_seed,
         text,
         cut=prompt_ids is not encoded,
-        place="parameters.",
         heals=True,
         shows_prompt=not streamed,
     )

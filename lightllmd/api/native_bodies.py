@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lightllmd.api.bodies import Body
 from lightllmd.api.branch import TextOptions
@@ -12,14 +12,15 @@ from lightllmd.api.common_fields import (
     MAX_COUNT,
     MAX_PENALTY,
     MAX_SEED,
-    MAX_STOPS,
     CommonFields,
     Count,
     StopText,
+    affordable_stops,
 )
 from lightllmd.api.errors import contradiction
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.text.stop import MAX_STOPS, StopList
 
 DEFAULT_MAX_NEW_TOKENS = 16
 
@@ -48,8 +49,8 @@ class Parameters(CommonFields):
     min_new_tokens: int = Field(default=1, ge=1, le=MAX_COUNT)
     stop_sequences: (
         StopText
-        | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
-        | Annotated[list[StopIds], Field(max_length=MAX_STOPS)]
+        | Annotated[list[StopText], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)]
+        | Annotated[list[StopIds], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)]
         | None
     ) = None
     skip_special_tokens: bool = True
@@ -102,8 +103,10 @@ class Parameters(CommonFields):
     def text(self) -> TextOptions:
         stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
         return TextOptions(
-            [stop for stop in stops if isinstance(stop, str)],
-            [stop for stop in stops if not isinstance(stop, str)],
+            StopList(
+                [stop for stop in stops if isinstance(stop, str)],
+                [stop for stop in stops if not isinstance(stop, str)],
+            ),
             include_stop=True,
             skip_special_tokens=self.skip_special_tokens,
             spaces_between_special_tokens=self.add_spaces_between_special_tokens,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,7 +18,8 @@ from starlette.responses import Response
 from lightllmd.api import bodies
 from lightllmd.api.branch import TextOptions
 from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Echo, Shape, error_frame
-from lightllmd.api.frontend import FrontEnd, off_loop
+from lightllmd.api.common_fields import MAX_COUNT
+from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
 from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
@@ -24,18 +27,24 @@ from lightllmd.api.reply import EventStream, Pending
 from lightllmd.api.responses import json_response
 from lightllmd.api.revisions import Revisions
 from lightllmd.errors import InvalidRequest, NotFound
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.text.stop import StopList
 
+_JOB_COST = 64  # characters that are tokenised in the time that a job of a few tokens takes
 Kind = TypeVar("Kind", bound=OpenAIBody)
 
 
-def job(
-    front: FrontEnd, body: OpenAIBody, given: list[int], bad_words: list[list[int]], field: str, *, heals: bool
-) -> Job:
-    """Checks what only the plan knows; `max_tokens` defaults to what fits. `heals`: the prompt is a text that is
-    continued. Raises InvalidRequest."""
-    limits = front.limits
-    prompt_ids = limits.prompt(given, field)
-    limits.branches(body.branches, "n" if body.branches == body.n else "best_of")
+@dataclass(frozen=True)
+class Asked:
+    """What a body says once for all its prompts, checked."""
+
+    params: SamplingParams  # `max_new_tokens` and what depends on it are each prompt's own
+    text: TextOptions
+
+
+async def asked(front: FrontEnd, body: OpenAIBody, prompts: int = 1) -> Asked:
+    """Checks what only the plan knows. Raises InvalidRequest."""
+    front.limits.branches(body.branches, "n" if body.branches == body.n else "best_of")
     beams = front.intake.beams and body.branches > 1
     if body.use_beam_search is not None and body.use_beam_search != beams:
         raise InvalidRequest(
@@ -43,22 +52,34 @@ def job(
             f"{'on' if front.intake.beams else 'off'} it should be {_json(beams)}; got {_json(body.use_beam_search)}",
             param="use_beam_search",
         )
-    new_tokens = body.asked_tokens
-    if new_tokens is None:
-        new_tokens = body.default_tokens(limits.room(len(prompt_ids), body.branches))
-    limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, body.asking_field or field)
+    bad_words = await front.bad_words(body.bad_texts, "bad_words")
+    params = front.intake.params(body.sampling(body.asked_tokens or MAX_COUNT), bad_words, prompts=prompts)
     text = TextOptions(
-        body.stops,
+        StopList(body.stops),
         include_stop=False,
         skip_special_tokens=body.skip_special_tokens,
         spaces_between_special_tokens=False,  # a native habit; clients parse what added tokens mark, such as tool calls
     )
+    await off_loop(text.stops.size * STOP_COST, text.stops.build)
+    return Asked(params, text)
+
+
+def job(front: FrontEnd, body: OpenAIBody, asked: Asked, given: list[int], field: str, *, heals: bool) -> Job:
+    """`max_tokens` defaults to what fits. `heals`: the prompt is a text that is continued. Raises InvalidRequest."""
+    limits, params = front.limits, asked.params
+    prompt_ids = limits.prompt(given, field)
+    new_tokens = body.asked_tokens
+    if new_tokens is None:
+        new_tokens = body.default_tokens(limits.room(len(prompt_ids), body.branches))
+    limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, body.asking_field or field)
+    if new_tokens != params.max_new_tokens:
+        fewest = min(params.min_new_tokens, new_tokens)
+        params = msgspec.structs.replace(params, max_new_tokens=new_tokens, min_new_tokens=fewest)
     return front.intake.job(
         prompt_ids,
-        bad_words,
-        body.sampling(new_tokens),
+        params,
         body.folded_seed,
-        text,
+        asked.text,
         cut=prompt_ids is not given,
         heals=heals,
         shows_prompt=not body.stream,
@@ -68,21 +89,25 @@ def job(
 async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     prompts = body.prompts
     front.limits.at_once(len(prompts) * body.branches, "prompt")
+    shared = await asked(front, body, len(prompts))
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(await front.encode_batch(texts))
-    bad_words = await front.bad_words(body.bad_texts, "bad_words")
-    jobs = []
-    for index, prompt in enumerate(prompts):
-        ids = next(encoded) if isinstance(prompt, str) else prompt
-        field = "prompt" if len(prompts) == 1 else f"prompt.{index}"
-        jobs.append(job(front, body, ids, bad_words, field, heals=isinstance(prompt, str)))
-    return jobs
+    all_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def jobs() -> list[Job]:
+        fields = (f"prompt.{index}" for index in range(len(prompts))) if len(prompts) > 1 else ["prompt"]
+        return [
+            job(front, body, shared, ids, field, heals=isinstance(prompt, str))
+            for prompt, ids, field in zip(prompts, all_ids, fields, strict=True)
+        ]
+
+    return await off_loop(sum(map(len, all_ids)) // 4 + len(prompts) * _JOB_COST, jobs)
 
 
 async def chat_jobs(front: FrontEnd, body: ChatBody) -> list[Job]:
+    shared = await asked(front, body)
     ids = await front.encode_chat([message.plain() for message in body.messages])
-    bad_words = await front.bad_words(body.bad_texts, "bad_words")
-    return [job(front, body, ids, bad_words, "messages", heals=False)]
+    return [job(front, body, shared, ids, "messages", heals=False)]
 
 
 def choices_of(pending: Pending, n: int, beams: bool) -> list[Choice]:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lightllmd.api.bodies import Body
 from lightllmd.api.common_fields import (
@@ -15,14 +15,15 @@ from lightllmd.api.common_fields import (
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_SEED,
-    MAX_STOPS,
     CommonFields,
     Count,
     StopText,
+    affordable_stops,
 )
 from lightllmd.api.errors import contradiction
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.text.stop import MAX_STOPS
 
 MAX_N = 32
 MAX_PROMPTS = 2048
@@ -104,7 +105,9 @@ class OpenAIBody(CommonFields, ABC):
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)] | None = (
+        None
+    )
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_PENALTY)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -4,7 +4,7 @@ from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.detokenize import IncrementalDetokenizer
 from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.interface import Tokenizer
-from lightllmd.text.stop import StopMatcher
+from lightllmd.text.stop import StopList, StopMatcher
 from lightllmd.text.tokenizer import ByteTokenizer, load_tokenizer, open_tokenizer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ChatTemplate",
     "IdTokenizer",
     "IncrementalDetokenizer",
+    "StopList",
     "StopMatcher",
     "Tokenizer",
     "load_tokenizer",

@@ -24,28 +24,29 @@ class IncrementalDetokenizer(Protocol):
         ...
 
 
-def open_detokenizer(
-    vocabulary: Vocabulary,
-    hidden: frozenset[int],
-    prompt_ids: Sequence[int] = (),
-    *,
-    separate_added: bool = False,
-    healed: bytes = b"",
-) -> IncrementalDetokenizer:
-    """A detokenizer that leaves out the `hidden` ids.
+class Detokenizing:
+    """How ids become text under one set of options. `open` costs the same whatever the vocabulary's size."""
 
-    `prompt_ids` are what the text continues: the first piece is then what ``decode(prompt + output)`` has beyond
-    ``decode(prompt)``. `separate_added` puts a space between an added token that is shown and its neighbours. The
-    output begins with the bytes `healed`, which are the prompt's and not shown again.
-    """
-    context = [number for number in prompt_ids[-_CONTEXT_SCAN:] if number not in hidden][-_CONTEXT:]
-    separated = vocabulary.added_ids - hidden if separate_added else None
+    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int], *, separate_added: bool) -> None:
+        """The `hidden` ids are left out. `separate_added` puts a space between an added token that is shown and its
+        neighbours."""
+        self._vocabulary = vocabulary
+        self._hidden = hidden
+        self._separated = vocabulary.added_ids - hidden if separate_added else None
+        tokens = vocabulary.tokens
+        self.unshown = {number: tokens[number] or "" for number in hidden if 0 <= number < len(tokens)}
 
-    def stream(begun: bool = False) -> IncrementalDetokenizer:
-        run = _plain_stream(vocabulary, hidden, context, begun=bool(healed))
-        return SeparatedStream(vocabulary, hidden, separated, run, begun) if separated else run
+    def open(self, prompt_ids: Sequence[int] = (), healed: bytes = b"") -> IncrementalDetokenizer:
+        """`prompt_ids` are what the text continues: the first piece is then what ``decode(prompt + output)`` has beyond
+        ``decode(prompt)``. The output begins with the bytes `healed`, which are the prompt's and not shown again."""
+        vocabulary, hidden, separated = self._vocabulary, self._hidden, self._separated
+        context = [number for number in prompt_ids[-_CONTEXT_SCAN:] if number not in hidden][-_CONTEXT:]
 
-    return HealedStream(vocabulary, prompt_ids, healed, stream) if healed else stream()
+        def stream(begun: bool = False) -> IncrementalDetokenizer:
+            run = _plain_stream(vocabulary, hidden, context, begun=bool(healed))
+            return SeparatedStream(vocabulary, hidden, separated, run, begun) if separated else run
+
+        return HealedStream(vocabulary, prompt_ids, healed, stream) if healed else stream()
 
 
 def _plain_stream(

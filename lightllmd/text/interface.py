@@ -8,7 +8,7 @@ from typing import Any
 
 from lightllmd.errors import InvalidRequest
 from lightllmd.text.chat_template import ChatTemplate
-from lightllmd.text.detokenize import IncrementalDetokenizer, open_detokenizer
+from lightllmd.text.detokenize import Detokenizing, IncrementalDetokenizer
 from lightllmd.text.vocabulary import Vocabulary
 
 
@@ -29,6 +29,7 @@ class Tokenizer(ABC):
         self.eos_ids = list(eos_ids)
         self.chat_template = chat_template
         self.warnings = list(warnings)  # for the caller to log
+        self._detokenizing: dict[tuple[bool | None, ...], Detokenizing] = {}  # by its options, of which few sets exist
 
     @property
     def vocab_size(self) -> int:
@@ -80,29 +81,37 @@ class Tokenizer(ABC):
 
     # --- ids to text ----------------------------------------------------------------------------------------------
 
-    def detokenizer(
+    def detokenizing(
         self,
-        prompt_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         print_eos_token: bool | None = False,
-        hidden: bytes = b"",
-    ) -> IncrementalDetokenizer:
-        """For one sequence that continues `prompt_ids` (whose text it does not repeat).
+    ) -> Detokenizing:
+        """What opens detokenizers; one object for each set of options.
 
         `spaces_between_special_tokens` puts a space between an added token that is shown and its neighbours.
         `print_eos_token`: True shows the ids that end a generation, False hides them, None treats them as any other.
+        """
+        options = (skip_special_tokens, spaces_between_special_tokens, print_eos_token)
+        made = self._detokenizing.get(options)
+        if made is None:
+            left_out = self.special_ids if skip_special_tokens else frozenset()
+            if print_eos_token is not None:
+                left_out = left_out.difference(self.eos_ids) if print_eos_token else left_out.union(self.eos_ids)
+            made = Detokenizing(self.vocabulary, left_out, separate_added=spaces_between_special_tokens)
+            self._detokenizing[options] = made
+        return made
+
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), *, hidden: bytes = b"", **options: bool | None
+    ) -> IncrementalDetokenizer:
+        """For one sequence that continues `prompt_ids` (whose text it does not repeat); options as `detokenizing`.
+
         `hidden`: bytes with which the output begins and that are not shown, because they were taken back from the
         prompt (`healing.roll_back`).
         """
-        vocabulary = self.vocabulary
-        left_out = vocabulary.special_ids if skip_special_tokens else frozenset()
-        if print_eos_token is not None:
-            left_out = left_out.difference(self.eos_ids) if print_eos_token else left_out.union(self.eos_ids)
-        return open_detokenizer(
-            vocabulary, left_out, prompt_ids, separate_added=spaces_between_special_tokens, healed=hidden
-        )
+        return self.detokenizing(**options).open(prompt_ids, hidden)  # type: ignore[arg-type]
 
     def decode(
         self,

@@ -3,57 +3,104 @@
 The stop that is complete first ends the sequence; of several that end at the same character the longest. That choice
 does not depend on how the text was cut into tokens, so a stream, its replay and a non-streaming answer agree.
 Method: Aho & Corasick 1975, "Efficient string matching": time linear in the text, whatever the stops are.
+
+A request's sequences share one `StopList`, which is immutable once its automata are built; what a sequence has of its
+own is a `StopMatcher`, a few numbers.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 from lightllmd.errors import InvalidRequest
 
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024  # characters, or ids
+MAX_STOP_TOTAL = 8192  # characters and ids of all stops of a request: 10 ms and 1.5 MB for its automata
+_SHIFT = 32  # bits of a symbol in the key of an edge
 
-Symbol = TypeVar("Symbol", bound=Hashable)
 
-
-class _Automaton(Generic[Symbol]):
+class _Automaton:
     """Patterns as a trie with failure links. A state's depth is the length of the longest suffix of what was read
     that a pattern begins with; `longest[state]` is the length of the longest pattern that ends there, or 0."""
 
-    def __init__(self, patterns: Iterable[Sequence[Symbol]]) -> None:
-        self._edges: list[dict[Symbol, int]] = [{}]
-        self.depth = [0]
-        self.longest = [0]
+    def __init__(self, patterns: Iterable[Sequence[int]]) -> None:
+        edges = self._edges = dict[int, int]()  # state << 32 | symbol -> state
+        self.depth = array("H", [0])
+        self.longest = array("H", [0])
+        parents = array("L", [0])
         for pattern in patterns:
             state = 0
             for symbol in pattern:
-                following = self._edges[state].get(symbol)
+                key = state << _SHIFT | symbol
+                following = edges.get(key)
                 if following is None:
-                    following = self._edges[state][symbol] = len(self._edges)
-                    self._edges.append({})
+                    following = edges[key] = len(parents)
+                    parents.append(key)
                     self.depth.append(self.depth[state] + 1)
                     self.longest.append(0)
                 state = following
             self.longest[state] = len(pattern)
-        self._link()
+        self._failure = array("L", bytes(8 * len(parents)))
+        self._link(parents)
 
-    def _link(self) -> None:
-        self._failure = [0] * len(self._edges)
-        queue = deque(self._edges[0].values())
-        while queue:  # breadth first: a state's failure link is shallower, hence already known
-            state = queue.popleft()
-            for symbol, child in self._edges[state].items():
-                self._failure[child] = self.step(self._failure[state], symbol)
-                self.longest[child] = self.longest[child] or self.longest[self._failure[child]]
-                queue.append(child)
+    def _link(self, parents: array[int]) -> None:
+        """`parents`: the key of the edge that leads to each state."""
+        depth, longest, failure = self.depth, self.longest, self._failure
+        # Breadth first: a state's failure link is shallower, hence already known.
+        for state in sorted(range(1, len(parents)), key=depth.__getitem__):
+            parent, symbol = parents[state] >> _SHIFT, parents[state] & ((1 << _SHIFT) - 1)
+            if parent:
+                failure[state] = self.step(failure[parent], symbol)
+                longest[state] = longest[state] or longest[failure[state]]
 
-    def step(self, state: int, symbol: Symbol) -> int:
-        while state and symbol not in self._edges[state]:
-            state = self._failure[state]
-        return self._edges[state].get(symbol, 0)
+    def step(self, state: int, symbol: int) -> int:
+        edges, failure = self._edges, self._failure
+        while (following := edges.get(state << _SHIFT | symbol)) is None:
+            if not state:
+                return 0
+            state = failure[state]
+        return following
+
+
+class StopList:
+    """The stops of one request. The automata are built when they are first used, or by `build`, which may run in a
+    thread."""
+
+    def __init__(self, strings: Sequence[str] = (), ids: Sequence[Sequence[int]] = ()) -> None:
+        """Raises InvalidRequest for an empty stop, one that is too long, too many, or too much in all."""
+        if len(strings) + len(ids) > MAX_STOPS:
+            raise InvalidRequest(f"{len(strings) + len(ids)} stop sequences, at most {MAX_STOPS}")
+        for stop in (*strings, *ids):
+            if not 1 <= len(stop) <= MAX_STOP_LENGTH:
+                raise InvalidRequest(f"a stop sequence has length {len(stop)}, must be 1 to {MAX_STOP_LENGTH}")
+        self.strings = list(strings)
+        self.ids = list(ids)
+        self.size = sum(map(len, self.strings)) + sum(map(len, self.ids))  # characters and ids
+        if self.size > MAX_STOP_TOTAL:
+            raise InvalidRequest(f"the stop sequences have {self.size} characters or ids, at most {MAX_STOP_TOTAL}")
+
+    def __bool__(self) -> bool:
+        return self.size > 0
+
+    @cached_property
+    def of_text(self) -> _Automaton | None:
+        return _Automaton([*map(ord, stop)] for stop in self.strings) if self.strings else None
+
+    @cached_property
+    def of_ids(self) -> _Automaton | None:
+        return _Automaton(self.ids) if self.ids else None
+
+    @cached_property
+    def longest_ids(self) -> int:
+        """Ids of the longest id sequence, at least 1."""
+        return max(map(len, self.ids), default=1)
+
+    def build(self) -> None:
+        _ = self.of_text, self.of_ids
 
 
 class StopMatcher:
@@ -61,40 +108,37 @@ class StopMatcher:
 
     With `include_stop` the released text ends with the stop. Without, it ends right before it, and any suffix that may
     yet become a stop is held back. What comes after the stop, in the same token too, is never released.
+
+    A token whose text is not shown (a special one) is still found by a stop that holds the token's whole text: two
+    states are kept from such a token on, that of the text that is shown and that of the text with what is not, until
+    they are the same again.
     """
 
-    def __init__(
-        self,
-        stop_strings: Sequence[str] = (),
-        stop_id_sequences: Sequence[Sequence[int]] = (),
-        include_stop: bool = True,
-    ) -> None:
-        """Raises InvalidRequest for an empty stop, one that is too long, or too many."""
-        if len(stop_strings) + len(stop_id_sequences) > MAX_STOPS:
-            raise InvalidRequest(f"{len(stop_strings) + len(stop_id_sequences)} stop sequences, at most {MAX_STOPS}")
-        for stop in (*stop_strings, *stop_id_sequences):
-            if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-                raise InvalidRequest(f"a stop sequence has length {len(stop)}, must be 1 to {MAX_STOP_LENGTH}")
-        self._chars: _Automaton[str] | None = _Automaton(stop_strings) if stop_strings else None
-        self._ids: _Automaton[int] | None = _Automaton(stop_id_sequences) if stop_id_sequences else None
+    def __init__(self, stops: StopList, include_stop: bool = True) -> None:
+        self._chars = stops.of_text
+        self._ids = stops.of_ids
         self._include = include_stop
         self._char_state = 0
+        self._full_state: int | None = None  # of the text with what is not shown; None: the same as `_char_state`
+        self._unshown: deque[tuple[int, int]] = deque(maxlen=MAX_STOP_LENGTH)
+        #   (place, characters) of what is not shown, while the states differ
         self._id_state = 0
         self._held = ""
         self._released = 0  # characters; `_held` begins there
-        self._starts: deque[int] = deque(maxlen=max((len(stop) for stop in stop_id_sequences), default=1))
+        self._starts: deque[int] = deque(maxlen=stops.longest_ids)
         #   where the text of each of the last tokens begins, in characters from the start
         self.stopped = False
         self.tokens = 0  # tokens up to and including the one that completed the stop; those after it don't count
 
-    def push(self, text: str, ids: Sequence[int] = ()) -> str:
-        """`text` is what `ids` (one token; none for a detokenizer's last words) added. Returns "" once stopped."""
+    def push(self, text: str, ids: Sequence[int] = (), unshown: str = "") -> str:
+        """`text` is what `ids` (one token; none for a detokenizer's last words) added; `unshown`: the token's own text
+        where the client does not see it. Returns "" once stopped."""
         if self.stopped:
             return ""
         start = self._released + len(self._held)
         self._held += text
         self.tokens += len(ids)
-        found = self._find_text(text, start) or self._find_ids(ids, start)
+        found = self._find_text(text, start) or self._find_unshown(unshown) or self._find_ids(ids, start)
         if found is None:
             return self._release(self._safe_end())
         begin, end = found
@@ -107,13 +151,65 @@ class StopMatcher:
         """The first stop text that ends within `text`, as (first, one past the last) character."""
         if self._chars is None:
             return None
+        if self._full_state is not None:
+            return self._find_twofold(text, start)
         state, step, longest = self._char_state, self._chars.step, self._chars.longest
         for end, char in enumerate(text, start + 1):
-            state = step(state, char)
+            state = step(state, ord(char))
             if longest[state]:
                 return end - longest[state], end
         self._char_state = state
         return None
+
+    def _find_twofold(self, text: str, start: int) -> tuple[int, int] | None:
+        """The same where what was not shown counts too."""
+        assert self._chars is not None
+        step, longest = self._chars.step, self._chars.longest
+        for index, char in enumerate(text):
+            if self._full_state is None:
+                return self._find_text(text[index:], start + index)
+            end = start + index + 1
+            self._char_state = step(self._char_state, ord(char))
+            full = self._full_state = step(self._full_state, ord(char))
+            begins = [end - longest[self._char_state]]
+            if longest[full]:
+                begins.append(self._place(longest[full], end))
+            if min(begins) < end:
+                return min(begins), end
+            if full == self._char_state:
+                self._full_state = None
+                self._unshown.clear()
+        return None
+
+    def _find_unshown(self, text: str) -> tuple[int, int] | None:
+        """A stop that ends with the text of a token that is not shown, and holds all of it."""
+        if not text or self._chars is None:
+            return None
+        end = self._released + len(self._held)
+        state = self._char_state if self._full_state is None else self._full_state
+        for char in text:
+            state = self._chars.step(state, ord(char))
+        self._unshown.append((end, len(text)))
+        if self._chars.longest[state] >= len(text):
+            return self._place(self._chars.longest[state], end), end
+        if self._chars.depth[state] < len(text):
+            state = 0  # no stop begins within such a token
+        self._full_state = state
+        if state == self._char_state:
+            self._full_state = None
+            self._unshown.clear()
+        return None
+
+    def _place(self, length: int, end: int) -> int:
+        """The shown character at which the last `length` characters before `end` begin, those not shown counted."""
+        for place, hidden in reversed(self._unshown):
+            if length <= end - place:
+                break
+            length -= end - place + hidden
+            end = place
+            if length <= 0:
+                return place
+        return end - length
 
     def _find_ids(self, ids: Sequence[int], start: int) -> tuple[int, int] | None:
         """The stop id sequence that these ids complete, as the characters that its tokens added."""
@@ -135,6 +231,8 @@ class StopMatcher:
         safe = end
         if self._chars is not None:
             safe -= self._chars.depth[self._char_state]
+            if self._full_state is not None:
+                safe = min(safe, self._place(self._chars.depth[self._full_state], end))
         if self._ids is not None and (depth := self._ids.depth[self._id_state]):
             safe = min(safe, self._starts[-depth])
         return safe

@@ -3,19 +3,74 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any, cast
 
-from api.frontend_harness import make_plan
+import pytest
+
+from api.frontend_harness import make_plan, run
+from lightllmd.api.branch import TextOptions, open_branches
+from lightllmd.api.common_fields import MAX_ALLOWED
+from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.intake import Intake
-from lightllmd.api.openai import job
+from lightllmd.api.openai import asked, completion_jobs
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody
-from lightllmd.text import ByteTokenizer
+from lightllmd.errors import InvalidRequest
+from lightllmd.text import ByteTokenizer, StopList
+
+TOKENIZER = ByteTokenizer()
+
+
+async def bad_words(words: list[str], field: str) -> list[list[int]]:
+    return []
+
+
+async def encode_batch(texts: list[str]) -> list[list[int]]:
+    return [TOKENIZER.encode(text) for text in texts]
+
+
+def front() -> FrontEnd:
+    """The part of one that makes jobs."""
+    intake = Intake(make_plan(), lambda: TOKENIZER)
+    parts: dict[str, Any] = {"bad_words": bad_words, "encode_batch": encode_batch}
+    return cast(FrontEnd, SimpleNamespace(limits=intake.limits, intake=intake, **parts))
 
 
 def test_nothing_is_put_around_added_tokens_and_stops_are_left_out() -> None:
-    intake = Intake(make_plan(), ByteTokenizer)
-    front = SimpleNamespace(limits=intake.limits, intake=intake)
     for body in (CompletionBody(prompt="x", stop="y"), ChatBody(messages=[{"role": "user", "content": "x"}], stop="y")):
-        text = job(front, body, [1, 2], [], "prompt", heals=False).text
+        text = run(asked(front(), body)).text
         assert not text.spaces_between_special_tokens
         assert not text.include_stop
-        assert text.stop_strings == ["y"]
+        assert text.stops.strings == ["y"]
+
+
+def test_what_a_body_says_once_is_made_once_for_all_its_prompts() -> None:
+    """Stop automata, biases, allowed ids: their cost must not grow with prompts and n."""
+    body = CompletionBody(prompt=["a"] * 4, n=8, stop=["x", "yz"], allowed_token_ids=[3, 1, 3], logit_bias={"1": 2})
+    first, *others = run(completion_jobs(front(), body))
+    assert first.text.stops.of_text is not None
+    assert first.params.allowed_token_ids == [1, 3]
+    for other in others:
+        assert other.text is first.text
+        assert other.params.allowed_token_ids is first.params.allowed_token_ids
+        assert other.params.logit_bias is first.params.logit_bias
+
+
+def test_token_ids_that_go_along_with_each_prompt_are_bounded_in_all() -> None:
+    body = CompletionBody(prompt=["a"] * 900, allowed_token_ids=[0])
+    body.allowed_token_ids = [0] * (MAX_ALLOWED // 128)
+    with pytest.raises(InvalidRequest, match="allowed_token_ids: 4096 token ids for each of 900 prompts, more than"):
+        run(completion_jobs(front(), body))
+
+
+def test_the_total_of_the_stops_is_bounded_by_name() -> None:
+    with pytest.raises(ValueError, match=r"should have at most 8192 characters or ids in all; got 65536"):
+        CompletionBody(prompt="a", stop=["x" * 1024] * 64)
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_a_special_tokens_text_is_found_as_a_stop_although_it_is_not_shown(include: bool) -> None:
+    (branch,) = open_branches(1, [1], TextOptions(StopList(["c<eos>d"]), include_stop=include), TOKENIZER)
+    taken = [branch.take(token, 0.0, None) for token in (*b"abc", ByteTokenizer.EOS, *b"d")]
+    assert taken == [False] * 4 + [True]
+    assert branch.text == ("abcd" if include else "ab")
+    assert branch.finish == "stop"

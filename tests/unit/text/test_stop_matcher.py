@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.text import StopMatcher
+from lightllmd.text import StopList, StopMatcher
 
 LETTERS = st.text("abc", max_size=5)
 TOKENS = st.lists(LETTERS, max_size=12)
@@ -34,7 +34,7 @@ def run(tokens: list[str], matcher: StopMatcher) -> tuple[str, list[str]]:
 @given(TOKENS, STOPS, st.booleans())
 def test_stop_is_the_one_that_brute_force_finds_on_the_whole_text(tokens, stops, include):
     text = "".join(tokens)
-    matcher = StopMatcher(stops, [], include)
+    matcher = StopMatcher(StopList(stops), include)
     out, _ = run(tokens, matcher)
     expected = first_stop(text, stops)
     assert matcher.stopped == (expected is not None)
@@ -52,17 +52,17 @@ def test_stop_is_the_one_that_brute_force_finds_on_the_whole_text(tokens, stops,
 @given(TOKENS, STOPS)
 def test_result_does_not_depend_on_how_the_text_was_cut(tokens, stops):
     text = "".join(tokens)
-    whole = run([text], StopMatcher(stops, [], False))[0]
-    assert run(tokens, StopMatcher(stops, [], False))[0] == whole
-    assert run(list(text), StopMatcher(stops, [], False))[0] == whole
+    whole = run([text], StopMatcher(StopList(stops), False))[0]
+    assert run(tokens, StopMatcher(StopList(stops), False))[0] == whole
+    assert run(list(text), StopMatcher(StopList(stops), False))[0] == whole
 
 
 @settings(max_examples=200, deadline=None)
 @given(TOKENS, STOPS)
 def test_an_excluded_stop_is_never_partly_released(tokens, stops):
     """What was released so far is a prefix of the final text, and held text is only what may become a stop."""
-    matcher = StopMatcher(stops, [], False)
-    final = run(tokens, StopMatcher(stops, [], False))[0]
+    matcher = StopMatcher(StopList(stops), False)
+    final = run(tokens, StopMatcher(StopList(stops), False))[0]
     released = ""
     for count, token in enumerate(tokens, 1):
         released += matcher.push(token, [0])
@@ -79,7 +79,7 @@ def test_an_excluded_stop_is_never_partly_released(tokens, stops):
     st.booleans(),
 )
 def test_stop_id_sequences_end_at_their_last_token(tokens, sequences, include):
-    matcher = StopMatcher([], sequences, include)
+    matcher = StopMatcher(StopList([], sequences), include)
     out = "".join(matcher.push(text, [number]) for number, text in tokens) + matcher.flush()
     ids = [number for number, _ in tokens]
     found = [
@@ -95,20 +95,20 @@ def test_stop_id_sequences_end_at_their_last_token(tokens, sequences, include):
 
 
 def test_shown_stops_hold_nothing_back():
-    matcher = StopMatcher(["\n\nHuman:"], [], True)
+    matcher = StopMatcher(StopList(["\n\nHuman:"]), True)
     assert [matcher.push(text, [0]) for text in ("a\n", "\n", "Hum", "an: x", "y")] == ["a\n", "\n", "Hum", "an:", ""]
     assert matcher.stopped
     assert matcher.tokens == 4
 
 
 def test_text_stop_within_a_token_wins_over_an_id_stop_of_that_token():
-    matcher = StopMatcher(["b"], [[7]], False)
+    matcher = StopMatcher(StopList(["b"], [[7]]), False)
     assert matcher.push("abc", [7]) == "a"
     assert matcher.stopped
 
 
 def test_last_words_of_the_detokenizer_are_searched_too():
-    matcher = StopMatcher(["x\ufffd"], [[1, 2]], False)
+    matcher = StopMatcher(StopList(["x\ufffd"], [[1, 2]]), False)
     assert matcher.push("ax", [1]) == ""
     assert matcher.push("\ufffd") == "a"
     assert matcher.stopped
@@ -116,16 +116,56 @@ def test_last_words_of_the_detokenizer_are_searched_too():
 
 
 @pytest.mark.parametrize(
-    ("strings", "sequences"), [([""], []), ([], [[]]), (["x" * 1025], []), (["x"] * 65, []), (["x"] * 40, [[1]] * 40)]
+    ("strings", "sequences"),
+    [([""], []), ([], [[]]), (["x" * 1025], []), (["x"] * 65, []), (["x"] * 40, [[1]] * 40), (["x" * 1024] * 8, [[1]])],
 )
 def test_senseless_stops_are_refused(strings, sequences):
     with pytest.raises(InvalidRequest):
-        StopMatcher(strings, sequences)
+        StopList(strings, sequences)
 
 
 def test_long_periodic_stops_cost_no_more_than_the_text():
     """A stop like aaaa…b is the worst case of naive matching."""
-    matcher = StopMatcher(["a" * 1000 + "b"] * 64, [], False)
+    matcher = StopMatcher(StopList(["a" * 1000 + "b"] * 8), False)
     out = "".join(matcher.push("a" * 4, [0]) for _ in range(5000))
     assert len(out) == 20000 - 1000
     assert not matcher.stopped
+
+
+SPECIAL = "XY"  # the text of a token that is not shown
+PIECES = st.lists(st.sampled_from(["a", "b", "ab", SPECIAL]), max_size=12)
+MIXED = st.lists(st.lists(st.sampled_from(["a", "b", SPECIAL]), min_size=1, max_size=4).map("".join), min_size=1)
+
+
+def first_stop_beside_unshown(pieces: list[str], stops: list[str]) -> tuple[int, int] | None:
+    """By brute force, as (first, one past the last) shown character: of each prefix both texts are looked at."""
+    shown = full = ""
+    for symbol in (symbol for piece in pieces for symbol in ([piece] if piece == SPECIAL else piece)):
+        shown, full = shown + symbol.replace(SPECIAL, ""), full + symbol
+        begins = [len(shown) - len(stop) for stop in stops if symbol != SPECIAL and shown.endswith(stop)]
+        begins += [len(shown) - len(stop.replace(SPECIAL, "")) for stop in stops if full.endswith(stop)]
+        if begins:
+            return min(begins), len(shown)
+    return None
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, MIXED, st.booleans())
+def test_a_token_that_is_not_shown_is_found_by_its_text(pieces, stops, include):
+    """And what is shown is found too, whatever unshown tokens are in it; nothing of a stop is released before."""
+    matcher = StopMatcher(StopList(stops), include)
+    expected = first_stop_beside_unshown(pieces, stops)
+    shown = "".join(pieces).replace(SPECIAL, "")
+    final = shown if expected is None else shown[: expected[1] if include else expected[0]]
+    released = ""
+    for piece in pieces:
+        released += matcher.push("", [0], piece) if piece == SPECIAL else matcher.push(piece, [1])
+        assert final.startswith(released)
+    assert released + matcher.flush() == final
+    assert matcher.stopped == (expected is not None)
+
+
+def test_all_sequences_of_a_request_share_the_automata_of_its_stops():
+    stops = StopList(["abc"] * 4, [[1, 2]])
+    assert StopMatcher(stops)._chars is StopMatcher(stops)._chars is not None
+    assert StopMatcher(stops)._ids is StopMatcher(stops)._ids is not None
