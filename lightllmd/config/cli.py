@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightllmd",
         usage="lightllmd [--config FILE] [--any-setting VALUE ...]",
-        description="A supervised daemon that serves a large language model and loses no stream when a worker dies.",
+        description="A supervised daemon that serves a large language model and loses no stream when its engine dies.",
         epilog="Flags override the file; the environment does not. Lists: --eos_id 2 7. Switches: "
         "--disable_log_stats, or --disable_log_stats=false over a file that says true. "
         "Exit codes: 0, 78 configuration, 69 no usable device, 71 address in use, 75 try again.",

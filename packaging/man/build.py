@@ -67,8 +67,10 @@ def daemon() -> str:
     made.section("DESCRIPTION")
     for text in (
         "lightllmd reads one TOML file, keeps a large language model serving over HTTP (LightLLM's native API and "
-        "OpenAI's), restarts what dies, and loses no request that it accepted: when a process that computes dies, the "
-        "requests in flight are held and go on, from the token they had reached, on the process that takes its place.",
+        "OpenAI's), restarts what dies, and loses no accepted request when the engine dies: the requests in flight are "
+        "held and go on, from the token they had reached, on the process that takes its place. When a process that "
+        "answers HTTP dies, the connections that it was answering break off and their clients have to ask again; new "
+        "connections wait for the next one.",
         "It listens where `host` and `port` say, and for lightllmctl(1) on a control socket. Its log goes to standard "
         "error, which is the journal under systemd(1).",
         "The environment that the Debian package makes is `/usr/lib/lightllmd/venv`; README.Debian tells what it is "
@@ -94,6 +96,16 @@ def daemon() -> str:
                 "Refuses new requests, lets those in flight finish for at most `drain_timeout` of [supervisor], and "
                 "ends. A second one ends the requests at once, a third one kills what is left.",
             ),
+            (
+                "SIGABRT",
+                "Writes what every thread does to standard error, and ends. systemd's watchdog sends it to a daemon "
+                "that hangs.",
+            ),
+            (
+                "SIGKILL",
+                "Ends the daemon and all of its workers. Where systemd keeps the listening sockets, the daemon that is "
+                "started next answers the connections that wait.",
+            ),
         )
     )
     made.section("EXIT STATUS")
@@ -102,9 +114,27 @@ def daemon() -> str:
     made.items(
         (
             ("NOTIFY_SOCKET, WATCHDOG_USEC", "Set by systemd: see sd_notify(3)."),
-            ("LISTEN_FDS, LISTEN_FDNAMES", "Listening sockets that systemd passes: see systemd.socket(5)."),
-            ("RUNTIME_DIRECTORY", "Where the control socket is, if [supervisor] does not name it."),
-            ("CACHE_DIRECTORY", "Where compiled GPU kernels are kept; else `~/.cache/lightllmd`."),
+            ("LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID", "Listening sockets that systemd passes: see systemd.socket(5)."),
+            ("WATCHDOG_PID, JOURNAL_STREAM", "Set by systemd: whether the watchdog is ours, and stderr the journal's."),
+            (
+                "RUNTIME_DIRECTORY",
+                "Where the control socket and the workers' sockets are, if [supervisor] `control_socket` names no "
+                "other place. Without it: /run/lightllmd for root.",
+            ),
+            (
+                "XDG_RUNTIME_DIR",
+                "Where they are for other users, in a directory `lightllmd`; /tmp/lightllmd-UID where it is not set.",
+            ),
+            (
+                "STATE_DIRECTORY",
+                "Where crash reports are kept, in a directory `crashes`. Without it the daemon knows those of its own "
+                "life only.",
+            ),
+            (
+                "CACHE_DIRECTORY",
+                "Where compiled GPU kernels are kept; without it in `lightllmd` below XDG_CACHE_HOME, else `~/.cache`.",
+            ),
+            ("TRITON_CACHE_DIR", "Where they are kept instead, whatever the others say."),
             ("CUDA_VISIBLE_DEVICES", "Which GPUs the engine may use."),
         )
     )
@@ -138,10 +168,13 @@ def _daemon_actions() -> Iterator[tuple[str, str]]:
 
 def _daemon_exit_codes() -> dict[int, str]:
     return {
-        errors.EXIT_OK: "It was told to stop.",
+        errors.EXIT_OK: "It was told to stop; `--check` found nothing wrong.",
+        errors.EXIT_FAILED: "Something failed that another start may not meet; the last lines of the log say what.",
+        2: "The command line has a flag that does not exist.",
         errors.EXIT_NO_DEVICE: "No usable device.",
-        errors.EXIT_SYSTEM: "The system refused something, such as an address that is in use.",
-        errors.EXIT_TRY_AGAIN: "It may work later.",
+        errors.EXIT_SYSTEM: "The system refused something: an address or a control socket that is in use, a directory "
+        "that can't be written, standard output that takes nothing.",
+        errors.EXIT_TRY_AGAIN: "It may work later: the model or the device could not be read in time.",
         errors.EXIT_CONFIG: "The configuration is wrong, or the model is not one that can be served. systemd does not "
         "restart the service then.",
     }
@@ -171,7 +204,26 @@ def control() -> str:
     made.items(
         (
             ("LIGHTLLMD_SOCKET", "The control socket, where `--socket` names none."),
+            (
+                "XDG_RUNTIME_DIR",
+                "Where your own daemon's control socket is looked for, before /tmp/lightllmd-UID and the system's.",
+            ),
             ("NO_COLOR", "If set, nothing is coloured. Nothing is on what is not a terminal, either."),
+            (
+                "LANG, LC_ALL, PYTHONIOENCODING",
+                "The encoding of the terminal. Characters that it lacks are written in others; JSON and TOML stay "
+                "valid.",
+            ),
+        )
+    )
+    made.section("SIGNALS")
+    made.items(
+        (
+            ("SIGINT", "Ends the waiting for a job; the job itself goes on. Exit status 130."),
+            (
+                "SIGPIPE",
+                "A closed pipe ends a verb that only prints, with 0. A job is followed to its end all the same.",
+            ),
         )
     )
     made.section("FILES")
@@ -285,6 +337,13 @@ def configuration() -> str:
         prose(f"NAME: {models.NAME_FORM}. What may stand here, with the meaning it has at the top of the file:")
     )
     made.paragraph(",\n".join(bold(field.name) for field in models.allowed()))
+    made.section("EXIT STATUS")
+    made.paragraph(
+        prose(
+            f"A file with a fault ends lightllmd(8), also with `--check`, with {errors.EXIT_CONFIG}, and lightllmctl(1) "
+            f"`check` and `reload` with {errors.CTL_CONFIG_INVALID}; what ran before a `reload` runs on."
+        )
+    )
     made.section("EXAMPLES")
     made.code(
         'model_dir = "/srv/models/llama-3.1-8b-instruct"\nhost = "0.0.0.0"\n\n'

@@ -92,6 +92,25 @@ def test_every_exit_code_of_lightllmctl_is_in_the_manual(pages: Path) -> None:
             assert re.search(rf"^ +{code} +[A-Z]", status, re.MULTILINE), name
 
 
+def test_every_exit_code_of_the_daemon_is_in_the_manual(pages: Path) -> None:
+    _, _, status = rendered(pages / "lightllmd.8").partition("EXIT STATUS")
+    status, _, _ = status.partition("ENVIRONMENT")
+    for name, code in vars(errors).items():
+        if name.startswith("EXIT_") and name != "EXIT_OUT_OF_MEMORY":  # a worker's
+            assert re.search(rf"^ +{code} +[A-Z]", status, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("page", "folder"), [("lightllmd.8", "lightllmd"), ("lightllmctl.1", "lightllmctl")], ids=["daemon", "ctl"]
+)
+def test_every_variable_that_is_read_is_in_the_manual(pages: Path, page: str, folder: str) -> None:
+    reads = re.compile(r"""environ(?:ment)?(?:\.get\(|\[)"([A-Z_]+)"(?!\] =)""")
+    read = {name for file in (CHECKOUT / folder).rglob("*.py") for name in reads.findall(file.read_text())}
+    assert read
+    _, _, text = rendered(pages / page).partition("ENVIRONMENT")
+    assert {name for name in read if not re.search(rf"\b{name}\b", text)} == set()
+
+
 def test_text_comes_out_as_it_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(CHECKOUT / "packaging/man")
     from roff import Page, prose
