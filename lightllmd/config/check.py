@@ -91,8 +91,13 @@ def said(value: Any) -> str:
     return f"{show(value)} is {kind_of(value)}"
 
 
+_LONGEST_NAME = 256  # characters of what may have been meant for a name
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The likeliest meant name, or nothing."""
+    if len(name) > _LONGEST_NAME:
+        return ""  # comparing takes time by the square of the length
     plain = {candidate.lower(): candidate for candidate in names}
     close = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1, cutoff=0.6)
     return plain[close[0]] if close else ""

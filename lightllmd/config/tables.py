@@ -8,13 +8,13 @@ import msgspec
 
 from lightllmd.config.setting import Reload, Setting
 
-_YEAR = 366 * 86400.0
+YEAR = 366 * 86400.0  # seconds; the longest of all spans of time
 
 
 def _seconds(doc: str, *, zero: bool = False, reload: Reload = "live") -> Setting:
     """A span of time; `zero` allows 0."""
     above = None if zero else 0.0
-    return Setting(doc=doc, unit="s", minimum=0 if zero else None, above=above, maximum=_YEAR, reload=reload)
+    return Setting(doc=doc, unit="s", minimum=0 if zero else None, above=above, maximum=YEAR, reload=reload)
 
 
 class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,6 +31,10 @@ def _nowhere(event: object) -> None:
     raise RuntimeError(f"no supervisor runs: {event}")
 
 
+def _unreported(doing: str, fault: BaseException) -> None:
+    raise fault
+
+
 # What takes an engine long to import. None of it touches a device, nor imports prometheus_client, which has to be
 # configured before.
 GPU_IMPORTS = ("lightllmd.engine.device_runner", "lightllmd.kernels.fused")
@@ -80,6 +84,7 @@ class Context:
     activated: bool = False  # the listeners are a .socket unit's: host and port don't count
     journal: bool = False  # stderr is systemd's journal
     post: Callable[[object], None] = _nowhere  # puts an event into the supervisor's queue; the only way in
+    report_fault: Callable[[str, BaseException], None] = _unreported  # makes a crash report of an unforeseen exception
     random: random.Random = field(default_factory=random.Random)
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from lightllmd import __version__
 from lightllmd.config.load import load
 from lightllmd.config.report import report
+from lightllmd.config.tables import YEAR
 from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
 from lightllmd.supervisor import logs, snapshot, status
 from lightllmd.supervisor.jobs import RunningJob
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 LONGEST_BODY = 1 << 20  # bytes
 KEEP_ALIVE = 10.0  # seconds between empty lines on a quiet stream
 DEFAULT_LINES = 100
+LONGEST_TEXT = 4096  # bytes of a name or path
 VALUES = (
     "max_total_token_num",
     "batch_max_tokens",
@@ -149,9 +151,8 @@ class ControlPlane:
         )
 
     async def check(self, request: Request) -> Response:
-        body = await _body(request, {"file"})
-        file = body.get("file")
-        if not isinstance(file, str) or not file.startswith("/"):
+        file = _text(await _body(request, {"file"}), "file")
+        if file is None or not file.startswith("/"):
             raise Usage('check needs {"file": an absolute path}')
         await asyncio.to_thread(load, file)
         return _json(snapshot.Checked(file=file))
@@ -207,11 +208,9 @@ class ControlPlane:
     async def swap(self, request: Request) -> Response:
         asked = self._mutation(request)
         body = await _body(request, {"model", "plan", "drain_timeout", "force", "on_failure"})
-        model, timeout = body.get("model"), body.get("drain_timeout")
-        if not isinstance(model, str) or not model:
+        model, timeout = _text(body, "model"), _seconds(body, "drain_timeout")
+        if not model:
             raise Usage("model is the name of a model in [models], or a path")
-        if timeout is not None and (type(timeout) not in (int, float) or not timeout >= 0):
-            raise Usage("drain_timeout is a number of seconds from 0 up")
         if body.get("on_failure", "rollback") not in ("rollback", "keep"):
             raise Usage("on_failure is rollback or keep")
         terms = Terms(timeout, _boolean(body, "force"), body.get("on_failure") == "keep")
@@ -248,9 +247,10 @@ class ControlPlane:
                 uid=peer.uid,
             )
         premise = request.headers.get("if-match")
-        if premise is not None and not premise.strip('"').isdecimal():
+        seen = None if premise is None else _digits(premise.strip('"'))
+        if premise is not None and seen is None:
             raise Usage("If-Match carries a generation number")
-        return Asked(peer.uid, peer.pid, None if premise is None else int(premise.strip('"')))
+        return Asked(peer.uid, peer.pid, seen)
 
     async def _job(self, act: Callable[[], RunningJob]) -> Response:
         job = await self._supervisor.call(act)
@@ -309,12 +309,25 @@ def _boolean(body: dict[str, Any], name: str) -> bool:
     return value
 
 
+def _text(body: dict[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise Usage(f"{name} is a string")
+    if value is not None and len(value.encode()) > LONGEST_TEXT:
+        raise Usage(f"{name} has {len(value.encode())} bytes: at most {LONGEST_TEXT}")
+    return value
+
+
+def _seconds(body: dict[str, Any], name: str) -> float | None:
+    value = body.get(name)
+    if value is not None and (type(value) not in (int, float) or not 0 <= value <= YEAR):
+        raise Usage(f"{name} is a number of seconds from 0 to {YEAR:.0f}")
+    return value
+
+
 async def _worker(request: Request) -> str:
     """The body's only field; empty: all workers."""
-    worker = (await _body(request, {"worker"})).get("worker") or ""
-    if not isinstance(worker, str):
-        raise Usage('worker is a name such as "engine" or "api-0"')
-    return worker
+    return _text(await _body(request, {"worker"}), "worker") or ""
 
 
 def _switch(request: Request, name: str) -> bool:
@@ -328,15 +341,21 @@ def _switch(request: Request, name: str) -> bool:
 
 def _number(request: Request) -> int:
     """The id in the path; -1, which nothing has, where it is no number."""
-    given = request.path_params["id"]
-    return int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1
+    number = _digits(request.path_params["id"])
+    return -1 if number is None else number
+
+
+def _digits(text: str) -> int | None:
+    """A number from 0 up that isn't absurdly long; None: it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
 
 
 def _count(request: Request, name: str, default: int) -> int:
     value = request.query_params.get(name, str(default))
-    if not value.isdecimal() or len(value) > 9:
+    count = _digits(value)
+    if count is None:
         raise Usage(f"{name}={value}: a number of lines from 0 up")
-    return int(value)
+    return count
 
 
 async def _history(past: list[Any], following: AsyncIterator[list[Any]] | None) -> AsyncIterator[list[Any]]:

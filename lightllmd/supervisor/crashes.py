@@ -1,4 +1,4 @@
-"""Crash reports: what is known of each worker that died without having been asked to.
+"""Crash reports: what is known of each worker that died without having been asked to, and of each fault of our own.
 
 The last ones are kept in memory and, where there is a state directory, as files that outlive the daemon.
 """
@@ -6,7 +6,9 @@ The last ones are kept in memory and, where there is a state directory, as files
 from __future__ import annotations
 
 import hashlib
+import os
 import time
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -17,11 +19,13 @@ from lightllmd.errors import NoSuchCrash
 from lightllmd.ipc.flight_record import Flight
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.exits import Ending, signal_name
-from lightllmd.supervisor.logs import EventBook
+from lightllmd.supervisor.logs import OWN, EventBook
 from lightllmd.supervisor.shelf import Shelf
 
 KEPT = 50  # reports, in memory and on disk
 LONGEST_LINE = 2000  # characters of a line of its output
+LONGEST_CAUSE = 300  # characters of an exception's own words
+TRACEBACK_LINES = 100
 MOST_REQUESTS = 100  # request numbers listed
 
 
@@ -39,14 +43,14 @@ class LastStep(msgspec.Struct, frozen=True, kw_only=True):
 class CrashSummary(msgspec.Struct, frozen=True, kw_only=True):
     id: int  # grows by one; goes on over restarts of the daemon where there is a state directory
     at: float  # Unix seconds
-    worker: str  # "engine-0", "api-0", "spare"
+    worker: str  # "engine-0", "api-0", "spare"; "lightllmd": the supervisor itself, which may have gone on
     pid: int
     generation: int  # the engine's generation, the api worker's epoch; 0: a spare
     revision: int  # of the plan in force for it; 0: none
-    phase: str  # the last that it told
+    phase: str  # the last that it told; of a supervisor: what it was doing
     cause: str  # in words
     signal: str | None  # that ended it, such as "SIGSEGV"
-    exit_code: int | None  # None: a signal ended it
+    exit_code: int | None  # None: a signal ended it, or it lives
     self_inflicted: bool  # a fault of its own, not a kill or a hang
 
 
@@ -61,6 +65,12 @@ class Crash(CrashSummary, frozen=True, kw_only=True):
     last_step: LastStep | None  # engines only; None: nothing is known of it
     xids: list[int] | None  # critical errors of its GPUs; None: nobody listened, and NVML tells of them in no other way
     stderr: list[str]  # its last lines; after a fault or a hang the stacks of its threads
+
+
+def words(fault: BaseException) -> str:
+    """An exception on one line of bounded length."""
+    text = " ".join(str(fault).split())
+    return f"internal error: {type(fault).__name__}" + (f": {text[:LONGEST_CAUSE]}" if text else "")
 
 
 def config_digest(config: Config) -> str:
@@ -87,6 +97,7 @@ class Crashes:
         self._events = events
         self._shelf = shelf
         self._reports: dict[int, Crash] = {}  # by id, oldest first
+        self._started = time.time()
         self._last = 0
         if shelf is None:
             return
@@ -135,13 +146,47 @@ class Crashes:
             xids=None,
             stderr=[line[:LONGEST_LINE] for line in child.tail],
         )
+        self._keep(report)
+        self._events.add("crash", f"crash report {report.id}: {report.cause}", report.worker, "warning")
+        return report
+
+    def add_fault(self, doing: str, fault: BaseException, *, config: Config, model: str, revision: int) -> Crash:
+        """The report of an exception that the supervisor has no name for. `doing`: what it was raised in."""
+        self._last += 1
+        lines = "".join(traceback.format_exception(fault)).splitlines()
+        report = Crash(
+            id=self._last,
+            at=time.time(),
+            worker=OWN,
+            pid=os.getpid(),
+            generation=0,
+            revision=revision,
+            phase=doing,
+            cause=words(fault),
+            signal=None,
+            exit_code=None,
+            self_inflicted=True,
+            version=__version__,
+            model=model,
+            config_digest=config_digest(config),
+            uptime_s=round(time.time() - self._started, 3),
+            progress=0,
+            memory_bytes=0,
+            stats={},
+            last_step=None,
+            xids=None,
+            stderr=[line[:LONGEST_LINE] for line in lines[-TRACEBACK_LINES:]],
+        )
+        self._keep(report)
+        self._events.add("crash", f"crash report {report.id}: {doing}: {report.cause}", level="error")
+        return report
+
+    def _keep(self, report: Crash) -> None:
         self._reports[report.id] = report
         while len(self._reports) > KEPT:
             del self._reports[next(iter(self._reports))]
         if self._shelf is not None:
             self._shelf.put(report.id, msgspec.json.encode(report))
-        self._events.add("crash", f"crash report {report.id}: {report.cause}", report.worker, "warning")
-        return report
 
     def all(self) -> list[CrashSummary]:
         """Newest first."""

@@ -18,6 +18,7 @@ from lightllmd.config.parameters import Config
 from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack
 from lightllmd.supervisor import sockets
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.crashes import words
 from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.frontend import Api, FrontEnd
 from lightllmd.supervisor.switch import Steps, Switch, Waiting, await_errand
@@ -76,6 +77,8 @@ class Settings:
             return len(diff(in_force, self.after(self.reread()))), ""
         except LightllmdError as fault:
             return 0, fault.message
+        except Exception as fault:
+            return 0, words(fault)
 
     def take(self, written: Config) -> None:
         """A swap lasts as long as the file names the same model of its own."""
@@ -142,7 +145,7 @@ class Reload:
                 yield from self._switch_to(new, self._details).steps()
             else:
                 self._in_force(new)
-        except LightllmdError:
+        except Exception:
             if front_end:
                 yield from self._restore_front_end(old, before)
             raise

@@ -82,6 +82,7 @@ class Supervisor:
         self.served_since: float | None = None  # Unix time of the first readiness
         self.queue: asyncio.Queue[object] = asyncio.Queue()
         context.post = self.queue.put_nowait
+        context.report_fault = self._report_fault
         self.front = FrontEnd(context, context.config.http.workers, self._greet)
         self.engines = Engines(context, self.front.tell)
         self.verbs = Verbs(context, self.engines, self.front, settings, self._relisten)
@@ -122,6 +123,9 @@ class Supervisor:
                 self.context.clock.advance()
                 self._apply(event)
                 self._settle()
+        except Exception as fault:  # nobody knows what state this leaves us in: a new start does
+            self._exit_code = EXIT_FAILED
+            self._report_fault("the supervisor's loop", fault)
         finally:
             tasks = [ticker, *self.context.errands]
             for task in tasks:
@@ -228,6 +232,10 @@ class Supervisor:
         except LightllmdError as failure:
             self._give_up(failure.message, failure.exit_code)
             return
+        except Exception as fault:
+            self._report_fault("the first plan", fault)
+            self._give_up(crashes.words(fault), EXIT_FAILED)
+            return
         self.engines.serving.plan_for(plan, read)
         self.engines.in_force()
         for line in report(plan).splitlines():
@@ -316,14 +324,23 @@ class Supervisor:
         for pid in orphans.reap_strangers(reap):
             self.context.log.own("debug", f"reaped an orphan, pid {pid}")
 
-    @staticmethod
-    def _answer(act: Callable[[], Any], answer: asyncio.Future[Any]) -> None:
+    def _report_fault(self, doing: str, fault: BaseException) -> None:
+        plan = self.plan
+        config, model = (plan.config, plan.model_name) if plan else (self.context.config, "")
+        report = self.crashes.add_fault(doing, fault, config=config, model=model, revision=self.context.revision)
+        for line in report.stderr:
+            self.context.log.own("error", line)
+
+    def _answer(self, act: Callable[[], Any], answer: asyncio.Future[Any]) -> None:
         if answer.cancelled():
             return  # the client is gone: nothing was promised, nothing is done
         try:
             answer.set_result(act())
         except LightllmdError as refusal:
             answer.set_exception(refusal)
+        except Exception as fault:
+            self._report_fault("a control request", fault)
+            answer.set_exception(LightllmdError(crashes.words(fault)))
 
     # --- deeds ---------------------------------------------------------------------------------------------------
     def _announce(self) -> None:

@@ -111,7 +111,9 @@ class Switch:
         candidate = self._engines.propose(plan, facts)
         try:
             yield from self._prove(candidate, old)
-        except GeneratorExit:
+        except LightllmdError:
+            raise  # and all is as it was
+        except BaseException:  # cancelled, or a fault of ours
             self._undo(candidate, "given up")
             self._front.release()
             raise

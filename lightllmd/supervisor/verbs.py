@@ -24,6 +24,7 @@ from lightllmd.errors import (
 )
 from lightllmd.ipc.messages import Drain, FlushCache, Models, Resume, Tune
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.crashes import words
 from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.frontend import Api, FrontEnd
 from lightllmd.supervisor.jobs import Jobs, RunningJob
@@ -287,10 +288,23 @@ class Verbs:
             self._finish(job, "rolled-back", failure.message, failure.as_dict())
         except LightllmdError as failure:
             self._finish(job, "failed", failure.message, failure.as_dict())
+        except Exception as fault:  # ours: this job has failed, the daemon goes on
+            self._fail(job, fault)
 
     def _cancel(self, job: RunningJob, why: str) -> None:
-        self._steps[job.snapshot.id].close()
-        self._finish(job, "cancelled", why)
+        try:
+            self._steps[job.snapshot.id].close()
+        except Exception as fault:
+            self._fail(job, fault)
+        else:
+            self._finish(job, "cancelled", why)
+
+    def _fail(self, job: RunningJob, fault: Exception) -> None:
+        failure = LightllmdError(words(fault))
+        self._finish(job, "failed", failure.message, failure.as_dict())
+        if job.snapshot.verb == "stop":
+            raise fault  # the daemon ends all the same
+        self._context.report_fault(f"job {job.snapshot.id}: {job.snapshot.verb}", fault)
 
     def _finish(self, job: RunningJob, outcome: str, message: str, error: dict[str, Any] | None = None) -> None:
         del self._steps[job.snapshot.id]

@@ -135,7 +135,7 @@ class Loop(asyncio.BaseEventLoop):
                 return
             try:
                 future.set_result(work(*arguments))
-            except LightllmdError as failure:
+            except Exception as failure:
                 future.set_exception(failure)
 
         self.threads.append(end)

@@ -190,6 +190,22 @@ def test_if_match_guards_against_a_lost_update(daemon: StandInDaemon) -> None:
     assert daemon.wait_job(daemon.ask("restart", {"worker": "engine"}, premise=f'"{generation}"'))["outcome"] == "done"
 
 
+def test_a_premise_of_any_length_is_a_number_or_refused(daemon: StandInDaemon) -> None:
+    for premise in ("9" * 5000, '"' + "9" * 5000 + '"', "-1", "1e3", "*", "\u0661"):
+        assert daemon.ask("restart", premise=premise.encode()).json()["error"] == "Usage"
+    assert daemon.ask("restart", premise="9" * 15).json()["error"] == "StaleGeneration"
+
+
+def test_a_check_of_a_pipe_is_refused_and_holds_up_no_other(
+    client: httpx.Client, daemon: StandInDaemon, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    for _ in range(10):  # more than there are threads
+        answer = client.post("/v1/check", json={"file": str(tmp_path / "pipe.toml")})
+        assert "it is a pipe" in answer.json()["message"]
+    assert daemon.status()["ready"]
+
+
 # --- refusals and bounds ---------------------------------------------------------------------------------------------
 
 
@@ -211,6 +227,23 @@ def test_if_match_guards_against_a_lost_update(daemon: StandInDaemon) -> None:
         ("POST", "/v1/swap", b'{"model":"./m","drain_timeout":-1}', 400, "Usage"),
         ("POST", "/v1/swap", b'{"model":"./m","drain_timeout":"1"}', 400, "Usage"),
         ("POST", "/v1/swap", b'{"model":"./m","on_failure":"retry"}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"./m","on_failure":{}}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/m","drain_timeout":' + b"9" * 400 + b"}", 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/m","drain_timeout":1e308}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/m","drain_timeout":1e309}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/m","drain_timeout":NaN}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/m","drain_timeout":true}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/m","force":1}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"/' + b"m" * 900_000 + b'"}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"' + b"m" * 900_000 + b'"}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":"\\ud800"}', 400, "Usage"),
+        ("POST", "/v1/swap", b'{"model":["/m"]}', 400, "Usage"),
+        ("POST", "/v1/restart", b'{"worker":0}', 400, "Usage"),
+        ("POST", "/v1/restart", b'{"worker":false}', 400, "Usage"),
+        ("POST", "/v1/restart", b'{"worker":[]}', 400, "Usage"),
+        ("POST", "/v1/check", b'{"file":"/' + b"x" * 5000 + b'"}', 400, "Usage"),
+        ("POST", "/v1/check", b'{"file":"/\\u0000"}', 400, "ConfigInvalid"),
+        ("POST", "/v1/check", b'{"file":"/dev/zero"}', 400, "ConfigInvalid"),
         ("POST", "/v1/reset-failed", b'{"worker":"engine-7"}', 404, "NoSuchWorker"),
         ("GET", "/v1/cache", b"", 409, "PromptCacheOff"),
         ("POST", "/v1/cache/flush", b"", 409, "PromptCacheOff"),
@@ -219,7 +252,12 @@ def test_if_match_guards_against_a_lost_update(daemon: StandInDaemon) -> None:
         ("GET", "/v1/jobs/999999", b"", 404, "NoSuchJob"),
         ("GET", "/v1/jobs/x", b"", 404, "NoSuchJob"),
         ("GET", "/v1/logs?worker=nobody", b"", 404, "NoSuchWorker"),
+        ("GET", "/v1/jobs/" + "9" * 5000, b"", 404, "NoSuchJob"),
+        ("GET", "/v1/crashes/%D9%A1", b"", 404, "NoSuchCrash"),
         ("GET", "/v1/logs?lines=many", b"", 400, "Usage"),
+        ("GET", "/v1/logs?lines=" + "9" * 5000, b"", 400, "Usage"),
+        ("GET", "/v1/events?lines=-1", b"", 400, "Usage"),
+        ("GET", "/v1/events?lines=1e3", b"", 400, "Usage"),
         ("GET", "/v1/logs?follow=perhaps", b"", 400, "Usage"),
         ("GET", "/v1/nothing", b"", 404, "Usage"),
         ("GET", "/v1/restart", b"", 405, "Usage"),
