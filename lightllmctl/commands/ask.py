@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lightllmctl.commands.options import json_option
+from lightllmctl.commands.options import Number, json_option
 from lightllmctl.context import Context, pass_context
 from lightllmd import __version__, console
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_NOT_ACTIVE, DaemonNotRunning, LightllmdError
@@ -23,7 +23,7 @@ def _exit_code(activity: str) -> int:
 @click.command()
 @json_option
 @click.option("-w", "--watch", is_flag=True, help="Refresh until ^C; waits for a daemon that is down.")
-@click.option("--interval", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds, with -w.")
+@click.option("--interval", type=Number(min=0.05, max=86400), default=1.0, show_default=True, help="Seconds, with -w.")
 @pass_context
 def status(context: Context, as_json: bool, watch: bool, interval: float) -> int:
     """Show what runs.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import click
 
-from lightllmctl.commands.options import json_option
+from lightllmctl.commands.options import LONGEST, Number, json_option
 from lightllmctl.context import Context, pass_context
 from lightllmd.errors import CTL_DONE, CTL_FAILED
 
 if TYPE_CHECKING:
     from lightllmctl.load import Share
 
+MOST_REQUESTS, MOST_PROMPT_TOKENS = 1_000_000, 200_000_000  # all are made before the first is sent
+MOST_IDS, USUAL_IDS = 2**31 - 1, 10_000  # of a vocabulary; the usual one has more
 ROUTES = {"completions": "/v1/completions", "native": "/generate_stream"}
 UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening addresses that nobody can connect to
 
@@ -55,9 +57,11 @@ def _slo(text: str) -> dict[str, float]:
 @click.option("--api-key", help="Sent as 'Authorization: Bearer KEY'.")
 @click.option("--route", type=click.Choice(list(ROUTES)), default="completions", show_default=True)
 @click.option("--model", help="Name of the model in requests. Default: the first of /v1/models.")
-@click.option("--requests", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--concurrency", type=click.IntRange(min=1), help="Requests at a time. Default: all, unless --rate.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Poisson arrivals per second instead.")
+@click.option("--requests", type=click.IntRange(1, MOST_REQUESTS), default=256, show_default=True)
+@click.option(
+    "--concurrency", type=click.IntRange(1, MOST_REQUESTS), help="Requests at a time. Default: all, unless --rate."
+)
+@click.option("--rate", type=Number(0.001, 1e6), help="Poisson arrivals per second instead.")
 @click.option("--input", "inputs", default="100:1024", show_default=True, callback=_parsed(_inputs),
               help="Prompt tokens: LEAST:MOST, N or sharegpt.")  # fmt: skip
 @click.option("--output", "outputs", default="100:1024", show_default=True, callback=_parsed(_outputs),
@@ -66,14 +70,14 @@ def _slo(text: str) -> dict[str, float]:
 @click.option("--prompt", type=click.Choice(["ids", "numbers", "words"]),
               help="Token ids; ids in decimal, for models without a tokenizer; English words, about one token each. "
               "Default: ids, words on the native route.")  # fmt: skip
-@click.option("--vocabulary", type=click.IntRange(min=1), default=10_000, show_default=True,
-              help="Ids are drawn below this.")  # fmt: skip
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--vocabulary", type=click.IntRange(1, MOST_IDS),
+              help="Ids are drawn below this. Default: what /v1/models says of the model, else 10000.")  # fmt: skip
+@click.option("--temperature", type=Number(0, 100), default=0.0, show_default=True)
 @click.option("--eos/--ignore-eos", "eos", default=False, help="May a generation end early?  [default: ignore-eos]")
 @click.option("--slo", metavar="ttft=S,tpot=S,latency=S", callback=_parsed(_slo),
               help="Seconds; counts the requests that keep to all of them.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True)
-@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--timeout", type=Number(0.001, LONGEST), default=600.0, show_default=True)
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True,
               help="Processes that generate the load; one reads about 50,000 tokens/s.")  # fmt: skip
 @json_option
 @pass_context
@@ -105,7 +109,7 @@ def _own_url(context: Context) -> str:
     listeners = context.client.get("/v1/status").get("listeners") or []
     if not listeners:
         raise click.UsageError("the daemon names no listener; --base-url says where to send requests")
-    parts = urlsplit(str(listeners[0]))
+    parts = _split(str(listeners[0]))
     host = UNSPECIFIED.get(parts.hostname or "", parts.hostname or "127.0.0.1")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{parts.port}"
 
@@ -123,7 +127,7 @@ def plan(
     outputs: Any,
     seed: int = 0,
     prompt: str | None = None,
-    vocabulary: int = 10_000,
+    vocabulary: int | None = None,
     temperature: float = 0.0,
     eos: bool = False,
     timeout: float = 600.0,
@@ -132,14 +136,21 @@ def plan(
     from lightllmctl.load import Planned, Share
     from lightllmctl.workload import draw_arrivals, draw_lengths, prompt_maker
 
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise click.UsageError(f"{url!r} is no http(s)://HOST:PORT")
+    parts = _split(url)
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise click.UsageError("--api-key has a character that no header takes")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    if route == "completions" and model is None:
-        model = _first_model(url, headers)
-    make = prompt_maker(prompt or ("words" if route == "native" else "ids"), vocabulary, seed + 1)
+    prompt = prompt or ("words" if route == "native" else "ids")
     lengths = draw_lengths(inputs, outputs, requests, seed)
+    if (tokens := sum(fed for fed, _ in lengths)) > MOST_PROMPT_TOKENS:
+        raise click.UsageError(f"these prompts have {tokens:,} tokens together: at most {MOST_PROMPT_TOKENS:,}")
+    card: dict[str, Any] = {}
+    if route == "completions" and model is None:
+        card = _model_card(url, headers, None)
+        model = str(card["id"])
+    elif vocabulary is None and prompt != "words":
+        card = _card_if_any(url, headers, model)
+    make = prompt_maker(prompt, vocabulary or _vocabulary(card), seed + 1)
     due = draw_arrivals(rate, requests, seed + 2) if rate else [0.0] * requests
     body = _native_body if route == "native" else _completion_body
     planned = [
@@ -169,7 +180,34 @@ def _native_body(prompt: Any, asked: int, temperature: float, eos: bool, _: str 
     return {"inputs": prompt, "parameters": parameters | ({"temperature": temperature} if temperature else {})}
 
 
-def _first_model(url: str, headers: dict[str, str]) -> str:
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            parts.hostname.encode("idna")
+            return parts
+    except ValueError:  # a port that is no number, brackets that don't match, a name that can't be one
+        pass
+    raise click.UsageError(f"{url!r} is no http(s)://HOST:PORT")
+
+
+def _vocabulary(card: dict[str, Any]) -> int:
+    size = card.get("vocab_size")
+    return size if type(size) is int and 1 <= size <= MOST_IDS else USUAL_IDS
+
+
+def _card_if_any(url: str, headers: dict[str, str], model: str | None) -> dict[str, Any]:
+    """Not every server has /v1/models, or lists what it answers to."""
+    from lightllmd.errors import BadAnswer
+
+    try:
+        return _model_card(url, headers, model)
+    except BadAnswer:
+        return {}
+
+
+def _model_card(url: str, headers: dict[str, str], model: str | None) -> dict[str, Any]:
+    """What /v1/models says of `model`; None: of the first. Raises DaemonNotRunning, BadAnswer."""
     import httpx
 
     from lightllmd.errors import BadAnswer, DaemonNotRunning
@@ -177,11 +215,13 @@ def _first_model(url: str, headers: dict[str, str]) -> str:
     place = url.rstrip("/").removesuffix("/v1") + "/v1/models"
     try:
         answer = httpx.get(place, headers=headers, timeout=30)
-        return str(answer.raise_for_status().json()["data"][0]["id"])
-    except httpx.TransportError as error:
-        raise DaemonNotRunning(f"{place}: {error}") from None
+        cards = answer.raise_for_status().json()["data"]
+        named = [dict(card) for card in cards if model in (None, card["id"])]
+        return named[0]
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError) as error:
         raise BadAnswer(f"{place} names no model ({error}); --model does") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DaemonNotRunning(f"{place}: {error}") from None
 
 
 COMMANDS = (bench,)

@@ -12,7 +12,12 @@ from lightllmctl.context import Context, pass_context
 from lightllmd import console
 
 lines_option = click.option(
-    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last ones."
+    "-n",
+    "--lines",
+    type=click.IntRange(0, 1_000_000),
+    default=50,
+    show_default=True,
+    help="How many of the last ones.",
 )
 
 

@@ -141,7 +141,10 @@ def chat_shape(front: FrontEnd, body: ChatBody, jobs: list[Job]) -> Shape:
 def model_card(name: str, created: int, served: FrontEnd | None) -> dict[str, Any]:
     """`served`: by whom, if now."""
     card = {"id": name, "object": "model", "created": created, "owned_by": "lightllmd", "served": served is not None}
-    return card if served is None else card | {"max_model_len": served.limits.max_req_total_len}
+    if served is None:
+        return card
+    limits = served.limits
+    return card | {"max_model_len": limits.max_req_total_len, "vocab_size": limits.vocab_size}
 
 
 def router(revisions: Revisions) -> APIRouter:

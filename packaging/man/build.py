@@ -340,8 +340,8 @@ def configuration() -> str:
     made.section("EXIT STATUS")
     made.paragraph(
         prose(
-            f"A file with a fault ends lightllmd(8), also with `--check`, with {errors.EXIT_CONFIG}, and lightllmctl(1) "
-            f"`check` and `reload` with {errors.CTL_CONFIG_INVALID}; what ran before a `reload` runs on."
+            f"A file with a fault ends lightllmd(8), also with `--check`, with {errors.EXIT_CONFIG}, and "
+            f"lightllmctl(1) `check` and `reload` with {errors.CTL_CONFIG_INVALID}; what ran before a `reload` runs on."
         )
     )
     made.section("EXAMPLES")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -17,6 +18,7 @@ from bench.roofline import Card, Roofline
 from harness import Daemon
 from lightllmctl.__main__ import main
 from lightllmctl.answer import Answer, BadAnswer, Record
+from lightllmctl.commands.bench import plan
 from lightllmctl.figures import parse_slo, quantile, summary
 from lightllmctl.load import Planned, Share, generate, split
 from lightllmctl.workload import (
@@ -221,7 +223,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 def bench(server: Daemon, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
     capsys.readouterr()
-    code = main(["--socket", str(server.control), "bench", "--json", "--vocabulary", "256", *words])
+    code = main(["--socket", str(server.control), "bench", "--json", *words])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -254,7 +256,7 @@ def test_refusals_are_counted_by_kind(server: Daemon, capsys: pytest.CaptureFixt
 
 
 def test_people_get_a_table(server: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--base-url", server.url, "--vocabulary", "256", "--requests", "3", "--input", "5", "--output", "4"]
+    words = ["--base-url", server.url, "--requests", "3", "--input", "5", "--output", "4"]
     assert main(["bench", *words, "--slo", "ttft=50"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "requests  3 of 3 ok"
@@ -265,6 +267,32 @@ def test_people_get_a_table(server: Daemon, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
+    ("answer", "below"),
+    [
+        ('{"data":[{"id":"other","vocab_size":9},{"id":"m","vocab_size":7}]}', 7),
+        ('{"data":[{"id":"m"}]}', 10_000),  # as other servers say it
+        ('{"data":[{"id":"m","vocab_size":-3}]}', 10_000),
+        ('{"data":[]}', 10_000),
+        ("no JSON", 10_000),
+    ],
+)
+def test_ids_are_drawn_from_the_vocabulary_that_the_server_tells(
+    monkeypatch: pytest.MonkeyPatch, answer: str, below: int
+) -> None:
+    def get(url: str, **_: Any) -> httpx.Response:
+        return httpx.Response(200, text=answer, request=httpx.Request("GET", url))
+
+    def ids(vocabulary: int | None = None) -> list[int]:
+        lengths = Lengths(3000, 3000)
+        share = plan("http://h:1/v1", model="m", requests=1, inputs=lengths, outputs=lengths, vocabulary=vocabulary)
+        return json.loads(share.planned[0].body)["prompt"]
+
+    monkeypatch.setattr(httpx, "get", get)
+    assert below * 0.9 < max(ids()) + 1 <= below
+    assert max(ids(99)) == 98
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--rate", "1", "--concurrency", "1"], "--rate and --concurrency exclude each other"),
@@ -272,6 +300,12 @@ def test_people_get_a_table(server: Daemon, capsys: pytest.CaptureFixture[str]) 
         (["--input", "9:1"], "1 <= LEAST <= MOST"),
         (["--slo", "tft=1"], "ttft, tpot, latency"),
         (["--base-url", "localhost:8000", "--model", "m"], "is no http(s)://HOST:PORT"),
+        (["--base-url", "http://[::1", "--model", "m"], "is no http(s)://HOST:PORT"),
+        (["--base-url", "http://h:99999", "--model", "m"], "is no http(s)://HOST:PORT"),
+        (["--base-url", "http://h", "--model", "m", "--api-key", "é"], "no header takes"),
+        (["--base-url", "http://h", "--model", "m", "--requests", "1000000", "--input", "2000"], "at most 200,000,000"),
+        (["--rate", "nan"], "no finite number"),
+        (["--timeout", "inf"], "is not in the range"),
     ],
 )
 def test_wrong_options_are_usage_errors(ctl: Any, words: list[str], said: str) -> None:
