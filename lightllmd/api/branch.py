@@ -31,7 +31,18 @@ class Branch:
     are what a replay sends to the engine, whether or not their text was released yet.
     """
 
-    __slots__ = ("_detokenizer", "_stop", "_unshown", "alternatives", "finish", "ids", "index", "logprobs", "texts")
+    __slots__ = (
+        "_decoded",
+        "_detokenizer",
+        "_stop",
+        "alternatives",
+        "finish",
+        "ids",
+        "index",
+        "logprobs",
+        "texts",
+        "unshown",
+    )
 
     def __init__(
         self,
@@ -49,7 +60,8 @@ class Branch:
         self.finish: str | None = None  # "stop" | "length" | "abort"
         self._detokenizer = detokenizer
         self._stop = stop
-        self._unshown = unshown
+        self._decoded: list[int] = []  # characters, per token, before `_stop` held any back; unused without it
+        self.unshown = unshown
 
     def take(
         self, token: int, logprob: float, alternatives: list[tuple[int, float]] | None, finish: int = FINISH_NONE
@@ -63,7 +75,8 @@ class Branch:
             text += self._detokenizer.flush()
         stop = self._stop
         if stop is not None:
-            text = stop.push(text, (token,), self._unshown.get(token, ""))
+            self._decoded.append(len(text))
+            text = stop.push(text, (token,), self.unshown.get(token, ""))
             if stop.stopped:
                 self.finish = "stop"
             elif finish != FINISH_NONE:
@@ -77,6 +90,10 @@ class Branch:
         """Ends it where it is, if it hasn't ended; text that is held back (see above) stays unsaid."""
         if self.finish is None:
             self.finish = "abort"
+
+    def decoded_lengths(self, first: int, end: int) -> list[int]:
+        """By how many characters each of these tokens made the text grow, whether or not a stop holds them back."""
+        return [len(text) for text in self.texts[first:end]] if self._stop is None else self._decoded[first:end]
 
     @property
     def text(self) -> str:

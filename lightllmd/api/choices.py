@@ -14,17 +14,19 @@ from lightllmd.api.branch import Branch
 from lightllmd.api.entry import Entry
 from lightllmd.api.errors import openai_error
 from lightllmd.api.openai_bodies import UsageTold
-from lightllmd.api.prompt_log import FLOOR
+from lightllmd.api.prompt_log import FLOOR, Alternatives
 from lightllmd.errors import RequestError
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.offsets import begins
 
 _json = msgspec.json.Encoder()
+TokenScore = tuple[int, float | None, Alternatives | None]  # its id; None: the first token of a prompt has none
 
 
 class Choice:
     """One sequence of the answer, and how much of it a stream has sent."""
 
-    __slots__ = ("begun", "branch", "entry", "finished", "index", "offset", "prompt", "sent")
+    __slots__ = ("begun", "branch", "decoded", "entry", "finished", "index", "prompt", "sent")
 
     def __init__(self, index: int, prompt: int, entry: Entry, branch: Branch) -> None:
         self.index = index
@@ -32,7 +34,7 @@ class Choice:
         self.entry = entry
         self.branch = branch
         self.sent = 0  # tokens
-        self.offset = 0  # characters generated
+        self.decoded = 0  # characters that the tokens whose log-probabilities were shown have
         self.begun = False
         self.finished = False
 
@@ -50,6 +52,11 @@ def usage(entries: Sequence[Entry], completion: int) -> dict[str, Any]:
 
 def _generated(entries: Sequence[Entry]) -> int:
     return sum(entry.generated for entry in entries)
+
+
+def numbered(token: int) -> str:
+    """As vLLM names tokens by their ids."""
+    return f"token_id:{token}"
 
 
 class Shape(ABC):
@@ -90,7 +97,19 @@ class Shape(ABC):
         """The entries of `choices`, one per chunk, for what the sequence gained; marks it as sent."""
 
     def token_text(self, token: int) -> str:
-        return (self._tokenizer.token_bytes(token) or b"").decode("utf-8", "replace")
+        raw = self._tokenizer.token_bytes(token)
+        return self._tokenizer.id_to_token(token) or "" if raw is None else raw.decode("utf-8", "replace")
+
+    def token_name(self, token: int) -> str:
+        """Its text where it has one, else what tells it from others: ``bytes:\\xe6`` as OpenAI writes bytes that are no
+        whole character, or its number."""
+        raw = self._tokenizer.token_bytes(token)
+        if not raw:
+            return self._tokenizer.id_to_token(token) or numbered(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def alternatives_at(self, branch: Branch, index: int) -> list[tuple[int, float]]:
         return (branch.alternatives[index] or [])[: self._alternatives]
@@ -152,19 +171,23 @@ class ChatShape(Shape):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token) or b""
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
+        raw = self._tokenizer.token_bytes(token)
+        return {
+            "token": self.token_text(token),
+            "logprob": max(logprob, FLOOR),
+            "bytes": None if raw is None else list(raw),
+        }
 
 
 @dataclass(frozen=True)
-class Echo:
-    """A prompt as an answer repeats it."""
+class PromptText:
+    """A prompt as text, which an answer may repeat, and behind which its own text begins."""
 
-    text: str
-    offsets: list[int]  # the character that each of its tokens begins at; empty: its log-probabilities aren't shown
+    text: str = ""
+    offsets: Sequence[int] = ()  # the character that each of its tokens begins at; empty: they aren't shown
 
 
-_NO_ECHO = Echo("", [])
+_NO_PROMPT = PromptText()
 
 
 class CompletionShape(Shape):
@@ -178,20 +201,26 @@ class CompletionShape(Shape):
         tokenizer: Tokenizer,
         alternatives: int | None,
         scores_prompt: bool,
-        echoes: Sequence[Echo] = (),
+        prompts: Sequence[PromptText] = (),
+        *,
+        echo: bool = False,
     ) -> None:
-        """`echoes`: the prompts, where the answer begins with them."""
+        """`prompts`: empty where their texts play no part; `echo`: the answer begins with them."""
         super().__init__(answer_id, model, tokenizer, alternatives, scores_prompt)
-        self._echoes = echoes
+        self._prompts = prompts
+        self._echo = echo
 
-    def _echo(self, choice: Choice) -> Echo:
-        return self._echoes[choice.prompt] if self._echoes else _NO_ECHO
+    def _prompt(self, choice: Choice) -> PromptText:
+        return self._prompts[choice.prompt] if self._prompts else _NO_PROMPT
+
+    def _echoed(self, choice: Choice) -> str:
+        return self._prompt(choice).text if self._echo else ""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         branch = choice.branch
         return {
             "index": choice.index,
-            "text": self._echo(choice).text + branch.text,
+            "text": self._echoed(choice) + branch.text,
             "logprobs": self._logprobs(choice, 0, len(branch.ids)),
             "finish_reason": branch.finish,
         } | self.prompt_scores(choice.entry)
@@ -205,43 +234,60 @@ class CompletionShape(Shape):
         choice.finished = branch.finish is not None
         text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
         logprobs = self._logprobs(choice, first, count)
-        choice.offset += len(text)
         if not choice.begun:
             choice.begun = True
-            text = self._echo(choice).text + text
+            text = self._echoed(choice) + text
         if not text and logprobs is None and branch.finish is None:
             return []
         return [{"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": branch.finish}]
 
     def _logprobs(self, choice: Choice, first: int, end: int) -> dict[str, Any] | None:
-        """Of the generated tokens from `first` on, behind those of an echoed prompt if they are the first shown."""
+        """Of the generated tokens from `first` on, behind those of an echoed prompt if they are the first shown.
+
+        An offset counts the characters of prompt and answer, whether or not the prompt is echoed."""
         if self._alternatives is None:
             return None
-        branch, entry, echo = choice.branch, choice.entry, self._echo(choice)
-        ids: list[int] = []
-        logprobs: list[float | None] = []
+        branch, entry, prompt = choice.branch, choice.entry, self._prompt(choice)
+        scores: list[TokenScore] = []
         offsets: list[int] = []
-        tops: list[dict[str, float] | None] = []
-        if first == 0 and echo.offsets:
-            log = entry.prompt_log
-            ids, logprobs, offsets = [*entry.prompt_ids], [None, *log.logprobs], [*echo.offsets]
-            tops = [None, *(self._top(log.alternatives(index)) for index in range(len(log.logprobs)))]
-        offset = len(echo.text) + choice.offset
-        for index in range(first, end):
-            offsets.append(offset)
-            offset += len(branch.texts[index])
-            tops.append(self._top(branch.alternatives[index] or []))
+        if first == 0 and prompt.offsets:
+            log, ids = entry.prompt_log, entry.prompt_ids
+            scores = [(ids[0], None, ())]
+            scores += zip(ids[1:], log.logprobs, map(log.alternatives, range(len(log.logprobs))), strict=True)
+            offsets += prompt.offsets
+        ids = branch.ids[first:end]
+        scores += zip(ids, branch.logprobs[first:end], branch.alternatives[first:end], strict=True)
+        offsets += self._offsets(choice, first, end, len(prompt.text))
         return {
-            "tokens": [self.token_text(token) for token in ids + branch.ids[first:end]],
-            "token_logprobs": [
-                None if logprob is None else max(logprob, FLOOR) for logprob in logprobs + branch.logprobs[first:end]
-            ],
-            "top_logprobs": tops if self._alternatives else None,
+            "tokens": [self.token_name(token) for token, _, _ in scores],
+            "token_logprobs": [None if logprob is None else max(logprob, FLOOR) for _, logprob, _ in scores],
+            "top_logprobs": [self._top(*score) for score in scores],
             "text_offset": offsets,
         }
 
-    def _top(self, others: Sequence[tuple[int, float]]) -> dict[str, float]:
-        return {self.token_text(token): max(logprob, FLOOR) for token, logprob in others[: self._alternatives]}
+    def _offsets(self, choice: Choice, first: int, end: int, prompt: int) -> list[int]:
+        branch, own = choice.branch, self._tokenizer.vocabulary.text_length
+        gained = branch.decoded_lengths(first, end)
+        lengths = [0 if token in branch.unshown else own(token) for token in branch.ids[first:end]]
+        at = prompt + choice.decoded
+        choice.decoded += sum(gained)
+        return begins(gained, lengths, at)
+
+    def _top(self, own: int, logprob: float | None, others: Alternatives | None) -> dict[str, float] | None:
+        """The best ones, and the token itself where it isn't among them; each under a name of its own."""
+        if logprob is None:
+            return None
+        shown = [*(others or ())[: self._alternatives]]
+        if all(token != own for token, _ in shown):
+            shown.append((own, logprob))
+        own_name = self.token_name(own)
+        top: dict[str, float] = {}
+        for token, value in shown:
+            name = own_name if token == own else self.token_name(token)
+            if token != own and (name == own_name or name in top):
+                name = numbered(token)
+            top[name] = max(value, FLOOR)
+        return top
 
 
 class Chunks:

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,7 +16,7 @@ from starlette.responses import Response
 
 from lightllmd.api import bodies
 from lightllmd.api.branch import TextOptions
-from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Echo, Shape, error_frame
+from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, PromptText, Shape, error_frame
 from lightllmd.api.common_fields import MAX_COUNT
 from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
 from lightllmd.api.ignored_fields import NamingRoute
@@ -28,6 +27,7 @@ from lightllmd.api.responses import json_response
 from lightllmd.api.revisions import Revisions
 from lightllmd.errors import InvalidRequest, NotFound
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.text.offsets import begins, token_offsets
 from lightllmd.text.stop import StopList
 
 _JOB_COST = 64  # characters that are tokenised in the time that a job of a few tokens takes
@@ -123,14 +123,21 @@ def choices_of(pending: Pending, n: int, beams: bool) -> list[Choice]:
 
 
 def completion_shape(front: FrontEnd, body: CompletionBody, jobs: list[Job]) -> Shape:
-    echoes: list[Echo] = []
-    if body.echo:
-        echoes = [
-            _echo(front, prompt, job, scored=body.logprobs is not None)
+    prompts: list[PromptText] = []
+    if body.echo or body.logprobs is not None:
+        prompts = [
+            _prompt_text(front, prompt, job, scored=body.scored_echo >= 0)
             for prompt, job in zip(body.prompts, jobs, strict=True)
         ]
-    scores = _scores_prompt(front, body)
-    return CompletionShape(_new_id("cmpl"), front.model_name, front.tokenizer, body.alternatives, scores, echoes)
+    return CompletionShape(
+        _new_id("cmpl"),
+        front.model_name,
+        front.tokenizer,
+        body.alternatives,
+        _scores_prompt(front, body),
+        prompts,
+        echo=bool(body.echo),
+    )
 
 
 def chat_shape(front: FrontEnd, body: ChatBody, jobs: list[Job]) -> Shape:
@@ -182,8 +189,10 @@ def router(revisions: Revisions) -> APIRouter:
             async with revisions.entered(request.receive) as front:
                 revisions.check_name(front, body.model)
                 jobs = await jobs_of(front, body)
+                size = sum(len(job.given_ids) for job in jobs)
+                shape = await off_loop(size, shape_of, front, body, jobs)
                 pending = front.open(jobs, arrived_at)
-        shape, n, beams = shape_of(front, body, jobs), body.n or 1, front.intake.beams
+        n, beams = body.n or 1, front.intake.beams
         if body.stream:
             chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.usage_told)
             return EventStream(pending, chunks, revisions.streams)
@@ -224,15 +233,23 @@ def _scores_prompt(front: FrontEnd, body: OpenAIBody) -> bool:
     return body.prompt_logprobs is not None or front.intake.scores_prompts
 
 
-def _echo(front: FrontEnd, prompt: str | list[int], job: Job, scored: bool) -> Echo:
-    """A text is repeated as it came, unless it was cut."""
-    ids, is_text = job.given_ids, isinstance(prompt, str)
-    if isinstance(prompt, str) and not scored and not job.cut:
-        return Echo(prompt, [])
-    stream = front.tokenizer.detokenizer(
-        skip_special_tokens=is_text, spaces_between_special_tokens=False, print_eos_token=None
+def _prompt_text(front: FrontEnd, prompt: str | list[int], job: Job, scored: bool) -> PromptText:
+    """A text is what came, unless it was cut. `scored`: the log-probabilities of its tokens are shown."""
+    tokenizer, ids = front.tokenizer, job.given_ids
+    whole = prompt if isinstance(prompt, str) and not job.cut else None
+    if whole is not None and not scored:
+        return PromptText(whole)
+    hides = isinstance(prompt, str) and job.cut
+    detokenizing = tokenizer.detokenizing(
+        skip_special_tokens=hides, spaces_between_special_tokens=False, print_eos_token=None
     )
+    stream = detokenizing.open()
     pieces = [stream.push([token]) for token in ids]
-    pieces.append(stream.flush())
-    text = prompt if isinstance(prompt, str) and not job.cut else "".join(pieces)
-    return Echo(text, [*accumulate(map(len, pieces[:-2]), initial=0)] if scored else [])
+    if whole is not None:
+        return PromptText(whole, token_offsets(whole, pieces, tokenizer.spans(whole)))
+    text = "".join(pieces) + stream.flush()
+    if not scored:
+        return PromptText(text)
+    own = tokenizer.vocabulary.text_length
+    lengths = [0 if token in detokenizing.unshown else own(token) for token in ids]
+    return PromptText(text, begins(map(len, pieces), lengths))

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.offsets import NOWHERE, Span
 from lightllmd.text.vocabulary import (
     BYTEWISE,
     SPACE_MARK,
@@ -63,6 +64,13 @@ class FastTokenizer(Tokenizer):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [*self._around[0], *ids, *self._around[1]] if add_special_tokens else ids
+
+    def spans(self, text: str, add_special_tokens: bool = True) -> list[Span]:
+        around = self._around if add_special_tokens else None
+        inner = add_special_tokens and around is None
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=inner)
+        before, after = around or ([], [])
+        return [*[NOWHERE] * len(before), *encoding.offsets, *[NOWHERE] * len(after)]
 
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         around = self._around if add_special_tokens else None

@@ -9,6 +9,7 @@ from typing import Any
 from lightllmd.errors import InvalidRequest
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.detokenize import Detokenizing, IncrementalDetokenizer
+from lightllmd.text.offsets import Span
 from lightllmd.text.vocabulary import Vocabulary
 
 
@@ -69,6 +70,11 @@ class Tokenizer(ABC):
 
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return [self._encode(text, add_special_tokens) for text in texts]
+
+    def spans(self, text: str, add_special_tokens: bool = True) -> list[Span] | None:
+        """The characters of `text` that each token of ``encode(text)`` stands for, white space at their ends perhaps
+        left out; None where the tokenizer doesn't know."""
+        return None
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """The ids of a rendered conversation; options as `ChatTemplate.render`. Raises InvalidRequest."""

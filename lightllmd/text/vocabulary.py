@@ -63,6 +63,11 @@ class Vocabulary:
         text = self.texts[token_id] if self.decode is None else self.tokens[token_id]
         return text if text is not None else self.fragments[token_id].decode("utf-8", "replace")
 
+    def text_length(self, token_id: int) -> int | None:
+        """Characters of a token's own text; None where that depends on its neighbours."""
+        text = self.texts[token_id] if 0 <= token_id < len(self.texts) else None
+        return None if text is None else len(text)
+
     def token_bytes(self, token_id: int) -> bytes | None:
         if not 0 <= token_id < len(self.texts):
             return None

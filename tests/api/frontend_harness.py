@@ -95,6 +95,7 @@ class ScriptedEngine:
         self.reject: messages.Rejected | None = None
         self.free_run = False
         self.logprob: Callable[[int, int], float] = lambda branch, position: -0.5
+        self.others: Callable[[int], list[tuple[int, float]]] = lambda token: [(token, -0.5), (65, -1.5), (66, -2.5)]
         self.cached = 0  # prompt tokens that each request is said to have found in the prompt cache
         self._task = asyncio.create_task(self._run())
 
@@ -167,7 +168,7 @@ class ScriptedEngine:
                 del self.running[request]
         if rows:
             requests, branches, at, tokens, logprobs, finishes = (list(column) for column in zip(*rows, strict=True))
-            others = [[(token, -0.5), (65, -1.5), (66, -2.5)] for token in tokens]
+            others = [self.others(token) for token in tokens]
             output = messages.StepOutput(self.generation, requests, branches, at, tokens, logprobs, finishes, others)
             output.cached, output.prompts = cached, prompts
             self.socket.send(*owner, output)

@@ -266,10 +266,10 @@ def test_completion_logprobs(tmp_path):
                     "tokens": list(text),
                     "token_logprobs": [-0.5] * 3,
                     "top_logprobs": [{char: -0.5, "A": -1.5} for char in text],
-                    "text_offset": [0, 1, 2],
+                    "text_offset": [1, 2, 3],
                 }
-            none = await one.client.post("/v1/completions", json=body | {"logprobs": 0})
-            assert none.json()["choices"][0]["logprobs"]["top_logprobs"] is None
+            alone = await one.client.post("/v1/completions", json=body | {"logprobs": 0})
+            assert alone.json()["choices"][0]["logprobs"]["top_logprobs"] == [{char: -0.5} for char in text]
 
     run(scenario())
 

@@ -233,13 +233,18 @@ def test_an_echo_with_logprobs_scores_the_prompt_too(tmp_path, stream):
                 key: [value for choice in choices for value in choice["logprobs"][key]]
                 for key in choices[0]["logprobs"]
             }
-            assert merged["tokens"] == ["a", "\ufffd", "\ufffd", "b", *text]
+            assert merged["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "b", *text]
             assert merged["token_logprobs"] == [None, -0.125, -0.25, -0.375, -0.5, -0.5]
-            assert merged["top_logprobs"] == [None, {"A": -1.0}, {"A": -1.0}, {"A": -1.0}, *({t: -0.5} for t in text)]
+            own = list(zip(merged["tokens"], merged["token_logprobs"], strict=True))
+            assert merged["top_logprobs"] == [
+                None,
+                *({"A": -1.0, token: value} for token, value in own[1:4]),
+                *({token: value} for token, value in own[4:]),
+            ]
             assert merged["text_offset"] == [0, 1, 1, 2, 3, 4]
             assert "prompt_logprobs" not in choices[0]
             without = (await one.client.post("/v1/completions", json=body | {"echo": False, "stream": False})).json()
-            assert without["choices"][0]["logprobs"]["text_offset"] == [0, 1]
+            assert without["choices"][0]["logprobs"]["text_offset"] == [3, 4]
 
     run(scenario())
 
@@ -252,7 +257,8 @@ def test_an_echo_of_token_ids_repeats_their_text(tmp_path):
             for choice in choices:
                 assert choice["text"].startswith("a<eos>b")
                 assert choice["logprobs"]["text_offset"] == [0, 1, 6, 7]
-                assert choice["logprobs"]["top_logprobs"] is None
+                tops = choice["logprobs"]["top_logprobs"]
+                assert [top and list(top) for top in tops] == [None, *([t] for t in choice["logprobs"]["tokens"][1:])]
 
     run(scenario())
 
