@@ -41,6 +41,8 @@ class Api:
         self.spare: Child | None = None
         self.retiring: list[Child] = []
         self.roll_failure: str | None = None  # why the last replacement didn't come into service
+        # Its process has other settings than are in force: when (running clock) the next replacement is tried.
+        self.outdated: float | None = None
 
     def _launch(self, epoch: int) -> Child:
         context = self._context
@@ -66,6 +68,8 @@ class Api:
 
     def roll(self) -> None:
         """Starts a replacement; when that is ready it takes over and the old one retires."""
+        if self.spare is not None:
+            return  # it is on its way
         self.roll_failure = None
         if self.worker.child is None:
             self.worker.forgive()
@@ -74,6 +78,16 @@ class Api:
             self.spare = self._launch(self.worker.next_number())
         except SystemFailure as refused:
             self.roll_failure = refused.message
+
+    def keep_outdated(self) -> None:
+        """No process of the settings in force comes up: the one that serves goes on, and others are tried."""
+        self.outdated = self._context.clock.now + self._context.config.supervisor.retry_interval
+
+    def tick(self) -> None:
+        self.worker.start_if_due()
+        if self.outdated is not None and self._context.clock.now >= self.outdated:
+            self.keep_outdated()
+            self.roll()
 
     def renew(self) -> None:
         """As `roll`, where that failed: its process retires first, and connections wait until policy has another up."""
@@ -89,7 +103,7 @@ class Api:
 
     def became_ready(self, child: Child) -> None:
         if child is self.spare:
-            old, self.worker.child, self.spare = self.worker.child, child, None
+            old, self.worker.child, self.spare, self.outdated = self.worker.child, child, None, None
             if old is not None:
                 self._retire(old, "replaced")
         self.worker.became_ready()
@@ -118,8 +132,9 @@ class Api:
         elif self.spare is not None:
             # Its replacement is on the way already.
             self.worker.died(ending, again=False)
-            self.worker.child, self.spare = self.spare, None
+            self.worker.child, self.spare, self.outdated = self.spare, None, None
         else:
+            self.outdated = None
             self.worker.died(ending, again)
             self.worker.start_if_due()
 
@@ -195,7 +210,7 @@ class FrontEnd:
 
     def tick(self) -> None:
         for api in self.apis:
-            api.worker.start_if_due()
+            api.tick()
 
     # --- revisions -----------------------------------------------------------------------------------------------
     def prepare(self, candidate: Engine) -> None:

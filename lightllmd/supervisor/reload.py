@@ -17,11 +17,14 @@ from lightllmd.config.diff import blend, diff
 from lightllmd.config.parameters import Config
 from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack
 from lightllmd.supervisor import sockets
+from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.crashes import words
 from lightllmd.supervisor.engines import Engines
 from lightllmd.supervisor.frontend import Api, FrontEnd
 from lightllmd.supervisor.switch import Steps, Switch, Waiting, await_errand
+
+RESTORE_TRIES = 3  # to bring a process of the old settings up
 
 
 class Settings:
@@ -115,6 +118,7 @@ class Reload:
         self._settings = settings
         self._details = details
         self._switch_to, self._in_force, self._relisten = switch_to, in_force, relisten
+        self._before: dict[Api, Child | None] = {}  # what served before the front end was touched
 
     def steps(self, dry_run: bool) -> Steps:
         written = yield from await_errand(
@@ -162,38 +166,69 @@ class Reload:
         return sockets.bind(config.params.host, config.params.port, before, patience=0)
 
     def _replace_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
-        """Every api worker by one of this configuration, one after the other. Raises RolledBack, which is still to be
-        done then."""
+        """Every api worker by one of this configuration, one after the other; then places are opened or closed. Raises
+        RolledBack, which is still to be done then."""
+        self._before = {api: api.worker.child for api in self._front.apis}
         self._begin(config, listeners)
-        for api in list(self._front.apis):
+        workers = config.http.workers
+        for api in self._front.apis[:workers]:
             yield from self._replace(api)
             if api.roll_failure or not api.worker.ready:
-                cause = f"the replacement of {api.worker.name} failed: {api.roll_failure or api.worker.trouble}"
-                raise RolledBack(f"{cause}; the front end is as it was", cause=cause)
+                raise self._failed(api, api.roll_failure or api.worker.trouble)
+        self._front.resize(workers)
+        for api in self._front.apis[len(self._before) :]:
+            while not api.worker.ready:
+                if api.worker.last_exit is not None:
+                    raise self._failed(api, api.worker.trouble)
+                yield f"starting {api.worker.name}", None
+
+    @staticmethod
+    def _failed(api: Api, why: str) -> RolledBack:
+        cause = f"the new process of {api.worker.name} failed: {why}"
+        return RolledBack(f"{cause}; the front end is as it was", cause=cause)
 
     def _restore_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
-        """The same back again, whatever the host refuses. Raises ControlError if the old ones don't come up."""
+        """The same back again, whatever the host refuses. A process that was not replaced is left alone, and none that
+        serves is given up before another does. Raises ControlError where a process of the new settings has to go on,
+        or none comes up."""
         given_up = [listener for listener in self._context.listeners if listener not in listeners]
         self._begin(config, listeners)
-        for api in list(self._front.apis):
-            yield from self._replace(api)
-            if api.roll_failure:
+        faults = []
+        for api, before in self._before.items():
+            if api not in self._front.apis or (before is not None and api.worker.child is before):
+                continue
+            yield from self._replace(api, tries=RESTORE_TRIES)
+            if api.roll_failure and given_up:  # what serves listens where nobody is to be answered any more
                 api.renew()
                 yield from self._replaced(api)
-        self._close(given_up)
+            elif api.roll_failure:
+                api.keep_outdated()
+                faults.append(f"{api.worker.name} goes on with the new settings for now: {api.roll_failure}")
+        self._front.resize(config.http.workers)
         for api in self._front.apis:
+            yield from self._replaced(api)
             if not api.worker.ready:
-                raise ControlError(f"{api.worker.name} does not come back with the old settings: {api.worker.trouble}")
+                faults.append(f"{api.worker.name} does not come back with the old settings: {api.worker.trouble}")
+        self._close(given_up)
+        if faults:
+            raise ControlError("; ".join(faults))
 
     def _begin(self, config: Config, listeners: list[socket.socket]) -> None:
+        """For what starts from now on."""
         self._in_force(config)
         if listeners is not self._context.listeners:
             self._relisten(listeners)
-        self._front.resize(config.http.workers)
 
-    def _replace(self, api: Api) -> Waiting[None]:
-        api.roll()
-        yield from self._replaced(api)
+    def _replace(self, api: Api, tries: int = 1) -> Waiting[None]:
+        clock, pause = self._context.clock, self._context.config.supervisor.backoff_initial
+        for failed in range(tries):
+            again = clock.now + (pause * 2 ** (failed - 1) if failed else 0)
+            while clock.now < again:
+                yield f"waiting for the next try to replace {api.worker.name}", None
+            api.roll()
+            yield from self._replaced(api)
+            if not api.roll_failure:
+                return
 
     def _replaced(self, api: Api) -> Waiting[None]:
         while api.rolling and not (api.worker.limited or api.worker.fatal):

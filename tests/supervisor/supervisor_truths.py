@@ -99,7 +99,7 @@ class Truths:
         if sorted(self.simulation.systemd.stored.values()) != sorted(listener.fileno() for listener in listeners):
             yield f"systemd keeps other listeners: {self.simulation.systemd.stored}"
         for api in supervisor.front.apis:
-            if api.worker.child is not None and api.worker.child.asked is None:
+            if api.worker.child is not None and api.worker.child.asked is None and api.outdated is None:
                 yield from self._front_end_as_configured(api.worker.child)
         if len(supervisor.front.apis) != context.config.http.workers:
             yield f"{len(supervisor.front.apis)} api workers instead of {context.config.http.workers}"

@@ -42,7 +42,9 @@ class World:
         raise AssertionError("it did not come to that")
 
     def ask(self, verb: str, *arguments: Any) -> RunningJob | LightllmdError | None:
-        return self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Asked(), *arguments))
+        answer = self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Asked(), *arguments))
+        self.truths.broken()  # which takes down what is in force as the job begins
+        return answer
 
 
 @pytest.fixture

@@ -363,7 +363,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             return False  # that is noticed
         if any(process.program.in_flight for process in self.simulation.apis()) and workers[0].fatal is None:
             return False
-        if any(api.spare is not None or api.retiring for api in supervisor.front.apis):
+        if any(api.spare is not None or api.retiring or api.outdated is not None for api in supervisor.front.apis):
             return False
         if self.kept_a_bad_one and workers[0].limited:
             workers.pop(0)  # it is tried again for ever
