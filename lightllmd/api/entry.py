@@ -39,9 +39,10 @@ class Entry:
         "proven",
         "request",
         "started_at",
+        "strikes",
         "submitted",
         "suspect",
-        "trial_deaths",
+        "suspect_since",
     )
 
     def __init__(
@@ -72,8 +73,9 @@ class Entry:
         self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
         self.submitted = False  # to any generation
         self.proven = False  # has a token of the generation that it was last submitted to
-        self.suspect = False
-        self.trial_deaths = 0
+        self.suspect = 0  # deaths of engines since its last token that it may have caused
+        self.suspect_since = 0.0  # seconds of the ledger's clock: the first of them
+        self.strikes = 0  # those that tell most likely of it
         self.held_since: float | None = None
         self.arrived_at = arrived_at  # seconds of the ledger's clock: when its HTTP request came
         self.started_at = now

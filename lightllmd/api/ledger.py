@@ -5,8 +5,9 @@ Pure logic: no HTTP, no sockets, no event loop. A `Link` carries messages to one
 tells its reader that something changed. All calls come from one thread.
 
 A request is *held* while there is no link, *replayed* when a new generation is up, and *suspect* when an engine died
-while the request had been admitted and had no token since. A suspect is admitted alone (the scheduler's part); the
-engine dying on it again is its verdict.
+while the request had been admitted and had no token since. A suspect runs alone, right after the engine has answered a
+request of its own (the scheduler's part). If the engine dies then, and not certainly by a cause from outside, that is a
+*strike*; at three without a token in between the request is given up.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, Sampling
 
 log = logging.getLogger(__name__)
 
-TRIALS = 2  # deaths on trial that convict where the engine was killed from outside; one is enough where it was not
+STRIKES = 3
 
 
 class Link(Protocol):
@@ -200,15 +201,16 @@ class Ledger:
         for entry in replayed + [entry for entry in entries if not entry.submitted]:
             self._submit(entry)
 
-    def engine_down(self, generation: int, unproven: Iterable[int], self_inflicted: bool) -> None:
-        """The socket is closed before anything else is decided, so nothing of the dead arrives afterwards."""
+    def engine_down(self, generation: int, unproven: Iterable[int], quarantined: int) -> None:
+        """See messages.EngineDown. The socket is closed before anything else is decided, so nothing of the dead arrives
+        afterwards."""
         if self._link is None or generation != self.generation:
             return
         self._drop_link()
-        accused = set(unproven)
+        suspects = set(unproven)
         for entry in list(self._entries.values()):
-            if entry.request in accused and not entry.proven:
-                self._accuse(entry, self_inflicted)
+            if entry.request in suspects and not entry.proven:
+                self._suspect(entry, strike=entry.request == quarantined)
 
     def _drop_link(self) -> None:
         assert self._link is not None
@@ -221,13 +223,21 @@ class Ledger:
             if entry.private:
                 self.fail(entry, NotReady("the engine went down"))
 
-    def _accuse(self, entry: Entry, self_inflicted: bool) -> None:
+    def _suspect(self, entry: Entry, strike: bool) -> None:
+        now = self._clock()
         if not entry.suspect:
-            entry.suspect = True
-            return
-        entry.trial_deaths += 1
-        if self_inflicted or entry.trial_deaths >= TRIALS:
-            self.fail(entry, RequestFailed("the engine died each time it ran this request; it is not tried again"))
+            entry.suspect_since = now
+        entry.suspect += 1
+        entry.strikes += strike
+        if entry.strikes >= STRIKES:
+            message = f"the engine died {STRIKES} times when it ran this request alone; it is not tried again"
+            self.fail(entry, RequestFailed(message))
+        elif now - entry.suspect_since >= self.hold_timeout:
+            # What ends engines may come from outside, but this one keeps them from the others.
+            message = (
+                f"the engine died {entry.suspect} times, over {self.hold_timeout:g} s, before it had run this request"
+            )
+            self.fail(entry, DeadlineExceeded(message))
 
     def _submit(self, entry: Entry) -> None:
         assert self._link is not None
@@ -333,8 +343,7 @@ class Ledger:
             self.fail(entry, RequestFailed("the engine broke off this request"))
             return False
         entry.proven = True
-        entry.suspect = False
-        entry.trial_deaths = 0
+        entry.suspect = entry.strikes = 0
         if entry.first_token_at is None:
             entry.first_token_at = self._clock()
         return True

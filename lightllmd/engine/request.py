@@ -14,6 +14,7 @@ from lightllmd.engine.radix_tree import Node
 from lightllmd.ipc.messages import SamplingParams, Submit
 
 Owner = tuple[int, int]  # (api worker, its epoch)
+SELF: Owner = (-1, 0)  # the owner of the engine's own requests, which have the number 0
 TokenIds = NDArray[np.int32]
 
 
@@ -64,7 +65,7 @@ class Sequence:
     emitted: list[int]
     state: State
     first: bool = True  # of the branches that its request came with
-    suspect: bool = False  # had no token when an engine died: is admitted alone; cleared by its next token
+    suspect: int = 0  # see Submit; 0 again with its next token
     replayed: bool = False
     ticket: int = 0  # set on entry into a line: later entries have greater ones
     pending: int = 0  # tokens that steps which are out will make

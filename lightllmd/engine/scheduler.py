@@ -3,8 +3,9 @@
 Three lines wait, and the first that is not empty is served from its head without overtaking:
 
 * `paused`, oldest first: sequences that ran before, in this generation or in one that died;
-* `suspects`, newest request first, one at a time: they had no token yet when an engine died, so nothing else may be out
-  together with the step that could die of them;
+* `suspects`, one at a time: they had no token yet when an engine died, so nothing else is out together with the step
+  that it could die of. First come those that were there at the fewest deaths, of them the newest. Right before each,
+  the engine answers a request of its own, so that a death tells of the suspect;
 * `waiting`, in order of arrival: new ones. They also follow right behind the paused while there is no suspect.
 
 The scheduler owns the slots, the table rows and every sequence. `next_step` may be called while steps are out;
@@ -32,7 +33,7 @@ from lightllmd.engine.beams import BeamResult
 from lightllmd.engine.composer import Composer
 from lightllmd.engine.constraint import Constraints
 from lightllmd.engine.key_values import KeyValues
-from lightllmd.engine.request import Fork, Owner, Sequence, State, sequences_of
+from lightllmd.engine.request import SELF, Fork, Owner, Sequence, State, sequences_of
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -41,11 +42,13 @@ from lightllmd.ipc.messages import (
     Load,
     PromptLogprobs,
     Rejected,
+    SamplingParams,
     StepOutput,
     Submit,
 )
 
 _GONE_KEPT = 256  # what a dead process still sent arrives long before so many others die
+_NEWEST = (1 << 63) - 1  # nanoseconds of arrival
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
@@ -60,6 +63,17 @@ def _join(sequence: Sequence, lead: Sequence) -> None:
 def _age(sequence: Sequence) -> tuple[int, int, int]:
     """Older is smaller."""
     return sequence.order
+
+
+def _suspicion(sequence: Sequence) -> tuple[int, tuple[int, int, int]]:
+    """Greater runs first."""
+    return -sequence.suspect, sequence.order
+
+
+def _own_request() -> Submit:
+    """One token behind one token, newer than any other suspect."""
+    params = SamplingParams(max_new_tokens=1, ignore_eos=True, use_cache=False)
+    return Submit(0, *SELF, _NEWEST, [0], params, branches=[0], emitted=[[]], replay=True, suspect=1)
 
 
 class _Sent(NamedTuple):
@@ -79,7 +93,7 @@ class Scheduler:
         )
         self.running: list[Sequence] = []  # in order of admission
         self.paused: list[Sequence] = []  # ascending by order; no suspects
-        self.suspects: list[Sequence] = []  # ascending by order
+        self.suspects: list[Sequence] = []  # the first to run is last
         self.waiting: deque[Sequence] = deque()  # in order of arrival here
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints = constraints
@@ -89,7 +103,8 @@ class Scheduler:
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
         self._out: deque[_Sent] = deque()  # the steps that are out
-        self._trial: list[Sequence] = []  # suspects that run and have no token yet
+        self._quarantine: list[Sequence] = []  # suspects that run and have no token yet
+        self._answered = False  # the newest step that completed answered a request of the engine's own
         self._tickets = 0  # entries into a line so far
         self._admitting = 0  # the newest ticket that the admission round which goes on is for; 0: none does
         self._decoded = 0  # decode steps since the last admission round began
@@ -103,10 +118,10 @@ class Scheduler:
         Under splitfuse they go beside it, in blocks.
         """
         self.first_admitted = []
-        if self._out and (self._trial or self._trial_is_next):
+        if self._out and (self._quarantine or self._suspect_is_next):
             return None
-        self._trial = [sequence for sequence in self._trial if sequence.feeds]
-        if not self._trial:
+        self._quarantine = [sequence for sequence in self._quarantine if sequence.feeds]
+        if not self._quarantine:
             if self._round_is_due():
                 self._admitting, self._decoded = self._tickets, 0
             if self._admitting and not (self._admit() or any(sequence.feeds for sequence in self.running)):
@@ -114,11 +129,11 @@ class Scheduler:
         block = self.limits.splitfuse_block_size
         composer = Composer(self._steps + 1, self.keys)
         going_on: list[Sequence] = []
-        if not self._trial and (block or not any(sequence.feeds for sequence in self.running)):
+        if not self._quarantine and (block or not any(sequence.feeds for sequence in self.running)):
             going_on = self._go_on(composer)
         decodes = bool(going_on or composer.named)
         # Who waits for a token of its own goes on right behind this step, if not in it.
-        beside = not self._trial and not all(sequence.prefilling for sequence in self.running)
+        beside = not self._quarantine and not all(sequence.prefilling for sequence in self.running)
         beside_nobody = max(block, self.limits.batch_max_tokens)
         # Those who go on have room in the block, as long as half of it is left: products of few rows more are much
         # slower.
@@ -153,7 +168,7 @@ class Scheduler:
 
     def _feed(self, composer: Composer, most: int | None) -> None:
         """Prompts, in the order of their admission, up to `most` tokens of them; None: whole ones."""
-        for sequence in self._trial or self.running:
+        for sequence in self._quarantine or self.running:
             if sequence.feeds:
                 left = sequence.target if most is None else most - composer.fed
                 if left <= 0:
@@ -162,16 +177,16 @@ class Scheduler:
 
     def _round_is_due(self) -> bool:
         """Always while nothing runs, else every `router_max_wait_tokens` decode steps, which count with and without
-        anyone in line. Trials of suspects don't wait for that, or a long line of them would hold up everybody.
+        anyone in line. Suspects don't wait for that, or a long line of them would hold up all others.
         Those who come during a round wait for the next, so rounds end however many come."""
         if not (self.paused or self.suspects or self.waiting):
             return False
-        if not self.running or self._trial_is_next:
+        if not self.running or self._suspect_is_next:
             return True
         return not self._admitting and self._decoded >= self.limits.router_max_wait_tokens
 
     @property
-    def _trial_is_next(self) -> bool:
+    def _suspect_is_next(self) -> bool:
         return bool(self.suspects) and not self.paused
 
     def _line(self) -> Iterable[Sequence]:
@@ -180,8 +195,8 @@ class Scheduler:
             return chain(self.paused, self.waiting)
         if self.paused:
             return self.paused
-        newest = self.suspects[-1].request
-        return [next(sequence for sequence in self.suspects if sequence.request == newest)]
+        request = self.suspects[-1].request
+        return [next(sequence for sequence in self.suspects if sequence.request == request)]
 
     def _admit(self) -> bool:
         """Those of the line who may run now; whether there are any. First come, first served: stops at the first that
@@ -201,6 +216,11 @@ class Scheduler:
             if not admission.fits(party, self.keys.locked):
                 self.keys.give_up(sequence)
                 break
+            if sequence.suspect and sequence.owner != SELF and not self._answered:
+                self.keys.give_up(sequence)
+                self.submit(_own_request())  # needs no more room, and is the next of the suspects
+                self._admitting = self._tickets
+                return self._admit()
             if leads is not None:
                 _join(sequence, leads)
             admitted += party
@@ -224,7 +244,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             self.first_admitted.append(sequence.arrival_ns)
         if sequence.suspect:
-            self._trial.append(sequence)
+            self._quarantine.append(sequence)
         sequence.state = State.RUNNING
         sequence.table_row = self._rows.pop()
         sequence.stepwise = sequence.beam
@@ -254,6 +274,7 @@ class Scheduler:
     # --- steps ------------------------------------------------------------------------------------------------
     def _send(self, composer: Composer, going_on: list[Sequence]) -> Step:
         self._steps += 1
+        self._answered = False
         freed, self._freed = self._freed, []
         step = composer.step(going_on, freed)
         sequences = going_on + composer.named
@@ -291,7 +312,8 @@ class Scheduler:
             if sequence.state is gone:
                 continue
             if sequence.suspect:
-                self._acquit(sequence.request)
+                self._clear_suspect(sequence.request)
+                self._answered = sequence.owner == SELF
             if sequence.beam:
                 if sequence.state is State.RUNNING:  # else they begin anew
                     searched.setdefault(sequence.request, []).append((sequence, logprob, alternatives or []))
@@ -435,10 +457,10 @@ class Scheduler:
             )
         return None
 
-    def _acquit(self, request: int) -> None:
+    def _clear_suspect(self, request: int) -> None:
         """One branch produced a token: the whole request is a normal one again."""
         for sequence in self._requests[request].values():
-            sequence.suspect = False
+            sequence.suspect = 0
             if sequence.state is State.PAUSED:
                 self.suspects.remove(sequence)
                 insort(self.paused, sequence, key=_age)
@@ -472,14 +494,21 @@ class Scheduler:
         sequence.ticket = self._tickets
         if sequence.state is State.WAITING:
             self.waiting.append(sequence)
+        elif sequence.suspect:
+            insort(self.suspects, sequence, key=_suspicion)
         else:
-            insort(self.suspects if sequence.suspect else self.paused, sequence, key=_age)
+            insort(self.paused, sequence, key=_age)
 
     def _leave_line(self, sequence: Sequence) -> None:
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         else:
             (self.suspects if sequence.suspect else self.paused).remove(sequence)
+
+    @property
+    def quarantined(self) -> int:
+        """The suspect that runs alone in the newest step; 0: none."""
+        return self._quarantine[0].request if self._quarantine else 0
 
     # --- state, told ------------------------------------------------------------------------------------------
     @property

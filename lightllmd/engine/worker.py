@@ -23,7 +23,7 @@ from lightllmd.engine import fake
 from lightllmd.engine.backends import runner_for, scheduler_for
 from lightllmd.engine.batch import Row, Runner, Step
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.request import Owner
+from lightllmd.engine.request import SELF, Owner
 from lightllmd.ipc import messages
 from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.channel import Channel
@@ -32,7 +32,6 @@ from lightllmd.observe.metrics import EngineMetrics
 from lightllmd.observe.stats import Statistics
 
 HEARTBEAT = 0.25  # seconds, for Load too; the supervisor expects a sign of life every 0.5 s
-SELF: Owner = (-1, 0)  # the api number of the engine's own warm-up request, which has the number 0
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +192,8 @@ class EngineWorker:
         ended = time.monotonic()
         self._progress += 1
         generated = sum(len(output.tokens) for output in outputs.values())
-        self._tokens_out += generated
+        if SELF not in outputs or self._phase != "ready":
+            self._tokens_out += generated  # served, or made to get ready; an own request has its step for itself
         self._pace.ran(step, ended, idle=not self._loop.busy)
         # It had the device to itself from the end of the step before it.
         begun = max(self._begun.popleft(), self._completed)
@@ -220,9 +220,11 @@ class EngineWorker:
         flight = Flight(step.number)
         if out:
             unproven = list(dict.fromkeys(row.request for step in out for row in step.rows if not _goes_on(row)))
-            flight = Flight(out[-1].number, out[-1].kind, out[-1].size, out[-1].fed, unproven)
+            quarantined = self._scheduler.quarantined if len(out) == 1 else 0
+            flight = Flight(out[-1].number, out[-1].kind, out[-1].size, out[-1].fed, unproven, quarantined)
         known = self._recorded
-        if known and (known.kind, known.rows, known.unproven) == (flight.kind, flight.rows, flight.unproven):
+        alike = ("kind", "rows", "unproven", "quarantined")
+        if known and all(getattr(known, name) == getattr(flight, name) for name in alike):
             return
         self._recorder.write(flight)
         self._recorded = flight

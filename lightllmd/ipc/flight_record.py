@@ -23,6 +23,7 @@ class Flight(msgspec.Struct):
     rows: int = 0
     tokens: int = 0  # tokens fed in this step
     unproven: list[int] = []  # requests admitted that have produced no token since their (re)admission
+    quarantined: int = 0  # the suspect that runs alone in it, see Scheduler; 0: none
 
 
 def create() -> int:

@@ -73,7 +73,9 @@ class Submit(msgspec.Struct, tag="submit"):
     emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
     batch: int = 0  # the number of the first of those that came in one body, which are sent one behind the other
     replay: bool = False  # enters as paused, ahead of the queue
-    suspect: bool = False  # was without a token when an engine died: admitted alone, see Scheduler
+    # Engines that died of it, perhaps: deaths since its last token with a part of its prompt in a step that was out.
+    # If there are any, it runs alone, see Scheduler.
+    suspect: int = 0
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -191,7 +193,9 @@ class EngineDown(msgspec.Struct, tag="engine-down"):
     generation: int
     cause: str  # in words
     unproven: list[int]  # requests that had been admitted and had no token since; from the flight record
-    self_inflicted: bool  # a fault of its own (signal from inside, exception), not a kill or a hang
+    # The one of them that ran alone right after the engine had answered a request of its own, if the death may be its
+    # doing; 0: no request did, or the cause certainly came from outside.
+    quarantined: int = 0
     revision: int = 1
 
 

@@ -68,6 +68,7 @@ class Child:
         self.tail: deque[str] = deque(maxlen=TAIL)
         self.asked: str | None = None  # what it was asked to end for; its end is no failure then
         self.hung: str | None = None
+        self._held = False  # what it is ended for as hung is not its own doing
         self.failed: Failed | None = None
         self.said: list[Prepared | Probed] = []  # answers; whoever asked takes them out
         self.exited = False
@@ -213,13 +214,14 @@ class Child:
         if self.exited:
             return
         if self.configured and self.hung is None and (reason := health.overdue(self.vitals, settings, now)):
-            self.abort(reason)
+            self.abort(reason, held=self.vitals.stopped is not None)
         self._climb(*self._ladder)
 
-    def abort(self, reason: str) -> None:
-        """Ends it as hung: SIGABRT, on which faulthandler prints every thread's stack, then SIGKILL."""
+    def abort(self, reason: str, *, held: bool) -> None:
+        """Ends it as hung: SIGABRT, on which faulthandler prints every thread's stack, then SIGKILL. `held`: what it
+        was computing is not the cause."""
         now, grace = self._context.clock.now, self._context.config.supervisor.abort_grace
-        self.hung = reason
+        self.hung, self._held = reason, held
         self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
         # A stopped process can't print; SIGKILL always works.
         self._climb((now, signal.SIGABRT), (now + grace, signal.SIGKILL))
@@ -230,14 +232,22 @@ class Child:
             self.process.send_signal(number)
         self._ladder = [rung for rung in ladder if rung[0] > now]
 
-    def autopsy(self) -> exits.Ending | None:
-        """Reaps it, hears its last words and says how it ended; None when it isn't dead."""
+    def autopsy(self, memory_ran_out: bool) -> exits.Ending | None:
+        """Reaps it, hears its last words and says how it ended; None when it isn't dead. `memory_ran_out`: the kernel
+        has just killed for want of memory."""
         returncode = self.process.reap()
         if returncode is None:
             return None
         self.receive()
         self.exited = True
-        return exits.classify(returncode, failed=self.failed, hung=self.hung, asked=self.asked)
+        return exits.classify(
+            returncode,
+            failed=self.failed,
+            hung=self.hung,
+            held=self._held,
+            asked=self.asked,
+            memory_ran_out=memory_ran_out,
+        )
 
     def dispose(self) -> None:
         """After the autopsy: keeps its last output, lets go of every descriptor."""

@@ -34,7 +34,8 @@ _WORDS = {
 @dataclass(frozen=True)
 class Ending:
     cause: str
-    self_inflicted: bool  # a fault of its own, so a request may be to blame
+    self_inflicted: bool  # a fault of its own, neither a kill nor a hang
+    outside: bool = False  # certainly caused from outside, so no request can be
     exit_code: int | None = None  # permanent: not tried again with the same plan; the daemon's exit code then
 
     @property
@@ -50,25 +51,34 @@ def signal_name(number: int) -> str:
 
 
 def classify(
-    returncode: int, *, failed: Failed | None = None, hung: str | None = None, asked: str | None = None
+    returncode: int,
+    *,
+    failed: Failed | None = None,
+    hung: str | None = None,
+    held: bool = False,
+    asked: str | None = None,
+    memory_ran_out: bool = False,
 ) -> Ending:
     """`returncode` as subprocess gives it (negative: a signal).
 
-    `failed`: the last word of the worker; `hung`: why the supervisor ended it; `asked`: what it was asked to end for.
+    `failed`: the last word of the worker; `hung`: why the supervisor ended it; `held`: it didn't hang by itself, such
+    as one that was stopped; `asked`: what it was asked to end for; `memory_ran_out`: the kernel has just killed for
+    want of memory.
     """
     if hung:
-        return Ending(
-            f"hung: {hung}; ended by {signal_name(-returncode) if returncode < 0 else f'exit {returncode}'}", False
-        )
+        by = signal_name(-returncode) if returncode < 0 else f"exit {returncode}"
+        return Ending(f"hung: {hung}; ended by {by}", False, outside=held)
     if asked:
-        return Ending(asked, False)
+        return Ending(asked, False, outside=True)
     kind = failed.kind if failed else _KIND_OF_CODE.get(returncode, "error")
     if kind in PERMANENT:
         detail = f": {failed.message}" if failed else f" (exit {returncode})"
-        return Ending(_WORDS[kind] + detail, True, PERMANENT[kind])
+        return Ending(_WORDS[kind] + detail, True, exit_code=PERMANENT[kind])
     if returncode < 0:
-        name = signal_name(-returncode)
-        return Ending(f"killed by {name}", -returncode in FAULTS)
+        name, fault = signal_name(-returncode), -returncode in FAULTS
+        if -returncode == signal.SIGKILL and memory_ran_out:
+            return Ending(f"killed by {name}: the kernel killed for want of memory", False)
+        return Ending(f"killed by {name}", fault, outside=not fault)
     if failed:
         return Ending(failed.message, True)
     return Ending(f"ended by itself with exit {returncode}", True)

@@ -121,7 +121,7 @@ class Engine:
                 generation=generation.number,
                 cause=ending.cause,
                 unproven=[] if asked else flight.unproven,
-                self_inflicted=ending.self_inflicted,
+                quarantined=0 if ending.outside else flight.quarantined,
                 revision=self.revision,
             )
         )
@@ -144,7 +144,7 @@ class Engine:
         if generation is None:
             self.worker.due = self.worker.due_at = None
             return
-        self._tell_apis(EngineDown(generation.number, "asleep", [], False, self.revision))
+        self._tell_apis(EngineDown(generation.number, "asleep", [], revision=self.revision))
         generation.child.send(Sleep())
         self._rest = "sleep"
 

@@ -186,7 +186,7 @@ class Monitor:
         if verdict.engine:
             self._engine_tried = True
             self._due = 0.0  # at once when the next generation is ready
-            engine.abort(f"health probe: {verdict.engine}")
+            engine.abort(f"health probe: {verdict.engine}", held=True)
 
 
 def _take_answers(child: Child) -> list[Probed]:

@@ -28,6 +28,15 @@ def resident(pid: int) -> int:
         return 0
 
 
+def memory_kills() -> int:
+    """Processes that the kernel has killed for want of memory since it booted; 0 where it doesn't say."""
+    try:
+        with open("/proc/vmstat", "rb") as vmstat:
+            return next((int(line.split()[1]) for line in vmstat if line.startswith(b"oom_kill ")), 0)
+    except OSError:
+        return 0
+
+
 def is_stopped(pid: int) -> bool:
     """Whether SIGSTOP or its like holds the process. One that a debugger holds (state t) is not meant."""
     try:

@@ -38,7 +38,7 @@ from lightllmd.supervisor.generation import Engine
 from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.monitor import Monitor
 from lightllmd.supervisor.notify import Notifier, is_journal
-from lightllmd.supervisor.procfs import is_stopped, resident
+from lightllmd.supervisor.procfs import is_stopped, memory_kills, resident
 from lightllmd.supervisor.reload import Settings
 from lightllmd.supervisor.runtime import Runtime, control_socket_path
 from lightllmd.supervisor.verbs import Asked, Verbs
@@ -92,6 +92,7 @@ class Supervisor:
         self._exit_code = EXIT_OK
         self._health: tuple[bool, str] = (False, "")
         self._ticks = 0
+        self._memory_kills = memory_kills()  # by the kernel, as last looked at
         self._last_watchdog = 0.0
         self._signals_to_stop = 0
         self._told_stopping = False
@@ -211,6 +212,7 @@ class Supervisor:
         self.monitor.tick(steady=self.state in ("serving", "degraded") and not self.verbs.jobs.running())
         self._start_due()
         if self._ticks % _SLOW_EVERY == 1:
+            self._memory_kills = memory_kills()
             for child in self._children():
                 child.memory = resident(child.pid)
                 child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
@@ -279,7 +281,7 @@ class Supervisor:
             self.engines.became_ready(engine)
 
     def _bury(self, child: Child) -> None:
-        ending = child.autopsy()
+        ending = child.autopsy(memory_ran_out=memory_kills() > self._memory_kills)
         if ending is None:
             return
         again = not self.verbs.ending

@@ -251,12 +251,12 @@ class Stack:
     def healthy(self) -> bool:
         return self.worker.revisions.health.ready
 
-    async def kill(self, unproven: list[int] | None = None, *, self_inflicted: bool = False) -> None:
+    async def kill(self, unproven: list[int] | None = None, *, quarantined: int = 0) -> None:
         assert self.engine is not None
         self.engine.die()
         self.engine = None
         self.tell(messages.Health(False, "the engine died"))
-        self.tell(messages.EngineDown(self.generation, "killed", unproven or [], self_inflicted))
+        self.tell(messages.EngineDown(self.generation, "killed", unproven or [], quarantined))
         await until(lambda: not self.ledger.connected)
 
     async def stop(self) -> None:

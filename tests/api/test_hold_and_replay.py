@@ -91,7 +91,7 @@ def test_everything_in_flight_survives_five_deaths(tmp_path):
                 for _ in range(1 + 2 * death):
                     engine.step()
                     await asyncio.sleep(0.001)
-                await one.kill(self_inflicted=death % 2 == 0)
+                await one.kill()
                 assert one.stats["held"] == 16
                 engine = await one.up()
                 await engine.submitted(16)
@@ -211,11 +211,12 @@ def test_poison_gets_its_500_and_the_others_finish(tmp_path):
             await engine.submitted(8)
             number = next(s.request for s in engine.submits if s.prompt_ids == list(b"bad"))
             await until(lambda: all(e.proven for e in one.ledger.entries if e.request != number))
-            await one.kill([number], self_inflicted=True)
-            engine = await one.up()
-            await engine.submitted(8)
-            assert [s.request for s in engine.submits if s.suspect] == [number]
-            await one.kill([number], self_inflicted=True)
+            await one.kill([number])
+            for _ in range(3):
+                engine = await one.up()
+                await engine.submitted(8)
+                assert [s.request for s in engine.submits if s.suspect] == [number]
+                await one.kill([number], quarantined=number)
             answer = await bad
             assert answer.status_code == 500
             assert "not tried again" in answer.json()["message"]

@@ -27,7 +27,7 @@ def test_request_goes_to_the_engine_with_a_drawn_seed_and_comes_back_whole():
     bench.up()
     entry = bench.open()
     (submit,) = bench.link.submits
-    assert (submit.request, submit.prompt_ids, submit.replay, submit.suspect) == (entry.request, [112], False, False)
+    assert (submit.request, submit.prompt_ids, submit.replay, submit.suspect) == (entry.request, [112], False, 0)
     assert submit.params.seed > 0
     bench.say((entry, 0, 0, 72, FINISH_NONE))
     bench.say((entry, 0, 1, 105, FINISH_LENGTH))
@@ -94,7 +94,7 @@ def test_death_of_another_generation_changes_nothing():
     bench = Bench()
     bench.up()
     bench.open()
-    bench.ledger.engine_down(7, [], True)
+    bench.ledger.engine_down(7, [], 0)
     assert bench.ledger.connected
 
 
@@ -116,9 +116,9 @@ def test_suspect_is_who_was_unproven_and_a_token_clears_it():
     bench.down(idle.request, busy.request)  # the flight record may be a step late
     bench.up()
     assert {s.request: s.suspect for s in bench.link.submits} == {
-        idle.request: True,
-        busy.request: False,
-        queued.request: False,
+        idle.request: 1,
+        busy.request: 0,
+        queued.request: 0,
     }
     bench.say((idle, 0, 0, 65, FINISH_NONE))
     bench.down(idle.request)
@@ -126,40 +126,58 @@ def test_suspect_is_who_was_unproven_and_a_token_clears_it():
     assert not any(s.suspect for s in bench.link.submits)
 
 
-def test_second_death_of_its_own_making_convicts():
+def test_three_deaths_of_engines_that_ran_it_alone_give_a_request_up_and_no_other():
     bench = Bench()
     bench.up()
     bad, good = bench.open(b"bad"), bench.open(b"good")
     bench.down(bad.request, good.request)
-    bench.up()
-    bench.down(bad.request)  # alone on trial
+    for deaths in (1, 2, 3):
+        assert {s.request: s.suspect for s in bench.up().submits} == {bad.request: deaths, good.request: 1}
+        assert bad.outcome is None
+        bench.down(bad.request, quarantined=bad.request)
     assert isinstance(bad.error, RequestFailed)
     assert good.outcome is None
-    bench.up()
-    assert [s.request for s in bench.link.submits] == [good.request]
+    assert [s.request for s in bench.up().submits] == [good.request]
     assert bench.stats["failed"] == 1
 
 
-def test_kills_from_outside_take_three_to_convict():
+def test_deaths_without_evidence_never_give_a_request_up():
+    """In a crowd, from outside, or for causes that nothing is known of."""
     bench = Bench()
     bench.up()
-    entry = bench.open()
+    entry, other = bench.open(), bench.open()
     for _ in range(2):
-        bench.down(entry.request, self_inflicted=False)
+        bench.down(entry.request, quarantined=entry.request)
         bench.up()
+    for _ in range(50):
+        bench.down(entry.request, other.request)
+        bench.up()
+    assert entry.outcome is other.outcome is None
+
+
+def test_a_request_that_keeps_engines_from_the_others_without_evidence_ends_by_its_deadline():
+    bench = Bench(hold_timeout=10.0)
+    bench.up()
+    entry, other = bench.open(), bench.open()
+    for bench.now in (0.0, 5.0, 9.9, 10.0):
         assert entry.outcome is None
-    bench.down(entry.request, self_inflicted=False)
-    assert isinstance(entry.error, RequestFailed)
+        bench.down(entry.request)
+        bench.up()
+    assert isinstance(entry.error, DeadlineExceeded)
+    assert "died 4 times" in entry.error.message
+    assert other.outcome is None
 
 
-def test_token_on_trial_resets_the_strikes():
+def test_token_clears_a_suspect_and_its_strikes():
     bench = Bench()
     bench.up()
     entry = bench.open()
-    for _ in range(5):
-        bench.down(entry.request, self_inflicted=True)
-        bench.up()
+    for _ in range(3):
+        for _ in range(3):  # a crowd, two strikes
+            bench.down(entry.request, quarantined=entry.request if entry.suspect else 0)
+            bench.up()
         bench.say((entry, 0, len(entry.branches[0].ids), 65, FINISH_NONE))
+        assert (entry.suspect, entry.strikes) == (0, 0)
     assert entry.outcome is None
 
 

@@ -103,8 +103,12 @@ def test_random_deaths_change_no_byte_of_any_stream(seed):
                 engine = RandomEngine(bench, chance)
         elif act < 0.04:
             unproven = [e.request for e in bench.ledger.entries if e.submitted and not e.proven]
-            guilty_alone = [r for r in unproven if not streams[r][0].suspect]  # nobody is on trial twice here
-            bench.down(*guilty_alone, self_inflicted=chance.random() < 0.5)
+            alone = [r for r in unproven if streams[r][0].suspect and streams[r][0].strikes < 2]  # never its third
+            if alone and chance.random() < 0.5:
+                unproven = [chance.choice(alone)]
+                bench.down(*unproven, quarantined=unproven[0])
+            else:
+                bench.down(*unproven)
             engine, deaths = None, deaths + 1
         if turn < 2000 and chance.random() < 0.05:
             sampled = chance.random() < 0.5

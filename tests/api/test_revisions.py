@@ -121,7 +121,7 @@ def test_engine_that_dies_while_its_revision_is_prepared_is_not_connected_to(tmp
         async with stack(tmp_path) as one:
             one.tell(messages.Prepare(2, encode_plan(make_plan())))
             dead = one.launch(2)
-            one.tell(messages.EngineDown(one.generation, "killed", [], False, 2))
+            one.tell(messages.EngineDown(one.generation, "killed", [], revision=2))
             await until(lambda: slow.calls == 2)
             slow.go.set()
             await one.answer(messages.Prepared, 2)
@@ -219,7 +219,7 @@ def test_carried_request_goes_on_in_the_next_revision_byte_for_byte(tmp_path, up
             if up_before:
                 await one.up(2)
             else:
-                one.tell(messages.EngineDown(1, "asleep", [], False, 1))
+                one.tell(messages.EngineDown(1, "asleep", [], revision=1))
                 await until(lambda: one.stats["held"] == 2)
             one.tell(messages.Commit(2, carry=True))
             await until(lambda: one.stats["in_flight@2"] == 2)

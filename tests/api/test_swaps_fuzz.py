@@ -42,7 +42,7 @@ class Operator:
 
     def end(self, engine: ScriptedEngine, revision: int) -> None:
         engine.die()
-        self.one.tell(messages.EngineDown(engine.generation, "asleep", [], False, revision))
+        self.one.tell(messages.EngineDown(engine.generation, "asleep", [], revision=revision))
 
     async def prepare(self, model: int) -> int:
         self.newest += 1

@@ -186,6 +186,18 @@ def test_a_step_launched_behind_a_prefill_hides_none_of_its_requests(start: Star
     assert (flight.kind, flight.rows, flight.tokens) == ("decode", 2, 2)
 
 
+def test_a_suspects_step_is_recorded_as_quarantined(start: Start, connect: Connect) -> None:
+    engine = start(poison="arsenic", tokens_per_second=100).wait_ready()
+    api = connect(engine)
+    innocent = api.submit(1, "harmless", 1000)
+    api.hear(lambda: api.tokens(innocent))
+    assert engine.flight().quarantined == 0
+    guilty = api.submit(2, "some arsenic please", 5, replay=True, suspect=1)
+    assert engine.wait_end() == -signal.SIGSEGV
+    flight = engine.flight()
+    assert (flight.unproven, flight.quarantined, flight.rows) == ([guilty], guilty, 1)
+
+
 def test_poison_that_hangs_falls_silent_and_shows_its_stack(start: Start, connect: Connect) -> None:
     engine = start(poison="arsenic", poison_way="hang").wait_ready()
     guilty = connect(engine).submit(1, "arsenic", 5)

@@ -24,7 +24,7 @@ class Ledger:
     beams: bool
     open: dict[int, list[int]] = field(default_factory=dict)  # branch -> tokens so far
     replayed: bool = False
-    suspect: bool = False
+    suspect: int = 0
     batch: int = 0
     scored: int = 0  # prompt tokens whose log-probabilities are told
     # --- of this generation
@@ -94,7 +94,7 @@ class Clients:
                 assert ledger.cached == [ledger.skipped] * (ledger.skipped > 0), "as the device saw it"
                 assert ledger.params.prompt_logprobs < 0 or ledger.scored == len(ledger.prompt) - 1
             tokens.append(token)
-            ledger.suspect = False
+            ledger.suspect = 0
             if not ledger.beams:
                 heard.append((request, branch))
             if finish:

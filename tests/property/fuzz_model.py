@@ -11,21 +11,23 @@ from dataclasses import dataclass
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.batch import Row, Step
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.request import Sequence, State
+from lightllmd.engine.request import SELF, Sequence, State
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams
 from property.fuzz_clients import Clients, Ledger
 from property.fuzz_device import Branch, Device
 from property.fuzz_reference import CONSTRAINTS
 
+OWN: Branch = (0, 0)  # the engine's own request
+
 
 @dataclass
 class Launched:
-    """A step that is out: whose tokens it makes, in their order; `trial`: a suspect's."""
+    """A step that is out: whose tokens it makes, in their order; `alone`: a suspect's, or the engine's own."""
 
     step: Step
     branches: list[Branch]
-    trial: bool
+    alone: bool
 
 
 def key(sequence: Sequence) -> Branch:
@@ -51,6 +53,7 @@ class Model(Clients):
         self.left: dict[Branch, int] = {}  # tokens of its prompt to feed, of those that entered
         self.newest_admitted: Branch = (0, 0)  # of those that were new
         self.round: set[Branch] = set()  # who was in line when the admission round began; empty: none goes on
+        self.answered = False  # the newest step was the engine's own
         self.head: tuple[object, int] = (None, 0)  # of the line, and the step by which it should have gone
         self.steps = 0
         self.note()
@@ -63,7 +66,8 @@ class Model(Clients):
         self.suspects = {sequence.request for sequence in scheduler.suspects}
         self.paused = {(key(sequence), sequence.ticket) for sequence in scheduler.paused}
         self.new = [key(sequence) for sequence in scheduler.waiting]
-        suspects = sorted(scheduler.suspects, key=lambda sequence: (-sequence.request, sequence.branch))
+        suspects = sorted(scheduler.suspects, key=lambda s: (s.suspect, -s.request, s.branch))
+        self.suspect = suspects[0].request if suspects else 0
         line = [*scheduler.paused, *suspects, *scheduler.waiting]
         self.line = set(map(key, line))
         self.resuming = bool(scheduler.paused)
@@ -148,7 +152,7 @@ class Model(Clients):
         self.start()
         for ledger in self.requests.values():
             ledger.replayed = True
-            ledger.suspect = ledger.request in unproven
+            ledger.suspect += ledger.request in unproven
             assert self.scheduler.submit(self.message(ledger)) is None, "a replayed request is never rejected"
 
     def flush(self) -> None:
@@ -175,6 +179,9 @@ class Model(Clients):
         launched = self.out.popleft()
         assert self.loop.completed is launched.step
         self.pending.subtract(launched.branches)
+        if launched.branches == [OWN]:
+            assert list(told) == [SELF]
+            return
         alive = [branch for branch in launched.branches if branch[1] in getattr(self.ledger(branch), "open", ())]
         self.seen["late"] += len(launched.branches) - len(alive)
         alive = [branch for branch in alive if not self.requests[branch[0]].beams]
@@ -213,7 +220,7 @@ class Model(Clients):
         """No step could be made: all that go on wait for their tokens, or for a suspect's."""
         self.round = set()
         self.pausing()  # perhaps for those who can't go on now
-        if any(launched.trial for launched in self.out) or (self.suspects and not self.resuming and self.out):
+        if any(launched.alone for launched in self.out) or (self.suspects and not self.resuming and self.out):
             return
         for sequence in self.going_on:
             assert sequence.state is not State.RUNNING or self.waits(sequence), "a stream stands still"
@@ -233,10 +240,14 @@ class Model(Clients):
         self.steps += 1
         assert step.number == self.steps
         assert len(self.out) <= self.depth
-        assert not any(launched.trial for launched in self.out), "nothing goes beside a suspect"
+        assert not any(launched.alone for launched in self.out), "nothing goes beside a suspect"
         for table_row in step.freed:
             del self.rows[table_row]
         self.pausing()
+        answered, self.answered = self.answered, any(row.request == OWN[0] for row in step.rows)
+        if self.answered:
+            self.own(step)
+            return
         going_on = self.decode(step)
         fed = 0
         feeding: list[Branch] = []
@@ -258,12 +269,28 @@ class Model(Clients):
         assert 0 < step.size <= self.limits.running_max_req_size
         assert step.kind == ("decode" if not feeding else "mixed" if going_on else "prefill")
         self.seen[step.kind] += 1
-        trial = self.admissions(feeding)
-        self.shares(going_on, feeding, fed, trial)
-        if not trial and self.head[0] is not None:
+        suspect, admitted = self.admissions(feeding)
+        assert not admitted or answered, "right after the engine's own"
+        assert self.scheduler.quarantined == suspect
+        self.shares(going_on, feeding, fed, suspect > 0)
+        if not suspect and self.head[0] is not None:
             assert self.steps <= self.head[1], "the head of the line waits too long"
         self.pending.update(branches)
-        self.out.append(Launched(step, branches, trial))
+        self.out.append(Launched(step, branches, suspect > 0))
+
+    def own(self, step: Step) -> None:
+        """A request of the engine's own, before a suspect's first step."""
+        (row,) = step.rows
+        assert step.size == 1
+        assert row.sample
+        assert self.suspects
+        assert not self.resuming
+        assert not self.out
+        assert self.scheduler.quarantined == 0
+        self.seen["own"] += 1
+        self.rows[row.table_row] = OWN
+        self.pending[OWN] += 1
+        self.out.append(Launched(step, [OWN], True))
 
     def pausing(self) -> None:
         paused = self.newly_paused()
@@ -352,8 +379,9 @@ class Model(Clients):
             self.seen["partial hits"] += 0 < row.start < len(whole) - 1
             self.seen["resumed by a hit"] += row.start > len(ledger.prompt)
 
-    def admissions(self, feeding: list[Branch]) -> bool:
-        """Who was admitted, and whether that was right; whether the step is a suspect's trial."""
+    def admissions(self, feeding: list[Branch]) -> tuple[int, bool]:
+        """Who was admitted, and whether that was right; the suspect that runs alone or 0, and whether it was admitted
+        for this step."""
         before = set(map(key, self.running))
         running = [key(sequence) for sequence in self.scheduler.running]
         admitted = [branch for branch in running if branch not in before]
@@ -374,29 +402,29 @@ class Model(Clients):
             assert not left & self.paused, "nobody new passes a paused one"
             assert not self.suspects
         requests = {request for request, _ in feeding}
-        on_trial = {request for request, _ in admitted} & self.suspects
-        trying = on_trial or {s.request for s in self.running if s.suspect and key(s) in feeding}
-        if trying:
-            self.seen["trials"] += bool(on_trial)
-            assert requests == trying, "a suspect is tried alone"
+        entering = {request for request, _ in admitted} & self.suspects
+        alone = entering or {s.request for s in self.running if s.suspect and key(s) in feeding}
+        if alone:
+            self.seen["suspects"] += bool(entering)
+            assert requests == alone, "a suspect runs alone"
             assert len(feeding) == 1
             assert not self.out
-            assert not on_trial or on_trial == {max(self.suspects)}, "newest first"
-            assert not on_trial or not self.resuming, "suspects come after those who are none"
-        if not trying and self.suspects and not self.resuming:
-            self.round = self.line  # a trial is due at any time, even if there is no room for it
+            assert not entering or entering == {self.suspect}, "fewest deaths first, then newest"
+            assert not entering or not self.resuming, "suspects come after those who are none"
+        if not alone and self.suspects and not self.resuming:
+            self.round = self.line  # a suspect is due at any time, even if there is no room for it
         if admitted:
-            if on_trial or not self.running or not self.round:
+            if entering or not self.running or not self.round:
                 self.round = self.line
             assert set(admitted) <= self.round, "who comes during a round waits for the next"
         elif not feeding:
             self.round = set()
-        return bool(trying)
+        return max(alone, default=0), bool(entering)
 
-    def shares(self, going_on: list[Branch], feeding: list[Branch], fed: int, trial: bool) -> None:
+    def shares(self, going_on: list[Branch], feeding: list[Branch], fed: int, suspect: bool) -> None:
         """Who has a part in the step: no prompt stalls the others."""
         block, most = self.limits.splitfuse_block_size, self.limits.batch_max_tokens
-        if trial:
+        if suspect:
             assert not going_on
             return
         could = [sequence for sequence in self.going_on if sequence.state not in (State.PAUSED, State.ENDED)]

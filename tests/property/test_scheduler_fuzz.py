@@ -136,7 +136,7 @@ def test_drawn_operations_break_no_invariant_and_every_request_ends(
 
 HAPPENS = (
     *("hits", "partial hits", "resumed by a hit", "waits", "duplicates", "cache_evicted_tokens", "cache_hits_tokens"),
-    *("paused", "trials", "twins", "mixed", "other pasts", "beams without a past", "left by its leader"),
+    *("paused", "suspects", "own", "twins", "mixed", "other pasts", "beams without a past", "left by its leader"),
 )
 
 

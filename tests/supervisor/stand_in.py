@@ -53,7 +53,8 @@ def main() -> None:
     if told.get("ignore_term"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "unproven" in told:
-        FlightRecorder(int(sys.argv[4])).write(Flight(step=1, kind="prefill", rows=1, unproven=told["unproven"]))
+        flight = Flight(step=1, kind="prefill", rows=1, unproven=told["unproven"], quarantined=told["unproven"][-1])
+        FlightRecorder(int(sys.argv[4])).write(flight)
     if told.get("orphan"):
         # Its parent, a shell, ends at once: only the subreaper is left to take it.
         subprocess.run(["sh", "-c", f"sleep {told['orphan']} & echo $! > {HOME}/orphan"], check=True)

@@ -14,20 +14,31 @@ from lightllmd.supervisor.exits import classify
 def test_a_fault_is_the_workers_own(fault: str) -> None:
     ending = classify(-signal.Signals[fault])
     assert ending.self_inflicted
+    assert not ending.outside
     assert fault in ending.cause
     assert not ending.permanent
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, 40])
-def test_a_signal_from_outside_blames_no_request(number: int) -> None:
+def test_a_signal_from_outside_tells_of_no_request(number: int) -> None:
     ending = classify(-number)
     assert not ending.self_inflicted
+    assert ending.outside
     assert not ending.permanent
 
 
-def test_a_hang_blames_no_request() -> None:
-    ending = classify(-signal.SIGABRT, hung="no progress for 10 s in phase ready")
+def test_a_kill_while_memory_ran_out_may_be_a_request_s_doing() -> None:
+    ending = classify(-signal.SIGKILL, memory_ran_out=True)
+    assert not ending.outside
+    assert ending.cause == "killed by SIGKILL: the kernel killed for want of memory"
+    assert classify(-signal.SIGTERM, memory_ran_out=True).outside
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_hang_may_be_a_request_s_doing_unless_the_process_was_held(held: bool) -> None:
+    ending = classify(-signal.SIGABRT, hung="no progress for 10 s in phase ready", held=held)
     assert not ending.self_inflicted
+    assert ending.outside == held
     assert ending.cause == "hung: no progress for 10 s in phase ready; ended by SIGABRT"
 
 

@@ -60,10 +60,10 @@ def test_while_nobody_goes_on_prompts_come_as_in_a_prefill() -> None:
 
 
 def test_no_suspect_is_admitted_beside_one_whose_blocks_are_not_all_fed() -> None:
-    suspects = [submit(request, 40, 2, replay=True, suspect=True) for request in (1, 2)]
+    suspects = [submit(request, 40, 2, replay=True, suspect=1) for request in (1, 2)]
     engine = Steps(*suspects, splitfuse_block_size=16, batch_max_tokens=16)
     rows = [[row.request for row in step.rows] for step in engine.drain() if step.kind != "decode"]
-    assert rows == [[2], [2], [2], [1], [1], [1]]
+    assert rows == [[0], [2], [2], [2], [0], [1], [1], [1]]
 
 
 def candidate(message: Submit) -> Sequence:

@@ -12,7 +12,7 @@ from lightllmd.engine.admission import Admission
 from lightllmd.engine.batch import Step, StepResult
 from lightllmd.engine.fake import FakeRunner
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.request import Sequence, sequences_of
+from lightllmd.engine.request import SELF, Sequence, sequences_of
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
@@ -23,7 +23,7 @@ from lightllmd.ipc.messages import (
     StepOutput,
     Submit,
 )
-from scheduler_samples import limits, submit
+from scheduler_samples import Steps, limits, submit
 
 
 class Engine:
@@ -41,7 +41,7 @@ class Engine:
         outputs = self.loop.turn(lambda: None)
         self.last = self.loop.completed
         self.scheduler.check()
-        return outputs.get((0, 1))
+        return outputs.get((0, 1)) or outputs.get(SELF)
 
     def steps(self) -> Iterator[StepOutput]:
         while output := self.step():
@@ -175,15 +175,41 @@ def test_an_undisturbed_paused_one_is_ahead_of_the_queue() -> None:
     assert engine.prefills() == [[(7, 0), (9, 0), (5, 0)]]
 
 
-def test_suspects_are_tried_one_at_a_time_newest_first_after_the_others_and_before_new_ones() -> None:
+OWN = (0, 0)  # the engine's own request
+
+
+def test_suspects_run_one_at_a_time_newest_first_after_the_others_and_before_new_ones() -> None:
     engine = Engine()
-    engine.put(*(submit(i, replay=True, suspect=True) for i in (1, 2, 3)), submit(4, replay=True), submit(5))
-    assert engine.prefills() == [[(4, 0)], [(3, 0)], [(2, 0)], [(1, 0)], [(5, 0)]]
+    engine.put(*(submit(i, replay=True, suspect=1) for i in (1, 2, 3)), submit(4, replay=True), submit(5))
+    assert engine.prefills() == [[(4, 0)], [OWN], [(3, 0)], [OWN], [(2, 0)], [OWN], [(1, 0)], [(5, 0)]]
+
+
+def test_suspects_of_more_deaths_run_later() -> None:
+    engine = Engine()
+    engine.put(*(submit(i, replay=True, suspect=deaths) for i, deaths in ((1, 2), (2, 1), (3, 4), (4, 2))))
+    assert engine.prefills()[1::2] == [[(2, 0)], [(4, 0)], [(1, 0)], [(3, 0)]]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_suspect_runs_in_the_step_right_after_the_answer_to_the_engines_own_request(overlap: bool) -> None:
+    engine = Steps(submit(1, most=5, replay=True), overlap=overlap, running_max_req_size=1)
+    engine.put(submit(2, replay=True, suspect=1), submit(3))
+    seen = []
+    while engine.scheduler.busy and len(seen) < 9:
+        step = engine.turn()
+        if step is not None:
+            seen.append(([row.request for row in step.rows], engine.scheduler.quarantined))
+    assert seen == [([1], 0), *[([], 0)] * 4, ([0], 0), ([2], 2), ([], 0), ([], 0)], (
+        "no own request until there is room"
+    )
 
 
 def test_a_suspect_that_produced_a_token_is_a_normal_request_again() -> None:
     engine = Engine()
-    engine.put(submit(1, replay=True, suspect=True, params={"n": 3}), submit(2))
+    engine.put(submit(1, replay=True, suspect=1, params={"n": 3}), submit(2))
+    engine.step()
+    assert [row.request for row in engine.last.rows] == [0]
+    assert engine.scheduler.quarantined == 0
     engine.step()
     assert [row.branch for row in engine.last.rows] == [0]
     assert not engine.scheduler.suspects
@@ -193,7 +219,7 @@ def test_a_suspect_that_produced_a_token_is_a_normal_request_again() -> None:
 
 def test_abort_ends_a_branch_in_any_state() -> None:
     engine = Engine(running_max_req_size=1)
-    engine.put(submit(1), submit(2), submit(3, replay=True), submit(4, replay=True, suspect=True))
+    engine.put(submit(1), submit(2), submit(3, replay=True), submit(4, replay=True, suspect=1))
     engine.step()
     running, rest = engine.last.rows[0].request, {1, 2, 4}
     assert running == 3

@@ -175,12 +175,12 @@ def test_a_beam_that_enters_anew_gives_its_table_row_back() -> None:
     assert set(engine.turn().freed) == rows
 
 
-def test_a_search_with_fewer_beams_than_it_is_wide_ends_its_trial() -> None:
+def test_a_search_with_fewer_beams_than_it_is_wide_ends_its_quarantine() -> None:
     params = {"n": 4, "allowed_token_ids": [97, 98]}
-    engine = Steps(submit(1, 5, 4, replay=True, suspect=True, params=params), submit(2, 5, 2), beam_mode=True)
+    engine = Steps(submit(1, 5, 4, replay=True, suspect=1, params=params), submit(2, 5, 2), beam_mode=True)
     steps = engine.drain()
-    assert fed(steps[0]) == [(1, 0, 0, 5)]
-    assert len(steps[1].rows) == 2 or steps[1].kind == "prefill"
+    assert [fed(step) for step in steps[:2]] == [[(0, 0, 0, 1)], [(1, 0, 0, 5)]]
+    assert len(steps[2].rows) == 2 or steps[2].kind == "prefill"
     assert not engine.scheduler.busy
 
 
