@@ -27,7 +27,7 @@ def main() -> int:
     from lightllmd.api.worker import Worker
     from lightllmd.observe import metrics
 
-    metrics.sit(configure.metrics_seat)
+    metrics.sit(configure.metrics_seat, configure.metrics_dir)
     try:
         uvloop.run(Worker(channel, configure, plan).run())
     except LightllmdError as failure:

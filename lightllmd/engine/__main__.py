@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         from lightllmd.engine.worker import EngineWorker
         from lightllmd.observe import metrics
 
-        metrics.sit(configure.metrics_seat)
+        metrics.sit(configure.metrics_seat, configure.metrics_dir)
         EngineWorker(link, recorder, configure, plan).run()
     except Exception as error:
         kind, code = next(

@@ -27,9 +27,14 @@ class Flight(msgspec.Struct):
 
 
 def create() -> int:
-    """A fresh record; the descriptor is the supervisor's and inheritable on demand (pass_fds)."""
+    """A fresh record; the descriptor is the supervisor's and inheritable on demand (pass_fds). Raises OSError where
+    memory has no room for it: taken later, by a write to the mapping, it would end the engine by SIGBUS."""
     fd = os.memfd_create("lightllmd-flight", os.MFD_CLOEXEC)
-    os.ftruncate(fd, SIZE)
+    try:
+        os.posix_fallocate(fd, 0, SIZE)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

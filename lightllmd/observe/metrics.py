@@ -6,12 +6,18 @@ the sum of all. The environment variable PROMETHEUS_MULTIPROC_DIR has to be set 
 without it a process counts for itself only. A kind of process declares no more than it sets: what is declared takes
 room in its files, which outlive it. The files are named by a seat that the supervisor lends (`sit`), not by the pid:
 the next process in that seat counts on in them, so totals survive any number of deaths and files don't pile up.
-Readers open these files at any moment, so whatever moment a process dies at leaves them readable.
+Readers open these files at any moment, so whatever moment a process dies at leaves them readable. They are mapped, and
+a mapped file without room behind it ends its process by SIGBUS: the room is taken before that, or the process counts
+for itself only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
@@ -21,14 +27,45 @@ __all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render", "sit"
 
 StepKind = Literal["prefill", "decode", "mixed"]
 
+log = logging.getLogger(__name__)
+
+# Bytes of a process's file for metrics of each kind: twice what those below take. Beyond it prometheus_client would let
+# the file grow without taking the room.
+_ROOM = {"counter": 1 << 14, "gauge_livesum": 1 << 14, "histogram": 1 << 18}
 _SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
 _BATCH_SIZES = [float(size) for size in range(1, 129)]
 _RATIOS = [i / 10 for i in range(11)]
 
 
-def sit(seat: str) -> None:
-    """Names this process's files; before any metric is made."""
+def sit(seat: str, directory: str) -> None:
+    """Names this process's files in `directory` and takes their room; before any metric is made. Where there is none,
+    what is counted is seen by this process alone, and the log says so."""
+    try:
+        for kind, size in _ROOM.items():
+            _take_room(Path(directory), f"{kind}_{seat}.db", size)
+    except OSError as refused:
+        log.error("%s: no room for metrics: %s; this process is missing in /metrics", directory, refused.strerror)
+        values.ValueClass = values.MutexValue
+        return
     values.ValueClass = values.MultiProcessValue(lambda: seat)
+
+
+def _take_room(directory: Path, name: str, size: int) -> None:
+    """A file appears with all of its room and zeros in it, which read as no values. Raises OSError."""
+    path = directory / name
+    partial = path if path.exists() else directory / f".{name}"
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, max(size, os.fstat(fd).st_size))
+        finally:
+            os.close(fd)
+        partial.rename(path)
+    except OSError:
+        if partial != path:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        raise
 
 
 def _hundredths(most: int) -> list[float]:

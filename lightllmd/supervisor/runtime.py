@@ -69,6 +69,7 @@ class Runtime:
             self.ipc.chmod(0o700)
             self.metrics.mkdir(mode=0o700)
         except OSError as refused:
+            os.close(self._lock)
             raise SystemFailure(f"can't use the runtime directory {self.directory}: {refused}") from refused
 
     @property
@@ -194,6 +195,10 @@ def _lock(path: Path, pid: int) -> int:
         except FileNotFoundError:
             pass
         os.close(fd)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{pid}\n".encode(), 0)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{pid}\n".encode(), 0)
+    except OSError as refused:
+        os.close(fd)
+        raise SystemFailure(f"can't write {path}: {refused.strerror}") from refused
     return fd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -99,3 +100,18 @@ def test_gauges_of_a_dead_worker_are_forgotten_and_its_counters_are_taken_over(t
     assert {path.name for path in runtime.metrics.iterdir()} == {"counter_api-0.db", "gauge_livesum_api-1.db"}
     assert runtime.take_seat("api") == "api-0", "the files of the dead are the next one's"
     runtime.close()
+
+
+def test_a_full_runtime_directory_ends_the_start_with_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightllmd", "--engine.backend", "fake"]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # noqa: E731
+    done = subprocess.run(
+        [*command, "--supervisor.control_socket", str(tmp_path / "control.sock")],
+        preexec_fn=full,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == EXIT_SYSTEM
+    (line,) = done.stderr.splitlines()
+    assert f"can't write {tmp_path / 'control.sock.lock'}: " in line

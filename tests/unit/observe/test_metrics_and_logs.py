@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 
 from lightllmd.engine.batch import Kind
 from lightllmd.observe.log import ChildFormatter
-from lightllmd.observe.metrics import ApiMetrics, EngineMetrics
+from lightllmd.observe.metrics import _ROOM, ApiMetrics, EngineMetrics, render
 from lightllmd.observe.stats import Statistics
 
 COUNTERS = {"request_count", "request_success", "request_failure", "batch_inference_count"}
@@ -119,6 +119,43 @@ def test_any_process_renders_the_sum_of_all(tmp_path: Path) -> None:
     ]
     assert "lightllm_request_count_total 1.0" in texts[0]
     assert "lightllm_request_count_total 2.0" in texts[1]
+
+
+SEATED = """
+import os, sys
+directory, kind = sys.argv[1:]
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+from lightllmd.observe import metrics
+metrics.sit("seat-0", directory)
+made = metrics.ApiMetrics(1 << 20, 1 << 20) if kind == "api" else metrics.EngineMetrics()
+print("lives")
+"""
+
+
+@pytest.mark.parametrize("kind", ["api", "engine"])
+def test_a_processs_values_take_no_more_than_the_room_that_was_taken_for_them(kind: str, tmp_path: Path) -> None:
+    for _ in range(2):  # the second finds the first one's files
+        subprocess.run([sys.executable, "-c", SEATED, str(tmp_path), kind], check=True)
+        for name, room in _ROOM.items():
+            file = tmp_path / f"{name}_seat-0.db"
+            assert (file.stat().st_size, file.stat().st_blocks * 512) == (room, room)
+            assert int.from_bytes(file.read_bytes()[:4], "little") <= room / 2
+    assert len(list(tmp_path.iterdir())) == len(_ROOM)
+    assert kind == "engine" or b"lightllm_request_count_total 0.0" in render(str(tmp_path))
+
+
+def test_a_process_without_room_for_metrics_lives_and_says_so(tmp_path: Path) -> None:
+    """It is a mapped file's first write that would end it."""
+    inside = (
+        f"mount -t tmpfs -o size=64k none {tmp_path} && {sys.executable} -c '{SEATED}' {tmp_path} api; ls -a {tmp_path}"
+    )
+    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("no mount namespace here")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", inside], capture_output=True, text=True)
+    assert "lives" in done.stdout
+    assert "no room for metrics: No space left on device" in done.stderr
+    assert ".histogram" not in done.stdout
 
 
 def record(level: int, message: str, *arguments: object, failure: Exception | None = None) -> str:
