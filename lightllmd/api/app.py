@@ -11,15 +11,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api import native, openai, probes
+from lightllmd.api import native, openai, probes, tokenizing
 from lightllmd.api.auth import BearerKeys
-from lightllmd.api.bodies import schemas
+from lightllmd.api.bodies import Body, schemas
 from lightllmd.api.errors import MethodNotAllowed, error_response
 from lightllmd.api.ignored_fields import name_in
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody
 from lightllmd.api.revisions import Revisions
+from lightllmd.api.tokenizing import DetokenizeBody, TokenizeBody
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
+
+_BODIES: list[type[Body]] = [
+    GenerateBody,
+    GenerateOrStreamBody,
+    TokensBody,
+    CompletionBody,
+    ChatBody,
+    TokenizeBody,
+    DetokenizeBody,
+]
 
 
 def build_app(revisions: Revisions, *, metrics_dir: str, api_keys: list[str]) -> FastAPI:
@@ -28,6 +39,7 @@ def build_app(revisions: Revisions, *, metrics_dir: str, api_keys: list[str]) ->
     app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
     app.include_router(native.router(revisions))
     app.include_router(openai.router(revisions))
+    app.include_router(tokenizing.router(revisions))
     app.include_router(probes.router(revisions, metrics_dir))
     _document(app)
     app.add_exception_handler(LightllmdError, _known)
@@ -48,7 +60,7 @@ def _document(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             components = generate().setdefault("components", {}).setdefault("schemas", {})
-            components |= schemas([GenerateBody, GenerateOrStreamBody, TokensBody, CompletionBody, ChatBody])
+            components |= schemas(_BODIES)
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -59,23 +59,29 @@ def numbered(token: int) -> str:
     return f"token_id:{token}"
 
 
+@dataclass(frozen=True)
+class Details:
+    """What an answer shows of tokens."""
+
+    alternatives: int | None  # per token; None: no log-probabilities at all
+    scores_prompt: bool  # an answer in one piece has the prompt's log-probabilities, in a field of their own
+    token_ids: bool = False
+    numbered: bool = False  # log-probabilities call tokens by their ids
+
+
 class Shape(ABC):
     """What the two routes differ in."""
 
     object: str
     chunk_object: str
 
-    def __init__(
-        self, answer_id: str, model: str, tokenizer: Tokenizer, alternatives: int | None, scores_prompt: bool
-    ) -> None:
-        """`alternatives`: shown per token; None: no log-probabilities at all. `scores_prompt`: an answer in one piece
-        tells those of the prompt, in a field of its own."""
+    def __init__(self, answer_id: str, model: str, tokenizer: Tokenizer, details: Details) -> None:
         self.id = answer_id
         self.model = model
         self.created = int(time.time())
         self._tokenizer = tokenizer
-        self._alternatives = alternatives
-        self._scores_prompt = scores_prompt
+        self._details = details
+        self._alternatives = details.alternatives
 
     def answer(self, choices: Sequence[Choice], entries: Sequence[Entry]) -> dict[str, Any]:
         """In one piece."""
@@ -96,13 +102,25 @@ class Shape(ABC):
     def pieces(self, choice: Choice) -> list[dict[str, Any]]:
         """The entries of `choices`, one per chunk, for what the sequence gained; marks it as sent."""
 
+    def first_chunk(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """What the first chunk of a stream has beside its choice."""
+        return {}
+
+    def ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """vLLM's extension, of a choice."""
+        return {"token_ids": ids} if self._details.token_ids else {}
+
     def token_text(self, token: int) -> str:
+        if self._details.numbered:
+            return numbered(token)
         raw = self._tokenizer.token_bytes(token)
         return self._tokenizer.id_to_token(token) or "" if raw is None else raw.decode("utf-8", "replace")
 
     def token_name(self, token: int) -> str:
         """Its text where it has one, else what tells it from others: ``bytes:\\xe6`` as OpenAI writes bytes that are no
         whole character, or its number."""
+        if self._details.numbered:
+            return numbered(token)
         raw = self._tokenizer.token_bytes(token)
         if not raw:
             return self._tokenizer.id_to_token(token) or numbered(token)
@@ -116,7 +134,7 @@ class Shape(ABC):
 
     def prompt_scores(self, entry: Entry) -> dict[str, Any]:
         """vLLM's extension."""
-        if not self._scores_prompt:
+        if not self._details.scores_prompt:
             return {}
         return {"prompt_logprobs": entry.prompt_log.ranked(entry.prompt_ids, self.token_text)}
 
@@ -126,7 +144,10 @@ class ChatShape(Shape):
     chunk_object = "chat.completion.chunk"
 
     def answer(self, choices: Sequence[Choice], entries: Sequence[Entry]) -> dict[str, Any]:
-        return super().answer(choices, entries) | self.prompt_scores(entries[0])
+        return super().answer(choices, entries) | self.prompt_scores(entries[0]) | self.first_chunk(entries)
+
+    def first_chunk(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return {"prompt_token_ids": entries[0].prompt_ids} if self._details.token_ids else {}
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         branch = choice.branch
@@ -135,7 +156,7 @@ class ChatShape(Shape):
             "message": {"role": "assistant", "content": branch.text, "refusal": None},
             "logprobs": self._logprobs(branch, 0, len(branch.ids)),
             "finish_reason": branch.finish,
-        }
+        } | self.ids(branch.ids)
 
     def pieces(self, choice: Choice) -> list[dict[str, Any]]:
         branch, pieces = choice.branch, []
@@ -147,8 +168,9 @@ class ChatShape(Shape):
             choice.sent = count
             text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
             logprobs = self._logprobs(branch, first, count)
-            if text or logprobs is not None:
-                pieces.append(self._delta(choice, {"content": text}, logprobs))
+            if text or logprobs is not None or self._details.token_ids:
+                delta = self._delta(choice, {"content": text}, logprobs)
+                pieces.append(delta | self.ids(branch.ids[first:count]))
         if branch.finish is not None and not choice.finished:
             choice.finished = True
             pieces.append(self._delta(choice, {}, finish=branch.finish))
@@ -199,14 +221,13 @@ class CompletionShape(Shape):
         answer_id: str,
         model: str,
         tokenizer: Tokenizer,
-        alternatives: int | None,
-        scores_prompt: bool,
+        details: Details,
         prompts: Sequence[PromptText] = (),
         *,
         echo: bool = False,
     ) -> None:
         """`prompts`: empty where their texts play no part; `echo`: the answer begins with them."""
-        super().__init__(answer_id, model, tokenizer, alternatives, scores_prompt)
+        super().__init__(answer_id, model, tokenizer, details)
         self._prompts = prompts
         self._echo = echo
 
@@ -223,7 +244,13 @@ class CompletionShape(Shape):
             "text": self._echoed(choice) + branch.text,
             "logprobs": self._logprobs(choice, 0, len(branch.ids)),
             "finish_reason": branch.finish,
-        } | self.prompt_scores(choice.entry)
+            **self.prompt_scores(choice.entry),
+            **self._prompt_ids(choice),
+            **self.ids(branch.ids),
+        }
+
+    def _prompt_ids(self, choice: Choice) -> dict[str, Any]:
+        return {"prompt_token_ids": choice.entry.prompt_ids} if self._details.token_ids else {}
 
     def pieces(self, choice: Choice) -> list[dict[str, Any]]:
         branch = choice.branch
@@ -233,13 +260,19 @@ class CompletionShape(Shape):
         choice.sent = count
         choice.finished = branch.finish is not None
         text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
-        logprobs = self._logprobs(choice, first, count)
+        piece = {
+            "index": choice.index,
+            "text": text,
+            "logprobs": self._logprobs(choice, first, count),
+            "finish_reason": branch.finish,
+            **self.ids(branch.ids[first:count]),
+        }
         if not choice.begun:
             choice.begun = True
-            text = self._echoed(choice) + text
-        if not text and logprobs is None and branch.finish is None:
-            return []
-        return [{"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": branch.finish}]
+            piece["text"] = self._echoed(choice) + text
+            piece |= self._prompt_ids(choice)
+        silent = not piece["text"] and self._alternatives is None and not self._details.token_ids
+        return [] if silent and branch.finish is None else [piece]
 
     def _logprobs(self, choice: Choice, first: int, end: int) -> dict[str, Any] | None:
         """Of the generated tokens from `first` on, behind those of an echoed prompt if they are the first shown.
@@ -299,16 +332,24 @@ class Chunks:
         self._entries = entries
         self._told = told
         head = {"id": shape.id, "object": shape.chunk_object, "created": shape.created, "model": shape.model}
-        self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
+        self._head = _opened(head)
+        self._first_head = _opened(head | shape.first_chunk(entries))  # of the first chunk
+        self._begun = False
         self._tail = b"]}\n\n" if told is UsageTold.NEVER else b'],"usage":null}\n\n'
 
     def take(self) -> bytes:
         pieces = self._shape.pieces
         return b"".join(
-            b"%b%b%b" % (self._head, _json.encode(piece), self._tail_now())
+            b"%b%b%b" % (self._next_head(), _json.encode(piece), self._tail_now())
             for choice in self._choices
             for piece in pieces(choice)
         )
+
+    def _next_head(self) -> bytes:
+        if self._begun:
+            return self._head
+        self._begun = True
+        return self._first_head
 
     def _tail_now(self) -> bytes:
         if self._told is not UsageTold.ALWAYS:
@@ -325,6 +366,11 @@ class Chunks:
 
     def error(self, error: RequestError) -> bytes:
         return error_frame(error)
+
+
+def _opened(head: dict[str, Any]) -> bytes:
+    """The beginning of a frame, up to its choices."""
+    return b"data: " + _json.encode(head)[:-1] + b',"choices":['
 
 
 def error_frame(error: RequestError) -> bytes:

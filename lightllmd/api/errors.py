@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: ``{"message": …}`` on native routes, OpenAI's envelope below /v1."""
+"""What a client is told when something is wrong: ``{"message": …}`` on native routes, OpenAI's envelope elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightllmd.errors import (
     Unauthorized,
 )
 
-OPENAI_PREFIX = "/v1/"
+OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")  # of routes that speak OpenAI's dialect
 _SHOWN = 80  # characters of a refused value that a message repeats
 _MOST_FAULTS = 8  # in one message
 _CLOSE = 0.81  # difflib's ratio; a little less makes max_tokens of min_tokens
@@ -69,7 +69,7 @@ def openai_error(error: LightllmdError) -> dict[str, Any]:
 
 
 def error_response(error: LightllmdError, path: str) -> Response:
-    body = openai_error(error) if path.startswith(OPENAI_PREFIX) else {"message": error.message}
+    body = openai_error(error) if path.startswith(OPENAI_PATHS) else {"message": error.message}
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -54,12 +55,13 @@ class FrontEnd:
         """Raises InvalidRequest for text that is no valid Unicode."""
         return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
 
-    async def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return await off_loop(sum(map(len, texts)), self.tokenizer.encode_batch, texts)
+    async def encode_batch(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        return await off_loop(sum(map(len, texts)), self.tokenizer.encode_batch, texts, add_special_tokens)
 
-    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         """Raises InvalidRequest when the model has no chat template or its template refuses the messages."""
-        return await off_loop(len(msgspec.json.encode(messages)), self.tokenizer.encode_chat, messages)
+        encode = partial(self.tokenizer.encode_chat, **options)
+        return await off_loop(len(msgspec.json.encode(messages)), encode, messages)
 
     async def bad_words(self, words: list[str], field: str) -> list[list[int]]:
         """The token sequences that write them. Raises InvalidRequest."""

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from lightllmd.api import bodies
 from lightllmd.api.branch import TextOptions
-from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, PromptText, Shape, error_frame
+from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Details, PromptText, Shape, error_frame
 from lightllmd.api.common_fields import MAX_COUNT
 from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
 from lightllmd.api.ignored_fields import NamingRoute
@@ -54,9 +54,10 @@ async def asked(front: FrontEnd, body: OpenAIBody, prompts: int = 1) -> Asked:
         )
     bad_words = await front.bad_words(body.bad_texts, "bad_words")
     params = front.intake.params(body.sampling(body.asked_tokens or MAX_COUNT), bad_words, prompts=prompts)
+    front.limits.token_ids(list(body.stop_token_ids or ()), "stop_token_ids")
     text = TextOptions(
-        StopList(body.stops),
-        include_stop=False,
+        StopList(body.stops, body.stop_ids),
+        include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         spaces_between_special_tokens=False,  # a native habit; clients parse what added tokens mark, such as tool calls
     )
@@ -67,7 +68,7 @@ async def asked(front: FrontEnd, body: OpenAIBody, prompts: int = 1) -> Asked:
 def job(front: FrontEnd, body: OpenAIBody, asked: Asked, given: list[int], field: str, *, heals: bool) -> Job:
     """`max_tokens` defaults to what fits. `heals`: the prompt is a text that is continued. Raises InvalidRequest."""
     limits, params = front.limits, asked.params
-    prompt_ids = limits.prompt(given, field)
+    prompt_ids = limits.prompt(_last(given, body.truncate_prompt_tokens, limits.max_req_input_len), field)
     new_tokens = body.asked_tokens
     if new_tokens is None:
         new_tokens = body.default_tokens(limits.room(len(prompt_ids), body.branches))
@@ -91,7 +92,7 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     front.limits.at_once(len(prompts) * body.branches, "prompt")
     shared = await asked(front, body, len(prompts))
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await front.encode_batch(texts))
+    encoded = iter(await front.encode_batch(texts, add_special_tokens=body.add_special_tokens))
     all_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def jobs() -> list[Job]:
@@ -106,8 +107,8 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
 
 async def chat_jobs(front: FrontEnd, body: ChatBody) -> list[Job]:
     shared = await asked(front, body)
-    ids = await front.encode_chat([message.plain() for message in body.messages])
-    return [job(front, body, shared, ids, "messages", heals=False)]
+    ids = await front.encode_chat([message.plain() for message in body.messages], **body.rendering)
+    return [job(front, body, shared, ids, "messages", heals=body.continue_final_message)]
 
 
 def choices_of(pending: Pending, n: int, beams: bool) -> list[Choice]:
@@ -126,23 +127,21 @@ def completion_shape(front: FrontEnd, body: CompletionBody, jobs: list[Job]) -> 
     prompts: list[PromptText] = []
     if body.echo or body.logprobs is not None:
         prompts = [
-            _prompt_text(front, prompt, job, scored=body.scored_echo >= 0)
+            _prompt_text(front, prompt, job, scored=body.scored_echo >= 0, add_special_tokens=body.add_special_tokens)
             for prompt, job in zip(body.prompts, jobs, strict=True)
         ]
     return CompletionShape(
         _new_id("cmpl"),
         front.model_name,
         front.tokenizer,
-        body.alternatives,
-        _scores_prompt(front, body),
+        _details(front, body),
         prompts,
         echo=bool(body.echo),
     )
 
 
 def chat_shape(front: FrontEnd, body: ChatBody, jobs: list[Job]) -> Shape:
-    scores = _scores_prompt(front, body)
-    return ChatShape(_new_id("chatcmpl"), front.model_name, front.tokenizer, body.alternatives, scores)
+    return ChatShape(_new_id("chatcmpl"), front.model_name, front.tokenizer, _details(front, body))
 
 
 def model_card(name: str, created: int, served: FrontEnd | None) -> dict[str, Any]:
@@ -221,6 +220,14 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
+def _last(ids: list[int], most: int | None, fitting: int) -> list[int]:
+    """What `truncate_prompt_tokens` leaves of a prompt."""
+    if most is None:
+        return ids
+    kept = fitting if most < 0 else most
+    return ids if len(ids) <= kept else ids[-kept:] if kept else []
+
+
 def _json(value: bool) -> str:
     return "true" if value else "false"
 
@@ -229,11 +236,14 @@ def _new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def _scores_prompt(front: FrontEnd, body: OpenAIBody) -> bool:
-    return body.prompt_logprobs is not None or front.intake.scores_prompts
+def _details(front: FrontEnd, body: OpenAIBody) -> Details:
+    scores_prompt = body.prompt_logprobs is not None or front.intake.scores_prompts
+    return Details(body.alternatives, scores_prompt, body.return_token_ids, body.return_tokens_as_token_ids)
 
 
-def _prompt_text(front: FrontEnd, prompt: str | list[int], job: Job, scored: bool) -> PromptText:
+def _prompt_text(
+    front: FrontEnd, prompt: str | list[int], job: Job, *, scored: bool, add_special_tokens: bool
+) -> PromptText:
     """A text is what came, unless it was cut. `scored`: the log-probabilities of its tokens are shown."""
     tokenizer, ids = front.tokenizer, job.given_ids
     whole = prompt if isinstance(prompt, str) and not job.cut else None
@@ -246,7 +256,7 @@ def _prompt_text(front: FrontEnd, prompt: str | list[int], job: Job, scored: boo
     stream = detokenizing.open()
     pieces = [stream.push([token]) for token in ids]
     if whole is not None:
-        return PromptText(whole, token_offsets(whole, pieces, tokenizer.spans(whole)))
+        return PromptText(whole, token_offsets(whole, pieces, tokenizer.spans(whole, add_special_tokens)))
     text = "".join(pieces) + stream.flush()
     if not scored:
         return PromptText(text)

@@ -28,6 +28,7 @@ from lightllmd.text.stop import MAX_STOPS
 MAX_N = 32
 MAX_PROMPTS = 2048
 MAX_MESSAGES = 4096
+MAX_STOP_IDS = 64
 DEFAULT_COMPLETION_TOKENS = 16
 
 # Documented by OpenAI and accepted without effect: they change nothing that a client could see here.
@@ -122,6 +123,18 @@ class OpenAIBody(CommonFields, ABC):
     ignore_eos: bool = False
     min_tokens: int = Field(default=1, ge=0, le=MAX_COUNT)
     skip_special_tokens: bool = True
+    # vLLM's, which clients send to any server
+    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None = Field(
+        default=None, description="tokens that end the answer"
+    )
+    include_stop_str_in_output: bool = Field(default=False, description="the answer shows what ended it")
+    return_token_ids: bool = Field(default=False, description="the ids of prompt and answer, too")
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="log-probabilities call tokens token_id:N instead of by their text"
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = Field(
+        default=None, description="of a longer prompt the last so many tokens are used; -1: as many as fit"
+    )
     use_beam_search: bool | None = Field(
         default=None, description="the server's beam_mode decides; a value that contradicts it is refused"
     )
@@ -178,6 +191,10 @@ class OpenAIBody(CommonFields, ABC):
         return UsageTold.ALWAYS if options.continuous_usage_stats else UsageTold.AT_END
 
     @property
+    def stop_ids(self) -> list[list[int]]:
+        return [[token] for token in dict.fromkeys(self.stop_token_ids or ())]
+
+    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
@@ -218,6 +235,7 @@ class CompletionBody(OpenAIBody):
     )
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     echo: bool | None = None
+    add_special_tokens: bool = Field(default=True, description="around a prompt that is a text")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -303,19 +321,54 @@ class Message(Body):
         return {"role": self.role, "content": content or ""}
 
 
-class ChatBody(OpenAIBody):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class Conversation(Body):
+    """How messages become a prompt; vLLM's fields, which clients send to any server."""
+
+    add_generation_prompt: bool | None = Field(
+        default=None, description="whether the prompt ends with the head of an answer; absent: unless one is continued"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="the answer goes on with the last message instead of beginning one"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="further names for the model's chat template, such as enable_thinking"
+    )
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
         body = super().prepare(body)
         messages = body.get("messages")
         if isinstance(messages, list):
-            body["messages"] = [_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+            messages = [_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+            return body | {"messages": messages}
         return body
+
+    @model_validator(mode="after")
+    def _begins_or_continues(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise contradiction(
+                "add_generation_prompt", "add_generation_prompt should be false with continue_final_message; got true"
+            )
+        return self
+
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """Options of `ChatTemplate.render`."""
+        return {
+            "add_generation_prompt": self.add_generation_prompt is not False,
+            "continue_final_message": self.continue_final_message,
+            "variables": self.chat_template_kwargs,
+        }
+
+
+class ChatBody(Conversation, OpenAIBody):
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _logprobs(self) -> Self:

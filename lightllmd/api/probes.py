@@ -9,6 +9,7 @@ from functools import partial
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from lightllmd import __version__
 from lightllmd.api.responses import json_response, on_each
 from lightllmd.api.revisions import Revisions
 from lightllmd.observe import metrics
@@ -40,6 +41,11 @@ def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
     @on_each(routes, "/get_model_name", ["GET", "POST"])
     async def get_model_name() -> Response:
         return json_response({"model_name": revisions.front.model_name})
+
+    @routes.get("/version")
+    async def version() -> Response:
+        """Of this program."""
+        return json_response({"version": __version__})
 
     @routes.get("/token_load")
     async def token_load() -> Response:

@@ -9,6 +9,7 @@ https://huggingface.co/docs/transformers/chat_templating_writing.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -26,6 +27,7 @@ MAX_MESSAGES = 4096
 MAX_DEPTH = 64  # of lists and objects inside each other
 MAX_CHARACTERS = 32 << 20  # of the rendered prompt
 MAX_SECONDS = 5.0
+_SYSTEM, _DEVELOPER = "system", "developer"
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -87,6 +89,7 @@ class ChatTemplate:
                 raise ValueError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
         if not self._templates:
             raise ValueError("no chat template")
+        self._knows_developer = {name for name, source in named.items() if _DEVELOPER in source}
         self._special_tokens = dict(special_tokens or {})
 
     def render(
@@ -95,32 +98,42 @@ class ChatTemplate:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        **variables: Any,
     ) -> str:
         """The prompt, special tokens included: encode it with ``add_special_tokens=False``.
 
         A message has a ``role`` and a ``content`` (a string, None, or a list of text parts); other keys reach the
-        template as they are. `variables` are further names that the template may know, such as ``enable_thinking``.
+        template as they are. The role ``developer`` is ``system`` to a template that doesn't know it. `variables` are
+        further names that the template may know, such as ``enable_thinking``. With `continue_final_message` the prompt
+        ends where the last message's content does, so that the answer goes on with it.
         Raises InvalidRequest with the template's own words when it refuses the conversation.
         """
         if len(messages) > MAX_MESSAGES:
             raise InvalidRequest(f"messages: {len(messages)} messages, at most {MAX_MESSAGES}")
+        name = self._choose(bool(tools))
+        plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if name not in self._knows_developer:
+            for message in plain:
+                message["role"] = _SYSTEM if message["role"] == _DEVELOPER else message["role"]
+        mark = _mark_end(plain) if continue_final_message else None
         names = {
             **self._special_tokens,
-            **_plain(variables, "chat_template_kwargs"),
-            "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(messages)],
-            "tools": _plain(list(tools), "tools") if tools else None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            **_plain(variables or {}, "chat_template_kwargs"),
+            "messages": plain,
+            "tools": _plain(list(tools), "tools") if tools else None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
-        return self._run(self._choose(bool(tools)), names, clock)
+        text = self._run(self._templates[name], names, clock)
+        return text if mark is None else _up_to(text, mark)
 
-    def _choose(self, with_tools: bool) -> jinja2.Template:
+    def _choose(self, with_tools: bool) -> str:
         for name in ("tool_use", "default") if with_tools else ("default",):
             if name in self._templates:
-                return self._templates[name]
-        return next(iter(self._templates.values()))
+                return name
+        return next(iter(self._templates))
 
     @staticmethod
     def _run(template: jinja2.Template, names: dict[str, Any], clock: Callable[[], float]) -> str:
@@ -156,6 +169,26 @@ def _message(message: object, where: str) -> dict[str, Any]:
     for call in calls if isinstance(calls, list) else []:
         _parse_arguments(call)
     return plain
+
+
+def _mark_end(messages: list[dict[str, Any]]) -> str:
+    """Puts a text behind the last message that no client can know, to find it again in the prompt."""
+    last = messages[-1] if messages else {}
+    if not isinstance(last.get("content"), str):
+        raise InvalidRequest("messages: the last one has no text that could be continued", param="messages")
+    mark = f"<{secrets.token_hex(16)}>"
+    last["content"] += mark
+    return mark
+
+
+def _up_to(text: str, mark: str) -> str:
+    head, found, _ = text.rpartition(mark)
+    if not found:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template doesn't show the last message as it is",
+            param="continue_final_message",
+        )
+    return head.replace(mark, "")
 
 
 def _content(content: object, where: str) -> str | None:

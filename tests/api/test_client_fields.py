@@ -263,3 +263,113 @@ def test_what_does_not_fit_is_told_in_the_words_that_clients_know(tmp_path):
                     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
     run(scenario())
+
+
+def test_a_chat_is_rendered_as_the_client_says(tmp_path):
+    last = [*HI, {"role": "assistant", "content": "so "}]
+    cases = [
+        ({"messages": last}, "user: hi\nassistant: so \nassistant: "),
+        ({"messages": last, "add_generation_prompt": False}, "user: hi\nassistant: so \n"),
+        ({"messages": last, "continue_final_message": True}, "user: hi\nassistant: so "),
+        ({"messages": HI, "chat_template_kwargs": {"enable_thinking": False}}, "user: hi\nassistant: "),
+        ({"messages": [{"role": "developer", "content": "x"}, *HI]}, "system: x\nuser: hi\nassistant: "),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}],
+                    }
+                ]
+            },
+            "user: hi\nassistant: ",
+        ),
+    ]
+
+    async def scenario():
+        async with stack(tmp_path, unknown_fields="refuse") as one:
+            for body, prompt in cases:
+                answer = await one.client.post("/v1/chat/completions", json=body | {"max_tokens": 1})
+                assert answer.status_code == 200, answer.text
+                assert bytes(one.engine.submits[-1].prompt_ids).decode() == prompt
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_token_ids_end_an_answer_and_are_shown_if_asked(tmp_path, stream):
+    async def scenario():
+        async with stack(tmp_path, engine=False) as one:
+            (await one.up(token=lambda submit, branch, position: b"hello"[position])).free_run = True
+            for extra, text in (
+                ({"stop_token_ids": [111, 101]}, "h"),
+                ({"stop_token_ids": [101], "include_stop_str_in_output": True}, "he"),
+                ({"stop": ["lo"], "include_stop_str_in_output": True}, "hello"),
+                ({"stop": ["lo"], "stop_token_ids": [101]}, "h"),
+                ({"stop_token_ids": []}, "hello"),
+            ):
+                body = {"prompt": "x", "max_tokens": 5, "stream": stream} | extra
+                answer = await one.client.post("/v1/completions", json=body)
+                choices = [f["choices"][0] for f in frames(answer.text)] if stream else answer.json()["choices"]
+                assert "".join(choice["text"] for choice in choices) == text
+                reason = "length" if "stop_token_ids" in extra and not extra["stop_token_ids"] else "stop"
+                assert choices[-1]["finish_reason"] == reason
+            refused = await one.client.post("/v1/completions", json={"prompt": "x", "stop_token_ids": [257]})
+            assert refused.json()["error"]["param"] == "stop_token_ids"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_of_prompt_and_answer_are_told_on_request(tmp_path, stream):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for route in OPENAI:
+                body = ROUTES[route] | {"stream": stream, "return_token_ids": True, "max_tokens": 5, "temperature": 0}
+                answer = await one.client.post(route, json=body)
+                whole = frames(answer.text) if stream else [answer.json()]
+                choices = [choice for chunk in whole for choice in chunk["choices"]]
+                ids = [token for choice in choices for token in choice.get("token_ids", ())]
+                prompt = one.engine.submits[-1].prompt_ids
+                assert bytes(ids).decode() == expected(bytes(prompt).decode(), 5)
+                told = [part["prompt_token_ids"] for part in [*whole, *choices] if "prompt_token_ids" in part]
+                assert told == [prompt]
+                plain = await one.client.post(route, json=body | {"return_token_ids": False})
+                assert "token_ids" not in plain.text
+
+    run(scenario())
+
+
+def test_log_probabilities_may_name_tokens_by_their_ids(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            names = {"return_tokens_as_token_ids": True, "max_tokens": 1, "temperature": 0}
+            completion = await one.client.post("/v1/completions", json={"prompt": "x", "logprobs": 1} | names)
+            token = f"token_id:{ord(expected('x', 1))}"
+            assert completion.json()["choices"][0]["logprobs"]["tokens"] == [token]
+            chat = await one.client.post("/v1/chat/completions", json={"messages": HI, "logprobs": True} | names)
+            assert chat.json()["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
+
+    run(scenario())
+
+
+def test_of_a_long_prompt_the_last_tokens_are_used_on_request(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, {"max_req_input_len": 20, "max_req_total_len": 30}) as one:
+            for prompt, most, kept in (
+                ("abcdef", 3, b"def"),
+                ("abc", 3, b"abc"),
+                ("x" * 50 + "yz", -1, b"x" * 18 + b"yz"),
+            ):
+                for given in (prompt, list(prompt.encode())):
+                    body = {"prompt": given, "max_tokens": 1, "truncate_prompt_tokens": most, "echo": True}
+                    answer = await one.client.post("/v1/completions", json=body)
+                    assert answer.status_code == 200, answer.text
+                    assert bytes(one.engine.submits[-1].prompt_ids) == kept
+                    assert answer.json()["usage"]["prompt_tokens"] == len(kept)
+                    assert answer.json()["choices"][0]["text"].startswith(kept.decode())
+            chat = {"messages": HI, "max_tokens": 1, "truncate_prompt_tokens": 4}
+            assert (await one.client.post("/v1/chat/completions", json=chat)).status_code == 200
+            assert bytes(one.engine.submits[-1].prompt_ids) == b"nt: "
+
+    run(scenario())

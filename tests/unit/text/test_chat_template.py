@@ -80,7 +80,7 @@ def test_what_templates_use_beyond_jinja():
     expected, _ = utilities.render_jinja_template(
         [messages], tools=tools, chat_template=source, add_generation_prompt=True, enable_thinking=False
     )
-    assert ChatTemplate(source).render(messages, tools=tools, enable_thinking=False) == expected[0]
+    assert ChatTemplate(source).render(messages, tools=tools, variables={"enable_thinking": False}) == expected[0]
 
 
 def test_tools_choose_the_tool_template_and_arguments_are_objects():
@@ -161,3 +161,35 @@ def test_model_without_a_template_says_so():
     tokenizer.chat_template = None
     with pytest.raises(InvalidRequest, match="no chat template"):
         tokenizer.encode_chat([user()])
+
+
+MODERN = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}|{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}{{ extra | default('') }}"
+)
+
+
+@pytest.mark.parametrize(("knows", "role"), [(False, "system"), (True, "developer")])
+def test_a_developer_is_the_system_where_the_template_knows_no_developer(knows, role):
+    template = ChatTemplate(MODERN + ("{# role 'developer' #}" if knows else ""))
+    message = {"role": "developer", "content": "be kind"}
+    assert template.render([message, user()]) == f"[{role}]be kind|[user]hi|[assistant]"
+    assert message["role"] == "developer"
+
+
+def test_a_final_message_that_is_continued_is_where_the_prompt_ends():
+    template = ChatTemplate(MODERN)
+    for content in ("The answer", "two\nlines ", "", "hi", [{"type": "text", "text": "part"}]):
+        last = {"role": "assistant", "content": content}
+        text = content if isinstance(content, str) else "part"
+        assert template.render([user(), last], continue_final_message=True) == f"[user]hi|[assistant]{text}"
+    hidden = ChatTemplate("{% for m in messages %}[{{ m.role }}]{% endfor %}")
+    with pytest.raises(InvalidRequest, match="doesn't show the last message as it is"):
+        hidden.render([user()], continue_final_message=True)
+    with pytest.raises(InvalidRequest, match="no text that could be continued"):
+        template.render([{"role": "assistant", "content": None}], continue_final_message=True)
+
+
+def test_variables_reach_the_template_and_replace_nothing_of_ours():
+    names = {"extra": "!", "messages": [], "add_generation_prompt": False, "clock": 1, "tools": [1], "self": 2}
+    assert ChatTemplate(MODERN).render([user()], variables=names) == "[user]hi|[assistant]!"

@@ -1,0 +1,92 @@
+"""vLLM's routes that show what the tokenizer does, as clients count and cut with them: /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from fastapi import APIRouter
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lightllmd.api import bodies
+from lightllmd.api.bodies import Body
+from lightllmd.api.common_fields import Count
+from lightllmd.api.errors import contradiction
+from lightllmd.api.frontend import FrontEnd, off_loop
+from lightllmd.api.ignored_fields import NamingRoute
+from lightllmd.api.openai_bodies import Conversation, Messages
+from lightllmd.api.responses import json_response
+from lightllmd.api.revisions import Revisions
+
+
+class TokenizeBody(Conversation):
+    """A prompt, or a conversation."""
+
+    lenient = True
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="around a prompt; absent: yes. A conversation has those of the chat template"
+    )
+    return_token_strs: bool = Field(default=False, description="tokens as the model's files write them, too")
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise contradiction("prompt", "one of prompt and messages is required, and not both")
+        if self.messages is not None and self.add_special_tokens:
+            raise contradiction("add_special_tokens", "add_special_tokens is for a prompt; the chat template adds them")
+        return self
+
+
+class DetokenizeBody(Body):
+    lenient = True
+
+    model: str | None = None
+    tokens: Annotated[list[Count], Field(fail_fast=True)]
+
+
+def tokenized(front: FrontEnd, ids: list[int], strings: bool) -> dict[str, Any]:
+    return {
+        "count": len(ids),
+        "max_model_len": front.limits.max_req_total_len,
+        "tokens": ids,
+        "token_strs": [front.tokenizer.id_to_token(token) for token in ids] if strings else None,
+    }
+
+
+def router(revisions: Revisions) -> APIRouter:
+    routes = APIRouter(tags=["tokenizer"], route_class=NamingRoute)
+    parse = bodies.parser(revisions.front.http)
+
+    def front_for(model: str | None) -> FrontEnd:
+        revisions.check_name(revisions.front, model)
+        return revisions.front
+
+    @routes.post("/tokenize", openapi_extra=bodies.documented(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a prompt or of a rendered conversation."""
+        body = await parse(request, TokenizeBody)
+        front = front_for(body.model)
+        if body.messages is not None:
+            ids = await front.encode_chat([message.plain() for message in body.messages], **body.rendering)
+        else:
+            ids = await front.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        return json_response(await off_loop(len(ids), tokenized, front, ids, body.return_token_strs))
+
+    @routes.post("/detokenize", openapi_extra=bodies.documented(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, special ones included."""
+        body = await parse(request, DetokenizeBody)
+        front, ids = front_for(body.model), body.tokens
+        front.limits.token_ids(ids, "tokens")
+        return json_response({"prompt": await off_loop(len(ids), _text, front, ids)})
+
+    return routes
+
+
+def _text(front: FrontEnd, ids: list[int]) -> str:
+    return front.tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False)
