@@ -41,6 +41,7 @@ def cli(context: click.Context, socket_path: str | None) -> int:
     the job goes on, 130 interrupted.
     """
     context.obj = Context(socket_path)
+    context.call_on_close(context.obj.close)
     if context.invoked_subcommand is None:
         console.complain(context.get_help())
     return CTL_USAGE
@@ -70,7 +71,7 @@ def _run(arguments: list[str]) -> int:
         return _fail(error.format_message(), CTL_USAGE)
     except ConfigInvalid as error:
         for problem in error.problems:
-            console.complain(str(problem))
+            console.complain(_shortened(str(problem)))
         return error.ctl_code
     except LightllmdError as error:
         return _fail(error.message, error.ctl_code)
@@ -96,8 +97,13 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    console.complain(f"{PROGRAM}: {' '.join(message.split())}")
+    console.complain(f"{PROGRAM}: {_shortened(' '.join(message.split()))}")
     return code
+
+
+def _shortened(message: str) -> str:
+    """What was asked may be in it, of any length; the cause stands at its end."""
+    return message if len(message) <= 2000 else f"{message[:1000]} … {message[-500:]}"
 
 
 if __name__ == "__main__":

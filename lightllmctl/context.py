@@ -44,6 +44,10 @@ class Context:
     def console(self) -> Console:
         return _console(sys.stdout)
 
+    def close(self) -> None:
+        if "client" in vars(self):
+            self.client.close()
+
     def echo_json(self, value: Any) -> None:
         console.say(console.literal(value, indent=2 if sys.stdout.isatty() else None))
 
@@ -88,4 +92,7 @@ def _console(file: Any) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return PlainConsole(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    made = PlainConsole(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if made.width < 1:  # COLUMNS=0; rich would print nothing
+        made.width = 80
+    return made

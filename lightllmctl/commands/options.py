@@ -14,7 +14,7 @@ from lightllmd.errors import LightllmdError
 
 json_option = click.option("--json", "as_json", is_flag=True, help='One JSON object, with `"api": 1`.')
 
-LONGEST = 3650 * 86400.0  # seconds; what waits can take more, but nobody means it
+LONGEST = 366 * 86400.0  # seconds; the daemon takes no more, either
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = r"(\d+(?:\.\d+)?) *(ms|s|min|m|h|d) *"
@@ -38,7 +38,7 @@ class Duration(click.ParamType):
             self.fail(f"{text!r} is no duration; write seconds, or such as 90s, 5m, 1h30m", param, ctx)
         if seconds > LONGEST or (seconds == 0 and not self.zero):
             shown = text if len(text) <= 40 else f"{text[:39]}…"
-            self.fail(f"{shown!r} is no duration {'of' if self.zero else 'above 0 and of'} at most 3650d", param, ctx)
+            self.fail(f"{shown!r} is no duration {'of' if self.zero else 'above 0 and of'} at most 366d", param, ctx)
         return seconds
 
 

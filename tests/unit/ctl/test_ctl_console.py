@@ -173,6 +173,16 @@ def test_the_daemon_prints_its_texts_in_any_encoding(monkeypatch: pytest.MonkeyP
     assert ("1 ... 65535" in text) == (flag != "--feature-table")
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-1", "many"])
+def test_a_page_is_whole_whatever_width_the_environment_tells(
+    daemon: Any, ctl: Any, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    whole = ctl("list-workers").out
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", "0")
+    assert ctl("list-workers").out == whole != ""
+
+
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 CTL, DAEMON = "lightllmctl", "lightllmd"
@@ -233,5 +243,7 @@ def test_what_no_request_can_carry_is_a_usage_error(ctl: Any, daemon: Any, name:
     result = ctl("logs", name)
     assert result.code == 2, result.err
     assert "internal error" not in result.err
+    assert len(ctl("check", name).err) < 3000
+    assert len(ctl(name).err) < 3000
     if name == "\udcff":
         assert ctl("swap", name).code == 2
