@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightllmd.api.entry import Entry
-from lightllmd.errors import ClientClosed, LightllmdError
+from lightllmd.errors import ClientClosed
 from lightllmd.observe.metrics import ApiMetrics
 
 
@@ -19,10 +20,13 @@ class Accounts:
         """Around parsing, checking and handing over; a refusal there is a request that entered and failed."""
         try:
             yield
-        except LightllmdError as error:
+        except (ClientClosed, asyncio.CancelledError):
             self._metrics.entered()
-            if not isinstance(error, ClientClosed):
-                self._metrics.failed()
+            self._metrics.cancelled()
+            raise
+        except Exception:
+            self._metrics.entered()
+            self._metrics.failed()
             raise
 
     def submitted(self, entry: Entry) -> None:
@@ -34,7 +38,9 @@ class Accounts:
     def ended(self, entry: Entry) -> None:
         if entry.first_token_at is not None:
             self._metrics.first_token(entry.first_token_at - entry.arrived_at)
-        if entry.outcome == "failed":
+        if entry.outcome == "cancelled":
+            self._metrics.cancelled()
+        elif entry.outcome == "failed":
             self._metrics.failed()
         elif entry.outcome == "ok":
             assert entry.ended_at is not None

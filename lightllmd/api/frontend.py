@@ -91,12 +91,11 @@ class FrontEnd:
                     batch=entries[0].request if entries else 0,
                 )
                 entries.append(entry)
+                self.accounts.submitted(entry)
         except BaseException:
             for entry in entries:
                 self.ledger.cancel(entry)
             raise
-        for entry in entries:
-            self.accounts.submitted(entry)
         return Pending(entries, signal)
 
     def bequeath(self, heir: FrontEnd) -> None:

@@ -13,7 +13,7 @@ import zmq
 
 from lightllmd.api.accounts import Accounts
 from lightllmd.api.app import build_app
-from lightllmd.api.auth import read_keys
+from lightllmd.api.auth import keys_of
 from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.ledger import Ledger, Tally
 from lightllmd.api.link import EngineLink
@@ -44,8 +44,8 @@ class Worker:
             ApiMetrics(plan.config.params.max_req_input_len, plan.config.params.max_req_total_len)
         )
         self.revisions = Revisions(configure.revision, plan, self._front, self._tally, self._accounts)
-        keys = read_keys(http.api_keys_file) if http.api_keys_file else []
-        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, api_keys=keys)
+        keys, metrics_keys = keys_of(http)
+        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, api_keys=keys, metrics_keys=metrics_keys)
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
         self._server = Server(uvicorn_config(app, http), sockets)
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while

@@ -63,10 +63,10 @@ def _missing(config: Config, file: str | None, faulty: set[str]) -> Iterator[Pro
     """What has to be there: a model, and the files that the configuration names."""
     if config.params.model_dir is None and config.engine.backend != "fake" and "model_dir" not in faulty:
         yield Problem("model_dir", "is missing: which model shall be served?", file)
-    path = config.http.api_keys_file
-    if path and not os.access(path, os.R_OK):
-        state = "can't be read" if os.path.exists(path) else "does not exist"
-        yield problem_at(config, file, ("http.api_keys_file",), f"{check.show(path)} {state}")
+    for key, path in config.http.key_files.items():
+        if not os.access(path, os.R_OK):
+            state = "can't be read" if os.path.exists(path) else "does not exist"
+            yield problem_at(config, file, (key,), f"{check.show(path)} {state}")
 
 
 def _assemble(values: Mapping[str, Any], named: Mapping[str, models.Overrides], places: dict[str, int]) -> Config:

@@ -122,6 +122,18 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="front end",
         ),
     ] = ""
+    metrics_key: Annotated[
+        str,
+        Setting(
+            doc="Who may read /metrics. Empty: every client that may send requests (see api_keys_file). none: every "
+            "client, without a key; the numbers tell how much is asked of the server, nothing of what. A file, with "
+            "one key a line: a client that sends one of these; the keys of api_keys_file don't do then.",
+            example='"/etc/lightllmd/metrics_keys"',
+            pattern=r"(none|.*/.*)?",
+            form='empty, "none", or the path of a key file',
+            reload="front end",
+        ),
+    ] = ""
     served_model_name: Annotated[
         str,
         Setting(
@@ -205,6 +217,12 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             needs="TLS",
         ),
     ] = ""
+
+    @property
+    def key_files(self) -> dict[str, str]:
+        """Paths by the setting that names them."""
+        named = {"http.api_keys_file": self.api_keys_file, "http.metrics_key": self.metrics_key}
+        return {key: path for key, path in named.items() if path not in ("", "none")}
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -87,8 +87,8 @@ class _Metrics:
 
 
 class ApiMetrics(_Metrics):
-    """What an api worker knows. Durations in seconds. A request counts as failed when it was refused or ended with an
-    error, as neither when its client went away."""
+    """What an api worker knows. Durations in seconds. Each request that entered ends in one of three counts: success,
+    failure (it was refused or ended with an error) or cancelled (its client went away); until then it is in flight."""
 
     def __init__(self, max_req_input_len: int, max_req_total_len: int) -> None:
         super().__init__()
@@ -97,6 +97,7 @@ class ApiMetrics(_Metrics):
         self._count = counter("request_count", "Requests that entered")
         self._success = counter("request_success", "Requests of which every branch finished")
         self._failure = counter("request_failure", "Requests that were refused or ended with an error")
+        self._cancelled = counter("request_cancelled", "Requests whose client went away before their end")
         self._duration = histogram("request_duration", "From arrival to the end", _SECONDS)
         self._validation = histogram("request_validation_duration", "From arrival to the engine's queue", _SECONDS)
         self._inference = histogram("request_inference_duration", "From the engine's queue to the end", _SECONDS)
@@ -109,6 +110,18 @@ class ApiMetrics(_Metrics):
         self._generated = histogram("request_generated_tokens", "Generated tokens of a branch", totals)
         self._cache_length = histogram("cache_length", "Prompt tokens found in the prompt cache", inputs)
         self._cache_ratio = histogram("cache_ratio", "Their share of the prompt", _RATIOS)
+
+        self._settle()
+
+    def _settle(self) -> None:
+        """What the process before in this one's files had in flight when it died has failed."""
+
+        def total(name: str) -> float:
+            return self.registry.get_sample_value(f"lightllm_request_{name}_total") or 0.0
+
+        lost = total("count") - total("success") - total("failure") - total("cancelled")
+        if lost > 0:
+            self._failure.inc(lost)
 
     def entered(self) -> None:
         self._count.inc()
@@ -138,6 +151,9 @@ class ApiMetrics(_Metrics):
 
     def failed(self) -> None:
         self._failure.inc()
+
+    def cancelled(self) -> None:
+        self._cancelled.inc()
 
 
 class EngineMetrics(_Metrics):

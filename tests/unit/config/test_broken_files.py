@@ -55,6 +55,13 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
     ),
     "missing-model": ("port = 1\n", None, "model_dir", "is missing"),
     "missing-keys-file": (MODEL + '[http]\napi_keys_file = "/no/such"\n', 3, "http.api_keys_file", "does not exist"),
+    "missing-metrics-keys": (MODEL + '[http]\nmetrics_key = "/no/such"\n', 3, "http.metrics_key", "does not exist"),
+    "metrics-key-in-the-file": (
+        MODEL + '[http]\nmetrics_key = "s3cret"\n',
+        3,
+        "http.metrics_key",
+        "path of a key file",
+    ),
     "input-not-below-total": (MODEL + "max_req_input_len = 3072\n", 2, "max_req_input_len", "less than"),
     "total-above-slots": (
         MODEL + "max_total_token_num = 3000\n",

@@ -86,6 +86,8 @@ CLASSES = {
     "port": "front end",
     "http.workers": "front end",
     "http.api_keys_file": "front end",
+    "http.metrics_key": "front end",
+    "http.unknown_fields": "front end",
     "http.served_model_name": "front end",
     "http.hold_timeout": "front end",
     "http.max_queue": "engine",

@@ -33,7 +33,12 @@ HISTOGRAMS = {
     "cache_ratio": 11,
 }
 GAUGES = {"queue_size", "batch_current_size", "batch_pause_size", "batch_current_max_tokens"}
-OUR_COUNTERS = {"prompt_cache_lookup_tokens", "prompt_cache_hit_tokens", "prompt_cache_evicted_tokens"}
+OUR_COUNTERS = {
+    "prompt_cache_lookup_tokens",
+    "prompt_cache_hit_tokens",
+    "prompt_cache_evicted_tokens",
+    "request_cancelled",
+}
 OUR_GAUGES = {"prompt_cache_tokens", "prompt_cache_evictable_tokens"}
 
 
@@ -119,6 +124,30 @@ def test_any_process_renders_the_sum_of_all(tmp_path: Path) -> None:
     ]
     assert "lightllm_request_count_total 1.0" in texts[0]
     assert "lightllm_request_count_total 2.0" in texts[1]
+
+
+FOUR_ENTER = """
+import os, sys
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
+from lightllmd.observe import metrics
+metrics.sit("seat-0", sys.argv[1])
+made = metrics.ApiMetrics(100, 200)
+for _ in range(4):
+    made.entered()
+made.succeeded(1.0, 1.0, [1])
+made.cancelled()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_dead_process_had_in_flight_has_failed_to_the_next_in_its_seat(tmp_path: Path) -> None:
+    for count in (1, 2):
+        subprocess.run([sys.executable, "-c", FOUR_ENTER, str(tmp_path)])
+        subprocess.run([sys.executable, "-c", SEATED, str(tmp_path), "api"], check=True)
+        lines = render(str(tmp_path)).decode().splitlines()
+        ends = {"count": 4, "success": 1, "cancelled": 1, "failure": 2}
+        for name, total in ends.items():
+            assert f"lightllm_request_{name}_total {total * count}.0" in lines
 
 
 SEATED = """
