@@ -153,9 +153,11 @@ def kept(x: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
     return torch.zeros_like(stays).scatter_(0, ids, stays)
 
 
-def choose(x: Tensor, top_p: float, top_k: int, min_p: float, noise: Tensor | None) -> tuple[int, float]:
-    """One row's token and its log-probability among all tokens: the highest of ``x [V]``, or of ``x + noise`` among the
-    kept; the lowest id among equals."""
+def choose(
+    x: Tensor, top_p: float, top_k: int, min_p: float, noise: Tensor | None, told: Tensor | None = None
+) -> tuple[int, float]:
+    """One row's token and its log-probability among all tokens of ``told [V]``, which is `x` unless given: the highest
+    of ``x [V]``, or of ``x + noise`` among the kept; the lowest id among equals."""
     key = x if noise is None else (x + noise).masked_fill(~kept(x, top_p, top_k, min_p), float("-inf"))
     token = int(key.argmax())
-    return token, float(x.double().log_softmax(-1)[token])
+    return token, float((x if told is None else told).double().log_softmax(-1)[token])

@@ -2,9 +2,9 @@
 and `reference.choose`.
 
 The first kernel reads every logit once, a program per row and chunk of the vocabulary: it shapes the logits, and
-reduces each chunk to its softmax statistics and its best candidate: the highest logit of a greedy row, the highest sum
-of logit and Gumbel noise of one that draws, which is a draw from the softmax (Gumbel 1954, "Gumbel-max trick"). The
-second kernel merges a row's chunks.
+reduces each chunk to the softmax statistics of its logits before and after that, and to its best candidate: the highest
+logit of a greedy row, the highest sum of logit and Gumbel noise of one that draws, which is a draw from the softmax
+(Gumbel 1954, "Gumbel-max trick"). The second kernel merges a row's chunks. The logits themselves are never written.
 
 Top-p, top-k and min-p keep the first so many tokens of a ranking. So the candidate among all tokens is the candidate
 among the kept ones too if it is kept itself. For min-p its logit decides; if it is too low, the next candidate is the
@@ -64,13 +64,15 @@ DRAWN = tl.constexpr(1)
 PENALISED = tl.constexpr(2)
 ENDING = tl.constexpr(4)  # the logits of eos are changed, at some positions at least
 LIMITED = tl.constexpr(8)  # top-p, top-k or min-p
-ALTERNATIVES = tl.constexpr(16)  # the shaped logits are asked for beside the token
+ALTERNATIVES = tl.constexpr(16)  # the best tokens are asked for beside the one that is chosen
+CANDIDATES = tl.constexpr(32)  # the best tokens of the shaped logits are, which a beam search goes on from
 
 MOST_COUNT = tl.constexpr(32767)
 MOST_LOGIT = tl.constexpr(1e30)  # penalties and decay make none larger: an infinite one has no probability
 EOS_MASKED = tl.constexpr(-1e6)
 RUN = tl.constexpr(philox.RUN)
 CHUNK = tl.constexpr(4 * philox.RUN)  # tokens; the four runs of a chunk share the calls of the generator
+STATISTICS = tl.constexpr(6)  # of a chunk: highest, total, key and logit of its candidate; raw highest, raw total
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def _growth(parameters, beyond):
 
 @triton.jit
 def _shaped(
-    logits,
+    source,
     token,
     parameters,
     flags,
@@ -102,13 +104,16 @@ def _shaped(
     counts,
     eos,
     mask,
+    shaped,
+    stores,
     VOCAB: tl.constexpr,
     EOS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Logits of `token` (a tensor of ids; -inf beyond the vocabulary) before the division by the temperature."""
+    """Logits of `token` (a tensor of ids; -inf beyond the vocabulary) before the division by the temperature; written
+    to `shaped` if `stores` and the row needs them later."""
     inside = token < VOCAB
-    x = tl.load(logits + token, mask=inside, other=float("-inf"))
+    x = tl.load(source + token, mask=inside, other=float("-inf"))
     if (flags & PENALISED) != 0:
         count = tl.load(counts + token, mask=inside, other=0).to(tl.float32)
         repetition = _real(parameters + REPETITION)
@@ -127,8 +132,8 @@ def _shaped(
     if MASKED:
         allowed = tl.load(mask + token // 32, mask=inside, other=0) >> (token % 32)
         x = tl.where((allowed & 1) == 1, x, float("-inf"))
-    if (MASKED or (flags & (PENALISED | ENDING)) != 0) and (flags & (LIMITED | ALTERNATIVES)) != 0:
-        tl.store(logits + token, x, mask=inside)
+    if stores != 0 and (flags & (LIMITED | ALTERNATIVES | CANDIDATES)) != 0:
+        tl.store(shaped + token, x, mask=inside)
     return x
 
 
@@ -162,10 +167,33 @@ def _best(key, token, x, VOCAB: tl.constexpr):
     return highest, best, tl.max(tl.where(token == best, x, float("-inf")), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "generated"])
+@triton.jit
+def _raw(logits, t0, t1, t2, t3, VOCAB: tl.constexpr):
+    """A chunk's logits."""
+    x0 = tl.load(logits + t0, mask=t0 < VOCAB, other=float("-inf"))
+    x1 = tl.load(logits + t1, mask=t1 < VOCAB, other=float("-inf"))
+    x2 = tl.load(logits + t2, mask=t2 < VOCAB, other=float("-inf"))
+    x3 = tl.load(logits + t3, mask=t3 < VOCAB, other=float("-inf"))
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _softmax(x0, x1, x2, x3):
+    """The highest of a chunk's logits, and the sum of the exponentials of their distances to it."""
+    highest = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return highest, tl.sum((tl.exp(x0 - base) + tl.exp(x1 - base)) + (tl.exp(x2 - base) + tl.exp(x3 - base)), 0)
+
+
+@triton.jit(do_not_specialize=["stores"], do_not_specialize_on_alignment=["rows", "generated"])
 def _scan(
     logits,
     stride,
+    source,
+    source_stride,
+    shaped,
+    shaped_stride,
+    stores,
     parameters,
     rows,
     generated,
@@ -179,31 +207,36 @@ def _scan(
     EOS: tl.constexpr,
     PLAIN: tl.constexpr,
     MASKED: tl.constexpr,
+    RAW: tl.constexpr,
 ):
     at, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    to = statistics + (at * tl.num_programs(1) + chunk) * STATISTICS
     logits += at * stride
     t0 = chunk * CHUNK + tl.arange(0, RUN)
     t1, t2, t3 = t0 + RUN, t0 + 2 * RUN, t0 + 3 * RUN
     if PLAIN:
-        x0 = tl.load(logits + t0, mask=t0 < VOCAB, other=float("-inf"))
-        x1 = tl.load(logits + t1, mask=t1 < VOCAB, other=float("-inf"))
-        x2 = tl.load(logits + t2, mask=t2 < VOCAB, other=float("-inf"))
-        x3 = tl.load(logits + t3, mask=t3 < VOCAB, other=float("-inf"))
+        x0, x1, x2, x3 = _raw(logits, t0, t1, t2, t3, VOCAB)
     else:
+        if RAW:
+            r0, r1, r2, r3 = _raw(logits, t0, t1, t2, t3, VOCAB)
+            raw_highest, raw_total = _softmax(r0, r1, r2, r3)
+            tl.store(to + 4, raw_highest)
+            tl.store(to + 5, raw_total)
         row = tl.load(rows + at).to(tl.int64)
+        source += at * source_stride
+        shaped += at * shaped_stride
         parameters += row * COLUMNS
         counts += row * VOCAB
         mask += row * mask_stride
         position = tl.load(generated + at)
         flags = tl.load(parameters)
         inverse = _real(parameters + INVERSE_TEMPERATURE)
-        x0 = _shaped(logits, t0, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
-        x1 = _shaped(logits, t1, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
-        x2 = _shaped(logits, t2, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
-        x3 = _shaped(logits, t3, parameters, flags, position, counts, eos, mask, VOCAB, EOS, MASKED) * inverse
-    highest = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 0)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum((tl.exp(x0 - base) + tl.exp(x1 - base)) + (tl.exp(x2 - base) + tl.exp(x3 - base)), 0)
+        x0 = _shaped(source, t0, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
+        x1 = _shaped(source, t1, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
+        x2 = _shaped(source, t2, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
+        x3 = _shaped(source, t3, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
+        x0, x1, x2, x3 = x0 * inverse, x1 * inverse, x2 * inverse, x3 * inverse
+    highest, total = _softmax(x0, x1, x2, x3)
     k0, k1, k2, k3 = x0, x1, x2, x3
     if not PLAIN:
         if (flags & DRAWN) != 0:
@@ -213,12 +246,11 @@ def _scan(
     k2, t2, x2 = _better(k2, t2, x2, k3, t3, x3)
     k0, t0, x0 = _better(k0, t0, x0, k2, t2, x2)
     key, token, x = _best(k0, t0, x0, VOCAB)
-    to = at * tl.num_programs(1) + chunk
-    tl.store(statistics + to * 4, highest)
-    tl.store(statistics + to * 4 + 1, total)
-    tl.store(statistics + to * 4 + 2, key)
-    tl.store(statistics + to * 4 + 3, x)
-    tl.store(candidates + to, token)
+    tl.store(to, highest)
+    tl.store(to + 1, total)
+    tl.store(to + 2, key)
+    tl.store(to + 3, x)
+    tl.store(candidates + at * tl.num_programs(1) + chunk, token)
 
 
 @triton.jit
@@ -277,10 +309,22 @@ def _redraw(logits, parameters, position, inverse, x, limit, VOCAB: tl.constexpr
     return token, y
 
 
+@triton.jit
+def _merged(of, inside):
+    """The highest logit of a row, and the log of the sum of exponentials, of the statistics ``of [LANES]``."""
+    highest = tl.load(of, mask=inside, other=float("-inf"))
+    top = tl.max(highest, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    scale = tl.where(highest == float("-inf"), 0.0, tl.exp(highest - base))
+    return top, base + tl.log(tl.sum(tl.load(of + 1, mask=inside, other=0.0) * scale, 0))
+
+
 @triton.jit(do_not_specialize_on_alignment=["rows", "generated"])
 def _choose(
     logits,
     stride,
+    ranked,
+    ranked_stride,
     parameters,
     rows,
     generated,
@@ -291,21 +335,19 @@ def _choose(
     tokens,
     logprobs,
     totals,
+    shaped_totals,
     VOCAB: tl.constexpr,
     PLAIN: tl.constexpr,
     SEARCH: tl.constexpr,
+    RAW: tl.constexpr,
     LANES: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (VOCAB + CHUNK - 1) // CHUNK
     at = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, LANES)
     inside = chunk < CHUNKS
-    of = statistics + (at * CHUNKS + chunk) * 4
-    highest = tl.load(of, mask=inside, other=float("-inf"))
-    top = tl.max(highest, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    scale = tl.where(highest == float("-inf"), 0.0, tl.exp(highest - base))
-    whole = base + tl.log(tl.sum(tl.load(of + 1, mask=inside, other=0.0) * scale, 0))
+    of = statistics + (at * CHUNKS + chunk) * STATISTICS
+    top, whole = _merged(of, inside)
     key = tl.load(of + 2, mask=inside, other=float("-inf"))
     candidate = tl.load(candidates + at * CHUNKS + chunk, mask=inside, other=VOCAB)
     _, token, x = _best(key, candidate, tl.load(of + 3, mask=inside, other=float("-inf")), VOCAB)
@@ -316,16 +358,16 @@ def _choose(
         if SEARCH:
             position, inverse = tl.load(generated + at), _real(parameters + INVERSE_TEMPERATURE)
             top_p, top_k = _real(parameters + TOP_P), tl.load(parameters + TOP_K)
-            logits += at * stride
+            ranked += at * ranked_stride
             # A row of NaN or of nothing but -inf has no ranking: its log-probability tells.
             limited = ((flags & LIMITED) != 0) & (tl.abs(whole) < float("inf"))
             least = top + tl.log(_real(parameters + MIN_P))  # -inf where it is off
             if limited & (x < least):
-                token, x = _redraw(logits, parameters, position, inverse, least, VOCAB, VOCAB)
+                token, x = _redraw(ranked, parameters, position, inverse, least, VOCAB, VOCAB)
             searching = limited & ((top_p < 1) | (top_k < VOCAB))
             while searching:
                 b1, b2, b3 = x + (top - x) * 0.25, x + (top - x) * 0.5, x + (top - x) * 0.75
-                n0, n1, n2, n3, m0, m1, m2, m3 = _rank(logits, inverse, whole, x, token, b1, b2, b3, VOCAB)
+                n0, n1, n2, n3, m0, m1, m2, m3 = _rank(ranked, inverse, whole, x, token, b1, b2, b3, VOCAB)
                 # The first of the ranking is always kept.
                 searching = (n0 > 0) & ((n0 >= top_k) | (m0 > top_p))
                 if searching:
@@ -334,14 +376,20 @@ def _choose(
                     full3 = (n3 >= top_k) | (m3 > top_p)
                     x = tl.where(full3, b3, tl.where(full2, b2, tl.where(full1, b1, x)))
                     token = tl.where(full1 | full2 | full3, 0, token)
-                    token, x = _redraw(logits, parameters, position, inverse, x, token, VOCAB)
+                    token, x = _redraw(ranked, parameters, position, inverse, x, token, VOCAB)
         if (flags & PENALISED) != 0:
             counter = counts + row * VOCAB + token
             count = tl.load(counter).to(tl.int32)
             tl.store(counter, tl.minimum(count + 1, MOST_COUNT).to(tl.int16))
+    logprob, total = x - whole, whole
+    if RAW and not PLAIN:
+        _, total = _merged(of + 4, inside)
+        # What has no softmax tells so, even where the model's logits have one.
+        logprob = tl.where(tl.abs(whole) < float("inf"), tl.load(logits + at * stride + token) - total, logprob)
     tl.store(tokens + at, token)
-    tl.store(logprobs + at, x - whole)
-    tl.store(totals + at, whole)
+    tl.store(logprobs + at, logprob)
+    tl.store(totals + at, total)
+    tl.store(shaped_totals + at, whole)
     tl.store(last + row, token)
 
 
@@ -356,27 +404,41 @@ def sample(
     last: Tensor,
     plain: bool,
     search: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens ``[B]`` int32, their log-probabilities ``[B]`` and each row's log of the sum of exponentials ``[B]``.
+    *,
+    biased: Tensor | None = None,
+    shaped: Tensor | None = None,
+    raw: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens ``[B]`` int32, their log-probabilities ``[B]``, and each row's log of the sum of exponentials ``[B]`` of
+    what log-probabilities are of and of the shaped logits.
 
-    ``logits [B, V]`` fp32: overwritten by the shaped ones in rows that have a limit or ask for alternatives.
+    ``logits [B, V]`` fp32 are the model's; `biased`: the same with what requests add, where some does.
     ``parameters [R, 16]`` int32 (`PARAMETERS`) and ``counts [R, V]`` int16 are per table row; ``rows [B]`` int32 says
     which; ``generated [B]`` int32 are the positions of the tokens to come; ``eos [E]`` int32, distinct; ``last [R]``
     int32 gets the tokens. ``masks [R, ceil(V / 32)]`` int32: bit t % 32 of word t // 32 allows token t.
-    `plain`: no row has a flag, and there are no masks. `search`: some row has a limit.
-    Where the logits of a row have no softmax, its log-probability is NaN and its token any.
+    ``shaped [B, V]`` fp32 gets the shaped logits of the rows that have a limit, alternatives or candidates; it may be
+    `biased`, and can be left out where no such row shapes them but by its temperature.
+    `plain`: no row has a flag, and there are neither masks nor biases. `search`: some row has a limit.
+    `raw`: log-probabilities are of `logits`; else of the shaped ones.
+    Where the shaped logits of a row have no softmax, its log-probability is NaN and its token any.
     """
     batch, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK.value)
     device = logits.device
-    statistics = torch.empty((batch, chunks, 4), dtype=torch.float32, device=device)
+    source = logits if biased is None else biased
+    ranked = logits if shaped is None else shaped
+    statistics = torch.empty((batch, chunks, STATISTICS.value), dtype=torch.float32, device=device)
     candidates = torch.empty((batch, chunks), dtype=torch.int32, device=device)
     tokens = torch.empty(batch, dtype=torch.int32, device=device)
-    logprobs = torch.empty(batch, dtype=torch.float32, device=device)
-    totals = torch.empty(batch, dtype=torch.float32, device=device)
+    logprobs, totals, shaped_totals = torch.empty((3, batch), dtype=torch.float32, device=device)
     _scan[(batch, chunks)](
         logits,
         logits.stride(0),
+        source,
+        source.stride(0),
+        ranked,
+        ranked.stride(0),
+        int(shaped is not None),
         parameters,
         rows,
         generated,
@@ -390,11 +452,14 @@ def sample(
         EOS=len(eos),
         PLAIN=plain,
         MASKED=masks is not None,
+        RAW=raw,
         num_warps=8,
     )
     _choose[(batch,)](
         logits,
         logits.stride(0),
+        ranked,
+        ranked.stride(0),
         parameters,
         rows,
         generated,
@@ -405,10 +470,12 @@ def sample(
         tokens,
         logprobs,
         totals,
+        shaped_totals,
         VOCAB=vocab,
         PLAIN=plain,
         SEARCH=search,
+        RAW=raw,
         LANES=triton.next_power_of_2(chunks),
         num_warps=8,
     )
-    return tokens, logprobs, totals
+    return tokens, logprobs, totals, shaped_totals

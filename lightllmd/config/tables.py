@@ -331,4 +331,12 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             maximum=65536,
         ),
     ] = 0
+    logprobs: Annotated[
+        Literal["raw", "processed"],
+        Setting(
+            doc="Which distribution the log-probabilities of generated tokens are of. raw: the model's, before biases, "
+            "penalties, masks and temperature, as those of a prompt are in any case. processed: what is drawn from, "
+            "before top-p, top-k and min-p, as LightLLM tells.",
+        ),
+    ] = "raw"
     fake: FakeSettings = FakeSettings()

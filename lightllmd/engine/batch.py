@@ -93,6 +93,9 @@ def no_decode() -> DecodeRows:
 
 
 Alternatives = list[tuple[int, float]]  # (token id, log-probability), best first
+# What a beam may go on with, best first: (token id, its log-probability in the distribution that is searched, which has
+# biases, penalties and masks, and the log-probability that is reported).
+Candidate = tuple[int, float, float]
 
 
 class TargetLogprobs(msgspec.Struct):
@@ -103,11 +106,15 @@ class TargetLogprobs(msgspec.Struct):
 
 
 class StepResult(msgspec.Struct):
-    """One entry per decode row, then one per row with ``sample = True``, in their order."""
+    """One entry per decode row, then one per row with ``sample = True``, in their order.
+
+    Log-probabilities are natural logs of the softmax of the model's logits; with ``[engine] logprobs = "processed"`` of
+    those that biases, penalties, masks and the temperature have changed."""
 
     tokens: list[int]
-    logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
+    logprobs: list[float]  # at the chosen token; NaN: there is nothing to draw from
     alternatives: list[Alternatives | None]  # None where params.top_logprobs is 0
+    candidates: list[list[Candidate] | None]  # None where params.candidates is 0
     targets: list[TargetLogprobs] = []  # one entry per row that has `targets`, in their order
 
 

@@ -1,10 +1,13 @@
-"""Beam search over the alternatives that a model gives to each of its beams. It knows neither slots nor steps.
+"""Beam search over the candidates that a model gives to each of its beams. It knows neither slots nor steps.
 
 The rules are those of transformers' generate (Wolf et al. 2020), with early_stopping = False: of all continuations of
 the live beams the best ``(1 + ends) * width`` are looked at, where `ends` counts the eos tokens; those among the first
 `width` of them that end become hypotheses, the best others live on. A hypothesis scores its log-probability divided by
 ``length ** length_penalty``, its eos counted; the best `width` are kept. The search ends when the best live beam,
 scored as if it ended now, is no better than the worst of `width` hypotheses, or at max_new_tokens.
+
+Scores are of the distribution that is searched, which biases, penalties and masks have changed; the log-probabilities
+that are reported may be of another one.
 """
 
 from __future__ import annotations
@@ -12,17 +15,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from lightllmd.engine.batch import Alternatives
+from lightllmd.engine.batch import Alternatives, Candidate
 
-MOST_CANDIDATES = 64  # alternatives that a row can report
+MOST_CANDIDATES = 64  # that a row can report
 
 
 @dataclass(slots=True)
 class Hypothesis:
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each token
-    alternatives: list[Alternatives] = field(default_factory=list)  # of each token
-    total: float = 0.0  # sum of the log-probabilities
+    logprobs: list[float] = field(default_factory=list)  # of each token, as they are reported
+    alternatives: list[Alternatives | None] = field(default_factory=list)  # of each token
+    total: float = 0.0  # sum of the tokens' log-probabilities in the distribution that is searched
     ended: bool = False  # by eos
     score: float = 0.0  # once it is one of `BeamSearch.ended`
 
@@ -38,34 +41,39 @@ class BeamSearch:
 
     @staticmethod
     def candidates(width: int, eos_ids: Collection[int]) -> int:
-        """How many alternatives each beam has to report."""
+        """How many each beam has to report."""
         return min(MOST_CANDIDATES, max(2, 1 + len(eos_ids)) * width)
 
     @property
     def done(self) -> bool:
         return not self.live
 
-    def advance(self, alternatives: Sequence[Alternatives]) -> list[int]:
-        """Takes each live beam's alternatives, best first. Returns the parents of the beams that are live now, as
-        indices into those that were."""
+    def advance(
+        self, candidates: Sequence[Sequence[Candidate]], alternatives: Sequence[Alternatives | None]
+    ) -> list[int]:
+        """Takes each live beam's candidates, best first, and what is reported beside its next token. Returns the
+        parents of the beams that are live now, as indices into those that were."""
         kept = max(2, 1 + len(self._eos_ids)) * self._width
         # Equal ones in the order of their beams.
         continuations = sorted(
-            (-(beam.total + logprob), parent, token, logprob)
-            for parent, (beam, others) in enumerate(zip(self.live, alternatives, strict=True))
-            for token, logprob in others[:kept]
+            (-(beam.total + logprob), parent, token, reported)
+            for parent, (beam, found) in enumerate(zip(self.live, candidates, strict=True))
+            for token, logprob, reported in found[:kept]
         )[:kept]
         length = len(self.live[0].tokens) + 1
         last = length >= self._max_new_tokens
         live: list[Hypothesis] = []
         parents: list[int] = []
-        for rank, (_, parent, token, logprob) in enumerate(continuations):
+        for rank, (negative, parent, token, reported) in enumerate(continuations):
             eos = token in self._eos_ids
-            if eos or last:
-                if rank < self._width:
-                    self._end(self._continued(parent, token, logprob, alternatives[parent], eos))
-            elif len(live) < self._width:
-                live.append(self._continued(parent, token, logprob, alternatives[parent], False))
+            ends = eos or last
+            if rank >= self._width if ends else len(live) == self._width:
+                continue
+            continued = self._continued(parent, token, -negative, reported, alternatives[parent], eos)
+            if ends:
+                self._end(continued)
+            else:
+                live.append(continued)
                 parents.append(parent)
         if not live or self._hopeless(live[0], length):
             live, parents = [], []
@@ -76,15 +84,11 @@ class BeamSearch:
         return len(self.ended) == self._width and best.total / length**self._length_penalty <= self.ended[-1].score
 
     def _continued(
-        self, parent: int, token: int, logprob: float, alternatives: Alternatives, ended: bool
+        self, parent: int, token: int, total: float, reported: float, alternatives: Alternatives | None, ended: bool
     ) -> Hypothesis:
         beam = self.live[parent]
         return Hypothesis(
-            [*beam.tokens, token],
-            [*beam.logprobs, logprob],
-            [*beam.alternatives, alternatives],
-            beam.total + logprob,
-            ended,
+            [*beam.tokens, token], [*beam.logprobs, reported], [*beam.alternatives, alternatives], total, ended
         )
 
     def _end(self, hypothesis: Hypothesis) -> None:

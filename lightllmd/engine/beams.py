@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import msgspec
 
-from lightllmd.engine.batch import Alternatives
+from lightllmd.engine.batch import Alternatives, Candidate
 from lightllmd.engine.beam import BeamSearch
 from lightllmd.engine.key_values import KeyValues
 from lightllmd.engine.request import Fork, Sequence
 from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput
 
-BeamResult = tuple[Sequence, float, Alternatives]  # a beam, the log-probability of its best token, its alternatives
+# A beam, the log-probability of its best token, its candidates, and the alternatives that are reported.
+BeamResult = tuple[Sequence, float, list[Candidate], Alternatives | None]
 
 
 def fork(sequences: list[Sequence], eos_ids: frozenset[int]) -> None:
     """Makes a request's branches the beams of one search."""
     params = sequences[0].params
     ends = frozenset[int]() if params.ignore_eos else eos_ids
-    beams = Fork(list(sequences), top_logprobs=params.top_logprobs, ends=ends)
-    reported = max(params.top_logprobs, BeamSearch.candidates(len(sequences), ends))
-    params = msgspec.structs.replace(params, do_sample=False, top_logprobs=reported)
+    beams = Fork(list(sequences), ends=ends)
+    params = msgspec.structs.replace(params, do_sample=False, candidates=BeamSearch.candidates(len(sequences), ends))
     for sequence in sequences:
         sequence.params, sequence.fork = params, beams
     begin(beams)
@@ -40,9 +40,9 @@ def begin(fork: Fork) -> None:
 def advance(fork: Fork, results: list[BeamResult], keys: KeyValues) -> bool:
     """Takes a step's results, one for each live beam; False: the search is over, or can't go on."""
     assert fork.search is not None
-    if any(logprob != logprob for _, logprob, _ in results):
+    if any(logprob != logprob for _, logprob, _, _ in results):
         return False
-    parents = fork.search.advance([alternatives for _, _, alternatives in results])
+    parents = fork.search.advance([one[2] for one in results], [one[3] for one in results])
     if fork.search.done:
         return False
     for member in keys.rearrange(fork.members, parents):
@@ -75,7 +75,7 @@ def tell(fork: Fork, results: list[BeamResult], output: StepOutput) -> None:
             finish = FINISH_NONE
             if position == last:
                 finish = FINISH_STOP if hypothesis.ended else FINISH_LENGTH
-            shown = hypothesis.alternatives[position][: fork.top_logprobs] if fork.top_logprobs else None
+            shown = hypothesis.alternatives[position]
             _append(output, member, position, token, hypothesis.logprobs[position], shown, finish)
 
 

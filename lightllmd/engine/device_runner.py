@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 class _Out:
     """A step whose tokens are on their way to the host."""
 
-    chunks: list[tuple[list[int], Download]]  # (table rows, tokens + log-probabilities + alternatives)
+    chunks: list[tuple[list[int], Download]]  # (table rows, what the sampler returned)
     scores: PromptScores | None
     end: Download | None  # where a step has neither
 
@@ -104,7 +104,8 @@ class DeviceRunner:
         for cache in self.caches:
             cache[-1] = 0
         self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
-        self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device)
+        processed = plan.config.engine.logprobs == "processed"
+        self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device, processed=processed)
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
         most = plan.batch_max_tokens + self._rows
@@ -208,12 +209,14 @@ class DeviceRunner:
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
         with memory_errors():
-            result, out = StepResult([], [], []), self._out.popleft()
+            result, out = StepResult([], [], [], []), self._out.popleft()
             for rows, download in out.chunks:
-                tokens, logprobs, *alternatives = (tensor[: len(rows)].tolist() for tensor in download.wait(beat))
+                tokens, logprobs, *reported = (tensor[: len(rows)].tolist() for tensor in download.wait(beat))
                 result.tokens += tokens
                 result.logprobs += logprobs
-                result.alternatives += self._sampler.alternatives(rows, *alternatives)
+                alternatives, candidates = self._sampler.reports(rows, *reported)
+                result.alternatives += alternatives
+                result.candidates += candidates
             if out.scores is not None:
                 result.targets = out.scores.take(beat)
             if out.end is not None:

@@ -4,23 +4,26 @@ when it enters; all that changes afterwards stays on the device. The order of op
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import SamplingRow
+from lightllmd.engine.batch import Alternatives, Candidate, SamplingRow
 from lightllmd.engine.sampler import GREEDY_BELOW
 from lightllmd.engine.staging import send
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import sampling
 
-MANY_ALTERNATIVES, MOST_ALTERNATIVES = 20, 64  # what requests may ask for, and what beams do
+MOST_ALTERNATIVES, MOST_CANDIDATES = 20, 64  # what requests may ask for, and what beams do
 FLUSH_IDS = 1 << 16  # counted or biased tokens that are uploaded at a time: bounds the memory that takes
 MOST_REAL = 1e30  # penalties are kept below it: an infinite one times zero would be no number
 LEAST_REAL = 1e-30
 
 DRAWN, PENALISED, ENDING = sampling.DRAWN.value, sampling.PENALISED.value, sampling.ENDING.value
 LIMITED, ALTERNATIVES = sampling.LIMITED.value, sampling.ALTERNATIVES.value
+CANDIDATES = sampling.CANDIDATES.value
 MASKED, BIASED = 1 << 8, 1 << 9  # of the host's copy alone: what they ask for is launched where some row has it
 
 
@@ -32,8 +35,12 @@ class DeviceSampler:
     batch. The caller guarantees that all launches go to one stream, and `flush` comes before a row's first `sample`.
     """
 
-    def __init__(self, rows: int, vocab: int, eos_ids: list[int], device: torch.device) -> None:
-        self._vocab, self._device = vocab, device
+    def __init__(
+        self, rows: int, vocab: int, eos_ids: list[int], device: torch.device, *, processed: bool = False
+    ) -> None:
+        """`processed`: log-probabilities are of the distribution that is drawn from, before limits; else of the
+        model's."""
+        self._vocab, self._device, self._processed = vocab, device, processed
         self._flags = np.zeros(rows, np.int32)  # the host's copy
         unentered = np.zeros(rows, sampling.PARAMETERS)
         unentered["inverse_temperature"] = 1
@@ -47,14 +54,12 @@ class DeviceSampler:
         self._masks = torch.full((rows, words), -1, dtype=torch.int32, device=device)
         self._restricted: dict[int, np.ndarray] = {}  # since the last flush
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of rows that are BIASED: token ids, what is added
-        self._wanted = np.zeros(rows, np.int32)  # alternatives
 
     def enter(self, row: int, sampling_row: SamplingRow, branch: int) -> None:
         """A row (re)enters: all that was known of the number is forgotten."""
         params = sampling_row.params
         packed = _pack(params, branch, self._vocab)
         self.restrict(row, b"")
-        self._wanted[row] = params.top_logprobs
         self._flags[row] = flags = packed["flags"]
         self._biases.pop(row, None)
         if params.logit_bias:
@@ -102,17 +107,20 @@ class DeviceSampler:
         generated: Tensor,
         last: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One token for each row of ``logits [B, V]`` fp32, which are overwritten; each row's also goes to `last`.
+        """One token for each row of ``logits [B, V]`` fp32, which stay as they are; each row's also goes to `last`.
 
         `table_rows` are those that count; ``rows [B]`` int32 are the same on the device, behind them padding that
         points at a row which never enters. ``generated [B]`` int32: positions of the tokens to come.
-        Returns tokens ``[B]`` int32 and log-probabilities ``[B]``, then for `alternatives`, if some row asks, ids and
-        log-probabilities ``[B, <= 64]``. The log-probability of logits that are no numbers is none.
+        Returns tokens ``[B]`` int32 and log-probabilities ``[B]``, then what `reports` reads. The log-probability of
+        logits that are no numbers is none.
         """
         flags = int(np.bitwise_or.reduce(self._flags[table_rows], initial=0))
-        if flags & BIASED:
-            self._add_biases(logits, table_rows)
-        tokens, logprobs, totals = sampling.sample(
+        biased = self._biased(logits, table_rows) if flags & BIASED else None
+        shaped = biased
+        needs = LIMITED | CANDIDATES | (ALTERNATIVES if self._processed else 0)
+        if shaped is None and flags & (PENALISED | ENDING | MASKED) and flags & needs:
+            shaped = torch.empty(logits.shape, dtype=logits.dtype, device=self._device)
+        tokens, logprobs, totals, shaped_totals = sampling.sample(
             logits,
             self._parameters,
             rows,
@@ -121,27 +129,45 @@ class DeviceSampler:
             self._eos,
             self._masks if flags & MASKED else None,
             last,
-            plain=not flags & ~BIASED,
+            plain=flags == 0,
             search=bool(flags & LIMITED),
+            biased=biased,
+            shaped=shaped,
+            raw=not self._processed,
         )
-        if not flags & ALTERNATIVES:
-            return tokens, logprobs
-        few = self._wanted[table_rows].max() <= MANY_ALTERNATIVES
-        most = min(MANY_ALTERNATIVES if few else MOST_ALTERNATIVES, self._vocab)
-        return tokens, logprobs, *self._highest(logits, rows, totals, most)
+        found = [tokens, logprobs]
+        if not flags & (ALTERNATIVES | CANDIDATES):
+            return tuple(found)
+        ranked = logits if shaped is None else shaped
+        of = self._parameters.index_select(0, rows.long())
+        if flags & ALTERNATIVES:
+            of_processed = (ranked, shaped_totals, _inverse_temperature(of))
+            found += self._alternatives(of, *(of_processed if self._processed else (logits, totals, None)))
+        if flags & CANDIDATES:
+            found += self._candidates(of, ranked, shaped_totals, None if self._processed else (logits, totals))
+        return tuple(found)
 
     @staticmethod
-    def alternatives(
-        table_rows: list[int], ids: list[list[int]] | None = None, values: list[list[float]] | None = None
-    ) -> list[list[tuple[int, float]] | None]:
-        """What `sample` returned behind its first two tensors, as lists, in the form of a StepResult."""
-        if ids is None or values is None:
-            return [None] * len(table_rows)
-        found = (
-            [(token, value) for token, value in zip(of, at, strict=True) if token >= 0]
-            for of, at in zip(ids, values, strict=True)
-        )
-        return [pairs or None for pairs in found]
+    def reports(
+        table_rows: list[int], *columns: list[list[Any]]
+    ) -> tuple[list[Alternatives | None], list[list[Candidate] | None]]:
+        """What `sample` returned behind its first two tensors, as lists, in the form of a StepResult. Two are of
+        alternatives, three of candidates; five of both."""
+        alternatives: list[Alternatives | None] = [None] * len(table_rows)
+        candidates: list[list[Candidate] | None] = [None] * len(table_rows)
+        if len(columns) in (2, 5):
+            for at, pairs in enumerate(zip(*columns[:2], strict=True)):
+                alternatives[at] = [pair for pair in zip(*pairs, strict=True) if _is_there(*pair)] or None
+        if len(columns) in (3, 5):
+            for at, triples in enumerate(zip(*columns[-3:], strict=True)):
+                candidates[at] = [triple for triple in zip(*triples, strict=True) if _is_there(*triple[:2])] or None
+        return alternatives, candidates
+
+    def _biased(self, logits: Tensor, table_rows: list[int]) -> Tensor:
+        """A copy of the logits with what the rows add to theirs."""
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        self._add_biases(logits, table_rows)
+        return logits
 
     def _add_biases(self, logits: Tensor, table_rows: list[int]) -> None:
         """A row has an id once, so nothing is added in an order of the device's choice."""
@@ -156,14 +182,31 @@ class DeviceSampler:
             part = slice(first, first + FLUSH_IDS)
             logits.view(-1).index_add_(0, send(place[part], self._device), send(number[part], self._device))
 
-    def _highest(self, logits: Tensor, rows: Tensor, totals: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """An id is -1 from each row's wanted number on: the row may have another owner when the host reads them."""
-        values, ids = logits.topk(most, -1)
-        of = self._parameters.index_select(0, rows.long())
-        inverse = of.view(torch.float32)[:, sampling.INVERSE_TEMPERATURE.value, None]
+    def _alternatives(
+        self, of: Tensor, logits: Tensor, totals: Tensor, inverse: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities ``[B, <= 20]`` of the best tokens. An id is -1 from each row's wanted number on:
+        the row may have another owner when the host reads them. ``of [B, 16]``: the rows' parameters."""
+        values, ids = logits.topk(min(MOST_ALTERNATIVES, self._vocab), -1)
         wanted = of[:, sampling.ALTERNATIVES_WANTED.value, None]
         beyond = torch.arange(ids.shape[1], device=self._device) >= wanted
-        return ids.int().masked_fill_(beyond, -1), values.mul_(inverse).sub_(totals[:, None])
+        if inverse is not None:
+            values.mul_(inverse)
+        return ids.int().masked_fill_(beyond, -1), values.sub_(totals[:, None])
+
+    def _candidates(
+        self, of: Tensor, ranked: Tensor, shaped_totals: Tensor, raw: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids of the best tokens ``[B, <= 64]`` of the shaped logits, -1 in rows that are no beams, their
+        log-probabilities there, and those that are reported: of the model's logits and their totals, where `raw`."""
+        values, ids = ranked.topk(min(MOST_CANDIDATES, self._vocab), -1)
+        values.mul_(_inverse_temperature(of)).sub_(shaped_totals[:, None])
+        reported = values
+        if raw is not None:
+            logits, totals = raw
+            reported = logits.gather(-1, ids).sub_(totals[:, None])
+        others = of[:, :1] & CANDIDATES == 0  # flags are the first column
+        return ids.int().masked_fill_(others, -1), values, reported
 
     def _count(self) -> None:
         """Sets the counts of the rows that entered with a history; they are zero before."""
@@ -196,6 +239,7 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
         | ENDING * (factor != 1 or params.min_new_tokens > 1)
         | LIMITED * (drawn and (params.top_p < 1 or top_k < vocab or params.min_p > 0))
         | ALTERNATIVES * (params.top_logprobs > 0)
+        | CANDIDATES * (params.candidates > 0)
     )
     packed = np.zeros((), sampling.PARAMETERS)
     packed["flags"] = flags
@@ -213,6 +257,16 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
     packed["seed"] = params.seed
     packed["alternatives"] = params.top_logprobs
     return packed[()]
+
+
+def _inverse_temperature(of: Tensor) -> Tensor:
+    """``[B, 1]``, of the rows' parameters."""
+    return of.view(torch.float32)[:, sampling.INVERSE_TEMPERATURE.value, None]
+
+
+def _is_there(token: int, logprob: float) -> bool:
+    """A row's list is as long as that of the row that asks for most, and a mask may allow fewer."""
+    return token >= 0 and logprob != float("-inf")
 
 
 def _bounded(number: float) -> float:

@@ -109,10 +109,12 @@ def end_by(way: str) -> NoReturn:
 
 @dataclass
 class _Branch:
-    """What a table row's tokens depend on; of `history` nothing is kept where no alternatives are asked for."""
+    """What a table row's tokens depend on; of `history` nothing is kept where neither alternatives nor candidates are
+    asked for."""
 
     key: int
     top_logprobs: int
+    candidates: int
     history: int  # of all tokens that the scheduler named or the row was fed
     length: int  # tokens
     mask: int = 0  # its bits; 0: every token is allowed
@@ -120,7 +122,7 @@ class _Branch:
 
     def feed(self, start: int, tokens: list[int]) -> None:
         """`tokens` come at `start`; those that it entered with are known."""
-        if self.top_logprobs:
+        if self.top_logprobs or self.candidates:
             fresh = tokens[max(0, self.length - start) :]
             self.history = extended(self.history, fresh)
             self.length += len(fresh)
@@ -134,7 +136,7 @@ class _Launched(NamedTuple):
 class FakeRunner:
     """A Runner whose tokens are `fake_token`'s, whatever steps they come by: prompts in parts or behind a cached
     prefix, twins, rows that are fed token by token. The log-probability of each is 0; biases and penalties change
-    nothing.
+    nothing. Masks leave alternatives as they are, or have "processed" ones; candidates always do as masks say.
 
     Like a device it shows a step's death when the step is collected.
     """
@@ -145,6 +147,7 @@ class FakeRunner:
         self._poison = settings.poison.encode()
         self._model = ""  # the plan's model_dir
         self._vocab: int | None = None  # None: as many as a mask has bits
+        self._processed = False  # as [engine] logprobs
         self._branches: dict[int, _Branch] = {}  # by table row
         self._out: deque[_Launched] = deque()
         self._staged = self._asleep = False
@@ -164,6 +167,7 @@ class FakeRunner:
                 break
             time.sleep(min(0.02, self._settings.load_seconds - elapsed))
         self._plan, self._vocab = plan, plan.vocab_size
+        self._processed = plan.config.engine.logprobs == "processed"
 
     def prepare(self, beat: Callable[[], None]) -> None:
         pass
@@ -207,13 +211,16 @@ class FakeRunner:
             branch.feed(start, [branch.newest])
         places = list(zip(decode.table_rows, decode.positions, strict=True))
         places += [(row.table_row, row.position) for row in step.rows if row.sample]
-        result = StepResult([], [0.0] * len(places), [])
+        result = StepResult([], [0.0] * len(places), [], [])
         for table_row, position in places:
             branch = self._branches[table_row]
             branch.newest = first_allowed(token_at(branch.key, position), branch.mask)
             result.tokens.append(branch.newest)
-            top = branch.top_logprobs
-            result.alternatives.append(ranking(branch.history, top, branch.mask) if top else None)
+            top, most = branch.top_logprobs, branch.candidates
+            mask = branch.mask if self._processed else 0
+            result.alternatives.append(ranking(branch.history, top, mask) if top else None)
+            ranked = ranking(branch.history, most, branch.mask) if most else []
+            result.candidates.append([(token, logprob, logprob) for token, logprob in ranked] or None)
         result.targets = [_scored(row, row.targets) for row in step.rows if row.targets is not None]
         self._out.append(_Launched(result, poisoned))
 
@@ -229,9 +236,9 @@ class FakeRunner:
         params, prompt = sampling.params, sampling.prompt_ids
         key = branch_key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
         history, length = EMPTY, 0
-        if params.top_logprobs:
+        if params.top_logprobs or params.candidates:
             history, length = extended(EMPTY, prompt + sampling.emitted), len(prompt) + len(sampling.emitted)
-        self._branches[row.table_row] = _Branch(key, params.top_logprobs, history, length)
+        self._branches[row.table_row] = _Branch(key, params.top_logprobs, params.candidates, history, length)
         return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
 
 

@@ -1,7 +1,7 @@
 """What a generation of the fake engine is made of: functions of what is fed, and of nothing that a scheduler decides.
 
 Tokens depend on prompt, seed, branch and position; alternatives, which beams are made of, on all tokens before them;
-log-probabilities of a prompt on position, token and target. A mask changes a token and the alternatives of its step.
+log-probabilities of a prompt on position, token and target. A mask changes a token and the candidates of its step.
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ class Fork:
 
     members: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None  # None: each draws for itself
-    top_logprobs: int = 0  # of a search: alternatives that the client asked for
     ends: frozenset[int] = frozenset()  # of a search: the tokens that end a hypothesis
 
     def leave(self, sequence: Sequence) -> None:

@@ -60,9 +60,10 @@ class TorchRunner:
         self.caches = [torch.empty(shape, dtype=dtype) for _ in range(spec.layers)]
         rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
         self.table = SlotTable(rows, width, self.slots, _CPU, dtype)
-        self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, _CPU)
+        processed = plan.config.engine.logprobs == "processed"
+        self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, _CPU, processed=processed)
         self._newest = [0] * rows  # each table row's newest token
-        self._result = StepResult([], [], [])
+        self._result = StepResult([], [], [], [])
         self.memory.mark_loaded()
 
     def prepare(self, beat: Callable[[], None]) -> None:
@@ -141,15 +142,14 @@ class TorchRunner:
     def _sample(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Callable[[], None]) -> StepResult:
         """`places` among the hidden states of each row's last token; twins share one."""
         count = len(rows)
-        result = StepResult([0] * count, [0.0] * count, [None] * count)
+        result = StepResult([0] * count, [0.0] * count, [None] * count, [None] * count)
         for some, logits in self._logits(places, hidden):
             table_rows = [rows[index].table_row for index in some]
-            tokens, logprobs, alternatives = self.sampler.sample(
-                logits, table_rows, [rows[index].position for index in some]
-            )
-            drawn = zip(some, tokens.tolist(), logprobs.tolist(), alternatives, strict=True)
-            for index, *of_row in drawn:
-                result.tokens[index], result.logprobs[index], result.alternatives[index] = of_row
+            sampled = self.sampler.sample(logits, table_rows, [rows[index].position for index in some])
+            for index, token, logprob in zip(some, sampled.tokens.tolist(), sampled.logprobs.tolist(), strict=True):
+                result.tokens[index], result.logprobs[index] = token, logprob
+            for index, alternatives, candidates in zip(some, sampled.alternatives, sampled.candidates, strict=True):
+                result.alternatives[index], result.candidates[index] = alternatives, candidates
             beat()
         self.sampler.record([row.table_row for row in rows], result.tokens)
         for row, token in zip(rows, result.tokens, strict=True):
@@ -157,7 +157,7 @@ class TorchRunner:
         return result
 
     def _logits(self, places: list[int], hidden: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Parts of `places` and their logits ``[B <= LOGIT_ROWS, V]``, which may be overwritten. The logits of a place
+        """Parts of `places` and their logits ``[B <= LOGIT_ROWS, V]``. The logits of a place
         are the same numbers wherever it is named: a product of other rows beside it might round them otherwise."""
         in_order = sorted(range(len(places)), key=places.__getitem__)
         shared = [list(same) for _, same in groupby(in_order, places.__getitem__)]

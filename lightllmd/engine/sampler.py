@@ -2,19 +2,20 @@
 and its masks where the others end:
 
 logit bias; repetition, frequency and presence penalties; exponential decay on the eos logits; eos mask below
-min_new_tokens; the row's mask; temperature; softmax; top-p, top-k and min-p; draw. The log-probability is that of the
-softmax before truncation.
+min_new_tokens; the row's mask; temperature; softmax; top-p, top-k and min-p; draw. Log-probabilities are of the softmax
+of the logits before all that, or, as LightLLM's, of the one before truncation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import Alternatives, SamplingRow
+from lightllmd.engine.batch import Alternatives, Candidate, SamplingRow
 from lightllmd.kernels.philox import gumbel
 
 LOGIT_MOST = 1e30  # a larger one would leave fp32, and infinite logits have no probabilities
@@ -24,9 +25,16 @@ CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger 
 
 # Columns of the parameter table.
 (GREEDY, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR, MIN_NEW,
- ALTERNATIVES) = range(12)  # fmt: skip
+ ALTERNATIVES, CANDIDATES) = range(13)  # fmt: skip
 
-Sampled = tuple[Tensor, Tensor, list[Alternatives | None]]
+
+class Sampled(NamedTuple):
+    """Of each row."""
+
+    tokens: Tensor  # [B]
+    logprobs: Tensor  # [B]
+    alternatives: list[Alternatives | None]  # where the row asks for some
+    candidates: list[list[Candidate] | None]  # of beams
 
 
 class Sampler:
@@ -36,9 +44,13 @@ class Sampler:
     the batch.
     """
 
-    def __init__(self, rows: int, width: int, vocab: int, eos_ids: list[int], device: torch.device) -> None:
-        self.device, self.vocab = device, vocab
-        self._parameters = torch.zeros((rows, 12), dtype=torch.float64)
+    def __init__(
+        self, rows: int, width: int, vocab: int, eos_ids: list[int], device: torch.device, *, processed: bool = False
+    ) -> None:
+        """`processed`: log-probabilities are of the distribution that is drawn from, before truncation; else of the
+        model's."""
+        self.device, self.vocab, self._processed = device, vocab, processed
+        self._parameters = torch.zeros((rows, 13), dtype=torch.float64)
         self._seeds = torch.zeros((rows, 2), dtype=torch.int64)  # seed, branch
         self._plain = [True] * rows  # greedy, and nothing changes or asks for more than the highest logit
         self._history = torch.zeros((rows, width), dtype=torch.int32)  # tokens that the penalties count
@@ -61,7 +73,7 @@ class Sampler:
             and not self._penalised[row]
             and factor == 1
             and params.min_new_tokens <= 1
-            and params.top_logprobs == 0
+            and params.top_logprobs == params.candidates == 0
             and not params.logit_bias
         )
         self._parameters[row] = torch.tensor(
@@ -78,6 +90,7 @@ class Sampler:
                 factor,
                 params.min_new_tokens,
                 params.top_logprobs,
+                params.candidates,
             ],
             dtype=torch.float64,
         )
@@ -109,14 +122,35 @@ class Sampler:
                 self._lengths[row] += 1
 
     def sample(self, logits: Tensor, rows: list[int], positions: list[int]) -> Sampled:
-        """``logits [B, V]`` fp32 (overwritten) of the given table rows; `positions` of the tokens to come.
-
-        Returns tokens [B], log-probabilities [B] and the alternatives of the rows that ask for some.
-        """
+        """``logits [B, V]`` fp32 of the given table rows; `positions` of the tokens to come. A row of which nothing can
+        be drawn has a log-probability of NaN."""
+        nothing: list[None] = [None] * len(rows)
         if all(self._plain[row] and row not in self._masks for row in rows):
             best, tokens = logits.max(-1)
-            return tokens, best - logits.logsumexp(-1), [None] * len(rows)
+            return Sampled(tokens, best - logits.logsumexp(-1), [*nothing], [*nothing])
         table = self._parameters[rows]
+        shaped = self._shape(logits, rows, positions, table)
+        shaped_total = shaped.logsumexp(-1, keepdim=True)
+        tokens = shaped.argmax(-1)
+        drawn = (table[:, GREEDY] == 0).nonzero()[:, 0]
+        if len(drawn):
+            noise = [
+                gumbel(*self._seeds[rows[index]].tolist(), positions[index], self.vocab) for index in drawn.tolist()
+            ]
+            at = drawn.to(self.device)
+            limits = table[drawn].to(self.device)
+            logprobs, noises = shaped[at] - shaped_total[at], torch.stack(noise).to(self.device)
+            tokens[at] = draw(logprobs, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], noises)
+        told, total = (shaped, shaped_total) if self._processed else (logits, logits.logsumexp(-1, keepdim=True))
+        chosen = (told.gather(-1, tokens[:, None]) - total)[:, 0]
+        chosen[~shaped_total[:, 0].isfinite()] = float("nan")
+        alternatives = _alternatives(told, total, table[:, ALTERNATIVES].int().tolist())
+        wanted = table[:, CANDIDATES].int().tolist()
+        return Sampled(tokens, chosen, alternatives, _candidates(shaped, shaped_total, told, total, wanted))
+
+    def _shape(self, logits: Tensor, rows: list[int], positions: list[int], table: Tensor) -> Tensor:
+        """A copy of the logits as they are drawn from."""
+        logits = logits.clone()
         generated = torch.tensor(positions, dtype=torch.float64)
         self._add_bias(logits, rows)
         self._penalise(logits, rows, table)
@@ -125,19 +159,7 @@ class Sampler:
         hot = (table[:, TEMPERATURE] != 1).nonzero()[:, 0].to(self.device)
         if len(hot):
             logits[hot] /= table[:, TEMPERATURE].to(self.device, torch.float32)[hot, None]
-        total = logits.logsumexp(-1, keepdim=True)
-        tokens = logits.argmax(-1)
-        drawn = (table[:, GREEDY] == 0).nonzero()[:, 0]
-        if len(drawn):
-            noise = [
-                gumbel(*self._seeds[rows[index]].tolist(), positions[index], self.vocab) for index in drawn.tolist()
-            ]
-            at = drawn.to(self.device)
-            limits = table[drawn].to(self.device)
-            logprobs, noises = logits[at] - total[at], torch.stack(noise).to(self.device)
-            tokens[at] = draw(logprobs, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], noises)
-        chosen = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
-        return tokens, chosen, _alternatives(logits, total, table[:, ALTERNATIVES].int().tolist())
+        return logits
 
     def _add_bias(self, logits: Tensor, rows: list[int]) -> None:
         for index, row in enumerate(rows):
@@ -227,6 +249,22 @@ def _alternatives(logits: Tensor, total: Tensor, wanted: list[int]) -> list[Alte
     return [
         [pair for pair in pairs[:count] if pair[1] != float("-inf")] if count else None
         for pairs, count in zip(found, wanted, strict=True)
+    ]
+
+
+def _candidates(
+    shaped: Tensor, shaped_total: Tensor, told: Tensor, total: Tensor, wanted: list[int]
+) -> list[list[Candidate] | None]:
+    """The best tokens of ``shaped [B, V]``, no more than a mask allows; what is reported of them is of `told`."""
+    most = max(wanted)
+    if most == 0:
+        return [None] * len(wanted)
+    values, ids = shaped.topk(min(most, shaped.shape[1]), -1)
+    logprobs, reported = (values - shaped_total).tolist(), (told.gather(-1, ids) - total).tolist()
+    rows = zip(ids.tolist(), logprobs, reported, wanted, strict=True)
+    return [
+        [one for one in zip(*columns, strict=True) if one[1] != float("-inf")][:count] if count else None
+        for *columns, count in rows
     ]
 
 

@@ -305,8 +305,8 @@ class Scheduler:
             if sequence.state is not gone:
                 part = PromptLogprobs(sequence.request, first, told.logprobs, told.alternatives)
                 self._output(outputs, sequence).prompts.append(part)
-        for sequence, token, logprob, alternatives in zip(
-            sent.sequences, result.tokens, result.logprobs, result.alternatives, strict=True
+        for sequence, token, logprob, alternatives, candidates in zip(
+            sent.sequences, result.tokens, result.logprobs, result.alternatives, result.candidates, strict=True
         ):
             sequence.pending -= 1
             if sequence.state is gone:
@@ -316,7 +316,8 @@ class Scheduler:
                 self._answered = sequence.owner == SELF
             if sequence.beam:
                 if sequence.state is State.RUNNING:  # else they begin anew
-                    searched.setdefault(sequence.request, []).append((sequence, logprob, alternatives or []))
+                    found = (sequence, logprob, candidates or [], alternatives)
+                    searched.setdefault(sequence.request, []).append(found)
                 continue
             params, emitted = sequence.params, sequence.emitted
             position = len(emitted)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightllmd.config.plan import Plan
 from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, no_decode
-from lightllmd.engine.device_sampler import MOST_ALTERNATIVES
+from lightllmd.engine.device_sampler import MOST_CANDIDATES
 from lightllmd.ipc.messages import SamplingParams
 
 PLAIN = SamplingParams()
@@ -24,7 +24,7 @@ EVERYTHING = SamplingParams(
     top_logprobs=20,
     logit_bias={0: 0.1},
 )
-BEAM = SamplingParams(top_logprobs=MOST_ALTERNATIVES)
+BEAM = SamplingParams(top_logprobs=20, candidates=MOST_CANDIDATES, repetition_penalty=1.1)
 
 
 def worst_steps(plan: Plan) -> Iterator[Step]:

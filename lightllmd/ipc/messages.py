@@ -58,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int = -1  # alternatives reported beside each prompt token's log-probability, 0..20; -1: neither
     use_cache: bool = True  # of prompts: False: neither reads nor fills it
     length_penalty: float = 1.0  # beam search: a hypothesis scores its log-probability / length ** length_penalty
+    candidates: int = 0  # set by the scheduler, of beams: the tokens that each reports to go on with, 0..64
 
 
 class Submit(msgspec.Struct, tag="submit"):
@@ -120,7 +121,7 @@ class StepOutput(msgspec.Struct, tag="step"):
     branches: list[int]
     positions: list[int]
     tokens: list[int]
-    logprobs: list[float]  # natural log of the un-truncated softmax at the chosen token
+    logprobs: list[float]  # of the chosen token, as StepResult.logprobs
     finishes: list[int]  # FINISH_*
     alternatives: list[list[tuple[int, float]] | None] | None = None  # top_logprobs, best first
     # (request, prompt tokens that came from the prompt cache), once per request and generation, with its first token.

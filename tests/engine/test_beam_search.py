@@ -58,13 +58,19 @@ def searched(
     asked = BeamSearch.candidates(width, eos)
     for step in range(1, most + 1):
         before = list(search.live)
-        told = [ranking(model(tuple(beam.tokens)))[:asked] for beam in before]
-        parents = search.advance(told)
+        tables = [model(tuple(beam.tokens)) for beam in before]
+        candidates = [[(token, value, told_of(token, value)) for token, value in ranking(table)] for table in tables]
+        parents = search.advance([found[:asked] for found in candidates], [ranking(table)[:2] for table in tables])
         assert [beam.tokens[:-1] for beam in search.live] == [before[parent].tokens for parent in parents]
         assert len(search.live) <= width
         if search.done:
             return search, step
     raise AssertionError("the search goes on beyond max_new_tokens")
+
+
+def told_of(token: int, logprob: float) -> float:
+    """What is reported in the place of what is searched."""
+    return 10 * token + logprob
 
 
 def ranking(logprobs: list[float]) -> list[tuple[int, float]]:
@@ -131,10 +137,10 @@ def test_a_hypothesis_is_what_its_tokens_make_it(
 
     def check(one: Hypothesis) -> None:
         tables = [model(tuple(one.tokens[:at])) for at in range(len(one.tokens))]
-        assert one.logprobs == [table[token] for table, token in zip(tables, one.tokens, strict=True)]
-        asked = BeamSearch.candidates(width, eos)
-        assert one.alternatives == [ranking(table)[:asked] for table in tables]
-        assert one.total == sum(one.logprobs)
+        searched = [table[token] for table, token in zip(tables, one.tokens, strict=True)]
+        assert one.logprobs == [told_of(*pair) for pair in zip(one.tokens, searched, strict=True)]
+        assert one.alternatives == [ranking(table)[:2] for table in tables]
+        assert one.total == sum(searched)
         assert one.score == one.total / len(one.tokens) ** penalty
         assert one.ended == (one.tokens[-1] in eos)
         assert not eos.intersection(one.tokens[:-1])
@@ -200,7 +206,7 @@ VOCAB, PROMPT_MOST, MOST = 24, 12, 7
 ROOMY = {"max_total_token_num": 800, "running_max_req_size": 32}
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": ROOMY,
-    "prompt cache": ROOMY | {"use_dynamic_prompt_cache": True},
+    "prompt cache": ROOMY | {"use_dynamic_prompt_cache": True, "logprobs": "processed"},
     "splitfuse and prompt cache": ROOMY
     | {"use_dynamic_prompt_cache": True, "splitfuse_mode": True, "splitfuse_block_size": 3},
     "hardly any room": {"max_total_token_num": 56, "running_max_req_size": 5, "use_dynamic_prompt_cache": True},
@@ -297,7 +303,10 @@ def test_the_engines_beams_keep_to_the_rules(llm: LLM, tiny: Tiny) -> None:
         assert [tuple(branch.token_ids) for branch in output.branches] == [tokens for tokens, _ in truth], one
         penalty = one.get("length_penalty", 1.0)
         for branch, (tokens, score) in zip(output.branches, truth, strict=True):
-            assert sum(branch.logprobs) / len(tokens) ** penalty == pytest.approx(score, abs=1e-4)
+            if llm.plan.config.engine.logprobs == "processed":
+                assert sum(branch.logprobs) / len(tokens) ** penalty == pytest.approx(score, abs=1e-4)
+            else:
+                assert branch.logprobs == pytest.approx(tiny.scores([*prompt, *tokens])[len(prompt) - 1 :], abs=1e-4)
             eos = not one.get("ignore_eos") and tokens[-1] in EOS
             assert branch.finish_reason == ("stop" if eos else "length")
             assert [len(others) for others in branch.top_logprobs or ()] == [3] * len(tokens) * ("top_logprobs" in one)

@@ -24,6 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB, EOS, ROWS = 97, [2, 5], 8  # row ROWS is padding's
 PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.3}
 Result = tuple[list[int], list[float], list[list[tuple[int, float]] | None]]
+Candidates = list[list[tuple[int, float, float]] | None]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -33,8 +34,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 class Device:
     """A `DeviceSampler` as a runner drives it."""
 
-    def __init__(self, vocab: int = VOCAB) -> None:
-        self.sampler = DeviceSampler(ROWS + 1, vocab, [*EOS, EOS[0], vocab + 3], DEVICE)
+    candidates: Candidates  # of the newest step
+
+    def __init__(self, vocab: int = VOCAB, *, processed: bool = False) -> None:
+        self.sampler = DeviceSampler(ROWS + 1, vocab, [*EOS, EOS[0], vocab + 3], DEVICE, processed=processed)
         self.last = torch.full((ROWS + 1,), -1, dtype=torch.int32, device=DEVICE)
 
     def enter(
@@ -46,23 +49,28 @@ class Device:
         """`logits` may have more rows: the rest is padding."""
         pad = len(logits) - len(rows)
         self.sampler.flush()
+        there = logits.to(DEVICE, copy=True)
         tokens, logprobs, *rest = self.sampler.sample(
-            logits.to(DEVICE, copy=True),
+            there,
             rows,
             torch.tensor(rows + [ROWS] * pad, dtype=torch.int32, device=DEVICE),
             torch.tensor(positions + [0] * pad, dtype=torch.int32, device=DEVICE),
             self.last,
         )
+        torch.testing.assert_close(there, logits.to(DEVICE), rtol=0, atol=0, equal_nan=True)  # they are only read
         tokens, logprobs, *rest = (tensor[: len(rows)].tolist() for tensor in (tokens, logprobs, *rest))
-        return tokens, logprobs, self.sampler.alternatives(rows, *rest)
+        alternatives, self.candidates = self.sampler.reports(rows, *rest)
+        return tokens, logprobs, alternatives
 
 
-def test_greedy_rows_agree_with_the_sampler_of_a_cpu_step_by_step() -> None:
+@pytest.mark.parametrize("processed", [False, True])
+def test_greedy_rows_agree_with_the_sampler_of_a_cpu_step_by_step(processed: bool) -> None:
     """Penalties, eos decay and eos mask over many steps, with rows leaving and entering."""
     draw = random.Random(0)
-    device, cpu = Device(), Sampler(ROWS, 64, VOCAB, EOS, torch.device("cpu"))
+    device = Device(processed=processed)
+    cpu = Sampler(ROWS, 64, VOCAB, EOS, torch.device("cpu"), processed=processed)
     positions: dict[int, int] = {}
-    for step in range(12):
+    for step in range(8):
         for row in range(ROWS):
             if row not in positions or draw.random() < 0.1:
                 params = SamplingParams(
@@ -82,7 +90,7 @@ def test_greedy_rows_agree_with_the_sampler_of_a_cpu_step_by_step() -> None:
         generated = [positions[row] for row in rows]
         logits = normal(7, VOCAB, seed=step) * 3
         tokens, logprobs, _ = device.sample(logits, rows, generated)
-        expected, expected_logprobs, _ = cpu.sample(logits[:6].clone(), rows, generated)
+        expected, expected_logprobs, *_ = cpu.sample(logits[:6].clone(), rows, generated)
         assert tokens == expected.tolist(), step
         assert logprobs == pytest.approx(expected_logprobs.tolist(), rel=1e-4, abs=1e-4)
         assert device.last[rows].tolist() == tokens
@@ -115,7 +123,7 @@ def test_histories_longer_than_an_upload_are_counted(monkeypatch: pytest.MonkeyP
         cpu.enter(row, SamplingRow(params, [], history), 0)
     logits = normal(4, VOCAB, seed=3)
     tokens, logprobs, _ = device.sample(logits, [0, 1, 2, 3], [0] * 4)
-    expected, expected_logprobs, _ = cpu.sample(logits.clone(), [0, 1, 2, 3], [0] * 4)
+    expected, expected_logprobs, *_ = cpu.sample(logits.clone(), [0, 1, 2, 3], [0] * 4)
     assert tokens == expected.tolist()
     assert logprobs == pytest.approx(expected_logprobs.tolist(), rel=1e-5)
 
@@ -154,26 +162,51 @@ def test_eos_may_be_the_token_at_min_new_tokens_and_not_before() -> None:
     assert chosen == [50, 50, EOS[1], EOS[1]]
 
 
-def test_alternatives_are_the_highest_of_the_whole_softmax_and_as_many_as_each_row_wants() -> None:
-    device = Device()
-    device.enter(0, SamplingParams(do_sample=True, temperature=0.5, top_k=1, top_logprobs=4))
-    device.enter(1, SamplingParams())
-    device.enter(2, SamplingParams(presence_penalty=2.0, top_logprobs=20), [], [11])
-    logits = normal(3, VOCAB, seed=8)
-    tokens, logprobs, alternatives = device.sample(logits, [0, 1, 2], [0, 0, 1])
-    first, none, all_of = alternatives
-    assert none is None
-    assert first is not None
-    assert all_of is not None
-    truth = (logits[0] / 0.5).log_softmax(-1).topk(4)
-    assert [token for token, _ in first] == truth.indices.tolist()
-    assert [value for _, value in first] == pytest.approx(truth.values.tolist(), abs=1e-5)
-    assert first[0] == (tokens[0], pytest.approx(logprobs[0]))
-    logits[2, 11] -= 2.0
-    truth = logits[2].log_softmax(-1).topk(20)
-    assert [token for token, _ in all_of] == truth.indices.tolist()
-    assert [value for _, value in all_of] == pytest.approx(truth.values.tolist(), abs=1e-5)
-    assert device.sample(logits[1:2], [1], [0])[2] == [None]
+KINDS = [  # alone, and together, which changes what is launched
+    SamplingParams(),
+    SamplingParams(do_sample=True, temperature=0.5, top_k=1, top_logprobs=4),
+    SamplingParams(do_sample=True, temperature=1.5, top_p=0.7, seed=3),
+    SamplingParams(do_sample=True, top_p=0.6, seed=1, top_logprobs=3, presence_penalty=2.0),
+    SamplingParams(top_logprobs=20, logit_bias={9: 4.0, 40: -3.0}),
+    SamplingParams(do_sample=True, seed=5, min_new_tokens=8, logit_bias={2: 9.0}, temperature=0.8),
+    SamplingParams(candidates=64, top_logprobs=2, repetition_penalty=1.4),
+    SamplingParams(candidates=64, logit_bias={11: 3.0}),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("processed", [False, True])
+def test_log_probabilities_alternatives_and_candidates_are_those_of_a_cpus_sampler(
+    processed: bool, masked: bool
+) -> None:
+    """Which is tested against what they should be."""
+    device = Device(processed=processed)
+    cpu = Sampler(ROWS, 64, VOCAB, EOS, torch.device("cpu"), processed=processed)
+    rows = list(range(len(KINDS)))
+    for row, params in enumerate(KINDS):
+        device.enter(row, params, [], [11])
+        cpu.enter(row, SamplingRow(params, [], [11]), 0)
+        if masked:
+            device.sampler.restrict(row, mask_of([*EOS, *range(row, VOCAB, 3)]))
+            cpu.restrict({row: mask_of([*EOS, *range(row, VOCAB, 3)])})
+    logits = normal(ROWS, VOCAB, seed=8) * 2
+    for some in ([row] for row in rows) if not masked else ():
+        agree(device, cpu, logits[some], some)
+    agree(device, cpu, logits, rows)
+
+
+def agree(device: Device, cpu: Sampler, logits: Tensor, rows: list[int]) -> None:
+    tokens, logprobs, alternatives = device.sample(logits, rows, [1] * len(rows))
+    truth = cpu.sample(logits.clone(), rows, [1] * len(rows))
+    assert tokens == truth.tokens.tolist()
+    cpu.record(rows, tokens)  # the device has counted them
+    assert logprobs == pytest.approx(truth.logprobs.tolist(), abs=1e-4)
+    tables = ((alternatives, truth.alternatives), (device.candidates, truth.candidates))
+    for found, expected in (pair for table in tables for pair in zip(*table, strict=True)):
+        assert (found is None) == (expected is None)
+        assert [one[0] for one in found or ()] == [one[0] for one in expected or ()]
+        for one, other in zip(found or (), expected or (), strict=True):
+            assert one[1:] == pytest.approx(other[1:], abs=1e-4)
 
 
 def test_alternatives_of_a_vocabulary_of_less_than_twenty() -> None:
@@ -199,10 +232,10 @@ def test_a_mask_leaves_only_what_it_allows() -> None:
         device.sampler.restrict(row, mask_of(allowed))
     tokens, logprobs, alternatives = device.sample(logits, [0, 1], [0, 0])
     assert tokens[0] == max(allowed, key=lambda token: logits[0, token].item())
-    assert logprobs[0] == pytest.approx(logits[0, allowed].log_softmax(-1).max().item())
+    assert logprobs[0] == pytest.approx(logits[0].log_softmax(-1)[tokens[0]].item(), abs=1e-5)
     assert tokens[1] == 33  # eos is allowed, and masked until the fifth token
     assert alternatives[1] is not None
-    assert [token for token, _ in alternatives[1]][:2] == [33, EOS[0]]
+    assert [token for token, _ in alternatives[1]] == logits[1].topk(5).indices.tolist()  # the model's
 
 
 def test_a_row_keeps_its_mask_until_it_is_lifted_or_the_row_enters_again() -> None:
@@ -248,7 +281,7 @@ def test_batches_without_masks_and_biases_launch_what_they_launch_without_such_r
         device.sample(logits, [row], [0])
     device.enter(1, SamplingParams())
     device.sample(logits, [1], [0])
-    assert launched == [(True, False), (False, True), (True, False), (True, False)]
+    assert launched == [(True, False), (False, True), (False, False), (True, False)]
 
 
 @pytest.mark.parametrize("params", [{}, {"do_sample": True, "seed": 3}, {"presence_penalty": 1.0}], ids=str)
@@ -257,7 +290,7 @@ def test_biases_are_added_before_all_else_to_their_own_rows(
 ) -> None:
     monkeypatch.setattr(device_sampler, "FLUSH_IDS", 2)
     bias = {5: 1.5, VOCAB - 1: -100.0, 0: 0.25}
-    device, plain = Device(), Device()
+    device, plain = Device(processed=True), Device(processed=True)
     logits = normal(4, VOCAB, seed=2)
     for row in range(3):
         device.enter(row, SamplingParams(**params, logit_bias=bias if row else {}), [], [5])
@@ -270,35 +303,24 @@ def test_biases_are_added_before_all_else_to_their_own_rows(
     assert device.sample(logits, order, [1] * 3) == plain.sample(torch.stack(biased), order, [1] * 3)
     device.enter(2, SamplingParams(**params), [], [5])
     again = device.sample(logits[:1], [2], [1])
-    fresh = Device()
+    fresh = Device(processed=True)
     fresh.enter(2, SamplingParams(**params), [], [5])
     assert again == fresh.sample(logits[:1], [2], [1])
 
 
-def test_a_bias_beyond_all_measure_leaves_numbers() -> None:
-    device = Device()
+@pytest.mark.parametrize("processed", [False, True])
+def test_a_bias_beyond_all_measure_leaves_numbers(processed: bool) -> None:
+    device = Device(processed=processed)
     device.enter(0, SamplingParams(logit_bias={3: 1e300, 4: -1e300}))
-    tokens, logprobs, _ = device.sample(normal(1, VOCAB), [0], [0])
-    assert (tokens, logprobs) == ([3], [0.0])
-
-
-def test_beams_get_up_to_sixty_four_alternatives_beside_users_with_fewer() -> None:
-    device = Device()
-    logits = normal(2, VOCAB, seed=3)
-    device.enter(0, SamplingParams(top_logprobs=64))
-    device.enter(1, SamplingParams(top_logprobs=2))
-    beam, few = device.sample(logits, [0, 1], [0, 0])[2]
-    assert beam is not None
-    assert few is not None
-    truth = logits[0].log_softmax(-1).topk(64)
-    assert [token for token, _ in beam] == truth.indices.tolist()
-    assert [value for _, value in beam] == pytest.approx(truth.values.tolist(), abs=1e-5)
-    assert len(few) == 2
+    logits = normal(1, VOCAB)
+    tokens, logprobs, _ = device.sample(logits, [0], [0])
+    assert tokens == [3]
+    assert logprobs == pytest.approx([0.0 if processed else logits.log_softmax(-1)[0, 3].item()], abs=1e-5)
 
 
 def test_a_row_whose_token_was_chosen_elsewhere_enters_with_the_counts_of_its_new_past() -> None:
     """A beam: what the device sampled of it is not what it is fed next."""
-    params = SamplingParams(top_logprobs=8, **PENALTIES)
+    params = SamplingParams(candidates=8, **PENALTIES)
     beam, history = Device(), [4]
     beam.enter(0, params, [], history)
     for step in range(4):

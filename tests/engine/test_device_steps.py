@@ -70,7 +70,16 @@ class Script:
             self._step([3, 0], [row(4, a[12:], past=self._held[0][:12]), row(5, c[8:], past=self._held[3][:8])]),
             # Row 2 takes over the past of row 0, and forgets its mask.
             self._step(
-                [5, 0, 4], [row(2, [5], params={"top_logprobs": 40}, emitted=[1, 2, 5], past=self._held[0][:15])]
+                [5, 0, 4],
+                [
+                    row(
+                        2,
+                        [5],
+                        params={"top_logprobs": 9, "candidates": 40, "presence_penalty": 1.0},
+                        emitted=[1, 2, 5],
+                        past=self._held[0][:15],
+                    )
+                ],
             ),
             self._step([], [row(6, b[:3], sample=False, params={}, whole=9)]),
             # Two parts of prompts, one of them a single token, and one that has chosen; the mask of row 3 is lifted.
@@ -167,6 +176,10 @@ def alike(ours: list[StepResult], theirs: list[StepResult]) -> None:
             assert (pairs is None) == (truth is None)
             assert [token for token, _ in pairs or ()] == [token for token, _ in truth or ()]
             assert [value for _, value in pairs or ()] == pytest.approx([value for _, value in truth or ()], abs=1e-4)
+        for found, wanted in zip(one.candidates, other.candidates, strict=True):
+            assert (found is None) == (wanted is None)
+            for some, their in zip(found or (), wanted or (), strict=False):  # a device's are as many as it can report
+                assert (some[0], pytest.approx(some[1:], abs=1e-4)) == (their[0], their[1:])
         for score, truth in zip(one.targets, other.targets, strict=True):
             assert score.logprobs == pytest.approx(truth.logprobs, abs=1e-4)
             assert (score.alternatives is None) == (truth.alternatives is None)
@@ -190,7 +203,8 @@ def test_every_kind_of_step_makes_what_a_cpu_makes(
     assert on_a_cpu[1].tokens[1] % 2 == 1, "row 2 is masked"
     assert on_a_cpu[2].tokens[2] % 2 == 1, "and stays so"
     assert on_a_cpu[2].tokens[3] < 9
-    assert len(on_a_cpu[4].alternatives[3] or ()) == 40
+    assert len(on_a_cpu[4].alternatives[3] or ()) == 9
+    assert len(on_a_cpu[4].candidates[3] or ()) == 40
 
 
 def test_steps_that_overlap_make_the_same_to_the_bit(model: Path, padded: list[StepResult]) -> None:

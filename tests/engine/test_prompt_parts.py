@@ -240,7 +240,7 @@ def test_results_come_in_the_order_of_decode_rows_then_rows_that_sample(plain: T
         same(result, at, truth_beside(plain, ids))
     assert len(result.targets) == 1
     nothing = feeder.run(feeder.part(2, [c[2]], sample=False, prompt=4))
-    assert nothing == StepResult([], [], [])
+    assert nothing == StepResult([], [], [], [])
     same(feeder.run(feeder.part(2, [c[3]])), 0, truth_beside(plain, c))
 
 
@@ -258,21 +258,21 @@ def test_a_mask_holds_until_it_changes_or_the_row_enters_again(plain: TorchRunne
     feeder, ids = Feeder(plain, 0), [3, 14, 15]
     only = {31, 32, 64, 127, 0}
     masked = mask_of(only, 128)
-    draws = SamplingParams(do_sample=True, temperature=2.0, seed=3, top_logprobs=64)
+    draws = SamplingParams(do_sample=True, temperature=2.0, seed=3, candidates=64)
     result = feeder.run(feeder.part(0, ids, params=draws), feeder.part(1, ids, params=ALL), masks={0: masked})
     expected = truth_beside(plain, ids)
     same(result, 1, expected)  # nobody else's
     inside = torch.full((128,), float("-inf"))
     inside[list(only)] = expected.exp().log()[list(only)] / 2.0
     inside = inside.log_softmax(-1)
-    assert {token for token, _ in result.alternatives[0] or ()} == only
-    assert dict(result.alternatives[0] or ()) == pytest.approx({t: inside[t].item() for t in only}, abs=TOLERANCE)
-    assert result.logprobs[0] == pytest.approx(inside[result.tokens[0]].item(), abs=TOLERANCE)
+    drawn_from = {token: value for token, value, _ in result.candidates[0] or ()}
+    assert drawn_from == pytest.approx({token: inside[token].item() for token in only}, abs=TOLERANCE)
+    assert result.logprobs[0] == pytest.approx(expected[result.tokens[0]].item(), abs=TOLERANCE)
     for position in range(1, 6):
         assert feeder.run(decode=feeder.going_on({0: position})).tokens[0] in only
     assert feeder.run(decode=feeder.going_on({0: 6}), masks={0: mask_of({9}, 128)}).tokens == [9]
     lifted = feeder.run(decode=feeder.going_on({0: 7}), masks={0: b""})
-    assert len(lifted.alternatives[0] or ()) == 64
+    assert len(lifted.candidates[0] or ()) == 64
     feeder.run(decode=feeder.going_on({0: 8}), masks={0: masked})
     again = feeder.run(feeder.part(0, ids, params=ALL))
     same(again, 0, expected)

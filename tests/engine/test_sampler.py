@@ -18,8 +18,8 @@ from lightllmd.kernels.philox import gumbel
 VOCAB, EOS = 97, [2, 5]
 
 
-def sampler(vocab: int = VOCAB, rows: int = 8) -> Sampler:
-    return Sampler(rows, 64, vocab, EOS, torch.device("cpu"))
+def sampler(vocab: int = VOCAB, rows: int = 8, *, processed: bool = False) -> Sampler:
+    return Sampler(rows, 64, vocab, EOS, torch.device("cpu"), processed=processed)
 
 
 def brute(
@@ -29,8 +29,10 @@ def brute(
     emitted: list[int],
     branch: int = 0,
     allowed: set[int] | None = None,
+    processed: bool = False,
 ) -> tuple[int, float]:
-    """One row, step by step as the specification says it. Returns (token, log-probability)."""
+    """One row, step by step as the specification says it. Returns (token, log-probability): the model's, or that of the
+    `processed` row."""
     row, position = list(logits), len(emitted)
     for token, added in params.logit_bias.items():
         row[token] += added
@@ -51,9 +53,11 @@ def brute(
         row = [value / params.temperature for value in row]
     highest = max(row)
     total = highest + math.log(sum(math.exp(value - highest) for value in row))
+    raw_total = max(logits) + math.log(sum(math.exp(value - max(logits)) for value in logits))
+    told = [value - total for value in row] if processed else [value - raw_total for value in logits]
     if greedy:
         token = row.index(highest)
-        return token, row[token] - total
+        return token, told[token]
     ranked = sorted(range(len(row)), key=lambda token: (-row[token], token))
     kept: list[int] = []
     mass = 0.0
@@ -67,7 +71,7 @@ def brute(
         mass += probability
     noise = gumbel(params.seed, branch, position, len(row)).tolist()
     token = max(kept, key=lambda one: row[one] + noise[one])
-    return token, row[token] - total
+    return token, told[token]
 
 
 def random_params(draw_: random.Random) -> SamplingParams:
@@ -98,10 +102,11 @@ def mask_of(allowed: set[int], vocab: int = VOCAB) -> bytes:
     return struct.pack(f"<{len(words)}I", *words)
 
 
-def test_every_mixture_of_parameters_follows_the_specification() -> None:
+@pytest.mark.parametrize("processed", [False, True])
+def test_every_mixture_of_parameters_follows_the_specification(processed: bool) -> None:
     draw_ = random.Random(0)
-    for trial in range(60):
-        many = sampler()
+    for trial in range(40):
+        many = sampler(processed=processed)
         rows = draw_.sample(range(8), k=6)
         logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(trial)) * 3
         expected, positions = [], []
@@ -114,8 +119,9 @@ def test_every_mixture_of_parameters_follows_the_specification() -> None:
             allowed = draw_.choice([None, None, {5}, {2, 31, 32, 96}, set(range(0, VOCAB, 3))])
             many.restrict({row: b"" if allowed is None else mask_of(allowed)})
             positions.append(len(emitted))
-            expected.append(brute(logits[index].double().tolist(), params, prompt, emitted, index, allowed))
-        tokens, logprobs, _ = many.sample(logits, rows, positions)
+            row_logits = logits[index].double().tolist()
+            expected.append(brute(row_logits, params, prompt, emitted, index, allowed, processed))
+        tokens, logprobs, *_ = many.sample(logits, rows, positions)
         assert tokens.tolist() == [token for token, _ in expected], trial
         assert logprobs.tolist() == pytest.approx([logprob for _, logprob in expected], rel=1e-4, abs=1e-4)
 
@@ -127,11 +133,11 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     together = sampler()
     for row in range(8):
         together.enter(row, SamplingRow(params[row], [], [7, 7, 9]), row)
-    tokens, logprobs, _ = together.sample(logits.clone(), list(range(8)), [3] * 8)
+    tokens, logprobs, *_ = together.sample(logits.clone(), list(range(8)), [3] * 8)
     for row in range(8):
         alone = sampler()
         alone.enter(0, SamplingRow(params[row], [], [7, 7, 9]), row)
-        token, logprob, _ = alone.sample(logits[row : row + 1].clone(), [0], [3])
+        token, logprob, *_ = alone.sample(logits[row : row + 1].clone(), [0], [3])
         assert token.item() == tokens[row].item()
         assert logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-5)
 
@@ -173,28 +179,63 @@ def test_eos_may_be_the_token_at_min_new_tokens_and_not_before() -> None:
     assert chosen == [50, 50, EOS[1], EOS[1]]
 
 
-def test_alternatives_are_the_highest_of_the_whole_softmax() -> None:
-    one = sampler()
-    one.enter(0, SamplingRow(SamplingParams(do_sample=True, temperature=0.5, top_k=1, top_logprobs=4), [], []), 0)
+CHANGED = SamplingParams(
+    do_sample=True, temperature=0.5, top_k=1, top_logprobs=4, presence_penalty=1.5, logit_bias={9: 2.0}
+)
+
+
+def changed(logits: torch.Tensor) -> torch.Tensor:
+    """What `CHANGED` makes of ``logits [V]`` behind token 11."""
+    logits = logits.clone()
+    logits[9] += 2.0
+    logits[11] -= 1.5
+    return logits / 0.5
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_log_probabilities_are_the_models_unless_the_processed_ones_are_asked_for(processed: bool) -> None:
+    """Of the token, of its alternatives, and of those that a mask forbids."""
+    one = sampler(processed=processed)
+    one.enter(0, SamplingRow(CHANGED, [], [11]), 0)
     one.enter(1, SamplingRow(SamplingParams(), [], []), 0)
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(8))
-    tokens, logprobs, alternatives = one.sample(logits.clone(), [0, 1], [0, 0])
-    truth = (logits[0] / 0.5).log_softmax(-1).topk(4)
+    tokens, logprobs, alternatives, candidates = one.sample(logits.clone(), [0, 1], [1, 0])
+    assert tokens[0] == changed(logits[0]).argmax()
+    truth = (changed(logits[0]) if processed else logits[0]).log_softmax(-1)
+    best = truth.topk(4)
+    assert logprobs[0].item() == pytest.approx(truth[tokens[0]].item(), abs=1e-5)
     assert alternatives[1] is None
-    assert [token for token, _ in alternatives[0]] == truth.indices.tolist()  # type: ignore[union-attr]
-    assert [value for _, value in alternatives[0]] == pytest.approx(truth.values.tolist(), abs=1e-5)  # type: ignore[union-attr]
-    assert alternatives[0][0] == (tokens[0].item(), pytest.approx(logprobs[0].item()))  # type: ignore[index]
-
-
-def test_alternatives_of_a_masked_row_are_those_that_it_may_take() -> None:
-    one, logits = sampler(), torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(8))
-    one.enter(0, SamplingRow(SamplingParams(top_logprobs=64), [], []), 0)
+    assert alternatives[0] is not None
+    assert [token for token, _ in alternatives[0]] == best.indices.tolist()
+    assert [value for _, value in alternatives[0]] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert candidates == [None, None]
     one.restrict({0: mask_of({3, 64, 96})})
-    (found,) = one.sample(logits.clone(), [0], [0])[2]
-    truth = logits[0, [3, 64, 96]].log_softmax(-1)
-    assert dict(found or ()) == pytest.approx(dict(zip((3, 64, 96), truth.tolist(), strict=True)), abs=1e-5)
+    _, _, (masked, _), _ = one.sample(logits.clone(), [0, 1], [1, 0])
+    assert ({token for token, _ in masked or ()} == {3, 64, 96}) is processed
+    assert (masked == alternatives[0]) is not processed
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_candidates_are_of_what_is_searched_and_have_the_log_probabilities_that_are_told(processed: bool) -> None:
+    one, logits = sampler(processed=processed), torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(8))
+    one.enter(0, SamplingRow(SamplingParams(candidates=64, presence_penalty=2.0), [], [64]), 0)
+    one.restrict({0: mask_of({3, 64, 96})})
+    (found,) = one.sample(logits.clone(), [0], [1]).candidates
+    changed = logits[0].clone()
+    changed[64] -= 2.0
+    allowed = changed[[3, 64, 96]].log_softmax(-1)
+    searched = dict(zip((3, 64, 96), allowed.tolist(), strict=True))
+    assert found is not None
+    assert {token: value for token, value, _ in found} == pytest.approx(searched, abs=1e-5)
+    assert (
+        [value for _, value, _ in found]
+        == sorted(searched.values(), reverse=True)
+        == pytest.approx(sorted(allowed.tolist(), reverse=True))
+    )
+    told = searched if processed else dict(enumerate(logits[0].log_softmax(-1).tolist()))
+    assert [value for *_, value in found] == pytest.approx([told[token] for token, *_ in found], abs=1e-5)
     one.restrict({0: b""})
-    assert len(one.sample(logits.clone(), [0], [0])[2][0] or ()) == 64
+    assert len(one.sample(logits.clone(), [0], [1]).candidates[0] or ()) == 64
 
 
 def test_a_mask_and_a_bias_end_with_their_row() -> None:
@@ -204,7 +245,7 @@ def test_a_mask_and_a_bias_end_with_their_row() -> None:
     one.restrict({0: mask_of({7, 8})})
     assert one.sample(logits.clone(), [0], [1])[0].item() in (7, 8)
     one.enter(0, SamplingRow(SamplingParams(), [], []), 0)
-    tokens, logprobs, _ = one.sample(logits.clone(), [0], [0])
+    tokens, logprobs, *_ = one.sample(logits.clone(), [0], [0])
     assert tokens.tolist() == [logits.argmax().item()]
     assert logprobs.tolist() == pytest.approx([logits.log_softmax(-1).max().item()], abs=1e-5)
 
@@ -319,6 +360,6 @@ def test_no_setting_that_validation_lets_pass_makes_a_probability_no_number(chan
     s = sampler()
     s.enter(0, SamplingRow(SamplingParams(max_new_tokens=4000, seed=1, **changes), [], [7] * 50), 0)
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs, _ = s.sample(logits, [0], [3999])
+    tokens, logprobs, *_ = s.sample(logits, [0], [3999])
     assert 0 <= int(tokens[0]) < VOCAB
     assert math.isfinite(float(logprobs[0]))

@@ -77,14 +77,17 @@ def gathers(dtype: torch.dtype, offset: int = 0) -> None:
     gather_rows(x, numbers(offset), x.clone())
 
 
-def sampling(plain: bool, search: bool, masked: bool = False, offset: int = 0) -> None:
+def sampling(plain: bool, search: bool, masked: bool = False, offset: int = 0, raw: bool = True) -> None:
     from lightllmd.kernels.sampling import sample
 
     vocab, table = 128256, torch.zeros(5, 16, dtype=torch.int32)
     masks = torch.zeros(5, vocab // 32, dtype=torch.int32) if masked else None
     counts, eos = torch.zeros(5, vocab, dtype=torch.int16), torch.zeros(2, dtype=torch.int32)
     rows, last = numbers(offset), torch.zeros(5, dtype=torch.int32)
-    sample(torch.empty(4, vocab), table, rows, numbers(offset), counts, eos, masks, last, plain, search)
+    logits = torch.empty(4, vocab)
+    for shaped in (None, torch.empty(4, vocab)) if search else (None,):
+        more = {"biased": shaped, "shaped": shaped, "raw": raw}
+        sample(logits, table, rows, numbers(offset), counts, eos, masks, last, plain, search, **more)
 
 
 def numbers(offset: int) -> Tensor:
@@ -163,6 +166,7 @@ CASES: dict[str, Callable[[], None]] = {
     "sampling, greedy": partial(sampling, True, False),
     "sampling, limited": partial(sampling, False, True),
     "sampling, masked": partial(sampling, False, True, True),
+    "sampling, processed log-probabilities": partial(sampling, False, True, raw=False),
     "gathers bf16": partial(gathers, BF16),
     "decode attention bf16, one segment": partial(decode_attention, BF16, 128, 1),
     "decode attention bf16": partial(decode_attention, BF16, 128, 16),

@@ -48,6 +48,7 @@ def sample(
     counts: Tensor | None = None,
     masks: Tensor | None = None,
     order: list[int] | None = None,
+    raw: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities and `last` of table rows `order` (all of them unless given), on the CPU."""
     table = np.array(rows, sampling.PARAMETERS)
@@ -55,9 +56,9 @@ def sample(
     counts = torch.zeros((len(rows), logits.shape[1]), dtype=torch.int16) if counts is None else counts
     flags = int(np.bitwise_or.reduce(table["flags"]))
     last = torch.full((len(rows),), -1, dtype=torch.int32, device=DEVICE)
-    on_device = counts.to(DEVICE)
-    tokens, logprobs, _ = sampling.sample(
-        logits.to(DEVICE, copy=True),
+    on_device, there = counts.to(DEVICE), logits.to(DEVICE, copy=True)
+    tokens, logprobs, *_ = sampling.sample(
+        there,
         torch.from_numpy(table.view(np.int32).reshape(len(rows), -1).copy()).to(DEVICE),
         torch.tensor(order, dtype=torch.int32, device=DEVICE),
         torch.tensor(generated or [0] * len(order), dtype=torch.int32, device=DEVICE),
@@ -67,13 +68,21 @@ def sample(
         last,
         plain=flags == 0 and masks is None,
         search=bool(flags & LIMITED),
+        shaped=torch.empty(logits.shape, device=DEVICE) if flags & LIMITED else None,
+        raw=raw,
     )
+    torch.testing.assert_close(there, logits.to(DEVICE), rtol=0, atol=0, equal_nan=True)  # they are only read
     counts.copy_(on_device)
     return tokens.cpu().long(), logprobs.cpu(), last.cpu().long()
 
 
 def expected(
-    logits: Tensor, row: np.ndarray, position: int = 0, counts: Tensor | None = None, allowed: Tensor | None = None
+    logits: Tensor,
+    row: np.ndarray,
+    position: int = 0,
+    counts: Tensor | None = None,
+    allowed: Tensor | None = None,
+    raw: bool = False,
 ) -> tuple[int, float]:
     growth = float(row["decay_factor"]) ** max(0, position - int(row["decay_start"])) - 1
     x = reference.shape(
@@ -87,7 +96,8 @@ def expected(
         float(row["inverse_temperature"]),
     )
     noise = gumbel(int(row["seed"]), int(row["branch"]), position, len(x)) if row["flags"] & DRAWN else None
-    return reference.choose(x, float(row["top_p"]), int(row["top_k"]), float(row["min_p"]), noise)
+    limits = float(row["top_p"]), int(row["top_k"]), float(row["min_p"])
+    return reference.choose(x, *limits, noise, logits if raw else x)
 
 
 def bits(allowed: Tensor) -> Tensor:
@@ -127,8 +137,10 @@ def random_row(draw: random.Random, vocab: int) -> np.ndarray:
 @pytest.mark.parametrize("vocab", [50, 3000, 9001])
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_mixture_of_settings_chooses_what_the_reference_does(masked: bool, vocab: int) -> None:
+    """With the log-probabilities of the model, then with those of what is drawn from."""
     draw = random.Random(vocab)
     for trial in range(2):
+        raw = trial == 0
         rows = [random_row(draw, vocab) for _ in range(8)]
         order = draw.sample(range(8), k=6)
         generated = [draw.randrange(12) for _ in order]
@@ -136,12 +148,12 @@ def test_every_mixture_of_settings_chooses_what_the_reference_does(masked: bool,
         counts = (torch.rand((8, vocab), generator=torch.Generator().manual_seed(trial)) * 5 - 3).clamp(min=0).short()
         allowed = normal(8, vocab, seed=trial + 9) > -0.5 if masked else None
         truth = [
-            expected(logits[at], rows[row], generated[at], counts[row], None if allowed is None else allowed[row])
+            expected(logits[at], rows[row], generated[at], counts[row], None if allowed is None else allowed[row], raw)
             for at, row in enumerate(order)
         ]
         before = counts.clone()
         masks = None if allowed is None else bits(allowed)
-        tokens, logprobs, last = sample(logits, rows, generated, counts, masks, order)
+        tokens, logprobs, last = sample(logits, rows, generated, counts, masks, order, raw)
         assert tokens.tolist() == [token for token, _ in truth]
         assert logprobs.tolist() == pytest.approx([logprob for _, logprob in truth], rel=1e-4, abs=1e-4)
         assert last[order].tolist() == tokens.tolist()
@@ -224,7 +236,7 @@ def test_logits_that_are_no_numbers_give_such_a_log_probability_and_some_token()
         for value in (NAN, -INF if len(bad) == vocab else INF):
             logits = normal(len(rows), vocab)
             logits[:, list(bad)] = value
-            tokens, logprobs, _ = sample(logits, rows)
+            tokens, logprobs, _ = sample(logits, rows, raw=value is NAN)
             assert bool(logprobs.isnan().all())
             assert bool(((tokens >= 0) & (tokens < vocab)).all())
     logits = normal(len(rows), vocab)

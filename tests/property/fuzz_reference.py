@@ -43,7 +43,7 @@ def _drawn(prompt: list[int], params: SamplingParams, branch: int) -> Output:
     while len(tokens) < params.max_new_tokens:
         mask = _mask(params, tokens)
         top = params.top_logprobs
-        output.alternatives.append(fake_alternatives(prompt + tokens, top, mask) if top else None)
+        output.alternatives.append(fake_alternatives(prompt + tokens, top) if top else None)
         output.logprobs.append(0.0)
         tokens.append(fake_token(prompt, seed, branch, len(tokens), mask=mask))
         if tokens[-1] == EOS and not params.ignore_eos and len(tokens) >= params.min_new_tokens:
@@ -83,10 +83,7 @@ def _searched(prompt: list[int], params: SamplingParams) -> list[Output]:
     for _, by_eos, tokens, logprobs in ended:
         shown: list[Alternatives | None] = [None] * len(tokens)
         if params.top_logprobs:
-            shown = [
-                fake_alternatives(prompt + tokens[:at], params.top_logprobs, _mask(params, tokens[:at]))
-                for at in range(len(tokens))
-            ]
+            shown = [fake_alternatives(prompt + tokens[:at], params.top_logprobs) for at in range(len(tokens))]
         found_outputs.append(Output(tokens, logprobs, shown, FINISH_STOP if by_eos else FINISH_LENGTH))
     return found_outputs
 

@@ -14,7 +14,7 @@ from lightllmd.engine.fake_model import fake_alternatives, fake_target, fake_tar
 from lightllmd.ipc.messages import SamplingParams
 
 PROMPT = [72, 101, 108, 108, 111, 300]
-PARAMS = SamplingParams(do_sample=True, seed=5, top_logprobs=8)
+PARAMS = SamplingParams(do_sample=True, seed=5, top_logprobs=8, candidates=8)
 
 
 def row(
@@ -68,7 +68,7 @@ def test_tokens_and_alternatives_are_the_same_by_every_way_that_a_prompt_comes()
         entry, start = PARAMS, cached
         if cut > cached:
             part = row(known[start:cut], start, branch=2, sample=False, params=entry, emitted=tokens[:emitted])
-            assert run(runner, part) == StepResult([], [], [])
+            assert run(runner, part) == StepResult([], [], [], [])
             entry, start = None, cut
         rest = row(known[start:], start, branch=2, position=emitted, params=entry, emitted=tokens[:emitted])
         results = [run(runner, rest)]
@@ -110,7 +110,8 @@ def test_a_mask_leads_to_the_next_allowed_token_until_it_is_lifted(allowed: tupl
     results = [first, *(run(runner, decode=going_on(0, position)) for position in range(1, 4))]
     assert [result.tokens for result in results] == [[token] for token in expected]
     assert [fake_token(PROMPT, 5, 0, position, mask=mask) for position in range(4)] == expected
-    found = given(first.alternatives[0])
+    assert first.alternatives == [fake_alternatives(PROMPT, 8)], "the model's, whatever is masked"
+    found = [(token, value) for token, value, _ in given(first.candidates[0])]
     assert found == fake_alternatives(PROMPT, 8, mask)
     assert len({token for token, _ in found}) == len(found) == min(8, len(allowed))
     assert {token for token, _ in found} <= set(allowed)

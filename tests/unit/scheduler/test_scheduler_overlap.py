@@ -33,7 +33,7 @@ class Engine:
         """`tokens` of its rows, each 50 if none are given."""
         size = self.out.pop(0).size
         chosen = list(tokens) or [50] * size
-        outputs = self.scheduler.complete(StepResult(chosen, [logprob] * size, [None] * size))
+        outputs = self.scheduler.complete(StepResult(chosen, [logprob] * size, [None] * size, [None] * size))
         self.scheduler.check()
         return outputs.get((0, 1))
 

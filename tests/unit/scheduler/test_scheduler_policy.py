@@ -297,7 +297,7 @@ def finishes(eos: int, **params: object) -> list[int]:
     engine.put(submit(1, most=4, params=params))
     marks = []
     while engine.scheduler.next_step():
-        marks += engine.scheduler.complete(StepResult([eos], [-1.0], [None]))[0, 1].finishes
+        marks += engine.scheduler.complete(StepResult([eos], [-1.0], [None], [None]))[0, 1].finishes
     return marks
 
 
@@ -314,7 +314,7 @@ def test_a_branch_without_a_probability_is_ended_and_the_others_go_on() -> None:
         scheduler.submit(submit(number))
     step = scheduler.next_step()
     assert step is not None
-    outputs = scheduler.complete(StepResult([5, 5], [math.nan, -1.0], [None, None]))
+    outputs = scheduler.complete(StepResult([5, 5], [math.nan, -1.0], [None, None], [None, None]))
     assert [output.finishes for output in outputs.values()] == [[FINISH_ABORT, FINISH_NONE]]
     assert [sequence.request for sequence in scheduler.running] == [2]
     scheduler.check()
