@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,8 @@ class Shape(ABC):
         """An entry of `choices` of such an answer."""
 
     @abstractmethod
-    def pieces(self, choice: Choice) -> list[dict[str, Any]]:
-        """The entries of `choices`, one per chunk, for what the sequence gained; marks it as sent."""
+    def pieces(self, choice: Choice) -> Iterable[dict[str, Any]]:
+        """The entries of `choices`, one per chunk, for what the sequence gained; marks as sent what each one shows."""
 
     def first_chunk(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """What the first chunk of a stream has beside its choice."""
@@ -158,23 +158,21 @@ class ChatShape(Shape):
             "finish_reason": branch.finish,
         } | self.ids(branch.ids)
 
-    def pieces(self, choice: Choice) -> list[dict[str, Any]]:
-        branch, pieces = choice.branch, []
+    def pieces(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        branch = choice.branch
         first, count = choice.sent, len(branch.ids)
         if not choice.begun and count:
             choice.begun = True
-            pieces.append(self._delta(choice, {"role": "assistant", "content": ""}))
+            yield self._delta(choice, {"role": "assistant", "content": ""})
         if count > first:
             choice.sent = count
             text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
             logprobs = self._logprobs(branch, first, count)
             if text or logprobs is not None or self._details.token_ids:
-                delta = self._delta(choice, {"content": text}, logprobs)
-                pieces.append(delta | self.ids(branch.ids[first:count]))
+                yield self._delta(choice, {"content": text}, logprobs) | self.ids(branch.ids[first:count])
         if branch.finish is not None and not choice.finished:
             choice.finished = True
-            pieces.append(self._delta(choice, {}, finish=branch.finish))
-        return pieces
+            yield self._delta(choice, {}, finish=branch.finish)
 
     @staticmethod
     def _delta(

@@ -138,7 +138,7 @@ def _overflow(asked: str, name: str, limit: int, field: str) -> InvalidRequest:
     """In the words by which client programs know it, whatever the server."""
     return InvalidRequest(
         f"This model's maximum context length is {limit} tokens. However, {asked}, more than {name} = {limit} "
-        f"({field}). Please reduce the length of the prompt or completion.",
+        f"({field}). Please reduce the length of the prompt or completion (context_length_exceeded).",
         param=field,
         code="context_length_exceeded",
     )

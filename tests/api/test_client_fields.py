@@ -156,6 +156,7 @@ def test_continuous_usage_counts_up_to_the_last_chunk(tmp_path, route):
             assert all(usage["total_tokens"] == prompt + usage["completion_tokens"] for usage in usages)
             counts = [usage["completion_tokens"] for usage in usages]
             assert counts == sorted(counts)
+            assert counts[0] == (0 if "chat" in route else 1)  # the first chunk of a chat has no text yet
             assert counts[-1] == 12
             options["include_usage"] = False
             plain = frames((await one.client.post(route, json=body)).text)
@@ -258,6 +259,7 @@ def test_what_does_not_fit_is_told_in_the_words_that_clients_know(tmp_path):
                 error = answer.json().get("error") or answer.json()
                 match = re.match(known, error["message"])
                 assert match, error["message"]
+                assert "(context_length_exceeded)" in error["message"]  # langchain looks for the code in the text
                 assert (int(match[1]), int(match[2])) == (most, asked)
                 if param:
                     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
