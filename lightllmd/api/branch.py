@@ -10,7 +10,7 @@ from lightllmd.text.detokenize import IncrementalDetokenizer
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopList, StopMatcher
 
-_ALL_SHOWN: dict[int, str] = {}
+_ALL_SHOWN: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class TextOptions:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     print_eos_token: bool = False
+    min_tokens: int = 1  # before so many no stop ends it
+    prompt_only: bool = False  # it ends without a token: the prompt's log-probabilities are what was asked for
 
 
 class Branch:
@@ -40,6 +42,7 @@ class Branch:
         "ids",
         "index",
         "logprobs",
+        "prompt_only",
         "texts",
         "unshown",
     )
@@ -50,9 +53,12 @@ class Branch:
         detokenizer: IncrementalDetokenizer,
         stop: StopMatcher | None,
         unshown: Mapping[int, str] = _ALL_SHOWN,
+        *,
+        prompt_only: bool = False,
     ) -> None:
         """`unshown`: the texts of tokens that the detokenizer leaves out, by id; a stop may hold them."""
         self.index = index
+        self.prompt_only = prompt_only  # as TextOptions
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[list[tuple[int, float]] | None] = []
@@ -67,6 +73,9 @@ class Branch:
         self, token: int, logprob: float, alternatives: list[tuple[int, float]] | None, finish: int = FINISH_NONE
     ) -> bool:
         """Accepts the next token. True when its text completed a stop text, so that the engine must be told."""
+        if self.prompt_only:  # it only tells that the prompt has been run
+            self.finish = "length"
+            return finish == FINISH_NONE
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.alternatives.append(alternatives)
@@ -128,9 +137,10 @@ def open_branches(
         )
     branches = []
     for index in range(count):
-        stop = StopMatcher(options.stops, options.include_stop) if options.stops else None
-        if detokenizing is None:
-            branches.append(Branch(index, _Silent(), stop))
-        else:
-            branches.append(Branch(index, detokenizing.open(prompt_ids, healing), stop, detokenizing.unshown))
+        stop = StopMatcher(options.stops, options.include_stop, options.min_tokens) if options.stops else None
+        detokenizer: IncrementalDetokenizer = _Silent()
+        unshown = _ALL_SHOWN
+        if detokenizing is not None:
+            detokenizer, unshown = detokenizing.open(prompt_ids, healing), detokenizing.unshown
+        branches.append(Branch(index, detokenizer, stop, unshown, prompt_only=options.prompt_only))
     return branches

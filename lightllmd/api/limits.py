@@ -66,10 +66,11 @@ class Limits:
         return min(self.max_req_total_len - prompt_tokens, slots)
 
     def new_tokens(self, prompt_tokens: int, max_new_tokens: int, sequences: int, field: str) -> None:
+        """0 of them: the prompt is run, for which the engine makes one token that is not shown."""
         width = self._width(sequences)
         for each, name, limit in (
             (max_new_tokens, "max_req_total_len", self.max_req_total_len),
-            (width * max_new_tokens, "max_total_token_num - 1", self.max_total_token_num - 1),
+            (width * max(1, max_new_tokens), "max_total_token_num - 1", self.max_total_token_num - 1),
         ):
             total = prompt_tokens + each
             if total > limit:

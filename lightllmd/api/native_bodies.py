@@ -111,6 +111,7 @@ class Parameters(CommonFields):
             skip_special_tokens=self.skip_special_tokens,
             spaces_between_special_tokens=self.add_spaces_between_special_tokens,
             print_eos_token=self.print_eos_token,
+            min_tokens=self.min_new_tokens,
         )
 
     def sampling(self) -> SamplingParams:

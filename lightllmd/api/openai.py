@@ -60,6 +60,8 @@ async def asked(front: FrontEnd, body: OpenAIBody, prompts: int = 1) -> Asked:
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         spaces_between_special_tokens=False,  # a native habit; clients parse what added tokens mark, such as tool calls
+        min_tokens=params.min_new_tokens,
+        prompt_only=body.asked_tokens == 0,
     )
     await off_loop(text.stops.size * STOP_COST, text.stops.build)
     return Asked(params, text)
@@ -71,8 +73,9 @@ def job(front: FrontEnd, body: OpenAIBody, asked: Asked, given: list[int], field
     prompt_ids = limits.prompt(_last(given, body.truncate_prompt_tokens, limits.max_req_input_len), field)
     new_tokens = body.asked_tokens
     if new_tokens is None:
-        new_tokens = body.default_tokens(limits.room(len(prompt_ids), body.branches))
-    limits.new_tokens(len(prompt_ids), max(1, new_tokens), body.branches, body.asking_field or field)
+        new_tokens = max(1, body.default_tokens(limits.room(len(prompt_ids), body.branches)))
+    limits.new_tokens(len(prompt_ids), new_tokens, body.branches, body.asking_field or field)
+    new_tokens = max(1, new_tokens)
     if new_tokens != params.max_new_tokens:
         fewest = min(params.min_new_tokens, new_tokens)
         params = msgspec.structs.replace(params, max_new_tokens=new_tokens, min_new_tokens=fewest)

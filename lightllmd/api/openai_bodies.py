@@ -154,7 +154,7 @@ class OpenAIBody(CommonFields, ABC):
                 "prompt_logprobs",
                 f"prompt_logprobs is for answers in one piece, not for streams; got {self.prompt_logprobs}",
             )
-        if self.asked_tokens is not None and self.min_tokens > self.asked_tokens:
+        if self.asked_tokens is not None and self.min_tokens > max(1, self.asked_tokens):
             raise contradiction(
                 "min_tokens", f"min_tokens should be at most max_tokens = {self.asked_tokens}; got {self.min_tokens}"
             )
@@ -232,6 +232,9 @@ class CompletionBody(OpenAIBody):
         | PromptIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        default=None, description="0: nothing is generated; echo and logprobs give the prompt's log-probabilities"
     )
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     echo: bool | None = None

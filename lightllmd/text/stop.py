@@ -112,12 +112,16 @@ class StopMatcher:
     A token whose text is not shown (a special one) is still found by a stop that holds the token's whole text: two
     states are kept from such a token on, that of the text that is shown and that of the text with what is not, until
     they are the same again.
+
+    A stop that is complete before the sequence has `min_tokens` tokens is passed over, as an eos is.
     """
 
-    def __init__(self, stops: StopList, include_stop: bool = True) -> None:
+    def __init__(self, stops: StopList, include_stop: bool = True, min_tokens: int = 1) -> None:
         self._chars = stops.of_text
         self._ids = stops.of_ids
         self._include = include_stop
+        self._min_tokens = min_tokens
+        self._may_stop = False  # there are as many tokens now
         self._char_state = 0
         self._full_state: int | None = None  # of the text with what is not shown; None: the same as `_char_state`
         self._unshown: deque[tuple[int, int]] = deque(maxlen=MAX_STOP_LENGTH)
@@ -138,6 +142,7 @@ class StopMatcher:
         start = self._released + len(self._held)
         self._held += text
         self.tokens += len(ids)
+        self._may_stop = self.tokens >= self._min_tokens
         found = self._find_text(text, start) or self._find_unshown(unshown) or self._find_ids(ids, start)
         if found is None:
             return self._release(self._safe_end())
@@ -156,7 +161,7 @@ class StopMatcher:
         state, step, longest = self._char_state, self._chars.step, self._chars.longest
         for end, char in enumerate(text, start + 1):
             state = step(state, ord(char))
-            if longest[state]:
+            if longest[state] and self._may_stop:
                 return end - longest[state], end
         self._char_state = state
         return None
@@ -174,7 +179,7 @@ class StopMatcher:
             begins = [end - longest[self._char_state]]
             if longest[full]:
                 begins.append(self._place(longest[full], end))
-            if min(begins) < end:
+            if min(begins) < end and self._may_stop:
                 return min(begins), end
             if full == self._char_state:
                 self._full_state = None
@@ -190,7 +195,7 @@ class StopMatcher:
         for char in text:
             state = self._chars.step(state, ord(char))
         self._unshown.append((end, len(text)))
-        if self._chars.longest[state] >= len(text):
+        if self._chars.longest[state] >= len(text) and self._may_stop:
             return self._place(self._chars.longest[state], end), end
         if self._chars.depth[state] < len(text):
             state = 0  # no stop begins within such a token
@@ -219,7 +224,7 @@ class StopMatcher:
             self._starts.append(start)
             self._id_state = self._ids.step(self._id_state, number)
             length = self._ids.longest[self._id_state]
-            if length:
+            if length and self._may_stop:
                 return self._starts[-length], self._released + len(self._held)
         return None
 

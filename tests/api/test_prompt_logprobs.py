@@ -273,3 +273,95 @@ def test_an_openai_stream_refuses_them_by_name(tmp_path, route):
             assert "prompt_logprobs is for answers in one piece, not for streams; got 1" in answer.text
 
     run(scenario())
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"n": 2}, {"best_of": 2}, {"min_tokens": 1}], ids=str)
+def test_max_tokens_0_scores_the_prompt_and_generates_nothing(tmp_path, more):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            body = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 2, "temperature": 0, **more}
+            answer = await one.client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            choices = [piece for frame in frames(answer.text) for piece in frame["choices"]] if "stream" in more else []
+            choices = choices or answer.json()["choices"]
+            assert len(choices) == more.get("n", 1)
+            for choice in choices:
+                assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
+                assert choice["logprobs"]["tokens"] == ["a", "b", "c"]
+                assert choice["logprobs"]["token_logprobs"] == [None, -0.125, -0.25]
+                assert len(choice["logprobs"]["top_logprobs"][1]) == 3
+                assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+            if "stream" not in more:
+                usage = answer.json()["usage"]
+                assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (3, 0, 3)
+
+    run(scenario())
+
+
+def test_max_tokens_0_without_echo_answers_with_no_text(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            body = {"prompt": ["abc", "d"], "max_tokens": 0, "prompt_logprobs": 0}
+            first, second = (await one.client.post("/v1/completions", json=body)).json()["choices"]
+            assert (first["text"], first["finish_reason"], first["logprobs"]) == ("", "length", None)
+            assert [next(iter(one.values()))["logprob"] for one in first["prompt_logprobs"][1:]] == [-0.125, -0.25]
+            assert second["prompt_logprobs"] == [None]
+            chat = {"messages": HI, "max_tokens": 0}
+            assert (await one.client.post("/v1/chat/completions", json=chat)).status_code == 400
+            native = await one.generate("abc", max_new_tokens=0)
+            assert native.status_code == 400
+
+    run(scenario())
+
+
+def test_a_prompt_as_long_as_a_request_may_be_is_scored(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, {"max_req_input_len": 50, "max_req_total_len": 51}) as one:
+            body = {"prompt": [97] * 50, "max_tokens": 2, "echo": True, "logprobs": 0}
+            assert (await one.client.post("/v1/completions", json=body)).status_code == 400
+            answer = await one.client.post("/v1/completions", json=body | {"max_tokens": 0})
+            assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 50
+
+    run(scenario())
+
+
+def test_a_prompt_that_is_scored_alone_outlives_the_engine(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, engine=False) as one:
+            engine = await one.up()
+            body = {"prompt": "abcdefgh", "max_tokens": 0, "echo": True, "logprobs": 0, "n": 2}
+            answer = asyncio.create_task(one.client.post("/v1/completions", json=body))
+            await engine.submitted(1)
+            await one.kill()
+            engine = await one.up()
+            engine.free_run = True
+            for choice in (await answer).json()["choices"]:
+                assert choice["logprobs"]["token_logprobs"][1:] == [-index / 8 for index in range(1, 8)]
+
+    run(scenario())
+
+
+# --- min_tokens beside the stops of a text --------------------------------------------------------------------------
+
+
+def test_min_tokens_holds_back_stops_on_both_routes(tmp_path):
+    text = expected("hi", 12)
+
+    async def scenario():
+        async with stack(tmp_path) as one:
+            stop, least = text[0:2], 5
+            later = text.find(stop, 5 - len(stop)) if stop in text[5 - len(stop) :] else None
+            native = (await one.generate("hi", max_new_tokens=12, stop_sequences=[stop], min_new_tokens=least)).json()
+            wanted = text if later is None else text[: later + 2]
+            assert native["generated_text"] == [wanted]
+            body = {"prompt": "hi", "max_tokens": 12, "stop": [stop], "min_tokens": least, "temperature": 0}
+            answer = (await one.client.post("/v1/completions", json=body)).json()["choices"][0]
+            assert answer["text"] == (text if later is None else text[:later])
+            ids = {"prompt": "hi", "max_tokens": 12, "temperature": 0, "stop_token_ids": [ord(text[0]), ord(text[7])]}
+            cut = (await one.client.post("/v1/completions", json=ids)).json()["choices"][0]["text"]
+            longer = (await one.client.post("/v1/completions", json=ids | {"min_tokens": 2})).json()["choices"][0][
+                "text"
+            ]
+            assert len(cut) < len(longer) <= 8
+
+    run(scenario())

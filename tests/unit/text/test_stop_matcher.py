@@ -48,6 +48,32 @@ def test_stop_is_the_one_that_brute_force_finds_on_the_whole_text(tokens, stops,
         assert matcher.tokens == consumed
 
 
+@settings(max_examples=300, deadline=None)
+@given(TOKENS, STOPS, st.booleans(), st.integers(1, 6))
+def test_a_stop_that_is_complete_before_min_tokens_is_passed_over(tokens, stops, include, least):
+    """The first that ends within or behind the token of that number counts, wherever it began."""
+    text = "".join(tokens)
+    before = len("".join(tokens[: least - 1]))
+    found = [
+        (end, -len(stop)) for stop in stops for end in range(before + 1, len(text) + 1) if text[:end].endswith(stop)
+    ]
+    matcher = StopMatcher(StopList(stops), include, least)
+    out, _ = run(tokens, matcher)
+    assert matcher.stopped == bool(found)
+    end, length = min(found, default=(len(text), 0))
+    assert out == text[: end if include else end + length]
+
+
+def test_stop_ids_and_stops_of_hidden_tokens_wait_for_min_tokens_too():
+    ids = StopMatcher(StopList([], [[7], [8, 9]]), True, 3)
+    assert [ids.push("x", [number]) for number in (7, 8, 9)] == ["x"] * 3
+    assert (ids.stopped, ids.tokens) == (True, 3)
+    hidden = StopMatcher(StopList(["<end>"]), False, 2)
+    assert (hidden.push("", [5], "<end>"), hidden.stopped) == ("", False)
+    assert (hidden.push("a", [6]), hidden.stopped) == ("a", False)
+    assert (hidden.push("", [5], "<end>"), hidden.stopped) == ("", True)
+
+
 @settings(max_examples=200, deadline=None)
 @given(TOKENS, STOPS)
 def test_result_does_not_depend_on_how_the_text_was_cut(tokens, stops):
