@@ -31,6 +31,7 @@ from lightllmd.text.offsets import begins, token_offsets
 from lightllmd.text.stop import StopList
 
 _JOB_COST = 64  # characters that are tokenised in the time that a job of a few tokens takes
+_TOKEN_COST = 8  # the same of a prompt's token whose text and place are looked up
 Kind = TypeVar("Kind", bound=OpenAIBody)
 
 
@@ -191,7 +192,7 @@ def router(revisions: Revisions) -> APIRouter:
             async with revisions.entered(request.receive) as front:
                 revisions.check_name(front, body.model)
                 jobs = await jobs_of(front, body)
-                size = sum(len(job.given_ids) for job in jobs)
+                size = sum(len(job.given_ids) for job in jobs) * _TOKEN_COST
                 shape = await off_loop(size, shape_of, front, body, jobs)
                 pending = front.open(jobs, arrived_at)
         n, beams = body.n or 1, front.intake.beams

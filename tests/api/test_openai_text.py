@@ -24,8 +24,8 @@ async def bad_words(words: list[str], field: str) -> list[list[int]]:
     return []
 
 
-async def encode_batch(texts: list[str]) -> list[list[int]]:
-    return [TOKENIZER.encode(text) for text in texts]
+async def encode_batch(texts: list[str], **options: bool) -> list[list[int]]:
+    return [TOKENIZER.encode(text, **options) for text in texts]
 
 
 def front() -> FrontEnd:
