@@ -260,7 +260,9 @@ def _prompt_text(
     stream = detokenizing.open()
     pieces = [stream.push([token]) for token in ids]
     if whole is not None:
-        return PromptText(whole, token_offsets(whole, pieces, tokenizer.spans(whole, add_special_tokens)))
+        special = {index for index, token in enumerate(ids) if token in tokenizer.special_ids}
+        spans = tokenizer.spans(whole, add_special_tokens)
+        return PromptText(whole, token_offsets(whole, pieces, spans, special))
     text = "".join(pieces) + stream.flush()
     if not scored:
         return PromptText(text)

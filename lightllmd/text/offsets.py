@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Container, Iterable, Sequence
 
 Span = tuple[int, int]  # first character, one past the last
 NOWHERE = (0, 0)  # of a token that stands for no character of the text
@@ -10,13 +11,15 @@ NOWHERE = (0, 0)  # of a token that stands for no character of the text
 _SLACK = 32  # characters that a token without a match may stand for
 
 
-def token_offsets(text: str, pieces: Sequence[str], spans: Sequence[Span] | None = None) -> list[int]:
+def token_offsets(
+    text: str, pieces: Sequence[str], spans: Sequence[Span] | None = None, special: Container[int] = ()
+) -> list[int]:
     """The character of `text` that each token begins at.
 
     `pieces`: what each token shows, special ones too; "" while the bytes of a character are incomplete. They need not
     add up to `text`: a tokenizer may put tokens around it (those begin where the next one does), a space before it,
     and normalise it (NFC and the like). A token behind one that was changed begins where it is found, or where its span
-    says. `spans` are one per token; white space may be missing at their ends.
+    says. `spans` are one per token; white space may be missing at their ends. `special`: indices of special tokens.
     """
     offsets: list[int] = []
     at, lost = 0, False
@@ -33,13 +36,28 @@ def token_offsets(text: str, pieces: Sequence[str], spans: Sequence[Span] | None
         offsets.append(at)
         if not piece or (spans is not None and spans[index] == NOWHERE and not piece.isspace()):
             continue
-        if text.startswith(piece, at):
-            at += len(piece)
-        elif piece[0] == " " and text.startswith(piece[1:], at):
-            at += len(piece) - 1
-        else:
+        length = _matching(text, at, piece)
+        if length is not None:
+            at, lost = at + length, False
+        elif index not in special:
             at, lost = max(at, end), True
     return offsets
+
+
+def _matching(text: str, at: int, piece: str) -> int | None:
+    """Characters of the text from `at` on that the piece stands for; None: it is not there."""
+    if text.startswith(piece, at):
+        return len(piece)
+    if piece[0] == " " and not text.startswith(" ", at):
+        piece = piece[1:]  # the space that a tokenizer puts before a text
+    if text.startswith(piece, at):
+        return len(piece)
+    plain = _plain(piece)
+    return next((length for length in range(1, _SLACK) if _plain(text[at : at + length]) == plain), None)
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def begins(gained: Iterable[int], own: Iterable[int | None], at: int = 0) -> list[int]:

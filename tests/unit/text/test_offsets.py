@@ -35,7 +35,9 @@ def byte_level(normalizer=None, *, bos: bool = False, trims: bool = False) -> Fa
 def offsets(tokenizer: Tokenizer, text: str, *, with_spans: bool = True) -> list[int]:
     ids = tokenizer.encode(text)
     stream = tokenizer.detokenizer(skip_special_tokens=False, spaces_between_special_tokens=False, print_eos_token=None)
-    return token_offsets(text, [stream.push([token]) for token in ids], tokenizer.spans(text) if with_spans else None)
+    pieces = [stream.push([token]) for token in ids]
+    special = {index for index, token in enumerate(ids) if token in tokenizer.special_ids}
+    return token_offsets(text, pieces, tokenizer.spans(text) if with_spans else None, special)
 
 
 @pytest.mark.parametrize("with_spans", [True, False])
@@ -76,6 +78,21 @@ def test_what_decodes_to_the_text_begins_where_its_bytes_do(text):
 
 
 BYTES = byte_level(trims=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "want"),
+    [
+        ("the quick", ["<s>", " the", " quick"], [0, 0, 3]),
+        (" the", ["<s>", " ", " the"], [0, 0, 1]),
+        ("e\u0301e\u0301 the", ["<s>", " ", "\u00e9", "\u00e9", " the"], [0, 0, 0, 2, 4]),
+        ("the \ufb01ve fox", ["<s>", " the", " f", "i", "ve", " fox"], [0, 0, 3, 3, 5, 7]),
+        ("The Fox", ["the", " fox", "</s>"], [0, 3, 7]),
+    ],
+)
+def test_pieces_of_a_tokenizer_without_spans_are_found_in_the_text(text, pieces, want):
+    special = {index for index, piece in enumerate(pieces) if piece in ("<s>", "</s>")}
+    assert token_offsets(text, pieces, None, special) == want
 
 
 def test_bytes_that_make_no_character_come_before_the_token_that_shows_so():
