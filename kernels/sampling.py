@@ -423,6 +423,8 @@ def sample(
     Where the shaped logits of a row have no softmax, its log-probability is NaN and its token any.
     """
     batch, vocab = logits.shape
+    # Both kernels are compiled without fused multiply-add: the highest logit would differ from itself by the rounding of
+    # its division by the temperature, and for large logits the exponential of that is 0 or infinite.
     chunks = triton.cdiv(vocab, CHUNK.value)
     device = logits.device
     source = logits if biased is None else biased
@@ -454,6 +456,7 @@ def sample(
         MASKED=masks is not None,
         RAW=raw,
         num_warps=8,
+        enable_fp_fusion=False,
     )
     _choose[(batch,)](
         logits,
@@ -477,5 +480,6 @@ def sample(
         RAW=raw,
         LANES=triton.next_power_of_2(chunks),
         num_warps=8,
+        enable_fp_fusion=False,
     )
     return tokens, logprobs, totals, shaped_totals
