@@ -312,8 +312,12 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.content is None and self.role != "assistant":
+        if self.role == "assistant":
+            return self
+        if self.content is None:
             raise contradiction("content", f"content is required for the role {self.role!r}; it is missing or null")
+        if not isinstance(self.content, str) and any(isinstance(part, RefusalPart) for part in self.content):
+            raise contradiction("content", f"content: only an assistant refuses; the role is {self.role!r}")
         return self
 
     def plain(self) -> dict[str, Any]:

@@ -212,6 +212,12 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
         b'{"messages": [{"role": "user", "content": null, "refusal": "no"}]}',
         "messages.0: content is required for the role 'user'; it is missing or null",
     ),
+    (
+        "a user's refusal part",
+        "chat/completions",
+        b'{"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]}',
+        "messages.0: content: only an assistant refuses",
+    ),
     ("messages null", "chat/completions", b'{"messages": null}', "messages"),
     ("prompt null", "completions", b'{"prompt": null}', "prompt"),
     ("n too large", "completions", _c(n=33), "less than or equal to 32; got 33"),
