@@ -423,8 +423,8 @@ def sample(
     Where the shaped logits of a row have no softmax, its log-probability is NaN and its token any.
     """
     batch, vocab = logits.shape
-    # Both kernels are compiled without fused multiply-add: the highest logit would differ from itself by the rounding of
-    # its division by the temperature, and for large logits the exponential of that is 0 or infinite.
+    # Both kernels are compiled without fused multiply-add: with it the highest logit differs from itself by the
+    # rounding of its division by the temperature, and for large logits the exponential of that is 0 or infinite.
     chunks = triton.cdiv(vocab, CHUNK.value)
     device = logits.device
     source = logits if biased is None else biased
