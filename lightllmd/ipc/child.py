@@ -12,6 +12,7 @@ import signal
 import sys
 
 from lightllmd.ipc import channel, messages
+from lightllmd.ipc.signals import ignore_meaningless
 
 PR_SET_PDEATHSIG = 1
 # The channel's place among a child's descriptors. The kernel lets go of a dying process's files from the highest
@@ -33,12 +34,15 @@ def die_with_parent(parent_pid: int) -> None:
 def adopt(arguments: list[str]) -> channel.Channel[messages.Down]:
     """Takes ``[channel_fd, parent_pid]`` from the command line; returns the channel to the supervisor.
 
-    SIGINT is ignored (a terminal's ^C is the supervisor's to handle); SIGTERM keeps its default unless the child
-    sets a handler; SIGABRT prints every thread's stack to stderr and ends the process.
+    SIGINT and SIGQUIT are ignored (a terminal's keys are the supervisor's to handle), as are those that mean nothing;
+    SIGTERM keeps its default unless the child sets a handler; SIGABRT prints every thread's stack to stderr and ends
+    the process.
     """
     fd, parent = int(arguments[0]), int(arguments[1])
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_meaningless()
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable(file=sys.stderr, all_threads=True)
     high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _up_to_limit(CHANNEL_FD))
     os.close(fd)

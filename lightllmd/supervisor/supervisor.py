@@ -26,6 +26,7 @@ from lightllmd.config.resolve import resolve
 from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
 from lightllmd.ipc.flight_record import Flight
 from lightllmd.ipc.messages import Drain, Health, Models
+from lightllmd.ipc.signals import ignore_meaningless
 from lightllmd.supervisor import control, crashes, logs, memory, orphans, planning, sockets, status
 from lightllmd.supervisor.child import Child, Exited, Readable
 from lightllmd.supervisor.context import Commands, Context
@@ -43,6 +44,7 @@ from lightllmd.supervisor.reload import Settings
 from lightllmd.supervisor.runtime import Runtime, control_socket_path
 from lightllmd.supervisor.verbs import Asked, Verbs
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 TICK = 0.1  # seconds between two looks at deadlines
 _SLOW_EVERY = 10  # ticks between two looks at what changes slowly (memory, stopped workers, systemd's time-outs)
 _EXTENSION = 30  # seconds to start or stop asked of systemd at a time; our own deadlines are the ones that rule
@@ -110,7 +112,7 @@ class Supervisor:
     async def run(self) -> int:
         """Until told to stop; the daemon's exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*ENDING, signal.SIGHUP, signal.SIGCHLD):
             loop.add_signal_handler(number, self.context.post, Signalled(number))
         orphans.become_subreaper()
         server = control.Server(self)
@@ -203,7 +205,7 @@ class Supervisor:
         if self._signals_to_stop > 2:
             self._kill_the_rest()
         else:
-            self.verbs.stop(Asked(), now=self._signals_to_stop > 1)
+            self.verbs.stop(Asked(), now=self._signals_to_stop > 1 or number == signal.SIGQUIT)
 
     def _on_tick(self) -> None:
         self._ticks += 1
@@ -421,8 +423,19 @@ class Supervisor:
             await asyncio.sleep(TICK)
 
 
+async def _until_the_end(supervisor: Supervisor) -> int:
+    """Its exit code. No signal cuts off what is cleared up after it."""
+    try:
+        return await supervisor.run()
+    finally:
+        for number in ENDING:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+
 def main(invocation: Invocation, commands: Commands | None = None) -> int:
     """Runs the daemon; its exit code. `commands` replaces how children are started (for tests)."""
+    ignore_meaningless()
     settings = Settings(invocation)
     config = settings.effective
     faulthandler.enable()  # systemd's watchdog sends SIGABRT
@@ -450,7 +463,7 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
             fd_store=fd_store,
             journal=journal,
         )
-        return asyncio.run(Supervisor(context, settings, notifier).run())
+        return asyncio.run(_until_the_end(Supervisor(context, settings, notifier)))
     except LightllmdError as refusal:
         for line in refusal.message.splitlines():
             log.own("error", line)

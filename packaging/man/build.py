@@ -96,6 +96,7 @@ def daemon() -> str:
                 "Refuses new requests, lets those in flight finish for at most `drain_timeout` of [supervisor], and "
                 "ends. A second one ends the requests at once, a third one kills what is left.",
             ),
+            ("SIGQUIT", "Ends the requests at once, and the daemon."),
             (
                 "SIGABRT",
                 "Writes what every thread does to standard error, and ends. systemd's watchdog sends it to a daemon "
@@ -105,6 +106,10 @@ def daemon() -> str:
                 "SIGKILL",
                 "Ends the daemon and all of its workers. Where systemd keeps the listening sockets, the daemon that is "
                 "started next answers the connections that wait.",
+            ),
+            (
+                "SIGUSR1, SIGUSR2, SIGALRM, SIGPIPE, SIGIO, SIGPROF, SIGVTALRM, SIGPWR, SIGSTKFLT, real-time signals",
+                "Ignored by the daemon and its workers. The workers ignore SIGHUP, SIGINT and SIGQUIT, too.",
             ),
         )
     )

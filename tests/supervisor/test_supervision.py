@@ -12,6 +12,8 @@ import httpx
 import psutil
 
 from harness import wait_for
+from lightllmd.errors import EXIT_OK
+from lightllmd.ipc.signals import MEANINGLESS
 from stand_ins import StandInDaemon
 
 
@@ -229,6 +231,23 @@ def test_sighup_reloads(tmp_path: Path) -> None:
         daemon.process.send_signal(signal.SIGHUP)
         wait_for(lambda: "reload done: nothing changed" in daemon.log_text())
         assert daemon.status()["ready"]
+
+
+def test_no_signal_that_means_nothing_ends_daemon_or_worker(tmp_path: Path) -> None:
+    with StandInDaemon(tmp_path).start() as daemon:
+        pids = [daemon.process.pid, daemon.pid("api"), daemon.pid("engine")]
+        for pid in pids:
+            for number in set(MEANINGLESS) - {signal.SIGHUP}:
+                os.kill(pid, number)
+        for pid in pids[1:]:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+                os.kill(pid, number)
+        daemon.kill("engine")
+        daemon.wait_worker("engine-0", restarts=1, state="running")
+        assert [daemon.process.pid, daemon.pid("api")] == pids[:2]
+        daemon.process.send_signal(signal.SIGQUIT)
+        assert daemon.exit_code() == EXIT_OK
+        assert "SIGQUIT: stopping" in daemon.log_text()
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_start_clears_up(tmp_path: Path) -> None:
