@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE
+from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, TextStops
 from lightllmd.text.detokenize import IncrementalDetokenizer
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopList, StopMatcher
@@ -24,6 +24,19 @@ class TextOptions:
     print_eos_token: bool = False
     min_tokens: int = 1  # before so many no stop ends it
     prompt_only: bool = False  # it ends without a token: the prompt's log-probabilities are what was asked for
+
+    def for_search(self) -> TextStops | None:
+        """What a beam search has to know of it."""
+        if not self.stops or self.prompt_only:
+            return None
+        return TextStops(
+            tuple(self.stops.strings),
+            tuple(map(tuple, self.stops.ids)),
+            self.include_stop,
+            self.skip_special_tokens,
+            self.spaces_between_special_tokens,
+            self.print_eos_token,
+        )
 
 
 class Branch:
@@ -121,6 +134,9 @@ class _Silent:
 
     def flush(self) -> str:
         return ""
+
+    def copy(self) -> _Silent:
+        return self
 
 
 def open_branches(

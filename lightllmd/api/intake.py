@@ -78,4 +78,6 @@ class Intake:
             run, healing = roll_back(ids, self._tokenizer(), most=min(2, params.max_new_tokens - 1))
         if shows_prompt and self.scores_prompts:
             params = msgspec.structs.replace(params, prompt_logprobs=max(0, params.prompt_logprobs))
+        if self.beams and params.n > 1 and text.stops:
+            params = msgspec.structs.replace(params, stops=text.for_search())
         return Job(ids, cut, run, msgspec.structs.replace(params, healing=healing), seed, text)

@@ -7,6 +7,7 @@ from lightllmd.engine import cache, fake, openmp
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.batch import Runner
 from lightllmd.engine.constraint import Constraints
+from lightllmd.engine.reading import Readings
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.text.healing import writable
 from lightllmd.text.tokenizer import load_tokenizer
@@ -29,8 +30,11 @@ def runner_for(plan: Plan) -> Runner:
 
 def scheduler_for(plan: Plan, generation: int) -> Scheduler:
     """Under token_healing_mode the tokens' bytes are read now; else not before a request that was healed is replayed
-    from a generation that did. Raises ConfigInvalid."""
+    from a generation that did. Under beam_mode the tokenizer is. Raises ConfigInvalid."""
     constraints = Constraints(plan.vocab_size, plan.eos_id, lambda: writable(load_tokenizer(plan)))
     if plan.config.params.token_healing_mode:
         constraints.load()
-    return Scheduler(Limits.of(plan), generation, constraints)
+    readings = Readings(lambda: load_tokenizer(plan))
+    if plan.config.params.beam_mode:
+        readings.prepare()
+    return Scheduler(Limits.of(plan), generation, constraints, readings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from lightllmd.engine.batch import Alternatives, Candidate
-from lightllmd.engine.beam import BeamSearch
+from lightllmd.engine.beam import BeamSearch, Reading
 from lightllmd.engine.key_values import KeyValues
 from lightllmd.engine.request import Fork, Sequence
 from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput
@@ -18,12 +18,13 @@ from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FIN
 BeamResult = tuple[Sequence, float, list[Candidate], Alternatives | None]
 
 
-def fork(sequences: list[Sequence], eos_ids: frozenset[int]) -> None:
-    """Makes a request's branches the beams of one search."""
+def fork(sequences: list[Sequence], eos_ids: frozenset[int], reading: Reading | None = None) -> None:
+    """Makes a request's branches the beams of one search. `reading`: where stops end a hypothesis too."""
     params = sequences[0].params
     ends = frozenset[int]() if params.ignore_eos else eos_ids
-    beams = Fork(list(sequences), ends=ends)
-    params = msgspec.structs.replace(params, do_sample=False, candidates=BeamSearch.candidates(len(sequences), ends))
+    beams = Fork(list(sequences), ends=ends, reading=reading)
+    candidates = BeamSearch.candidates(len(sequences), ends, reading is not None)
+    params = msgspec.structs.replace(params, do_sample=False, candidates=candidates)
     for sequence in sequences:
         sequence.params, sequence.fork = params, beams
     begin(beams)
@@ -32,7 +33,8 @@ def fork(sequences: list[Sequence], eos_ids: frozenset[int]) -> None:
 def begin(fork: Fork) -> None:
     """A new search, from the prompt on."""
     params = fork.members[0].params
-    fork.search = BeamSearch(len(fork.members), fork.ends, params.max_new_tokens, params.length_penalty)
+    limits = params.max_new_tokens, params.length_penalty
+    fork.search = BeamSearch(len(fork.members), fork.ends, *limits, fork.reading)
     for member in fork.members:
         member.emitted = []
 

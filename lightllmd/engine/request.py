@@ -8,7 +8,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllmd.engine.beam import BeamSearch
+from lightllmd.engine.beam import BeamSearch, Reading
 from lightllmd.engine.constraint import Constraint
 from lightllmd.engine.radix_tree import Node
 from lightllmd.ipc.messages import SamplingParams, Submit
@@ -37,6 +37,7 @@ class Fork:
     members: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None  # None: each draws for itself
     ends: frozenset[int] = frozenset()  # of a search: the tokens that end a hypothesis
+    reading: Reading | None = None  # of a search: what it begins with, where stops end a hypothesis too
 
     def leave(self, sequence: Sequence) -> None:
         """It gave its slots back: the next one pays for the prompt."""

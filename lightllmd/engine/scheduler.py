@@ -33,6 +33,7 @@ from lightllmd.engine.beams import BeamResult
 from lightllmd.engine.composer import Composer
 from lightllmd.engine.constraint import Constraints
 from lightllmd.engine.key_values import KeyValues
+from lightllmd.engine.reading import Readings
 from lightllmd.engine.request import SELF, Fork, Owner, Sequence, State, sequences_of
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
@@ -84,8 +85,14 @@ class _Sent(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, limits: Limits, generation: int, constraints: Constraints | None = None) -> None:
-        """`constraints` None: what requests restrict is not heeded."""
+    def __init__(
+        self,
+        limits: Limits,
+        generation: int,
+        constraints: Constraints | None = None,
+        readings: Readings | None = None,
+    ) -> None:
+        """`constraints` None: what requests restrict is not heeded. `readings` None: no stop ends a hypothesis."""
         self.limits = limits
         self.generation = generation
         self.keys = KeyValues(
@@ -96,7 +103,7 @@ class Scheduler:
         self.suspects: list[Sequence] = []  # the first to run is last
         self.waiting: deque[Sequence] = deque()  # in order of arrival here
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
-        self._constraints = constraints
+        self._constraints, self._readings = constraints, readings
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
         self._batches: dict[Owner, tuple[int, bool]] = {}  # its newest batch, and whether there was room for it
         self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
@@ -393,7 +400,10 @@ class Scheduler:
             for sequence in sequences:
                 sequence.forks = self.limits.beam_mode or self.limits.diverse_mode
             if self.limits.beam_mode:
-                beams.fork(sequences, self.limits.eos_ids)
+                reading = None
+                if self._readings is not None:
+                    reading = self._readings.open(message.prompt_ids, message.params)
+                beams.fork(sequences, self.limits.eos_ids, reading)
         self._requests[message.request] = {sequence.branch: sequence for sequence in sequences}
         for sequence in sequences:
             self._enter_line(sequence)

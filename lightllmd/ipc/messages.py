@@ -26,6 +26,17 @@ def request_id(api: int, epoch: int, sequence: int) -> int:
 # --- requests ---------------------------------------------------------------------------------------------
 
 
+class TextStops(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What ends a sequence because of its text, and how its tokens become text."""
+
+    strings: tuple[str, ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
+    include_stop: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    print_eos_token: bool = False
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token of each branch is chosen. Already validated; the engine trusts it.
 
@@ -58,6 +69,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int = -1  # alternatives reported beside each prompt token's log-probability, 0..20; -1: neither
     use_cache: bool = True  # of prompts: False: neither reads nor fills it
     length_penalty: float = 1.0  # beam search: a hypothesis scores its log-probability / length ** length_penalty
+    # Of beam search, where a stop ends a hypothesis; what ends any other sequence is found where its text is made.
+    stops: TextStops | None = None
     candidates: int = 0  # set by the scheduler, of beams: the tokens that each reports to go on with, 0..64
 
 

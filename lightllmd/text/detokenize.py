@@ -8,8 +8,9 @@ replay needs nothing here: the next token of the next generation is pushed as if
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from lightllmd.text.vocabulary import LeadingSpace, Vocabulary
 
@@ -21,6 +22,10 @@ class IncrementalDetokenizer(Protocol):
 
     def flush(self) -> str:
         """What still waits, at the end of the generation. Incomplete UTF-8 comes out as U+FFFD."""
+        ...
+
+    def copy(self) -> Self:
+        """Another one that goes on from here."""
         ...
 
 
@@ -124,6 +129,9 @@ class TableStream:
         self._open = self._lead is not LeadingSpace.KEEP
         return text
 
+    def copy(self) -> Self:
+        return copy.copy(self)
+
 
 _CHARACTER = 4  # bytes at most
 _CONTEXT = 6  # tokens kept before the ones whose text is still to come
@@ -147,7 +155,7 @@ class WindowStream:
         self._before = self._decode(self._window) if self._window else ""
 
     def push(self, ids: Sequence[int]) -> str:
-        self._window += [number for number in ids if number not in self._hidden]
+        self._window = self._window + [number for number in ids if number not in self._hidden]
         waiting = len(self._window) - self._settled
         if not waiting:
             return ""
@@ -167,6 +175,9 @@ class WindowStream:
         if len(self._window) == self._settled:
             return ""
         return self._release(self._decode(self._window))
+
+    def copy(self) -> Self:
+        return copy.copy(self)  # the window is replaced, never changed
 
 
 class SeparatedStream:
@@ -207,6 +218,11 @@ class SeparatedStream:
 
     def flush(self) -> str:
         return self._run.flush()
+
+    def copy(self) -> Self:
+        other = copy.copy(self)
+        other._run = self._run.copy()
+        return other
 
 
 class HealedStream:
@@ -264,3 +280,10 @@ class HealedStream:
         if self._rest is not None:
             return self._rest.flush()
         return self._end() if self._left == 0 else ""
+
+    def copy(self) -> Self:
+        other = copy.copy(self)
+        other._decoder = codecs.getincrementaldecoder("utf-8")(self._vocabulary.byte_errors)
+        other._decoder.setstate(self._decoder.getstate())
+        other._rest = None if self._rest is None else self._rest.copy()
+        return other

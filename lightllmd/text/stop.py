@@ -10,6 +10,7 @@ own is a `StopMatcher`, a few numbers.
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -133,6 +134,17 @@ class StopMatcher:
         #   where the text of each of the last tokens begins, in characters from the start
         self.stopped = False
         self.tokens = 0  # tokens up to and including the one that completed the stop; those after it don't count
+
+    def copy(self) -> StopMatcher:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._unshown, other._starts = self._unshown.copy(), self._starts.copy()
+        return other
+
+    @property
+    def held(self) -> str:
+        """What is held back now; `flush` would release it."""
+        return self._held
 
     def push(self, text: str, ids: Sequence[int] = (), unshown: str = "") -> str:
         """`text` is what `ids` (one token; none for a detokenizer's last words) added; `unshown`: the token's own text

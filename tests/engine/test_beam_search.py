@@ -25,8 +25,38 @@ Scored = tuple[Sequence, float]  # with its score
 WORST = -1e6  # what a sampler makes of a masked eos
 
 
+class Spelt:
+    """A reading of tokens that are written with a letter or two; stops are texts."""
+
+    WORDS = "a", "b", "ab", "c", "bc", "", "aa"
+
+    def __init__(self, stops: tuple[str, ...], tokens: Sequence = ()) -> None:
+        self._stops, self._tokens = stops, tokens
+
+    def after(self, token: int) -> Spelt:
+        return Spelt(self._stops, (*self._tokens, token))
+
+    @property
+    def _whole(self) -> str:
+        return "".join(self.WORDS[token] for token in self._tokens)
+
+    @property
+    def _end(self) -> int | None:
+        """Of the stop that is complete first."""
+        found = [self._whole.find(stop) + len(stop) for stop in self._stops if stop in self._whole]
+        return min(found) if found else None
+
+    @property
+    def stopped(self) -> bool:
+        return self._end is not None
+
+    @property
+    def text(self) -> str:
+        return self._whole[: self._end]
+
+
 def by_the_rules(
-    model: LanguageModel, width: int, eos: frozenset[int], most: int, penalty: float
+    model: LanguageModel, width: int, eos: frozenset[int], most: int, penalty: float, stops: tuple[str, ...] = ()
 ) -> tuple[list[Scored], int]:
     """The hypotheses, best first, and after how many steps the search is over. It looks at all continuations."""
     live: list[tuple[Sequence, float]] = [((), 0.0)]
@@ -40,22 +70,32 @@ def by_the_rules(
             if logprob != -float("inf")
         ]
         ranked = sorted(all_of_them, key=lambda one: -one[1])
-        stops = [tokens[-1] in eos or length == most for tokens, _ in ranked]
-        best = zip(ranked[:width], stops, strict=False)
-        ended += [(tokens, total / length**penalty) for (tokens, total), stop in best if stop]
-        ended = sorted(ended, key=lambda one: -one[1])[:width]
-        live = [one for one, stop in zip(ranked, stops, strict=True) if not stop][:width]
+        ends = {tokens: tokens[-1] in eos or length == most or Spelt(stops, tokens).stopped for tokens, _ in ranked}
+        live = [one for one in ranked if not ends[one[0]]][:width]
+        rank = 0
+        for tokens, total in ranked:
+            if rank == width:
+                break
+            rank += 1
+            if ends[tokens]:
+                score = total / length**penalty
+                same = [one for one in ended if stops and Spelt(stops, one[0]).text == Spelt(stops, tokens).text]
+                rank -= len(same)
+                if same and same[0][1] >= score:
+                    continue
+                ended = [one for one in ended if one not in same] + [(tokens, score)]
+                ended = sorted(ended, key=lambda one: -one[1])[:width]
         if not live or (len(ended) == width and live[0][1] / length**penalty <= ended[-1][1]):
             return ended, length
     raise AssertionError("the last step ends every beam")
 
 
 def searched(
-    model: LanguageModel, width: int, eos: frozenset[int], most: int, penalty: float
+    model: LanguageModel, width: int, eos: frozenset[int], most: int, penalty: float, stops: tuple[str, ...] = ()
 ) -> tuple[BeamSearch, int]:
     """What `BeamSearch` makes of the alternatives that it asks for, and after how many steps it is over."""
-    search = BeamSearch(width, eos, most, penalty)
-    asked = BeamSearch.candidates(width, eos)
+    search = BeamSearch(width, eos, most, penalty, Spelt(stops) if stops else None)
+    asked = BeamSearch.candidates(width, eos, bool(stops))
     for step in range(1, most + 1):
         before = list(search.live)
         tables = [model(tuple(beam.tokens)) for beam in before]
@@ -124,6 +164,32 @@ def test_the_search_keeps_to_its_rules(
     model = drawn_model(seed, vocab, steps_of, eos, least)
     search, steps = searched(model, width, eos, most, penalty)
     assert (told(search), steps) == by_the_rules(model, width, eos, most, penalty)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(**SEARCHES, stops=st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_stops_end_hypotheses_inside_the_search(
+    seed: int,
+    vocab: int,
+    width: int,
+    ends: set[int],
+    most: int,
+    penalty: float,
+    steps_of: float,
+    least: int,
+    stops: list[str],
+) -> None:
+    """Each with a text of its own, which ends with a stop, by eos or at the length."""
+    eos, told_to_stop = frozenset(ends), tuple(stops)
+    model = drawn_model(seed, vocab, steps_of, eos, least)
+    search, steps = searched(model, width, eos, most, penalty, told_to_stop)
+    assert (told(search), steps) == by_the_rules(model, width, eos, most, penalty, told_to_stop)
+    readings = [Spelt(told_to_stop, tuple(one.tokens)) for one in search.ended]
+    assert len({reading.text for reading in readings}) == len(readings)
+    for one, reading in zip(search.ended, readings, strict=True):
+        assert one.ended == (one.tokens[-1] in eos or reading.stopped)
+        assert one.ended or len(one.tokens) == most
+        assert not Spelt(told_to_stop, tuple(one.tokens[:-1])).stopped
 
 
 @settings(max_examples=100, deadline=None)

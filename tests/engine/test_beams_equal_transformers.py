@@ -69,7 +69,9 @@ def model(llm: LLM) -> Any:
 
 
 @torch.inference_mode()
-def by_transformers(model: Any, prompts: list[list[int]], width: int) -> list[list[tuple[list[int], float]]]:
+def by_transformers(
+    model: Any, prompts: list[list[int]], width: int, **more: Any
+) -> list[list[tuple[list[int], float]]]:
     """Of each prompt the hypotheses with their scores; all in one batch, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -85,6 +87,7 @@ def by_transformers(model: Any, prompts: list[list[int]], width: int) -> list[li
         do_sample=False,
         output_scores=True,
         return_dict_in_generate=True,
+        **more,
     )
     lengths = (found.beam_indices >= 0).sum(-1).tolist()
     tokens, scores = found.sequences[:, longest:].tolist(), found.sequences_scores.tolist()
@@ -109,3 +112,39 @@ def test_hypotheses_and_scores_equal_transformers(llm: LLM, model: Any, width: i
     assert ends
     llm._scheduler.check()
     assert llm._scheduler.keys.used == 0
+
+
+def test_a_stop_ends_hypotheses_as_transformers_ends_them_by_eos(llm: LLM, model: Any) -> None:
+    """An id, since transformers looks at stop texts between steps only, for all beams at once."""
+    comma = llm.tokenizer.encode(",", add_special_tokens=False)
+    texts = [PROMPTS[7], PROMPTS[16]]
+    outputs = llm.generate(texts, n=3, max_new_tokens=TOKENS, stop_sequences=[comma], progress=False)
+    eos = [*llm.plan.eos_id, *comma]
+    truths = by_transformers(model, [output.prompt_token_ids for output in outputs], 3, eos_token_id=eos)
+    for output, truth in zip(outputs, truths, strict=True):
+        assert [branch.token_ids for branch in output.branches] == [tokens for tokens, _ in truth]
+    assert any(branch.token_ids[-1:] == comma for output in outputs for branch in output.branches)
+
+
+def test_a_stop_text_gives_as_many_different_answers_as_beams_each_up_to_it(llm: LLM) -> None:
+    (free,) = llm.generate("The following is a function of a", n=3, max_new_tokens=16, progress=False)
+    text = free.branches[0].text or ""
+    stop = text[len(text) // 2 : len(text) // 2 + 4]  # wherever tokens begin and end
+    (output,) = llm.generate(
+        "The following is a function of a", n=3, max_new_tokens=16, stop_sequences=[stop], progress=False
+    )
+    texts = [branch.text or "" for branch in output.branches]
+    assert len(set(texts)) == 3
+    assert any(stop in text for text in texts)
+    for branch, text in zip(output.branches, texts, strict=True):
+        assert text.find(stop) in (-1, len(text) - len(stop))
+        assert (branch.finish_reason == "length") == (len(branch.token_ids) == 16 and stop not in text)
+    (kept,) = llm.generate(
+        "The following is a function of a",
+        n=3,
+        max_new_tokens=16,
+        min_new_tokens=16,
+        stop_sequences=[stop],
+        progress=False,
+    )
+    assert {len(branch.token_ids) for branch in kept.branches} == {16}
