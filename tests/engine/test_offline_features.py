@@ -127,7 +127,7 @@ def test_beams_come_best_first_all_their_tokens_at_once() -> None:
         assert totals == sorted(totals, reverse=True)
         assert {len(branch.token_ids) for branch in output.branches} == {6}
         assert all(len(branch.top_logprobs or []) == 6 for branch in output.branches)
-        with pytest.raises(InvalidRequest, match="8 beams of 800 new tokens"):
+        with pytest.raises(InvalidRequest, match="6400 in the completion of 8 beams"):
             llm.generate("x", n=8, max_new_tokens=800)
         llm._scheduler.check()
         assert llm._scheduler.keys.used == 0
