@@ -128,6 +128,22 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
+class UrlTooLong(RequestError):
+    status = 414
+
+
+class HeaderTooLarge(RequestError):
+    """A header field, all of them together, or their number."""
+
+    status = 431
+
+
+class RequestTimeout(RequestError):
+    """The request did not come in time."""
+
+    status = 408
+
+
 class QueueFull(RequestError):
     status = 429
     retry_after = 1.0

@@ -16,10 +16,10 @@ from lightllmd.api.errors import from_validation
 from lightllmd.api.ignored_fields import IgnoredFields
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import BodyTooLarge, ClientClosed, InvalidRequest
+from lightllmd.http.exchange import release_body
 
 MAX_DEPTH = 64  # of nested JSON arrays and objects
 MAX_FIELDS = 1024  # of one object
-MAX_IGNORED = 256  # names of unknown fields that are noted
 _REFERENCE = "#/components/schemas/{model}"
 _INLINE = 128 << 10  # bytes; a larger body is decoded in a thread so that streams go on
 
@@ -45,8 +45,7 @@ class Body(BaseModel):
         for name, value in given.items():
             field = fields.get(name)
             if field is None and isinstance(ignored, set):
-                if len(ignored) < MAX_IGNORED:
-                    ignored.add(name)
+                ignored.add(name)
             elif value is not None or field is None or field.is_required():
                 kept[name] = value
         return kept
@@ -103,12 +102,15 @@ def decode(raw: bytes, model: type[Model], ignored: set[str] | None = None) -> M
 
 async def parse(request: Request, model: type[Model], limit: int, told: IgnoredFields | None = None) -> Model:
     """`told` hears of unknown fields that were passed over; None: they are refused."""
-    raw = await read(request, limit)
     ignored: set[str] | None = None if told is None else set()
-    if len(raw) > _INLINE:
-        body = await asyncio.get_running_loop().run_in_executor(None, decode, raw, model, ignored)
-    else:
-        body = decode(raw, model, ignored)
+    try:
+        raw = await read(request, limit)
+        if len(raw) > _INLINE:
+            body = await asyncio.get_running_loop().run_in_executor(None, decode, raw, model, ignored)
+        else:
+            body = decode(raw, model, ignored)
+    finally:
+        release_body(request.scope)
     if told is not None and ignored:
         told.note(request.scope, ignored)
     return body

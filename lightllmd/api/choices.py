@@ -15,6 +15,7 @@ from lightllmd.api.entry import Entry
 from lightllmd.api.errors import openai_error
 from lightllmd.api.openai_bodies import UsageTold
 from lightllmd.api.prompt_log import FLOOR, Alternatives
+from lightllmd.api.reply import DONE
 from lightllmd.errors import RequestError
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.offsets import begins
@@ -359,8 +360,8 @@ class Chunks:
 
     def end(self) -> bytes:
         if self._told is UsageTold.NEVER:
-            return b"data: [DONE]\n\n"
-        return b"%b%bdata: [DONE]\n\n" % (self._head, self._usage(_generated(self._entries)))
+            return DONE
+        return self._head + self._usage(_generated(self._entries)) + DONE
 
     def error(self, error: RequestError) -> bytes:
         return error_frame(error)
@@ -372,4 +373,4 @@ def _opened(head: dict[str, Any]) -> bytes:
 
 
 def error_frame(error: RequestError) -> bytes:
-    return b"data: %b\n\ndata: [DONE]\n\n" % _json.encode(openai_error(error))
+    return b"data: %b\n\n%b" % (_json.encode(openai_error(error)), DONE)

@@ -68,8 +68,13 @@ def openai_error(error: LightllmdError) -> dict[str, Any]:
     }
 
 
+def error_body(error: LightllmdError, path: str) -> dict[str, Any]:
+    """In the dialect of `path`."""
+    return openai_error(error) if path.startswith(OPENAI_PATHS) else {"message": error.message}
+
+
 def error_response(error: LightllmdError, path: str) -> Response:
-    body = openai_error(error) if path.startswith(OPENAI_PATHS) else {"message": error.message}
+    body = error_body(error, path)
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

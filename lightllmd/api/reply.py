@@ -16,6 +16,7 @@ from lightllmd.errors import ClientClosed, RequestError
 
 HELD = b": held\n\n"  # SSE comments: they keep proxies and clients from giving up
 WAITING = b": waiting\n\n"
+DONE = b"data: [DONE]\n\n"  # ends OpenAI's streams
 _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -117,6 +118,14 @@ def _start(response: Response) -> Message:
     return {"type": "http.response.start", "status": 200, "headers": response.raw_headers}
 
 
+async def _send_last(send: Send, body: bytes) -> None:
+    """The end of a stream. OpenAI's last frame gets a chunk of its own: some clients compare whole chunks with it."""
+    if body.endswith(DONE) and len(body) > len(DONE):
+        await send({"type": "http.response.body", "body": body.removesuffix(DONE), "more_body": True})
+        body = DONE
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
 class EventStream(Response):
     """Server-sent events, straight onto ASGI: all that came since the last wake-up goes out in one send.
 
@@ -175,9 +184,10 @@ class EventStream(Response):
                     self.started = True
                     await send(_start(self))
                 self.last_sent = loop.time()
-                await send({"type": "http.response.body", "body": body, "more_body": not last})
                 if last:
+                    await _send_last(send, body)
                     return
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         finally:
             self._streams.discard(self)
             watcher.cancel()
@@ -212,7 +222,7 @@ class LateStream(Response):
         except RequestError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": self._error_frame(error), "more_body": False})
+            await _send_last(send, self._error_frame(error))
             return
         finally:
             making.cancel()

@@ -1,35 +1,38 @@
-"""uvicorn on the inherited listeners: when it accepts, how its connections end."""
+"""The front end's HTTP server on the inherited listeners: its bounds, and how its connections end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
-from collections.abc import Iterator
-from typing import cast
 
+import msgspec
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from lightllmd.config.files import read_bytes
+from lightllmd.api.auth import OPEN_PATHS
+from lightllmd.api.errors import error_body
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import ConfigInvalid, Problem
+from lightllmd.http import server
+from lightllmd.http.bounds import Bounds, descriptors_left
+from lightllmd.http.connection import Connection
+from lightllmd.http.traffic import Traffic
 
-KEEP_ALIVE = 30  # seconds that an idle HTTP connection stays open
-# The same once the worker retires. More than the 5 s after which several clients (httpx is one) give up an idle
-# connection themselves: who keeps one for longer may send a request just when we close it.
+log = logging.getLogger(__name__)
+
+# Seconds that an idle connection stays open once the worker retires. More than the 5 s after which several clients
+# (httpx is one) give up an idle connection themselves: who keeps one for longer may send a request just when we close
+# it.
 KEEP_ALIVE_RETIRED = 6
-_SETTLE = 0.2  # seconds after which uvicorn knows every connection that was accepted
-LARGEST_PEM = 1 << 20  # bytes
-BACKLOG = 4096  # as the supervisor's; the kernel caps it at net.core.somaxconn
+_SETTLE = 0.2  # seconds after which every connection that was accepted is known
+_BODIES = 8  # of the largest kind, in memory at a time
 
 
 def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -38,15 +41,10 @@ def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        backlog=BACKLOG,
         ssl_certfile=http.tls_certificate or None,
         ssl_keyfile=http.tls_key or None,
     )
     try:
-        for path in (http.tls_certificate, http.tls_key):
-            if path:
-                read_bytes(path, LARGEST_PEM)  # OpenSSL would wait for a pipe's writer
         config.load()
     except OSError as failure:  # ssl.SSLError is one
         message = f"{http.tls_certificate} with key {http.tls_key or 'in the same file'} can't be used: {failure}"
@@ -54,17 +52,40 @@ def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
     return config
 
 
-class Server(uvicorn.Server):
-    """Signals are the supervisor's business, not uvicorn's."""
+def bounds(http: HttpSettings) -> Bounds:
+    """Of this process, whose descriptors count."""
+    if http.max_connections == "auto":
+        connections = descriptors_left()
+    else:
+        connections = descriptors_left(http.max_connections)
+        if connections < http.max_connections:
+            log.warning("max_connections is %d, as the descriptors (ulimit -n) leave no more", connections)
+    memory = http.max_body_bytes_in_flight
+    return Bounds(
+        header_timeout=http.header_timeout,
+        body_timeout=http.body_timeout,
+        write_timeout=http.write_timeout,
+        keep_alive_timeout=http.keep_alive_timeout,
+        min_rate=http.min_rate,
+        connections=connections,
+        body_bytes=_BODIES * http.max_body_bytes if memory == "auto" else memory,
+    )
 
-    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
-        super().__init__(config)
+
+class Server(server.Server):
+    """Ends when it is told to, each connection after its answer."""
+
+    def __init__(self, app: ASGIApp, http: HttpSettings, sockets: list[socket.socket]) -> None:
+        """Raises ConfigInvalid for a certificate that can't be used."""
+        config = uvicorn_config(app, http)
+        traffic = Traffic(
+            bounds(http),
+            render=lambda error, path: msgspec.json.encode(error_body(error, path)),
+            is_reserved=OPEN_PATHS.__contains__,
+        )
+        super().__init__(config, traffic)
         self.sockets = sockets
         self._settled: float | None = None  # loop time from which a retired one may end; None: not retired
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
     def retire(self) -> None:
         """Stops accepting, and ends when the last connection has. Those that are open may bring further requests, and
@@ -76,37 +97,20 @@ class Server(uvicorn.Server):
             self.should_exit = True
         if self.should_exit or self._settled is not None:
             return
-        for server in self.servers:
-            server.close()
+        for acceptor in self.servers:
+            acceptor.close()
         for sock in self.sockets:
             sock.close()
-        close = (b"connection", b"close")
-        self.config.encoded_headers.append(close)  # `on_tick` makes default_headers of them, every second
-        self.server_state.default_headers = [*self.server_state.default_headers, close]
+        self.traffic.retire(KEEP_ALIVE_RETIRED)
         # What was accepted a moment ago is in no list yet, nor is a connection in its TLS handshake.
         settle = KEEP_ALIVE_RETIRED if self.config.is_ssl else _SETTLE
         loop = asyncio.get_running_loop()
         self._settled = loop.time() + settle
-        self._shorten()
-        loop.call_later(settle, self._shorten)
-
-    def _shorten(self) -> None:
-        """An idle connection has KEEP_ALIVE_RETIRED from now; one that waits for an answer will hear from that."""
-        loop = asyncio.get_running_loop()
-        for connection in cast("set[HttpToolsProtocol]", self.server_state.connections):
-            connection.timeout_keep_alive = KEEP_ALIVE_RETIRED
-            cycle = connection.cycle
-            if cycle is None or cycle.response_complete:
-                connection._unset_keepalive_if_required()
-                connection.timeout_keep_alive_task = loop.call_later(
-                    KEEP_ALIVE_RETIRED, connection.timeout_keep_alive_handler
-                )
-            elif not cycle.response_started:
-                cycle.keep_alive = False
+        loop.call_later(settle, self.traffic.retire, KEEP_ALIVE_RETIRED)
 
     async def on_tick(self, counter: int) -> bool:
         over = await super().on_tick(counter)
-        if self._settled is None or self.server_state.connections:
+        if self._settled is None or self.traffic.connections:
             return over
         return over or asyncio.get_running_loop().time() >= self._settled
 

@@ -18,7 +18,7 @@ from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.ledger import Ledger, Tally
 from lightllmd.api.link import EngineLink
 from lightllmd.api.revisions import Revisions
-from lightllmd.api.server import Server, uvicorn_config
+from lightllmd.api.server import Server
 from lightllmd.config.plan import Plan
 from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages
@@ -47,7 +47,7 @@ class Worker:
         keys, metrics_keys = keys_of(http)
         app = build_app(self.revisions, metrics_dir=configure.metrics_dir, api_keys=keys, metrics_keys=metrics_keys)
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
-        self._server = Server(uvicorn_config(app, http), sockets)
+        self._server = Server(app, http, sockets)
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
         self._broken: asyncio.Future[None] | None = None  # ends with the first exception that nobody can handle
 
@@ -112,9 +112,10 @@ class Worker:
 
     def _heartbeat(self) -> None:
         stats = self.revisions.stats()
+        stats |= self._server.traffic.stats()
         stats["draining"] = float(self.revisions.gate.refusal is not None)
         phase = "ready" if self._server.started else "boot"
-        self._channel.send(messages.Heartbeat(phase, progress=0, busy=False, stats=stats), droppable=True)
+        self._channel.send(messages.Heartbeat(phase, progress=0, busy=False, stats=stats))
 
     def _heard(self) -> None:
         for message in self._channel.receive():

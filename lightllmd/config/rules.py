@@ -65,6 +65,13 @@ def _tls_pair(config: Config) -> str:
     return "http.tls_certificate and http.tls_key must be set together"
 
 
+def _room_for_bodies(config: Config) -> str:
+    memory, body = config.http.max_body_bytes_in_flight, config.http.max_body_bytes
+    if memory == "auto" or memory >= 2 * body:
+        return ""
+    return f"max_body_bytes_in_flight = {memory} must be at least twice max_body_bytes = {body}"
+
+
 def _one_decode_mode(config: Config) -> str:
     names = decode_modes(config.params.mode)
     if len(names) < 2:
@@ -107,6 +114,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("supervisor.control_socket",), _socket_path_length),
     Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
     Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
+    Rule(("http.max_body_bytes", "http.max_body_bytes_in_flight"), _room_for_bodies),
     Rule(("mode",), _one_decode_mode),
     Rule(("mode", "data_type"), _mode_fits_data_type),
     _needs_gateway("grouping_key"),

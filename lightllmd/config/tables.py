@@ -189,6 +189,69 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="front end",
         ),
     ] = "ignore"
+    header_timeout: Annotated[
+        float,
+        _seconds(
+            "From a connection, or from a request's first byte, to the end of its header; then 408. A TLS handshake "
+            "has as long.",
+            reload="front end",
+        ),
+    ] = 20.0
+    body_timeout: Annotated[
+        float,
+        _seconds(
+            "From the header to the end of the body, beside the time that min_rate gives for what came; then 408.",
+            reload="front end",
+        ),
+    ] = 20.0
+    write_timeout: Annotated[
+        float,
+        _seconds(
+            "A client that takes less than min_rate of an answer for this long, with more waiting, is cut off.",
+            reload="front end",
+        ),
+    ] = 30.0
+    keep_alive_timeout: Annotated[
+        float,
+        _seconds(
+            "An idle connection is closed after this. More than a proxy keeps its own (60 s at most of them), else it "
+            "may send a request at the very moment.",
+            reload="front end",
+        ),
+    ] = 75.0
+    min_rate: Annotated[
+        int,
+        Setting(
+            doc="The slowest pace at which a body may come and an answer may be taken.",
+            unit="bytes/s",
+            minimum=1,
+            maximum=1 << 30,
+            reload="front end",
+        ),
+    ] = 1024
+    max_connections: Annotated[
+        int | Literal["auto"],
+        Setting(
+            doc="Connections of each front end process. Beyond that, one on which no request has come for the longest "
+            "time is closed; where there is none, a new one gets 503, but for the health routes. auto: what its "
+            "descriptors (ulimit -n) leave, 16384 at most.",
+            unit="connections",
+            minimum=1,
+            maximum=1_000_000,
+            reload="front end",
+        ),
+    ] = "auto"
+    max_body_bytes_in_flight: Annotated[
+        int | Literal["auto"],
+        Setting(
+            doc="Memory of each front end process for bodies that are coming in or being decoded; what finds no room "
+            "gets 503. At least twice max_body_bytes; auto: eight times.",
+            unit="bytes",
+            minimum=2048,
+            maximum=1 << 40,
+            reload="front end",
+        ),
+    ] = "auto"
     cors_origins: Annotated[
         list[str],
         Setting(

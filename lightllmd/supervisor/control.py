@@ -6,7 +6,6 @@ Reads are answered from the state as it is; mutations are put into the superviso
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import platform
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,11 @@ from lightllmd.config.load import load
 from lightllmd.config.report import report
 from lightllmd.config.tables import YEAR
 from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
+from lightllmd.http import server as http
+from lightllmd.http.traffic import Traffic
 from lightllmd.supervisor import logs, snapshot, status
 from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.peers import BODY_TIMEOUT, ControlProtocol, Peer, may_mutate
+from lightllmd.supervisor.peers import ControlConnection, Peer, bounds, may_mutate
 from lightllmd.supervisor.switch import Terms
 from lightllmd.supervisor.verbs import Asked
 
@@ -49,13 +50,6 @@ VALUES = (
 )  # of a plan: what is in force where the configuration may say "auto" or nothing
 
 
-class _Uvicorn(uvicorn.Server):
-    """Signals stay the supervisor's."""
-
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-        return contextlib.nullcontext()
-
-
 class Server:
     """The listening end. `start` returns once requests are answered."""
 
@@ -63,14 +57,16 @@ class Server:
         self._socket = supervisor.context.runtime.bind_control()
         config = uvicorn.Config(
             ControlPlane(supervisor).app(),
-            http=ControlProtocol,
+            http=ControlConnection,  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             access_log=False,
             log_config=None,
+            server_header=False,
             timeout_graceful_shutdown=1,
         )
-        self._server = _Uvicorn(config)
+        config.load()
+        self._server = http.Server(config, Traffic(bounds(), _render, _is_reserved), ControlConnection)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -270,6 +266,15 @@ async def _refuse(request: Request, refusal: Exception) -> Response:
     return Response(msgspec.json.encode(refusal.as_dict()), refusal.status, headers, "application/json")
 
 
+def _render(refusal: LightllmdError, path: str) -> bytes:
+    return msgspec.json.encode(refusal.as_dict())
+
+
+def _is_reserved(path: str) -> bool:
+    """All but what goes on for as long as a client likes."""
+    return not path.startswith(("/v1/logs", "/v1/events"))
+
+
 async def _no_route(request: Request, refusal: Exception) -> Response:
     """Unknown path or method."""
     assert isinstance(refusal, HTTPException)
@@ -284,15 +289,11 @@ async def _broken(request: Request, fault: Exception) -> Response:
 
 async def _body(request: Request, known: set[str]) -> dict[str, Any]:
     """The JSON object of a request; no body is an empty one. Raises BodyTooLarge, Usage."""
-    body = b""
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > LONGEST_BODY:
-                    raise BodyTooLarge(f"the body is larger than {LONGEST_BODY} bytes", limit=LONGEST_BODY)
-    except TimeoutError:
-        raise Usage(f"the body did not arrive within {BODY_TIMEOUT:g} s") from None
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LONGEST_BODY:
+            raise BodyTooLarge(f"the body is larger than {LONGEST_BODY} bytes", limit=LONGEST_BODY)
     try:
         parsed = msgspec.json.decode(body, type=dict[str, Any]) if body.strip() else {}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as wrong:

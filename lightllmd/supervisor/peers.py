@@ -9,18 +9,12 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
+from lightllmd.http.bounds import Bounds, descriptors_left
+from lightllmd.http.connection import Connection
 from lightllmd.supervisor.runtime import group_id
 
 MOST_CONNECTIONS = 64
-FIRST_BYTE_TIMEOUT = 30.0  # seconds
-BODY_TIMEOUT = 30.0
 SO_PEERGROUPS = 59  # Linux; not in Python's socket module
-_TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
-    b'{"error":"TryAgain","message":"more than 64 control connections"}'
-)
 
 
 @dataclass(frozen=True)
@@ -48,28 +42,22 @@ def may_mutate(peer: Peer, *, own_uid: int | None = None, group: int | None = No
     return peer.uid in (0, own_uid) or (group is not None and group in peer.groups)
 
 
-class ControlProtocol(HttpToolsProtocol):
-    """uvicorn's, and: the peer goes into `request.state.peer`; the bounds on connections are kept."""
+class ControlConnection(Connection):
+    """The peer goes into `request.state.peer`."""
 
-    _first_byte: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
-            transport.write(_TOO_MANY)
-            transport.close()
-            return
-        self.app_state = {**self.app_state, "peer": peer_of(transport.get_extra_info("socket"))}
-        self._first_byte = self.loop.call_later(FIRST_BYTE_TIMEOUT, transport.close)
+        self.state["peer"] = peer_of(transport.get_extra_info("socket"))
 
-    def data_received(self, data: bytes) -> None:
-        if self._first_byte is not None:
-            self._first_byte.cancel()
-            self._first_byte = None
-        if not self.transport.is_closing():
-            super().data_received(data)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._first_byte is not None:
-            self._first_byte.cancel()
-        super().connection_lost(exc)
+def bounds() -> Bounds:
+    """Of the control socket: a body of 1 MiB and few connections, which all are on this host."""
+    return Bounds(
+        header_timeout=10.0,
+        body_timeout=10.0,
+        write_timeout=30.0,
+        keep_alive_timeout=75.0,
+        min_rate=100 << 10,
+        connections=descriptors_left(MOST_CONNECTIONS),
+        body_bytes=4 << 20,
+    )

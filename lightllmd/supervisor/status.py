@@ -27,7 +27,7 @@ def health(supervisor: Supervisor) -> tuple[bool, str]:
     if supervisor.front.holding:
         return False, "the model is being replaced: new requests wait"
     if worker.ready:
-        return True, f"ready; {supervisor.monitor.trouble}" if supervisor.monitor.trouble else "ready"
+        return True, "; ".join(["ready", *filter(None, (supervisor.monitor.trouble, _crowded(supervisor)))])
     if worker.child is not None and worker.child.dying:
         return False, "the engine is dying"
     if worker.fatal is not None:
@@ -37,6 +37,15 @@ def health(supervisor: Supervisor) -> tuple[bool, str]:
     if worker.last_exit is not None:
         return False, f"the engine is restarting: {worker.last_exit.cause}"
     return False, "the model is loading"
+
+
+def _crowded(supervisor: Supervisor) -> str:
+    """What is said when the front end had to refuse connections, or close some, within the last seconds."""
+    front = supervisor.front
+    if not front.now("connections_full"):
+        return ""
+    open_now, most = front.now("connections"), front.now("connections_most")
+    return f"the front end is full: {open_now} of {most} connections are open"
 
 
 def state(supervisor: Supervisor) -> str:

@@ -24,6 +24,7 @@ from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
 from lightllmd.config.resolve import resolve
 from lightllmd.errors import EXIT_FAILED, EXIT_OK, LightllmdError
+from lightllmd.http.bounds import raise_descriptor_limit
 from lightllmd.ipc.flight_record import Flight
 from lightllmd.ipc.messages import Drain, Health, Models
 from lightllmd.ipc.signals import ignore_meaningless
@@ -115,6 +116,7 @@ class Supervisor:
         for number in (*ENDING, signal.SIGHUP, signal.SIGCHLD):
             loop.add_signal_handler(number, self.context.post, Signalled(number))
         orphans.become_subreaper()
+        raise_descriptor_limit()  # the children's, too
         server = control.Server(self)
         self._first_facts = Errand(self.context, planning.facts_of(self.context, self.context.config, self.config_file))
         ticker = loop.create_task(self._tick_for_ever())

@@ -1,5 +1,4 @@
-"""A probe that finds a GPU: `$STAND_IN/probe.json` says how many bytes are free on it, that the probe hangs, or
-by how many bytes the plan is to grow."""
+"""A probe that finds a GPU: `$STAND_IN/probe.json` says how many bytes are free on it, or that the probe hangs."""
 
 from __future__ import annotations
 
@@ -22,6 +21,5 @@ if told.get("hang"):
     signal.pause()
 if told.get("fail"):
     sys.exit("the driver says no")
-types = ["float16", "x" * told.get("padding", 0)]
-device = DeviceFacts("cuda", "Stand-in GPU", 1, 80 * 10**9, told["free"], types, 1)
+device = DeviceFacts("cuda", "Stand-in GPU", 1, 80 * 10**9, told["free"], ["float16"], 1)
 sys.stdout.buffer.write(msgspec.json.encode(Facts(None, device)))

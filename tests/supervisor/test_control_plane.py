@@ -309,18 +309,56 @@ def test_a_stranger_may_look_but_not_touch(daemon: StandInDaemon) -> None:
     assert "refused to uid 65534" in daemon.log_text()
 
 
-def test_connections_are_bounded_and_come_back(daemon: StandInDaemon, client: httpx.Client) -> None:
-    client.get("/v1/status")
-    idle = []
-    for _ in range(MOST_CONNECTIONS + 5):
-        sock = socket.socket(socket.AF_UNIX)
+@pytest.mark.parametrize("first", [b"", b"G"])
+def test_connections_that_say_little_lock_no_client_out(daemon: StandInDaemon, first: bytes) -> None:
+    held = []
+    try:
+        for _ in range(MOST_CONNECTIONS + 20):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(str(daemon.control))
+            sock.settimeout(5)
+            sock.send(first)
+            held.append(sock)
+        assert daemon.status()["ready"]
+        assert held[0].recv(1) == b"", "the one that was silent for the longest time gave way"
+    finally:
+        for sock in held:
+            sock.close()
+    assert "connections closed on which no request came" in daemon.log_text()
+
+
+def test_followers_of_the_log_lock_nobody_out(daemon: StandInDaemon) -> None:
+    followers = []
+    try:
+        for _ in range(MOST_CONNECTIONS + 1):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(str(daemon.control))
+            sock.settimeout(5)
+            sock.sendall(b"GET /v1/logs?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            followers.append(sock)
+            answer = sock.recv(100)
+        assert answer.startswith(b"HTTP/1.1 503"), answer
+        assert daemon.status()["ready"]
+    finally:
+        for sock in followers:
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /v1/status HTTP/1.1\r\n" + b"x: y\r\n" * 200 + b"\r\n", 431),
+    ],
+)
+def test_headers_are_bounded(daemon: StandInDaemon, data: bytes, status: int) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(daemon.control))
         sock.settimeout(5)
-        idle.append(sock)
-    assert b"503" in idle[-1].recv(1000)
-    for sock in idle:
-        sock.close()
-    wait_for(lambda: (daemon.status() or {}).get("ready"), what="an answer once the others are gone")
+        sock.sendall(data)
+        answer = sock.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b'{"error":"' in answer
 
 
 def test_status_is_quick_while_workers_are_killed(daemon: StandInDaemon, client: httpx.Client) -> None:

@@ -1,0 +1,127 @@
+"""uvicorn's server on our own connections: what it accepts, and the clock that looks after them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from lightllmd.http.connection import Connection
+from lightllmd.http.traffic import Traffic
+
+log = logging.getLogger(__name__)
+
+_ACCEPTS = 8  # connections taken in one turn of the loop
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE = 0.2  # seconds without accepting when the host has no descriptor left
+_TICKS = 5  # of uvicorn's, 0.1 s each, between two looks at the connections
+
+
+class Acceptor:
+    """One listener. Closing it leaves the socket to its owner."""
+
+    def __init__(
+        self, sock: socket.socket, traffic: Traffic, make: Callable[[], Connection], tls: ssl.SSLContext | None
+    ) -> None:
+        self._sock = sock
+        self._traffic = traffic
+        self._make = make
+        self._tls = tls
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._sock.fileno())
+
+    async def wait_closed(self) -> None:
+        """As asyncio's servers have it."""
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                sock, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as failure:
+                if failure.errno in _NO_DESCRIPTOR:
+                    self._traffic.bite(f"connections that wait: {failure.strerror}")
+                    self._loop.remove_reader(self._sock.fileno())
+                    self._loop.call_later(_PAUSE, self._resume)
+                    return
+                continue  # this one is gone already
+            admitted = self._traffic.admit()
+            if admitted is False:
+                sock.close()
+                continue
+            self._traffic.handshakes += 1
+            task = self._loop.create_task(self._connect(sock, admitted is None))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _resume(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    async def _connect(self, sock: socket.socket, guest: bool) -> None:
+        connection = self._make()
+        connection.guest = guest
+        sock.setblocking(False)
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: connection,
+                sock,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._traffic.bounds.header_timeout if self._tls else None,
+            )
+        except OSError:  # ssl.SSLError and time-outs too
+            sock.close()
+        if not connection.made:
+            self._traffic.handshakes -= 1
+
+
+class Server(uvicorn.Server):
+    """Signals are the supervisor's business, not uvicorn's."""
+
+    def __init__(
+        self, config: uvicorn.Config, traffic: Traffic, connection_class: type[Connection] = Connection
+    ) -> None:
+        """`config` is loaded."""
+        super().__init__(config)
+        self.traffic = traffic
+        self._connection_class = connection_class
+        self.server_state.connections = traffic.connections  # type: ignore[assignment]
+
+    def _connection(self) -> Connection:
+        state = self.server_state
+        return self._connection_class(self.config.loaded_app, self.traffic, state.tasks, lambda: state.default_headers)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        tls = self.config.ssl
+        self.servers = [
+            Acceptor(sock, self.traffic, self._connection, tls)  # type: ignore[misc]
+            for sock in sockets or []
+        ]
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.traffic.connections):
+                connection.check(now)
+        return await super().on_tick(counter)
