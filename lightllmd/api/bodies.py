@@ -20,6 +20,7 @@ from lightllmd.http.exchange import release_body
 
 MAX_DEPTH = 64  # of nested JSON arrays and objects
 MAX_FIELDS = 1024  # of one object
+MAX_IGNORED = 256  # names of unknown fields that are noted
 _REFERENCE = "#/components/schemas/{model}"
 _INLINE = 128 << 10  # bytes; a larger body is decoded in a thread so that streams go on
 
@@ -45,7 +46,8 @@ class Body(BaseModel):
         for name, value in given.items():
             field = fields.get(name)
             if field is None and isinstance(ignored, set):
-                ignored.add(name)
+                if len(ignored) < MAX_IGNORED:
+                    ignored.add(name)
             elif value is not None or field is None or field.is_required():
                 kept[name] = value
         return kept

@@ -115,7 +115,7 @@ class Worker:
         stats |= self._server.traffic.stats()
         stats["draining"] = float(self.revisions.gate.refusal is not None)
         phase = "ready" if self._server.started else "boot"
-        self._channel.send(messages.Heartbeat(phase, progress=0, busy=False, stats=stats))
+        self._channel.send(messages.Heartbeat(phase, progress=0, busy=False, stats=stats), droppable=True)
 
     def _heard(self) -> None:
         for message in self._channel.receive():

@@ -328,7 +328,7 @@ class EngineWorker:
         if self._phase in ("ready", "sleep", "asleep"):
             stats |= self._runner.memory_stats()
         busy = self._phase not in ("ready", "asleep") or self._loop.busy
-        self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats))
+        self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats), droppable=True)
 
     def _tell_load(self, now: float) -> None:
         """To everybody, when it changed: a few times a second while busy, at once when idle."""

@@ -13,7 +13,7 @@ import msgspec
 
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc import channel
-from lightllmd.ipc.messages import Down, Failed, Heartbeat, Prepared, Probed, Stop
+from lightllmd.ipc.messages import Down, Failed, Heartbeat, Prepared, Probed, Stop, Up
 from lightllmd.supervisor import exits, health
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.logs import parse_output
@@ -130,27 +130,42 @@ class Child:
 
     # --- messages --------------------------------------------------------------------------------------------
     def send(self, message: Down) -> None:
-        if not self.exited and not self.channel.send(message) and self.process.reap() is None:
+        if self.exited:
+            return
+        sent = self.channel.send(message)
+        if self.channel.pending:
+            self._loop.add_writer(self.channel.fileno(), self._writable)
+        if not sent and self.process.reap() is None:
             self._context.log.own(
                 "warning", f"{self.worker}: {type(message).__name__} could not be sent to pid {self.pid}"
             )
 
+    def _writable(self) -> None:
+        self.channel.flush()
+        if not self.channel.pending:
+            self._loop.remove_writer(self.channel.fileno())
+
     def receive(self) -> bool:
         """Takes in all messages that are there. True when the worker has just become ready."""
         was_ready = self.ready_at is not None
-        try:
-            for message in self.channel.receive():
-                if isinstance(message, Heartbeat):
-                    self._hear(message)
-                elif isinstance(message, Failed):
-                    self.failed = message
-                else:
-                    self.said.append(message)
-        except msgspec.DecodeError as garbage:
-            self._context.log.own("error", f"{self.worker}: not a message: {garbage}")
+        while True:
+            try:
+                for message in self.channel.receive():
+                    self._take(message)
+                break
+            except msgspec.DecodeError as garbage:
+                self._context.log.own("error", f"{self.worker}: not a message: {garbage}")
         if self.channel.closed and not self.exited:
             self._loop.remove_reader(self.channel.fileno())
         return not was_ready and self.ready_at is not None
+
+    def _take(self, message: Up) -> None:
+        if isinstance(message, Heartbeat):
+            self._hear(message)
+        elif isinstance(message, Failed):
+            self.failed = message
+        else:
+            self.said.append(message)
 
     def _hear(self, beat: Heartbeat) -> None:
         now = self._context.clock.now
@@ -253,4 +268,5 @@ class Child:
         """After the autopsy: keeps its last output, lets go of every descriptor."""
         self.process.dispose()
         self._loop.remove_reader(self.channel.fileno())
+        self._loop.remove_writer(self.channel.fileno())
         self.channel.close()

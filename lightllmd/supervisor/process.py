@@ -16,6 +16,7 @@ from lightllmd.supervisor.orphans import kill_group
 from lightllmd.supervisor.output import Output
 
 FLOOD_PAUSE = 0.01  # seconds between two reads of 64 KiB from a process that prints too much
+MOST_CAPTURED = 256 << 20  # bytes of stdout that are kept; what is cut off is no JSON, and is told as such
 LAST_WORDS = 1 << 20  # bytes read at most of what a dead process left in its pipe
 # Said to us by systemd, not to our children.
 _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
@@ -64,6 +65,7 @@ class Process:
             self._popen = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                bufsize=0,
                 stdout=writers[-1],
                 stderr=writers[0],
                 pass_fds=pass_fds,
@@ -84,8 +86,10 @@ class Process:
         finally:
             for fd in writers:
                 os.close(fd)
-        if stdin is not None:
-            self._feed(stdin)
+        self._stdin = memoryview(stdin or b"")  # what is still to be written
+        if self._popen.stdin is not None:
+            os.set_blocking(self._popen.stdin.fileno(), False)
+            self._feed()
         for fd in self._pipes:
             os.set_blocking(fd, False)
             self._listen(fd)
@@ -116,6 +120,9 @@ class Process:
 
     def dispose(self) -> None:
         """After its death: reads its last words, lets go of every descriptor."""
+        if self._popen.stdin is not None and not self._popen.stdin.closed:
+            self._loop.remove_writer(self._popen.stdin.fileno())
+            self._popen.stdin.close()
         for fd in self._pipes:
             for _ in range(LAST_WORDS >> 16):
                 if not self._read(fd):
@@ -131,14 +138,21 @@ class Process:
         self._loop.remove_reader(self._pidfd)  # readable for ever from now on
         self._on_exit()
 
-    def _feed(self, body: bytes) -> None:
-        """Small enough for the pipe's buffer, so this never waits for the reader."""
+    def _feed(self) -> None:
+        """As much of its stdin as it takes now, the rest when it has read that."""
         assert self._popen.stdin is not None
+        fd = self._popen.stdin.fileno()
+        self._loop.remove_writer(fd)
         try:
-            self._popen.stdin.write(body)
+            self._stdin = self._stdin[os.write(fd, self._stdin) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._stdin = self._stdin[:0]  # it is dead already; its exit tells why
+        if self._stdin:
+            self._loop.add_writer(fd, self._feed)
+        else:
             self._popen.stdin.close()
-        except BrokenPipeError:
-            pass  # it is dead already; its exit tells why
 
     def _listen(self, fd: int) -> None:
         if fd in self._pipes:
@@ -163,7 +177,8 @@ class Process:
             self._loop.remove_reader(fd)
             return False
         if self.captured is not None and fd == self._capturing:
-            self.captured += chunk
+            if len(self.captured) < MOST_CAPTURED:
+                self.captured += chunk
         else:
             self._output.feed(chunk, time.monotonic())
         return True

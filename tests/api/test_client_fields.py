@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 
 import pytest
 
 from api.frontend_harness import expected, frames, run, stack
+from lightllmd.api import bodies
 from lightllmd.api.ignored_fields import IgnoredFields, listed
+from lightllmd.api.openai_bodies import ChatBody
 
 HI = [{"role": "user", "content": "hi"}]
 ROUTES = {
@@ -85,6 +88,10 @@ def test_ignored_fields_are_logged_once_for_each_client(caplog):
 
 
 def test_however_many_clients_and_names_their_memory_is_bounded():
+    messages = [{"role": "user", "content": "x"} | {f"{n}-{m}": 1 for m in range(100)} for n in range(100)]
+    ignored: set[str] = set()
+    bodies.decode(json.dumps({"messages": messages}).encode(), ChatBody, ignored)
+    assert len(ignored) == bodies.MAX_IGNORED
     told = IgnoredFields()
     for number in range(2000):
         names = {f"{'n' * 1000}{index}" for index in range(100)}

@@ -77,6 +77,7 @@ class Link:
         self.up: deque[Any] = deque()
         self.their_end = True  # is open
         self.closed = False
+        self.pending = False
 
     # --- the supervisor's end
     def fileno(self) -> int:

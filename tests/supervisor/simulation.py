@@ -122,6 +122,9 @@ class Loop(asyncio.BaseEventLoop):
     def remove_reader(self, fd: int) -> bool:
         return self.readers.pop(fd, None) is not None
 
+    def remove_writer(self, fd: int) -> bool:
+        return False
+
     def add_signal_handler(self, number: int, callback: Callable[..., object], *arguments: Any) -> None:
         self.signals[number] = partial(callback, *arguments)
 

@@ -1,4 +1,5 @@
-"""A probe that finds a GPU: `$STAND_IN/probe.json` says how many bytes are free on it, or that the probe hangs."""
+"""A probe that finds a GPU: `$STAND_IN/probe.json` says how many bytes are free on it, that the probe hangs, or
+by how many bytes the plan is to grow."""
 
 from __future__ import annotations
 
@@ -21,5 +22,6 @@ if told.get("hang"):
     signal.pause()
 if told.get("fail"):
     sys.exit("the driver says no")
-device = DeviceFacts("cuda", "Stand-in GPU", 1, 80 * 10**9, told["free"], ["float16"], 1)
+types = ["float16", "x" * told.get("padding", 0)]
+device = DeviceFacts("cuda", "Stand-in GPU", 1, 80 * 10**9, told["free"], types, 1)
 sys.stdout.buffer.write(msgspec.json.encode(Facts(None, device)))

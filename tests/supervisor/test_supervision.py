@@ -339,6 +339,17 @@ def test_a_probe_that_finds_no_model_ends_the_daemon_with_78(tmp_path: Path) -> 
     assert "model_dir" in daemon.log_text()
 
 
+def test_a_plan_of_any_size_reaches_every_child(tmp_path: Path) -> None:
+    """A model's config.json is in it."""
+    daemon = StandInDaemon(tmp_path)
+    daemon.order("probe", free=10**10, padding=20_000_000)
+    with daemon.start() as daemon:
+        daemon.kill("engine")
+        daemon.kill("api")
+        daemon.wait_worker("engine-0", restarts=1, state="running")
+        daemon.wait_worker("api-0", restarts=1, state="running")
+
+
 def test_http_port_is_open_while_the_model_loads(tmp_path: Path) -> None:
     daemon = StandInDaemon(tmp_path)
     daemon.order("engine", load_seconds=30)
