@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,16 @@ def shown(value: Any) -> str:
 def contradiction(field: str, words: str) -> PydanticCustomError:
     """For a model's validator to raise where `field` is wrong because of what another one says. `words` say it all."""
     return PydanticCustomError("contradiction", "{words}", {"words": words, "field": field})
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """A request that is refused inside is refused because of `field`, unless it is said already of which."""
+    try:
+        yield
+    except InvalidRequest as refusal:
+        refusal.parameters.setdefault("param", field)
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

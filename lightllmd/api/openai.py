@@ -18,6 +18,7 @@ from lightllmd.api import bodies
 from lightllmd.api.branch import TextOptions
 from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Details, PromptText, Shape, error_frame
 from lightllmd.api.common_fields import MAX_COUNT
+from lightllmd.api.errors import naming
 from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
 from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
@@ -56,8 +57,10 @@ async def asked(front: FrontEnd, body: OpenAIBody, prompts: int = 1) -> Asked:
     bad_words = await front.bad_words(body.bad_texts, "bad_words")
     params = front.intake.params(body.sampling(body.asked_tokens or MAX_COUNT), bad_words, prompts=prompts)
     front.limits.token_ids(list(body.stop_token_ids or ()), "stop_token_ids")
+    with naming("stop"):
+        stops = StopList(body.stops, body.stop_ids)
     text = TextOptions(
-        StopList(body.stops, body.stop_ids),
+        stops,
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         spaces_between_special_tokens=False,  # a native habit; clients parse what added tokens mark, such as tool calls
@@ -191,7 +194,8 @@ def router(revisions: Revisions) -> APIRouter:
         with admission():
             async with revisions.entered(request.receive) as front:
                 revisions.check_name(front, body.model)
-                jobs = await jobs_of(front, body)
+                with naming(body.subject):
+                    jobs = await jobs_of(front, body)
                 size = sum(len(job.given_ids) for job in jobs) * _TOKEN_COST
                 shape = await off_loop(size, shape_of, front, body, jobs)
                 pending = front.open(jobs, arrived_at)

@@ -101,6 +101,7 @@ class OpenAIBody(CommonFields, ABC):
     """What both routes share."""
 
     lenient = True
+    subject: ClassVar[str]  # the field that is answered
 
     model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_N)
@@ -227,6 +228,8 @@ PromptIds = Annotated[list[Count], Field(min_length=1, fail_fast=True)]  # one f
 
 
 class CompletionBody(OpenAIBody):
+    subject = "prompt"
+
     prompt: (
         str
         | PromptIds
@@ -372,6 +375,8 @@ class Conversation(Body):
 
 
 class ChatBody(Conversation, OpenAIBody):
+    subject = "messages"
+
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool | None = None

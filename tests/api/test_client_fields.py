@@ -11,8 +11,10 @@ import pytest
 
 from api.frontend_harness import expected, frames, run, stack
 from lightllmd.api import bodies
+from lightllmd.api.errors import naming
 from lightllmd.api.ignored_fields import IgnoredFields, listed
 from lightllmd.api.openai_bodies import ChatBody
+from lightllmd.errors import InvalidRequest
 
 HI = [{"role": "user", "content": "hi"}]
 ROUTES = {
@@ -215,6 +217,8 @@ def test_a_fault_between_fields_names_one_of_them(tmp_path):
         ("/v1/completions", {"best_of": 2, "stream": True}, "best_of"),
         ("/v1/completions", {"use_beam_search": True, "n": 2}, "use_beam_search"),
         ("/v1/completions", {"length_penalty": 2.0}, "length_penalty"),
+        ("/v1/completions", {"stop": ["x"] * 60, "stop_token_ids": [*range(60)]}, "stop"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/chat/completions", {"top_logprobs": 1}, "top_logprobs"),
         ("/v1/chat/completions", {"messages": [*HI, {"role": "user"}]}, "messages.1.content"),
     ]
@@ -227,6 +231,14 @@ def test_a_fault_between_fields_names_one_of_them(tmp_path):
                 assert answer.json()["error"]["param"] == param
 
     run(scenario())
+
+
+def test_a_refusal_inside_names_the_field_that_is_answered():
+    """Such as the chat template's, which doesn't know of fields."""
+    for given, told in (({}, "messages"), ({"param": "stop"}, "stop")):
+        with pytest.raises(InvalidRequest) as refused, naming("messages"):
+            raise InvalidRequest("the template refuses them", **given)
+        assert refused.value.parameters["param"] == told
 
 
 def test_native_fields_of_the_original_are_taken(tmp_path):
