@@ -26,7 +26,8 @@ CUBLAS_WORKSPACE = 64_000_000
 # The driver's nodes and kernel arguments of one captured graph, for each layer of the model. Measured on an H100, with
 # the kernels' own code: 170 kB (8B shape) and 275 kB (0.6B).
 GRAPH_BYTES_PER_LAYER = 300_000
-RANKING_BYTES = 8  # per logit: its order and its sorted copy, while tokens are drawn; or the softmax of a prompt's
+# Per logit: its shaped copy and a ranking of that, while tokens are drawn; or the softmax of a prompt's.
+RANKING_BYTES = 8
 COUNT_BYTES = 2  # per entry of the penalties' counts
 ROW_PARAMETERS = 512  # sampling parameters of one table row
 STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles, 32 bits each, and spare ones

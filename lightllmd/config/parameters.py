@@ -295,6 +295,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             doc="best_of = n > 1 means beam search: the n best continuations that keeping n at every token finds, "
             "best first, by log-probability / length ** length_penalty; do_sample, top_p and top_k mean nothing then. "
+            "A stop ends a beam as an eos does; of beams with the same text the best stays. "
             "The beams share the KV cache of what they have in common, and a step of theirs waits for the one before "
             "it. best_of = 1 is as without it. Not with diverse_mode or token_healing_mode.",
             group=MODES,

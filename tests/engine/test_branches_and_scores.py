@@ -27,6 +27,14 @@ PROMPTS = [
     STORY + "The youngest of them",
 ]
 DRAWN = [{"seed": 40 + number, "do_sample": True, "top_p": 0.95} for number in range(len(PROMPTS))]
+SHAPED = {
+    "temperature": 1.7,
+    "repetition_penalty": 1.5,
+    "presence_penalty": 1.0,
+    "input_penalty": True,
+    "logit_bias": {260: 20.0, 28: -5.0},
+    "bad_words": [" a", " the"],
+}
 CACHE = {"use_dynamic_prompt_cache": True}
 BLOCKS = {"splitfuse_mode": True, "splitfuse_block_size": 7}
 ENGINES: dict[str, dict[str, Any]] = {
@@ -49,6 +57,8 @@ class Made:
     greedy: list[Output]
     again: list[Output]  # as `together`; a prompt cache has all prompts by now
     scored: list[Output]
+    shaped: list[Output]  # drawn, with all that changes a distribution
+    rescored: list[Output]  # the tokens of `shaped` as prompts
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +80,14 @@ def run(modes: dict[str, Any]) -> Made:
             greedy=generate(PROMPTS, n=BRANCHES),
             again=generate(PROMPTS, DRAWN, n=BRANCHES),
             scored=generate(PROMPTS, [{}, {"n": 2}, {}], prompt_logprobs=TOP),
+            shaped=[] if modes else generate(PROMPTS, DRAWN, top_logprobs=TOP, **SHAPED),
+            rescored=[],
+        )
+        made.rescored = llm.generate(
+            prompt_token_ids=[one.prompt_token_ids + one.token_ids for one in made.shaped],
+            progress=False,
+            max_new_tokens=1,
+            prompt_logprobs=TOP,
         )
         llm._scheduler.check()
         assert llm._scheduler.keys.used == 0
@@ -137,3 +155,15 @@ def test_prompt_log_probabilities_are_those_of_a_full_forward(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_scoring_a_prompt_changes_no_token_behind_it(made: dict[str, Made], engine: str) -> None:
     assert [one.token_ids for one in made[engine].scored] == [one.token_ids for one in made["plain"].greedy]
+
+
+def test_a_generated_token_has_the_log_probability_that_it_has_in_a_prompt(made: dict[str, Made]) -> None:
+    """The model's, whatever biases, penalties, masks and temperature make of it; its alternatives too."""
+    for output, again in zip(made["plain"].shaped, made["plain"].rescored, strict=True):
+        (branch,), count = output.branches, len(output.token_ids)
+        assert again.prompt_logprobs is not None
+        assert again.prompt_top_logprobs is not None
+        assert branch.top_logprobs is not None
+        assert branch.logprobs == pytest.approx(again.prompt_logprobs[-count:], abs=TOLERANCE)
+        for found, truth in zip(branch.top_logprobs, again.prompt_top_logprobs[-count:], strict=True):
+            assert [value for _, value in found] == pytest.approx([value for _, value in truth], abs=TOLERANCE)
