@@ -36,9 +36,9 @@ from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
 from lightllmd.offline_jobs import Generated, Job, Output, open_jobs
+from lightllmd.probe.facts import Request, probe
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.tokenizer import load_tokenizer
-from lightllmd.weights.probe import Request, probe
 
 __all__ = ["LLM", "Generated", "Output"]
 
@@ -276,7 +276,15 @@ def _plan(model_dir: str | os.PathLike[str] | None, parameters: Mapping[str, Any
         if problems:
             raise ConfigInvalid([])
         params, engine = config.params, config.engine
-        facts = probe(Request(params.model_dir, params.load_way, engine.backend, engine.device, engine.threads))
+        asked = Request(
+            model_dir=params.model_dir,
+            load_way=params.load_way,
+            backend=engine.backend,
+            device=engine.device,
+            threads=engine.threads,
+            tokenizer_mode=params.tokenizer_mode,
+        )
+        facts = probe(asked)
         return resolve(config, facts)
     except ConfigInvalid as invalid:
         raise ConfigInvalid([*problems, *(replace(one, file=PLACE) for one in invalid.problems)]) from None

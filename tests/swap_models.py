@@ -22,7 +22,7 @@ from torch import Tensor
 from lightllmd.text.byte_level import PRE_TOKENIZERS, byte_level_bpe
 from lightllmd.text.spm import CONTROL
 from lightllmd.weights.gguf import GgufCheckpoint
-from lightllmd.weights.headers import gguf_hf_config, read_gguf_header
+from lightllmd.weights.gguf_header import gguf_hf_config, read_gguf_header
 from tiny_models import write_model
 
 TINY_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"

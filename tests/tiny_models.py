@@ -137,7 +137,8 @@ def plan_for(
 
     One thread: what is this small gains nothing from a second, and loses much where cores are busy.
     """
-    from lightllmd.weights.headers import gguf_hf_config, read_gguf_header, safetensors_files
+    from lightllmd.weights.gguf_header import gguf_hf_config, read_gguf_header
+    from lightllmd.weights.headers import safetensors_files
 
     if model.suffix == ".gguf":
         config, files, form = gguf_hf_config(read_gguf_header(model)), [str(model)], "gguf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -19,12 +20,11 @@ from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan
 from lightllmd.config.report import budget_table, report
-from lightllmd.config.shape import Shape
+from lightllmd.config.shape import Shape, rope_words
 from lightllmd.errors import ConfigInvalid, Problem
 
-__all__ = ["SUPPORTED_MODEL_TYPES", "budget_table", "located", "report", "resolve"]
+__all__ = ["budget_table", "located", "report", "resolve"]
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where "auto" can't know better
 AUTO_PREFILL = 8192  # tokens
 BUILT_IN_STATS_INTERVAL = 10.0  # seconds
@@ -198,41 +198,22 @@ class _Real(_Maker):
         return _Real(config, Facts(other.model, self.device), self.config_file, other.model).neighbour(name)
 
     def _checked_shape(self) -> Shape:
-        """Raises ConfigInvalid where the model can't be served, whatever memory there is."""
-        self._check_model()
+        """What the probe lets through can be served by itself; here it's whether this configuration can. Raises
+        ConfigInvalid where it can't, whatever memory there is."""
         self._check_context()
         self._check_prompt_cache()
         self._check_mode()
         self.stop_if_problems()
-        try:
-            shape = Shape.of(self.model.model_type, self.model.hf_config)
-        except ConfigInvalid as invalid:
-            raise ConfigInvalid(located(invalid.problems, self.config, self.config_file)) from None
+        shape = Shape.of(self.model.model_type, self.model.hf_config)
         if self.device.kind == "cuda" and shape.head_dim not in DEVICE_HEAD_DIMS:
             known = ", ".join(map(str, DEVICE_HEAD_DIMS))
-            self.problem(f"the model's config: head_dim {shape.head_dim}: a GPU takes {known}", "model_dir")
+            self.problem(f"{self.model.path}: head_dim {shape.head_dim}: a GPU takes {known}", "model_dir")
         return shape
 
     def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)
         if names and self.device.kind != "cuda":
             self.problem(f"mode {names[0]} needs a CUDA device; this model runs on {self.device.name}", "mode")
-
-    def _check_model(self) -> None:
-        kind, config = self.model.model_type, self.model.hf_config
-        if kind not in SUPPORTED_MODEL_TYPES:
-            known = ", ".join(SUPPORTED_MODEL_TYPES)
-            self.problem(f"models of type {kind!r} are not available yet; supported: {known}", "model_dir")
-        architectures = config.get("architectures")
-        named = [str(name) for name in architectures] if isinstance(architectures, list) else []
-        if named and not any(name.endswith("ForCausalLM") for name in named):
-            self.problem(f"the architecture {', '.join(named)} is not available yet; ...ForCausalLM is", "model_dir")
-        if config.get("use_sliding_window"):
-            self.problem("use_sliding_window: attention over a sliding window is not available yet", "model_dir")
-        if config.get("quantization_config"):
-            self.problem("pre-quantised Hugging Face checkpoints are not available yet", "model_dir")
-        if not self.model.has_tokenizer and self.model.format != "dummy":
-            self.problem(f"{self.model.path} has no tokenizer (tokenizer.json or tokenizer.model)", "model_dir")
 
     def _check_context(self) -> None:
         total, context = self.params.max_req_total_len, self.model.context_length
@@ -249,7 +230,7 @@ class _Real(_Maker):
     def _check_prompt_cache(self) -> None:
         """Keys that were rotated for one prompt's length are wrong for another's."""
         config, total = self.model.hf_config, self.params.max_req_total_len
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = rope_words(config)
         context = config.get("max_position_embeddings")
         if not self.params.use_dynamic_prompt_cache or (rope.get("rope_type") or rope.get("type")) != "dynamic":
             return
@@ -302,7 +283,7 @@ class _Real(_Maker):
 
     def _name(self) -> str:
         path = PurePath(self.model.path)
-        return path.stem if path.suffix == ".gguf" else path.name
+        return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) if path.suffix == ".gguf" else path.name
 
     # --- slots ------------------------------------------------------------------------------------------------
 

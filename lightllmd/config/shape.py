@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightllmd.config.check import show
 from lightllmd.errors import ConfigInvalid, Problem
 
 
@@ -29,7 +31,7 @@ class Shape:
     def of(cls, model_type: str, config: dict[str, Any]) -> Shape:
         """Raises ConfigInvalid when the model's config lacks one of them."""
         hidden, heads = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
-        biased = bool(config.get("attention_bias", False))
+        biased = switch(config, "attention_bias")
         return cls(
             layers=dimension(config, "num_hidden_layers"),
             hidden=hidden,
@@ -38,10 +40,10 @@ class Shape:
             head_dim=dimension(config, "head_dim", 128 if model_type == "qwen3" else max(1, hidden // heads)),
             intermediate=dimension(config, "intermediate_size"),
             vocab=dimension(config, "vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=switch(config, "tie_word_embeddings"),
             qkv_bias=biased or model_type == "qwen2",
             out_bias=biased and model_type != "qwen2",
-            mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
+            mlp_bias=switch(config, "mlp_bias") and model_type == "llama",
             head_norms=model_type == "qwen3",
         )
 
@@ -58,12 +60,64 @@ class Shape:
         return embeddings + self.layers * (qkv + out + gate_up + down + norms) + self.hidden
 
 
-def dimension(config: dict[str, Any], key: str, default: int | None = None) -> int:
+# The largest sizes that are believed, well above any known model's: beyond them arithmetic and loops would not end.
+MOST = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 14,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 31,
+    "original_max_position_embeddings": 1 << 31,
+}
+
+
+def dimension(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A size out of a Hugging Face config. Raises ConfigInvalid naming the key where it is none."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        state = "missing" if value is None else repr(value)
-        message = f"the model's config: {key} is {state}, a positive integer is needed"
-        raise ConfigInvalid([Problem("model_dir", message)])
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[key]:
+        raise _wrong(key, value, f"an integer from 1 to {MOST[key]}")
     return value
+
+
+def number(
+    config: Mapping[str, Any], key: str, default: float | None = None, *, most: float = 1e18, within: str = ""
+) -> float:
+    """A positive finite number out of a Hugging Face config, or the table `within` it. Raises ConfigInvalid naming the
+    key where it is none."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:  # NaN isn't either
+        raise _wrong(f"{within}.{key}" if within else key, value, f"a positive number of at most {most:g}")
+    return float(value)
+
+
+def switch(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Raises ConfigInvalid naming the key where it is neither true nor false."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise _wrong(key, value, "true or false")
+    return value
+
+
+def table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object inside the config; empty where it is missing. Raises ConfigInvalid where it is something else."""
+    value = config.get(key)
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise _wrong(key, value, "an object")
+    return value
+
+
+def rope_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Both spellings as one: ``rope_theta`` and ``rope_scaling``, and ``rope_parameters`` of transformers 5."""
+    return {**table(config, "rope_scaling"), **table(config, "rope_parameters")}
+
+
+def _wrong(key: str, value: Any, wanted: str) -> ConfigInvalid:
+    state = "missing" if value is None else show(value)
+    return ConfigInvalid([Problem("model_dir", f"{key} is {state}, {wanted} is needed")])

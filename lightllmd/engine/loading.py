@@ -27,7 +27,7 @@ def stored_weights(
     if plan.config.params.load_way == "DUMMY":
         return dummy.stream(layout, dtype, device, progress)
     checkpoint = open_checkpoint(_model(plan))
-    place.check(checkpoint, layout)
+    layout.check(checkpoint.tensors, checkpoint.readable, _model(plan).path)
     return place.stream(checkpoint, layout, dtype, device, progress)
 
 

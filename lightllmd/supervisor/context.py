@@ -48,7 +48,7 @@ class Commands:
     python: str = sys.executable
 
     def probe(self) -> list[str]:
-        return [self.python, "-m", "lightllmd.weights.probe"]
+        return [self.python, "-m", "lightllmd.probe"]
 
     def api(self, channel_fd: int) -> list[str]:
         return [self.python, "-m", "lightllmd.api", str(channel_fd), str(os.getpid())]

@@ -33,6 +33,7 @@ async def _ask(context: Context, config: Config, config_file: str | None, kept: 
     return await Probe(context, config, config_file).ask(
         model_dir=config.params.model_dir,
         load_way=config.params.load_way,
+        tokenizer_mode=config.params.tokenizer_mode,
         backend=config.engine.backend,
         device=config.engine.device,
         threads=config.engine.threads,

@@ -13,7 +13,7 @@ from lightllmd.config import resolve
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import classify
+from lightllmd.supervisor.exits import FAULTS, classify, signal_name
 from lightllmd.supervisor.process import Process
 
 TIMEOUT = 60.0  # seconds; headers on a slow network file system
@@ -38,7 +38,7 @@ class Probe:
         return True
 
     async def ask(self, **request: Any) -> Facts:
-        """`request` as `lightllmd.weights.probe` reads it. Cancelled, it ends the child. Raises LightllmdError."""
+        """`request` as `lightllmd.probe` reads it. Cancelled, it ends the child. Raises LightllmdError."""
         ended = asyncio.Event()
         process = self.process = Process(
             self._context.commands.probe(),
@@ -62,29 +62,42 @@ class Probe:
             process.dispose()
             self.process = None
             self._context.brief.discard(self)
-        answer, code = bytes(process.captured or b""), process.reap()
-        if code != 0:
-            raise self._told(code or 0, answer)
-        try:
-            return msgspec.json.decode(answer, type=Facts)
-        except msgspec.MsgspecError as garbage:
-            raise errors.SystemFailure(f"the probe's answer can't be read: {garbage}") from garbage
-
-    def _told(self, code: int, answer: bytes) -> errors.LightllmdError:
-        """The probe's failure: what it says as JSON on stdout, else its last words on stderr."""
-        try:
-            told = msgspec.json.decode(answer, type=dict)
-        except msgspec.MsgspecError:
-            told = {}
-        problems = told.get("problems")
-        if isinstance(problems, list):
-            given = [errors.Problem(**problem) for problem in problems]
-            return errors.ConfigInvalid(resolve.located(given, self._config, self._config_file))
-        message = told.get("message") or (self._stderr[-1] if self._stderr else classify(code).cause)
-        if code == errors.EXIT_CONFIG:
-            return errors.ConfigInvalid([errors.Problem("model_dir", message, self._config_file)])
-        return _BY_CODE.get(code, errors.LightllmdError)(f"reading model and device failed: {message}")
+        last_words = self._stderr[-1] if self._stderr else ""
+        return answered(
+            process.reap() or 0, bytes(process.captured or b""), last_words, self._config, self._config_file
+        )
 
     def _said(self, line: str) -> None:
         self._stderr.append(line)
         self._context.log.write_output("probe", line)
+
+
+def answered(code: int, output: bytes, last_words: str, config: Config, config_file: str | None) -> Facts:
+    """What a probe that ended with `code` (negative: a signal) found, from its lines of output, else the end of its
+    stderr. Raises LightllmdError: what was wrong with the model belongs to `model_dir`."""
+    lines = output.splitlines()
+    answer = lines[-1] if lines else b""
+    if code == 0:
+        try:
+            return msgspec.json.decode(answer, type=Facts)
+        except msgspec.MsgspecError as garbage:
+            raise errors.SystemFailure(f"the probe's answer can't be read: {garbage}") from garbage
+    try:
+        told = msgspec.json.decode(answer, type=dict)
+    except msgspec.MsgspecError:
+        told = {}
+    problems = told.get("problems")
+    if isinstance(problems, list):
+        given = [errors.Problem(**problem) for problem in problems]
+        raise errors.ConfigInvalid(resolve.located(given, config, config_file))
+    message = told.get("message", "")
+    if -code in {*FAULTS, signal.SIGXCPU} and "reading" in told:
+        took = (
+            "takes too much processor time" if -code == signal.SIGXCPU else f"ends its reader by {signal_name(-code)}"
+        )
+        message, code = f"{told['reading']}: reading its settings or its tokenizer {took}", errors.EXIT_CONFIG
+    if code == errors.EXIT_CONFIG and message:
+        problem = errors.Problem("model_dir", message)
+        raise errors.ConfigInvalid(resolve.located([problem], config, config_file))
+    message = message or last_words or classify(code).cause
+    raise _BY_CODE.get(code, errors.LightllmdError)(f"reading model and device failed: {message}")

@@ -18,6 +18,7 @@ from lightllmd.text.vocabulary import (
     LeadingSpace,
     Vocabulary,
     byte_level_texts,
+    require_token_id,
     sentencepiece_texts,
 )
 
@@ -82,6 +83,7 @@ class FastTokenizer(Tokenizer):
 def read_vocabulary(backend: tokenizers.Tokenizer, special_ids: Iterable[int] = ()) -> Vocabulary:
     """A text per token where the backend's decoder treats each token by itself, else the decoder as it is."""
     by_text = backend.get_vocab(with_added_tokens=True)
+    require_token_id(max(by_text.values(), default=0))
     tokens: list[str | None] = [None] * (max(by_text.values(), default=-1) + 1)
     for text, number in by_text.items():
         tokens[number] = text

@@ -100,7 +100,7 @@ class _Metadata:
         special = {name: self.tokens[number] for name, number in numbers.items() if number is not None}
         try:
             return ChatTemplate(texts, special)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.warnings.append(f"{error}; chat requests will be refused")
             return None
 

@@ -6,20 +6,31 @@ tokenizer.json where there is one, else the sentencepiece file converted.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
 
-from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.text.byte_level import PRE_TOKENIZERS, byte_level_bpe
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.fast import FastTokenizer
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.spm import Added, Manner, PieceTokenizer, converted_encoder, library_encoder, read_model
+from lightllmd.weights.model_files import (
+    MAX_VOCABULARY,
+    added_tokens,
+    chat_templates,
+    eos_token_ids,
+    invalid,
+    present,
+    read_file,
+    read_listed,
+    read_text,
+    text_of,
+    tokenizer_config,
+    usable,
+)
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -28,18 +39,21 @@ def open_directory(directory: Path, mode: str, eos_ids: Sequence[int] | None = N
     """Raises ConfigInvalid when the directory has no tokenizer that this program can run."""
     files = TokenizerFiles(directory)
     piece_file = _piece_file(directory)
-    has_json = (directory / "tokenizer.json").is_file()
+    has_json = present(directory / "tokenizer.json")
     if mode == "slow" and piece_file is None:
         files.warnings.append(
             f"tokenizer_mode slow: {directory} has no sentencepiece model that can be read; the fast tokenizer is used"
         )
     elif piece_file is not None and (mode == "slow" or not has_json):
-        return _open_pieces(files, piece_file, mode, eos_ids)
+        with usable(piece_file):
+            return _open_pieces(files, piece_file, mode, eos_ids)
     if has_json:
-        return _fast(files, _read_json_tokenizer(directory / "tokenizer.json"), eos_ids)
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        with usable(directory / "tokenizer.json"):
+            body = read_file(directory / "tokenizer.json", MAX_VOCABULARY)
+            return _fast(files, tokenizers.Tokenizer.from_buffer(body), eos_ids)
+    if present(directory / "vocab.json") and present(directory / "merges.txt"):
         return _fast(files, _read_vocab_and_merges(directory, files), eos_ids)
-    raise _invalid(f"{directory} has no tokenizer.json, no sentencepiece model and no vocab.json with merges.txt")
+    raise invalid(f"{directory} has no tokenizer.json, no sentencepiece model and no vocab.json with merges.txt")
 
 
 class TokenizerFiles:
@@ -48,65 +62,37 @@ class TokenizerFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.warnings: list[str] = []
-        self.config = _read_json(directory / "tokenizer_config.json")
-        merged = {**_read_json(directory / "special_tokens_map.json"), **self.config}
-        self.roles = {role: text for role in _ROLES if (text := _token_text(merged.get(role))) is not None}
+        self.config = config = tokenizer_config(directory)
+        self.roles = {role: text for role in _ROLES if (text := text_of(getattr(config, role))) is not None}
         self.special_texts = set(self.roles.values())
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            listed = merged.get(key)
-            entries: Iterable[object] = listed.values() if isinstance(listed, dict) else listed or ()
-            self.special_texts.update(text for entry in entries if (text := _token_text(entry)) is not None)
+        for listed in (config.additional_special_tokens, config.extra_special_tokens):
+            entries = listed.values() if isinstance(listed, dict) else listed or ()
+            self.special_texts.update(text for entry in entries if (text := text_of(entry)) is not None)
 
     def added(self) -> dict[int, Added]:
         """Added tokens by id, as tokenizer_config.json or added_tokens.json list them."""
-        found: dict[int, Added] = {}
-        for text, number in _read_json(self.directory / "added_tokens.json").items():
-            found[int(number)] = Added(text, special=text in self.special_texts)
-        for number, entry in (self.config.get("added_tokens_decoder") or {}).items():
-            content = _token_text(entry)
-            if content:
-                special = bool(entry.get("special")) or content in self.special_texts
-                found[int(number)] = Added(content, special, bool(entry.get("lstrip")), bool(entry.get("rstrip")))
-        return found
+        return {
+            number: Added(one.content, one.special or one.content in self.special_texts, one.lstrip, one.rstrip)
+            for number, one in added_tokens(self.directory, self.config).items()
+            if one.content
+        }
 
     def eos_ids(self, eos_token_id: int | None) -> list[int]:
         """As generation_config.json, else config.json, else the tokenizer says."""
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(self.directory / name).get("eos_token_id")
-            if isinstance(value, int):
-                return [value]
-            if isinstance(value, list) and value:
-                return [int(number) for number in value]
+            if ids := eos_token_ids(self.directory / name):
+                return ids
         return [] if eos_token_id is None else [eos_token_id]
 
     def chat_template(self) -> ChatTemplate | None:
-        sources = self._template_sources()
+        sources = chat_templates(self.directory, self.config)
         if not sources:
             return None
         try:
             return ChatTemplate(sources, self.roles)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.warnings.append(f"{self.directory}: {error}; chat requests will be refused")
             return None
-
-    def _template_sources(self) -> dict[str, str]:
-        """Template texts by name; a file of its own wins over the entry in tokenizer_config.json."""
-        given = self.config.get("chat_template") or _read_json(self.directory / "chat_template.json").get(
-            "chat_template"
-        )
-        sources: dict[str, str] = {}
-        if isinstance(given, str):
-            sources["default"] = given
-        elif isinstance(given, list):
-            sources.update((str(entry["name"]), str(entry["template"])) for entry in given)
-        elif isinstance(given, dict):
-            sources.update((str(name), str(text)) for name, text in given.items())
-        main = self.directory / "chat_template.jinja"
-        if main.is_file():
-            sources["default"] = main.read_text(encoding="utf-8")
-        for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja")):
-            sources[path.stem] = path.read_text(encoding="utf-8")
-        return sources
 
 
 # --- the kinds of vocabularies ------------------------------------------------------------------------------------
@@ -121,8 +107,8 @@ def _fast(files: TokenizerFiles, backend: tokenizers.Tokenizer, eos_ids: Sequenc
     return FastTokenizer(
         backend,
         special_ids=[found for found in special if found is not None],
-        add_bos=_switch(files.config, "add_bos_token"),
-        add_eos=_switch(files.config, "add_eos_token"),
+        add_bos=files.config.add_bos_token,
+        add_eos=files.config.add_eos_token,
         bos_id=number("bos_token"),
         eos_ids=files.eos_ids(number("eos_token")) if eos_ids is None else eos_ids,
         chat_template=files.chat_template(),
@@ -130,29 +116,22 @@ def _fast(files: TokenizerFiles, backend: tokenizers.Tokenizer, eos_ids: Sequenc
     )
 
 
-def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise _invalid(f"{path} can't be used: {error}") from None
-
-
 def _read_vocab_and_merges(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
     """GPT-2's two files; Qwen's tokenizer class has a pre-tokenizer of its own."""
-    vocabulary = _read_json(directory / "vocab.json")
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    vocabulary = read_listed(directory / "vocab.json", dict[str, int])
+    lines = read_text(directory / "merges.txt", MAX_VOCABULARY).split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    name = "qwen2" if str(files.config.get("tokenizer_class", "")).startswith("Qwen2") else "gpt-2"
+    name = "qwen2" if (files.config.tokenizer_class or "").startswith("Qwen2") else "gpt-2"
     try:
         pairs = [(left, right) for left, right in merges]
         backend = byte_level_bpe(vocabulary, pairs, PRE_TOKENIZERS[name])
-    except ValueError as error:
-        raise _invalid(f"{directory}: vocab.json and merges.txt can't be used: {error}") from None
+    except (ValueError, OverflowError) as error:
+        raise invalid(f"{directory}: vocab.json and merges.txt can't be used: {error}") from None
     for number, token in sorted(files.added().items()):
         entry = AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
         (backend.add_special_tokens if token.special else backend.add_tokens)([entry])
         if backend.token_to_id(token.content) != number:
-            raise _invalid(f"{directory}: added token {token.content!r} can't have id {number}")
+            raise invalid(f"{directory}: added token {token.content!r} can't have id {number}")
     return backend
 
 
@@ -160,7 +139,7 @@ def _piece_file(directory: Path) -> Path | None:
     """The directory's sentencepiece model. A tokenizer.model may be something else (tiktoken's ranks)."""
     known = [directory / name for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")]
     for path in [*known, *sorted(directory.glob("*.model"))]:
-        if path.is_file():
+        if present(path):
             try:
                 read_model(path)
             except ValueError:
@@ -185,14 +164,14 @@ def _open_pieces(files: TokenizerFiles, path: Path, mode: str, eos_ids: Sequence
     special = {number: Added(text) for text in files.special_texts if (number := numbers.get(text)) is not None}
     roles = files.roles
     bos, eos = numbers.get(roles.get("bos_token", "<s>")), numbers.get(roles.get("eos_token", "</s>"))
-    add_bos, add_eos = _switch(files.config, "add_bos_token"), _switch(files.config, "add_eos_token")
+    add_bos, add_eos = files.config.add_bos_token, files.config.add_eos_token
     return PieceTokenizer(
         model,
         encode_run,
         Manner(
             add_bos=add_bos is not False,
             add_eos=add_eos is True,
-            prefix_every_run=files.config.get("legacy") is not False,
+            prefix_every_run=files.config.legacy is not False,
             added=special | added,
         ),
         bos_id=bos,
@@ -200,35 +179,3 @@ def _open_pieces(files: TokenizerFiles, path: Path, mode: str, eos_ids: Sequence
         chat_template=files.chat_template(),
         warnings=files.warnings,
     )
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file. Raises ConfigInvalid when it can't be read."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise _invalid(f"{path} can't be read: {error}") from None
-    if not isinstance(value, dict):
-        raise _invalid(f"{path}: must be a JSON object")
-    return value
-
-
-def _token_text(entry: object) -> str | None:
-    """A token is written as a string or as an object with a "content"."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _switch(config: dict[str, Any], key: str) -> bool | None:
-    value = config.get(key)
-    return value if isinstance(value, bool) else None
-
-
-def _invalid(message: str) -> ConfigInvalid:
-    return ConfigInvalid([Problem("model_dir", message)])

@@ -16,10 +16,20 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from lightllmd.text.interface import Tokenizer
-from lightllmd.text.vocabulary import BYTEWISE, SPACE_MARK, LeadingSpace, Vocabulary, sentencepiece_texts
+from lightllmd.text.vocabulary import (
+    BYTEWISE,
+    SPACE_MARK,
+    LeadingSpace,
+    Vocabulary,
+    require_token_id,
+    sentencepiece_texts,
+)
+from lightllmd.weights.model_files import read_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces; GGUF uses the same numbers
 _BPE = 2  # TrainerSpec.ModelType
+MAX_MODEL = 16 << 20  # bytes of a .model file; the largest known has 5 MB
+MAX_FIELDS = 4_000_000  # in it
 
 _SPACE = re.compile(r"\s*")
 
@@ -138,6 +148,7 @@ def _any_of(words: Iterable[str]) -> str:
 
 def _vocabulary(model: PieceModel, added: dict[int, Added]) -> Vocabulary:
     tokens: list[str | None] = [*model.pieces]
+    require_token_id(max(added, default=0))
     tokens += [None] * (max(added, default=-1) + 1 - len(tokens))
     for number, token in added.items():
         tokens[number] = token.content
@@ -161,7 +172,7 @@ def library_encoder(path: Path, model: PieceModel) -> RunEncoder:
     """The sentencepiece library on the model's own file: exact for every kind of model."""
     import sentencepiece
 
-    raw = path.read_bytes()
+    raw = read_file(path, MAX_MODEL)
     as_trained = sentencepiece.SentencePieceProcessor(model_proto=raw)
     # Protocol buffers merge what is said twice: normalizer_spec { add_dummy_prefix: false }
     without_prefix = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
@@ -215,12 +226,12 @@ def converted_encoder(model: PieceModel) -> RunEncoder:
 def read_model(path: Path) -> PieceModel:
     """Reads a .model file (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
 
-    Raises ValueError when it is something else.
+    Raises ValueError when it is something else, ConfigInvalid when it is no file that can be read.
     """
     model = PieceModel([], [], [], model_type=1)  # a unigram model where the file doesn't say
     escape = True
     try:
-        for number, value in _fields(path.read_bytes()):
+        for number, value in _fields(read_file(path, MAX_MODEL)):
             if number == 1:
                 piece = dict(_fields(value))
                 model.pieces.append(bytes(piece[1]).decode())
@@ -247,8 +258,11 @@ def read_model(path: Path) -> PieceModel:
 def _fields(data: bytes | memoryview) -> Iterator[tuple[int, Any]]:
     """(field number, value) of a protocol buffer message: int for varints, bytes for everything else."""
     view = memoryview(data)
-    at = 0
+    at = count = 0
     while at < len(view):
+        count += 1
+        if count > MAX_FIELDS:
+            raise ValueError(f"more than {MAX_FIELDS} fields")
         key, at = _varint(view, at)
         number, wire = key >> 3, key & 7
         if wire == 0:

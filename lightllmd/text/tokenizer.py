@@ -12,6 +12,7 @@ from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.vocabulary import Vocabulary, split_texts
+from lightllmd.weights.model_files import usable
 
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -58,15 +59,25 @@ def open_tokenizer(
     path = Path(path)
     if file_format is None:
         file_format = "gguf" if path.suffix == ".gguf" and not path.is_dir() else "huggingface"
-    if file_format == "gguf":
-        from lightllmd.text.gguf_vocab import open_metadata
-        from lightllmd.weights.headers import read_gguf_header
+    with usable(path):
+        return (_of_gguf if file_format == "gguf" else _of_directory)(path, mode, eos_ids)
 
-        try:
-            metadata = read_gguf_header(path).metadata
-        except (WeightsInvalid, OSError) as error:
-            raise ConfigInvalid([Problem("model_dir", str(error))]) from None
+
+def _of_gguf(path: Path, mode: str, eos_ids: Sequence[int] | None) -> Tokenizer:
+    from lightllmd.text.gguf_vocab import open_metadata
+    from lightllmd.weights.gguf_header import read_gguf_header
+
+    try:
+        metadata = read_gguf_header(path).metadata
+    except WeightsInvalid as damaged:
+        raise ConfigInvalid([Problem("model_dir", damaged.message)]) from None
+    try:
         return open_metadata(metadata, mode, eos_ids)
+    except ConfigInvalid as refused:
+        raise ConfigInvalid([Problem("model_dir", f"{path}: {one.message}") for one in refused.problems]) from None
+
+
+def _of_directory(path: Path, mode: str, eos_ids: Sequence[int] | None) -> Tokenizer:
     from lightllmd.text.huggingface import open_directory
 
     return open_directory(path, mode, eos_ids)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 SPACE_MARK = "\u2581"  # sentencepiece's visible space
+MAX_TOKENS = 1 << 22  # of a vocabulary; tables by id are made, so that one huge id would take all memory
 BYTEWISE = "lightllmd.bytewise"  # codec error handler: one U+FFFD per invalid byte, as sentencepiece decodes
 
 
@@ -126,3 +127,9 @@ def sentencepiece_texts(
         texts[number] = None
         fragments[number] = bytes([int(str(pieces[number])[3:5], 16)])
     return texts, fragments
+
+
+def require_token_id(number: int) -> None:
+    """Raises ValueError for an id that no vocabulary reaches."""
+    if not 0 <= number < MAX_TOKENS:
+        raise ValueError(f"token id {number} is out of bounds: 0 … {MAX_TOKENS - 1}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from lightllmd.config.plan import ModelFacts
@@ -20,6 +20,10 @@ class Checkpoint(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def readable(self) -> Collection[str]:
+        """Types of stored tensors that `read` takes."""
 
     def read(self, name: str, out: Tensor) -> Iterator[int]:
         """Fills `out` (the tensor's shape, any float dtype) and yields the bytes of each chunk that it has read.

@@ -1,4 +1,4 @@
-"""From a checkpoint to the decoder's tensors: checked as a whole, then streamed one by one."""
+"""From a checkpoint, checked as a whole before, to the decoder's tensors, streamed one by one."""
 
 from __future__ import annotations
 
@@ -7,35 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightllmd.errors import WeightsInvalid
 from lightllmd.weights import staged
 from lightllmd.weights.index import Checkpoint
 from lightllmd.weights.layout import Layout, Part, Progress, Weight
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
-
-
-def check(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Every tensor there, with its shape, and no other. Raises WeightsInvalid naming the tensor."""
-    wanted = {part.name: part for target in layout.targets for part in target.parts + target.bias}
-    missing = [part for part in wanted.values() if part.name not in checkpoint.tensors]
-    if missing:
-        raise WeightsInvalid(_missing(missing))
-    for part in wanted.values():
-        found = checkpoint.tensors[part.name].shape
-        if tuple(found) != part.shape:
-            raise WeightsInvalid(f"tensor {part.name} has shape {list(found)}, the config says {list(part.shape)}")
-    extra = [name for name in checkpoint.tensors if name not in wanted and not layout.ignored.fullmatch(name)]
-    if extra:
-        shape = list(checkpoint.tensors[extra[0]].shape)
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise WeightsInvalid(
-            f"tensor {extra[0]} {shape}{more} is in the checkpoint, but the config has no place for it"
-        )
-
-
-def _missing(parts: list[Part]) -> str:
-    more = f" (and {len(parts) - 1} more)" if len(parts) > 1 else ""
-    return f"tensor {parts[0].name}{more} is missing; expected shape {list(parts[0].shape)}"
 
 
 def stream(

@@ -51,7 +51,9 @@ def stream(
     """
     names = [part.name for target in layout.targets for part in target.parts + target.bias]
     with ExitStack() as opened:
-        files = {file: opened.enter_context(WeightFile(file)) for file in {checkpoint.files[name] for name in names}}
+        files = {
+            file: opened.enter_context(WeightFile(file)) for file in {checkpoint.tensors[name].file for name in names}
+        }
 
         def arrivals() -> Iterator[Arrival]:
             for target in layout.targets:
@@ -110,7 +112,7 @@ def _pieces(
     flat, at = stacked.view(-1), 0
     for part in parts:
         info, stored = checkpoint.tensors[part.name], checkpoint.dtype(part.name)
-        file = files[checkpoint.files[part.name]]
+        file = files[info.file]
         for begin in range(0, info.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, info.nbytes - begin)
             first = at + begin // stored.itemsize

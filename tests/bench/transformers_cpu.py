@@ -38,7 +38,7 @@ from lightllmd.engine.admission import Limits
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
-from lightllmd.weights.probe import Request, probe
+from lightllmd.probe.facts import Request, probe
 from transformers_gguf import load_gguf
 
 INTERVAL = 0.5  # seconds between arrivals

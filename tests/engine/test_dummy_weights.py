@@ -12,8 +12,8 @@ import torch
 from lightllmd.config.shape import Shape
 from lightllmd.engine.runner import TorchRunner
 from lightllmd.models.families import FAMILIES, family_of
+from lightllmd.probe.model import model_facts
 from lightllmd.weights import dummy
-from lightllmd.weights.model_facts import model_facts
 from tiny_models import BASE, VARIANTS, Driver, plan_for
 
 CPU = torch.device("cpu")

@@ -14,8 +14,10 @@ from gguf import GGMLQuantizationType as Kind
 
 from lightllmd.config.shape import Shape
 from lightllmd.errors import WeightsInvalid
-from lightllmd.weights.gguf import READABLE, GgufCheckpoint
-from lightllmd.weights.model_facts import model_facts
+from lightllmd.models.families import family_of
+from lightllmd.probe.model import model_facts
+from lightllmd.weights.gguf import GgufCheckpoint
+from lightllmd.weights.gguf_header import GGUF_READABLE
 from tiny_models import BASE, VARIANTS, Driver, load, tensors_of, write_model, write_tensors
 
 NAMES = {
@@ -40,10 +42,12 @@ def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, config: dict[str, Any], kind: Kind, rope_freqs: np.ndarray | None = None) -> Path:
-    """The tiny model of `config` with its matrices stored as `kind`."""
+def write_gguf(
+    path: Path, config: dict[str, Any], kind: Kind, rope_freqs: np.ndarray | None = None, parts: int = 0
+) -> Path:
+    """The tiny model of `config` with its matrices stored as `kind`; split after so many tensors, if asked."""
     architecture = config["model_type"]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -55,6 +59,7 @@ def write_gguf(path: Path, config: dict[str, Any], kind: Kind, rope_freqs: np.nd
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{number}" for number in range(config["vocab_size"])])
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
@@ -105,6 +110,35 @@ def test_the_probe_understands_a_qwen_file(tmp_path: Path, variant: str) -> None
     assert shape.weight_elements == facts.weight_elements
 
 
+def test_a_split_file_computes_what_the_whole_one_computes(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf", BASE, Kind.F32)
+    (tmp_path / "split").mkdir()
+    write_gguf(tmp_path / "split/m.gguf", BASE, Kind.F32, np.linspace(1, 1, 8, dtype=np.float32), parts=9)
+    first = tmp_path / "split/m-00001-of-00004.gguf"
+    for model_dir in (first, first.parent):
+        facts = model_facts(str(model_dir))
+        assert (facts.path, len(facts.files)) == (str(first), 4)
+        assert facts.weight_elements == model_facts(str(whole)).weight_elements
+    assert torch.equal(logits(first), logits(whole))
+    second = first.with_name("m-00002-of-00004.gguf")
+    with pytest.raises(WeightsInvalid, match="is not the first part of its split GGUF: name m-00001-of-00004"):
+        model_facts(str(second))
+    body = second.read_bytes()
+    second.write_bytes(body[:-100])
+    with pytest.raises(WeightsInvalid, match=f"{second.name}: truncated"):
+        model_facts(str(first))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(WeightsInvalid, match=f"{second.name}: .* part 2 of 4"):
+        model_facts(str(first))
+    second.unlink()
+    with pytest.raises(WeightsInvalid, match=f"{second.name}: can't be read: No such file"):
+        model_facts(str(first))
+    second.write_bytes(body)
+    first.rename(tmp_path / "split/other.gguf")
+    with pytest.raises(WeightsInvalid, match="must be named NAME-00001-of-00004"):
+        model_facts(str(tmp_path / "split/other.gguf"))
+
+
 def test_rope_divisors_of_llama3_are_taken_from_their_tensor(tmp_path: Path) -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     config = {**BASE, "rope_theta": 500000.0}
@@ -135,7 +169,7 @@ def test_a_quantised_file_computes_what_its_rounded_weights_compute(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # random bytes are NaN and infinite scales too
-@pytest.mark.parametrize("kind", sorted(READABLE))
+@pytest.mark.parametrize("kind", sorted(GGUF_READABLE))
 def test_every_readable_block_type_is_read_as_the_gguf_package_reads_it(tmp_path: Path, kind: str) -> None:
     """Random bytes as blocks, a matrix of several chunks, so that a wrong seam would show."""
     rows, columns = 2100, 256
@@ -159,8 +193,9 @@ def test_a_truncated_or_unreadable_gguf_is_refused_by_tensor(tmp_path: Path) -> 
     checkpoint = GgufCheckpoint(file)
     name = "model.layers.0.mlp.up_proj.weight"
     checkpoint.tensors[name] = replace(checkpoint.tensors[name], type="IQ1_M")
-    with pytest.raises(WeightsInvalid, match=r"mlp\.up_proj\.weight .* is of type IQ1_M"):
-        list(checkpoint.read(name, torch.empty(96, 64)))
+    family = family_of("llama")
+    with pytest.raises(WeightsInvalid, match=r"m\.gguf: tensor .*mlp\.up_proj\.weight is of type IQ1_M"):
+        family.layout(family.spec(BASE)).check(checkpoint.tensors, checkpoint.readable, str(file))
     file.write_bytes(file.read_bytes()[:-4096])
     with pytest.raises(WeightsInvalid, match="truncated: tensor "):
         GgufCheckpoint(file)

@@ -23,6 +23,7 @@ from harness import Daemon
 from lightllmd import LLM
 from lightllmd.engine.fake_model import fake_token
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, OutOfMemory
+from model_folders import TOKENIZER
 from tiny_models import BASE, transformers_model, write_model
 
 TINY = {"max_req_input_len": 100, "max_req_total_len": 200, "max_total_token_num": 4000, "running_max_req_size": 32}
@@ -58,7 +59,7 @@ def at_rest(llm: LLM) -> None:
 
 def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    (folder / "tokenizer.json").write_text("{}")  # has to be there; token ids in and out don't need it
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))  # has to be there; token ids in and out don't need it
     prompts = [[5, 77, 3], [1, 9, 9, 100, 64, 2, 17], [33]]
     with LLM(folder, **TINY, **QUIET) as llm:
         outputs = llm.generate(prompt_token_ids=prompts, max_new_tokens=12, ignore_eos=True, detokenize=False)

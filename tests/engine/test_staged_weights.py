@@ -70,14 +70,14 @@ def test_a_tensor_is_whole_when_it_is_yielded_and_the_next_are_on_their_way(
     assert done == sum(sizes)
 
 
-def test_a_type_that_is_no_weights_ends_it_by_name(tmp_path: Path) -> None:
+def test_a_type_that_is_no_weights_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_model(tmp_path, CHANGES)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int64)
     write_tensors(folder, tensors)
     checkpoint, layout = opened(folder)
     with pytest.raises(WeightsInvalid, match=r"model\.norm\.weight is of type I64"):
-        list(staged.stream(checkpoint, layout, torch.float32, DEVICE, lambda *at: None))
+        layout.check(checkpoint.tensors, checkpoint.readable, str(folder))
 
 
 def test_a_load_that_is_given_up_leaves_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

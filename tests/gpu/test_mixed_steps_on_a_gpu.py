@@ -196,7 +196,7 @@ def traffic() -> Iterator[tuple[Traffic, list[str]]]:
     """Of a runner that has just become ready, and the kernels compiled since."""
     from triton import knobs
 
-    from lightllmd.weights.headers import locate_model
+    from lightllmd.weights.locate import locate_model
 
     compiled: list[str] = []
 

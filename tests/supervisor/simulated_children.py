@@ -340,7 +340,7 @@ class Engine:
 
 
 class Probe:
-    """As `lightllmd.weights.probe`."""
+    """As `lightllmd.probe`."""
 
     last_breath = 0
     memory = 0

@@ -42,7 +42,7 @@ def test_every_room_has_a_border() -> None:
         "lightllmd.api.app",
         "lightllmd.api.__main__",
         "lightllmd.weights.headers",
-        "lightllmd.weights.probe",
+        "lightllmd.probe.__main__",
         "lightllmd.engine.worker",
         "lightllmd.engine.scheduler",
         "lightllmd.engine.fake",

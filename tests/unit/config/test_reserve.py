@@ -207,13 +207,13 @@ def test_the_probe_tells_what_it_cant_read_of_the_others_and_goes_on(tmp_path: P
         "others": models.others(config),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "lightllmd.weights.probe"],
+        [sys.executable, "-m", "lightllmd.probe"],
         input=msgspec.json.encode(asked),
         capture_output=True,
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    facts = msgspec.json.decode(done.stdout, type=Facts)
+    facts = msgspec.json.decode(done.stdout.splitlines()[-1], type=Facts)
     assert {name: other.model is not None for name, other in facts.others.items()} == {
         "second": True,
         "broken": False,

@@ -173,27 +173,6 @@ def test_the_model_is_named_after_its_file_or_folder() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("facts", "part"),
-    [
-        ({"model_type": "bloom"}, "'bloom' are not available yet; supported: llama, qwen2, qwen3"),
-        ({"hf_config": SMOLLM2 | {"use_sliding_window": True}}, "use_sliding_window"),
-        ({"hf_config": SMOLLM2 | {"architectures": ["LlamaForSequenceClassification"]}}, "not available yet"),
-        ({"hf_config": SMOLLM2 | {"quantization_config": {"quant_method": "awq"}}}, "pre-quantised"),
-        ({"has_tokenizer": False}, "has no tokenizer"),
-        (
-            {"hf_config": {key: value for key, value in SMOLLM2.items() if key != "hidden_size"}},
-            "hidden_size is missing",
-        ),
-        ({"hf_config": SMOLLM2 | {"num_hidden_layers": "x"}}, "num_hidden_layers is 'x'"),
-    ],
-)
-def test_a_model_that_cant_be_served_is_refused_by_name(facts: dict[str, Any], part: str) -> None:
-    (problem,) = refused(**facts)
-    assert problem.key == "model_dir"
-    assert part in problem.message
-
-
 def test_no_prompt_is_cached_whose_keys_depend_on_its_length() -> None:
     stretched = {"max_position_embeddings": 8192, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
     facts = {"hf_config": SMOLLM2 | stretched, "context_length": 32768}

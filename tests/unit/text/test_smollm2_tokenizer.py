@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from lightllmd.errors import ConfigInvalid, InvalidRequest
 from lightllmd.text import Tokenizer, open_tokenizer
 from lightllmd.text.gguf_vocab import open_metadata
-from lightllmd.weights.headers import locate_model, read_gguf_header
+from lightllmd.weights.gguf_header import read_gguf_header
+from lightllmd.weights.locate import locate_model
 from text_samples import SAMPLES, TEXTS
 
 pytestmark = pytest.mark.skipif(

@@ -1,0 +1,54 @@
+"""What the probe is asked and answers: the facts that a plan is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from lightllmd.config.parameters import Params
+from lightllmd.config.plan import Facts, Other
+from lightllmd.errors import ConfigInvalid, LightllmdError, Problem
+from lightllmd.probe.model import model_facts
+from lightllmd.weights.device_facts import device_facts
+
+
+class Request(msgspec.Struct, frozen=True):
+    model_dir: str | None = None
+    load_way: str = "HF"  # "DUMMY" needs no weight files
+    backend: str = "torch"  # "fake" has no model
+    device: str = "auto"  # "auto" | "cpu" | "cuda"
+    threads: int = 0  # 0: the physical cores
+    device_only: bool = False  # no model is looked for
+    tokenizer_mode: str = "auto"
+    others: dict[str, Params] = {}  # models beside that one, by name: what can't be read of them is told, no error
+
+
+def _unwatched(path: str) -> None:
+    """Nobody asks which model is being read."""
+
+
+def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Facts:
+    """`reading` is called before each model, with its model_dir. Raises ConfigInvalid, WeightsInvalid or
+    NoUsableDevice."""
+    if request.backend == "fake" or request.device_only:
+        return Facts(None, device_facts("cpu" if request.backend == "fake" else request.device, request.threads))
+    if request.model_dir is None:
+        raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
+    reading(request.model_dir)
+    dummy = request.load_way == "DUMMY"
+    model = model_facts(request.model_dir, dummy=dummy, tokenizer_mode=request.tokenizer_mode)
+    others = {name: _other(params, reading) for name, params in request.others.items()}
+    return Facts(model=model, device=device_facts(request.device, request.threads), others=others)
+
+
+def _other(params: Params, reading: Callable[[str], None]) -> Other:
+    model_dir = params.model_dir or ""
+    reading(model_dir)
+    try:
+        dummy = params.load_way == "DUMMY"
+        return Other(params, model_facts(model_dir, dummy=dummy, tokenizer_mode=params.tokenizer_mode))
+    except ConfigInvalid as invalid:
+        return Other(params, fault="; ".join(problem.message for problem in invalid.problems))
+    except LightllmdError as error:
+        return Other(params, fault=error.message)

@@ -1,0 +1,257 @@
+"""A model's facts, from its settings and headers, and whether it can be served at all.
+
+All that the engine and the api workers will ask of the model's files is asked here first: the decoder that the config
+describes, each tensor with its shape and type, the tokenizer with its chat template. What they would refuse is refused
+when the plan is made, before anything is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lightllmd.config.check import show
+from lightllmd.config.plan import ModelFacts
+from lightllmd.config.shape import Shape, rope_words
+from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid
+from lightllmd.models.families import FAMILIES, Family
+from lightllmd.models.spec import DecoderSpec
+from lightllmd.weights.gguf_header import (
+    END_OF_TURN,
+    GGUF_READABLE,
+    ROPE_FREQUENCIES,
+    gguf_dtype,
+    gguf_eos_ids,
+    gguf_hf_config,
+    read_gguf_header,
+)
+from lightllmd.weights.gguf_names import hugging_face_tensors
+from lightllmd.weights.headers import SAFETENSORS_READABLE, TensorInfo, read_safetensors_headers
+from lightllmd.weights.locate import locate_model
+from lightllmd.weights.model_files import (
+    MAX_CONFIG,
+    MAX_VOCABULARY,
+    TokenizerJson,
+    added_tokens,
+    chat_templates,
+    eos_token_ids,
+    invalid,
+    present,
+    read_json,
+    read_listed,
+    text_of,
+    tokenizer_config,
+)
+
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+LARGEST_ENTRY = 64 << 10  # bytes of one entry of the config that is carried on
+# Rotations whose config.json says the context before stretching.
+_STRETCHING = ("linear", "dynamic")
+
+
+def model_facts(model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "auto") -> ModelFacts:
+    """`dummy`: weights will be invented, so that no weight file is needed or read.
+
+    Raises ConfigInvalid when there is no model to be found or it can't be served, WeightsInvalid when its files are
+    damaged; the message names the file.
+    """
+    path = locate_model(model_dir)
+    try:
+        facts = _of_directory(path, dummy) if path.is_dir() else _of_gguf(path, dummy)
+        return _with_tokenizer(facts, tokenizer_mode)
+    except LightllmdError:
+        raise
+    except OSError as error:
+        raise invalid(f"{error.filename or path} can't be read: {error.strerror}") from None
+    except MemoryError:
+        raise WeightsInvalid(f"{path}: there is not enough memory to read its settings") from None
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise WeightsInvalid(f"{path}: its files are not as their format says: {error!r}") from error
+
+
+# --- what can be served -------------------------------------------------------------------------------------------
+
+
+def _decoder(config: dict[str, Any], where: Path) -> tuple[Family, DecoderSpec]:
+    """`where`: the file that says so. Raises ConfigInvalid."""
+    if faults := list(_unsupported(config)):
+        raise ConfigInvalid([Problem("model_dir", f"{where}: {fault}") for fault in faults])
+    family = FAMILIES[config["model_type"]]
+    try:
+        return family, family.spec(config)
+    except ConfigInvalid as refused:
+        raise ConfigInvalid([Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]) from None
+
+
+def _unsupported(config: dict[str, Any]) -> Iterator[str]:
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str):
+        yield f"model_type is {'missing' if kind is None else show(kind)}, a name is needed"
+    elif kind not in FAMILIES:
+        yield f"models of type {show(kind)} are not available yet; supported: {', '.join(FAMILIES)}"
+    named = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if named and not any(name.endswith("ForCausalLM") for name in named):
+        yield f"the architecture {show(named[0])} is not available yet; ...ForCausalLM is"
+    if config.get("use_sliding_window"):
+        yield "use_sliding_window: attention over a sliding window is not available yet"
+    if config.get("quantization_config"):
+        yield "pre-quantised Hugging Face checkpoints are not available yet"
+
+
+def _require_in_vocabulary(ids: list[int], spec: DecoderSpec, where: Path) -> None:
+    for number in ids:
+        if not 0 <= number < spec.vocab:
+            raise invalid(f"{where}: eos_token_id {number} is not in the model's vocabulary of {spec.vocab} tokens")
+
+
+def _facts(
+    path: Path,
+    form: str,
+    config: dict[str, Any],
+    tensors: list[TensorInfo],
+    files: list[Path],
+    dtype: str | None,
+    eos_ids: list[int],
+    has_tokenizer: bool,
+    dummy: bool,
+) -> ModelFacts:
+    kind = config["model_type"]
+    elements = sum(tensor.elements for tensor in tensors)
+    if dummy:
+        elements = Shape.of(kind, config).weight_elements
+    return ModelFacts(
+        path=str(path),
+        format="dummy" if dummy else form,
+        model_type=kind,
+        hf_config={key: value for key, value in config.items() if _is_small({key: value})},
+        files=[] if dummy else [str(file) for file in files],
+        weight_elements=elements,
+        weight_bytes=sum(tensor.nbytes for tensor in tensors),
+        checkpoint_dtype=dtype,
+        context_length=_context_length(config),
+        eos_ids=eos_ids,
+        has_tokenizer=has_tokenizer,
+        has_chat_template=False,
+    )
+
+
+def _is_small(entry: dict[str, Any]) -> bool:
+    """And can be carried: the families have read what they know, the rest of a config may be anything."""
+    try:
+        return len(msgspec.msgpack.encode(entry)) <= LARGEST_ENTRY
+    except (OverflowError, RecursionError, ValueError, TypeError):
+        return False
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    """The config has been read as a decoder's, so that its types are right."""
+    context, rope = config.get("max_position_embeddings"), rope_words(config)
+    if context is None:
+        return None
+    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+    if kind in _STRETCHING:
+        return int(max(context, (rope.get("original_max_position_embeddings") or context) * factor))
+    return int(context)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+
+def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
+    header = read_gguf_header(path)
+    config = gguf_hf_config(header)
+    family, spec = _decoder(config, path)
+    if not dummy:
+        family.layout(spec).check(hugging_face_tensors(header), GGUF_READABLE, str(path))
+    stored = [tensor for tensor in header.tensors if tensor.name != ROPE_FREQUENCIES]
+    eos_ids = gguf_eos_ids(header)
+    _require_in_vocabulary(eos_ids, spec, path)
+    has_tokenizer, dtype = "tokenizer.ggml.tokens" in header.metadata, gguf_dtype(header)
+    return _facts(
+        path, "gguf", config, [] if dummy else stored, list(header.files), dtype, eos_ids, has_tokenizer, dummy
+    )
+
+
+# --- Hugging Face directory ---------------------------------------------------------------------------------------
+
+
+def _of_directory(path: Path, dummy: bool) -> ModelFacts:
+    config = read_json(path / "config.json", MAX_CONFIG)
+    family, spec = _decoder(config, path / "config.json")
+    tensors: list[TensorInfo] = []
+    files: list[Path] = []
+    if not dummy:
+        headers = read_safetensors_headers(path)
+        if not headers:
+            raise invalid(_no_weights(path))
+        stored = {tensor.name: tensor for header in headers for tensor in header.tensors}
+        family.layout(spec).check(stored, SAFETENSORS_READABLE, str(path))
+        tensors = [tensor for tensor in stored.values() if _is_weight(tensor, spec)]
+        files = [header.path for header in headers]
+    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, spec)
+    return _facts(path, "safetensors", config, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    both = present(path / "vocab.json") and present(path / "merges.txt")
+    return present(path / "tokenizer.json") or both or any(path.glob("*.model"))
+
+
+def _no_weights(path: Path) -> str:
+    if any(path.glob("*.bin")):
+        return f"{path} has its weights in PyTorch's .bin files, which are not available yet; safetensors are"
+    return f"{path} has no *.safetensors file"
+
+
+def _is_weight(tensor: TensorInfo, spec: DecoderSpec) -> bool:
+    """Not a tied head that was stored a second time, and not a table that is computed anew."""
+    return not (tensor.name == "lm_head.weight" and spec.tied) and not tensor.name.endswith("rotary_emb.inv_freq")
+
+
+def _dtype(config: dict[str, Any], tensors: list[TensorInfo]) -> str | None:
+    """As config.json names it (`dtype` since transformers 5, `torch_dtype` before), else what most bytes are."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named in DTYPES.values():
+        return str(named)
+    volume: dict[str, int] = {}
+    for tensor in tensors:
+        volume[tensor.type] = volume.get(tensor.type, 0) + tensor.nbytes
+    return DTYPES.get(max(volume, key=lambda kind: volume[kind])) if volume else None
+
+
+def _eos_ids(path: Path, spec: DecoderSpec) -> list[int]:
+    """What the settings name, and the ends of a turn of the chat template."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        ids = eos_token_ids(path / name)
+        _require_in_vocabulary(ids, spec, path / name)
+        found += ids
+    settings = tokenizer_config(path)
+    template = "\n".join(chat_templates(path, settings).values())
+    texts = {text for text in END_OF_TURN if text in template}
+    if eos := text_of(settings.eos_token):
+        texts.add(eos)
+    added = {number: token.content for number, token in added_tokens(path, settings).items()}
+    if texts:
+        if not added and present(path / "tokenizer.json"):
+            listed = read_listed(path / "tokenizer.json", TokenizerJson, MAX_VOCABULARY).added_tokens
+            added = {token.id: token.content for token in listed if token.id is not None}
+        found += [number for number, text in added.items() if text in texts and 0 <= number < spec.vocab]
+    return list(dict.fromkeys(found))
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def _with_tokenizer(facts: ModelFacts, mode: str) -> ModelFacts:
+    """Opened as the api workers will open it. Raises ConfigInvalid, also where a model with weights has none."""
+    if facts.format == "dummy" and not facts.has_tokenizer:
+        return facts
+    from lightllmd.text import open_tokenizer  # which imports more than the rest together
+
+    tokenizer = open_tokenizer(facts.path, None, "fast" if mode == "auto" else mode, facts.eos_ids)
+    chat = tokenizer.chat_template is not None
+    return msgspec.structs.replace(facts, has_tokenizer=True, has_chat_template=chat)
