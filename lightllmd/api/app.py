@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from lightllmd import __version__
 from lightllmd.api import native, openai, probes, tokenizing
-from lightllmd.api.auth import BearerKeys
+from lightllmd.api.auth import AcceptedKeys, BearerKeys
 from lightllmd.api.bodies import Body, schemas
 from lightllmd.api.errors import MethodNotAllowed, error_response
 from lightllmd.api.ignored_fields import name_in
@@ -33,10 +33,8 @@ _BODIES: list[type[Body]] = [
 ]
 
 
-def build_app(
-    revisions: Revisions, *, metrics_dir: str, api_keys: list[str], metrics_keys: list[str] | None = None
-) -> FastAPI:
-    """Keys as `BearerKeys` takes them. CORS is as the first revision says; to change it takes a new process."""
+def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys) -> FastAPI:
+    """CORS is as the first revision says; to change it takes a new process."""
     http = revisions.front.http
     app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
     app.include_router(native.router(revisions))
@@ -47,8 +45,7 @@ def build_app(
     app.add_exception_handler(LightllmdError, _known)
     app.add_exception_handler(HTTPException, _by_framework)
     app.add_exception_handler(Exception, _unexpected)
-    if api_keys or metrics_keys:
-        app.add_middleware(BearerKeys, keys=api_keys, metrics_keys=metrics_keys)
+    app.add_middleware(BearerKeys, keys=keys)
     if http.cors_origins:
         # Outermost: a browser's preflight request carries no key.
         app.add_middleware(CORSMiddleware, allow_origins=http.cors_origins, allow_methods=["*"], allow_headers=["*"])

@@ -13,7 +13,7 @@ import zmq
 
 from lightllmd.api.accounts import Accounts
 from lightllmd.api.app import build_app
-from lightllmd.api.auth import keys_of
+from lightllmd.api.auth import AcceptedKeys
 from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.ledger import Ledger, Tally
 from lightllmd.api.link import EngineLink
@@ -32,7 +32,7 @@ BEAT = 0.2  # seconds between heartbeats, time-out checks and looks at quiet str
 
 
 class Worker:
-    """Raises ConfigInvalid for a keys file, certificate or tokenizer that can't be read."""
+    """Raises ConfigInvalid for a certificate or tokenizer that can't be read."""
 
     def __init__(self, channel: Channel[messages.Down], configure: messages.ApiConfigure, plan: Plan) -> None:
         http = plan.config.http
@@ -44,8 +44,8 @@ class Worker:
             ApiMetrics(plan.config.params.max_req_input_len, plan.config.params.max_req_total_len)
         )
         self.revisions = Revisions(configure.revision, plan, self._front, self._tally, self._accounts)
-        keys, metrics_keys = keys_of(http)
-        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, api_keys=keys, metrics_keys=metrics_keys)
+        self._keys = AcceptedKeys(plan.config.keys)
+        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys)
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
         self._server = Server(app, http, sockets)
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
@@ -154,6 +154,8 @@ class Worker:
             case messages.Tune():
                 logging.getLogger().setLevel(message.log_level.upper())
                 self._stop_timeout = message.stop_timeout
+            case messages.Keys():
+                self._keys.accept(message.requests, message.metrics)
             case messages.Health():
                 revisions.health = message
             case messages.Drain():

@@ -32,7 +32,19 @@ def diff(old: Config, new: Config) -> list[Change]:
         for field in fields(Config)
         if field.of(old) != field.of(new)
     ]
-    return [*changed, *_models(old, new)]
+    return [*changed, *_keys(old, new, {change.key for change in changed}), *_models(old, new)]
+
+
+def _keys(old: Config, new: Config, known: set[str]) -> Iterator[Change]:
+    """Files of the same name that hold other keys."""
+    for setting, before, after in (
+        ("http.api_keys_file", old.keys.requests, new.keys.requests),
+        ("http.metrics_key", old.keys.metrics, new.keys.metrics),
+    ):
+        if before != after and setting not in known:
+            came, went = len(set(after or ()) - set(before or ())), len(set(before or ()) - set(after or ()))
+            change = f"{len(after or ())} keys ({came} new, {went} gone)"
+            yield Change(setting, f"{len(before or ())} keys", change, by_key(Config)[setting].setting.reload)
 
 
 def _models(old: Config, new: Config) -> Iterator[Change]:

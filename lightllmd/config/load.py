@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import msgspec
 
 from lightllmd.config import check, models, rules
 from lightllmd.config.document import Document, Given, Unreadable, parse
+from lightllmd.config.keys import Keys, digests, exposed
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import by_key, fields, tables
 from lightllmd.errors import ConfigInvalid, Problem
@@ -45,6 +45,7 @@ def load(file: str | None, flags: Mapping[str, Any] | None = None) -> Config:
         problems.append(problem_at(config, file, keys, message))
     problems += models.contradictions(config, faulty, faulty_named, document.file)
     problems += _missing(config, file, faulty)
+    config = _with_keys(config, file, problems)
     if problems:
         raise ConfigInvalid(sorted(problems, key=lambda problem: (problem.file is None, problem.line or 0)))
     return config
@@ -60,13 +61,25 @@ def problem_at(config: Config, file: str | None, keys: tuple[str, ...], message:
 
 
 def _missing(config: Config, file: str | None, faulty: set[str]) -> Iterator[Problem]:
-    """What has to be there: a model, and the files that the configuration names."""
+    """What has to be there."""
     if config.params.model_dir is None and config.engine.backend != "fake" and "model_dir" not in faulty:
         yield Problem("model_dir", "is missing: which model shall be served?", file)
-    for key, path in config.http.key_files.items():
-        if not os.access(path, os.R_OK):
-            state = "can't be read" if os.path.exists(path) else "does not exist"
-            yield problem_at(config, file, (key,), f"{check.show(path)} {state}")
+
+
+def _with_keys(config: Config, file: str | None, problems: list[Problem]) -> Config:
+    """With what the key files hold."""
+    read: dict[str, list[str]] = {}
+    warnings = []
+    for setting, path in config.http.key_files.items():
+        try:
+            read[setting] = digests(path)
+        except ValueError as fault:
+            problems.append(problem_at(config, file, (setting,), str(fault)))
+        if warning := exposed(path):
+            warnings.append(f"{setting}: {warning}")
+    metrics = read.get("http.metrics_key", []) if config.http.metrics_key else None
+    held = Keys(read.get("http.api_keys_file", []), metrics)
+    return msgspec.structs.replace(config, held_keys=held, warnings=warnings)
 
 
 def _assemble(values: Mapping[str, Any], named: Mapping[str, models.Overrides], places: dict[str, int]) -> Config:

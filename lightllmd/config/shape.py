@@ -67,7 +67,7 @@ MOST = {
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 14,
-    "intermediate_size": 1 << 24,
+    "intermediate_size": 1 << 32,
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 31,
     "original_max_position_embeddings": 1 << 31,

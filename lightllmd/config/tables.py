@@ -117,9 +117,9 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Setting(
             doc="File with one API key a line, which clients send as 'Authorization: Bearer KEY'. "
-            "Empty: no authentication.",
+            "Empty: no authentication. What it holds is taken up by a reload, as its name is.",
             example='"/etc/lightllmd/api_keys"',
-            reload="front end",
+            reload="live",
         ),
     ] = ""
     metrics_key: Annotated[
@@ -131,7 +131,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             example='"/etc/lightllmd/metrics_keys"',
             pattern=r"(none|.*/.*)?",
             form='empty, "none", or the path of a key file',
-            reload="front end",
+            reload="live",
         ),
     ] = ""
     served_model_name: Annotated[

@@ -301,6 +301,13 @@ class Tune(msgspec.Struct, tag="tune"):
     stop_timeout: float  # seconds
 
 
+class Keys(msgspec.Struct, tag="keys"):
+    """To an api worker: the API keys in force from now on, as `config.keys.Keys` has them."""
+
+    requests: list[str]
+    metrics: list[str] | None
+
+
 class Stage(msgspec.Struct, tag="stage"):
     """To an engine: keep a copy of the weights in host memory, made while requests are served. Its progress is
     ``stats["staged_bytes"]`` of ``stats["staged_total"]``; -1: host memory can't hold it. Ignored unless it's ready."""
@@ -345,6 +352,7 @@ Down = (
     | Models
     | Probe
     | Tune
+    | Keys
     | Stage
     | Sleep
     | Wake

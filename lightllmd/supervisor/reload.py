@@ -55,16 +55,13 @@ class Settings:
         """Raises ConfigInvalid."""
         return cli.reload(self.invocation)
 
-    def _signature(self) -> tuple[int, int, int] | None:
-        """Changes with the file."""
-        try:
-            found = os.stat(self.invocation.config_file or "")
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+    def _signature(self) -> list[tuple[int, int, int] | None]:
+        """Changes with the file, and with the key files that it names."""
+        files = [self.invocation.config_file or "", *self.written.http.key_files.values()]
+        return [_stat(file) for file in files]
 
     def changed(self) -> bool:
-        """Whether the file was touched since this was last asked."""
+        """Whether a file was touched since this was last asked."""
         before, self._seen = self._seen, self._signature()
         return before != self._seen
 
@@ -97,6 +94,14 @@ class Settings:
             return self.for_model(written, self.swapped_to if same else None)
         except NoSuchModel as gone:
             raise ControlError(f"{gone.message}, but it is served now: swap to another model first") from gone
+
+
+def _stat(file: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Reload:
@@ -153,6 +158,8 @@ class Reload:
             if front_end:
                 yield from self._restore_front_end(old, before)
             raise
+        for warning in written.warnings:
+            self._context.events.add("warning", warning, level="warning")
         self._close(listener for listener in before if listener not in listeners)
         self._settings.take(written)
         return f"in force: {', '.join(change.key for change in changes)}"

@@ -355,6 +355,8 @@ class Supervisor:
             "start", f"lightllmd {__version__}, pid {self.pid}, configuration {self.config_file or '(flags)'}"
         )
         context.log.own("info", f"listening on {', '.join(self.urls)}; control socket {context.runtime.control_socket}")
+        for warning in context.config.warnings:
+            context.events.add("warning", warning, level="warning")
         exposed = [url for url, sock in zip(self.urls, context.listeners, strict=True) if sockets.beyond_loopback(sock)]
         if exposed and not context.config.http.api_keys_file:
             context.events.add(

@@ -22,7 +22,7 @@ from lightllmd.errors import (
     StaleGeneration,
     TryAgain,
 )
-from lightllmd.ipc.messages import Drain, FlushCache, Models, Resume, Tune
+from lightllmd.ipc.messages import Drain, FlushCache, Keys, Models, Resume, Tune
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.crashes import words
 from lightllmd.supervisor.engines import Engines
@@ -209,6 +209,7 @@ class Verbs:
         tune = Tune(config.log.level, pace, config.supervisor.stop_timeout)
         for child in (*self._front.children(), *(engine.child for engine in self._engines if engine.child)):
             child.send(tune)
+        self._front.tell(Keys(config.keys.requests, config.keys.metrics))
         self._front.tell(Models(list(config.models)))
 
     def _drain(self) -> Steps:

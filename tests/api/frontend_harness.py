@@ -15,6 +15,7 @@ import msgspec
 
 from lightllmd.api.ledger import Ledger
 from lightllmd.api.worker import Worker
+from lightllmd.config.keys import Keys, digests
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
 from lightllmd.engine.fake_model import fake_token
@@ -29,10 +30,14 @@ PATIENCE = 20.0  # seconds; a bound, never a measure
 def make_plan(
     params: dict[str, Any] | None = None, model: str = "fake-model", names: Iterable[str] = (), **http: Any
 ) -> Plan:
+    settings = HttpSettings(**http)
+    read = {setting: digests(path) for setting, path in settings.key_files.items()}
+    metrics = read.get("http.metrics_key", []) if settings.metrics_key else None
     config = Config(
+        held_keys=Keys(read.get("http.api_keys_file", []), metrics),
         models={name: {} for name in names},
         params=Params(**({"max_total_token_num": 6000} | (params or {}))),
-        http=HttpSettings(**http),
+        http=settings,
         engine=EngineSettings(backend="fake"),
         supervisor=SupervisorSettings(stop_timeout=4.0),
     )

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from api.frontend_harness import run, stack, until
-from lightllmd.api.auth import BearerKeys, keys_of
-from lightllmd.config.parameters import HttpSettings
+from lightllmd.api.auth import AcceptedKeys, BearerKeys
+from lightllmd.config.load import load
+from lightllmd.config.parameters import Config
 from lightllmd.errors import ConfigInvalid, RequestFailed
 
 
@@ -66,7 +67,7 @@ def test_counts_balance_whatever_becomes_of_a_request(tmp_path):
     run(scenario())
 
 
-def asked(http: HttpSettings, path: str, key: str | None) -> int:
+def asked(config: Config, path: str, key: str | None) -> int:
     """The status that a request for `path` gets."""
 
     async def app(scope, receive, send):
@@ -74,8 +75,7 @@ def asked(http: HttpSettings, path: str, key: str | None) -> int:
         await send({"type": "http.response.body", "body": b""})
 
     async def ask() -> int:
-        keys, metrics_keys = keys_of(http)
-        transport = httpx.ASGITransport(BearerKeys(app, keys, metrics_keys))
+        transport = httpx.ASGITransport(BearerKeys(app, AcceptedKeys(config.keys)))
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return (await client.get(path, headers=headers)).status_code
@@ -98,17 +98,18 @@ def test_who_may_read_metrics_is_a_setting(
 ) -> None:
     for name in ("api", "own"):
         (tmp_path / name).write_text(f"{name}\n")
-    http = HttpSettings(
-        api_keys_file=str(tmp_path / "api") if api else "",
-        metrics_key=str(tmp_path / "own") if metrics == "file" else metrics,
-    )
+    files = {
+        "http.api_keys_file": str(tmp_path / "api") if api else "",
+        "http.metrics_key": str(tmp_path / "own") if metrics == "file" else metrics,
+    }
+    config = load(None, {"engine.backend": "fake", **files})
     everyone = (None, "api", "own", "wrong")
-    assert {key for key in everyone if asked(http, "/metrics", key) == 200} == opens_metrics
-    assert {key for key in everyone if asked(http, "/v1/models", key) == 200} == opens_the_rest
-    assert all(asked(http, "/health", key) == 200 for key in everyone)
+    assert {key for key in everyone if asked(config, "/metrics", key) == 200} == opens_metrics
+    assert {key for key in everyone if asked(config, "/v1/models", key) == 200} == opens_the_rest
+    assert all(asked(config, "/health", key) == 200 for key in everyone)
 
 
 def test_a_metrics_key_file_without_keys_is_refused_by_its_setting(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# none yet\n")
     with pytest.raises(ConfigInvalid, match=r"http\.metrics_key: .* has no key"):
-        keys_of(HttpSettings(metrics_key=str(tmp_path / "empty")))
+        load(None, {"engine.backend": "fake", "http.metrics_key": str(tmp_path / "empty")})

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from api.frontend_harness import ScriptedEngine, expected, frames, make_plan, run, until
+from lightllmd.config.keys import digests
 from lightllmd.config.plan import encode_plan
 from lightllmd.errors import EXIT_CONFIG
 from lightllmd.ipc import channel, messages
@@ -247,18 +248,30 @@ def test_metrics_have_the_documented_names_and_count_each_request_once(tmp_path)
     run(scenario())
 
 
-def test_keys_file_that_can_t_be_used_is_a_configuration_error(tmp_path):
+def test_a_worker_reads_no_key_file_and_takes_others_at_once(tmp_path):
+    """Several workers would disagree after one's death, had the file changed meanwhile."""
+    file = tmp_path / "keys"
+    file.write_text("\ufeffold\n", encoding="utf-8")  # with an editor's byte order mark
+    plan = make_plan(api_keys_file=str(file))
+    file.write_text("new\n")
+
     async def scenario():
-        one = Process(tmp_path, make_plan(api_keys_file=str(tmp_path / "missing")))
-        try:
-            assert await one.exit_code() == EXIT_CONFIG
-            one.listen()
-            assert one.failed is not None
-            assert one.failed.kind == "config"
-            assert "missing" in one.failed.message
-        finally:
-            await one.close()
-            one.listener.close()
+        async with process(tmp_path, plan) as one:
+            await one.engine()
+
+            async def status(key):
+                answer = await one.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+                return answer.status_code
+
+            assert [await status(key) for key in ("old", "new")] == [200, 401]
+            one.tell(messages.Keys(digests(str(file)), None))
+            deadline = time.monotonic() + 10
+            while await status("old") == 200:
+                assert time.monotonic() < deadline
+            assert await status("new") == 200
+            one.tell(messages.Keys([], None))
+            while await status("old") == 401:
+                assert time.monotonic() < deadline
 
     run(scenario())
 

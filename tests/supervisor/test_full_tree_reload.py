@@ -191,3 +191,37 @@ def test_no_two_processes_of_a_front_end_share_an_epoch(tmp_path: Path) -> None:
                 seen.setdefault((worker["name"], worker["generation"]), set()).add(worker["pid"])
         assert {name for name, _ in seen} == {"api-0", "api-1"}
         assert all(len(pids) == 1 for pids in seen.values()), seen
+
+
+def test_a_revoked_key_is_refused_by_every_worker_and_after_one_died(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("kept\nrevoked\n")
+    keys.chmod(0o644)
+    flags = ("--http.api_keys_file", str(keys), "--http.workers", "2")
+
+    def answers(daemon: Daemon, key: str) -> set[int]:
+        """Of as many connections as reach both workers."""
+        asked = {"headers": {"Authorization": f"Bearer {key}"}, "timeout": 30}
+        return {httpx.get(f"{daemon.url}/v1/models", **asked).status_code for _ in range(16)}
+
+    def end_worker(daemon: Daemon, index: int) -> None:
+        gone = daemon.workers("api")[index]["pid"]
+        os.kill(gone, signal.SIGKILL)
+        wait_for(
+            lambda: all(one["state"] == "running" and one["pid"] != gone for one in daemon.workers("api")),
+            what="both workers",
+        )
+
+    with Daemon(tmp_path / "daemon", *flags).start() as daemon:
+        operator = Operator(daemon, Timeline("the model"))
+        assert answers(daemon, "revoked") == {200}
+        assert "every user of this host may read the keys" in daemon.log_text()
+        keys.write_text("kept\n")
+        # A worker that dies before the reload comes back with the keys in force, as the other has them.
+        end_worker(daemon, 0)
+        assert answers(daemon, "revoked") == {200}
+        assert "http.api_keys_file" in operator.reload().output
+        assert answers(daemon, "revoked") == {401}
+        end_worker(daemon, 1)
+        assert (answers(daemon, "revoked"), answers(daemon, "kept")) == ({401}, {200})
+        assert "nothing changed" in operator.reload().output

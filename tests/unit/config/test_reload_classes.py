@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -85,8 +88,8 @@ CLASSES = {
     "host": "front end",
     "port": "front end",
     "http.workers": "front end",
-    "http.api_keys_file": "front end",
-    "http.metrics_key": "front end",
+    "http.api_keys_file": "live",
+    "http.metrics_key": "live",
     "http.unknown_fields": "front end",
     "http.served_model_name": "front end",
     "http.hold_timeout": "front end",
@@ -150,3 +153,44 @@ def test_what_needs_a_new_daemon_is_refused_by_name_and_line(tmp_path: Path) -> 
     assert one.message == '"" -> "/tmp/x.sock" can\'t be changed while lightllmd runs; restart it'
     overridden = cli.parse(["--config", file, "--supervisor.control_socket", "/tmp/y.sock"])
     assert cli.reload(overridden).supervisor.control_socket == "/tmp/y.sock"
+
+
+def test_the_content_of_a_key_file_is_configuration(tmp_path: Path) -> None:
+    """Kept as digests; what a reload finds is a change although the file's name is the same."""
+    keys = tmp_path / "keys"
+    keys.write_bytes(b"\xef\xbb\xbfone\n# a comment\n\ntwo\n")
+    keys.chmod(0o640)
+    flags = {"engine.backend": "fake", "http.api_keys_file": str(keys)}
+    old = load(None, flags)
+    assert old.keys.requests == [hashlib.sha256(key).hexdigest() for key in (b"one", b"two")]
+    assert old.warnings == []
+    assert diff(old, load(None, flags)) == []
+    keys.write_text("two\nthree\nfour\n")
+    keys.chmod(0o644)
+    new = load(None, flags)
+    assert diff(old, new) == [Change("http.api_keys_file", "2 keys", "3 keys (2 new, 1 gone)", "live")]
+    [warning] = new.warnings
+    assert f"read the keys in {keys}: chmod" in warning
+    assert "three" not in repr(new)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda path: path.write_text("# none\n"), "has no key"),
+        (lambda path: path.write_bytes(b"\xff\n"), "is not valid UTF-8"),
+        (os.mkfifo, "it is a pipe"),
+        (lambda path: path.mkdir(), "it is a directory"),
+        (lambda path: path.write_bytes(b"x" * (1 << 20) + b"x"), "larger than"),
+        (lambda path: None, "does not exist"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["http.api_keys_file", "http.metrics_key"])
+def test_a_key_file_that_cant_be_used_is_a_fault_of_its_setting(
+    tmp_path: Path, make: Callable[[Path], object], part: str, setting: str
+) -> None:
+    make(tmp_path / "keys")
+    with pytest.raises(ConfigInvalid) as refused:
+        load(None, {"engine.backend": "fake", setting: str(tmp_path / "keys")})
+    (problem,) = refused.value.problems
+    assert (problem.key, part in problem.message) == (setting, True)
