@@ -112,6 +112,8 @@ def _loaded(status: Json, now: float) -> Text:
     else:
         pending = config.get("pending_changes", 0)
         notes.append(f"{pending} pending change{'' if pending == 1 else 's'}")
+    if swapped := config.get("swapped_to"):
+        notes.append(f"swapped to {clean(swapped)} until the next start")
     return Text(f"{file} ({'; '.join(notes)})")
 
 

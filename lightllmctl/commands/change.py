@@ -78,6 +78,9 @@ def swap(
 
     Requests in flight finish on the old model, new ones wait or go to the new one once it has produced a token. A swap
     that fails is rolled back (exit code 9): the old model serves on.
+
+    A swap lasts until the daemon starts anew, which serves what its configuration names, or until a reload finds
+    another model_dir there. Of the model that is in force already nothing is done.
     """
     if force and drain is None:
         raise click.UsageError("--force needs --drain TIME")

@@ -51,6 +51,7 @@ class Engines:
         old, self.serving, self.candidate = self.serving, self.candidate, None
         old.rename(LEAVING)
         self.serving.rename(SERVING)
+        self.serving.worker.succeed(old.worker)
         self.leaving.append(old)
         self.in_force()
         self._plan_spare()

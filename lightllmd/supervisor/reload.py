@@ -34,7 +34,9 @@ class Settings:
         self.invocation = invocation
         self.written = invocation.config
         self.loaded = time.time()
-        self.swapped_to: str | None = None  # what the last swap was asked for
+        # What the last swap was asked for; None: the configuration's own model is served. Not kept over restarts of the
+        # daemon: what a start serves is read in one place, its configuration.
+        self.swapped_to: str | None = None
         self.pending = 0  # settings that the file says otherwise by now
         self.pending_fault = ""  # or why it can't be read
         self._seen = self._signature()
@@ -50,6 +52,15 @@ class Settings:
             return models.choose(written, chosen)
         name = models.name_of(written)
         return written if name is None or written.http.served_model_name else models.with_model(written, name)
+
+    @property
+    def own_model(self) -> str:
+        """What the configuration itself serves, and so does the daemon when it starts anew."""
+        return models.name_of(self.written) or self.written.params.model_dir or ""
+
+    def swap_to(self, model: str) -> None:
+        own = self.for_model(self.written, None)
+        self.swapped_to = model if diff(own, self.for_model(self.written, model)) else None
 
     def reread(self) -> Config:
         """Raises ConfigInvalid."""

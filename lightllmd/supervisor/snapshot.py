@@ -73,7 +73,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     phase: str  # as its heartbeats say: "boot" | "load" | "warmup" | "ready"; "" without a process
     progress: int  # within the phase: bytes while loading, steps when ready
     progress_total: int  # what `progress` heads for; 0: unknown
-    restarts: int  # starts after the first
+    restarts: int  # starts after the first; of the engine in force: of those before it, too
     generation: int  # the engine's generation, the api worker's epoch; 0: a spare
     memory_bytes: int  # resident set; 0 without a process
     heartbeat_age_s: float | None  # since the last heartbeat
@@ -166,6 +166,7 @@ class ConfigSource(msgspec.Struct, frozen=True, kw_only=True):
     loaded: float  # or reloaded
     pending_changes: int = 0  # settings that the file says otherwise by now
     pending_fault: str = ""  # why the file can't be reloaded as it is
+    swapped_to: str | None = None  # what a swap serves in place of the configured model, until the daemon starts anew
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

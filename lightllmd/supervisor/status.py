@@ -183,6 +183,7 @@ def build(supervisor: Supervisor) -> snapshot.Status:
             loaded=supervisor.settings.loaded,
             pending_changes=supervisor.settings.pending,
             pending_fault=supervisor.settings.pending_fault,
+            swapped_to=supervisor.settings.swapped_to,
         ),
         listeners=supervisor.urls,
         control_socket=str(supervisor.context.runtime.control_socket),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lightllmd.config.diff import diff
 from lightllmd.config.parameters import Config
 from lightllmd.config.resolve import resolve
 from lightllmd.errors import (
@@ -100,7 +101,8 @@ class Verbs:
         config = self._settings.for_model(self._settings.written, model)
         details: dict[str, Any] = {}
         switch = self._switch(config, terms, details)
-        return self._open("swap", asked, self._swap(switch, model, plan_only), model, details)
+        same = not diff(self._context.config, config)
+        return self._open("swap", asked, self._swap(switch, model, plan_only, same), model, details)
 
     def drain(self, asked: Asked) -> RunningJob:
         self._gate(asked)
@@ -180,7 +182,13 @@ class Verbs:
         file = self._settings.invocation.config_file
         return Switch(self._context, self._engines, self._front, config, file, terms, details, self.put_in_force)
 
-    def _swap(self, switch: Switch, model: str, plan_only: bool) -> Steps:
+    def _swap(self, switch: Switch, model: str, plan_only: bool, same: bool) -> Steps:
+        """`same`: its configuration is the one in force."""
+        serving = self._engines.serving
+        if same and not (serving.worker.fatal or serving.worker.limited):
+            plan, facts = yield from switch.plan()
+            if serving.facts is not None and facts.model == serving.facts.model:
+                return f"{plan.model_name} is in force already; nothing was done"
         if plan_only:
             plan, _ = yield from switch.plan()
             return f"{plan.model_name} fits {switch.details['how']} the present one; nothing was done"
@@ -189,8 +197,10 @@ class Verbs:
         except ConfigInvalid as invalid:
             # Whatever is wrong with what was asked for: it failed, and nothing was touched.
             raise RolledBack(f"{invalid.message}; the old model serves on", cause=invalid.message) from invalid
-        self._settings.swapped_to = model
-        return done
+        self._settings.swap_to(model)
+        if self._settings.swapped_to is None:
+            return done
+        return f"{done}; when the daemon starts anew it serves {self._settings.own_model}, as its configuration says"
 
     def put_in_force(self, config: Config) -> None:
         """As far as it needs no new process. Raises ConfigInvalid, with nothing changed."""

@@ -40,6 +40,7 @@ class Worker:
         self.child: Child | None = None
         self.number = 0  # of the last process started
         self.starts = 0
+        self._restarts_before = 0  # of those whose place this one took
         self.failures: tuple[float, ...] = ()  # see restart.decide
         self.limited = False  # past the start limit
         self.fatal: Ending | None = None  # will not be started again by itself
@@ -120,10 +121,20 @@ class Worker:
         if self.child is None:
             self.due, self.due_at = self._context.clock.now, time.time()
 
+    def succeed(self, before: Worker) -> None:
+        """It takes the place of `before`, and goes on with its count of restarts."""
+        self._restarts_before, before.starts, before._restarts_before = before.restarts, 0, 0
+        if self.last_exit is None and before.last_exit is not None and before.last_exit.back_in_s is not None:
+            self.last_exit = before.last_exit
+
     # --- snapshot ------------------------------------------------------------------------------------------------
     @property
     def ready(self) -> bool:
         return self.child is not None and self.child.ready
+
+    @property
+    def restarts(self) -> int:
+        return self._restarts_before + max(self.starts - 1, 0)
 
     @property
     def trouble(self) -> str:
@@ -151,7 +162,7 @@ class Worker:
             phase=child.vitals.phase if child else "",
             progress=child.vitals.progress if child else 0,
             progress_total=child.vitals.total if child else 0,
-            restarts=max(self.starts - 1, 0),
+            restarts=self.restarts,
             generation=self.number,
             memory_bytes=child.memory if child else 0,
             heartbeat_age_s=round(self._context.clock.now - heard, 3) if heard is not None else None,
