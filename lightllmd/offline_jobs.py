@@ -159,7 +159,7 @@ def open_jobs(
             got = shown(text.stops.strings)
             raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {got}")
         bad_texts = fields.bad_texts
-        bad_words = bad_word_ids(bad_texts, tokenizer(), f"{place}bad_words") if bad_texts else []
+        bad_words = bad_word_ids(bad_texts, f"{place}bad_words", tokenizer()) if bad_texts else []
         seed = secrets.randbits(63) if fields.drawn_seed is None else fields.drawn_seed
         checked = rules.job(
             prompt_ids,

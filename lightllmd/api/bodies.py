@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeVar, get_args
@@ -21,8 +20,9 @@ from lightllmd.http.exchange import release_body
 MAX_DEPTH = 64  # of nested JSON arrays and objects
 MAX_FIELDS = 1024  # of one object
 MAX_IGNORED = 256  # names of unknown fields that are noted
+MAX_CONTAINERS = 1 << 16  # objects and arrays in all
 _REFERENCE = "#/components/schemas/{model}"
-_INLINE = 128 << 10  # bytes; a larger body is decoded in a thread so that streams go on
+_INLINE = 8 << 10  # bytes; a larger body is decoded in another process so that streams go on
 
 Model = TypeVar("Model", bound="Body")
 
@@ -102,15 +102,31 @@ def decode(raw: bytes, model: type[Model], ignored: set[str] | None = None) -> M
         raise from_validation(failure, field_names(model)) from None
 
 
-async def parse(request: Request, model: type[Model], limit: int, told: IgnoredFields | None = None) -> Model:
-    """`told` hears of unknown fields that were passed over; None: they are refused."""
-    ignored: set[str] | None = None if told is None else set()
+def decode_noting(raw: bytes, model: type[Model], noting: bool) -> tuple[Model, set[str]]:
+    """With the names of the fields that were passed over. Without `noting` unknown fields are refused."""
+    ignored: set[str] = set()
+    return decode(raw, model, ignored if noting else None), ignored
+
+
+Decoder = Callable[[bytes, type[Any], bool], Awaitable[tuple[Any, set[str]]]]
+
+
+async def parse(
+    request: Request,
+    model: type[Model],
+    limit: int,
+    decode_large: Callable[[], Decoder],
+    told: IgnoredFields | None = None,
+) -> Model:
+    """`told` hears of unknown fields that were passed over; None: they are refused. `decode_large` gives what does for
+    large bodies what `decode_noting` does for others."""
+    noting = told is not None
     try:
         raw = await read(request, limit)
         if len(raw) > _INLINE:
-            body = await asyncio.get_running_loop().run_in_executor(None, decode, raw, model, ignored)
+            body, ignored = await decode_large()(raw, model, noting)
         else:
-            body = decode(raw, model, ignored)
+            body, ignored = decode_noting(raw, model, noting)
     finally:
         release_body(request.scope)
     if told is not None and ignored:
@@ -118,10 +134,12 @@ async def parse(request: Request, model: type[Model], limit: int, told: IgnoredF
     return body
 
 
-def parser(http: HttpSettings) -> Callable[[Request, type[Model]], Awaitable[Model]]:
+def parser(
+    http: HttpSettings, decode_large: Callable[[], Decoder]
+) -> Callable[[Request, type[Model]], Awaitable[Model]]:
     """`parse` as the configuration has it."""
     told = IgnoredFields() if http.unknown_fields == "ignore" else None
-    return partial(parse, limit=http.max_body_bytes, told=told)
+    return partial(parse, limit=http.max_body_bytes, decode_large=decode_large, told=told)
 
 
 def field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[str]]:
@@ -153,8 +171,11 @@ def schemas(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _check_shape(body: Any) -> None:
-    level = [body]
+    level, containers = [body], 0
     for _ in range(MAX_DEPTH):
+        containers += len(level)
+        if containers > MAX_CONTAINERS:
+            raise InvalidRequest(f"the body has more than {MAX_CONTAINERS} objects and arrays")
         for value in level:
             if isinstance(value, dict) and len(value) > MAX_FIELDS:
                 raise InvalidRequest(f"an object in the body has {len(value)} fields, more than {MAX_FIELDS}")

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
+from lightllmd.api import bodies
 from lightllmd.api.accounts import Accounts
 from lightllmd.api.bad_words import bad_word_ids
+from lightllmd.api.bodies import Body
 from lightllmd.api.branch import TextOptions, open_branches
+from lightllmd.api.encoding import Encoder
 from lightllmd.api.entry import Entry
+from lightllmd.api.helper import Task
+from lightllmd.api.helpers import Helpers
 from lightllmd.api.intake import Intake, Job
 from lightllmd.api.ledger import Ledger
 from lightllmd.api.reply import Pending, Signal
+from lightllmd.api.token_views import TokenViews
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.interface import Tokenizer
 
-_INLINE = 16 << 10  # characters; tokenised in a few milliseconds
+_INLINE = 16 << 10  # characters or numbers; done with in a few milliseconds
+_SHORT = 1 << 10  # characters; tokenised in well under a millisecond
+_LONG = 64 << 10  # characters; what is longer waits its turn among others of its kind
+_RENDERING = 5.0  # seconds of CPU time for the messages of a long chat
 STOP_COST = 16  # characters that are tokenised in the time that an automaton takes for one of a stop
 _BAD_WORD_COST = 16  # the same of a bad word, which is tokenised in several ways
 _PROBE = [0]  # any model has a token 0
+_MANY_MESSAGES = 256
 Result = TypeVar("Result")
 
 
@@ -33,6 +44,10 @@ async def off_loop(size: int, work: Callable[..., Result], *arguments: Any) -> R
     if size <= _INLINE:
         return work(*arguments)
     return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+
+
+def _lists(arrays: list[array[int]]) -> list[list[int]]:
+    return [ids.tolist() for ids in arrays]
 
 
 class FrontEnd:
@@ -48,25 +63,77 @@ class FrontEnd:
         self.model_name = plan.config.http.served_model_name or plan.model_name
         self.entering = 0  # requests that are past the gate and not in the ledger yet; see Revisions.entered
         self.heir: FrontEnd | None = None  # gets what is opened here
+        self.helpers = Helpers(self._tasks())
 
     # --- text -----------------------------------------------------------------------------------------------------
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Raises InvalidRequest for text that is no valid Unicode."""
-        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+    def _tasks(self) -> dict[str, Task]:
+        """What helper processes do for this front."""
+        encoder, views = Encoder(self.tokenizer, self.limits), TokenViews(self.tokenizer, self.limits)
+        return {
+            "decode": bodies.decode_noting,
+            "encode": encoder.encode,
+            "encode_chat": encoder.encode_chat,
+            "render": encoder.render,
+            "count": encoder.count,
+            "tokenize": views.tokenize,
+            "detokenize": views.detokenize,
+            "bad_words": partial(bad_word_ids, tokenizer=self.tokenizer),
+        }
 
-    async def encode_batch(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        return await off_loop(sum(map(len, texts)), self.tokenizer.encode_batch, texts, add_special_tokens)
+    async def decode(self, raw: bytes, model: type[Body], noting: bool) -> tuple[Body, set[str]]:
+        """`bodies.decode_noting` of a large body."""
+        return await self.helpers.run("decode", raw, model, noting, heavy=len(raw) > _LONG)
 
-    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Raises InvalidRequest when the model has no chat template or its template refuses the messages."""
-        encode = partial(self.tokenizer.encode_chat, **options)
-        return await off_loop(len(msgspec.json.encode(messages)), encode, messages)
+    async def encode(
+        self, texts: list[str], fields: list[str], *, add_special_tokens: bool = True, cut: bool = False
+    ) -> list[list[int]]:
+        """Raises InvalidRequest, naming one of the `fields`, for text that is no valid Unicode or too long. `cut`: the
+        caller cuts what is too long, of which the middle may be missing."""
+        size = sum(map(len, texts))
+        if size <= _SHORT:
+            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
+        ids = await self.helpers.run("encode", texts, fields, add_special_tokens, cut, heavy=size > _LONG)
+        return await off_loop(sum(map(len, ids)), _lists, ids)
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], options: dict[str, Any], *, cut: bool = False
+    ) -> list[int]:
+        """Raises InvalidRequest when the model has no chat template or its template refuses the messages, and as
+        `encode`. `options` as `ChatTemplate.render`.
+
+        The template runs in a helper process, however short they are: its loops are its own."""
+        size = sum(len(message.get("content") or "") for message in messages)
+        if options.get("variables"):
+            size += len(msgspec.json.encode(options))
+        if size <= _LONG and len(messages) <= _MANY_MESSAGES:
+            return (await self.helpers.run("encode_chat", messages, options, cut, heavy=False)).tolist()
+        text = await self.render(messages, options)
+        (ids,) = await self.encode([text], ["messages"], add_special_tokens=False, cut=cut)
+        return ids
+
+    async def render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        return await self.helpers.run("render", messages, options, heavy=True, seconds=_RENDERING)
+
+    async def count(self, text: str, *, add_special_tokens: bool = True) -> int:
+        """Tokens of a text of any length."""
+        if len(text) <= _SHORT:
+            return len(self.tokenizer.encode(text, add_special_tokens))
+        return await self.helpers.run("count", text, add_special_tokens, heavy=len(text) > _LONG)
+
+    async def tokenized(self, text: str, *, add_special_tokens: bool, strings: bool) -> bytes:
+        """See TokenViews."""
+        return await self.helpers.run("tokenize", text, add_special_tokens, strings, heavy=len(text) > _LONG)
+
+    async def detokenized(self, ids: array[int]) -> bytes:
+        return await self.helpers.run("detokenize", ids, heavy=len(ids) > _LONG)
 
     async def bad_words(self, words: list[str], field: str) -> list[list[int]]:
         """The token sequences that write them. Raises InvalidRequest."""
         size = sum(map(len, words)) * _BAD_WORD_COST
-        return await off_loop(size, bad_word_ids, words, self.tokenizer, field)
+        if size <= _SHORT:
+            return bad_word_ids(words, field, self.tokenizer)
+        return await self.helpers.run("bad_words", words, field, heavy=size > _LONG)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

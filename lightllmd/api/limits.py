@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
 MAX_REPEATED = 1 << 21  # ids of biases, bad words and allowed tokens, times the prompts of the body
+
+Ids = TypeVar("Ids", list[int], "array[int]")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Limits:
             params.long_truncation_mode,
         )
 
-    def prompt(self, ids: list[int], field: str) -> list[int]:
+    def prompt(self, ids: Ids, field: str) -> Ids:
         """The ids that are run; longer ones are cut by `long_truncation_mode` or refused.
 
         Ids are checked here too: a tokenizer may know more of them than the model has embeddings.
@@ -55,6 +60,17 @@ class Limits:
             half = limit // 2
             return ids[:half] + ids[half - limit :]
         raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
+
+    def at_least(self, tokens: int, field: str) -> None:
+        """Raises InvalidRequest if a prompt of so many tokens or more can't fit."""
+        if tokens > self.max_req_input_len:
+            result = f"your prompt resulted in at least {tokens} tokens"
+            raise _overflow(result, "max_req_input_len", self.max_req_input_len, field)
+
+    def ends(self, ids: array[int]) -> array[int]:
+        """What is cut to the same as `ids`, without most of the middle."""
+        kept = self.max_req_input_len + 1
+        return ids if len(ids) <= 2 * kept else ids[:kept] + ids[-kept:]
 
     def _width(self, sequences: int) -> int:
         """Sequences that hold their tokens at the same time, come what may: beams."""
@@ -108,7 +124,7 @@ class Limits:
                 param=field,
             )
 
-    def token_ids(self, ids: list[int], field: str) -> None:
+    def token_ids(self, ids: Sequence[int], field: str) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequest(f"{field}: token id {bad} is not within 0 .. {self.vocab_size - 1}", param=field)

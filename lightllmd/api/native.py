@@ -139,7 +139,7 @@ async def prepare(front: FrontEnd, body: GenerateBody, streamed: bool) -> Job:
     """Tokenises and checks what only the plan knows. Raises InvalidRequest."""
     parameters = body.parameters
     front.limits.branches(parameters.sequences, "parameters.best_of")
-    encoded = await front.encode(body.inputs, add_special_tokens=parameters.add_special_tokens)
+    (encoded,) = await front.encode([body.inputs], ["inputs"], add_special_tokens=parameters.add_special_tokens)
     prompt_ids = front.limits.prompt(encoded, "inputs")
     front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, parameters.sequences, "parameters.max_new_tokens")
     text = parameters.text()
@@ -172,7 +172,7 @@ def streamable(body: GenerateBody) -> None:
 
 def router(revisions: Revisions) -> APIRouter:
     routes = APIRouter(tags=["lightllm"], route_class=NamingRoute)
-    parse = bodies.parser(revisions.front.http)
+    parse = bodies.parser(revisions.front.http, lambda: revisions.front.decode)
     admission = revisions.accounts.admission
 
     async def opened(
@@ -228,6 +228,6 @@ def router(revisions: Revisions) -> APIRouter:
         """Counts a text's tokens, special ones included."""
         body = await parse(request, TokensBody)
         special = body.parameters.add_special_tokens
-        return json_response({"ntokens": len(await revisions.front.encode(body.text, add_special_tokens=special))})
+        return json_response({"ntokens": await revisions.front.count(body.text, add_special_tokens=special)})
 
     return routes

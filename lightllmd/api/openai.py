@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,23 +99,31 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     prompts = body.prompts
     front.limits.at_once(len(prompts) * body.branches, "prompt")
     shared = await asked(front, body, len(prompts))
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await front.encode_batch(texts, add_special_tokens=body.add_special_tokens))
-    all_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+    fields = [f"prompt.{index}" for index in range(len(prompts))] if len(prompts) > 1 else ["prompt"]
+    named = [(prompt, field) for prompt, field in zip(prompts, fields, strict=True) if isinstance(prompt, str)]
+    encoded = iter(
+        await front.encode(
+            [text for text, _ in named],
+            [field for _, field in named],
+            add_special_tokens=body.add_special_tokens,
+            cut=body.truncate_prompt_tokens is not None,
+        )
+    )
+    given = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def jobs() -> list[Job]:
-        fields = (f"prompt.{index}" for index in range(len(prompts))) if len(prompts) > 1 else ["prompt"]
         return [
-            job(front, body, shared, ids, field, heals=isinstance(prompt, str))
-            for prompt, ids, field in zip(prompts, all_ids, fields, strict=True)
+            job(front, body, shared, [*ids], field, heals=isinstance(prompt, str))
+            for prompt, ids, field in zip(prompts, given, fields, strict=True)
         ]
 
-    return await off_loop(sum(map(len, all_ids)) // 4 + len(prompts) * _JOB_COST, jobs)
+    return await off_loop(sum(map(len, given)) // 4 + len(prompts) * _JOB_COST, jobs)
 
 
 async def chat_jobs(front: FrontEnd, body: ChatBody) -> list[Job]:
     shared = await asked(front, body)
-    ids = await front.encode_chat([message.plain() for message in body.messages], **body.rendering)
+    messages = [message.plain() for message in body.messages]
+    ids = await front.encode_chat(messages, body.rendering, cut=body.truncate_prompt_tokens is not None)
     return [job(front, body, shared, ids, "messages", heals=body.continue_final_message)]
 
 
@@ -162,7 +171,7 @@ def model_card(name: str, created: int, served: FrontEnd | None) -> dict[str, An
 
 def router(revisions: Revisions) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["openai"], route_class=NamingRoute)
-    parse = bodies.parser(revisions.front.http)
+    parse = bodies.parser(revisions.front.http, lambda: revisions.front.decode)
     admission = revisions.accounts.admission
     started = int(time.time())
 
@@ -250,7 +259,7 @@ def _details(front: FrontEnd, body: OpenAIBody) -> Details:
 
 
 def _prompt_text(
-    front: FrontEnd, prompt: str | list[int], job: Job, *, scored: bool, add_special_tokens: bool
+    front: FrontEnd, prompt: str | array[int], job: Job, *, scored: bool, add_special_tokens: bool
 ) -> PromptText:
     """A text is what came, unless it was cut. `scored`: the log-probabilities of its tokens are shown."""
     tokenizer, ids = front.tokenizer, job.given_ids

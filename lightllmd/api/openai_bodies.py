@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -19,6 +20,7 @@ from lightllmd.api.common_fields import (
     Count,
     StopText,
     affordable_stops,
+    packed,
 )
 from lightllmd.api.errors import contradiction
 from lightllmd.errors import InvalidRequest
@@ -224,7 +226,8 @@ class OpenAIBody(CommonFields, ABC):
         )
 
 
-PromptIds = Annotated[list[Count], Field(min_length=1, fail_fast=True)]  # one fault is told, not a million
+# One fault is told, not a million.
+PromptIds = Annotated[list[Count], Field(min_length=1, fail_fast=True), AfterValidator(packed)]
 
 
 class CompletionBody(OpenAIBody):
@@ -274,7 +277,7 @@ class CompletionBody(OpenAIBody):
         return self.best_of or self.n or 1
 
     @property
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self) -> list[str | array[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)

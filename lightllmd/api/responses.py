@@ -13,7 +13,12 @@ _json = msgspec.json.Encoder()
 
 
 def json_response(body: Any, status: int = 200) -> Response:
-    return Response(_json.encode(body), status, media_type="application/json")
+    return encoded_response(_json.encode(body), status)
+
+
+def encoded_response(body: bytes, status: int = 200) -> Response:
+    """Of JSON that is ready."""
+    return Response(body, status, media_type="application/json")
 
 
 def on_each(routes: APIRouter, path: str, methods: list[str], **options: Any) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -86,6 +87,11 @@ class Revisions:
         for front in self._fronts.values():
             front.ledger.refuse(reason)
 
+    def stop_helpers(self) -> None:
+        """When the worker ends."""
+        for front in self._fronts.values():
+            front.helpers.stop()
+
     def fail_all(self, error: RequestError) -> None:
         for front in self._fronts.values():
             front.ledger.fail_all(error)
@@ -162,6 +168,8 @@ class Revisions:
             return
         before, self.number = self.front, number
         self.front.heir = None
+        with contextlib.suppress(OSError):  # then the first request tries again
+            self.front.helpers.start()
         if carry and self.front is not before:
             before.bequeath(self.front)
 
@@ -177,6 +185,7 @@ class Revisions:
         front = self._fronts.pop(number, None)
         if front is not None:
             front.ledger.abandon(reason)
+            front.helpers.stop()
 
     def engine_up(self, message: EngineUp) -> None:
         front = self._fronts.get(message.revision)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from fastapi import APIRouter
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd.api import bodies
 from lightllmd.api.bodies import Body
-from lightllmd.api.common_fields import Count
+from lightllmd.api.common_fields import Count, packed
 from lightllmd.api.errors import contradiction
-from lightllmd.api.frontend import FrontEnd, off_loop
+from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.openai_bodies import Conversation, Messages
-from lightllmd.api.responses import json_response
+from lightllmd.api.responses import encoded_response
 from lightllmd.api.revisions import Revisions
 
 
@@ -46,21 +46,12 @@ class DetokenizeBody(Body):
     lenient = True
 
     model: str | None = None
-    tokens: Annotated[list[Count], Field(fail_fast=True)]
-
-
-def tokenized(front: FrontEnd, ids: list[int], strings: bool) -> dict[str, Any]:
-    return {
-        "count": len(ids),
-        "max_model_len": front.limits.max_req_total_len,
-        "tokens": ids,
-        "token_strs": [front.tokenizer.id_to_token(token) for token in ids] if strings else None,
-    }
+    tokens: Annotated[list[Count], Field(fail_fast=True), AfterValidator(packed)]
 
 
 def router(revisions: Revisions) -> APIRouter:
     routes = APIRouter(tags=["tokenizer"], route_class=NamingRoute)
-    parse = bodies.parser(revisions.front.http)
+    parse = bodies.parser(revisions.front.http, lambda: revisions.front.decode)
 
     def front_for(model: str | None) -> FrontEnd:
         revisions.check_name(revisions.front, model)
@@ -71,22 +62,15 @@ def router(revisions: Revisions) -> APIRouter:
         """The token ids of a prompt or of a rendered conversation."""
         body = await parse(request, TokenizeBody)
         front = front_for(body.model)
+        text, special = body.prompt or "", body.add_special_tokens is not False
         if body.messages is not None:
-            ids = await front.encode_chat([message.plain() for message in body.messages], **body.rendering)
-        else:
-            ids = await front.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        return json_response(await off_loop(len(ids), tokenized, front, ids, body.return_token_strs))
+            text, special = await front.render([message.plain() for message in body.messages], body.rendering), False
+        return encoded_response(await front.tokenized(text, add_special_tokens=special, strings=body.return_token_strs))
 
     @routes.post("/detokenize", openapi_extra=bodies.documented(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special ones included."""
         body = await parse(request, DetokenizeBody)
-        front, ids = front_for(body.model), body.tokens
-        front.limits.token_ids(ids, "tokens")
-        return json_response({"prompt": await off_loop(len(ids), _text, front, ids)})
+        return encoded_response(await front_for(body.model).detokenized(body.tokens))
 
     return routes
-
-
-def _text(front: FrontEnd, ids: list[int]) -> str:
-    return front.tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False)

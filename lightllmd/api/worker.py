@@ -50,6 +50,7 @@ class Worker:
         self._server = Server(app, http, sockets)
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
         self._broken: asyncio.Future[None] | None = None  # ends with the first exception that nobody can handle
+        self.revisions.front.helpers.start()  # last, but before any thread
 
     def _front(self, plan: Plan) -> FrontEnd:
         """May run in a thread."""
@@ -91,6 +92,7 @@ class Worker:
             loop.remove_reader(self._channel.fileno())
             self._heartbeat()
             self._context.destroy(linger=0)
+            self.revisions.stop_helpers()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """A callback that fails ends the worker: with half a message read, streams would wait for ever."""

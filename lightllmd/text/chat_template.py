@@ -1,7 +1,8 @@
 """A conversation as the prompt that the model was trained on, by the model's own Jinja template.
 
 The template is the operator's and still runs in a sandbox; the messages are a client's: they reach the template as
-plain data, and their number and depth, the length of the prompt and the time spent on it are bounded.
+plain data, and their number and depth and the length of the prompt are bounded. So is the time, but it is looked at
+between parts of the output only; what bounds one expression is the process that a server renders in.
 The names that templates use beyond Jinja's (raise_exception, strftime_now, tojson, generation blocks) are those of
 https://huggingface.co/docs/transformers/chat_templating_writing.
 """
@@ -26,7 +27,7 @@ from lightllmd.errors import InvalidRequest
 MAX_MESSAGES = 4096
 MAX_DEPTH = 64  # of lists and objects inside each other
 MAX_CHARACTERS = 32 << 20  # of the rendered prompt
-MAX_SECONDS = 5.0
+MAX_SECONDS = 1.5  # of CPU time; where a client could reach it, the process that renders is bounded, too
 _SYSTEM, _DEVELOPER = "system", "developer"
 
 
@@ -100,7 +101,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.process_time,
     ) -> str:
         """The prompt, special tokens included: encode it with ``add_special_tokens=False``.
 
@@ -146,7 +147,7 @@ class ChatTemplate:
                 if length > MAX_CHARACTERS:
                     raise InvalidRequest(f"messages: the rendered prompt is longer than {MAX_CHARACTERS} characters")
                 if clock() > deadline:
-                    raise InvalidRequest(f"messages: rendering the prompt took longer than {MAX_SECONDS:g} s")
+                    raise InvalidRequest(f"messages: rendering the prompt took more than {MAX_SECONDS:g} s of CPU time")
         except _TemplateRefusal as error:
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
         except RecursionError:

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
-from lightllmd.text.vocabulary import LeadingSpace, Vocabulary
+from lightllmd.text.vocabulary import BYTEWISE, LeadingSpace, Vocabulary
 
 
 class IncrementalDetokenizer(Protocol):
@@ -104,6 +104,8 @@ class TableStream:
                 if self._waiting:
                     out.append(self._give_up_waiting())
                 out.append(self._strip(text) if self._lead is not LeadingSpace.KEEP else text)
+            elif self._waiting and self._errors == BYTEWISE:  # sentencepiece: a token without text parts bytes, too
+                out.append(self._give_up_waiting())
         self._open = bool(self._waiting) or self._lead is not LeadingSpace.KEEP
         return "".join(out)
 

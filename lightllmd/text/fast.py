@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.offsets import NOWHERE, Span
@@ -22,6 +23,8 @@ from lightllmd.text.vocabulary import (
     sentencepiece_texts,
 )
 
+_SHORT = 1 << 10  # characters; for fewer a call by itself is quicker
+_COMPOSED = 4  # characters that Unicode's composed form makes one of, at most
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -44,6 +47,7 @@ class FastTokenizer(Tokenizer):
         eos_ids = list(eos_ids)
         super().__init__(read_vocabulary(backend, special_ids), bos_id=bos_id, eos_ids=eos_ids, **rest)
         self._backend = backend
+        self._longest = _longest_token(backend, self.vocabulary)
         self._around = self._brackets(add_bos, add_eos, bos_id, eos_ids[0] if eos_ids else None)
 
     def _brackets(
@@ -60,10 +64,14 @@ class FastTokenizer(Tokenizer):
             return None
         return [bos_id] * want_begin if bos_id is not None else [], [eos_id] * want_end if eos_id is not None else []
 
+    @property
+    def longest_token(self) -> int | None:
+        return self._longest
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self._around is None:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+            return encode_one(self._backend, text, add_special_tokens)
+        ids = encode_one(self._backend, text, False)
         return [*self._around[0], *ids, *self._around[1]] if add_special_tokens else ids
 
     def spans(self, text: str, add_special_tokens: bool = True) -> list[Span]:
@@ -78,6 +86,13 @@ class FastTokenizer(Tokenizer):
         inner = add_special_tokens and around is None
         batch = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=inner)]
         return batch if around is None else [[*around[0], *ids, *around[1]] for ids in batch]
+
+
+def encode_one(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if len(text) <= _SHORT:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    # It makes no offsets, which take most of the time, and lets other threads run.
+    return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def read_vocabulary(backend: tokenizers.Tokenizer, special_ids: Iterable[int] = ()) -> Vocabulary:
@@ -105,15 +120,49 @@ def read_vocabulary(backend: tokenizers.Tokenizer, special_ids: Iterable[int] = 
     return vocabulary(decode=partial(backend.decode, skip_special_tokens=False))
 
 
+def _longest_token(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> int | None:
+    """Known for BPE models that have a token for every byte, where nothing of a text is dropped before."""
+    texts, bytes_of = vocabulary.texts, vocabulary.token_bytes
+    added = backend.get_added_tokens_decoder().values()
+    if not texts or not isinstance(backend.model, models.BPE) or any(token.lstrip or token.rstrip for token in added):
+        return None
+    normalizers = _steps(backend.normalizer, "normalizers")
+    cuts = _steps(backend.pre_tokenizer, "pretokenizers")
+    kinds = {step["type"] for step in cuts}
+    if not all(step["type"] == "NFC" or _keeps_length(step) for step in normalizers):
+        return None
+    if not kinds <= {"ByteLevel", "Digits", "Metaspace", "Split"}:
+        return None
+    if any(step.get("behavior") == "Removed" for step in cuts):
+        return None
+    if "ByteLevel" not in kinds and not backend.model.byte_fallback:
+        return None
+    spelt = [bytes_of(number) or b"" for number in range(len(texts))]
+    if len({raw for raw in spelt if len(raw) == 1}) < 256:
+        return None
+    longest = max(map(len, spelt))
+    return longest * (_COMPOSED if any(step["type"] == "NFC" for step in normalizers) else 1)
+
+
+def _keeps_length(step: dict[str, Any]) -> bool:
+    """A normalising step that leaves a text as long as it was, or longer."""
+    pattern = step.get("pattern", {}).get("String")
+    return step["type"] == "Prepend" or (
+        step["type"] == "Replace" and pattern is not None and len(step["content"]) >= len(pattern)
+    )
+
+
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
-    """The decoder's parts as tokenizer.json describes them, sequences unfolded."""
+    return _steps(backend.decoder, "decoders")
+
+
+def _steps(component: Any, inner: str) -> list[dict[str, Any]]:
+    """A component's parts as tokenizer.json describes them, sequences (whose parts are named `inner`) unfolded."""
 
     def unfold(step: dict[str, Any]) -> list[dict[str, Any]]:
-        return [leaf for inner in step["decoders"] for leaf in unfold(inner)] if step["type"] == "Sequence" else [step]
+        return [leaf for part in step[inner] for leaf in unfold(part)] if step["type"] == "Sequence" else [step]
 
-    if backend.decoder is None:
-        return []
-    return unfold(json.loads(backend.decoder.__getstate__()))  # a component's state is its JSON
+    return [] if component is None else unfold(json.loads(component.__getstate__()))  # its state is its JSON
 
 
 def _is_mark_to_space(step: dict[str, Any]) -> bool:

@@ -71,6 +71,12 @@ class Tokenizer(ABC):
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return [self._encode(text, add_special_tokens) for text in texts]
 
+    @property
+    def longest_token(self) -> int | None:
+        """Characters of a text that a token stands for at most; None where that is not known, because text may be
+        dropped or runs of unknown characters become one token."""
+        return None
+
     def spans(self, text: str, add_special_tokens: bool = True) -> list[Span] | None:
         """The characters of `text` that each token of ``encode(text)`` stands for, white space at their ends perhaps
         left out; None where the tokenizer doesn't know."""
@@ -78,12 +84,16 @@ class Tokenizer(ABC):
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """The ids of a rendered conversation; options as `ChatTemplate.render`. Raises InvalidRequest."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        """The prompt as text, special tokens included; options as `ChatTemplate.render`. Raises InvalidRequest."""
         if self.chat_template is None:
             raise InvalidRequest(
                 "this model has no chat template, so it can't take messages; send a plain prompt "
                 "(/generate or /v1/completions)"
             )
-        return self.encode(self.chat_template.render(messages, **options), add_special_tokens=False)
+        return self.chat_template.render(messages, **options)
 
     # --- ids to text ----------------------------------------------------------------------------------------------
 

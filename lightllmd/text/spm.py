@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
+from lightllmd.text.fast import encode_one
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.vocabulary import (
     BYTEWISE,
@@ -215,7 +216,7 @@ def converted_encoder(model: PieceModel) -> RunEncoder:
 
     def encode(text: str, prefix: bool) -> list[int]:
         marked = text.replace(" ", SPACE_MARK)
-        return backend.encode(SPACE_MARK + marked if prefix else marked, add_special_tokens=False).ids
+        return encode_one(backend, SPACE_MARK + marked if prefix else marked, False)
 
     return encode
 

@@ -33,6 +33,10 @@ class ByteTokenizer(Tokenizer):
         )
         super().__init__(vocabulary, eos_ids=eos_ids, chat_template=ChatTemplate(_PLAIN_TEMPLATE))
 
+    @property
+    def longest_token(self) -> int:
+        return 1
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(text.encode())
 

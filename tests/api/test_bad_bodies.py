@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import re
-import threading
 
 import httpx
 import pytest
@@ -414,18 +413,33 @@ def test_more_sequences_than_can_ever_wait_are_refused(tmp_path):
     run(scenario())
 
 
-def test_long_prompts_are_tokenised_off_the_loop(tmp_path):
+def test_long_prompts_and_all_templates_run_in_other_processes(tmp_path):
     async def scenario():
         async with stack(tmp_path, {"long_truncation_mode": "head"}) as one:
-            tokenizer = one.worker.revisions.front.tokenizer
-            encode, threads = tokenizer._encode, []
-            tokenizer._encode = lambda *arguments: threads.append(threading.get_ident()) or encode(*arguments)
-            for length in (10, 1_000_000):
-                assert (await one.generate("x" * length, max_new_tokens=1)).status_code == 200
+            front = one.worker.revisions.front
+            tokenizer, here = front.tokenizer, []
+            encode, render = tokenizer._encode, tokenizer.render_chat
+            tokenizer._encode = lambda *arguments: here.append("encode") or encode(*arguments)
+            tokenizer.render_chat = lambda *arguments: here.append("render") or render(*arguments)
+            for length in (10, 2000, 20_000, 1_000_000):
+                assert (await one.generate("x" * length, max_new_tokens=1)).json()["prompt_tokens"] == min(length, 2048)
                 chat = {"messages": [{"role": "user", "content": "x" * length}], "max_tokens": 1}
                 assert (await one.client.post("/v1/chat/completions", json=chat)).status_code == 200
-            here = threading.get_ident()
-            assert [thread == here for thread in threads] == [True, True, False, False]
+                assert one.engine.submits[-1].prompt_ids[-11:] == [*b"assistant: "]
+                tokens = await one.client.post("/tokens", json={"text": "x" * length})
+                assert tokens.json() == {"ntokens": length}
+            assert here == ["encode"] * 2  # the short text of /generate and of /tokens
+
+    run(scenario())
+
+
+def test_a_body_of_many_containers_is_refused_by_their_number(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            body = b'{"inputs":[' + b"[]," * 100_000 + b"[]]}"
+            answer = await one.client.post("/generate", content=body)
+            assert answer.status_code == 400
+            assert answer.json()["message"] == "the body has more than 65536 objects and arrays"
 
     run(scenario())
 

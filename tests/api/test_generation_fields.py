@@ -95,7 +95,7 @@ def contains(ids: list[int], word: list[int]) -> bool:
 @pytest.mark.parametrize("tokenizer", [pieces(), ByteTokenizer()], ids=["sentencepiece", "bytes"])
 @pytest.mark.parametrize("word", ["bad", "  bad", "é", "b", "bad bad", "\n"])
 def test_a_bad_text_is_found_wherever_it_is_written(tokenizer, word):
-    found = bad_word_ids([word], tokenizer, "bad_words")
+    found = bad_word_ids([word], "bad_words", tokenizer)
     for text in ("{}", "w {}", "w {} w", "\n{}", "(¤{}", "w\n {}."):
         whole = text.format(word.lstrip() or word)
         assert any(contains(written(tokenizer, whole), ids) for ids in found), whole
@@ -104,16 +104,16 @@ def test_a_bad_text_is_found_wherever_it_is_written(tokenizer, word):
 
 def test_a_bad_text_needs_no_longer_sequence_than_the_one_that_all_end_in():
     """A sequence of several tokens is dearer to prevent than a single one."""
-    assert bad_word_ids(["b", "x"], ByteTokenizer(), "bad_words") == [[98], [120]]
+    assert bad_word_ids(["b", "x"], "bad_words", ByteTokenizer()) == [[98], [120]]
     tokenizer = pieces()
-    names = [[tokenizer.id_to_token(token) for token in ids] for ids in bad_word_ids(["bad"], tokenizer, "bad_words")]
+    names = [[tokenizer.id_to_token(token) for token in ids] for ids in bad_word_ids(["bad"], "bad_words", tokenizer)]
     assert names == [["▁bad"], ["bad"]]
 
 
 def test_a_bad_text_without_tokens_is_refused_by_its_number():
-    assert bad_word_ids(["17 4", "5"], IdTokenizer(20), "bad_words") == [[17, 4], [5]]
+    assert bad_word_ids(["17 4", "5"], "bad_words", IdTokenizer(20)) == [[17, 4], [5]]
     with pytest.raises(InvalidRequest, match=r"bad_words\.1: ' ' has no tokens"):
-        bad_word_ids(["5", " "], IdTokenizer(20), "bad_words")
+        bad_word_ids(["5", " "], "bad_words", IdTokenizer(20))
 
 
 # --- several sequences ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 from api.frontend_harness import make_plan, run
 from lightllmd.api.branch import TextOptions, open_branches
 from lightllmd.api.common_fields import MAX_ALLOWED
+from lightllmd.api.encoding import Encoder
 from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.intake import Intake
 from lightllmd.api.openai import asked, completion_jobs
@@ -24,14 +26,14 @@ async def bad_words(words: list[str], field: str) -> list[list[int]]:
     return []
 
 
-async def encode_batch(texts: list[str], **options: bool) -> list[list[int]]:
-    return [TOKENIZER.encode(text, **options) for text in texts]
+async def encode(texts: list[str], fields: list[str], **options: bool) -> list[list[int]]:
+    return [TOKENIZER.encode(text) for text in texts]
 
 
 def front() -> FrontEnd:
     """The part of one that makes jobs."""
     intake = Intake(make_plan(), lambda: TOKENIZER)
-    parts: dict[str, Any] = {"bad_words": bad_words, "encode_batch": encode_batch}
+    parts: dict[str, Any] = {"bad_words": bad_words, "encode": encode}
     return cast(FrontEnd, SimpleNamespace(limits=intake.limits, intake=intake, **parts))
 
 
@@ -74,3 +76,40 @@ def test_a_special_tokens_text_is_found_as_a_stop_although_it_is_not_shown(inclu
     assert taken == [False] * 4 + [True]
     assert branch.text == ("abcd" if include else "ab")
     assert branch.finish == "stop"
+
+
+class Counting(ByteTokenizer):
+    """Tells how much text was tokenised."""
+
+    longest_token = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.characters = 0
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.characters += len(text)
+        return super()._encode(text, add_special_tokens)
+
+
+def test_a_text_that_can_not_fit_is_refused_before_all_of_it_is_tokenised() -> None:
+    limits, text = Intake(make_plan(), ByteTokenizer).limits, "x" * (4 << 20)
+    for tokenizer, most in ((ByteTokenizer(), 0), (Counting(), 1 << 16)):
+        with pytest.raises(InvalidRequest, match="resulted in at least"):
+            Encoder(tokenizer, limits).encode([text], ["prompt"], True, False)
+        assert getattr(tokenizer, "characters", 0) <= most
+
+
+@pytest.mark.parametrize("mode", ["head", "center"])
+def test_a_prompt_that_will_be_cut_comes_without_its_middle(mode: str) -> None:
+    limits = Intake(make_plan({"long_truncation_mode": mode, "max_req_input_len": 5}), ByteTokenizer).limits
+    text = "abcdefghij" * 10_000
+    (ids,) = Encoder(TOKENIZER, limits).encode([text], ["prompt"], True, False)
+    assert len(ids) <= 12
+    assert [*limits.prompt(ids, "prompt")] == limits.prompt([*text.encode()], "prompt")
+
+
+def test_bodies_of_millions_of_ids_carry_them_as_arrays() -> None:
+    for prompt in ([1, 2], [[1, 2]]):
+        (ids,) = CompletionBody(prompt=prompt).prompts
+        assert ids == array("i", [1, 2])

@@ -172,9 +172,9 @@ def test_request_between_the_gate_and_the_ledger_keeps_its_revision_alive(tmp_pa
             front, go = one.worker.revisions.front, asyncio.Event()
             encode = front.encode
 
-            async def slowly(text: str, **options: Any) -> list[int]:
+            async def slowly(*arguments: Any, **options: Any) -> list[list[int]]:
                 await go.wait()
-                return await encode(text, **options)
+                return await encode(*arguments, **options)
 
             monkeypatch.setattr(front, "encode", slowly)
             waiting = asyncio.create_task(generate(one, "long"))
@@ -208,9 +208,9 @@ def test_carried_request_goes_on_in_the_next_revision_byte_for_byte(tmp_path, up
             await until(lambda: all(entry.generated == 5 for entry in one.ledger.entries))
             encode = front.encode
 
-            async def slowly(text: str, **options: Any) -> list[int]:
+            async def slowly(*arguments: Any, **options: Any) -> list[list[int]]:
                 await go.wait()
-                return await encode(text, **options)
+                return await encode(*arguments, **options)
 
             monkeypatch.setattr(front, "encode", slowly)
             entering = asyncio.create_task(generate(one, "entering"))

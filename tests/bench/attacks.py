@@ -277,6 +277,92 @@ def slow_readers(target: Target) -> Verdict:
     )
 
 
+def posted(target: Target, requests: list[tuple[str, bytes]], patience: float) -> list[str]:
+    """The status lines of these requests, sent at once."""
+    answers = ["no answer"] * len(requests)
+
+    def post(number: int) -> None:
+        with target.connect(patience) as sock:
+            sock.sendall(target.post(*requests[number]))
+            answers[number] = sock.recv(4096).split(b"\r\n")[0].decode(errors="replace")
+
+    at_once(len(requests), post)
+    return answers
+
+
+def undisturbed(target: Target, requests: list[tuple[str, bytes]], patience: float = 300.0) -> Verdict:
+    """Each of `requests` is answered, with a refusal or a result, and no stream pauses meanwhile."""
+    with watched(target) as (grown, seen):
+        answers = posted(target, requests, patience)
+        time.sleep(1)
+    statuses = sorted({answer.removeprefix("HTTP/1.1 ") for answer in answers})
+    answered = all(answer.startswith("HTTP/1.1 ") and " 500 " not in answer for answer in answers)
+    holds = answered and seen.longest_gap < 0.1 and not seen.faults
+    return Verdict(holds, f"answers: {', '.join(statuses)}; {grown}; {seen}")
+
+
+def repeated(begin: bytes, part: bytes, end: bytes, size: int) -> bytes:
+    return begin + part * ((size - len(begin) - len(end)) // len(part)) + end
+
+
+@case("hostile JSON", "8 bodies of 15 MB each: no other stream pauses > 100 ms, no worker dies")
+def hostile_json(target: Target) -> Verdict:
+    size = 15 << 20
+    user = b'{"messages":[{"role":"user","content":['
+    bodies = [
+        ("/generate", repeated(b'{"inputs":[', b"[],", b"[]]}", size)),
+        ("/generate", repeated(b'{"inputs":[', b"{},", b"{}]}", size)),
+        ("/generate", repeated(b'{"inputs":', b"[", b"", size)),
+        ("/v1/completions", repeated(b'{"prompt":[', b"7,", b"7]}", size)),
+        ("/v1/completions", repeated(b'{"prompt":[', b'"",', b'""]}', size)),
+        ("/v1/completions", repeated(b'{"prompt":"x","', b"\\u00e9", b'":1}', size)),
+        (
+            "/v1/chat/completions",
+            repeated(user, b'{"type":"text","text":"x"},', b'{"type":"text","text":"x"}]}]}', size),
+        ),
+        ("/detokenize", repeated(b'{"tokens":[', b"30,", b"30]}", size)),
+    ]
+    return undisturbed(target, bodies)
+
+
+@case("long texts", "8 texts of 8 MB each: no other stream pauses > 100 ms, no worker dies")
+def long_texts(target: Target) -> Verdict:
+    size = 8 << 20
+    words, spaces = repeated(b"", b"some words ", b"", size), b" " * size
+    breaks, mixed = b"\\n" * (size // 2), repeated(b"", b"\\n\\u0001 \\u00e9a", b"", size)
+    bodies = [
+        ("/generate", b'{"inputs":"%b"}' % words),
+        ("/generate", b'{"inputs":"%b"}' % spaces),
+        ("/generate", b'{"inputs":"%b"}' % breaks),
+        ("/v1/completions", b'{"prompt":"%b"}' % mixed),
+        ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"%b"}]}' % words),
+        ("/tokens", b'{"text":"%b"}' % words),
+        ("/tokens", b'{"text":"%b"}' % breaks),
+        ("/tokenize", b'{"prompt":"%b"}' % spaces),
+    ]
+    return undisturbed(target, bodies)
+
+
+@case("many sequences", "bodies that ask for much many times: no other stream pauses > 100 ms, no worker dies")
+def many_sequences(target: Target) -> Verdict:
+    """Stops, biases, bad words and echoes, of as many prompts and choices as one body may have."""
+    few = {"prompt": ["a"] * 4, "n": 32, "max_tokens": 1}
+    many = {"prompt": ["a b c"] * 1000, "max_tokens": 1}
+    letters = "abcdefghijklmnopqrstuvwxyz" * 40
+    words = [letters[number : number + 200] for number in range(256)]
+    asked = [
+        few | {"stop": [letters[number : number + 128] for number in range(64)]},
+        few | {"stop": [letters[:1024]] * 64},
+        many | {"logit_bias": {str(number): 1 for number in range(1024)}},
+        many | {"bad_words": words},
+        many | {"echo": True, "logprobs": 5},
+        many | {"allowed_token_ids": [*range(1000)]},
+        few | {"bad_words": words},
+        {"prompt": [[7] * 1000] * 1000, "max_tokens": 1, "echo": True},
+    ]
+    return undisturbed(target, [("/v1/completions", json.dumps(body).encode()) for body in asked])
+
+
 # --- the runs --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,63 @@
+"""From texts and conversations to the token ids of prompts, refusing early what can't fit.
+
+Called on the event loop for short texts and in a helper process for all others. Ids are arrays, which cross a process
+border as they are; a prompt that will be cut anyway comes with its ends only, so that no result is long.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from lightllmd.api.limits import Limits
+from lightllmd.text.interface import Tokenizer
+
+_FIRST_LOOK = 1 << 16  # characters of a long text that are tokenised to see whether all of it may fit
+
+
+class Encoder:
+    """`encode` and `encode_chat` raise InvalidRequest, naming `field`, for what is no valid Unicode or too long; with
+    `cut` the caller cuts a longer prompt, as the plan's long_truncation_mode does."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    def encode(
+        self, texts: Sequence[str], fields: Sequence[str], add_special_tokens: bool, cut: bool
+    ) -> list[array[int]]:
+        """`fields`: the name of each text."""
+        if sum(map(len, texts)) <= _FIRST_LOOK:
+            encoded = self._tokenizer.encode_batch(texts, add_special_tokens)
+            return [self._checked(ids, field, cut) for ids, field in zip(encoded, fields, strict=True)]
+        return [self._encode(text, field, add_special_tokens, cut) for text, field in zip(texts, fields, strict=True)]
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], options: dict[str, Any], cut: bool) -> array[int]:
+        return self._encode(self.render(messages, options), "messages", False, cut)
+
+    def render(self, messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
+        """`options` as `ChatTemplate.render`. Raises InvalidRequest."""
+        return self._tokenizer.render_chat(messages, **options)
+
+    def count(self, text: str, add_special_tokens: bool) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens))
+
+    def _encode(self, text: str, field: str, add_special_tokens: bool, cut: bool) -> array[int]:
+        """A text that can't fit is refused before much time and memory went into it: a token takes about 100 bytes
+        while it is made. What the beginning has beyond twice the bound is no artefact of where it was cut."""
+        limits, encode = self._limits, self._tokenizer.encode
+        size = max(_FIRST_LOOK, 8 * limits.max_req_input_len)
+        if len(text) > size and not cut and limits.long_truncation_mode is None:
+            longest = self._tokenizer.longest_token
+            if longest is not None:
+                limits.at_least(-(-len(text) // longest), field)
+            while size < len(text):
+                limits.at_least(len(encode(text[:size], add_special_tokens)) // 2, field)
+                size *= 2
+        return self._checked(encode(text, add_special_tokens), field, cut)
+
+    def _checked(self, ids: list[int], field: str, cut: bool) -> array[int]:
+        if not cut:
+            self._limits.prompt(ids, field)
+        return self._limits.ends(array("i", ids))
