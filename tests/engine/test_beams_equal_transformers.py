@@ -117,7 +117,7 @@ def test_hypotheses_and_scores_equal_transformers(llm: LLM, model: Any, width: i
 def test_a_stop_ends_hypotheses_as_transformers_ends_them_by_eos(llm: LLM, model: Any) -> None:
     """An id, since transformers looks at stop texts between steps only, for all beams at once."""
     comma = llm.tokenizer.encode(",", add_special_tokens=False)
-    texts = [PROMPTS[7], PROMPTS[16]]
+    texts = [PROMPTS[7]]
     outputs = llm.generate(texts, n=3, max_new_tokens=TOKENS, stop_sequences=[comma], progress=False)
     eos = [*llm.plan.eos_id, *comma]
     truths = by_transformers(model, [output.prompt_token_ids for output in outputs], 3, eos_token_id=eos)
@@ -127,24 +127,16 @@ def test_a_stop_ends_hypotheses_as_transformers_ends_them_by_eos(llm: LLM, model
 
 
 def test_a_stop_text_gives_as_many_different_answers_as_beams_each_up_to_it(llm: LLM) -> None:
-    (free,) = llm.generate("The following is a function of a", n=3, max_new_tokens=16, progress=False)
-    text = free.branches[0].text or ""
+    prompt = "The following is a function of a"
+    asked: dict[str, Any] = {"n": 3, "max_new_tokens": 9, "length_penalty": 0.0, "progress": False}
+    text = llm.generate(prompt, **asked)[0].text or ""
     stop = text[len(text) // 2 : len(text) // 2 + 4]  # wherever tokens begin and end
-    (output,) = llm.generate(
-        "The following is a function of a", n=3, max_new_tokens=16, stop_sequences=[stop], progress=False
-    )
+    (output,) = llm.generate(prompt, stop_sequences=[stop], **asked)
     texts = [branch.text or "" for branch in output.branches]
     assert len(set(texts)) == 3
     assert any(stop in text for text in texts)
     for branch, text in zip(output.branches, texts, strict=True):
         assert text.find(stop) in (-1, len(text) - len(stop))
-        assert (branch.finish_reason == "length") == (len(branch.token_ids) == 16 and stop not in text)
-    (kept,) = llm.generate(
-        "The following is a function of a",
-        n=3,
-        max_new_tokens=16,
-        min_new_tokens=16,
-        stop_sequences=[stop],
-        progress=False,
-    )
-    assert {len(branch.token_ids) for branch in kept.branches} == {16}
+        assert (branch.finish_reason == "length") == (len(branch.token_ids) == 9 and stop not in text)
+    (kept,) = llm.generate(prompt, stop_sequences=[stop], min_new_tokens=9, **asked)
+    assert {len(branch.token_ids) for branch in kept.branches} == {9}

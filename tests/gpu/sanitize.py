@@ -175,13 +175,16 @@ def sampling() -> None:
         SamplingParams(do_sample=True, top_p=0.5, top_k=7, seed=2),
         SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, input_penalty=True, top_logprobs=20),
         SamplingParams(min_new_tokens=4, exponential_decay_length_penalty=(1, 1.5)),
+        SamplingParams(candidates=64, top_logprobs=3, presence_penalty=0.5),
+        SamplingParams(do_sample=True, min_p=0.1, logit_bias={7: 2.0}, seed=3),
     ]
     sampler = DeviceSampler(len(kinds) + 1, vocab, [2, 5], torch.device(DEVICE))
     for row, params in enumerate(kinds):
         sampler.enter(row, SamplingRow(params, [1, vocab - 1, 1], [4]), 0)
     sampler.flush()
     last = numbers([0] * (len(kinds) + 1))
-    for chosen, masked in (([0], False), ([*range(len(kinds))], False), ([*range(len(kinds))], True)):
+    everything = [*range(len(kinds))]
+    for chosen, masked in (([0], False), (everything[:-1], False), (everything, False), (everything, True)):
         padded = [*chosen, len(kinds)]  # a row that never entered
         rows, generated = numbers(padded), numbers([2] * len(padded))
         for row in chosen if masked else []:
