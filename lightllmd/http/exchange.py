@@ -50,7 +50,9 @@ class Exchange:
     __slots__ = (
         "_body",
         "_chunked",
+        "_flows",
         "_has_body",
+        "_head",
         "_left",
         "_news",
         "_probed",
@@ -89,14 +91,16 @@ class Exchange:
         self.held = 0  # of them, counted in `Bodies`
         self.whole = False  # the body is complete
         self.gone = False  # nobody gets an answer any more
-        self.started = False  # the status line is sent
+        self.started = False  # status and headers are decided
         self.ended = False  # the answer is complete
         self._body = bytearray()  # not yet received by the application
         self._told = False  # the application knows that the body is complete
         self._news = asyncio.Event()
         self._chunked = False
+        self._flows = False  # in the middle of an answer in chunks
         self._has_body = True
         self._left: int | None = None  # bytes of the answer that Content-Length still promises
+        self._head = b""  # status line and header lines that are not sent yet
         self._probed = 0
         self._probes_left = len(PREFIX)
 
@@ -112,7 +116,7 @@ class Exchange:
 
     def lose(self) -> None:
         """The client is gone, or won't get this answer."""
-        self.gone = True
+        self.gone, self._flows = True, False
         self.release_body()
         self._body.clear()
         self._news.set()
@@ -141,7 +145,7 @@ class Exchange:
     def probe(self) -> bool:
         """Sends a byte that changes nothing, to which the host of a client that is gone answers with a reset: one of
         the status line, ahead of the rest, or a zero before the length of the next chunk. False: there is none."""
-        if self._probes_left == 0 or (self.started and not self._chunked):
+        if self._probes_left == 0 or self._head or (self.started and not self._chunked):
             return False
         self._probes_left -= 1
         if self.started:
@@ -192,10 +196,13 @@ class Exchange:
         connection = self.connection
         if connection.write_paused and not self.gone:
             await connection.writable()
+        if self._flows and message.get("more_body") and (body := message["body"]):
+            connection.write(b"%x\r\n%b\r\n" % (len(body), body))
+            return
         if self.gone:
             return
         if not self.started:
-            connection.write(self._start(message))
+            self._head = self._start(message)
             return
         if self.ended:
             raise RuntimeError("the answer is complete already")
@@ -212,10 +219,13 @@ class Exchange:
                 body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if last else b"%x\r\n%b\r\n" % (len(body), body)
             elif last:
                 body = b"0\r\n\r\n"
+        if self._head:  # leaves with what follows it
+            body, self._head = self._head + body, b""
+            self._flows = self._chunked
         if body:
             connection.write(body)
         if last:
-            self.ended = True
+            self.ended, self._flows = True, False
             self._news.set()
             connection.answered(self)
 

@@ -77,6 +77,8 @@ class Acceptor:
         connection = self._make()
         connection.guest = guest
         sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio, unlike uvloop, forgets it here
         try:
             await self._loop.connect_accepted_socket(
                 lambda: connection,
