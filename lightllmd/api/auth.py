@@ -8,6 +8,7 @@ import hmac
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightllmd.api.errors import error_response
+from lightllmd.api.tenants import KEY
 from lightllmd.config.keys import Keys
 from lightllmd.errors import Unauthorized
 
@@ -54,4 +55,5 @@ class BearerKeys:
             return False
         digest = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(digest, known) for known in digests]
+        scope[KEY] = digest
         return any(matches)

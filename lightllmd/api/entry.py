@@ -43,6 +43,7 @@ class Entry:
         "submitted",
         "suspect",
         "suspect_since",
+        "tenant",
     )
 
     def __init__(
@@ -61,6 +62,7 @@ class Entry:
         self.ledger = ledger  # whose it is now; another one's after a `hand_over`
         self.request = request
         self.batch = request  # the request that the first prompt of the same body became
+        self.tenant = 0  # see Tenants
         self.arrival_ns = time.monotonic_ns()
         self.prompt_ids = prompt_ids
         self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.types import Scope
 
 from lightllmd.api import bodies
 from lightllmd.api.accounts import Accounts
@@ -22,6 +23,7 @@ from lightllmd.api.helpers import Helpers
 from lightllmd.api.intake import Intake, Job
 from lightllmd.api.ledger import Ledger
 from lightllmd.api.reply import Pending, Signal
+from lightllmd.api.tenants import Tenants
 from lightllmd.api.token_views import TokenViews
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
@@ -60,6 +62,7 @@ class FrontEnd:
         self.intake = Intake(plan, lambda: tokenizer)
         self.limits = self.intake.limits
         self.http = plan.config.http
+        self._tenants = Tenants(self.http)
         self.model_name = plan.config.http.served_model_name or plan.model_name
         self.entering = 0  # requests that are past the gate and not in the ledger yet; see Revisions.entered
         self.heir: FrontEnd | None = None  # gets what is opened here
@@ -137,10 +140,11 @@ class FrontEnd:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def open(self, jobs: list[Job], arrived_at: float) -> Pending:
-        """Enters every job into the ledger, or none. Raises NotReady, QueueFull."""
+    def open(self, jobs: list[Job], arrived_at: float, scope: Scope) -> Pending:
+        """Enters every job into the ledger, or none; `scope` is the request's. Raises NotReady, QueueFull."""
         if self.heir is not None:
-            return self.heir.open(jobs, arrived_at)
+            return self.heir.open(jobs, arrived_at, scope)
+        tenant = self._tenants.of(scope)
         signal = Signal()
         entries: list[Entry] = []
         try:
@@ -156,6 +160,7 @@ class FrontEnd:
                     arrived_at=arrived_at,
                     prompt_tokens=len(job.given_ids),
                     batch=entries[0].request if entries else 0,
+                    tenant=tenant,
                 )
                 entries.append(entry)
                 self.accounts.submitted(entry)

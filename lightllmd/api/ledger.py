@@ -29,6 +29,7 @@ from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, Sampling
 log = logging.getLogger(__name__)
 
 STRIKES = 3
+MOST_DEATHS = 10  # that a request may be in without a token and without evidence, once it is past its time to be held
 
 
 class Link(Protocol):
@@ -96,6 +97,7 @@ class Ledger:
         private: bool = False,
         prompt_tokens: int | None = None,
         batch: int = 0,
+        tenant: int = 0,
     ) -> Entry:
         """Takes a request, draws its seed if it has none, and sends it to the engine or holds it. `prompt_tokens`:
         the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
@@ -116,7 +118,7 @@ class Ledger:
         arrived_at = now if arrived_at is None else arrived_at
         prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
         entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens)
-        entry.batch = batch or number
+        entry.batch, entry.tenant = batch or number, tenant
         self._entries[number] = entry
         if self._link is None:
             entry.held_since = now
@@ -232,7 +234,7 @@ class Ledger:
         if entry.strikes >= STRIKES:
             message = f"the engine died {STRIKES} times when it ran this request alone; it is not tried again"
             self.fail(entry, RequestFailed(message))
-        elif now - entry.suspect_since >= self.hold_timeout:
+        elif entry.suspect >= MOST_DEATHS and now - entry.suspect_since >= self.hold_timeout:
             # What ends engines may come from outside, but this one keeps them from the others.
             message = (
                 f"the engine died {entry.suspect} times, over {self.hold_timeout:g} s, before it had run this request"
@@ -253,6 +255,7 @@ class Ledger:
                 branches=[branch.index for branch in unfinished],
                 emitted=[branch.ids for branch in unfinished],
                 batch=entry.batch,
+                tenant=entry.tenant,
                 replay=entry.submitted,
                 suspect=entry.suspect,
             )
@@ -354,6 +357,8 @@ class Ledger:
             return
         if message.reason == "queue_full":
             entry.error = QueueFull(message.message, retry_after=message.retry_after)
+        elif message.reason == "queue_timeout":
+            entry.error = DeadlineExceeded(message.message, retry_after=message.retry_after)
         else:
             entry.error = InvalidRequest(message.message)
         self._end(entry, "failed")

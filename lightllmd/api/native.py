@@ -180,7 +180,7 @@ def router(revisions: Revisions) -> APIRouter:
     ) -> tuple[FrontEnd, Pending]:
         with admission():
             async with revisions.entered(request.receive) as front:
-                return front, front.open([await prepare(front, body, streamed)], arrived_at)
+                return front, front.open([await prepare(front, body, streamed)], arrived_at, request.scope)
 
     async def whole(request: Request, body: GenerateBody, arrived_at: float) -> Response:
         front, pending = await opened(request, body, arrived_at, streamed=False)

@@ -207,7 +207,7 @@ def router(revisions: Revisions) -> APIRouter:
                     jobs = await jobs_of(front, body)
                 size = sum(len(job.given_ids) for job in jobs) * _TOKEN_COST
                 shape = await off_loop(size, shape_of, front, body, jobs)
-                pending = front.open(jobs, arrived_at)
+                pending = front.open(jobs, arrived_at, request.scope)
         n, beams = body.n or 1, front.intake.beams
         if body.stream:
             chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.usage_told)

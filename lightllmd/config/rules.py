@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_network
 
 from lightllmd.config.features import Feature, pairs
 from lightllmd.config.modes import BUILT, decode_modes
@@ -72,6 +73,16 @@ def _room_for_bodies(config: Config) -> str:
     return f"max_body_bytes_in_flight = {memory} must be at least twice max_body_bytes = {body}"
 
 
+def _proxies_are_networks(config: Config) -> str:
+    wrong = []
+    for written in config.http.trusted_proxies:
+        try:
+            ip_network(written, strict=False)
+        except ValueError as fault:
+            wrong.append(str(fault))
+    return "; ".join(wrong)
+
+
 def _one_decode_mode(config: Config) -> str:
     names = decode_modes(config.params.mode)
     if len(names) < 2:
@@ -115,6 +126,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
     Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
     Rule(("http.max_body_bytes", "http.max_body_bytes_in_flight"), _room_for_bodies),
+    Rule(("http.trusted_proxies",), _proxies_are_networks),
     Rule(("mode",), _one_decode_mode),
     Rule(("mode", "data_type"), _mode_fits_data_type),
     _needs_gateway("grouping_key"),

@@ -159,13 +159,42 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             doc="Sequences that may wait for admission: while fewer do, a request is taken with all that it brings, "
-            "which is at most running_max_req_size + max_queue sequences; otherwise it gets 429.",
+            "which is at most running_max_req_size + max_queue sequences; otherwise it gets 429. A client of whom "
+            "nothing waits may wait beside twice as many.",
             unit="sequences",
             minimum=1,
             maximum=1_000_000,
             reload="engine",
         ),
     ] = 1024
+    queue_timeout: Annotated[
+        float,
+        _seconds(
+            "How long a request may wait for admission, then 504; 0: for ever. One of whose body a part has been "
+            "admitted goes on waiting.",
+            zero=True,
+            reload="engine",
+        ),
+    ] = 600.0
+    fair_admission: Annotated[
+        bool,
+        Setting(
+            doc="Requests that wait are admitted fairly, by tokens, between API keys or, where there are none, client "
+            "addresses (IPv6: networks of 64 bits), and in the order of arrival within one. false: in the order of "
+            "arrival alone.",
+            reload="front end",
+        ),
+    ] = True
+    trusted_proxies: Annotated[
+        list[str],
+        Setting(
+            doc="Addresses or networks of proxies whose X-Forwarded-For names the client; nothing else's is believed.",
+            pattern=r"[0-9a-fA-F.:]+(/[0-9]{1,3})?",
+            form="an address or network such as 10.0.0.0/8",
+            example='["127.0.0.1", "10.0.0.0/8"]',
+            reload="front end",
+        ),
+    ] = []
     hold_keepalive: Annotated[
         float, _seconds("Time between the comments that keep a held stream's connection open.", reload="front end")
     ] = 5.0

@@ -31,6 +31,7 @@ class Limits(NamedTuple):
     router_max_wait_tokens: int
     eos_ids: frozenset[int]
     max_queue: int
+    queue_timeout: float = 0.0  # seconds; 0: none
     use_dynamic_prompt_cache: bool = False
     splitfuse_block_size: int = 0  # 0: without splitfuse_mode
     beam_mode: bool = False
@@ -48,6 +49,7 @@ class Limits(NamedTuple):
             router_max_wait_tokens=params.router_max_wait_tokens,
             eos_ids=frozenset(plan.eos_id),
             max_queue=plan.config.http.max_queue,
+            queue_timeout=plan.config.http.queue_timeout,
             use_dynamic_prompt_cache=params.use_dynamic_prompt_cache,
             splitfuse_block_size=params.splitfuse_block_size if params.splitfuse_mode else 0,
             beam_mode=params.beam_mode,

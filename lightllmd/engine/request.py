@@ -19,11 +19,20 @@ TokenIds = NDArray[np.int32]
 
 
 class State(Enum):
-    WAITING = "waiting"  # never admitted by this generation, new
+    WAITING = "waiting"  # never admitted by this generation, and without a token
     PAUSED = "paused"  # admitted before (by this generation or one that died); holds no slot and no row
     RUNNING = "running"  # owns a table row and slots
     ENDING = "ending"  # the step that makes its last token is out; holds nothing
     ENDED = "ended"  # finished or aborted; holds nothing
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The requests that came in one body."""
+
+    number: int
+    room: bool  # there was some for them
+    started: bool = False  # one of them was admitted
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +76,10 @@ class Sequence:
     first: bool = True  # of the branches that its request came with
     suspect: int = 0  # see Submit; 0 again with its next token
     replayed: bool = False
-    ticket: int = 0  # set on entry into a line: later entries have greater ones
+    tenant: int = 0
+    batch: Batch | None = None
+    since: float = 0.0  # when it came, on the clock of `Scheduler.submit`
+    charged: int = 0  # of its tokens, told to `FairQueue.charge`
     pending: int = 0  # tokens that steps which are out will make
     table_row: int = -1
     # --- its keys and values
@@ -152,7 +164,8 @@ class Sequence:
 
 
 def sequences_of(submit: Submit) -> list[Sequence]:
-    """The branches of a request that enters; a replayed one enters paused."""
+    """The branches of a request that enters. One that ran on an engine before enters paused."""
+    ran = submit.replay and (submit.suspect > 0 or any(submit.emitted))
     return [
         Sequence(
             request=submit.request,
@@ -162,10 +175,12 @@ def sequences_of(submit: Submit) -> list[Sequence]:
             prompt_ids=submit.prompt_ids,
             params=submit.params,
             emitted=list(emitted),
-            state=State.PAUSED if submit.replay else State.WAITING,
+            state=State.PAUSED if ran else State.WAITING,
             first=index == 0,
             suspect=submit.suspect,
             replayed=submit.replay,
+            tenant=submit.tenant,
+            charged=len(emitted),
         )
         for index, (branch, emitted) in enumerate(zip(submit.branches, submit.emitted, strict=True))
     ]

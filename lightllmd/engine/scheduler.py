@@ -6,7 +6,8 @@ Three lines wait, and the first that is not empty is served from its head withou
 * `suspects`, one at a time: they had no token yet when an engine died, so nothing else is out together with the step
   that it could die of. First come those that were there at the fewest deaths, of them the newest. Right before each,
   the engine answers a request of its own, so that a death tells of the suspect;
-* `waiting`, in order of arrival: new ones. They also follow right behind the paused while there is no suspect.
+* `waiting`, in order of arrival within a tenant and fair between tenants, see `FairQueue`: those that never ran. They
+  also follow right behind the paused while there is no suspect.
 
 The scheduler owns the slots, the table rows and every sequence. `next_step` may be called while steps are out;
 `complete` takes the result of the oldest of them. Steps run in the order in which they were made, so what a step frees
@@ -21,9 +22,7 @@ is here, because it decides what the next may be (a mask), or because the schedu
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
-from collections.abc import Iterable
-from itertools import chain
+from collections import Counter, deque
 from typing import NamedTuple
 
 from lightllmd.engine import beams
@@ -32,9 +31,10 @@ from lightllmd.engine.batch import Step, StepResult
 from lightllmd.engine.beams import BeamResult
 from lightllmd.engine.composer import Composer
 from lightllmd.engine.constraint import Constraints
+from lightllmd.engine.fair_queue import FairQueue
 from lightllmd.engine.key_values import KeyValues
 from lightllmd.engine.reading import Readings
-from lightllmd.engine.request import SELF, Fork, Owner, Sequence, State, sequences_of
+from lightllmd.engine.request import SELF, Batch, Fork, Owner, Sequence, State, sequences_of
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -50,6 +50,8 @@ from lightllmd.ipc.messages import (
 
 _GONE_KEPT = 256  # what a dead process still sent arrives long before so many others die
 _NEWEST = (1 << 63) - 1  # nanoseconds of arrival
+# Tokens of a prompt that takes many times as long as one of few tokens, and how many times as many those are.
+LONG, _MUCH = 512, 8
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
@@ -101,19 +103,18 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.paused: list[Sequence] = []  # ascending by order; no suspects
         self.suspects: list[Sequence] = []  # the first to run is last
-        self.waiting: deque[Sequence] = deque()  # in order of arrival here
+        self.waiting = FairQueue()
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints, self._readings = constraints, readings
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
-        self._batches: dict[Owner, tuple[int, bool]] = {}  # its newest batch, and whether there was room for it
+        self._batches: dict[Owner, Batch] = {}  # the newest of each
         self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
         self._out: deque[_Sent] = deque()  # the steps that are out
         self._quarantine: list[Sequence] = []  # suspects that run and have no token yet
         self._answered = False  # the newest step that completed answered a request of the engine's own
-        self._tickets = 0  # entries into a line so far
-        self._admitting = 0  # the newest ticket that the admission round which goes on is for; 0: none does
+        self._admitting = -1  # sequences that the admission round which goes on may still admit; -1: none goes on
         self._decoded = 0  # decode steps since the last admission round began
         self._steps = 0
 
@@ -121,8 +122,8 @@ class Scheduler:
     def next_step(self) -> Step | None:
         """What to launch now; None when nobody can run, or not until a step that is out completes.
 
-        An admission round goes before decode: as many prefills as it takes for those that are in line when it begins.
-        Under splitfuse they go beside it, in blocks.
+        An admission round goes before decode: as many prefills as it takes for as many as are in line when it begins,
+        so it ends however many come meanwhile. Under splitfuse they go beside it, in blocks.
         """
         self.first_admitted = []
         if self._out and (self._quarantine or self._suspect_is_next):
@@ -130,9 +131,9 @@ class Scheduler:
         self._quarantine = [sequence for sequence in self._quarantine if sequence.feeds]
         if not self._quarantine:
             if self._round_is_due():
-                self._admitting, self._decoded = self._tickets, 0
-            if self._admitting and not (self._admit() or any(sequence.feeds for sequence in self.running)):
-                self._admitting = 0
+                self._admitting, self._decoded = len(self.paused) + len(self.suspects) + len(self.waiting), 0
+            if self._admitting >= 0 and not (self._admit() or any(sequence.feeds for sequence in self.running)):
+                self._admitting = -1
         block = self.limits.splitfuse_block_size
         composer = Composer(self._steps + 1, self.keys)
         going_on: list[Sequence] = []
@@ -166,7 +167,7 @@ class Scheduler:
                     chosen.append(sequence)
             if len(going_on) + len(chosen) <= self.keys.available:
                 break
-            self._decoded = 0
+            self._admitting, self._decoded = -1, 0
             self._pause(self._party(max(self.running, key=_age)))
         self.keys.grow(going_on + chosen)
         for sequence in chosen:
@@ -184,38 +185,43 @@ class Scheduler:
 
     def _round_is_due(self) -> bool:
         """Always while nothing runs, else every `router_max_wait_tokens` decode steps, which count with and without
-        anyone in line. Suspects don't wait for that, or a long line of them would hold up all others.
-        Those who come during a round wait for the next, so rounds end however many come."""
+        anyone in line. Suspects don't wait for that, or a long line of them would hold up all others."""
         if not (self.paused or self.suspects or self.waiting):
             return False
         if not self.running or self._suspect_is_next:
             return True
-        return not self._admitting and self._decoded >= self.limits.router_max_wait_tokens
+        return self._admitting < 0 and self._decoded >= self.limits.router_max_wait_tokens
 
     @property
     def _suspect_is_next(self) -> bool:
         return bool(self.suspects) and not self.paused
 
-    def _line(self) -> Iterable[Sequence]:
-        """Those who may be admitted together, in their order."""
-        if not self.suspects:
-            return chain(self.paused, self.waiting)
+    def _next_in_line(self, admitted: list[Sequence]) -> Sequence | None:
+        """Who may be admitted together with those that are `admitted` now; the first of a search's beams. None: that is
+        all."""
+        if self._admitting <= 0 or (admitted and admitted[0].suspect):
+            return None
         if self.paused:
-            return self.paused
-        request = self.suspects[-1].request
-        return [next(sequence for sequence in self.suspects if sequence.request == request)]
+            sequence = self.paused[0]
+        elif not self.suspects:
+            return self.waiting.head
+        elif admitted:
+            return None
+        else:
+            request = self.suspects[-1].request
+            sequence = next(sequence for sequence in self.suspects if sequence.request == request)
+        return sequence.fork_lead if sequence.beam else sequence
 
     def _admit(self) -> bool:
-        """Those of the line who may run now; whether there are any. First come, first served: stops at the first that
-        can't go, so nobody is overtaken for ever. One whose token is still to come can't: it would be fed without
-        it."""
+        """Those of the line who may run now; whether there are any. Stops at the first that can't go, so nothing is
+        overtaken for ever. One whose token is still to come can't: it would be fed without it."""
         admission = Admission(self.limits, self.running, self.keys.used, self.keys.locked)
+        if self.waiting.contested:
+            self._charge()
         admitted: list[Sequence] = []
-        for sequence in self._line():
-            if sequence.beam and sequence is not sequence.fork_lead:
-                continue  # it came with the first
-            party = sequence.fork.members if sequence.fork is not None and sequence.beam else [sequence]
-            if any(one.ticket > self._admitting or one.pending for one in party):
+        while (sequence := self._next_in_line(admitted)) is not None:
+            party = list(sequence.fork.members) if sequence.fork is not None and sequence.beam else [sequence]
+            if any(one.pending for one in party) or self._holds_up(sequence, admitted):
                 break
             leads = self._find(sequence, admitted)
             for follower in party[1:]:
@@ -226,14 +232,34 @@ class Scheduler:
             if sequence.suspect and sequence.owner != SELF and not self._answered:
                 self.keys.give_up(sequence)
                 self.submit(_own_request())  # needs no more room, and is the next of the suspects
-                self._admitting = self._tickets
                 return self._admit()
             if leads is not None:
                 _join(sequence, leads)
+            for one in party:
+                if one.state is State.WAITING:
+                    self.waiting.admit(one)
+                else:
+                    self._leave_line(one)
+            self._admitting = max(0, self._admitting - len(party))
             admitted += party
         for sequence in admitted:
             self._enter(sequence)
         return bool(admitted)
+
+    def _holds_up(self, sequence: Sequence, admitted: list[Sequence]) -> bool:
+        """A long prompt in one step with much shorter ones of another tenant would make those wait for it."""
+        if not admitted or sequence.tenant == admitted[-1].tenant or self.limits.splitfuse_block_size:
+            return False
+        return sequence.length > max(LONG, _MUCH * sum(one.length - one.common for one in admitted))
+
+    def _charge(self) -> None:
+        """Tenants that wait for more are charged what those of them that run were given."""
+        tokens: Counter[int] = Counter()
+        for sequence in self.running:
+            given = len(sequence.emitted) + sequence.pending
+            tokens[sequence.tenant] += given - sequence.charged
+            sequence.charged = given
+        self.waiting.charge(tokens)
 
     def _find(self, sequence: Sequence, admitted: list[Sequence]) -> Sequence | None:
         """Looks for a past that it need not compute: what the cache has, or the prompt of another branch that is
@@ -247,7 +273,8 @@ class Scheduler:
         return None
 
     def _enter(self, sequence: Sequence) -> None:
-        self._leave_line(sequence)
+        if sequence.batch is not None:
+            sequence.batch.started = True
         if sequence.state is State.WAITING:
             self.first_admitted.append(sequence.arrival_ns)
         if sequence.suspect:
@@ -376,8 +403,8 @@ class Scheduler:
             self._end(member)
 
     # --- coming and going -------------------------------------------------------------------------------------
-    def submit(self, message: Submit) -> Rejected | None:
-        """Puts a request in line, if there is room for it or it is replayed.
+    def submit(self, message: Submit, now: float = 0.0) -> Rejected | None:
+        """Puts a request in line, if there is room for it or it is replayed. `now`: seconds of any clock, for `expire`.
 
         A request that is already here, or whose api worker's process is dead, is ignored: no answer has a reader.
         """
@@ -386,7 +413,8 @@ class Scheduler:
         problem = self._never_fits(message)
         if problem:
             return Rejected(self.generation, message.request, "invalid", problem)
-        if not self._has_room(message) and not message.replay:
+        batch = self._batch_of(message)
+        if not batch.room and not message.replay:
             text = (
                 f"the queue is full: {len(self.waiting)} sequences wait, and http.max_queue is {self.limits.max_queue}"
             )
@@ -396,6 +424,8 @@ class Scheduler:
             constraint = self._constraints.of(message.params)
             for sequence in sequences:
                 sequence.constraint = constraint
+        for sequence in sequences:
+            sequence.batch, sequence.since = batch, now
         if message.params.n > 1:
             for sequence in sequences:
                 sequence.forks = self.limits.beam_mode or self.limits.diverse_mode
@@ -409,15 +439,36 @@ class Scheduler:
             self._enter_line(sequence)
         return None
 
-    def _has_room(self, message: Submit) -> bool:
+    def _batch_of(self, message: Submit) -> Batch:
         """There is room while fewer than `max_queue` sequences wait, whatever a body brings: its parts are taken or
-        turned away together, and one wider than the queue runs too."""
-        owner, batch = (message.api, message.epoch), message.batch or message.request
-        newest, room = self._batches.get(owner, (-1, False))
-        if newest != batch:
-            room = len(self.waiting) < self.limits.max_queue
-            self._batches[owner] = batch, room
-        return room
+        turned away together, and one wider than the queue runs too. So that no tenant keeps the others out, one that
+        has none in line finds room while fewer than twice as many wait."""
+        owner, number = (message.api, message.epoch), message.batch or message.request
+        batch = self._batches.get(owner)
+        if batch is None or batch.number != number:
+            most = self.limits.max_queue * (1 if self.waiting.has(message.tenant) else 2)
+            batch = self._batches[owner] = Batch(number, len(self.waiting) < most)
+        return batch
+
+    def expire(self, now: float) -> list[tuple[Owner, Rejected]]:
+        """Ends requests that have waited for `queue_timeout` seconds, unless a part of their body has been admitted.
+        Returns whom to tell what. Call it from time to time."""
+        timeout = self.limits.queue_timeout
+        late = {
+            sequence.request: sequence.owner
+            for sequence in self.waiting
+            if 0 < timeout <= now - sequence.since and not (sequence.batch and sequence.batch.started)
+        }
+        text = (
+            f"the request waited {timeout:g} s (http.queue_timeout) for its turn: {len(self.running)} sequences run, "
+            f"{len(self.waiting)} wait"
+        )
+        for request in late:
+            self.abort(request)
+        return [
+            (owner, Rejected(self.generation, request, "queue_timeout", text, RETRY_AFTER))
+            for request, owner in late.items()
+        ]
 
     def abort(self, request: int, branches: list[int] | None = None) -> None:
         """Ends branches in whatever state they are; those that are unknown have ended already. Beams end together."""
@@ -501,10 +552,8 @@ class Scheduler:
         sequence.entered = sequence.stale = False
 
     def _enter_line(self, sequence: Sequence) -> None:
-        self._tickets += 1
-        sequence.ticket = self._tickets
         if sequence.state is State.WAITING:
-            self.waiting.append(sequence)
+            self.waiting.add(sequence)
         elif sequence.suspect:
             insort(self.suspects, sequence, key=_suspicion)
         else:

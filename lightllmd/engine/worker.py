@@ -159,6 +159,8 @@ class EngineWorker:
                 self._statistics.idle()
                 self._tell_load(now)
             elif now >= self._next_load:
+                for owner, expired in self._scheduler.expire(now):
+                    self._socket.send(*owner, expired)
                 self._tell_load(now)
 
     def _sleep(self) -> int:
@@ -247,7 +249,7 @@ class EngineWorker:
             case messages.Submit() | messages.Hello() if self._phase == "asleep":
                 pass  # sent before it was told; it connects again when this generation is back
             case messages.Submit():
-                rejected = self._scheduler.submit(message)
+                rejected = self._scheduler.submit(message, time.monotonic())
                 if rejected:
                     self._socket.send(message.api, message.epoch, rejected)
             case messages.Abort():

@@ -86,7 +86,8 @@ class Submit(msgspec.Struct, tag="submit"):
     branches: list[int]  # the branches still unfinished
     emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
     batch: int = 0  # the number of the first of those that came in one body, which are sent one behind the other
-    replay: bool = False  # enters as paused, ahead of the queue
+    tenant: int = 0  # whose it is, as far as admission is fair between several: any number
+    replay: bool = False  # an engine had it: it is never turned away, and goes ahead of the queue if it has a token
     # Engines that died of it, perhaps: deaths since its last token with a part of its prompt in a step that was out.
     # If there are any, it runs alone, see Scheduler.
     suspect: int = 0
@@ -144,11 +145,11 @@ class StepOutput(msgspec.Struct, tag="step"):
 
 
 class Rejected(msgspec.Struct, tag="rejected"):
-    """The scheduler will not take this request: its queue is full, or it could never fit."""
+    """The scheduler will not run this request: its queue is full, it has waited too long, or it could never fit."""
 
     generation: int
     request: int
-    reason: str  # "queue_full" | "invalid"
+    reason: str  # "queue_full" | "queue_timeout" | "invalid"
     message: str
     retry_after: float | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 
 import pytest
 
@@ -224,6 +225,51 @@ def test_poison_gets_its_500_and_the_others_finish(tmp_path):
             engine.free_run = True
             for i, task in enumerate(good):
                 assert (await task).json()["generated_text"] == [expected(f"g{i}", 10)]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fair", [True, False])
+def test_each_client_is_a_tenant_over_all_engines_if_admission_is_fair(tmp_path, fair):
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+
+    async def scenario():
+        async with stack(tmp_path, engine=False, api_keys_file=str(keys), fair_admission=fair) as one:
+            asked = [
+                asyncio.create_task(
+                    one.client.post(
+                        "/v1/completions",
+                        json={"prompt": ["x"] * prompts, "max_tokens": 1},
+                        headers={"Authorization": f"Bearer {key}"},
+                    )
+                )
+                for key, prompts in (("one", 2), ("two", 1))
+            ]
+            await until(lambda: one.stats["held"] == 3)
+            seen = []
+            for _ in range(2):
+                engine = await one.up()
+                await engine.submitted(3)
+                seen.append([submit.tenant for submit in engine.submits])
+                await one.kill()
+            assert seen[0] == seen[1]
+            assert sorted(Counter(seen[0]).values()) == ([1, 2] if fair else [3])
+            assert fair or set(seen[0]) == {0}
+            (await one.up()).free_run = True
+            assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200, 200]
+
+    run(scenario())
+
+
+def test_a_request_that_waited_too_long_in_the_queue_is_told_so(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, engine=False) as one:
+            engine = await one.up()
+            engine.reject = messages.Rejected(1, 0, "queue_timeout", "the request waited 600 s", 1.0)
+            answer = await one.generate("x")
+            assert (answer.status_code, answer.headers["retry-after"]) == (504, "1")
+            assert "waited 600 s" in answer.json()["message"]
 
     run(scenario())
 

@@ -26,6 +26,8 @@ class Ledger:
     replayed: bool = False
     suspect: int = 0
     batch: int = 0
+    tenant: int = 0
+    since: float = 0.0  # when this generation got it
     scored: int = 0  # prompt tokens whose log-probabilities are told
     # --- of this generation
     first: int = 0  # the branch that tells of the prompt
@@ -59,6 +61,7 @@ class Clients:
             branches=branches,
             emitted=[list(ledger.open[branch]) for branch in branches],
             batch=ledger.batch,
+            tenant=ledger.tenant,
             replay=ledger.replayed,
             suspect=ledger.suspect,
         )

@@ -39,6 +39,7 @@ class Model(Clients):
         """`seen` counts what happened."""
         self.limits, self.depth = limits, depth
         self.seen: Counter[str] = Counter() if seen is None else seen
+        self.now = 0.0
         super().__init__()
         self.start()
 
@@ -51,8 +52,9 @@ class Model(Clients):
         self.pending: Counter[Branch] = Counter()  # tokens that are out
         self.rows: dict[int, Branch] = {}  # the runner's table as of the newest launch: row -> its owner
         self.left: dict[Branch, int] = {}  # tokens of its prompt to feed, of those that entered
-        self.newest_admitted: Branch = (0, 0)  # of those that were new
-        self.round: set[Branch] = set()  # who was in line when the admission round began; empty: none goes on
+        self.started: set[int] = set()  # batches of which something was admitted
+        self.round = -1  # how many more the admission round may admit; -1: none goes on
+        self.entered: Counter[Branch] = Counter()  # admissions
         self.answered = False  # the newest step was the engine's own
         self.head: tuple[object, int] = (None, 0)  # of the line, and the step by which it should have gone
         self.steps = 0
@@ -64,15 +66,15 @@ class Model(Clients):
         self.running = list(scheduler.running)
         self.going_on = [s for s in self.running if self.left.get(key(s)) == 0 and s.slots]
         self.suspects = {sequence.request for sequence in scheduler.suspects}
-        self.paused = {(key(sequence), sequence.ticket) for sequence in scheduler.paused}
-        self.new = [key(sequence) for sequence in scheduler.waiting]
+        self.paused = set(map(key, scheduler.paused))
+        self.new = {key(sequence): sequence.tenant for sequence in scheduler.waiting}
         suspects = sorted(scheduler.suspects, key=lambda s: (s.suspect, -s.request, s.branch))
         self.suspect = suspects[0].request if suspects else 0
-        line = [*scheduler.paused, *suspects, *scheduler.waiting]
-        self.line = set(map(key, line))
+        line = [*scheduler.paused, *suspects, *filter(None, [scheduler.waiting.head])]
+        self.line = len(scheduler.paused) + len(suspects) + len(self.new)
         self.resuming = bool(scheduler.paused)
         self.stepped = False
-        head = (key(line[0]), line[0].ticket) if line else None
+        head = (key(line[0]), self.entered[key(line[0])]) if line else None
         if head != self.head[0]:
             block = self.limits.splitfuse_block_size
             blocks = sum(1 + (s.target // block if block else 0) for s in self.running)
@@ -80,17 +82,20 @@ class Model(Clients):
             self.head = head, self.steps + self.limits.router_max_wait_tokens + blocks + 2 * tokens + 10
 
     # --- operations ------------------------------------------------------------------------------------------
-    def submit(self, prompt: list[int], params: SamplingParams, api: int, further: bool = False) -> None:
-        """`further`: in the body of the one before, which is of the same api worker."""
+    def submit(
+        self, prompt: list[int], params: SamplingParams, api: int, tenant: int = 0, further: bool = False
+    ) -> None:
+        """`further`: in the body of the one before, which is of the same api worker and tenant."""
         self.arrivals += 1
         if not further:
             self.batch = self.arrivals
-            self.room = len(self.scheduler.waiting) < self.limits.max_queue
+            waiting = [sequence.tenant for sequence in self.scheduler.waiting]
+            self.room = len(waiting) < self.limits.max_queue * (1 if tenant in waiting else 2)
         number, limits = self.arrivals, self.limits
         beams = limits.beam_mode and params.n > 1
         ledger = Ledger(number, api, number, prompt, params, beams, {branch: [] for branch in range(params.n)})
-        ledger.batch = self.batch
-        rejected = self.scheduler.submit(self.message(ledger))
+        ledger.batch, ledger.tenant, ledger.since = self.batch, tenant, self.now
+        rejected = self.scheduler.submit(self.message(ledger), self.now)
         width = params.n if beams else 1
         too_wide = beams and params.n > limits.running_max_req_size
         if too_wide or len(prompt) + width * params.max_new_tokens + 1 > limits.max_total_token_num:
@@ -153,7 +158,25 @@ class Model(Clients):
         for ledger in self.requests.values():
             ledger.replayed = True
             ledger.suspect += ledger.request in unproven
-            assert self.scheduler.submit(self.message(ledger)) is None, "a replayed request is never rejected"
+            ledger.since = self.now
+            assert self.scheduler.submit(self.message(ledger), self.now) is None, "a replayed request is never rejected"
+
+    def expire(self) -> None:
+        waiting = {sequence.request for sequence in self.scheduler.waiting}
+        late = [
+            ledger.request
+            for ledger in self.requests.values()
+            if ledger.request in waiting
+            and ledger.batch not in self.started
+            and 0 < self.limits.queue_timeout <= self.now - ledger.since
+        ]
+        told = self.scheduler.expire(self.now)
+        assert sorted(rejected.request for _, rejected in told) == sorted(late)
+        for owner, rejected in told:
+            ledger = self.requests.pop(rejected.request)
+            assert owner == (ledger.api, self.epochs[ledger.api])
+            assert rejected.reason == "queue_timeout"
+        self.seen["expired"] += len(late)
 
     def flush(self) -> None:
         self.scheduler.flush_cache()
@@ -167,6 +190,7 @@ class Model(Clients):
     def step(self) -> None:
         """One turn."""
         self.note()
+        self.now += 1
         before = len(self.out)
         told = self.loop.turn(lambda: None)
         if not self.stepped:
@@ -180,7 +204,7 @@ class Model(Clients):
         assert self.loop.completed is launched.step
         self.pending.subtract(launched.branches)
         if launched.branches == [OWN]:
-            assert list(told) == [SELF]
+            assert list(told) in ([SELF], [])  # or it was cleared away
             return
         alive = [branch for branch in launched.branches if branch[1] in getattr(self.ledger(branch), "open", ())]
         self.seen["late"] += len(launched.branches) - len(alive)
@@ -218,7 +242,7 @@ class Model(Clients):
     # --- invariants ------------------------------------------------------------------------------------------
     def idle(self) -> None:
         """No step could be made: all that go on wait for their tokens, or for a suspect's."""
-        self.round = set()
+        self.round = -1
         self.pausing()  # perhaps for those who can't go on now
         if any(launched.alone for launched in self.out) or (self.suspects and not self.resuming and self.out):
             return
@@ -296,6 +320,7 @@ class Model(Clients):
         paused = self.newly_paused()
         self.seen["paused"] += len(paused)
         if paused:
+            self.round = -1
             assert self.limits.router_token_ratio > 0, "ratio 0 reserves the worst case, so nothing is ever paused"
             newest = max((sequence.order[:2] for sequence in self.scheduler.running), default=(0, 0))
             assert min(sequence.order[:2] for sequence in paused) >= newest, "newest first"
@@ -393,13 +418,17 @@ class Model(Clients):
             hanging = [s for s in self.scheduler.running if s.prefilling and not s.entered and s.slots]
             self.seen["waits"] += len(hanging)
         new = [branch for branch in admitted if branch in self.new]
+        self.entered.update(admitted)
+        self.started |= {self.requests[request].batch for request, _ in admitted if request in self.requests}
         if new:
-            assert min(new) > self.newest_admitted, "first come, first served"
-            self.newest_admitted = max(new)
-            still = [key(sequence) for sequence in self.scheduler.waiting]
-            assert not still or min(still) > self.newest_admitted
-            left = {(key(sequence), sequence.ticket) for sequence in self.scheduler.paused}
-            assert not left & self.paused, "nobody new passes a paused one"
+            still = {key(sequence): sequence.tenant for sequence in self.scheduler.waiting}
+            for tenant in {self.new[branch] for branch in new}:
+                last = max(branch for branch in new if self.new[branch] == tenant)
+                assert all(branch > last for branch in still if still[branch] == tenant), "first come, first served"
+            self.seen["passed"] += bool(still) and min(still) < max(new)
+            left = set(map(key, self.scheduler.paused))
+            # With blocks, what was admitted for this step may be paused for it, too.
+            assert not left & self.paused or self.limits.splitfuse_block_size, "nothing new passes a paused one"
             assert not self.suspects
         requests = {request for request, _ in feeding}
         entering = {request for request, _ in admitted} & self.suspects
@@ -414,11 +443,12 @@ class Model(Clients):
         if not alone and self.suspects and not self.resuming:
             self.round = self.line  # a suspect is due at any time, even if there is no room for it
         if admitted:
-            if entering or not self.running or not self.round:
+            if entering or not self.running or self.round < 0:
                 self.round = self.line
-            assert set(admitted) <= self.round, "who comes during a round waits for the next"
+            assert self.round > 0, "a round ends however many come"
+            self.round = max(0, self.round - len(admitted))
         elif not feeding:
-            self.round = set()
+            self.round = -1
         return max(alone, default=0), bool(entering)
 
     def shares(self, going_on: list[Branch], feeding: list[Branch], fed: int, suspect: bool) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lightllmd.engine import key_values
+from lightllmd.engine import key_values, scheduler
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.slots import Slots
 from lightllmd.ipc.messages import SamplingParams
@@ -41,6 +41,7 @@ def draw_limits(draw: random.Random) -> Limits:
         router_max_wait_tokens=draw.choice([0, 1, 3, 10]),
         eos_ids=frozenset([EOS]),
         max_queue=draw.choice([1, 8, 100]),
+        queue_timeout=draw.choice([0.0, 0.0, 5.0, 60.0]),
         use_dynamic_prompt_cache=draw.random() < 0.6,
         splitfuse_block_size=draw.choice([0, 0, 0, 1, 2, 5, 5, 16, 64]),
         beam_mode=mode == "beam",
@@ -91,10 +92,10 @@ def draw_params(draw: random.Random, model: Model, length: int) -> SamplingParam
 
 def draw_request(draw: random.Random, model: Model) -> None:
     """Or several in one body."""
-    api = draw.randrange(APIS)
+    api, tenant = draw.randrange(APIS), draw.choice([0, 0, 0, 1, 2, draw.randrange(50)])
     for place in range(draw.choice([1, 1, 1, 1, 3])):
         prompt = draw_prompt(draw, model)
-        model.submit(prompt, draw_params(draw, model, len(prompt)), api, further=place > 0)
+        model.submit(prompt, draw_params(draw, model, len(prompt)), api, tenant, further=place > 0)
 
 
 @pytest.mark.timeout(60 + OPERATIONS // 500)
@@ -103,6 +104,7 @@ def test_drawn_operations_break_no_invariant_and_every_request_ends(
     depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_values, "WORTH_WAITING", 8)  # as short as the prompts here are
+    monkeypatch.setattr(scheduler, "LONG", 16)
     draw = random.Random(SEED + depth)
     seen: Counter[str] = Counter()
     done = 0
@@ -120,8 +122,10 @@ def test_drawn_operations_break_no_invariant_and_every_request_ends(
                 model.abort_leader()
             elif operation < 0.985:
                 model.api_gone(draw.randrange(APIS))
-            elif operation < 0.99:
+            elif operation < 0.9875:
                 model.flush()
+            elif operation < 0.99:
+                model.expire()
             elif operation < 0.999:
                 model.crash(draw.random() < 0.7)
             else:
@@ -136,7 +140,18 @@ def test_drawn_operations_break_no_invariant_and_every_request_ends(
 
 HAPPENS = (
     *("hits", "partial hits", "resumed by a hit", "waits", "duplicates", "cache_evicted_tokens", "cache_hits_tokens"),
-    *("paused", "suspects", "own", "twins", "mixed", "other pasts", "beams without a past", "left by its leader"),
+    *(
+        "paused",
+        "suspects",
+        "own",
+        "passed",
+        "expired",
+        "twins",
+        "mixed",
+        "other pasts",
+        "beams without a past",
+        "left by its leader",
+    ),
 )
 
 
@@ -171,6 +186,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         self.model.flush()
+
+    @rule()
+    def expire(self) -> None:
+        self.model.expire()
 
     @rule()
     def clear(self) -> None:

@@ -94,6 +94,7 @@ CLASSES = {
     "http.served_model_name": "front end",
     "http.hold_timeout": "front end",
     "http.max_queue": "engine",
+    "http.queue_timeout": "engine",
     "model_dir": "engine",
     "tokenizer_mode": "engine",
     "data_type": "engine",

@@ -114,7 +114,9 @@ def test_batch_max_tokens_bounds_one_prefill() -> None:
 def test_a_resumed_one_longer_than_batch_max_tokens_goes_alone() -> None:
     engine = Engine(batch_max_tokens=25)
     engine.put(
-        submit(1, length=10, replay=True, emitted=[[]]), submit(2, 20, 40, replay=True, emitted=[[65] * 30]), submit(3)
+        submit(1, length=10, replay=True, emitted=[[65]]),
+        submit(2, 20, 40, replay=True, emitted=[[65] * 30]),
+        submit(3),
     )
     assert engine.prefills() == [[(1, 0)], [(2, 0)], [(3, 0)]]
 
@@ -171,8 +173,8 @@ def test_out_of_slots_pauses_the_newest_and_resumes_it_by_recompute() -> None:
 
 def test_an_undisturbed_paused_one_is_ahead_of_the_queue() -> None:
     engine = Engine()
-    engine.put(submit(5), submit(9, replay=True), submit(7, replay=True))
-    assert engine.prefills() == [[(7, 0), (9, 0), (5, 0)]]
+    engine.put(submit(5), *(submit(i, replay=True, emitted=[[65]]) for i in (9, 7)), submit(4, replay=True))
+    assert engine.prefills() == [[(7, 0), (9, 0), (4, 0), (5, 0)]], "one without a token waits, as it did"
 
 
 OWN = (0, 0)  # the engine's own request
@@ -180,7 +182,9 @@ OWN = (0, 0)  # the engine's own request
 
 def test_suspects_run_one_at_a_time_newest_first_after_the_others_and_before_new_ones() -> None:
     engine = Engine()
-    engine.put(*(submit(i, replay=True, suspect=1) for i in (1, 2, 3)), submit(4, replay=True), submit(5))
+    engine.put(
+        *(submit(i, replay=True, suspect=1) for i in (1, 2, 3)), submit(4, replay=True, emitted=[[65]]), submit(5)
+    )
     assert engine.prefills() == [[(4, 0)], [OWN], [(3, 0)], [OWN], [(2, 0)], [OWN], [(1, 0)], [(5, 0)]]
 
 
@@ -192,7 +196,7 @@ def test_suspects_of_more_deaths_run_later() -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_suspect_runs_in_the_step_right_after_the_answer_to_the_engines_own_request(overlap: bool) -> None:
-    engine = Steps(submit(1, most=5, replay=True), overlap=overlap, running_max_req_size=1)
+    engine = Steps(submit(1, most=6, replay=True, emitted=[[65]]), overlap=overlap, running_max_req_size=1)
     engine.put(submit(2, replay=True, suspect=1), submit(3))
     seen = []
     while engine.scheduler.busy and len(seen) < 9:
@@ -219,7 +223,7 @@ def test_a_suspect_that_produced_a_token_is_a_normal_request_again() -> None:
 
 def test_abort_ends_a_branch_in_any_state() -> None:
     engine = Engine(running_max_req_size=1)
-    engine.put(submit(1), submit(2), submit(3, replay=True), submit(4, replay=True, suspect=1))
+    engine.put(submit(1), submit(2), submit(3, replay=True, emitted=[[65]]), submit(4, replay=True, suspect=1))
     engine.step()
     running, rest = engine.last.rows[0].request, {1, 2, 4}
     assert running == 3
@@ -248,10 +252,10 @@ def test_a_dead_api_workers_requests_end_and_its_late_ones_are_dropped() -> None
     engine.scheduler.api_gone(0, 1)
     assert engine.put(submit(2)) == [None]
     assert [sequence.request for sequence in engine.scheduler.waiting] == [9]
-    reborn = submit(3)
+    reborn = submit(10)
     reborn.epoch = 2
     engine.put(reborn)
-    assert [sequence.request for sequence in engine.scheduler.waiting] == [9, 3]
+    assert [sequence.request for sequence in engine.scheduler.waiting] == [9, 10]
 
 
 def test_a_dead_replacement_silences_no_process_that_serves() -> None:
@@ -331,11 +335,11 @@ def test_alternatives_are_sent_only_where_asked_for() -> None:
 
 def test_load_says_what_the_admission_rule_sees() -> None:
     engine = Engine(running_max_req_size=2)
-    engine.put(*(submit(i, 100, 400) for i in range(3)), submit(9, 10, 2, replay=True))
+    engine.put(*(submit(i, 100, 400) for i in range(3)), submit(9, 10, 3, replay=True, emitted=[[65]]))
     engine.step()
     load = engine.scheduler.load()
     assert (load.running, load.waiting, load.paused) == (2, 2, 0)
-    assert load.slots_used == 110
+    assert load.slots_used == 111
     # running (L + o, M - o - 1): (101, 398) and (11, 0)
     assert load.estimated_peak == pytest.approx((398 + 101) / 1000)
 

@@ -1,0 +1,55 @@
+"""Whose a request is, where admission is fair between clients: a number that stands for an API key or an address."""
+
+from __future__ import annotations
+
+import hashlib
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+from starlette.types import Scope
+
+from lightllmd.config.parameters import HttpSettings
+
+KEY = "lightllmd.key"  # in a scope: the digest of the API key that the request was admitted with
+_PREFIX = 64  # bits of an IPv6 address that one client has for itself
+
+
+class Tenants:
+    def __init__(self, http: HttpSettings) -> None:
+        self._fair = http.fair_admission
+        self._proxies = [ip_network(written, strict=False) for written in http.trusted_proxies]
+
+    def of(self, scope: Scope) -> int:
+        """0 for all where admission is not fair."""
+        if not self._fair:
+            return 0
+        key: bytes | None = scope.get(KEY)
+        return _number(b"key:" + key if key is not None else b"address:" + self._client(scope).encode())
+
+    def _client(self, scope: Scope) -> str:
+        """The client's address or, in IPv6, its network. X-Forwarded-For is believed as far as trusted proxies wrote
+        it: each appends the address that it was connected from."""
+        peer = (scope.get("client") or ("",))[0]
+        address = _address(peer)
+        if self._proxies:
+            lists = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+            hops = ",".join(lists).split(",")
+            while hops and address is not None and any(address in network for network in self._proxies):
+                before = _address(hops.pop().strip())
+                if before is None:
+                    break
+                address = before
+        if address is None:
+            return peer
+        return str(ip_network((address, _PREFIX), strict=False) if address.version == 6 else address)
+
+
+def _address(written: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(written)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _number(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big")
