@@ -119,11 +119,11 @@ class Ledger:
         prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
         entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens)
         entry.batch, entry.tenant = batch or number, tenant
-        self._entries[number] = entry
         if self._link is None:
             entry.held_since = now
         else:
             self._submit(entry)
+        self._entries[number] = entry  # not before: what can't be sent would stay for ever
         return entry
 
     def cancel(self, entry: Entry) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
+from lightllmd.supervisor.aside import Aside
 from lightllmd.supervisor.fd_store import FdStore
 from lightllmd.supervisor.health import RunningClock
 from lightllmd.supervisor.logs import EventBook, LogBook
@@ -85,6 +86,7 @@ class Context:
     journal: bool = False  # stderr is systemd's journal
     post: Callable[[object], None] = _nowhere  # puts an event into the supervisor's queue; the only way in
     report_fault: Callable[[str, BaseException], None] = _unreported  # makes a crash report of an unforeseen exception
+    aside: Aside = field(default_factory=Aside)  # where files are read
     random: random.Random = field(default_factory=random.Random)
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number

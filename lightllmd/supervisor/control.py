@@ -150,7 +150,7 @@ class ControlPlane:
         file = _text(await _body(request, {"file"}), "file")
         if file is None or not file.startswith("/"):
             raise Usage('check needs {"file": an absolute path}')
-        await asyncio.to_thread(load, file)
+        await self._supervisor.context.aside.run(f"reading {file}", load, file)
         return _json(snapshot.Checked(file=file))
 
     async def jobs(self, request: Request) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import time
@@ -15,8 +14,9 @@ from lightllmd.config import cli, models
 from lightllmd.config.cli import Invocation
 from lightllmd.config.diff import blend, diff
 from lightllmd.config.parameters import Config
-from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack
+from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack, TryAgain
 from lightllmd.supervisor import sockets
+from lightllmd.supervisor.aside import Aside
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.crashes import words
@@ -76,10 +76,13 @@ class Settings:
         before, self._seen = self._seen, self._signature()
         return before != self._seen
 
-    async def look(self, in_force: Config) -> None:
+    async def look(self, in_force: Config, aside: Aside) -> None:
         """Finds out what is pending."""
         loaded = self.loaded
-        found = await asyncio.to_thread(self._pending, in_force)
+        try:
+            found = await aside.run("reading the configuration", self._pending, in_force)
+        except TryAgain as late:
+            found = 0, late.message
         if self.loaded == loaded:
             self.pending, self.pending_fault = found
 
@@ -138,7 +141,9 @@ class Reload:
 
     def steps(self, dry_run: bool) -> Steps:
         written = yield from await_errand(
-            self._context, asyncio.to_thread(self._settings.reread), "reading the configuration"
+            self._context,
+            self._context.aside.run("reading the configuration", self._settings.reread),
+            "reading the configuration",
         )
         old, new = self._context.config, self._settings.after(written)
         changes = diff(old, new)

@@ -221,7 +221,7 @@ class Supervisor:
                 child.memory = resident(child.pid)
                 child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
             if self.config_file is not None and self.settings.changed():
-                Errand(self.context, self.settings.look(self.context.config))
+                Errand(self.context, self.settings.look(self.context.config, self.context.aside))
         self._tell_systemd()
 
     def _start_due(self) -> None:

@@ -438,3 +438,16 @@ def test_private_request_is_never_held_and_never_counted():
     assert isinstance(entry.error, NotReady)
     assert bench.ended == []
     assert bench.stats == {"in_flight": 0, "held": 0, "ok": 0, "cancelled": 0, "failed": 0, "resumed": 0}
+
+
+def test_what_can_t_be_sent_is_not_in_flight(monkeypatch):
+    bench = Bench()
+    bench.up()
+
+    def refuse(message: messages.ToEngine) -> None:
+        raise OverflowError("an integer of 80 bits")
+
+    monkeypatch.setattr(bench.link, "send", refuse)
+    with pytest.raises(OverflowError):
+        bench.open()
+    assert bench.ledger.in_flight == 0
