@@ -88,3 +88,8 @@ class Entry:
     @property
     def generated(self) -> int:
         return sum(len(branch.ids) for branch in self.branches)
+
+    @property
+    def answer_size(self) -> int:
+        """Numbers and texts in its answer, about."""
+        return self.prompt_log.size + self.generated * (1 + self.params.top_logprobs)

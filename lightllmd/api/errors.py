@@ -84,6 +84,11 @@ def error_response(error: LightllmdError, path: str) -> Response:
     return Response(msgspec.json.encode(body), error.status, headers, media_type="application/json")
 
 
+def _brief(name: str) -> str:
+    """A client's name for a field, which may be as long as its body."""
+    return name if len(name) <= _SHOWN else name[: _SHOWN - 1] + "…"
+
+
 def shown(value: Any) -> str:
     """A refused value as a message may repeat it."""
     if isinstance(value, int) and value.bit_length() > _SHOWN * 3:
@@ -150,8 +155,8 @@ class _Fault:
             if isinstance(part, int):
                 path.append(str(part))
             elif part in known.get(".".join(names), ()) or (kind == "extra_forbidden" and depth == len(place) - 1):
-                path.append(part)
-                names.append(part)
+                path.append(_brief(part))
+                names.append(_brief(part))
             else:  # pydantic's name for an alternative of a union
                 field = field or ".".join(path)
         where = ".".join(path)
@@ -170,7 +175,7 @@ class _Fault:
 def _words(problem: ErrorDetails, known: Iterable[str]) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
-        return f"unknown field; {nearest(str(problem['loc'][-1]), known)}"
+        return f"unknown field; {nearest(_brief(str(problem['loc'][-1])), known)}"
     if kind == "missing":
         return "required"
     if kind == "contradiction":

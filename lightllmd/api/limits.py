@@ -12,6 +12,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
 MAX_REPEATED = 1 << 21  # ids of biases, bad words and allowed tokens, times the prompts of the body
+MAX_SCORED = 1 << 22  # log-probabilities of prompts that one answer tells
 
 Ids = TypeVar("Ids", list[int], "array[int]")
 
@@ -46,20 +47,18 @@ class Limits:
     def prompt(self, ids: Ids, field: str) -> Ids:
         """The ids that are run; longer ones are cut by `long_truncation_mode` or refused.
 
-        Ids are checked here too: a tokenizer may know more of them than the model has embeddings.
+        Those ids are checked here too: a tokenizer may know more of them than the model has embeddings.
         """
         length, limit = len(ids), self.max_req_input_len
         if not ids:
             raise InvalidRequest(f"{field}: the prompt has no tokens", param=field)
+        if length > limit:
+            if self.long_truncation_mode is None:
+                raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
+            half = limit // 2 if self.long_truncation_mode == "center" else 0
+            ids = ids[:half] + ids[half - limit :]
         self.token_ids(ids, field)
-        if length <= limit:
-            return ids
-        if self.long_truncation_mode == "head":
-            return ids[-limit:]
-        if self.long_truncation_mode == "center":
-            half = limit // 2
-            return ids[:half] + ids[half - limit :]
-        raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
+        return ids
 
     def at_least(self, tokens: int, field: str) -> None:
         """Raises InvalidRequest if a prompt of so many tokens or more can't fit."""
@@ -122,6 +121,16 @@ class Limits:
                 f"{field}: {sum(numbers.values())} token ids for each of {prompts} prompts, more than {MAX_REPEATED} "
                 "in all; send fewer prompts at a time",
                 param=field,
+            )
+
+    def scored(self, prompt_tokens: int, alternatives: int) -> None:
+        """All of a body's prompts; `alternatives`: beside each token's own log-probability, -1: none are asked for."""
+        numbers = prompt_tokens * (alternatives + 1)
+        if numbers > MAX_SCORED:
+            raise InvalidRequest(
+                f"prompt: {prompt_tokens} tokens with {alternatives + 1} log-probabilities each are {numbers}, "
+                f"more than {MAX_SCORED} in all; send fewer prompts at a time",
+                param="prompt",
             )
 
     def token_ids(self, ids: Sequence[int], field: str) -> None:

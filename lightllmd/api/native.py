@@ -21,7 +21,7 @@ from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
 from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.reply import EventStream, Pending
-from lightllmd.api.responses import json_response, on_each
+from lightllmd.api.responses import encoded_response, json_in_parts, json_response, on_each
 from lightllmd.api.revisions import Revisions
 from lightllmd.errors import InvalidRequest, RequestError
 
@@ -187,8 +187,10 @@ def router(revisions: Revisions) -> APIRouter:
         await pending.finish(request.receive)
         (entry,) = pending.entries
         details, totals = body.parameters.return_details, front.intake.tells_totals
-        size = entry.prompt_log.size
-        return json_response(await off_loop(size, generated, entry, front.special_ids, details, totals))
+        size = entry.answer_size
+        special = front.special_ids
+        answer = await off_loop(size, lambda: json_in_parts(generated(entry, special, details, totals)))
+        return encoded_response(answer)
 
     async def stream(request: Request, body: GenerateBody, arrived_at: float) -> EventStream:
         front, pending = await opened(request, body, arrived_at, streamed=True)

@@ -23,9 +23,10 @@ from lightllmd.api.errors import naming
 from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
 from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.intake import Job
+from lightllmd.api.limits import Ids
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.reply import EventStream, Pending
-from lightllmd.api.responses import json_response
+from lightllmd.api.responses import encoded_response, json_in_parts, json_response
 from lightllmd.api.revisions import Revisions
 from lightllmd.errors import InvalidRequest, NotFound
 from lightllmd.ipc.messages import SamplingParams
@@ -72,10 +73,10 @@ async def asked(front: FrontEnd, body: OpenAIBody, prompts: int = 1) -> Asked:
     return Asked(params, text)
 
 
-def job(front: FrontEnd, body: OpenAIBody, asked: Asked, given: list[int], field: str, *, heals: bool) -> Job:
+def job(front: FrontEnd, body: OpenAIBody, asked: Asked, given: Ids, field: str, *, heals: bool) -> Job:
     """`max_tokens` defaults to what fits. `heals`: the prompt is a text that is continued. Raises InvalidRequest."""
     limits, params = front.limits, asked.params
-    prompt_ids = limits.prompt(_last(given, body.truncate_prompt_tokens, limits.max_req_input_len), field)
+    prompt_ids = [*limits.prompt(_last(given, body.truncate_prompt_tokens, limits.max_req_input_len), field)]
     new_tokens = body.asked_tokens
     if new_tokens is None:
         new_tokens = max(1, body.default_tokens(limits.room(len(prompt_ids), body.branches)))
@@ -89,7 +90,7 @@ def job(front: FrontEnd, body: OpenAIBody, asked: Asked, given: list[int], field
         params,
         body.folded_seed,
         asked.text,
-        cut=prompt_ids is not given,
+        cut=len(prompt_ids) != len(given),
         heals=heals,
         shows_prompt=not body.stream,
     )
@@ -112,10 +113,12 @@ async def completion_jobs(front: FrontEnd, body: CompletionBody) -> list[Job]:
     given = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def jobs() -> list[Job]:
-        return [
-            job(front, body, shared, [*ids], field, heals=isinstance(prompt, str))
+        made = [
+            job(front, body, shared, ids, field, heals=isinstance(prompt, str))
             for prompt, ids, field in zip(prompts, given, fields, strict=True)
         ]
+        front.limits.scored(sum(len(one.given_ids) for one in made), made[0].params.prompt_logprobs)
+        return made
 
     return await off_loop(sum(map(len, given)) // 4 + len(prompts) * _JOB_COST, jobs)
 
@@ -213,8 +216,9 @@ def router(revisions: Revisions) -> APIRouter:
             chunks = Chunks(shape, choices_of(pending, n, beams), pending.entries, body.usage_told)
             return EventStream(pending, chunks, revisions.streams)
         await pending.finish(request.receive)
-        size = sum(entry.prompt_log.size for entry in pending.entries)
-        return json_response(await off_loop(size, shape.answer, choices_of(pending, n, beams), pending.entries))
+        size = sum(entry.answer_size for entry in pending.entries)
+        choices = choices_of(pending, n, beams)
+        return encoded_response(await off_loop(size, lambda: json_in_parts(shape.answer(choices, pending.entries))))
 
     @routes.post("/completions", openapi_extra=bodies.documented(CompletionBody))
     async def completions(request: Request) -> Response:
@@ -237,12 +241,12 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-def _last(ids: list[int], most: int | None, fitting: int) -> list[int]:
+def _last(ids: Ids, most: int | None, fitting: int) -> Ids:
     """What `truncate_prompt_tokens` leaves of a prompt."""
     if most is None:
         return ids
     kept = fitting if most < 0 else most
-    return ids if len(ids) <= kept else ids[-kept:] if kept else []
+    return ids if len(ids) <= kept else ids[-kept:] if kept else ids[:0]
 
 
 def _json(value: bool) -> str:

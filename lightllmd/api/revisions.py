@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from lightllmd.api.accounts import Accounts
+from lightllmd.api.errors import shown
 from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.gate import Gate
 from lightllmd.api.ledger import Tally
@@ -129,10 +130,10 @@ class Revisions:
         if name is None or not self.names or name == front.model_name:
             return
         if name in self.names:
-            message = f"model: {name!r} is not served now; {front.model_name!r} is"
+            message = f"model: {shown(name)} is not served now; {front.model_name!r} is"
             raise NotReady(message, param="model", code="model_not_served")
         known = dict.fromkeys([front.model_name, *self.names])
-        raise NotFound(f"model: {name!r} is not one of {', '.join(known)}", param="model", code="model_not_found")
+        raise NotFound(f"model: {shown(name)} is not one of {', '.join(known)}", param="model", code="model_not_found")
 
     # --- revisions come and go ------------------------------------------------------------------------------------
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from api.frontend_harness import make_plan, run
+from api.frontend_harness import make_plan, run, stack
 from lightllmd.api.branch import TextOptions, open_branches
 from lightllmd.api.common_fields import MAX_ALLOWED
 from lightllmd.api.encoding import Encoder
@@ -16,6 +20,7 @@ from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.intake import Intake
 from lightllmd.api.openai import asked, completion_jobs
 from lightllmd.api.openai_bodies import ChatBody, CompletionBody
+from lightllmd.api.responses import json_in_parts
 from lightllmd.errors import InvalidRequest
 from lightllmd.text import ByteTokenizer, StopList
 
@@ -113,3 +118,30 @@ def test_bodies_of_millions_of_ids_carry_them_as_arrays() -> None:
     for prompt in ([1, 2], [[1, 2]]):
         (ids,) = CompletionBody(prompt=prompt).prompts
         assert ids == array("i", [1, 2])
+
+
+@given(
+    st.recursive(
+        st.integers() | st.text() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_an_answer_in_parts_is_the_same_json(body: Any) -> None:
+    body = {"choices": [{"logprobs": {"content": [body] * 200, "tokens": []}}], "x": body, "empty": {}}
+    assert json_in_parts(body) == msgspec.json.encode(body)
+
+
+def test_log_probabilities_of_prompts_are_bounded_in_all() -> None:
+    body = CompletionBody(prompt=[[1] * 2000] * 200, prompt_logprobs=20, max_tokens=1)
+    with pytest.raises(InvalidRequest, match=r"400000 tokens with 21 log-probabilities each are 8400000, more than"):
+        run(completion_jobs(front(), body))
+
+
+def test_a_name_as_long_as_the_body_is_not_repeated(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, unknown_fields="refuse") as one:
+            for body in ({"prompt": "a", "x" * 100_000: 1}, {"prompt": "a", "stream_options": {"y" * 100_000: 1}}):
+                answer = await one.client.post("/v1/completions", json=body)
+                assert answer.status_code == 400
+                assert len(answer.content) < 2000
+
+    run(scenario())
