@@ -185,6 +185,12 @@ class WeightsInvalid(EngineError):
     exit_code = EXIT_CONFIG
 
 
+class ModelChanged(EngineError):
+    """The model's files are not those that the plan was made from. It is tried again: they may be put back."""
+
+    exit_code = EXIT_TRY_AGAIN
+
+
 # --- control plane --------------------------------------------------------------------------------------------
 
 

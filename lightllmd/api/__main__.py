@@ -6,7 +6,7 @@ import os
 import sys
 
 from lightllmd.config.plan import decode_plan
-from lightllmd.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, LightllmdError
+from lightllmd.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_TRY_AGAIN, LightllmdError
 from lightllmd.ipc import child, messages
 from lightllmd.observe import log
 
@@ -31,7 +31,7 @@ def main() -> int:
     try:
         uvloop.run(Worker(channel, configure, plan).run())
     except LightllmdError as failure:
-        kind = "config" if failure.exit_code == EXIT_CONFIG else "error"
+        kind = {EXIT_CONFIG: "config", EXIT_TRY_AGAIN: "changed"}.get(failure.exit_code, "error")
         channel.send(messages.Failed(kind, failure.message))
         return failure.exit_code
     except Exception as failure:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from lightllmd.config.parameters import Config, Params
+from lightllmd.config.stamps import Stamp
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -24,6 +25,16 @@ class ModelFacts(msgspec.Struct, frozen=True):
     eos_ids: list[int]  # generation_config, config, chat end of turn; may be empty
     has_tokenizer: bool
     has_chat_template: bool
+    stamps: list[Stamp] = []  # of every file that any of this, or a tokenizer, was read from
+
+    @property
+    def weight_stamps(self) -> list[Stamp]:
+        return [stamp for stamp in self.stamps if stamp.path in self.files]
+
+    @property
+    def text_stamps(self) -> list[Stamp]:
+        """Of what the tokenizer is read from: all but weights, of a GGUF file its first part."""
+        return [stamp for stamp in self.stamps if stamp.path not in self.files or stamp.path == self.path]
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ import sys
 
 from lightllmd import errors
 from lightllmd.config.plan import decode_plan
+from lightllmd.config.stamps import require_unchanged
 from lightllmd.engine import openmp
 from lightllmd.ipc import child, messages
 from lightllmd.ipc.flight_record import FlightRecorder
@@ -24,6 +25,7 @@ from lightllmd.weights.read_ahead import ReadAhead
 _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
     (errors.ConfigInvalid, "config", errors.EXIT_CONFIG),
     (errors.WeightsInvalid, "weights", errors.EXIT_CONFIG),
+    (errors.ModelChanged, "changed", errors.EXIT_TRY_AGAIN),
     (errors.NoUsableDevice, "device", errors.EXIT_NO_DEVICE),
     (errors.OutOfMemory, "memory", errors.EXIT_OUT_OF_MEMORY),
     (MemoryError, "memory", errors.EXIT_OUT_OF_MEMORY),
@@ -48,6 +50,7 @@ def main(arguments: list[str]) -> None:
         plan = decode_plan(configure.plan)
         log.set_up_child(plan.config.log.level)
         if plan.model is not None:
+            require_unchanged(plan.model.weight_stamps)  # before seconds are spent; who reads them asks again
             ReadAhead(plan.model.files)  # while torch is imported, and for as long as loading takes
         # Before prometheus_client is imported, which the worker does.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from lightllmd.config.plan import ModelFacts, Plan
-from lightllmd.errors import EngineError, OutOfMemory
+from lightllmd.config.stamps import require_unchanged
+from lightllmd.errors import EngineError, OutOfMemory, WeightsInvalid
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
 from lightllmd.models.families import family_of
@@ -21,14 +22,24 @@ def stored_weights(
     plan: Plan, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]
 ) -> Iterator[Weight]:
     """What the plan's checkpoint holds, checked as a whole before the first is yielded; random numbers of DUMMY. Its
-    files are closed again at the end. Raises WeightsInvalid, ConfigInvalid, OutOfMemory."""
+    files are closed again at the end. Raises ModelChanged, WeightsInvalid, ConfigInvalid, OutOfMemory."""
     family = family_of(_model(plan).model_type)
     layout = family.layout(family.spec(_model(plan).hf_config))
     if plan.config.params.load_way == "DUMMY":
         return dummy.stream(layout, dtype, device, progress)
     checkpoint = open_checkpoint(_model(plan))
     layout.check(checkpoint.tensors, checkpoint.readable, _model(plan).path)
-    return place.stream(checkpoint, layout, dtype, device, progress)
+    return _of_these_files(place.stream(checkpoint, layout, dtype, device, progress), _model(plan))
+
+
+def _of_these_files(weights: Iterator[Weight], model: ModelFacts) -> Iterator[Weight]:
+    """Raises ModelChanged where the files became others while they were read, whatever that did to reading."""
+    try:
+        yield from weights
+    except WeightsInvalid:
+        require_unchanged(model.weight_stamps)
+        raise
+    require_unchanged(model.weight_stamps)
 
 
 def build_decoder(plan: Plan, kernels: Kernels, weights: Iterable[Weight], device: torch.device) -> Decoder:

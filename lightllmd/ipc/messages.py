@@ -383,7 +383,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
 class Failed(msgspec.Struct, tag="failed"):
     """Said before an exit that the child foresaw; the supervisor's cause in words."""
 
-    kind: str  # "config" | "device" | "memory" | "weights" | "error"
+    kind: str  # "config" | "device" | "memory" | "weights" | "changed" | "error"
     message: str
 
 

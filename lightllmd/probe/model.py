@@ -16,6 +16,7 @@ import msgspec
 from lightllmd.config.check import show
 from lightllmd.config.plan import ModelFacts
 from lightllmd.config.shape import Shape, rope_words
+from lightllmd.config.stamps import stamp
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid
 from lightllmd.models.families import FAMILIES, Family
 from lightllmd.models.spec import DecoderSpec
@@ -42,6 +43,7 @@ from lightllmd.weights.model_files import (
     present,
     read_json,
     read_listed,
+    text_files,
     text_of,
     tokenizer_config,
 )
@@ -61,7 +63,9 @@ def model_facts(model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "a
     path = locate_model(model_dir)
     try:
         facts = _of_directory(path, dummy) if path.is_dir() else _of_gguf(path, dummy)
-        return _with_tokenizer(facts, tokenizer_mode)
+        facts = _with_tokenizer(facts, tokenizer_mode)
+        files = [*facts.files, *(str(file) for file in text_files(path))] if path.is_dir() else [*map(str, facts.files)]
+        return msgspec.structs.replace(facts, stamps=[stamp(file) for file in files or [str(path)]])
     except LightllmdError:
         raise
     except OSError as error:

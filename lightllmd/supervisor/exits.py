@@ -37,6 +37,7 @@ class Ending:
     self_inflicted: bool  # a fault of its own, neither a kill nor a hang
     outside: bool = False  # certainly caused from outside, so no request can be
     exit_code: int | None = None  # permanent: not tried again with the same plan; the daemon's exit code then
+    changed: bool = False  # the model's files are others: tried again, since they may be put back
 
     @property
     def permanent(self) -> bool:
@@ -74,6 +75,8 @@ def classify(
     if kind in PERMANENT:
         detail = f": {failed.message}" if failed else f" (exit {returncode})"
         return Ending(_WORDS[kind] + detail, True, exit_code=PERMANENT[kind])
+    if failed and kind == "changed":
+        return Ending(failed.message, False, outside=True, changed=True)
     if returncode < 0:
         name, fault = signal_name(-returncode), -returncode in FAULTS
         if -returncode == signal.SIGKILL and memory_ran_out:

@@ -96,7 +96,7 @@ class Engine:
     @property
     def hopeless(self) -> bool:
         """No generation of it will ever finish what is held for it, unless an operator steps in."""
-        return self.child is None and self.worker.fatal is not None
+        return self.child is None and (self.worker.fatal is not None or self.worker.changed)
 
     def up(self) -> EngineUp | None:
         """What a new api worker has to be told; None while no generation is in service."""

@@ -12,10 +12,11 @@ import msgspec
 
 from lightllmd.config import cli, models
 from lightllmd.config.cli import Invocation
-from lightllmd.config.diff import blend, diff
+from lightllmd.config.diff import Change, blend, diff
 from lightllmd.config.parameters import Config
+from lightllmd.config.stamps import differing, touched
 from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack, TryAgain
-from lightllmd.supervisor import sockets
+from lightllmd.supervisor import planning, sockets
 from lightllmd.supervisor.aside import Aside
 from lightllmd.supervisor.child import Child
 from lightllmd.supervisor.context import Context
@@ -110,6 +111,9 @@ class Settings:
             raise ControlError(f"{gone.message}, but it is served now: swap to another model first") from gone
 
 
+_SHOWN = 3  # names of files in a message
+
+
 def _stat(file: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(file)
@@ -146,7 +150,7 @@ class Reload:
             "reading the configuration",
         )
         old, new = self._context.config, self._settings.after(written)
-        changes = diff(old, new)
+        changes = [*diff(old, new), *(yield from self._changed_files(new))]
         self._details["changes"] = [msgspec.to_builtins(change) for change in changes]
         if not changes:
             self._settings.take(written)
@@ -179,6 +183,27 @@ class Reload:
         self._close(listener for listener in before if listener not in listeners)
         self._settings.take(written)
         return f"in force: {', '.join(change.key for change in changes)}"
+
+    def _changed_files(self, config: Config) -> Waiting[list[Change]]:
+        """Files of the served model that are not as its plan was made from. Raises LightllmdError where they can't be
+        served."""
+        plan = self._engines.serving.plan
+        model = plan.model if plan else None
+        if model is None or config.params.model_dir != self._context.config.params.model_dir:
+            return []
+        look = "looking at the model's files"
+        if not (yield from await_errand(self._context, self._context.aside.run(look, touched, model.stamps), look)):
+            return []
+        facts = yield from await_errand(
+            self._context,
+            planning.facts_of(self._context, config, self._settings.invocation.config_file),
+            "reading the model's headers",
+        )
+        names = [os.path.basename(path) for path in differing(model.stamps, facts.model.stamps if facts.model else [])]
+        if not names:
+            return []
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return [Change("model_dir", "the files as planned", f"changed: {', '.join(names[:_SHOWN])}{more}", "engine")]
 
     def _listen(self, config: Config) -> list[socket.socket]:
         """Its listeners; those of the present ones that fit are among them. Raises SystemFailure."""

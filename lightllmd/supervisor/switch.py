@@ -342,7 +342,8 @@ def goes_on(old: Plan | None, new: Plan) -> bool:
 
 def _identity(plan: Plan) -> tuple[Any, ...]:
     """What makes tokens mean the same."""
-    where = (plan.model.path, *plan.model.files) if plan.model else plan.config.params.model_dir
+    model = plan.model
+    where = (model.path, *(stamp.content for stamp in model.stamps)) if model else plan.config.params.model_dir
     return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode, plan.config.params.beam_mode
 
 

@@ -44,6 +44,7 @@ class Worker:
         self.failures: tuple[float, ...] = ()  # see restart.decide
         self.limited = False  # past the start limit
         self.fatal: Ending | None = None  # will not be started again by itself
+        self.changed = False  # the last one ended because the model's files are not those of its plan
         self.last_exit: snapshot.Exit | None = None
         self.due: float | None = None  # running clock: when it is started again
         self.due_at: float | None = None  # the same as Unix time
@@ -75,7 +76,7 @@ class Worker:
             gone = time.time() - self.last_exit.at
             self.last_exit = msgspec.structs.replace(self.last_exit, back_in_s=round(gone, 3))
             back = f", back in {gone:.1f} s"
-        self.limited = False
+        self.limited = self.changed = False
         pid = self.child.pid if self.child else 0
         self._context.events.add("ready", f"ready (pid {pid}{back})", self.name)
 
@@ -87,6 +88,7 @@ class Worker:
 
     def _fell(self, ending: Ending, *, proved: bool, tail: list[str], again: bool = True, asked: bool = False) -> None:
         clock = self._context.clock
+        self.changed = ending.changed
         self.last_exit = snapshot.Exit(cause=ending.cause, at=time.time(), stderr=tail[-STDERR_SHOWN:])
         if not again:
             self.due = self.due_at = None

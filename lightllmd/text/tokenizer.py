@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightllmd.config.plan import Plan
+from lightllmd.config.stamps import require_unchanged
 from lightllmd.errors import ConfigInvalid, Problem, WeightsInvalid
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.ids import IdTokenizer
@@ -42,9 +43,11 @@ class ByteTokenizer(Tokenizer):
 
 
 def load_tokenizer(plan: Plan) -> Tokenizer:
-    """The tokenizer of the model that a generation serves. Raises ConfigInvalid. The caller logs its `warnings`."""
+    """The tokenizer of the model that a generation serves. Raises ConfigInvalid, and ModelChanged where its files are
+    not those of the plan. The caller logs its `warnings`."""
     if plan.model is None:
         return ByteTokenizer(plan.eos_id)
+    require_unchanged(plan.model.text_stamps)
     if plan.model.format == "dummy" and not plan.model.has_tokenizer:
         return IdTokenizer(plan.vocab_size)
     return open_tokenizer(plan.model.path, None, plan.tokenizer_mode, plan.eos_id)

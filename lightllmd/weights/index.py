@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from lightllmd.config.plan import ModelFacts
+from lightllmd.config.stamps import require_unchanged
 from lightllmd.weights.headers import TensorInfo
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(facts: ModelFacts) -> Checkpoint:
-    """Reads the headers again: the files may have changed since the probe. Raises WeightsInvalid."""
+    """Reads the headers again. Raises ModelChanged where the files are not those of the probe, WeightsInvalid."""
+    require_unchanged(facts.weight_stamps)
     if facts.format == "gguf":
         from lightllmd.weights.gguf import GgufCheckpoint
 

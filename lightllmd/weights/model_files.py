@@ -34,6 +34,26 @@ def invalid(message: str) -> ConfigInvalid:
     return ConfigInvalid([Problem("model_dir", message)])
 
 
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def text_files(directory: Path) -> list[Path]:
+    """All that a model folder may say beside its weights; those of fixed names whether they are there or not."""
+    found = [*directory.glob("*.model"), *(directory / "additional_chat_templates").glob("*.jinja")]
+    return [*(directory / name for name in TEXT_FILES), *sorted(found)]
+
+
 def present(path: Path) -> bool:
     """Whether anything is there, a file or not: what is there and can't be read is refused, never passed over."""
     return os.path.lexists(path)

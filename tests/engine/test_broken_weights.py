@@ -10,13 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from lightllmd import errors
 from lightllmd.config.plan import encode_plan
+from lightllmd.config.stamps import stamp
 from lightllmd.engine.runner import TorchRunner
-from lightllmd.errors import WeightsInvalid
+from lightllmd.errors import ModelChanged, WeightsInvalid
 from lightllmd.ipc import channel, flight_record, messages
 from lightllmd.models.families import family_of
 from lightllmd.probe.model import model_facts
@@ -136,6 +138,23 @@ def test_a_file_cut_off_while_it_is_read_is_no_crash(
 
     with pytest.raises(WeightsInvalid, match=rf"{FILE}: truncated while it was read: it has no byte \d+"):
         read(tmp_path, cut)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_files_that_are_not_the_plans_are_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """They may be put back, so nothing is wrong with the plan."""
+    monkeypatch.setattr(safetensors, "CHUNK_BYTES", 1024)
+    file = write_model(tmp_path) / FILE
+    plan = plan_for(tmp_path)
+    assert plan.model is not None
+    plan = msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, stamps=[stamp(str(file))]))
+    TorchRunner().load(plan, quiet)
+    if when == "before":
+        os.truncate(file, 5)
+    with pytest.raises(ModelChanged, match=rf"{FILE} changed since the model was planned"):
+        TorchRunner().load(plan, lambda done, total: os.truncate(file, 5000) if done > 4000 else None)
 
 
 def test_a_gguf_file_cut_off_while_it_is_read_is_no_crash(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from lightllmd.errors import EXIT_TRY_AGAIN
 from lightllmd.ipc.messages import Failed
 from lightllmd.supervisor.exits import classify
 
@@ -60,3 +61,10 @@ def test_an_exception_is_self_inflicted_and_told_in_its_words() -> None:
 def test_an_end_that_was_asked_for_is_no_failure() -> None:
     ending = classify(-signal.SIGTERM, asked="restart requested")
     assert (ending.cause, ending.self_inflicted) == ("restart requested", False)
+
+
+def test_changed_files_of_a_model_are_tried_again_and_nobodys_fault() -> None:
+    """They may be put back: a file that was damaged at the moment of a restart must not end the plan for ever."""
+    ending = classify(EXIT_TRY_AGAIN, failed=Failed("changed", "/m/a.safetensors changed"))
+    assert (ending.cause, ending.permanent, ending.changed) == ("/m/a.safetensors changed", False, True)
+    assert ending.outside

@@ -12,8 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
-from lightllmd.errors import InvalidRequest
+from lightllmd.config.stamps import stamp
+from lightllmd.errors import InvalidRequest, ModelChanged
 from lightllmd.text import ByteTokenizer, IdTokenizer, load_tokenizer, open_tokenizer
+from lightllmd.weights.model_files import text_files
 
 
 def write_model(folder: Path, config: dict[str, object] | None = None, **files: object) -> Path:
@@ -56,6 +58,17 @@ def test_the_plans_eos_ids_are_in_force(tmp_path):
     facts = ModelFacts(str(tmp_path), "safetensors", "llama", {}, [], 0, 0, None, None, [], True, False)
     assert load_tokenizer(plan(facts, [7, 8])).eos_ids == [7, 8]
     assert open_tokenizer(tmp_path).eos_ids == [1]
+
+
+def test_files_that_are_not_the_plans_are_refused(tmp_path):
+    """Or one api worker that starts again would disagree with the others."""
+    write_model(tmp_path)
+    stamps = [stamp(str(file)) for file in text_files(tmp_path)]
+    facts = ModelFacts(str(tmp_path), "safetensors", "llama", {}, [], 0, 0, None, None, [], True, False, stamps)
+    assert load_tokenizer(plan(facts, [2])).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ModelChanged, match=r"chat_template\.jinja changed since .*it was not there"):
+        load_tokenizer(plan(facts, [2]))
 
 
 def test_random_weights_without_a_tokenizer_have_ids_as_text(tmp_path):
