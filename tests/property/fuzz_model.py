@@ -16,7 +16,7 @@ from lightllmd.engine.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams
 from property.fuzz_clients import Clients, Ledger
 from property.fuzz_device import Branch, Device
-from property.fuzz_reference import CONSTRAINTS
+from property.fuzz_reference import CONSTRAINTS, READINGS
 
 OWN: Branch = (0, 0)  # the engine's own request
 
@@ -45,7 +45,7 @@ class Model(Clients):
 
     def start(self) -> None:
         self.generation += 1
-        self.scheduler = Scheduler(self.limits, self.generation, CONSTRAINTS)
+        self.scheduler = Scheduler(self.limits, self.generation, CONSTRAINTS, READINGS)
         runner = Device(self.limits.max_total_token_num, self.depth, self.seen)
         self.loop = StepLoop(self.scheduler, runner, self.launching)
         self.out: deque[Launched] = deque()

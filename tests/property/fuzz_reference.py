@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightllmd.engine.batch import Alternatives
+from lightllmd.engine.beam import MOST_CANDIDATES
 from lightllmd.engine.constraint import Constraints
 from lightllmd.engine.fake_model import fake_alternatives, fake_token
+from lightllmd.engine.reading import Reading, Readings
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SamplingParams
+from lightllmd.text import ByteTokenizer
 
 EOS = ord("e")  # a byte that fake tokens do hit, so that generations end by eos too
 # Bytes, and behind them tokens of several, so that prompts have something to heal.
 VOCABULARY = [bytes([byte]) for byte in range(128)] + [b"ab", b"abc", b"bc", b"cab", b"aa"]
 CONSTRAINTS = Constraints(len(VOCABULARY), [EOS], lambda: VOCABULARY)
+READINGS = Readings(ByteTokenizer)
+
+
+_Beam = tuple[float, list[int], list[float], Reading | None]  # total, tokens, log-probabilities, what they say
 
 
 class Output(NamedTuple):
@@ -52,39 +59,50 @@ def _drawn(prompt: list[int], params: SamplingParams, branch: int) -> Output:
 
 
 def _searched(prompt: list[int], params: SamplingParams) -> list[Output]:
-    """The rules that engine/beam.py states, as lists of (total, tokens, log-probabilities)."""
+    """The rules that engine/beam.py states, as lists of beams."""
     width, ends = params.n, set() if params.ignore_eos else {EOS}
-    count = max(2, 1 + len(ends)) * width
-    live: list[tuple[float, list[int], list[float]]] = [(0.0, [], [])]
-    ended: list[tuple[float, bool, list[int], list[float]]] = []  # (score, by eos, ...), best first
+    count = max(2, 1 + len(ends)) * width if params.stops is None else MOST_CANDIDATES
+    live: list[_Beam] = [(0.0, [], [], READINGS.open(prompt, params))]
+    ended: list[tuple[float, bool, list[int], list[float], str | None]] = []  # (score, by its end, ...), best first
     while live:
         found = [
             (-(total + logprob), beam, token, logprob)
-            for beam, (total, tokens, _) in enumerate(live)
+            for beam, (total, tokens, *_) in enumerate(live)
             for token, logprob in fake_alternatives(prompt + tokens, count, _mask(params, tokens))
         ]
         found.sort()
         last = len(live[0][1]) + 1 == params.max_new_tokens
-        following: list[tuple[float, list[int], list[float]]] = []
-        for rank, (negative, beam, token, logprob) in enumerate(found[:count]):
+        following: list[_Beam] = []
+        rank = 0
+        for negative, beam, token, logprob in found:
+            if rank >= width and len(following) == width:
+                break
             tokens, logprobs = [*live[beam][1], token], [*live[beam][2], logprob]
-            if token in ends or last:
-                if rank < width:
-                    score = -negative / len(tokens) ** params.length_penalty
-                    ended.append((score, token in ends, tokens, logprobs))
+            before = live[beam][3]
+            said = None if before is None else before.after(token)
+            ends_here = token in ends or (said is not None and said.stopped)
+            if not ends_here and not last:
+                rank += 1
+                if len(following) < width:
+                    following.append((-negative, tokens, logprobs, said))
+            elif rank < width:
+                score, text = -negative / len(tokens) ** params.length_penalty, said.text if said else None
+                same = [one for one in ended if text is not None and one[-1] == text]
+                if not same or same[0][0] < score:
+                    ended = [one for one in ended if one not in same]
+                    ended.append((score, ends_here, tokens, logprobs, text))
                     ended = sorted(ended, key=lambda one: -one[0])[:width]
-            elif len(following) < width:
-                following.append((-negative, tokens, logprobs))
+                rank += not same
         live = following
         if live and len(ended) == width and live[0][0] / len(live[0][1]) ** params.length_penalty <= ended[-1][0]:
             live = []
     ended += [ended[-1]] * (width - len(ended))
     found_outputs = []
-    for _, by_eos, tokens, logprobs in ended:
+    for _, by_its_end, tokens, logprobs, _ in ended:
         shown: list[Alternatives | None] = [None] * len(tokens)
         if params.top_logprobs:
             shown = [fake_alternatives(prompt + tokens[:at], params.top_logprobs) for at in range(len(tokens))]
-        found_outputs.append(Output(tokens, logprobs, shown, FINISH_STOP if by_eos else FINISH_LENGTH))
+        found_outputs.append(Output(tokens, logprobs, shown, FINISH_STOP if by_its_end else FINISH_LENGTH))
     return found_outputs
 
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lightllmd.engine import key_values, scheduler
 from lightllmd.engine.admission import Limits
 from lightllmd.engine.slots import Slots
-from lightllmd.ipc.messages import SamplingParams
+from lightllmd.ipc.messages import SamplingParams, TextStops
 from property.fuzz_clients import APIS
 from property.fuzz_model import Model
 from property.fuzz_reference import EOS
@@ -58,6 +58,10 @@ def draw_prompt(draw: random.Random, model: Model) -> list[int]:
     return (draw.choice(begins) + tail)[:most] or [EOS]
 
 
+# Texts of one letter are found at once, longer ones seldom.
+STOPS = [TextStops(strings=("a", "x")), TextStops(("aa", "b"), ((99,), (97, 98)), include_stop=False)]
+
+
 def draw_params(draw: random.Random, model: Model, length: int) -> SamplingParams:
     """Of a request with a prompt of so many tokens: seldom too many of them, often none to spare."""
     limits = model.limits
@@ -76,6 +80,7 @@ def draw_params(draw: random.Random, model: Model, length: int) -> SamplingParam
     if limits.beam_mode and n > 1:
         fields["presence_penalty"] = draw.choice([0.0, 0.0, 0.5])
         fields["length_penalty"] = draw.choice([0.0, 1.0, 2.0])
+        fields["stops"] = draw.choice([None] * 6 + STOPS)
     return SamplingParams(
         n=n,
         do_sample=draw.random() < 0.5,
