@@ -91,6 +91,7 @@ def said(value: Any) -> str:
     return f"{show(value)} is {kind_of(value)}"
 
 
+_LONGEST_TEXT = 4096  # bytes of a string, as of a path
 _LONGEST_NAME = 256  # characters of what may have been meant for a name
 
 
@@ -172,6 +173,8 @@ def _string(field: Field, value: Any) -> str:
             hint = f'; nearest: "{close}"' if close else ""
             raise Fault(f"{show(value)} is not one of {expected(field)}{hint}")
         return value
+    if len(value.encode(errors="surrogateescape")) > _LONGEST_TEXT:
+        raise Fault(f"{show(value)} is longer than {_LONGEST_TEXT} bytes")
     if setting.filled and not value:
         raise Fault("is empty")
     if "\0" in value:

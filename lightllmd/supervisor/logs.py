@@ -17,11 +17,17 @@ from lightllmd.supervisor.feed import Feed
 from lightllmd.supervisor.output import readable
 from lightllmd.supervisor.snapshot import Event, LogLine
 
+LONGEST = 16_384  # characters of a line or an event
 OWN = "lightllmd"  # the supervisor's name among the workers'
 LEVELS = ("debug", "info", "warning", "error")
 _PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3}  # sd-daemon(3)
 _BY_PRIORITY = ("error", "error", "error", "error", "warning", "info", "info", "debug")
 _PREFIX = re.compile(r"<([0-7])>")
+
+
+def shortened(text: str) -> str:
+    """What it quotes may be of any length; the reason stands at its end."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 4 :]}"
 
 
 class Sink:
@@ -118,7 +124,7 @@ class LogBook:
         if LEVELS.index(level) < self._threshold:
             return
         for text in message.split("\n"):
-            line = LogLine(at=time.time(), worker=worker, level=level, message=readable(text))
+            line = LogLine(at=time.time(), worker=worker, level=level, message=readable(shortened(text)))
             if worker not in self._rings:
                 self._rings[worker] = deque(maxlen=self._keep)
             self._rings[worker].append(line)
@@ -152,7 +158,8 @@ class EventBook:
 
     def add(self, kind: str, message: str, worker: str | None = None, level: str = "info") -> None:
         self._sequence += 1
-        self.feed.add(Event(seq=self._sequence, at=time.time(), kind=kind, worker=worker, message=message))
+        told = Event(seq=self._sequence, at=time.time(), kind=kind, worker=worker, message=shortened(message))
+        self.feed.add(told)
         self._log.write(OWN, level, f"{worker}: {message}" if worker else message)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightllmd.supervisor.logs import LogBook, Sink, parse_output, renderer, text_line
+from lightllmd.supervisor.logs import LONGEST, EventBook, LogBook, Sink, parse_output, renderer, text_line
 from lightllmd.supervisor.output import BURST, LAST_LINES, LINE_COST, LONGEST_LINE, RATE, Output
 
 
@@ -130,3 +130,12 @@ def test_rings_follow_a_new_length() -> None:
     for number in range(10):
         book.own("info", str(number))
     assert len(book.last(10)) == 3
+
+
+def test_a_message_of_our_own_is_bounded_and_keeps_its_end() -> None:
+    book = LogBook(10, "info", text_line, None)
+    EventBook(book).add("job", f"job 1: swap {'m' * 900_000} failed: no such file")
+    (line,) = book.last(1)
+    assert len(line.message) <= LONGEST
+    assert line.message.startswith("job 1: swap mmm")
+    assert line.message.endswith("failed: no such file")

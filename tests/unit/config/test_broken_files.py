@@ -248,3 +248,9 @@ def test_a_valid_file_passes(text: str, tmp_path: Path) -> None:
     file = write(tmp_path, text)
     done = check(str(file))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}: valid\n", "")
+
+
+def test_a_text_of_any_length_is_refused_in_a_short_line(tmp_path: Path) -> None:
+    (one,) = problems_of(write(tmp_path, b'model_dir = "/' + b"m" * 900_000 + b'"\n'))
+    assert "is longer than 4096 bytes" in one.message
+    assert len(one.message) < 300
