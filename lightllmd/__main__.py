@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lightllmd import console
 from lightllmd.config import cli
-from lightllmd.errors import EXIT_OK, EXIT_SYSTEM, ConfigInvalid
+from lightllmd.errors import EXIT_OK, EXIT_SYSTEM, ConfigInvalid, LightllmdError
 
 
 def main() -> int:
@@ -20,12 +20,29 @@ def main() -> int:
     except SystemExit as asked:  # by --help, --version, a flag that doesn't exist
         code = int(asked.code or EXIT_OK)
         return _printed(lambda: code) or EXIT_OK
+    if invocation.action == "check" and not invocation.offline and (refused := _look(invocation)) is not None:
+        return refused
     done = _printed(lambda: cli.finish(invocation))
     if done is not None:
         return done
     from lightllmd.supervisor import supervisor  # not needed by --check and --help
 
     return supervisor.main(invocation)
+
+
+def _look(invocation: cli.Invocation) -> int | None:
+    """The exit code that a start would end with, once its reason is told; None: it would serve."""
+    from lightllmd.supervisor import preflight
+    from lightllmd.supervisor.reload import Settings
+
+    try:
+        _, short = preflight.look(Settings.for_model(invocation.config, None), invocation.config_file)
+    except LightllmdError as refusal:
+        console.complain(refusal.message)
+        return refusal.exit_code
+    for problem in short:
+        console.complain(f"warning, for now: {problem}")
+    return None
 
 
 def _printed(print_it: Callable[[], int | None]) -> int | None:

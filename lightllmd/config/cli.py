@@ -33,6 +33,7 @@ class Invocation:
     action: Action = "run"
     # dotted key -> value: they override the file each time it is read
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    offline: bool = False  # a check looks at the file alone
 
 
 def parse(argv: Sequence[str] | None = None) -> Invocation:
@@ -48,10 +49,10 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     for action in PRINTED:
         if given.get(action.replace("-", "_")):
             return Invocation(Config(), None, action)
-    named, checked = given.pop("config", None), given.pop("check", None)
+    named, checked, offline = given.pop("config", None), given.pop("check", None), given.pop("offline", False)
     flags = {field.key: _value(field, given[field.key]) for field in fields(Config) if field.key in given}
     file = _choose_file(checked or named, flags)
-    return Invocation(load(file, flags), file, "run" if checked is None else "check", flags)
+    return Invocation(load(file, flags), file, "run" if checked is None else "check", flags, offline)
 
 
 def reload(invocation: Invocation) -> Config:
@@ -143,8 +144,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         nargs="?",
         const="",
-        help="only say what is wrong with the configuration: exit 0, or 78 with one line per problem",
+        help="only say what is wrong with the configuration, the model, the device and the host, as a start would: "
+        "exit 0, or a start's exit code (78 for the file and the model) with one line per problem",
     )
+    actions.add_argument("--offline", action="store_true", help="with --check: look at the file alone")
     actions.add_argument("--print-config", action="store_true", help="print a file with every setting commented")
     actions.add_argument("--json-schema", action="store_true", help="print the JSON schema of the file, for editors")
     actions.add_argument("--feature-table", action="store_true", help="print which features of generation go together")
@@ -203,6 +206,8 @@ def finish(invocation: Invocation) -> int | None:
     elif invocation.action == "feature-table":
         sys.stdout.write(reference.feature_table())
     elif invocation.action == "check":
+        for warning in invocation.config.warnings:
+            console.complain(f"warning: {warning}")
         console.say(f"{invocation.config_file or 'command line'}: valid")
     else:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from lightllmd.config.models import others
@@ -15,7 +17,7 @@ from lightllmd.supervisor.probing import Probe
 async def facts_of(context: Context, config: Config, config_file: str | None) -> Facts:
     """Of the configured model and device, and of the models that room is to be kept for. Cancelled, it ends the probe.
     Raises LightllmdError."""
-    kept = others(config) if config.supervisor.swap == "beside" else {}
+    kept = kept_beside(config)
     try:
         return await _ask(context, config, config_file, kept)
     except (ConfigInvalid, NoUsableDevice):
@@ -30,12 +32,22 @@ async def facts_of(context: Context, config: Config, config_file: str | None) ->
 
 
 async def _ask(context: Context, config: Config, config_file: str | None, kept: dict[str, Params]) -> Facts:
-    return await Probe(context, config, config_file).ask(
-        model_dir=config.params.model_dir,
-        load_way=config.params.load_way,
-        tokenizer_mode=config.params.tokenizer_mode,
-        backend=config.engine.backend,
-        device=config.engine.device,
-        threads=config.engine.threads,
-        others=kept,
-    )
+    return await Probe(context, config, config_file).ask(**request(config, kept))
+
+
+def kept_beside(config: Config) -> dict[str, Params]:
+    """The models that room is to be kept for, by name."""
+    return others(config) if config.supervisor.swap == "beside" else {}
+
+
+def request(config: Config, kept: dict[str, Params]) -> dict[str, Any]:
+    """As `lightllmd.probe` reads it."""
+    return {
+        "model_dir": config.params.model_dir,
+        "load_way": config.params.load_way,
+        "tokenizer_mode": config.params.tokenizer_mode,
+        "backend": config.engine.backend,
+        "device": config.engine.device,
+        "threads": config.engine.threads,
+        "others": kept,
+    }

@@ -95,7 +95,10 @@ def answered(code: int, output: bytes, last_words: str, config: Config, config_f
         took = (
             "takes too much processor time" if -code == signal.SIGXCPU else f"ends its reader by {signal_name(-code)}"
         )
-        message, code = f"{told['reading']}: reading its settings or its tokenizer {took}", errors.EXIT_CONFIG
+        message = f"{told['reading']}: reading its settings or its tokenizer {took}"
+        if told["reading"] != config.params.model_dir:
+            raise errors.LightllmdError(message)  # another model, which room was to be kept for
+        code = errors.EXIT_CONFIG
     if code == errors.EXIT_CONFIG and message:
         problem = errors.Problem("model_dir", message)
         raise errors.ConfigInvalid(resolve.located([problem], config, config_file))

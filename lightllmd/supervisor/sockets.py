@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import zip_longest
 
+from lightllmd.config.check import show
 from lightllmd.errors import SystemFailure
 from lightllmd.supervisor.fd_store import FdStore
 
@@ -84,7 +85,9 @@ def bind(
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as unknown:
-        raise SystemFailure(f"can't resolve host {host!r}: {unknown.strerror}") from unknown
+        raise SystemFailure(f"can't resolve host {show(host)}: {unknown.strerror}") from unknown
+    except ValueError as impossible:  # no name at all: a label of more than 63 letters, a NUL
+        raise SystemFailure(f"can't resolve host {show(host)}: {impossible}") from impossible
     sockets: list[socket.socket] = []
     both_families = len({entry[0] for entry in found}) > 1  # one socket each; else "::" takes IPv4 as well
     deadline = time.monotonic() + patience

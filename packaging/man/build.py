@@ -63,7 +63,7 @@ def daemon() -> str:
     made.paragraph(
         f"{bold('lightllmd')} [{bold('--config')} {italic('FILE')}] [{bold('--')}{italic('setting value')}] ..."
     )
-    made.paragraph(f"{bold('lightllmd --check')} [{italic('FILE')}]")
+    made.paragraph(f"{bold('lightllmd --check')} [{italic('FILE')}] [{bold('--offline')}]")
     made.section("DESCRIPTION")
     for text in (
         "lightllmd reads one TOML file, keeps a large language model serving over HTTP (LightLLM's native API and "

@@ -151,7 +151,10 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "lightllmd", "--check", *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "lightllmd", "--check", *arguments, "--offline"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

@@ -1,0 +1,40 @@
+"""What `lightllmd --check` finds beyond the file: the host, the model and the device, asked as a start asks them."""
+
+from __future__ import annotations
+
+import subprocess
+
+import msgspec
+
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Facts, Plan
+from lightllmd.config.resolve import resolve
+from lightllmd.errors import ConfigInvalid, Problem, TryAgain
+from lightllmd.supervisor import planning, probing, sockets
+from lightllmd.supervisor.context import Commands
+
+
+def look(config: Config, config_file: str | None, commands: Commands | None = None) -> tuple[Plan, list[Problem]]:
+    """The plan that a start would make. A model that does not fit in what is free now, but would if the device were
+    empty, is no fault of the configuration: a daemon that runs may have the rest. That is told beside the plan. Raises
+    LightllmdError."""
+    for listener in sockets.bind(config.params.host, 0, patience=0):
+        listener.close()
+    facts = _facts(config, config_file, commands or Commands())
+    try:
+        return resolve(config, facts, config_file), []
+    except ConfigInvalid as invalid:
+        if invalid.short_of is None:
+            raise
+        empty = msgspec.structs.replace(facts.device, memory_free=facts.device.memory_total)
+        return resolve(config, msgspec.structs.replace(facts, device=empty), config_file), invalid.problems
+
+
+def _facts(config: Config, config_file: str | None, commands: Commands) -> Facts:
+    request = msgspec.json.encode(planning.request(config, planning.kept_beside(config)))
+    try:
+        done = subprocess.run(commands.probe(), input=request, capture_output=True, timeout=probing.TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise TryAgain(f"reading model and device took longer than {probing.TIMEOUT:g} s") from None
+    last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    return probing.answered(done.returncode, done.stdout, "".join(last_words), config, config_file)
