@@ -48,7 +48,13 @@ def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys) -> 
     app.add_middleware(BearerKeys, keys=keys)
     if http.cors_origins:
         # Outermost: a browser's preflight request carries no key.
-        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     return app
 
 

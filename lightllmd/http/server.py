@@ -125,5 +125,9 @@ class Server(uvicorn.Server):
         if counter % _TICKS == 0:
             now = asyncio.get_running_loop().time()
             for connection in list(self.traffic.connections):
-                connection.check(now)
+                try:
+                    connection.check(now)
+                except Exception:  # of this one, which ends: the clocks of all others go on
+                    log.exception("a connection can't be looked after")
+                    connection.transport.abort()
         return await super().on_tick(counter)

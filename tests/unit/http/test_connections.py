@@ -271,7 +271,7 @@ def test_trailers_are_no_headers():
         async with serving() as served:
             client = await served.connect(CHUNKED + b"1\r\na\r\n")
             connection = await until(lambda: next(iter(served.traffic.connections), None))
-            headers = (await until(lambda: connection._answering)).scope["headers"]
+            headers = (await until(lambda: connection.answering)).scope["headers"]
             before = list(headers)
             await client.send(b"0\r\nauthorization: Bearer x\r\n\r\n")
             assert (await client.until(b"\r\n\r\n1")).startswith(b"HTTP/1.1 200")
@@ -286,9 +286,9 @@ def test_a_body_in_many_chunks_is_parsed_in_turns():
             body = b"1\r\na\r\n" * 40_000
             client = await served.connect(CHUNKED)
             connection = await until(lambda: next(iter(served.traffic.connections), None))
-            exchange = await until(lambda: connection._answering)
+            exchange = await until(lambda: connection.answering)
             steps = []
-            parse = connection._parse_turn
+            parse = connection.reader.turn
 
             def counted() -> bool:
                 before = exchange.received
@@ -296,7 +296,7 @@ def test_a_body_in_many_chunks_is_parsed_in_turns():
                 steps.append(exchange.received - before)
                 return again
 
-            connection._parse_turn = counted
+            connection.reader.turn = counted
             await client.send(body + b"0\r\n\r\n")
             assert (await client.until(b"\r\n\r\n40000")).startswith(b"HTTP/1.1 200")
             assert max(steps) <= 3 * (8 << 10) / 6
@@ -371,7 +371,9 @@ def test_a_body_that_stops_or_drips_is_told_so_in_time(chunked):
             head = CHUNKED if chunked else b"POST /answer HTTP/1.1\r\nContent-Length: 100000\r\n\r\n"
             client = await served.connect(head + (b"7530\r\n" if chunked else b"") + b"a" * 30_000)
             connection = await until(lambda: next(iter(served.traffic.connections), None))
-            await until(lambda: connection._receiving is not None and connection._receiving.received == 30_000)
+            await until(
+                lambda: connection.reader.receiving is not None and connection.reader.receiving.received == 30_000
+            )
             served.later(49)  # 20 s, and 1 s for each 1,000 bytes
             assert not connection._lingers
             served.later(51)
@@ -382,14 +384,16 @@ def test_a_body_that_stops_or_drips_is_told_so_in_time(chunked):
     run(test)
 
 
-def test_the_rest_of_an_unwanted_body_is_thrown_away_for_a_while_only():
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_the_rest_of_an_unwanted_body_is_thrown_away_for_a_while_only(in_chunks):
     async def test() -> None:
         async with serving() as served:
-            head = b"POST /deaf HTTP/1.1\r\nContent-Length: 100000000\r\n\r\n"
+            chunked = CHUNKED.replace(b"/answer", b"/deaf")
+            head = chunked if in_chunks else b"POST /deaf HTTP/1.1\r\nContent-Length: 100000000\r\n\r\n"
             client = await served.connect(head)
             await client.until(b"\r\n\r\n0")
-            for _ in range(20):
-                await client.send(bytes(1 << 20))
+            for _ in range(10):
+                await client.send((b"100000\r\n%b\r\n" if in_chunks else b"%b") % bytes(1 << 20))
             assert served.traffic.bodies.held == 0
             served.later(29)
             assert len(served.traffic.connections) == 1
@@ -506,7 +510,7 @@ def test_a_slow_body_gives_way_to_others():
             slow = await served.connect(post(900_000) + bytes(800_000))
             await until(lambda: served.traffic.bodies.held >= 800_000)
             connection = next(iter(served.traffic.connections))
-            connection._receiving.begun -= 10
+            connection.reader.receiving.begun -= 10
             quick = await served.connect(post(500_000) + bytes(500_000))
             assert status(await quick.until(b"\r\n\r\n500000")) == 200
             assert status(await slow.rest()) == 408
@@ -546,6 +550,19 @@ def test_a_client_that_closed_both_directions_cancels_its_request():
             client.sock.close()
             await until(lambda: served.later(0) or served.app.gone == ["/wait"])
             assert not served.traffic.connections
+
+    run(test)
+
+
+def test_a_client_that_sent_more_and_then_closed_cancels_its_request():
+    """What it sent behind its request is not read, so that its end is not either."""
+
+    async def test() -> None:
+        async with serving() as served:
+            client = await served.connect(GET.replace(b"/answer", b"/wait") + GET)
+            await until(lambda: served.app.called)
+            client.sock.close()
+            await until(lambda: served.later(0) or served.app.gone == ["/wait"])
 
     run(test)
 
