@@ -57,7 +57,7 @@ def bounds() -> Bounds:
         body_timeout=10.0,
         write_timeout=30.0,
         keep_alive_timeout=75.0,
-        min_rate=100 << 10,
+        min_rate=1024,
         connections=descriptors_left(MOST_CONNECTIONS),
         body_bytes=4 << 20,
     )

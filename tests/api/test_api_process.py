@@ -257,7 +257,7 @@ def test_a_worker_reads_no_key_file_and_takes_others_at_once(tmp_path):
 
     async def scenario():
         async with process(tmp_path, plan) as one:
-            await one.engine()
+            engine = await one.engine()
 
             async def status(key):
                 answer = await one.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
@@ -272,6 +272,7 @@ def test_a_worker_reads_no_key_file_and_takes_others_at_once(tmp_path):
             one.tell(messages.Keys([], None))
             while await status("old") == 401:
                 assert time.monotonic() < deadline
+            engine.die()
 
     run(scenario())
 
