@@ -432,7 +432,8 @@ def sample(
     statistics = torch.empty((batch, chunks, STATISTICS.value), dtype=torch.float32, device=device)
     candidates = torch.empty((batch, chunks), dtype=torch.int32, device=device)
     tokens = torch.empty(batch, dtype=torch.int32, device=device)
-    logprobs, totals, shaped_totals = torch.empty((3, batch), dtype=torch.float32, device=device)
+    # Each by itself: rows of one tensor would be aligned for some batches only, for which Triton compiles anew.
+    logprobs, totals, shaped_totals = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(3))
     _scan[(batch, chunks)](
         logits,
         logits.stride(0),
