@@ -248,9 +248,11 @@ class Scheduler:
 
     def _holds_up(self, sequence: Sequence, admitted: list[Sequence]) -> bool:
         """A long prompt in one step with much shorter ones of another tenant would make those wait for it."""
-        if not admitted or sequence.tenant == admitted[-1].tenant or self.limits.splitfuse_block_size:
+        if sequence.length <= LONG or not admitted or self.limits.splitfuse_block_size:
             return False
-        return sequence.length > max(LONG, _MUCH * sum(one.length - one.common for one in admitted))
+        if sequence.tenant == admitted[-1].tenant:
+            return False
+        return sequence.length > _MUCH * sum(one.length - one.common for one in admitted)
 
     def _charge(self) -> None:
         """Tenants that wait for more are charged what those of them that run were given."""
