@@ -74,8 +74,8 @@ class Bench:
         self.ledger.engine_up(self.generation, f"engine-{self.generation}")
         return self.link
 
-    def down(self, *unproven: int, quarantined: int = 0) -> None:
-        self.ledger.engine_down(self.generation, list(unproven), quarantined)
+    def down(self, *unproven: int, quarantined: int = 0, outside: bool = False) -> None:
+        self.ledger.engine_down(self.generation, list(unproven), quarantined, outside)
 
     def open(self, prompt: bytes = b"p", n: int = 1, stop: list[str] | None = None, notify=lambda: None, **params):
         params = SamplingParams(n=n, **({"max_new_tokens": 8} | params))

@@ -7,7 +7,7 @@ tells its reader that something changed. All calls come from one thread.
 A request is *held* while there is no link, *replayed* when a new generation is up, and *suspect* when an engine died
 while the request had been admitted and had no token since. A suspect runs alone, right after the engine has answered a
 request of its own (the scheduler's part). If the engine dies then, and not certainly by a cause from outside, that is a
-*strike*; at three without a token in between the request is given up.
+*strike*; at three the request is given up, if in between it has no token and no engine dies of anything else.
 """
 
 from __future__ import annotations
@@ -203,13 +203,16 @@ class Ledger:
         for entry in replayed + [entry for entry in entries if not entry.submitted]:
             self._submit(entry)
 
-    def engine_down(self, generation: int, unproven: Iterable[int], quarantined: int) -> None:
+    def engine_down(self, generation: int, unproven: Iterable[int], quarantined: int, outside: bool = False) -> None:
         """See messages.EngineDown. The socket is closed before anything else is decided, so nothing of the dead arrives
         afterwards."""
         if self._link is None or generation != self.generation:
             return
         self._drop_link()
         suspects = set(unproven)
+        if outside or not suspects:  # engines die of something else, so that the strikes may be its doing, too
+            for entry in self._entries.values():
+                entry.strikes = 0
         for entry in list(self._entries.values()):
             if entry.request in suspects and not entry.proven:
                 self._suspect(entry, strike=entry.request == quarantined)

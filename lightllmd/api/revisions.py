@@ -198,7 +198,7 @@ class Revisions:
     def engine_down(self, message: EngineDown) -> None:
         front = self._fronts.get(message.revision)
         if front is not None:
-            front.ledger.engine_down(message.generation, message.unproven, message.quarantined)
+            front.ledger.engine_down(message.generation, message.unproven, message.quarantined, message.outside)
             return
         up = self._coming.get(message.revision)
         if up is not None and up.generation == message.generation:

@@ -211,6 +211,7 @@ class EngineDown(msgspec.Struct, tag="engine-down"):
     # The one of them that ran alone right after the engine had answered a request of its own, if the death may be its
     # doing; 0: no request did, or the cause certainly came from outside.
     quarantined: int = 0
+    outside: bool = False
     revision: int = 1
 
 

@@ -122,6 +122,7 @@ class Engine:
                 cause=ending.cause,
                 unproven=[] if asked else flight.unproven,
                 quarantined=0 if ending.outside else flight.quarantined,
+                outside=ending.outside,
                 revision=self.revision,
             )
         )

@@ -155,6 +155,33 @@ def test_deaths_without_evidence_never_give_a_request_up():
     assert entry.outcome is other.outcome is None
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_strikes_are_void_once_an_engine_dies_of_something_else(outside):
+    """Of a kill, or with no request in it that had no token."""
+    bench = Bench()
+    bench.up()
+    entry = bench.open()
+    for _ in range(5):
+        for _ in range(2):
+            bench.down(entry.request, quarantined=entry.request)
+            bench.up()
+        bench.down(*[entry.request] * outside, outside=outside)
+        bench.up()
+    assert (entry.outcome, entry.strikes) == (None, 0)
+
+
+def test_two_poison_requests_are_both_given_up():
+    bench = Bench()
+    bench.up()
+    bad = [bench.open(), bench.open()]
+    bench.down(*(entry.request for entry in bad))
+    for turn in range(6):
+        bench.up()
+        struck = bad[turn % 2]
+        bench.down(struck.request, quarantined=struck.request)
+    assert all(isinstance(entry.error, RequestFailed) for entry in bad)
+
+
 def test_a_request_that_keeps_engines_from_the_others_without_evidence_ends_by_its_deadline():
     bench = Bench(hold_timeout=10.0)
     bench.up()
