@@ -19,7 +19,7 @@ import msgspec
 from lightllmd.errors import EXIT_CONFIG, LightllmdError, WeightsInvalid
 from lightllmd.probe.facts import Request, probe
 
-CPU_SECONDS = 8  # of one model; the largest known tokenizer takes 2
+CPU_SECONDS = 5  # of one model; the largest known tokenizer takes 2
 
 
 def main() -> int:

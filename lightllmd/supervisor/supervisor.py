@@ -303,7 +303,8 @@ class Supervisor:
             self.engines.spare.died(ending)
             self._report(child, ending, None, None)
             return
-        self._report(child, ending, engine or self.engines.serving, flight)
+        if not ending.changed:  # no crash, and tried again and again: reports of crashes are not to give way to it
+            self._report(child, ending, engine or self.engines.serving, flight)
         if ending.exit_code is not None and again and not child.asked and self.served_since is None:
             self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
 

@@ -20,6 +20,7 @@ from lightllmd.weights.model_files import LFS_POINTER, LFS_WORDS, invalid, prese
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 MAX_DIMENSIONS = 16  # of a tensor
+MAX_TENSORS = 100_000  # in a file
 _MAX_SAFETENSORS_HEADER = 100 << 20  # the format's own bound
 _SHOWN = 3  # names in a message
 
@@ -69,6 +70,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     start = 8 + len(raw)
     try:
         entries = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        if len(entries) > MAX_TENSORS:
+            raise ValueError(f"{len(entries)} tensors, at most {MAX_TENSORS}")
         metadata = msgspec.json.decode(entries.pop("__metadata__", b"null"), type=dict[str, str] | None) or {}
         tensors = [
             _entry(name, msgspec.json.decode(entry, type=_Entry), start, str(path)) for name, entry in entries.items()
