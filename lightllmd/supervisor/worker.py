@@ -165,7 +165,7 @@ class Worker:
             progress=child.vitals.progress if child else 0,
             progress_total=child.vitals.total if child else 0,
             restarts=self.restarts,
-            generation=self.number,
+            generation=child.number if child else self.number,  # a replacement that failed has the newest
             memory_bytes=child.memory if child else 0,
             heartbeat_age_s=round(self._context.clock.now - heard, 3) if heard is not None else None,
             started=child.started if child else None,

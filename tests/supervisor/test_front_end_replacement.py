@@ -84,3 +84,4 @@ def test_a_replacement_that_dies_leaves_the_one_that_serves(world: World) -> Non
     world.until(lambda: job.finished)
     assert job.snapshot.outcome == "failed"
     assert serving(world) == before
+    assert world.supervisor.front.apis[0].worker.snapshot().generation == 1
