@@ -20,6 +20,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from lightllmd.errors import InvalidRequest
@@ -45,6 +46,11 @@ class _GenerationBlock(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@jinja2.pass_context
+def _unchanged(context: jinja2.runtime.Context, value: Any) -> Any:
+    return value
+
+
 def _raise_exception(message: object) -> None:
     raise _TemplateRefusal(str(message))
 
@@ -66,7 +72,12 @@ def _tojson(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
+        # Both: nothing is computed while a template is compiled, which happens where there is no bound.
+        optimized=False,
+        finalize=_unchanged,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
