@@ -4,6 +4,7 @@ set forward rather than waited for."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import random
 import re
@@ -480,6 +481,38 @@ def test_where_all_connections_are_busy_health_still_answers_and_others_are_told
             for client in busy:
                 await client.until(b"three\r\n0\r\n\r\n")
             assert len(idle) == 20
+
+    run(test)
+
+
+def test_without_a_descriptor_accepting_pauses_and_goes_on():
+    class Exhausted:
+        """A listener whose host has none left, once."""
+
+        def __init__(self, sock: socket.socket) -> None:
+            self._sock, self.failed = sock, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._sock, name)
+
+        def accept(self) -> Any:
+            if not self.failed:
+                self.failed += 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self._sock.accept()
+
+    async def test() -> None:
+        app, traffic, tasks = App(), traffic_of({}), set()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            exhausted = Exhausted(listener)
+            acceptor = Acceptor(exhausted, traffic, lambda: Connection(app, traffic, tasks, list), None)
+            served = Served(app, traffic, listener.getsockname()[1])
+            assert status(await (await served.connect(GET)).until(b"\r\n\r\n0")) == 200
+            assert exhausted.failed
+            assert traffic.bites["connections that wait: Too many open files"] == 1
+            served.close()
+            await until(lambda: not traffic.connections)
+            acceptor.close()
 
     run(test)
 
