@@ -148,8 +148,6 @@ class OpenAIBody(CommonFields, ABC):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.top_k == 0:
-            raise contradiction("top_k", "top_k should be -1 (off) or at least 1; got 0")
         if self.stream_options is not None and not self.stream:
             raise contradiction("stream_options", "stream_options is for streams only; stream is not true")
         if self.prompt_logprobs is not None and self.stream:
@@ -213,7 +211,7 @@ class OpenAIBody(CommonFields, ABC):
             do_sample=self.do_sample is not False and temperature >= 1e-5,
             temperature=temperature if temperature >= 1e-5 else 1.0,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k,
+            top_k=self.top_k or -1,  # vLLM's clients send 0 for off
             min_p=self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,

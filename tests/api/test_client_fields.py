@@ -207,9 +207,19 @@ def test_an_assistant_without_content_is_empty(tmp_path):
     run(scenario())
 
 
+def test_a_top_k_of_0_is_off_where_vllms_clients_ask(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for route in OPENAI:
+                answer = await one.client.post(route, json=ROUTES[route] | {"top_k": 0})
+                assert answer.status_code == 200, answer.text
+                assert one.engine.submits[-1].params.top_k == -1
+
+    run(scenario())
+
+
 def test_a_fault_between_fields_names_one_of_them(tmp_path):
     faults = [
-        ("/v1/completions", {"top_k": 0}, "top_k"),
         ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("/v1/completions", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ("/v1/completions", {"min_tokens": 3}, "min_tokens"),
