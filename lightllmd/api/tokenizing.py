@@ -1,4 +1,5 @@
-"""vLLM's routes that show what the tokenizer does, as clients count and cut with them: /tokenize and /detokenize."""
+"""vLLM's routes that show what the tokenizer does, as clients count and cut with them: /tokenize, /detokenize
+and /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from lightllmd.api.errors import contradiction
 from lightllmd.api.frontend import FrontEnd
 from lightllmd.api.ignored_fields import NamingRoute
 from lightllmd.api.openai_bodies import Conversation, Messages
-from lightllmd.api.responses import encoded_response
+from lightllmd.api.responses import encoded_response, json_response
 from lightllmd.api.revisions import Revisions
 
 
@@ -72,5 +73,21 @@ def router(revisions: Revisions) -> APIRouter:
         """The text of token ids, special ones included."""
         body = await parse(request, DetokenizeBody)
         return encoded_response(await front_for(body.model).detokenized(body.tokens))
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """The special tokens and the chat template, for clients that render conversations by themselves."""
+        front = revisions.front
+        tokenizer, template = front.tokenizer, front.tokenizer.chat_template
+        names = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+        tokens = {name: None if token is None else tokenizer.id_to_token(token) for name, token in names.items()}
+        return json_response(
+            tokens
+            | {
+                "pad_token": None,
+                "chat_template": None if template is None else template.source,
+                "model_max_length": front.limits.max_req_total_len,
+            }
+        )
 
     return routes

@@ -103,6 +103,7 @@ class ChatTemplate:
             raise ValueError("no chat template")
         self._knows_developer = {name for name, source in named.items() if _DEVELOPER in source}
         self._special_tokens = dict(special_tokens or {})
+        self.source = named.get("default")  # for clients that render by themselves
 
     def render(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jinja2
+
 from api.frontend_harness import EOS, run, stack
 from lightllmd import __version__
 
@@ -42,6 +44,20 @@ def test_a_conversation_has_the_tokens_that_chat_would_run(tmp_path):
                 tokens = (await one.client.post("/tokenize", json=body)).json()["tokens"]
                 await one.client.post("/v1/chat/completions", json=body | {"max_tokens": 1})
                 assert tokens == one.engine.submits[-1].prompt_ids
+
+    run(scenario())
+
+
+def test_a_client_that_renders_by_itself_is_told_how(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, {"max_req_input_len": 60, "max_req_total_len": 100}, engine=False) as one:
+            told = (await one.client.get("/tokenizer_info")).json()
+            template = told.pop("chat_template")
+            rendered = jinja2.Template(template).render(messages=HI, add_generation_prompt=True)
+            ids = (await one.client.post("/tokenize", json={"prompt": rendered, "add_special_tokens": False})).json()
+            chat = (await one.client.post("/tokenize", json={"messages": HI})).json()
+            assert ids["tokens"] == chat["tokens"]
+            assert told == {"bos_token": None, "eos_token": "<eos>", "pad_token": None, "model_max_length": 100}
 
     run(scenario())
 
