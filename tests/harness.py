@@ -141,6 +141,10 @@ class Daemon:
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
+    def children(self) -> list[psutil.Process]:
+        """The supervisor's own, orphans that became its own included; not the helpers of api workers."""
+        return psutil.Process(self.process.pid).children()
+
     def spare(self) -> int | None:
         """The pid of the spare engine: one with modules to import early, which serves no generation."""
         for process in self.processes():

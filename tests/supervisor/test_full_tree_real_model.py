@@ -97,7 +97,7 @@ def test_killed_worker_loses_no_stream_of_the_real_model_in_fp32(daemon: Daemon,
 
 def test_slots_and_processes_are_back_after_the_work(daemon: Daemon) -> None:
     wait_for(lambda: daemon.status()["model"]["kv_slots_used"] == 0, what="free slots")
-    wait_for(lambda: len(daemon.processes()) == 5, what="supervisor, api and its zygote, engine and its spare alone")
+    wait_for(lambda: len(daemon.children()) == 3, what="api, engine and its spare alone")
 
 
 def test_the_demo_configuration_answers_within_thirty_seconds(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_reloads_of_every_class_good_and_bad_fail_no_request(tmp_path: Path) -> 
                 load.wait_for(CLIENTS)
         assert load.faults(expected, timeline) == []
         assert daemon.status()["requests"]["failed"] == 0
-        wait_for(lambda: len(daemon.processes()) == 6, what="supervisor, two front ends with a zygote each, one engine")
+        wait_for(lambda: len(daemon.children()) == 3, what="two front ends and one engine alone")
         assert daemon.stop() == 0
 
 
