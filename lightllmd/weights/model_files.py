@@ -18,7 +18,7 @@ import msgspec
 from lightllmd.config.files import read_bytes
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem
 
-MAX_CONFIG = 1 << 20  # bytes: config.json, generation_config.json; the plan carries the first one to every child
+MAX_CONFIG = 4 << 20  # bytes: config.json, generation_config.json; the plan carries the first one to every child
 MAX_JSON = 8 << 20  # tokenizer_config.json and other lists of tokens; the largest known has 1.2 MB
 MAX_TEMPLATE = 1 << 20  # a chat template
 MAX_VOCABULARY = 64 << 20  # tokenizer.json, vocab.json, merges.txt, an index of weights; the largest known has 34 MB
