@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import psutil
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the other workers have the other cores
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's; children would inherit it and not hear ^C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
@@ -27,6 +30,17 @@ def _shared_memory() -> set[str]:
         return set()
 
 
+TREES = frozenset({"test_api_process.py", "test_ctl_real_daemon.py", "test_rolling_replacement.py"})
+_STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+_started = 0  # processes, by this one
+
+
+def _count_starts(event: str, _: tuple[object, ...]) -> None:
+    global _started
+    _started += event in _STARTS
+
+
+sys.addaudithook(_count_starts)
 os.environ["LIGHTLLMD_TEST_RUN"] = uuid.uuid4().hex  # inherited by all that the tests start, orphans included
 
 
@@ -39,6 +53,14 @@ def _ours() -> dict[int, psutil.Process]:
             if mark == os.environ["LIGHTLLMD_TEST_RUN"] and process.status() != psutil.STATUS_ZOMBIE:
                 found[process.pid] = process
     return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: the tests of a file share a worker and its fixtures. Those that start the
+    daemon's tree of processes share one, so that one such tree at most is on the machine."""
+    for item in items:
+        tree = item.path.parent.name in ("supervisor", "systemd") or item.path.name in TREES
+        item.add_marker(pytest.mark.xdist_group("process trees" if tree else item.nodeid.partition("::")[0]))
 
 
 def _left(before: set[int]) -> list[psutil.Process]:
@@ -57,10 +79,10 @@ def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
     # Asked for now, so that it is torn down after this fixture.
     tmp_path: Path | None = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     shm = _shared_memory()
-    before = {os.getpid(), *_ours()}
+    started, before = _started, {os.getpid(), *_ours()} if _started else {os.getpid()}
     yield
     deadline = time.monotonic() + 5
-    while (left := _left(before)) and time.monotonic() < deadline:
+    while (left := _left(before) if _started > started else []) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, f"processes left behind: {left}"
     assert not _shared_memory() - shm, "shared memory left behind"
