@@ -85,6 +85,16 @@ class Engines:
         present = [*(engine.child for engine in self), self.spare.child]
         return [child for child in present if child is not None]
 
+    @property
+    def holders(self) -> list[tuple[Child | None, bool]]:
+        """Who holds memory of the device, and whether that is all they will: it changes with what is free there."""
+        return [*((engine.child, engine.ready) for engine in self), (self.spare.child, self.spare.begun)]
+
+    @property
+    def unsettled(self) -> list[Child]:
+        """They are starting or dying: what they hold of the device at this moment can't be told."""
+        return [engine.child for engine in self if engine.child is not None and not engine.ready]
+
     def owner(self, child: Child) -> Engine | None:
         return next((engine for engine in self if engine.child is child), None)
 

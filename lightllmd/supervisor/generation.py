@@ -90,6 +90,16 @@ class Engine:
         return self.generation.child if self.generation else None
 
     @property
+    def ready(self) -> bool:
+        """It has taken all the memory that it will."""
+        return self.child is not None and self.child.ready
+
+    @property
+    def restarts(self) -> bool:
+        """A generation that dies, or has died, is followed by another."""
+        return self.wanted and self.worker.fatal is None
+
+    @property
     def asleep(self) -> bool:
         return self.child is not None and self.child.vitals.phase == "asleep"
 

@@ -68,9 +68,13 @@ class Spare:
         return self._process.child if self._process else None
 
     @property
+    def begun(self) -> bool:
+        return self._process is not None and self._process.begun
+
+    @property
     def context_bytes(self) -> int:
         """Of a GPU, as planned: what isn't free there because of it, and becomes the context of whoever takes it."""
-        return self._process.context_bytes if self._process and self._process.begun else 0
+        return self._process.context_bytes if self._process is not None and self.begun else 0
 
     def owns(self, child: Child) -> bool:
         return self.child is child
@@ -121,7 +125,7 @@ class Spare:
     def snapshot(self) -> snapshot.Worker | None:
         if self._process is None:
             return None
-        child, begun = self._process.child, self._process.begun
+        child, begun = self._process.child, self.begun
         return snapshot.Worker(
             name=child.worker,
             kind="spare",

@@ -86,15 +86,41 @@ class Switch:
     # --- the way ---------------------------------------------------------------------------------------------------
     def plan(self) -> Waiting[tuple[Plan, Facts]]:
         """Raises ConfigInvalid, DoesNotFit; nothing has been touched then."""
-        facts = yield from await_errand(
-            self._context,
-            planning.facts_of(self._context, self._config, self._config_file),
-            "reading the model's headers",
-        )
-        made = self._resolve(facts)
+        made = yield from self._planned()
         self.details |= {"how": "beside" if self._beside else "after", "plan": report(made[0])}
         self._passed("plan")
         return made
+
+    def _planned(self) -> Waiting[tuple[Plan, Facts]]:
+        """From facts under which no engine changed. If the model needs the old engine's memory, engines that are
+        starting or dying are waited for, since what they hold, and give back, is known then; for one start at most."""
+        waited = False
+        while True:
+            facts = yield from self._read_facts()
+            unsettled = [] if waited else self._engines.unsettled
+            try:
+                made = self._resolve(facts)
+            except DoesNotFit:
+                if not unsettled:
+                    raise
+            else:
+                if self._beside or not unsettled:
+                    return made
+            waited = not all(child.dying for child in unsettled)
+            while left := [child for child in unsettled if child in self._engines.unsettled]:
+                yield f"waiting until {left[0].worker} is up or down", None
+
+    def _read_facts(self) -> Waiting[Facts]:
+        """Read again if an engine started, became ready or ended meanwhile: what was free then says nothing now."""
+        while True:
+            before = self._engines.holders
+            facts = yield from await_errand(
+                self._context,
+                planning.facts_of(self._context, self._config, self._config_file),
+                "reading the model's headers",
+            )
+            if self._engines.holders == before:
+                return facts
 
     def steps(self) -> Steps:
         old = self._engines.serving
@@ -252,12 +278,15 @@ class Switch:
     def _resolve(self, facts: Facts) -> tuple[Plan, Facts]:
         """Beside, where that costs no KV slots (or is asked for), else after."""
         how, old = self._config.supervisor.swap, self._engines.serving
-        facts = _with_free(facts, self._held_by_spare(facts))
+        leaving = sum(map(self._yet_to_be_taken, self._engines.leaving))
+        facts = _with_free(facts, self._held_by_spare(facts) - leaving)
         alone = _with_free(facts, _given_back(old))
+        facts = _with_free(facts, -self._yet_to_be_taken(old))
         if how == "beside" and facts.others:
             undivided = self._undivided(alone)
             beside = self._try(undivided)
             if isinstance(beside, Plan) and _fits(beside, facts):
+                self._beside = True
                 return beside, undivided
             how = "after"
         beside = self._try(facts)
@@ -288,6 +317,14 @@ class Switch:
             return 0
         return self._engines.spare.context_bytes
 
+    def _yet_to_be_taken(self, engine: Engine) -> int:
+        """Bytes that are free only until its next generation has started, or the present one has: what it has of them
+        by now can't be told. When it is ready a spare follows, which is the candidate's as well if that plans one."""
+        if engine.plan is None or not engine.restarts or engine.ready:
+            return 0
+        budget = engine.plan.budget
+        return budget.taken if self._config.supervisor.spare_engine else budget.taken + budget.spare
+
     def _try(self, facts: Facts) -> Plan | ConfigInvalid:
         try:
             return resolve.resolve(self._config, facts, self._config_file)
@@ -310,13 +347,13 @@ def _fits(plan: Plan, facts: Facts) -> bool:
 
 
 def _with_free(facts: Facts, more: int) -> Facts:
-    device = msgspec.structs.replace(facts.device, memory_free=facts.device.memory_free + more)
+    device = msgspec.structs.replace(facts.device, memory_free=max(facts.device.memory_free + more, 0))
     return msgspec.structs.replace(facts, device=device)
 
 
 def _given_back(engine: Engine) -> int:
-    """Bytes that become free when it sleeps."""
-    if engine.plan is None or engine.child is None:
+    """Bytes that become free when it sleeps; 0 while it starts, since its account is older or newer than the facts."""
+    if engine.plan is None or engine.child is None or not engine.ready:
         return 0
     if engine.plan.device.kind != "cuda":
         # The weights stay in the same memory; of slots that were never used nothing was taken.
