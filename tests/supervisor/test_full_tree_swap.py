@@ -11,7 +11,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -286,45 +288,105 @@ class LongStream:
         return self.ids == [fake_token(prompt, 0, 0, at, str(model_dir)) for at in range(len(self.ids))]
 
 
-def swap_under_long_streams(daemon: Daemon, tokens: int, *options: str) -> tuple[list[LongStream], Ran, bool]:
-    """Their ends, the swap to `beta`, and whether it returned after the last of them."""
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Nothing that this process does ends meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
-    async def scenario() -> tuple[list[LongStream], Ran, bool]:
-        streams = [LongStream(daemon, f"long {i}", tokens) for i in range(4)]
-        tasks = [asyncio.ensure_future(stream.run()) for stream in streams]
-        while not all(stream.ids for stream in streams):
-            await asyncio.sleep(0.01)
-        done = await asyncio.to_thread(ctl, daemon, "swap", "beta", *options)
-        over = all(task.done() for task in tasks)
+
+async def long_streams(daemon: Daemon, tokens: int) -> tuple[list[LongStream], list[asyncio.Task[None]]]:
+    """Four, each with its first token."""
+    streams = [LongStream(daemon, f"long {i}", tokens) for i in range(4)]
+    tasks = [asyncio.create_task(stream.run()) for stream in streams]
+    while not all(stream.ids for stream in streams):
+        await asyncio.sleep(0.01)
+    return streams, tasks
+
+
+@pytest.fixture(scope="module", params=["beside", "after"])
+def how_and_daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    flags = ("--supervisor.swap", request.param, "--engine.fake.tokens_per_second", "100")
+    unnoticed = ("--supervisor.hang_timeout", "600")  # a frozen engine
+    long = ("--max_req_total_len", "20000", "--max_total_token_num", "80000")
+    with daemon_with_models(tmp_path_factory.mktemp("long"), *flags, *unnoticed, *long).start() as daemon:
+        yield request.param, daemon
+
+
+@pytest.fixture
+def old_and_new(how_and_daemon: tuple[str, Daemon]) -> Iterator[tuple[str, Daemon]]:
+    """How it swaps from `alpha`, which is in force for each test."""
+    yield how_and_daemon
+    _, daemon = how_and_daemon
+    if daemon.status()["model"]["name"] != "alpha":
+        assert ctl(daemon, "swap", "alpha").code == 0
+
+
+def model_dir(daemon: Daemon, name: str) -> Path:
+    return daemon.folder.parent / "models" / name
+
+
+def assert_answered_by_alpha(daemon: Daemon, streams: list[LongStream], finish: str) -> None:
+    for stream in streams:
+        assert stream.is_of(model_dir(daemon, "alpha"))
+        assert (stream.finish, stream.error) == (finish, "")
+        assert len(stream.ids) == stream.tokens or finish == "abort"
+
+
+def test_a_swap_returns_when_the_old_model_has_answered_all(old_and_new: tuple[str, Daemon]) -> None:
+    _, daemon = old_and_new
+
+    async def scenario() -> list[LongStream]:
+        old = daemon.pid("engine")
+        streams, tasks = await long_streams(daemon, 150)
+        with frozen(old):
+            swap = asyncio.create_task(asyncio.to_thread(ctl, daemon, "swap", "beta"))
+            await asyncio.to_thread(wait_for_phase, daemon, "waiting for 4 requests on alpha")
+            assert not any(task.done() for task in (swap, *tasks))
+        done = await swap
+        assert done.code == 0, done
+        assert daemon.status()["requests"]["in_flight"] == 0
         await asyncio.gather(*tasks)
-        return streams, done, over
+        return streams
 
-    return run(scenario())
+    assert_answered_by_alpha(daemon, run(scenario()), "length")
+    assert daemon.status()["model"]["name"] == "beta"
 
 
-@pytest.mark.parametrize("how", ["beside", "after"])
-def test_long_streams_finish_on_the_old_model_unless_they_are_cut(tmp_path: Path, how: str) -> None:
-    flags = ("--supervisor.swap", how, "--engine.fake.tokens_per_second", "100")
-    with daemon_with_models(tmp_path, *flags).start() as daemon:
-        # Options, and what they lead to: the exit code, why the streams ended, the model in force. The streams last
-        # longer than a swap of its own takes, those to be cut far longer.
-        given_up = (9, "length", "alpha") if how == "after" else (0, "length", "beta")
-        for options, tokens, (code, finish, model) in (
-            ((), 250, (0, "length", "beta")),
-            (("--drain", "0.3s"), 400, given_up),
-            (("--drain", "0.3s", "--force"), 1400, (0, "abort", "beta")),
-        ):
-            streams, done, over = swap_under_long_streams(daemon, tokens, *options)
+def test_streams_outlast_a_drain_timeout_on_the_old_model(old_and_new: tuple[str, Daemon]) -> None:
+    """Beside it the new one is in force meanwhile; where it can't be, the swap has failed."""
+    how, daemon = old_and_new
+    code, model = (0, "beta") if how == "beside" else (9, "alpha")
+
+    async def scenario() -> list[LongStream]:
+        old = daemon.pid("engine")
+        streams, tasks = await long_streams(daemon, 150)
+        with frozen(old):
+            done = await asyncio.to_thread(ctl, daemon, "swap", "beta", "--drain", "0.3s")
             assert done.code == code, done
             assert daemon.status()["model"]["name"] == model
-            for stream in streams:
-                assert stream.is_of(tmp_path / "models" / "alpha")
-                assert (stream.finish, stream.error) == (finish, "")
-                assert len(stream.ids) == tokens or finish == "abort"
-            assert over == (not options or finish == "abort"), "a swap returns when the old model has answered all"
-            assert options or "waiting for 4 requests on alpha" in done.output
-            late = LongStream(daemon, "late", 5)
-            run(late.run())
-            assert late.is_of(tmp_path / "models" / model)
-            if model != "alpha":
-                assert ctl(daemon, "swap", "alpha").code == 0
+            assert not any(task.done() for task in tasks)
+        await asyncio.gather(*tasks)
+        return streams
+
+    assert_answered_by_alpha(daemon, run(scenario()), "length")
+    late = LongStream(daemon, "late", 5)
+    run(late.run())
+    assert late.is_of(model_dir(daemon, model))
+
+
+def test_a_forced_swap_cuts_the_streams_of_the_old_model(old_and_new: tuple[str, Daemon]) -> None:
+    _, daemon = old_and_new
+
+    async def scenario() -> list[LongStream]:
+        streams, tasks = await long_streams(daemon, 15_000)  # of 150 s
+        done = await asyncio.to_thread(ctl, daemon, "swap", "beta", "--drain", "0.3s", "--force")
+        assert done.code == 0, done
+        await asyncio.gather(*tasks)
+        return streams
+
+    assert_answered_by_alpha(daemon, run(scenario()), "abort")
+    assert daemon.status()["model"]["name"] == "beta"
