@@ -57,10 +57,12 @@ def _ours() -> dict[int, psutil.Process]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `pytest -n 2 --dist loadgroup`: the tests of a file share a worker and its fixtures. Those that start the
-    daemon's tree of processes share one, so that one such tree at most is on the machine."""
+    daemon's tree of processes share one, so that one such tree at most is on the machine; they come first, since they
+    take longest and use the least of a core."""
+    trees = {item for item in items if item.path.parent.name in ("supervisor", "systemd") or item.path.name in TREES}
     for item in items:
-        tree = item.path.parent.name in ("supervisor", "systemd") or item.path.name in TREES
-        item.add_marker(pytest.mark.xdist_group("process trees" if tree else item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group("trees" if item in trees else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item not in trees)
 
 
 def _left(before: set[int]) -> list[psutil.Process]:
