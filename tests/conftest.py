@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -55,14 +56,20 @@ def _ours() -> dict[int, psutil.Process]:
     return found
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: the tests of a file share a worker and its fixtures. Those that start the
-    daemon's tree of processes share one, so that one such tree at most is on the machine; they come first, since they
-    take longest and use the least of a core."""
-    trees = {item for item in items if item.path.parent.name in ("supervisor", "systemd") or item.path.name in TREES}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("trees" if item in trees else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: item not in trees)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2`: the tests of a file share a worker and its fixtures. Those that start the daemon's tree of
+    processes share one, so that one such tree at most is on the machine; they are many and come first, and use the
+    least of a core."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder, name = file.split("/")[-2:]
+            return "trees" if folder in ("supervisor", "systemd") or name in TREES else file
+
+    return Scheduling(config, log)
 
 
 def _left(before: set[int]) -> list[psutil.Process]:

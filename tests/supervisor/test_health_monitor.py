@@ -108,7 +108,7 @@ class Stub:
     def send(self, message: Any) -> None:
         self.sent.append(message)
 
-    def abort(self, why: str) -> None:
+    def abort(self, why: str, *, held: bool) -> None:
         self.aborted, self.ready = why, False
 
 
