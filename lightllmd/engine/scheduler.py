@@ -447,7 +447,7 @@ class Scheduler:
         has none in line finds room while fewer than twice as many wait."""
         owner, number = (message.api, message.epoch), message.batch or message.request
         batch = self._batches.get(owner)
-        if batch is None or batch.number != number:
+        if batch is None or batch.number != number or number == message.request:  # its first, perhaps once more
             most = self.limits.max_queue * (1 if self.waiting.has(message.tenant) else 2)
             batch = self._batches[owner] = Batch(number, len(self.waiting) < most)
         return batch

@@ -295,6 +295,13 @@ def test_a_batch_is_taken_or_turned_away_as_one() -> None:
     assert [answer and answer.reason for answer in full + rest] == ["queue_full", "queue_full", None]
 
 
+def test_a_request_that_was_turned_away_finds_room_when_it_comes_again() -> None:
+    engine = Engine(max_queue=1)
+    assert [answer and answer.reason for answer in engine.put(submit(1), submit(2))] == [None, "queue_full"]
+    engine.scheduler.abort(1)
+    assert engine.put(submit(2)) == [None]
+
+
 def finishes(eos: int, **params: object) -> list[int]:
     """The finish marks of one branch whose tokens are all `eos`."""
     engine = Engine(eos_ids=frozenset([7]))
