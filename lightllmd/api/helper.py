@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 HEAD = struct.Struct("<Q")  # the length of the pickle that follows
 LIGHT, HEAVY = b"l", b"h"  # what the zygote is told with a socket
 MEMORY = 512 << 20  # bytes of address space beyond what the api worker had
-_NICE = 10  # of heavy ones: a core that an engine or an event loop needs is theirs
+_NICE = 19  # of heavy ones: a core that an engine or an event loop needs is theirs
 
 Task = Callable[..., Any]
 
