@@ -1,7 +1,7 @@
 """Whether the files that a plan was made from are still the same: what is kept of each, and how it is compared.
 
 A generation that starts again reads the model's files again. Others in their place would continue a stream with another
-model, so whoever reads them compares first. A file that only was touched, or copied back, is the same one.
+model, so each reader compares first. A file that only was touched, or copied back, is the same one.
 """
 
 from __future__ import annotations

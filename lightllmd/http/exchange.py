@@ -90,7 +90,7 @@ class Exchange:
         self.received = 0  # bytes of the body
         self.held = 0  # of them, counted in `Bodies`
         self.whole = False  # the body is complete
-        self.gone = False  # nobody gets an answer any more
+        self.gone = False  # no client gets an answer any more
         self.started = False  # status and headers are decided
         self.ended = False  # the answer is complete
         self._body = bytearray()  # not yet received by the application

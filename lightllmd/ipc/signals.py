@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-# A terminal that hangs up, timers and user signals that somebody else meant, real-time ones. Those of a fault, of a
+# A terminal that hangs up, timers and user signals that were meant for others, real-time ones. Those of a fault, of a
 # resource limit, of job control, and SIGTERM, SIGINT, SIGQUIT are none of these.
 MEANINGLESS = (
     signal.SIGHUP,

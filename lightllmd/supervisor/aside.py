@@ -1,4 +1,4 @@
-"""Work that reads files, in threads that nobody has to wait for: a network file system may answer late, or never."""
+"""Work that reads files, in threads that no caller has to wait for: a network file system may answer late, or never."""
 
 from __future__ import annotations
 

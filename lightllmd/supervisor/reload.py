@@ -246,7 +246,7 @@ class Reload:
             if api not in self._front.apis or (before is not None and api.worker.child is before):
                 continue
             yield from self._replace(api, tries=RESTORE_TRIES)
-            if api.roll_failure and given_up:  # what serves listens where nobody is to be answered any more
+            if api.roll_failure and given_up:  # what serves listens where no client is to be answered any more
                 api.renew()
                 yield from self._replaced(api)
             elif api.roll_failure:

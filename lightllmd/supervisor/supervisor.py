@@ -128,7 +128,7 @@ class Supervisor:
                 self.context.clock.advance()
                 self._apply(event)
                 self._settle()
-        except Exception as fault:  # nobody knows what state this leaves us in: a new start does
+        except Exception as fault:  # the state is unknown: a new start is sound
             self._exit_code = EXIT_FAILED
             self._report_fault("the supervisor's loop", fault)
         finally:
