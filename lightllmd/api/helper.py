@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 HEAD = struct.Struct("<Q")  # the length of the pickle that follows
 LIGHT, HEAVY = b"l", b"h"  # what the zygote is told with a socket
 MEMORY = 512 << 20  # bytes of address space beyond what the api worker had
-_NICE = 19  # of heavy ones: a core that an engine or an event loop needs is theirs
 
 Task = Callable[..., Any]
 
@@ -78,7 +77,8 @@ def _serve(tasks: Mapping[str, Task], link: socket.socket, *, heavy: bool) -> No
         file.write("1000")
     if heavy:
         gc.disable()  # it lives for one task
-        os.nice(_NICE)
+        # A core that an engine or an event loop needs is theirs at once.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
         while (request := receive(link)) is not None:
             name, seconds, arguments = pickle.loads(request)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import socket
 import sys
 import tempfile
@@ -389,6 +390,7 @@ def main() -> None:
     parser.add_argument("--key", help="an API key for those who behave")
     parser.add_argument("flags", nargs="*", help="of the daemon that is started")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # which ends the daemon, too
     chosen = [case for case in CASES if not options.only or case.name in options.only]
     rows = []
     for one in chosen:
