@@ -23,7 +23,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
-from lightllmd.api.intake import Intake
 from lightllmd.config.load import load, nearest_key
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
@@ -37,6 +36,7 @@ from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
 from lightllmd.offline_jobs import Generated, Job, Output, open_jobs
 from lightllmd.probe.facts import Request, probe
+from lightllmd.requests.intake import Intake
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.tokenizer import load_tokenizer
 

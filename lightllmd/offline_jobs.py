@@ -13,16 +13,16 @@ from typing import Any
 import msgspec
 from pydantic import Field, ValidationError
 
-from lightllmd.api import intake
-from lightllmd.api.bad_words import bad_word_ids
-from lightllmd.api.bodies import field_names
-from lightllmd.api.branch import Branch, open_branches
-from lightllmd.api.common_fields import MAX_LOGPROBS
-from lightllmd.api.errors import from_validation, shown
-from lightllmd.api.native_bodies import Parameters
-from lightllmd.api.prompt_log import PromptLog
+from lightllmd.api.dialects.common_fields import MAX_LOGPROBS
+from lightllmd.api.dialects.native_bodies import Parameters
+from lightllmd.api.web.bodies import field_names
+from lightllmd.api.web.errors import from_validation, shown
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import FINISH_ABORT, SamplingParams
+from lightllmd.requests import intake
+from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.branch import Branch, open_branches
+from lightllmd.requests.prompt_log import PromptLog
 from lightllmd.text.interface import Tokenizer
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lightllmd.api.branch import Branch
-from lightllmd.api.entry import Entry
-from lightllmd.api.ledger import Ledger, Tally
+from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.ledger import Ledger, Tally
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
     Abort,
@@ -12,6 +11,7 @@ from lightllmd.ipc.messages import (
     StepOutput,
     Submit,
 )
+from lightllmd.requests.branch import Branch
 from lightllmd.text import ByteTokenizer, StopList, StopMatcher
 
 TOKENIZER = ByteTokenizer()

@@ -11,15 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api import native, openai, probes, tokenizing
-from lightllmd.api.auth import AcceptedKeys, BearerKeys
-from lightllmd.api.bodies import Body, schemas
-from lightllmd.api.errors import MethodNotAllowed, error_response
-from lightllmd.api.ignored_fields import name_in
-from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
-from lightllmd.api.openai_bodies import ChatBody, CompletionBody
-from lightllmd.api.revisions import Revisions
-from lightllmd.api.tokenizing import DetokenizeBody, TokenizeBody
+from lightllmd.api.dialects import native, openai, probes, tokenizing
+from lightllmd.api.dialects.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
+from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody
+from lightllmd.api.dialects.tokenizing import DetokenizeBody, TokenizeBody
+from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
+from lightllmd.api.web.bodies import Body, schemas
+from lightllmd.api.web.errors import MethodNotAllowed, error_response
+from lightllmd.api.web.ignored_fields import name_in
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
 
 _BODIES: list[type[Body]] = [

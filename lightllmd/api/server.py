@@ -10,8 +10,8 @@ import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
-from lightllmd.api.auth import OPEN_PATHS
-from lightllmd.api.errors import error_body
+from lightllmd.api.web.auth import OPEN_PATHS
+from lightllmd.api.web.errors import error_body
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.http import server

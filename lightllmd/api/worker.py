@@ -11,14 +11,14 @@ from typing import Any
 
 import zmq
 
-from lightllmd.api.accounts import Accounts
 from lightllmd.api.app import build_app
-from lightllmd.api.auth import AcceptedKeys
-from lightllmd.api.frontend import FrontEnd
-from lightllmd.api.ledger import Ledger, Tally
-from lightllmd.api.link import EngineLink
-from lightllmd.api.revisions import Revisions
+from lightllmd.api.inflight.accounts import Accounts
+from lightllmd.api.inflight.frontend import FrontEnd
+from lightllmd.api.inflight.ledger import Ledger, Tally
+from lightllmd.api.inflight.link import EngineLink
+from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.server import Server
+from lightllmd.api.web.auth import AcceptedKeys
 from lightllmd.config.plan import Plan
 from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from lightllmd.api.ledger import Ledger
+from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import Worker
 from lightllmd.config.keys import Keys, digests
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings

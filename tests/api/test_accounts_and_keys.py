@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from api.frontend_harness import run, stack, until
-from lightllmd.api.auth import AcceptedKeys, BearerKeys
+from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config
 from lightllmd.errors import ConfigInvalid, RequestFailed

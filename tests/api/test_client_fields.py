@@ -10,10 +10,10 @@ import re
 import pytest
 
 from api.frontend_harness import expected, frames, run, stack
-from lightllmd.api import bodies
-from lightllmd.api.errors import naming
-from lightllmd.api.ignored_fields import IgnoredFields, listed
-from lightllmd.api.openai_bodies import ChatBody
+from lightllmd.api.dialects.openai_bodies import ChatBody
+from lightllmd.api.web import bodies
+from lightllmd.api.web.errors import naming
+from lightllmd.api.web.ignored_fields import IgnoredFields, listed
 from lightllmd.errors import InvalidRequest
 
 HI = [{"role": "user", "content": "hi"}]

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from api.frontend_harness import EOS, expected, fake_tokens, frames, run, stack
-from lightllmd.api.bad_words import bad_word_ids
 from lightllmd.errors import InvalidRequest
+from lightllmd.requests.bad_words import bad_word_ids
 from lightllmd.text import ByteTokenizer, Tokenizer
 from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.spm import BYTE, CONTROL, NORMAL, UNKNOWN, Manner, PieceModel, PieceTokenizer, converted_encoder

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from api.frontend_harness import run, until
-from lightllmd.api import helper, helpers
-from lightllmd.api.helpers import Helpers
+from lightllmd.api.helpers import pool as helpers
+from lightllmd.api.helpers import process as helper
+from lightllmd.api.helpers.pool import Helpers
 from lightllmd.errors import InvalidRequest
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from api.frontend_harness import expected, run, stack
-from lightllmd.api import helpers
+from lightllmd.api.helpers import pool as helpers
 from lightllmd.text import ChatTemplate
 
 HOSTILE = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ledger_bench import TOKENIZER, Bench
-from lightllmd.api.branch import Branch
-from lightllmd.api.ledger import Ledger
+from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestFailed
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
@@ -20,6 +19,7 @@ from lightllmd.ipc.messages import (
     StepOutput,
     Submit,
 )
+from lightllmd.requests.branch import Branch
 
 
 def test_request_goes_to_the_engine_with_a_drawn_seed_and_comes_back_whole():

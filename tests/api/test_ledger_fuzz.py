@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ledger_bench import Bench
-from lightllmd.api.entry import Entry
+from lightllmd.api.inflight.entry import Entry
 from lightllmd.engine.fake_model import fake_token
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.frontend_harness import make_plan, run, stack
-from lightllmd.api.branch import TextOptions, open_branches
-from lightllmd.api.common_fields import MAX_ALLOWED
-from lightllmd.api.encoding import Encoder
-from lightllmd.api.frontend import FrontEnd
-from lightllmd.api.intake import Intake
-from lightllmd.api.openai import asked, completion_jobs
-from lightllmd.api.openai_bodies import ChatBody, CompletionBody
-from lightllmd.api.responses import json_in_parts
+from lightllmd.api.dialects.common_fields import MAX_ALLOWED
+from lightllmd.api.dialects.openai import asked, completion_jobs
+from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody
+from lightllmd.api.inflight.frontend import FrontEnd
+from lightllmd.api.web.responses import json_in_parts
 from lightllmd.errors import InvalidRequest
+from lightllmd.requests.branch import TextOptions, open_branches
+from lightllmd.requests.encoding import Encoder
+from lightllmd.requests.intake import Intake
 from lightllmd.text import ByteTokenizer, StopList
 
 TOKENIZER = ByteTokenizer()

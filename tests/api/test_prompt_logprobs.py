@@ -8,10 +8,10 @@ import pytest
 
 from api.frontend_harness import expected, frames, run, stack
 from ledger_bench import Bench
-from lightllmd.api.entry import Entry
-from lightllmd.api.prompt_log import PromptLog
+from lightllmd.api.inflight.entry import Entry
 from lightllmd.errors import RequestFailed
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, PromptLogprobs, StepOutput
+from lightllmd.requests.prompt_log import PromptLog
 
 ALL = {"return_all_prompt_logprobs": True}
 HI = [{"role": "user", "content": "hi"}]

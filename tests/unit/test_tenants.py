@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightllmd.api.tenants import KEY, Tenants
+from lightllmd.api.web.tenants import KEY, Tenants
 from lightllmd.config.parameters import HttpSettings
 
 

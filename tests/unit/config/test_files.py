@@ -78,7 +78,7 @@ def test_a_file_that_says_it_is_empty_is_bounded_too() -> None:
 
 # Where a path is opened in another way, and why it may be.
 OPENED_OTHERWISE = {
-    "lightllmd/api/helper.py": "/proc",
+    "lightllmd/api/helpers/process.py": "/proc",
     "lightllmd/config/files.py": "the helper",
     "lightllmd/console.py": "descriptors it was given, and /dev/null",
     "lightllmd/observe/metrics.py": "its own files",

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from lightllmd.api.branch import TextOptions, open_branches
 from lightllmd.engine.reading import Reading, Readings
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.ipc.messages import FINISH_NONE, SamplingParams, TextStops
+from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.text import StopList, Tokenizer
 from unit.text.test_detokenize import KINDS
 

@@ -10,8 +10,8 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.responses import json_response, on_each
-from lightllmd.api.revisions import Revisions
+from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.web.responses import json_response, on_each
 from lightllmd.observe import metrics
 
 

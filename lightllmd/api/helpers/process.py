@@ -1,4 +1,4 @@
-"""The far side of `helpers`: processes that do what a client could make slow, huge or endless.
+"""The far side of `pool`: processes that do what a client could make slow, huge or endless.
 
 A *zygote* is forked from the api worker once its tokenizer is loaded, which the two share copy-on-write. All it does is
 fork: for each socket that it is handed, the process that serves it. Such a helper takes one task after the other. It

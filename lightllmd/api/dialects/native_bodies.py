@@ -6,9 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lightllmd.api.bodies import Body
-from lightllmd.api.branch import TextOptions
-from lightllmd.api.common_fields import (
+from lightllmd.api.dialects.common_fields import (
     MAX_COUNT,
     MAX_PENALTY,
     MAX_SEED,
@@ -17,9 +15,11 @@ from lightllmd.api.common_fields import (
     StopText,
     affordable_stops,
 )
-from lightllmd.api.errors import contradiction
+from lightllmd.api.web.bodies import Body
+from lightllmd.api.web.errors import contradiction
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.branch import TextOptions
 from lightllmd.text.stop import MAX_STOPS, StopList
 
 DEFAULT_MAX_NEW_TOKENS = 16

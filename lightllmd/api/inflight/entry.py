@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from lightllmd.api.branch import Branch
-from lightllmd.api.prompt_log import PromptLog
 from lightllmd.errors import RequestError
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.branch import Branch
+from lightllmd.requests.prompt_log import PromptLog
 
-if TYPE_CHECKING:
-    from lightllmd.api.ledger import Ledger
+
+class Owner(Protocol):
+    """The ledger that an entry is in."""
+
+    @property
+    def connected(self) -> bool:
+        """To an engine."""
+
+    def cancel(self, entry: Entry) -> None:
+        """The client is gone. Nothing happens to an entry that has ended."""
 
 
 class Entry:
@@ -48,7 +56,7 @@ class Entry:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Owner,
         request: int,
         prompt_ids: list[int],
         params: SamplingParams,

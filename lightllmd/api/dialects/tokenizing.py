@@ -10,15 +10,15 @@ from pydantic import AfterValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api import bodies
-from lightllmd.api.bodies import Body
-from lightllmd.api.common_fields import Count, packed
-from lightllmd.api.errors import contradiction
-from lightllmd.api.frontend import FrontEnd
-from lightllmd.api.ignored_fields import NamingRoute
-from lightllmd.api.openai_bodies import Conversation, Messages
-from lightllmd.api.responses import encoded_response, json_response
-from lightllmd.api.revisions import Revisions
+from lightllmd.api.dialects.common_fields import Count, packed
+from lightllmd.api.dialects.openai_bodies import Conversation, Messages
+from lightllmd.api.inflight.frontend import FrontEnd
+from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.web import bodies
+from lightllmd.api.web.bodies import Body
+from lightllmd.api.web.errors import contradiction
+from lightllmd.api.web.ignored_fields import NamingRoute
+from lightllmd.api.web.responses import encoded_response, json_response
 
 
 class TokenizeBody(Conversation):

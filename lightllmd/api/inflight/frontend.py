@@ -11,22 +11,22 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.types import Scope
 
-from lightllmd.api import bodies
-from lightllmd.api.accounts import Accounts
-from lightllmd.api.bad_words import bad_word_ids
-from lightllmd.api.bodies import Body
-from lightllmd.api.branch import TextOptions, open_branches
-from lightllmd.api.encoding import Encoder
-from lightllmd.api.entry import Entry
-from lightllmd.api.helper import Task
-from lightllmd.api.helpers import Helpers
-from lightllmd.api.intake import Intake, Job
-from lightllmd.api.ledger import Ledger
-from lightllmd.api.reply import Pending, Signal
-from lightllmd.api.tenants import Tenants
-from lightllmd.api.token_views import TokenViews
+from lightllmd.api.dialects.token_views import TokenViews
+from lightllmd.api.helpers.pool import Helpers
+from lightllmd.api.helpers.process import Task
+from lightllmd.api.inflight.accounts import Accounts
+from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.ledger import Ledger
+from lightllmd.api.inflight.reply import Pending, Signal
+from lightllmd.api.web import bodies
+from lightllmd.api.web.bodies import Body
+from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.branch import TextOptions, open_branches
+from lightllmd.requests.encoding import Encoder
+from lightllmd.requests.intake import Intake, Job
 from lightllmd.text.interface import Tokenizer
 
 _INLINE = 16 << 10  # characters or numbers; done with in a few milliseconds

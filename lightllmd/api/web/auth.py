@@ -7,8 +7,8 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lightllmd.api.errors import error_response
-from lightllmd.api.tenants import KEY
+from lightllmd.api.web.errors import error_response
+from lightllmd.api.web.tenants import KEY
 from lightllmd.config.keys import Keys
 from lightllmd.errors import Unauthorized
 

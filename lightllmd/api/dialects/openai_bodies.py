@@ -10,8 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from pydantic import AfterValidator, Field, model_validator
 
-from lightllmd.api.bodies import Body
-from lightllmd.api.common_fields import (
+from lightllmd.api.dialects.common_fields import (
     MAX_COUNT,
     MAX_LOGPROBS,
     MAX_PENALTY,
@@ -22,7 +21,8 @@ from lightllmd.api.common_fields import (
     affordable_stops,
     packed,
 )
-from lightllmd.api.errors import contradiction
+from lightllmd.api.web.bodies import Body
+from lightllmd.api.web.errors import contradiction
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.stop import MAX_STOPS

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lightllmd.api.branch import TextOptions
-from lightllmd.api.limits import Limits
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.branch import TextOptions
+from lightllmd.requests.limits import Limits
 from lightllmd.text.healing import roll_back
 from lightllmd.text.interface import Tokenizer
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, mod
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
-from lightllmd.api.errors import from_validation
-from lightllmd.api.ignored_fields import IgnoredFields
+from lightllmd.api.web.errors import from_validation
+from lightllmd.api.web.ignored_fields import IgnoredFields
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import BodyTooLarge, ClientClosed, InvalidRequest
 from lightllmd.http.exchange import release_body

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from lightllmd import errors
-from lightllmd.api.helper import HEAD, HEAVY, LIGHT, MEMORY, Task, zygote
+from lightllmd.api.helpers.process import HEAD, HEAVY, LIGHT, MEMORY, Task, zygote
 from lightllmd.errors import InvalidRequest, LightllmdError, NotReady
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from starlette.responses import Response
 from starlette.types import Receive
 
-from lightllmd.api.accounts import Accounts
-from lightllmd.api.errors import shown
-from lightllmd.api.frontend import FrontEnd
-from lightllmd.api.gate import Gate
-from lightllmd.api.ledger import Tally
-from lightllmd.api.reply import EventStream, LateStream
+from lightllmd.api.inflight.accounts import Accounts
+from lightllmd.api.inflight.frontend import FrontEnd
+from lightllmd.api.inflight.gate import Gate
+from lightllmd.api.inflight.ledger import Tally
+from lightllmd.api.inflight.reply import EventStream, LateStream
+from lightllmd.api.web.errors import shown
 from lightllmd.config.plan import Plan, decode_plan
 from lightllmd.errors import NotFound, NotReady, RequestError
 from lightllmd.ipc.messages import EngineDown, EngineUp, Health

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightllmd.api.entry import Entry
+from lightllmd.api.inflight.entry import Entry
 from lightllmd.errors import ClientClosed
 from lightllmd.observe.metrics import ApiMetrics
 

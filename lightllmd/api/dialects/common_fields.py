@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lightllmd.api.bodies import MAX_FIELDS, Body
-from lightllmd.api.errors import shown
+from lightllmd.api.web.bodies import MAX_FIELDS, Body
+from lightllmd.api.web.errors import shown
 from lightllmd.text.stop import MAX_STOP_LENGTH, MAX_STOP_TOTAL
 
 MAX_SEED = 2**63 - 1

@@ -15,21 +15,30 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api import bodies
-from lightllmd.api.branch import TextOptions
-from lightllmd.api.choices import ChatShape, Choice, Chunks, CompletionShape, Details, PromptText, Shape, error_frame
-from lightllmd.api.common_fields import MAX_COUNT
-from lightllmd.api.errors import naming
-from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
-from lightllmd.api.ignored_fields import NamingRoute
-from lightllmd.api.intake import Job
-from lightllmd.api.limits import Ids
-from lightllmd.api.openai_bodies import ChatBody, CompletionBody, OpenAIBody
-from lightllmd.api.reply import EventStream, Pending
-from lightllmd.api.responses import encoded_response, json_in_parts, json_response
-from lightllmd.api.revisions import Revisions
+from lightllmd.api.dialects.choices import (
+    ChatShape,
+    Choice,
+    Chunks,
+    CompletionShape,
+    Details,
+    PromptText,
+    Shape,
+    error_frame,
+)
+from lightllmd.api.dialects.common_fields import MAX_COUNT
+from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from lightllmd.api.inflight.frontend import STOP_COST, FrontEnd, off_loop
+from lightllmd.api.inflight.reply import EventStream, Pending
+from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.web import bodies
+from lightllmd.api.web.errors import naming
+from lightllmd.api.web.ignored_fields import NamingRoute
+from lightllmd.api.web.responses import encoded_response, json_in_parts, json_response
 from lightllmd.errors import InvalidRequest, NotFound
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.branch import TextOptions
+from lightllmd.requests.intake import Job
+from lightllmd.requests.limits import Ids
 from lightllmd.text.offsets import begins, token_offsets
 from lightllmd.text.stop import StopList
 

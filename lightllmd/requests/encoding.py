@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from lightllmd.api.limits import Limits
+from lightllmd.requests.limits import Limits
 from lightllmd.text.interface import Tokenizer
 
 _FIRST_LOOK = 1 << 16  # characters of a long text that are tokenised to see whether all of it may fit

@@ -6,8 +6,8 @@ from array import array
 
 import msgspec
 
-from lightllmd.api.limits import Limits
 from lightllmd.errors import InvalidRequest
+from lightllmd.requests.limits import Limits
 from lightllmd.text.interface import Tokenizer
 
 _MOST_CHARACTERS = 64 << 20  # of a text that ids stand for: each may have a hundred

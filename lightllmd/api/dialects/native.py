@@ -13,17 +13,17 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api import bodies
-from lightllmd.api.branch import Branch
-from lightllmd.api.entry import Entry
-from lightllmd.api.frontend import STOP_COST, FrontEnd, off_loop
-from lightllmd.api.ignored_fields import NamingRoute
-from lightllmd.api.intake import Job
-from lightllmd.api.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
-from lightllmd.api.reply import EventStream, Pending
-from lightllmd.api.responses import encoded_response, json_in_parts, json_response, on_each
-from lightllmd.api.revisions import Revisions
+from lightllmd.api.dialects.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
+from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.frontend import STOP_COST, FrontEnd, off_loop
+from lightllmd.api.inflight.reply import EventStream, Pending
+from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.web import bodies
+from lightllmd.api.web.ignored_fields import NamingRoute
+from lightllmd.api.web.responses import encoded_response, json_in_parts, json_response, on_each
 from lightllmd.errors import InvalidRequest, RequestError
+from lightllmd.requests.branch import Branch
+from lightllmd.requests.intake import Job
 
 _json = msgspec.json.Encoder()
 

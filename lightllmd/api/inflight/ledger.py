@@ -20,11 +20,11 @@ from typing import Protocol
 
 import msgspec
 
-from lightllmd.api.branch import Branch
-from lightllmd.api.entry import Entry
+from lightllmd.api.inflight.entry import Entry
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, SamplingParams, StepOutput, Submit
+from lightllmd.requests.branch import Branch
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.api.branch import Branch
-from lightllmd.api.entry import Entry
-from lightllmd.api.errors import openai_error
-from lightllmd.api.openai_bodies import UsageTold
-from lightllmd.api.prompt_log import FLOOR, Alternatives
-from lightllmd.api.reply import DONE
+from lightllmd.api.dialects.openai_bodies import UsageTold
+from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.reply import DONE
+from lightllmd.api.web.errors import openai_error
 from lightllmd.errors import RequestError
+from lightllmd.requests.branch import Branch
+from lightllmd.requests.prompt_log import FLOOR, Alternatives
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.offsets import begins
 

@@ -9,9 +9,9 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from lightllmd.api.entry import Entry
-from lightllmd.api.errors import error_response
-from lightllmd.api.ignored_fields import name_in
+from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.web.errors import error_response
+from lightllmd.api.web.ignored_fields import name_in
 from lightllmd.errors import ClientClosed, RequestError
 
 HELD = b": held\n\n"  # SSE comments: they keep proxies and clients from giving up

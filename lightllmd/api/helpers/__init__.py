@@ -1,0 +1,1 @@
+"""Processes that do what a client could make slow, huge or endless."""

@@ -1,0 +1,1 @@
+"""What all routes share: reading bodies, answering, errors, API keys."""
