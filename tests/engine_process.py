@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightllmd.config.parameters import Config, EngineSettings, FakeSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import bus, channel, flight_record, messages
 from lightllmd.ipc.messages import Heartbeat, Load, SamplingParams, StepOutput, Submit
 

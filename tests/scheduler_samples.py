@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.batch import Step
-from lightllmd.engine.constraint import Constraints
-from lightllmd.engine.fake import FakeRunner
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.runners.fake import FakeRunner
+from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.step import Step
 from lightllmd.ipc.messages import SamplingParams, StepOutput, Submit
 
 DEFAULTS = {

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
-from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
-from lightllmd.engine.device_runner import DeviceRunner
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.step import Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

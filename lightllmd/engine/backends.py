@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine import cache, fake, openmp
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.batch import Runner
-from lightllmd.engine.constraint import Constraints
-from lightllmd.engine.reading import Readings
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine import kernel_cache, openmp
+from lightllmd.engine.runners import fake
+from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.hypothesis_text import Readings
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.step import Runner
 from lightllmd.text.healing import writable
 from lightllmd.text.tokenizer import load_tokenizer
 
@@ -18,12 +19,12 @@ def runner_for(plan: Plan) -> Runner:
     if plan.config.engine.backend == "fake":
         return fake.FakeRunner(plan.config.engine.fake)
     if plan.device.kind == "cuda":
-        cache.settle(plan)
-        from lightllmd.engine.device_runner import DeviceRunner
+        kernel_cache.settle(plan)
+        from lightllmd.engine.runners.gpu import DeviceRunner
 
         return DeviceRunner()
     openmp.settle()
-    from lightllmd.engine.runner import TorchRunner
+    from lightllmd.engine.runners.cpu import TorchRunner
 
     return TorchRunner()
 

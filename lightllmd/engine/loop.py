@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from lightllmd.engine.batch import Runner, Step
-from lightllmd.engine.request import Owner
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.scheduling.sequence import Owner
+from lightllmd.engine.step import Runner, Step
 from lightllmd.ipc.messages import StepOutput
 
 

@@ -19,11 +19,11 @@ import zmq
 from lightllmd import errors
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
-from lightllmd.engine import fake
 from lightllmd.engine.backends import runner_for, scheduler_for
-from lightllmd.engine.batch import Row, Runner, Step
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.request import SELF, Owner
+from lightllmd.engine.runners import fake
+from lightllmd.engine.scheduling.sequence import SELF, Owner
+from lightllmd.engine.step import Row, Runner, Step
 from lightllmd.ipc import messages
 from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.channel import Channel

@@ -38,8 +38,8 @@ def _unreported(doing: str, fault: BaseException) -> None:
 
 # What takes an engine long to import. None of it touches a device, nor imports prometheus_client, which has to be
 # configured before.
-GPU_IMPORTS = ("lightllmd.engine.device_runner", "lightllmd.kernels.fused")
-CPU_IMPORTS = ("lightllmd.engine.runner", "lightllmd.kernels.eager", "lightllmd.weights.gguf")
+GPU_IMPORTS = ("lightllmd.engine.runners.gpu", "lightllmd.kernels.fused")
+CPU_IMPORTS = ("lightllmd.engine.runners.cpu", "lightllmd.kernels.eager", "lightllmd.weights.gguf")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightllmd.api.worker import Worker
 from lightllmd.config.keys import Keys, digests
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import channel, messages
 from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP

@@ -8,7 +8,7 @@ import pytest
 
 from ledger_bench import Bench
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
     FINISH_LENGTH,

@@ -15,7 +15,7 @@ import pytest
 from api.frontend_harness import Stack, expected, frames, make_plan, run, stack, until
 from lightllmd.api import worker
 from lightllmd.config.plan import ModelFacts, encode_plan
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import messages
 from lightllmd.text import load_tokenizer
 

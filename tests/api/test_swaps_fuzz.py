@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from api.frontend_harness import ScriptedEngine, Stack, expected, fake_tokens, frames, make_plan, run, stack, until
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import messages
 
 CLIENTS = 8

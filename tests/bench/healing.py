@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cut_words import CUT_WORDS
 from lightllmd import LLM
-from lightllmd.engine.constraint import Constraints
+from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.offline import Output
 from lightllmd.text.healing import roll_back, writable

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lightllmd.engine.batch import Runner, Step
+from lightllmd.engine.step import Runner, Step
 
 SHOWN = 30  # kernels
 

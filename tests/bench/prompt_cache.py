@@ -38,7 +38,7 @@ from works import Host
 from engine import commit_of, numbers, problems_told
 from lightllmctl.workload import draw_ids
 from lightllmd import LLM
-from lightllmd.engine.batch import Row, SamplingRow, Step, no_decode
+from lightllmd.engine.step import Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
 GOAL = 1.15  # warm, in units of behind

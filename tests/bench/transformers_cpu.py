@@ -34,9 +34,9 @@ from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Plan
 from lightllmd.config.resolve import resolve
 from lightllmd.engine import openmp
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.runner import TorchRunner
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
 from lightllmd.probe.facts import Request, probe
 from transformers_gguf import load_gguf

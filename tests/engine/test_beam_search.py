@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllmd import LLM
-from lightllmd.engine.beam import BeamSearch, Hypothesis
+from lightllmd.engine.scheduling.beam_search import BeamSearch, Hypothesis
 from model_folders import TOKENIZER
 from tiny_models import transformers_model, write_model
 

@@ -17,7 +17,7 @@ import torch
 from lightllmd import errors
 from lightllmd.config.plan import encode_plan
 from lightllmd.config.stamps import stamp
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
 from lightllmd.errors import ModelChanged, WeightsInvalid
 from lightllmd.ipc import channel, flight_record, messages
 from lightllmd.models.families import family_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
 from lightllmd.errors import ConfigInvalid, WeightsInvalid
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from tiny_models import Driver, load, plan_for, write_model, write_tensors

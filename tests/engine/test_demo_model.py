@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.runner import TorchRunner
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
 from tiny_models import plan_for
 from transformers_gguf import load_gguf

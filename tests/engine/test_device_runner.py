@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import torch
 
-from lightllmd.engine.batch import DecodeRows, Row, Step, StepResult
-from lightllmd.engine.device_runner import DeviceRunner
-from lightllmd.engine.shapes import Shapes
+from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.step_shapes import Shapes
+from lightllmd.engine.step import DecodeRows, Row, Step, StepResult
 from lightllmd.errors import NoUsableDevice
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, transformers_model, write_model

@@ -12,10 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lightllmd.engine import device_sampler
-from lightllmd.engine.batch import SamplingRow
-from lightllmd.engine.device_sampler import DeviceSampler
-from lightllmd.engine.sampler import Sampler
+from lightllmd.engine.sampling import gpu_sampler as device_sampler
+from lightllmd.engine.sampling.cpu_sampler import Sampler
+from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
+from lightllmd.engine.step import SamplingRow
 from lightllmd.ipc.messages import SamplingParams
 
 # numpy, which interprets, tells of each infinity that is dealt with later.

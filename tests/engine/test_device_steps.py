@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightllmd.config.bounds import NAMED_ROWS
-from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
-from lightllmd.engine.device_runner import DeviceRunner
-from lightllmd.engine.runner import TorchRunner
-from lightllmd.engine.shapes import Shape, Shapes, places
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.step_shapes import Shape, Shapes, places
+from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import fused, split_prefill
 from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, write_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightllmd.config.shape import Shape
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
 from lightllmd.models.families import FAMILIES, family_of
 from lightllmd.probe.model import model_facts
 from lightllmd.weights import dummy

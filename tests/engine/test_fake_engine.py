@@ -13,7 +13,7 @@ import pytest
 
 from engine_process import PATIENCE, Connect, EngineProcess, Start, expected
 from lightllmd import errors
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import Failed, Load, StepOutput
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lightllmd import LLM
 from lightllmd.config.features import FEATURES, Feature, pairs
-from lightllmd.engine.batch import Step
+from lightllmd.engine.step import Step
 from lightllmd.offline_jobs import Output
 from tiny_models import write_model
 

@@ -21,7 +21,7 @@ import torch
 
 from harness import Daemon
 from lightllmd import LLM
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, OutOfMemory
 from model_folders import TOKENIZER
 from tiny_models import BASE, transformers_model, write_model

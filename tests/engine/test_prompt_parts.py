@@ -10,8 +10,8 @@ import torch
 
 from lightllmd.config import bounds
 from lightllmd.config.bounds import LOGIT_ROWS
-from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import eager
 from tiny_models import VARIANTS, Driver, load, write_model

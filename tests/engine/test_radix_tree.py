@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lightllmd.engine.radix_tree import Node, RadixTree
-from lightllmd.engine.slots import Slots
+from lightllmd.engine.kv_cache.radix_tree import Node, RadixTree
+from lightllmd.engine.kv_cache.slots import Slots
 
 LONG = 100_000  # tokens
 

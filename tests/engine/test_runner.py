@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW
-from lightllmd.engine.batch import Row, Step
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.step import Row, Step
 from lightllmd.errors import OutOfMemory
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import Driver, load, plan_for, write_model

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightllmd.engine.batch import SamplingRow
-from lightllmd.engine.sampler import Sampler, draw
+from lightllmd.engine.sampling.cpu_sampler import Sampler, draw
+from lightllmd.engine.step import SamplingRow
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels.philox import gumbel
 

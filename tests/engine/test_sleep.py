@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllmd.engine.device_runner import DeviceRunner
-from lightllmd.engine.runner import TorchRunner
+from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.gpu import DeviceRunner
 from lightllmd.errors import WeightsInvalid
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.weights import host_copy, staged

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from lightllmd.engine.slots import MOST_REFERENCES, Slots
+from lightllmd.engine.kv_cache.slots import MOST_REFERENCES, Slots
 
 
 def test_shared_slot_is_free_after_its_last_release_only() -> None:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import SamplingRow
-from lightllmd.engine.device_sampler import DeviceSampler
+from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
+from lightllmd.engine.step import SamplingRow
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import split_prefill
 from lightllmd.kernels.activation import gated

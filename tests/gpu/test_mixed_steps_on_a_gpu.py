@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step
-from lightllmd.engine.device_runner import DeviceRunner
+from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import Driver, load_on_device
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import DecodeRows, Step, StepResult
-from lightllmd.engine.device_runner import DeviceRunner
+from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.step import DecodeRows, Step, StepResult
 from tiny_models import Driver, plan_for
 from transformers_gguf import load_gguf
 

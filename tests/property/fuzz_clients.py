@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightllmd.engine.fake_model import fake_target, fake_target_alternatives
+from lightllmd.engine.runners.fake_model import fake_target, fake_target_alternatives
 from lightllmd.ipc.messages import PromptLogprobs, SamplingParams, StepOutput, Submit
 from property.fuzz_device import Branch
 from property.fuzz_reference import Output, finishes, outputs

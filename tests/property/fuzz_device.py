@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.batch import Row, Step, StepResult
-from lightllmd.engine.fake import FakeRunner
+from lightllmd.engine.runners.fake import FakeRunner
+from lightllmd.engine.step import Row, Step, StepResult
 
 Branch = tuple[int, int]  # (request, its branch)
 NOTHING = 0  # the key of no tokens, and of a slot that was never written

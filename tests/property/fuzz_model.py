@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.batch import Row, Step
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.request import SELF, Sequence, State
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.scheduling.sequence import SELF, Sequence, State
+from lightllmd.engine.step import Row, Step
 from lightllmd.ipc.messages import SamplingParams
 from property.fuzz_clients import Clients, Ledger
 from property.fuzz_device import Branch, Device

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightllmd.engine.batch import Alternatives
-from lightllmd.engine.beam import MOST_CANDIDATES
-from lightllmd.engine.constraint import Constraints
-from lightllmd.engine.fake_model import fake_alternatives, fake_token
-from lightllmd.engine.reading import Reading, Readings
+from lightllmd.engine.runners.fake_model import fake_alternatives, fake_token
+from lightllmd.engine.scheduling.beam_search import MOST_CANDIDATES
+from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.hypothesis_text import Reading, Readings
+from lightllmd.engine.step import Alternatives
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SamplingParams
 from lightllmd.text import ByteTokenizer
 
@@ -59,7 +59,7 @@ def _drawn(prompt: list[int], params: SamplingParams, branch: int) -> Output:
 
 
 def _searched(prompt: list[int], params: SamplingParams) -> list[Output]:
-    """The rules that engine/beam.py states, as lists of beams."""
+    """The rules that engine/scheduling/beam_search.py states, as lists of beams."""
     width, ends = params.n, set() if params.ignore_eos else {EOS}
     count = max(2, 1 + len(ends)) * width if params.stops is None else MOST_CANDIDATES
     live: list[_Beam] = [(0.0, [], [], READINGS.open(prompt, params))]

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lightllmd.engine.radix_tree import Node, RadixTree
-from lightllmd.engine.slots import Slots
+from lightllmd.engine.kv_cache.radix_tree import Node, RadixTree
+from lightllmd.engine.kv_cache.slots import Slots
 
 OPERATIONS = 500_000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 20_000
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))

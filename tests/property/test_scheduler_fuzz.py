@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lightllmd.engine import key_values, scheduler
-from lightllmd.engine.admission import Limits
-from lightllmd.engine.slots import Slots
+from lightllmd.engine.kv_cache import manager as key_values
+from lightllmd.engine.kv_cache.slots import Slots
+from lightllmd.engine.scheduling import scheduler
+from lightllmd.engine.scheduling.admission import Limits
 from lightllmd.ipc.messages import SamplingParams, TextStops
 from property.fuzz_clients import APIS
 from property.fuzz_model import Model

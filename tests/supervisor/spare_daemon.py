@@ -14,7 +14,7 @@ from lightllmd.supervisor.supervisor import main
 
 class Spares(Commands):
     def early(self, plan: Plan) -> Sequence[str]:
-        return [os.environ.get("SPARE_IMPORTS", "lightllmd.engine.scheduler")]
+        return [os.environ.get("SPARE_IMPORTS", "lightllmd.engine.scheduling.scheduler")]
 
     def engine(
         self, channel_fd: int, flight_fd: int, early: Sequence[str] = (), context_on: str | None = None

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from harness import Daemon, Killer, generate_stream, run, wait_for
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 
 STREAMS = 64
 OVERLAP = ("--engine.fake.overlap", "true")

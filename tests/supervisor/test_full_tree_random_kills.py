@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from harness import Daemon, SpareDaemon, generate_stream, run, wait_for
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 
 KILLS = 1000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 50
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))

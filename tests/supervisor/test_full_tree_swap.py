@@ -34,7 +34,7 @@ from closed_loop import (
     wait_for_phase,
 )
 from harness import Daemon, run, stream_frames, wait_for
-from lightllmd.engine.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from swap_models import write_fake_models
 
 LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))

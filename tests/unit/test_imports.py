@@ -44,8 +44,8 @@ def test_every_room_has_a_border() -> None:
         "lightllmd.weights.headers",
         "lightllmd.probe.__main__",
         "lightllmd.engine.worker",
-        "lightllmd.engine.scheduler",
-        "lightllmd.engine.fake",
+        "lightllmd.engine.scheduling.scheduler",
+        "lightllmd.engine.runners.fake",
         "lightllmctl.__main__",
     ],
 )

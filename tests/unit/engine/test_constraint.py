@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightllmd.engine.constraint import Constraint, Constraints
+from lightllmd.engine.scheduling.constraint import Constraint, Constraints
 from lightllmd.ipc.messages import SamplingParams
 
 EOS = 2

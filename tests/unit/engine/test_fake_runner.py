@@ -8,9 +8,9 @@ import random
 import pytest
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.batch import Alternatives, DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
-from lightllmd.engine.fake import FakeRunner
-from lightllmd.engine.fake_model import fake_alternatives, fake_target, fake_target_alternatives, fake_token
+from lightllmd.engine.runners.fake import FakeRunner
+from lightllmd.engine.runners.fake_model import fake_alternatives, fake_target, fake_target_alternatives, fake_token
+from lightllmd.engine.step import Alternatives, DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
 PROMPT = [72, 101, 108, 108, 111, 300]

@@ -12,7 +12,7 @@ import pytest
 
 from lightllmd.config.parameters import Config, EngineSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan
-from lightllmd.engine import cache
+from lightllmd.engine import kernel_cache
 
 CARD = "NVIDIA H100 80GB HBM3"
 
@@ -39,7 +39,7 @@ def plan(kind: str = "cuda", backend: str = "torch") -> Plan:
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(cache.VARIABLE, "")
+    monkeypatch.setenv(kernel_cache.VARIABLE, "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -57,16 +57,16 @@ def test_the_cache_is_systemds_else_the_users(
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value.format(tmp_path, tmp_path))
-    cache.settle(plan())
-    folder = Path(os.environ[cache.VARIABLE])
-    assert folder == tmp_path / root / "kernels" / cache.key(CARD)
+    kernel_cache.settle(plan())
+    folder = Path(os.environ[kernel_cache.VARIABLE])
+    assert folder == tmp_path / root / "kernels" / kernel_cache.key(CARD)
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_folder_carries_versions_and_card(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"triton": "3.6.0", "torch": "2.11.0+cu130"}
-    monkeypatch.setattr(cache.metadata, "version", versions.__getitem__)
-    assert cache.key(CARD) == "3.6.0-2.11.0+cu130-nvidia-h100-80gb-hbm3"
+    monkeypatch.setattr(kernel_cache.metadata, "version", versions.__getitem__)
+    assert kernel_cache.key(CARD) == "3.6.0-2.11.0+cu130-nvidia-h100-80gb-hbm3"
 
 
 def test_a_cache_that_cant_be_written_is_replaced_and_told(
@@ -74,10 +74,10 @@ def test_a_cache_that_cant_be_written_is_replaced_and_told(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "file"))
-    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kernel_cache.tempfile, "tempdir", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        cache.settle(plan())
-    folder = Path(os.environ[cache.VARIABLE])
+        kernel_cache.settle(plan())
+    folder = Path(os.environ[kernel_cache.VARIABLE])
     assert folder.parent == tmp_path
     assert folder.is_dir()
     assert "compiles them again" in caplog.text
@@ -85,14 +85,14 @@ def test_a_cache_that_cant_be_written_is_replaced_and_told(
 
 def test_what_the_operator_set_stays_and_a_cpu_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for other in (plan("cpu"), plan(backend="fake")):
-        cache.settle(other)
-        assert not os.environ[cache.VARIABLE]
-    monkeypatch.setenv(cache.VARIABLE, "/elsewhere")
-    cache.settle(plan())
-    assert os.environ[cache.VARIABLE] == "/elsewhere"
+        kernel_cache.settle(other)
+        assert not os.environ[kernel_cache.VARIABLE]
+    monkeypatch.setenv(kernel_cache.VARIABLE, "/elsewhere")
+    kernel_cache.settle(plan())
+    assert os.environ[kernel_cache.VARIABLE] == "/elsewhere"
 
 
 def test_it_comes_before_torch_and_triton() -> None:
-    probe = "import sys, lightllmd.engine.cache; print(sorted({'torch', 'triton'} & set(sys.modules)))"
+    probe = "import sys, lightllmd.engine.kernel_cache; print(sorted({'torch', 'triton'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert result.stdout == "[]\n", result.stderr

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightllmd.engine.reading import Reading, Readings
+from lightllmd.engine.scheduling.hypothesis_text import Reading, Readings
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.ipc.messages import FINISH_NONE, SamplingParams, TextStops
 from lightllmd.requests.branch import TextOptions, open_branches

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from prometheus_client import generate_latest
 
-from lightllmd.engine.batch import Kind
+from lightllmd.engine.step import Kind
 from lightllmd.observe.log import ChildFormatter
 from lightllmd.observe.metrics import _ROOM, ApiMetrics, EngineMetrics, render
 from lightllmd.observe.stats import Statistics

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.fake import FakeRunner
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.runners.fake import FakeRunner
+from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import Submit
 from scheduler_samples import limits, submit
 

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from lightllmd.engine.fair_queue import FairQueue
-from lightllmd.engine.request import Sequence, sequences_of
+from lightllmd.engine.scheduling.fair_queue import FairQueue
+from lightllmd.engine.scheduling.sequence import Sequence, sequences_of
 from scheduler_samples import Steps, submit
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lightllmd.engine.admission import Admission
-from lightllmd.engine.batch import Step
-from lightllmd.engine.constraint import Constraints
-from lightllmd.engine.request import Sequence, sequences_of
+from lightllmd.engine.scheduling.admission import Admission
+from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.sequence import Sequence, sequences_of
+from lightllmd.engine.step import Step
 from lightllmd.ipc.messages import Submit
 from scheduler_samples import Steps, limits, submit
 

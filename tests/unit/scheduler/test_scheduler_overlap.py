@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from lightllmd.engine.batch import Step, StepResult
-from lightllmd.engine.request import State
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.scheduling.sequence import State
+from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput, Submit
 from scheduler_samples import limits, submit
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.admission import Admission
-from lightllmd.engine.batch import Step, StepResult
-from lightllmd.engine.fake import FakeRunner
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.request import SELF, Sequence, sequences_of
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.runners.fake import FakeRunner
+from lightllmd.engine.scheduling.admission import Admission
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.scheduling.sequence import SELF, Sequence, sequences_of
+from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
     FINISH_LENGTH,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightllmd.engine.batch import Row, Step
+from lightllmd.engine.step import Row, Step
 from scheduler_samples import Steps, submit
 
 COMMON = list(range(1, 101))

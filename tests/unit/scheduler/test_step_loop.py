@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.engine.batch import Step, StepResult
-from lightllmd.engine.fake import FakeRunner
-from lightllmd.engine.fake_model import fake_token
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.scheduler import Scheduler
+from lightllmd.engine.runners.fake import FakeRunner
+from lightllmd.engine.runners.fake_model import fake_token
+from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.step import Step, StepResult
 from scheduler_samples import limits, submit
 
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from lightllmd.engine.batch import Alternatives, Candidate
+from lightllmd.engine.step import Alternatives, Candidate
 
 MOST_CANDIDATES = 64  # that a row can report
 
 
 class Reading(Protocol):
-    """The text of a hypothesis. See `engine.reading`."""
+    """The text of a hypothesis. See `engine.scheduling.hypothesis_text`."""
 
     @property
     def stopped(self) -> bool: ...

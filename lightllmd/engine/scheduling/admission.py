@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine.request import Sequence, State
+from lightllmd.engine.scheduling.sequence import Sequence, State
 
 
 class Limits(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from lightllmd.engine.request import Sequence
+from lightllmd.engine.scheduling.sequence import Sequence
 
 _Key = tuple[float, tuple[int, int, int]]  # (virtual time once it is admitted, the sequence's order)
 _SPARE = 64  # entries that are kept beyond what is needed, before anything is cleaned up

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-from lightllmd.engine.batch import Alternatives
+from lightllmd.engine.step import Alternatives
 
 EMPTY = 0  # the key of a history without tokens
 _FIRST, _COUNT = 32, 95  # printable ASCII

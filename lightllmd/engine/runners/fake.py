@@ -17,8 +17,7 @@ from typing import NamedTuple, NoReturn
 from lightllmd.config.files import read_bytes
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import Row, SamplingRow, Step, StepResult, TargetLogprobs
-from lightllmd.engine.fake_model import (
+from lightllmd.engine.runners.fake_model import (
     EMPTY,
     allowed_bits,
     branch_key,
@@ -29,6 +28,7 @@ from lightllmd.engine.fake_model import (
     ranking,
     token_at,
 )
+from lightllmd.engine.step import Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
 
 _LAG = 0.02  # seconds that a late loop may catch up

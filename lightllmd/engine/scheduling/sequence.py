@@ -8,9 +8,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllmd.engine.beam import BeamSearch, Reading
-from lightllmd.engine.constraint import Constraint
-from lightllmd.engine.radix_tree import Node
+from lightllmd.engine.kv_cache.radix_tree import Node
+from lightllmd.engine.scheduling.beam_search import BeamSearch, Reading
+from lightllmd.engine.scheduling.constraint import Constraint
 from lightllmd.ipc.messages import SamplingParams, Submit
 
 Owner = tuple[int, int]  # (api worker, its epoch)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import DecodeRows, Row, SamplingRow, Step, no_decode
-from lightllmd.engine.device_sampler import MOST_CANDIDATES
+from lightllmd.engine.sampling.gpu_sampler import MOST_CANDIDATES
+from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
 PLAIN = SamplingParams()

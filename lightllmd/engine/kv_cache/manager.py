@@ -7,9 +7,9 @@ owner unless sequences of one request have a past in common (twins, beams), whic
 
 from __future__ import annotations
 
-from lightllmd.engine.radix_tree import Node, RadixTree
-from lightllmd.engine.request import Sequence
-from lightllmd.engine.slots import Slots
+from lightllmd.engine.kv_cache.radix_tree import Node, RadixTree
+from lightllmd.engine.kv_cache.slots import Slots
+from lightllmd.engine.scheduling.sequence import Sequence
 
 # Tokens that another sequence computes in the step that is made now, and that are worth waiting for.
 WORTH_WAITING = 64

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import Alternatives, Candidate, SamplingRow
+from lightllmd.engine.step import Alternatives, Candidate, SamplingRow
 from lightllmd.kernels.philox import gumbel
 
 LOGIT_MOST = 1e30  # a larger one would leave fp32, and infinite logits have no probabilities

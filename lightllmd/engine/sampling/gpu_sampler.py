@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import Alternatives, Candidate, SamplingRow
-from lightllmd.engine.sampler import GREEDY_BELOW
-from lightllmd.engine.staging import send
+from lightllmd.engine.runners.transfers import send
+from lightllmd.engine.sampling.cpu_sampler import GREEDY_BELOW
+from lightllmd.engine.step import Alternatives, Candidate, SamplingRow
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import sampling
 

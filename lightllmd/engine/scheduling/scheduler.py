@@ -25,16 +25,16 @@ from bisect import insort
 from collections import Counter, deque
 from typing import NamedTuple
 
-from lightllmd.engine import beams
-from lightllmd.engine.admission import Admission, Limits
-from lightllmd.engine.batch import Step, StepResult
-from lightllmd.engine.beams import BeamResult
-from lightllmd.engine.composer import Composer
-from lightllmd.engine.constraint import Constraints
-from lightllmd.engine.fair_queue import FairQueue
-from lightllmd.engine.key_values import KeyValues
-from lightllmd.engine.reading import Readings
-from lightllmd.engine.request import SELF, Batch, Fork, Owner, Sequence, State, sequences_of
+from lightllmd.engine.kv_cache.manager import KeyValues
+from lightllmd.engine.scheduling import beam_sequences as beams
+from lightllmd.engine.scheduling.admission import Admission, Limits
+from lightllmd.engine.scheduling.beam_sequences import BeamResult
+from lightllmd.engine.scheduling.composer import Composer
+from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.fair_queue import FairQueue
+from lightllmd.engine.scheduling.hypothesis_text import Readings
+from lightllmd.engine.scheduling.sequence import SELF, Batch, Fork, Owner, Sequence, State, sequences_of
+from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
     FINISH_LENGTH,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightllmd.config.bounds import GATHER_PADDING, SHORT_ROW
-from lightllmd.engine.batch import Row
+from lightllmd.engine.step import Row
 from lightllmd.kernels.layout import DecodeGroup, GroupedBatch, PrefillRow, Slots
 from lightllmd.models.layers import Rope
 

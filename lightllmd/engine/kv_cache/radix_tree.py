@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllmd.engine.slots import Slots
+from lightllmd.engine.kv_cache.slots import Slots
 
 ITEM = 4  # bytes of a packed token or slot
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightllmd.engine.batch import Alternatives, Row, TargetLogprobs
-from lightllmd.engine.staging import Download
+from lightllmd.engine.runners.transfers import Download
+from lightllmd.engine.step import Alternatives, Row, TargetLogprobs
 from lightllmd.models.heads import LanguageHead
 
 

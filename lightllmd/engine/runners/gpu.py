@@ -30,16 +30,16 @@ from lightllmd.config.bounds import (
     scored_rows,
 )
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import Step, StepResult, no_decode
-from lightllmd.engine.device_sampler import DeviceSampler
-from lightllmd.engine.graphs import StepGraphs
-from lightllmd.engine.loading import build_decoder, memory_errors, stored_weights
-from lightllmd.engine.memory import MemoryMeter
-from lightllmd.engine.packing import Packed, Packer
-from lightllmd.engine.prompt_scores import PromptScores
-from lightllmd.engine.shapes import Shape, Shapes, places
-from lightllmd.engine.staging import Download
-from lightllmd.engine.warmup import worst_steps
+from lightllmd.engine.runners.gpu_batch import Packed, Packer
+from lightllmd.engine.runners.graphs import StepGraphs
+from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
+from lightllmd.engine.runners.memory_meter import MemoryMeter
+from lightllmd.engine.runners.step_shapes import Shape, Shapes, places
+from lightllmd.engine.runners.transfers import Download
+from lightllmd.engine.runners.warmup import worst_steps
+from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
+from lightllmd.engine.sampling.prompt_logprobs import PromptScores
+from lightllmd.engine.step import Step, StepResult, no_decode
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels

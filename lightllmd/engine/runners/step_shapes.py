@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lightllmd.config.bounds import NAMED_ROWS, batch_sizes
-from lightllmd.engine.batch import Step
+from lightllmd.engine.step import Step
 
 
 class Shape(NamedTuple):

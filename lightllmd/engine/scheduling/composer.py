@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightllmd.engine.batch import DecodeRows, Kind, Row, SamplingRow, Step
-from lightllmd.engine.key_values import KeyValues
-from lightllmd.engine.request import Sequence
+from lightllmd.engine.kv_cache.manager import KeyValues
+from lightllmd.engine.scheduling.sequence import Sequence
+from lightllmd.engine.step import DecodeRows, Kind, Row, SamplingRow, Step
 
 
 class Composer:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.config.plan import Plan
-from lightllmd.engine.batch import Alternatives, Row, Step, StepResult, TargetLogprobs
-from lightllmd.engine.loading import build_decoder, memory_errors, stored_weights
-from lightllmd.engine.memory import MemoryMeter
-from lightllmd.engine.sampler import Sampler, highest
-from lightllmd.engine.table import SlotTable
+from lightllmd.engine.runners.cpu_batch import SlotTable
+from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
+from lightllmd.engine.runners.memory_meter import MemoryMeter
+from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
+from lightllmd.engine.step import Alternatives, Row, Step, StepResult, TargetLogprobs
 from lightllmd.kernels.dispatch import kernels_for
 from lightllmd.models.decoder import Decoder
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import msgspec
 
-from lightllmd.engine.batch import Alternatives, Candidate
-from lightllmd.engine.beam import BeamSearch, Reading
-from lightllmd.engine.key_values import KeyValues
-from lightllmd.engine.request import Fork, Sequence
+from lightllmd.engine.kv_cache.manager import KeyValues
+from lightllmd.engine.scheduling.beam_search import BeamSearch, Reading
+from lightllmd.engine.scheduling.sequence import Fork, Sequence
+from lightllmd.engine.step import Alternatives, Candidate
 from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput
 
 # A beam, the log-probability of its best token, its candidates, and the alternatives that are reported.

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllmd.config.bounds import FEW_ROWS, NAMED_ROWS
-from lightllmd.engine.batch import DecodeRows, Row, Step
-from lightllmd.engine.shapes import Shape, places
-from lightllmd.engine.staging import Numbers, Upload, pinned
-from lightllmd.engine.table import rope_lengths
+from lightllmd.engine.runners.cpu_batch import rope_lengths
+from lightllmd.engine.runners.step_shapes import Shape, places
+from lightllmd.engine.runners.transfers import Numbers, Upload, pinned
+from lightllmd.engine.step import DecodeRows, Row, Step
 from lightllmd.kernels import split_prefill
 from lightllmd.kernels.layout import Heads, PrefillTiles, TableBatch
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for

@@ -1,0 +1,1 @@
+"""What computes steps: the runners of CPU and GPU, and the fake one."""

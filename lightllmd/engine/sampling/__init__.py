@@ -1,0 +1,1 @@
+"""From logits to tokens and log-probabilities: one sampler for each device."""
