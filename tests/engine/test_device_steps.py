@@ -20,7 +20,7 @@ from lightllmd.engine.runners.gpu import DeviceRunner
 from lightllmd.engine.runners.step_shapes import Shape, Shapes, places
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
-from lightllmd.kernels import fused, split_prefill
+from lightllmd.kernels import fused_attention, split_prefill
 from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, write_model
 
 pytest.importorskip("triton")
@@ -215,13 +215,13 @@ def test_a_block_whose_keys_are_split_makes_what_a_cpu_makes(model: Path, monkey
     """Two parts of prompts, one behind a long past, beside rows that go on, in the place of a padded step."""
     monkeypatch.setattr(split_prefill, "FEWEST_KEYS", 32)
     launched: list[int] = []
-    split = fused.split_prefill
+    split = fused_attention.split_prefill
 
     def noted(*arguments: Any, segments: int, **more: Any) -> None:
         launched.append(segments)
         split(*arguments, segments=segments, **more)
 
-    monkeypatch.setattr(fused, "split_prefill", noted)
+    monkeypatch.setattr(fused_attention, "split_prefill", noted)
     draw = random.Random(8)
     a, b, c = (draw.choices(range(VOCAB), k=length) for length in (84, 9, 5))
     results = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightllmd.kernels import eager
+from lightllmd.kernels import eager_ops
 from lightllmd.kernels.dispatch import kernels_for
 from lightllmd.models.heads import LanguageHead
 
@@ -19,7 +19,7 @@ def test_a_close_race_for_the_next_token_is_decided_in_fp32(dtype: torch.dtype) 
     weight = (torch.randn(vocab, hidden) * 0.05).to(dtype)
     norm = torch.ones(hidden, dtype=dtype)
     kernels = kernels_for(torch.device("cpu"), dtype)
-    direction = eager.rms_norm(x, norm, 1e-5)
+    direction = eager_ops.rms_norm(x, norm, 1e-5)
     for row in range(8):  # two tokens for each row that all but tie, far above the others
         for place in range(2):
             weight[100 * row + place] = direction[row] * 0.4

@@ -13,7 +13,7 @@ from lightllmd.config.bounds import LOGIT_ROWS
 from lightllmd.engine.runners.cpu import TorchRunner
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
-from lightllmd.kernels import eager
+from lightllmd.kernels import eager_attention
 from tiny_models import VARIANTS, Driver, load, write_model
 
 TOLERANCE = 1e-4
@@ -329,4 +329,4 @@ def test_targets_have_the_models_own_log_probabilities_however_the_prompt_is_cut
 
 
 def test_the_budget_knows_how_many_tokens_a_mask_has() -> None:
-    assert eager.MASK_ROWS == bounds.MASK_ROWS
+    assert eager_attention.MASK_ROWS == bounds.MASK_ROWS

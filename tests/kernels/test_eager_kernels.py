@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllmd.kernels import eager, reference
+from lightllmd.kernels import eager_ops, reference
 from lightllmd.kernels.linear import DenseLinear, PackedLinear
 
 DEVICES = [
@@ -50,68 +50,10 @@ def test_linear(kind: type, biased: bool, out: int, inner: int, rows: int, dtype
 @pytest.mark.parametrize("rows", [1, 5])
 def test_rms_norm(rows: int, dtype: torch.dtype, device: str) -> None:
     x, weight = random((rows, 96), device, dtype) * 3, random((96,), device, dtype, 1)
-    close(eager.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    close(eager_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
 def test_gated(activation: str, dtype: torch.dtype, device: str) -> None:
     x = random((5, 96), device, dtype)
-    close(eager.gated(x.clone(), activation), reference.gated(x, activation))
-
-
-def test_rotate_turns_a_slice_in_place_and_leaves_the_rest(dtype: torch.dtype, device: str) -> None:
-    qkv = random((5, 8, 16), device, dtype)
-    half = torch.outer(torch.tensor([0.0, 1, 2, 30, 31]), 10000.0 ** -(torch.arange(8) / 8))
-    cos = torch.cat([half.cos(), half.cos()], -1)[:, None].to(device, dtype)
-    sin = torch.cat([-half.sin(), half.sin()], -1)[:, None].to(device, dtype)
-    truth = reference.rotate(qkv[:, :6], cos, sin)
-    kept = qkv[:, 6:].clone()
-    eager.rotate_(qkv[:, :6], cos, sin)
-    close(qkv[:, :6], truth)
-    assert torch.equal(qkv[:, 6:], kept)
-
-
-def cache_of(slots: list[int], total: int, kv_heads: int, device: str, dtype: torch.dtype) -> Tensor:
-    """A cache that holds numbers in `slots` and NaN everywhere else."""
-    cache = torch.full((total, 2 * kv_heads, 16), float("nan"), device=device, dtype=dtype)
-    kv = random((len(slots), 2 * kv_heads, 16), device, dtype, 4)
-    eager.write_kv(cache, torch.tensor(slots, device=device), kv)
-    mirror = torch.full_like(cache, float("nan"))
-    reference.write_kv(mirror, torch.tensor(slots), kv)
-    assert torch.equal(cache.nan_to_num(), mirror.nan_to_num())
-    return cache
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-def test_decode_attention_reads_own_slots_only(heads: int, kv_heads: int, dtype: torch.dtype, device: str) -> None:
-    lengths = [1, 19, 7]
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(5)).tolist()
-    rows = [order[:1], order[1:20], order[20:27]]
-    cache = cache_of(order[:27], 40, kv_heads, device, dtype)
-    q = random((3, heads, 16), device, dtype, 6)
-    padded = torch.tensor([row + row[:1] * (19 - len(row)) for row in rows], device=device)
-    beyond = torch.arange(19)[None] >= torch.tensor(lengths)[:, None]
-    mask = torch.zeros(3, 19, dtype=dtype).masked_fill_(beyond, float("-inf"))[:, None, None].to(device)
-    ours = eager.decode_attention(q, cache, padded.flatten(), mask, 0.3)
-    for index, row in enumerate(rows):
-        truth = reference.attention(q[index : index + 1], cache, torch.tensor(row, device=device), 0.3)
-        close(ours[index : index + 1], truth)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize(("start", "count"), [(0, 11), (9, 5), (3, 2), (30, 700)])
-@pytest.mark.parametrize("run", [False, True])
-def test_prefill_attention_is_causal_behind_a_cached_prefix(
-    run: bool, start: int, count: int, heads: int, kv_heads: int, dtype: torch.dtype, device: str
-) -> None:
-    length = start + count
-    order = torch.randperm(800, generator=torch.Generator().manual_seed(5)).tolist()[:length]
-    slots = list(range(4, 4 + length)) if run else order
-    cache = cache_of(slots, 800, kv_heads, device, dtype)
-    q = random((count, heads, 16), device, dtype, 6)
-    numbers = torch.tensor(slots, device=device)
-    truth = reference.attention(q, cache, numbers, 0.3)
-    where = slice(4, 4 + length) if run else numbers
-    close(eager.prefill_attention(q, cache, where, start, 0.3), truth)
-    if count == 2:
-        close(eager.decode_attention(q[-1:], cache, where, None, 0.3), truth[-1:])
+    close(eager_ops.gated(x.clone(), activation), reference.gated(x, activation))

@@ -1,0 +1,88 @@
+"""Attention of Triton kernels and cuDNN, for rows read through the request->slot table.
+
+Nothing here waits for the device or asks it for a length, so a decode step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightllmd.kernels import whole_prompts
+from lightllmd.kernels.decode_attention import decode_attention, segments_for
+from lightllmd.kernels.layout import GroupedBatch, Heads, PrefillTiles, TableBatch
+from lightllmd.kernels.prefill_attention import prefill_attention
+from lightllmd.kernels.rope_kv import rope_kv
+from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.split_prefill import split_prefill
+
+# Of segments that have been read, one per row and head: more than rows that are split have.
+COUNTERS = 1 << 16
+
+
+class FusedAttention:
+    """`decode_kernel` is one of the documented mode names, or "auto" for what is fastest for a shape."""
+
+    def __init__(self, device: torch.device, decode_kernel: str = "auto") -> None:
+        self._arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self._packed = decode_kernel != "triton_flashdecoding"
+        self._split = decode_kernel != "triton_gqa_attention"
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        batch: GroupedBatch | TableBatch,
+        heads: Heads,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        assert isinstance(batch, TableBatch)
+        qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
+        angles, slots = batch.angles, batch.slots
+        rope_kv(qkv, batch.cos_sin, angles, slots, cache, heads.query, heads.kv, q_norm, k_norm, heads.norm_eps)
+        q, table_rows, positions = qkv[:, : heads.query], batch.rows, batch.positions
+        if wanted is not None:
+            # All that they see is in the cache by now, so each is read as a decode row is.
+            q, table_rows, positions = (tensor.index_select(0, wanted) for tensor in (q, table_rows, positions))
+            out = torch.empty_like(q)
+            self._decode(q, cache, batch.table, table_rows, positions, heads.scale, out)
+            return out.flatten(1)
+        out = qkv.new_empty(q.shape)
+        if ahead := batch.decode:
+            self._decode(q[:ahead], cache, batch.table, table_rows[:ahead], positions[:ahead], heads.scale, out[:ahead])
+        rows = batch.prefill
+        if rows is not None:
+            for span in rows.whole:
+                attended = whole_prompts.attend(qkv, heads, span)
+                if len(attended) == len(out):
+                    return attended.flatten(1)
+                out[span.first : span.first + len(attended)] = attended
+            if len(rows.tiles):
+                self._prefill(q[ahead:], cache, batch.table, rows, heads.scale, out[ahead:])
+        return out.flatten(1)
+
+    def _decode(
+        self, q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, positions: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Attention of single tokens, each over what its row holds up to it."""
+        count, heads, dim = q.shape
+        segments = segments_for(count, cache.shape[1] // 2, table.shape[1]) if self._split else 1
+        partial = None
+        if segments > 1:
+            partial = q.new_empty(workspace_size(count, heads, dim, segments), dtype=torch.float32)
+        arrived = self._arrived if count * heads <= COUNTERS else None
+        packed = self._packed
+        where = (cache, table, rows, positions)
+        decode_attention(q, *where, scale, out, partial, segments=segments, packed=packed, arrived=arrived)
+
+    def _prefill(self, q: Tensor, cache: Tensor, table: Tensor, rows: PrefillTiles, scale: float, out: Tensor) -> None:
+        """Attention of the rows' tokens that lie in tiles."""
+        where = (rows.rows, rows.first, rows.counts, rows.starts)
+        if rows.segments == 1:
+            prefill_attention(q, cache, table, rows.tiles, *where, scale, out, pairs=rows.pairs)
+            return
+        partial = q.new_empty(workspace_size(*q.shape, rows.segments), dtype=torch.float32)
+        where = (rows.tiles, rows.number, *where)
+        split_prefill(q, cache, table, *where, scale, out, partial, self._arrived, segments=rows.segments)
