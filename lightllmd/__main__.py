@@ -32,8 +32,8 @@ def main() -> int:
 
 def _look(invocation: cli.Invocation) -> int | None:
     """The exit code that a start would end with, once its reason is told; None: it would serve."""
-    from lightllmd.supervisor import preflight
-    from lightllmd.supervisor.reload import Settings
+    from lightllmd.supervisor.change import preflight
+    from lightllmd.supervisor.change.reload import Settings
 
     try:
         _, short = preflight.look(Settings.for_model(invocation.config, None), invocation.config_file)

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
-from lightllmd.supervisor.aside import Aside
-from lightllmd.supervisor.fd_store import FdStore
-from lightllmd.supervisor.health import RunningClock
-from lightllmd.supervisor.logs import EventBook, LogBook
-from lightllmd.supervisor.runtime import Runtime
+from lightllmd.supervisor.children.hang_rule import RunningClock
+from lightllmd.supervisor.host.fd_store import FdStore
+from lightllmd.supervisor.host.file_threads import Aside
+from lightllmd.supervisor.host.runtime_directory import Runtime
+from lightllmd.supervisor.journal.logs import EventBook, LogBook
 
 
 class Brief(Protocol):

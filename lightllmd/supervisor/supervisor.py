@@ -28,22 +28,29 @@ from lightllmd.http.bounds import raise_descriptor_limit
 from lightllmd.ipc.flight_record import Flight
 from lightllmd.ipc.messages import Drain, Health, Models
 from lightllmd.ipc.signals import ignore_meaningless
-from lightllmd.supervisor import control, crashes, logs, memory, orphans, planning, sockets, status
-from lightllmd.supervisor.child import Child, Exited, Readable
+from lightllmd.supervisor.background import Errand
+from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.change.reload import Settings
+from lightllmd.supervisor.children import crashes
+from lightllmd.supervisor.children.child import Child, Exited, Readable
+from lightllmd.supervisor.children.exits import Ending
+from lightllmd.supervisor.children.hang_rule import RunningClock
 from lightllmd.supervisor.context import Commands, Context
-from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.errand import Errand
-from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.fd_store import FdStore
-from lightllmd.supervisor.frontend import FrontEnd
-from lightllmd.supervisor.generation import Engine
-from lightllmd.supervisor.health import RunningClock
-from lightllmd.supervisor.monitor import Monitor
-from lightllmd.supervisor.notify import Notifier, is_journal
-from lightllmd.supervisor.procfs import is_stopped, memory_kills, resident
-from lightllmd.supervisor.reload import Settings
-from lightllmd.supervisor.runtime import Runtime, control_socket_path
-from lightllmd.supervisor.verbs import Asked, Verbs
+from lightllmd.supervisor.control import server as control
+from lightllmd.supervisor.control import status
+from lightllmd.supervisor.control.verbs import Asked, Verbs
+from lightllmd.supervisor.host import listeners as sockets
+from lightllmd.supervisor.host import orphans
+from lightllmd.supervisor.host.fd_store import FdStore
+from lightllmd.supervisor.host.notify import Notifier, is_journal
+from lightllmd.supervisor.host.procfs import is_stopped, memory_kills, resident
+from lightllmd.supervisor.host.runtime_directory import Runtime, control_socket_path
+from lightllmd.supervisor.journal import logs
+from lightllmd.supervisor.workers import memory_gate as memory
+from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.front_end import FrontEnd
+from lightllmd.supervisor.workers.generation import Engine
+from lightllmd.supervisor.workers.health_monitor import Monitor
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 TICK = 0.1  # seconds between two looks at deadlines

@@ -31,15 +31,20 @@ from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Other
 from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
-from lightllmd.supervisor import child, logs, memory, probing, reading, sockets, spare, supervisor
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor import supervisor
+from lightllmd.supervisor.change.reload import Settings
+from lightllmd.supervisor.children import child, probing, reading
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.hang_rule import RunningClock
 from lightllmd.supervisor.context import Commands, Context
-from lightllmd.supervisor.fd_store import FdStore
-from lightllmd.supervisor.health import RunningClock
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.notify import Notifier
-from lightllmd.supervisor.reload import Settings
-from lightllmd.supervisor.runtime import Runtime
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.host import listeners as sockets
+from lightllmd.supervisor.host.fd_store import FdStore
+from lightllmd.supervisor.host.notify import Notifier
+from lightllmd.supervisor.host.runtime_directory import Runtime
+from lightllmd.supervisor.journal import logs
+from lightllmd.supervisor.workers import memory_gate as memory
+from lightllmd.supervisor.workers import spare
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Engine, Fate, Link, SimulatedProcess, TheirEnd
 

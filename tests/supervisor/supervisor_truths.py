@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from lightllmd.config.diff import diff
 from lightllmd.config.plan import decode_plan
 from lightllmd.ipc import messages
-from lightllmd.supervisor import status
-from lightllmd.supervisor.child import Child
-from lightllmd.supervisor.jobs import RunningJob
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.control import status
+from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.snapshot import Job
 from supervisor.simulated_api import Api
 from supervisor.simulation import Simulation

@@ -10,11 +10,11 @@ import threading
 import pytest
 
 from lightllmd.errors import TryAgain, Usage
-from lightllmd.supervisor.aside import MOST, Aside
+from lightllmd.supervisor.host.file_threads import MOST, Aside
 
 HANGS = """
 import asyncio, threading
-from lightllmd.supervisor.aside import Aside
+from lightllmd.supervisor.host.file_threads import Aside
 async def main():
     try:
         await Aside().run("x", threading.Event().wait, timeout=0.05)

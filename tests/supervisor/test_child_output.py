@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightllmd.supervisor.logs import LONGEST, EventBook, LogBook, Sink, parse_output, renderer, text_line
-from lightllmd.supervisor.output import BURST, LAST_LINES, LINE_COST, LONGEST_LINE, RATE, Output
+from lightllmd.supervisor.journal.logs import LONGEST, EventBook, LogBook, Sink, parse_output, renderer, text_line
+from lightllmd.supervisor.journal.output import BURST, LAST_LINES, LINE_COST, LONGEST_LINE, RATE, Output
 
 
 def said(*chunks: bytes, at: float = 0.0) -> list[str]:

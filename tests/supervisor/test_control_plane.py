@@ -17,7 +17,7 @@ import pytest
 
 from harness import wait_for
 from lightllmd.supervisor import snapshot
-from lightllmd.supervisor.peers import MOST_CONNECTIONS, Peer, may_mutate
+from lightllmd.supervisor.control.peers import MOST_CONNECTIONS, Peer, may_mutate
 from stand_ins import StandInDaemon
 
 

@@ -19,10 +19,10 @@ from harness import wait_for
 from lightllmd.config.parameters import Config
 from lightllmd.errors import NoSuchCrash
 from lightllmd.ipc.flight_record import Flight
-from lightllmd.supervisor import crashes, exits
-from lightllmd.supervisor.crashes import Crash, Crashes, open_crashes
-from lightllmd.supervisor.logs import EventBook, LogBook, text_line
-from lightllmd.supervisor.shelf import Shelf
+from lightllmd.supervisor.children import crashes, exits
+from lightllmd.supervisor.children.crashes import Crash, Crashes, open_crashes
+from lightllmd.supervisor.journal.logs import EventBook, LogBook, text_line
+from lightllmd.supervisor.journal.report_store import Shelf
 from stand_ins import StandInDaemon
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightllmd.errors import EXIT_TRY_AGAIN
 from lightllmd.ipc.messages import Failed
-from lightllmd.supervisor.exits import classify
+from lightllmd.supervisor.children.exits import classify
 
 
 @pytest.mark.parametrize("fault", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL"])

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from lightllmd.errors import EXIT_FAILED, LightllmdError
-from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.frontend import FrontEnd
-from lightllmd.supervisor.generation import Engine
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.reload import Settings
-from lightllmd.supervisor.switch import Switch, Terms
-from lightllmd.supervisor.verbs import Asked, Verbs
+from lightllmd.supervisor.change.reload import Settings
+from lightllmd.supervisor.change.switch import Switch, Terms
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.control.verbs import Asked, Verbs
+from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.front_end import FrontEnd
+from lightllmd.supervisor.workers.generation import Engine
 from supervisor.simulation import Simulation, configuration
 from supervisor.supervisor_truths import Truths
 from supervisor.test_supervisor_model import EDITS

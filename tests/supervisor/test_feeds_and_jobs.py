@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from lightllmd.errors import NoSuchJob
-from lightllmd.supervisor.feed import Feed
-from lightllmd.supervisor.jobs import KEPT, Jobs
-from lightllmd.supervisor.logs import LogBook, text_line
+from lightllmd.supervisor.control.jobs import KEPT, Jobs
+from lightllmd.supervisor.journal.feed import Feed
+from lightllmd.supervisor.journal.logs import LogBook, text_line
 
 
 def test_a_slow_follower_loses_the_oldest_and_never_makes_the_feed_grow() -> None:

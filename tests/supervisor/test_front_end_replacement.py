@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from lightllmd.ipc import messages
-from lightllmd.supervisor.jobs import RunningJob
+from lightllmd.supervisor.control.jobs import RunningJob
 from supervisor.simulated_children import Fate, SimulatedProcess
 from supervisor.test_faults_of_our_own import World
 from supervisor.test_supervisor_model import EDITS

@@ -6,7 +6,7 @@ import pytest
 
 from lightllmd.config.parameters import SupervisorSettings
 from lightllmd.ipc.messages import Heartbeat
-from lightllmd.supervisor.health import LONGEST_STEP, RunningClock, Vitals, overdue
+from lightllmd.supervisor.children.hang_rule import LONGEST_STEP, RunningClock, Vitals, overdue
 
 SETTINGS = SupervisorSettings(hang_timeout=10, boot_timeout=120, load_timeout=60, warmup_timeout=30)
 

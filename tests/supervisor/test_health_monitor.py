@@ -14,7 +14,7 @@ import pytest
 from harness import Daemon, generate_stream, run, wait_for
 from lightllmd.config.parameters import Config
 from lightllmd.ipc.messages import Prepared, Probe, Probed
-from lightllmd.supervisor.monitor import Look, Monitor, Verdict, Work, judge
+from lightllmd.supervisor.workers.health_monitor import Look, Monitor, Verdict, Work, judge
 from stand_ins import StandInDaemon
 
 ILL = "boom"

@@ -14,9 +14,9 @@ import pytest
 
 from harness import wait_for
 from lightllmd.errors import SystemFailure
-from lightllmd.supervisor import sockets
-from lightllmd.supervisor.fd_store import FdStore
-from lightllmd.supervisor.notify import Notifier
+from lightllmd.supervisor.host import listeners as sockets
+from lightllmd.supervisor.host.fd_store import FdStore
+from lightllmd.supervisor.host.notify import Notifier
 
 
 def close(*listeners: socket.socket) -> None:
@@ -68,7 +68,7 @@ def test_an_unknown_host_is_refused_by_name() -> None:
 
 INHERITED = """
 import os, sys
-from lightllmd.supervisor import sockets
+from lightllmd.supervisor.host import listeners as sockets
 os.environ["LISTEN_PID"] = str(os.getpid())
 taken = sockets.inherited(os.environ, os.getpid())
 for name, sock in taken:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.switch import Terms
-from lightllmd.supervisor.verbs import Asked
+from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.control.verbs import Asked
 from supervisor import simulation
 from supervisor.simulated_api import Api
 from supervisor.simulation import Simulation, configuration

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from lightllmd.supervisor.process import Process
+from lightllmd.supervisor.children.process import Process
 
 LARGE = b"x" * 5_000_000  # many times a pipe's buffer
 

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from lightllmd.config.plan import Budget
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.switch import Terms
-from lightllmd.supervisor.verbs import Asked
+from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.control.verbs import Asked
 from supervisor import simulation
 from supervisor.simulation import DEVICE, Simulation, configuration
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightllmd.config.parameters import SupervisorSettings
-from lightllmd.supervisor.restart import Decision, decide
+from lightllmd.supervisor.children.restart import Decision, decide
 
 SETTINGS = SupervisorSettings(
     backoff_initial=1.0, backoff_max=10.0, start_limit_burst=6, start_limit_interval=600, retry_interval=60.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightllmd.errors import EXIT_SYSTEM, SystemFailure
-from lightllmd.supervisor.runtime import Runtime, control_socket_path
+from lightllmd.supervisor.host.runtime_directory import Runtime, control_socket_path
 
 
 @pytest.mark.parametrize(

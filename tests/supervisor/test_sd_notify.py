@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightllmd.supervisor.notify import Notifier, is_journal
+from lightllmd.supervisor.host.notify import Notifier, is_journal
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -12,9 +12,9 @@ import pytest
 
 from lightllmd.config.gpu_budget import SPARE_CONTEXT
 from lightllmd.config.plan import Budget
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.switch import Terms
-from lightllmd.supervisor.verbs import Asked
+from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.control.verbs import Asked
 from supervisor.simulated_children import CONTEXT, KEPT_ASLEEP, Engine
 from supervisor.simulation import DEVICE, Simulation, configuration
 

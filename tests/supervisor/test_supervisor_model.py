@@ -21,10 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lightllmd.config.parameters import Config
 from lightllmd.errors import LightllmdError
-from lightllmd.supervisor import status
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.switch import Terms
-from lightllmd.supervisor.verbs import Asked
+from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.control import status
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.control.verbs import Asked
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Fate, SimulatedProcess
 from supervisor.simulation import BAD, GOOD, TICK, UNPLANNABLE, Simulation, configuration

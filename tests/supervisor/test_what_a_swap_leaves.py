@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightllmd.supervisor import status
-from lightllmd.supervisor.jobs import RunningJob
+from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.control import status
+from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.snapshot import Job
-from lightllmd.supervisor.switch import Terms
 from supervisor.test_faults_of_our_own import World
 from supervisor.test_supervisor_model import EDITS
 

@@ -15,8 +15,8 @@ from lightllmd.config.load import load
 from lightllmd.config.plan import DeviceFacts, Facts
 from lightllmd.errors import EXIT_CONFIG, EXIT_OK, EXIT_SYSTEM, ConfigInvalid, LightllmdError
 from lightllmd.probe.model import model_facts
-from lightllmd.supervisor import preflight
-from lightllmd.supervisor.probing import answered
+from lightllmd.supervisor.change import preflight
+from lightllmd.supervisor.children.probing import answered
 from model_folders import LLAMA, write_folder
 
 

@@ -18,7 +18,7 @@ import pytest
 from lightllmd.config.load import load
 from lightllmd.errors import EXIT_CONFIG, ConfigInvalid, LightllmdError
 from lightllmd.probe.model import model_facts
-from lightllmd.supervisor.probing import answered
+from lightllmd.supervisor.children.probing import answered
 from model_folders import LLAMA, TOKENIZER, write_folder
 
 SECONDS = 10

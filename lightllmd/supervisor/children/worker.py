@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from lightllmd.errors import SystemFailure
-from lightllmd.supervisor import restart, snapshot
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor import snapshot
+from lightllmd.supervisor.children import restart
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import Ending
 
 STDERR_SHOWN = 40  # lines in the status; the crash report has more
 

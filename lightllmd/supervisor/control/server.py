@@ -25,11 +25,13 @@ from lightllmd.config.tables import YEAR
 from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
 from lightllmd.http import server as http
 from lightllmd.http.traffic import Traffic
-from lightllmd.supervisor import logs, snapshot, status
-from lightllmd.supervisor.jobs import RunningJob
-from lightllmd.supervisor.peers import ControlConnection, Peer, bounds, may_mutate
-from lightllmd.supervisor.switch import Terms
-from lightllmd.supervisor.verbs import Asked
+from lightllmd.supervisor import snapshot
+from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.control import status
+from lightllmd.supervisor.control.jobs import RunningJob
+from lightllmd.supervisor.control.peers import ControlConnection, Peer, bounds, may_mutate
+from lightllmd.supervisor.control.verbs import Asked
+from lightllmd.supervisor.journal import logs
 
 if TYPE_CHECKING:
     from lightllmd.supervisor.supervisor import Supervisor

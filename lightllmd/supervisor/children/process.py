@@ -12,8 +12,8 @@ from functools import partial
 
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc.child import die_with_parent
-from lightllmd.supervisor.orphans import kill_group
-from lightllmd.supervisor.output import Output
+from lightllmd.supervisor.host.orphans import kill_group
+from lightllmd.supervisor.journal.output import Output
 
 FLOOD_PAUSE = 0.01  # seconds between two reads of 64 KiB from a process that prints too much
 MOST_CAPTURED = 256 << 20  # bytes of stdout that are kept; what is cut off is no JSON, and is told as such

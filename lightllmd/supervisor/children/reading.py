@@ -7,8 +7,8 @@ import signal
 from collections.abc import Sequence
 
 from lightllmd.errors import SystemFailure
+from lightllmd.supervisor.children.process import Process
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.process import Process
 
 
 class Reading:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from lightllmd.errors import NoSuchJob
-from lightllmd.supervisor.feed import Feed
+from lightllmd.supervisor.journal.feed import Feed
 from lightllmd.supervisor.snapshot import Job
 
 KEPT = 200  # finished jobs remembered

@@ -17,7 +17,7 @@ from itertools import zip_longest
 
 from lightllmd.config.check import show
 from lightllmd.errors import SystemFailure
-from lightllmd.supervisor.fd_store import FdStore
+from lightllmd.supervisor.host.fd_store import FdStore
 
 BACKLOG = 4096  # connections that wait while no api worker lives
 _FIRST_FD = 3  # SD_LISTEN_FDS_START

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightllmd import __version__
 from lightllmd.config.models import name_of
 from lightllmd.supervisor import snapshot
-from lightllmd.supervisor.switch import describe, fraction
+from lightllmd.supervisor.change.switch import describe, fraction
 
 if TYPE_CHECKING:
     from lightllmd.supervisor.supervisor import Supervisor

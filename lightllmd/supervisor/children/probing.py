@@ -12,9 +12,9 @@ from lightllmd import errors
 from lightllmd.config import resolve
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts
+from lightllmd.supervisor.children.exits import FAULTS, classify, signal_name
+from lightllmd.supervisor.children.process import Process
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import FAULTS, classify, signal_name
-from lightllmd.supervisor.process import Process
 
 TIMEOUT = 60.0  # seconds; headers on a slow network file system
 _KILL_TIMEOUT = 2.0  # seconds until a killed probe is given up; it dies when the kernel lets it

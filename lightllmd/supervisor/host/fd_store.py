@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Iterable
 
-from lightllmd.supervisor.notify import Notifier
+from lightllmd.supervisor.host.notify import Notifier
 
 _PATIENCE = 5.0  # seconds for systemd to confirm; it is only ever that slow while it is swamped
 

@@ -9,12 +9,12 @@ import msgspec
 from lightllmd.config.plan import Facts, Plan, encode_plan
 from lightllmd.ipc import flight_record
 from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp, Sleep, Stage, Wake
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.exits import Ending
+from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.memory import MemoryGate
-from lightllmd.supervisor.spare import EngineProcess, Spare
-from lightllmd.supervisor.worker import Worker
+from lightllmd.supervisor.workers.memory_gate import MemoryGate
+from lightllmd.supervisor.workers.spare import EngineProcess, Spare
 
 
 class Generation:

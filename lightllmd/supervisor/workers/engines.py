@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.ipc.messages import Down
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.generation import Engine
-from lightllmd.supervisor.spare import Spare
+from lightllmd.supervisor.workers.generation import Engine
+from lightllmd.supervisor.workers.spare import Spare
 
 SERVING, CANDIDATE, LEAVING = "engine-0", "candidate", "leaving"  # what their workers are called
 

@@ -10,8 +10,8 @@ from lightllmd.config.models import others
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import Facts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, NoUsableDevice
+from lightllmd.supervisor.children.probing import Probe
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.probing import Probe
 
 
 async def facts_of(context: Context, config: Config, config_file: str | None) -> Facts:

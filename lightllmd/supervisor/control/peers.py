@@ -11,7 +11,7 @@ from typing import Any
 
 from lightllmd.http.bounds import Bounds, descriptors_left
 from lightllmd.http.connection import Connection
-from lightllmd.supervisor.runtime import group_id
+from lightllmd.supervisor.host.runtime_directory import group_id
 
 MOST_CONNECTIONS = 64
 SO_PEERGROUPS = 59  # Linux; not in Python's socket module

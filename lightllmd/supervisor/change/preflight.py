@@ -10,8 +10,10 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.resolve import resolve
 from lightllmd.errors import ConfigInvalid, Problem, TryAgain
-from lightllmd.supervisor import planning, probing, sockets
+from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.children import probing
 from lightllmd.supervisor.context import Commands
+from lightllmd.supervisor.host import listeners as sockets
 
 
 def look(config: Config, config_file: str | None, commands: Commands | None = None) -> tuple[Plan, list[Problem]]:

@@ -20,11 +20,11 @@ from lightllmd.ipc.messages import (
     Release,
     Retire,
 )
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.exits import Ending
+from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.generation import Engine
-from lightllmd.supervisor.worker import Worker
+from lightllmd.supervisor.workers.generation import Engine
 
 TOTALS = ("ok", "cancelled", "failed", "resumed")  # count since the start of the api worker's epoch
 _BEATS_TO_BELIEVE = 2  # heartbeats after `Drain` until in_flight is known to count what came before it

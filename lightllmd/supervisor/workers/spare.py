@@ -9,10 +9,10 @@ from lightllmd.config.plan import Plan
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc import flight_record
 from lightllmd.supervisor import snapshot
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.exits import Ending
-from lightllmd.supervisor.procfs import is_stopped
+from lightllmd.supervisor.host.procfs import is_stopped
 
 
 class EngineProcess:

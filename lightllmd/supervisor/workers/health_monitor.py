@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from lightllmd.ipc.messages import Probe, Probed
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.frontend import FrontEnd
+from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.front_end import FrontEnd
 
 ERRORS_IN_A_ROW = 2  # probes of an api worker that have to fail with an error before anything is done
 STANDS_STILL = 5.0  # seconds without progress after which an engine doesn't count as working

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from lightllmd.supervisor.feed import Feed
-from lightllmd.supervisor.output import readable
+from lightllmd.supervisor.journal.feed import Feed
+from lightllmd.supervisor.journal.output import readable
 from lightllmd.supervisor.snapshot import Event, LogLine
 
 LONGEST = 16_384  # characters of a line or an event

@@ -20,14 +20,14 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
 from lightllmd.errors import ConfigInvalid, ControlError, DoesNotFit, LightllmdError, RolledBack
-from lightllmd.supervisor import planning
+from lightllmd.supervisor.background import Errand
+from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.children.reading import Reading
+from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.errand import Errand
-from lightllmd.supervisor.frontend import FrontEnd
-from lightllmd.supervisor.generation import Engine
-from lightllmd.supervisor.reading import Reading
-from lightllmd.supervisor.worker import Worker
+from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.front_end import FrontEnd
+from lightllmd.supervisor.workers.generation import Engine
 
 # A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
 Result = TypeVar("Result")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from lightllmd.config.amount import size
 from lightllmd.config.plan import Plan
 from lightllmd.errors import LightllmdError
+from lightllmd.supervisor.background import Errand
+from lightllmd.supervisor.children.probing import Probe
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.errand import Errand
-from lightllmd.supervisor.probing import Probe
-from lightllmd.supervisor.procfs import available_memory
+from lightllmd.supervisor.host.procfs import available_memory
 
 AGAIN = 0.5  # seconds between two looks at a GPU
 

@@ -14,11 +14,12 @@ import msgspec
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc import channel
 from lightllmd.ipc.messages import Down, Failed, Heartbeat, Prepared, Probed, Stop, Up
-from lightllmd.supervisor import exits, health
+from lightllmd.supervisor.children import exits
+from lightllmd.supervisor.children import hang_rule as health
+from lightllmd.supervisor.children.process import Process
+from lightllmd.supervisor.children.restart import PROVED_AFTER
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.logs import parse_output
-from lightllmd.supervisor.process import Process
-from lightllmd.supervisor.restart import PROVED_AFTER
+from lightllmd.supervisor.journal.logs import parse_output
 
 TAIL = 200  # lines of its output kept for its crash report: a stack of each thread fits
 STOP_GRACE = 2.0  # seconds at most between `Stop` and SIGTERM

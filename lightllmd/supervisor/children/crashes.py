@@ -17,10 +17,10 @@ from lightllmd import __version__
 from lightllmd.config.parameters import Config
 from lightllmd.errors import NoSuchCrash
 from lightllmd.ipc.flight_record import Flight
-from lightllmd.supervisor.child import Child
-from lightllmd.supervisor.exits import Ending, signal_name
-from lightllmd.supervisor.logs import OWN, EventBook
-from lightllmd.supervisor.shelf import Shelf
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.exits import Ending, signal_name
+from lightllmd.supervisor.journal.logs import OWN, EventBook
+from lightllmd.supervisor.journal.report_store import Shelf
 
 KEPT = 50  # reports, in memory and on disk
 LONGEST_LINE = 2000  # characters of a line of its output

@@ -24,15 +24,15 @@ from lightllmd.errors import (
     TryAgain,
 )
 from lightllmd.ipc.messages import Drain, FlushCache, Keys, Models, Resume, Tune
+from lightllmd.supervisor.change.reload import Reload, Settings
+from lightllmd.supervisor.change.switch import Steps, Switch, Terms, describe, fraction
+from lightllmd.supervisor.children.crashes import words
+from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.crashes import words
-from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.frontend import Api, FrontEnd
-from lightllmd.supervisor.jobs import Jobs, RunningJob
-from lightllmd.supervisor.logs import renderer
-from lightllmd.supervisor.reload import Reload, Settings
-from lightllmd.supervisor.switch import Steps, Switch, Terms, describe, fraction
-from lightllmd.supervisor.worker import Worker
+from lightllmd.supervisor.control.jobs import Jobs, RunningJob
+from lightllmd.supervisor.journal.logs import renderer
+from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.front_end import Api, FrontEnd
 
 DRY_RUN = "dry run"  # the target of such a reload
 

@@ -16,14 +16,15 @@ from lightllmd.config.diff import Change, blend, diff
 from lightllmd.config.parameters import Config
 from lightllmd.config.stamps import differing, touched
 from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack, TryAgain
-from lightllmd.supervisor import planning, sockets
-from lightllmd.supervisor.aside import Aside
-from lightllmd.supervisor.child import Child
+from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.change.switch import Steps, Switch, Waiting, await_errand
+from lightllmd.supervisor.children.child import Child
+from lightllmd.supervisor.children.crashes import words
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.crashes import words
-from lightllmd.supervisor.engines import Engines
-from lightllmd.supervisor.frontend import Api, FrontEnd
-from lightllmd.supervisor.switch import Steps, Switch, Waiting, await_errand
+from lightllmd.supervisor.host import listeners as sockets
+from lightllmd.supervisor.host.file_threads import Aside
+from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.front_end import Api, FrontEnd
 
 RESTORE_TRIES = 3  # to bring a process of the old settings up
 

@@ -1,0 +1,1 @@
+"""One process below the supervisor: started, watched, classified when it ends, restarted by policy."""

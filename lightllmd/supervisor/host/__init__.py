@@ -1,0 +1,1 @@
+"""What the host offers: listeners, systemd, runtime directory, /proc, reaping, threads that read files."""
