@@ -57,6 +57,24 @@ class LightllmdError(Exception):
         return {"error": self.name, "message": self.message, **self.parameters}
 
 
+def show(value: Any) -> str:
+    """A value as the file would write it, shortened."""
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, str):
+        text = '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    elif isinstance(value, list):
+        text = "[" + ", ".join(show(element) for element in value[:8]) + (", …]" if len(value) > 8 else "]")
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key} = {show(inner)}" for key, inner in list(value.items())[:4]) + "}"
+    elif isinstance(value, int) and abs(value) >= 10**60:
+        text = "an integer of more than 60 digits"
+    else:
+        text = str(value)
+    text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
 # --- configuration and start ---------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightllmd.models.families import FAMILIES
+from lightllmd.architecture.families import architecture_of
 
 ITEM = {"F16": 2, "BF16": 2, "F32": 4}
 LLAMA = {
@@ -47,9 +47,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ..
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor that the family of LLAMA wants, and the head, which a tied model may repeat."""
-    family = FAMILIES["llama"]
-    targets = family.layout(family.spec({**config, "tie_word_embeddings": False})).targets
-    return {part.name: part.shape for target in targets for part in target.parts + target.bias}
+    architecture = architecture_of("llama", {**config, "tie_word_embeddings": False})
+    return {part.name: part.shape for weight in architecture.weights for part in weight.stored}
 
 
 def write_folder(folder: Path, kind: str = "BF16", tokenizer: Mapping[str, Any] | None = None, **config: Any) -> Path:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.storage import Dense, weight_bytes
 from lightllmd.config import gpu_budget
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT_ROW, SPARE_WIDTH
 from lightllmd.config.parameters import Config
-from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts, ModelFacts
-from lightllmd.config.shape import Shape
+from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # For each logit the copies that ranking makes (probabilities, sorted values and ids, running sums in fp64).
@@ -111,28 +113,27 @@ class Neighbour:
 
 def demand(
     config: Config,
-    model: ModelFacts,
+    architecture: Architecture,
     device: DeviceFacts,
     data_type: str,
     batch_max_tokens: int,
     neighbours: tuple[Neighbour, ...] = (),
 ) -> Demand:
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
-    shape, item = Shape.of(model.model_type, model.hf_config), ITEM_BYTES[data_type]
+    spec, item = architecture.spec, ITEM_BYTES[data_type]
     available = int(device.memory_free * config.engine.memory_fraction)
-    layer_bytes = 2 * shape.kv_heads * shape.head_dim * item  # keys and values of one token in one layer
-    slot_bytes = shape.layers * layer_bytes
+    slot_bytes, layer_bytes = kv_bytes(spec, item)
     margin = BudgetRow(
         "margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
     )
     if device.kind == "cuda":
-        rows = gpu_budget.rows(config, model, shape, data_type, item, batch_max_tokens)
+        rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens)
         return Demand([*rows, margin], available, slot_bytes, spare_slots=1, neighbours=neighbours)
     rows = [
-        _weights(shape, model, data_type),
-        _activations(shape, batch_max_tokens, item),
-        _logits(shape, item),
-        _tables(config, shape),
+        _weights(architecture, data_type),
+        _activations(spec, batch_max_tokens, item),
+        _logits(spec, item),
+        _tables(config, spec),
         _prefix_masks(config, item),
         _short_rows(config, layer_bytes),
         BudgetRow("graphs", 0, "none on a CPU"),
@@ -142,15 +143,21 @@ def demand(
     return Demand([*rows, margin], available, slot_bytes, gather_bytes=gathered, neighbours=neighbours)
 
 
+def kv_bytes(spec: DecoderSpec, item: int) -> tuple[int, int]:
+    """Keys and values of one token, `item` bytes an element: in all layers, and in the layer that takes most."""
+    layers = [2 * layer.attention.kv_size * item for layer in spec.layers]
+    return sum(layers), max(layers)
+
+
 # --- on a CPU -----------------------------------------------------------------------------------------------------
 
 
-def _weights(shape: Shape, model: ModelFacts, data_type: str) -> BudgetRow:
-    elements, how = model.weight_elements, f"{count(model.weight_elements)} parameters in {data_type}"
-    if shape.tied and data_type != "float16":
-        elements += shape.vocab * shape.hidden
+def _weights(architecture: Architecture, data_type: str) -> BudgetRow:
+    weights, how = architecture.weights, f"{count(architecture.parameters)} parameters in {data_type}"
+    if architecture.spec.tied and data_type != "float16":
+        weights += tuple(weight for weight in weights if weight.role == "embed")
         how += ", the tied embedding once more as packed head"
-    return BudgetRow("weights", elements * ITEM_BYTES[data_type], how)
+    return BudgetRow("weights", weight_bytes(weights, Dense(ITEM_BYTES[data_type])), how)
 
 
 def _short_rows(config: Config, layer_bytes: int) -> BudgetRow:
@@ -160,27 +167,26 @@ def _short_rows(config: Config, layer_bytes: int) -> BudgetRow:
     return BudgetRow("short rows", rows * SHORT_ROW * layer_bytes, how)
 
 
-def _activations(shape: Shape, tokens: int, item: int) -> BudgetRow:
+def _activations(spec: DecoderSpec, tokens: int, item: int) -> BudgetRow:
     """The largest prefill step: residual and norm, then either attention or the MLP's two halves and their product."""
-    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    rotated = (shape.heads + shape.kv_heads) * shape.head_dim
-    attention = heads + rotated + 2 * shape.heads * shape.head_dim
-    per_token = (2 * shape.hidden + max(attention, 3 * shape.intermediate) + 2 * shape.head_dim) * item
+    attention = max(4 * layer.attention.q_size + 3 * layer.attention.kv_size for layer in spec.layers)
+    inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
+    per_token = (2 * spec.hidden + max(attention, inner) + 2 * spec.positions.dim) * item
     return BudgetRow("activations", tokens * per_token, f"prefill of {tokens} tokens x {size(per_token)}")
 
 
-def _logits(shape: Shape, item: int) -> BudgetRow:
+def _logits(spec: DecoderSpec, item: int) -> BudgetRow:
     return BudgetRow(
         "logits",
-        LOGIT_ROWS * shape.vocab * (BYTES_PER_LOGIT + item),
-        f"{LOGIT_ROWS} rows at a time x {shape.vocab} x {BYTES_PER_LOGIT + item} B, sorted",
+        LOGIT_ROWS * spec.vocab * (BYTES_PER_LOGIT + item),
+        f"{LOGIT_ROWS} rows at a time x {spec.vocab} x {BYTES_PER_LOGIT + item} B, sorted",
     )
 
 
-def _tables(config: Config, shape: Shape) -> BudgetRow:
+def _tables(config: Config, spec: DecoderSpec) -> BudgetRow:
     """request->slot table and penalty history, 32 bits an entry; each row's mask, one bit for each token."""
     rows, width = config.params.running_max_req_size + 1, config.params.max_req_total_len + SPARE_WIDTH
-    words = -(-shape.vocab // 32)
+    words = -(-spec.vocab // 32)
     how = f"request table and history, each {rows} x {width} x 4 B, and masks, {rows} x {size(4 * words)}"
     return BudgetRow("tables", rows * (2 * width + words) * 4, how)
 

@@ -11,12 +11,11 @@ from typing import Any, Literal, NoReturn
 
 from lightllmd import __version__, console
 from lightllmd.config import reference
-from lightllmd.config.check import show
 from lightllmd.config.diff import diff
 from lightllmd.config.load import load, nearest_key, problem_at
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import Field, fields, tables
-from lightllmd.errors import EXIT_OK, ConfigInvalid, Problem
+from lightllmd.errors import EXIT_OK, ConfigInvalid, Problem, show
 
 DEFAULT_FILE = "/etc/lightllmd/lightllmd.toml"
 

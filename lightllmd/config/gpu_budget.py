@@ -5,6 +5,9 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 
 from __future__ import annotations
 
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.storage import Dense, weight_bytes
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import (
     SPARE_WIDTH,
@@ -16,8 +19,7 @@ from lightllmd.config.bounds import (
     scored_rows,
 )
 from lightllmd.config.parameters import Config
-from lightllmd.config.plan import SPARE_ROW, BudgetRow, ModelFacts
-from lightllmd.config.shape import Shape
+from lightllmd.config.plan import SPARE_ROW, BudgetRow
 
 RUNTIME = 1_200_000_000  # CUDA context, cuBLAS, compiled kernels
 # What a process with a CUDA context and nothing else takes: about 0.5 GB on an H100 with CUDA 13.
@@ -34,20 +36,21 @@ STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles
 
 
 def rows(
-    config: Config, model: ModelFacts, shape: Shape, data_type: str, item: int, batch_max_tokens: int
+    config: Config, architecture: Architecture, data_type: str, item: int, batch_max_tokens: int
 ) -> list[BudgetRow]:
     """The rows of the budget that do not depend on the number of slots, weights first, `item` bytes an element."""
-    running = config.params.running_max_req_size
+    running, spec = config.params.running_max_req_size, architecture.spec
     width = config.params.max_req_total_len + SPARE_WIDTH
+    parameters = f"{count(architecture.parameters)} parameters in {data_type}"
     return [
-        BudgetRow("weights", model.weight_elements * item, f"{count(model.weight_elements)} parameters in {data_type}"),
-        _activations(shape, item, batch_max_tokens, running),
-        _decode_workspace(shape, running),
-        *_split_workspace(config, shape),
-        _logits(shape, item, running),
-        _sampling(shape, running),
-        _tables(shape, running, width, batch_max_tokens),
-        _graphs(config, shape, item, batch_max_tokens),
+        BudgetRow("weights", weight_bytes(architecture.weights, Dense(item)), parameters),
+        _activations(spec, item, batch_max_tokens, running),
+        _decode_workspace(spec, running),
+        *_split_workspace(config, spec),
+        _logits(spec, item, running),
+        _sampling(spec, running),
+        _tables(spec, running, width, batch_max_tokens),
+        _graphs(config, spec, item, batch_max_tokens),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
         *_spare_engine(config),
     ]
@@ -59,65 +62,66 @@ def _spare_engine(config: Config) -> list[BudgetRow]:
     return [BudgetRow(SPARE_ROW, SPARE_CONTEXT, "its CUDA context; none with supervisor.spare_engine = false")]
 
 
-def _token_bytes(shape: Shape, item: int) -> int:
+def _token_bytes(spec: DecoderSpec, item: int) -> int:
     """One token's share of a step: residual, its normed copy, q, k and v, attention, the MLP's two halves and their
     product, and fp32 cosines and sines."""
-    attention = 2 * shape.heads + 2 * shape.kv_heads
-    return (2 * shape.hidden + attention * shape.head_dim + 3 * shape.intermediate) * item + 4 * shape.head_dim
+    attention = max(2 * layer.attention.q_size + 2 * layer.attention.kv_size for layer in spec.layers)
+    inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
+    return (2 * spec.hidden + attention + inner) * item + 4 * spec.positions.dim
 
 
-def _activations(shape: Shape, item: int, batch_max_tokens: int, running: int) -> BudgetRow:
+def _activations(spec: DecoderSpec, item: int, batch_max_tokens: int, running: int) -> BudgetRow:
     """The largest step that admission allows: a full prefill, and all other rows going on beside it."""
-    tokens, each = batch_max_tokens + running, _token_bytes(shape, item)
+    tokens, each = batch_max_tokens + running, _token_bytes(spec, item)
     how = f"a step of {batch_max_tokens} + {running} tokens x {size(each)}, and {size(CUBLAS_WORKSPACE)} for cuBLAS"
     return BudgetRow("activations", tokens * each + CUBLAS_WORKSPACE, how)
 
 
-def _decode_workspace(shape: Shape, running: int) -> BudgetRow:
+def _decode_workspace(spec: DecoderSpec, running: int) -> BudgetRow:
     """Partial results of decode attention, fp32 ``[rows, heads, segments, head_dim + 1]`` at the worst row count."""
-    parts = decode_parts(running, shape.kv_heads)
-    each = shape.heads * (shape.head_dim + 1) * 4
+    parts = decode_parts(running, min(layer.attention.kv_heads for layer in spec.layers))
+    each = max(layer.attention.q_size + layer.attention.heads for layer in spec.layers) * 4
     return BudgetRow("decode workspace", parts * each, f"{parts} segments of rows x {size(each)}")
 
 
-def _split_workspace(config: Config, shape: Shape) -> list[BudgetRow]:
+def _split_workspace(config: Config, spec: DecoderSpec) -> list[BudgetRow]:
     """Partial results of prefill attention beside rows that go on, fp32 ``[lines, head_dim + 1]``."""
     if not mixed_shapes(config.params):
         return []
-    each = (shape.head_dim + 1) * 4
+    each = (max(spec.head_dims) + 1) * 4
     return [BudgetRow("prefill workspace", SPLIT_LINES * each, f"{SPLIT_LINES} parts of heads x {size(each)}")]
 
 
-def _logits(shape: Shape, item: int, running: int) -> BudgetRow:
+def _logits(spec: DecoderSpec, item: int, running: int) -> BudgetRow:
     chunk, each = scored_rows(running), 4 + item + RANKING_BYTES
-    return BudgetRow("logits", chunk * shape.vocab * each, f"{chunk} rows at a time x {shape.vocab} x {each} B")
+    return BudgetRow("logits", chunk * spec.vocab * each, f"{chunk} rows at a time x {spec.vocab} x {each} B")
 
 
-def _sampling(shape: Shape, running: int) -> BudgetRow:
+def _sampling(spec: DecoderSpec, running: int) -> BudgetRow:
     """A mask is there once more while it is brought."""
-    each = shape.vocab * COUNT_BYTES + 2 * 4 * -(-shape.vocab // 32) + ROW_PARAMETERS
-    how = f"counts of {running + 1} rows x {shape.vocab} x {COUNT_BYTES} B, their masks and parameters"
+    each = spec.vocab * COUNT_BYTES + 2 * 4 * -(-spec.vocab // 32) + ROW_PARAMETERS
+    how = f"counts of {running + 1} rows x {spec.vocab} x {COUNT_BYTES} B, their masks and parameters"
     return BudgetRow("sampling tables", (running + 1) * each, how)
 
 
-def _tables(shape: Shape, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
-    requests, rope = (running + 1) * width * 4, width * shape.head_dim * 4
+def _tables(spec: DecoderSpec, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
+    requests, rope = (running + 1) * width * 4, width * spec.positions.dim * 4
     numbers = (batch_max_tokens + 2 * running) * STEP_NUMBERS
     how = f"slots of {running + 1} rows x {width} x 4 B, rotations of {width} positions, a step's numbers"
     return BudgetRow("tables", requests + rope + numbers, how)
 
 
-def _graphs(config: Config, shape: Shape, item: int, batch_max_tokens: int) -> BudgetRow:
+def _graphs(config: Config, spec: DecoderSpec, item: int, batch_max_tokens: int) -> BudgetRow:
     """Each keeps the hidden states that it ends with; all else that one computes is another's room too."""
     decode = graph_sizes(config)
     if not decode:
         return BudgetRow("graphs", 0, "none: cuda_graphs = false")
     mixed = [ahead + behind for ahead, behind in mixed_shapes(config.params) if ahead in decode]
     tokens = [*decode, *prefill_sizes(batch_max_tokens), *mixed]
-    each, kept = shape.layers * GRAPH_BYTES_PER_LAYER, sum(tokens) * shape.hidden * item
-    pool = max(tokens) * _token_bytes(shape, item) + _decode_workspace(shape, decode[-1]).bytes + kept
+    each, kept = len(spec.layers) * GRAPH_BYTES_PER_LAYER, sum(tokens) * spec.hidden * item
+    pool = max(tokens) * _token_bytes(spec, item) + _decode_workspace(spec, decode[-1]).bytes + kept
     if mixed:
-        pool += sum(row.bytes for row in _split_workspace(config, shape))
+        pool += sum(row.bytes for row in _split_workspace(config, spec))
     beside = f", {len(mixed)} of both" if mixed else ""
     how = f"{len(decode)} of decode steps, {len(tokens) - len(decode) - len(mixed)} of short prefills{beside}"
     return BudgetRow("graphs", len(tokens) * each + pool, f"{how} x {size(each)}; {size(pool)} for what they compute")

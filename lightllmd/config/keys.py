@@ -12,8 +12,8 @@ import stat
 
 import msgspec
 
-from lightllmd.config.check import show
 from lightllmd.config.files import read_bytes
+from lightllmd.errors import show
 
 MAX_FILE_BYTES = 1 << 20
 

@@ -19,7 +19,7 @@ from lightllmd.config import check, rules
 from lightllmd.config.document import Document, Given
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.setting import Field, by_key, fields
-from lightllmd.errors import NoSuchModel, Problem
+from lightllmd.errors import NoSuchModel, Problem, show
 
 TABLE = "models"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -59,7 +59,7 @@ def read(document: Document, problems: list[Problem]) -> dict[str, dict[str, Giv
         if not isinstance(table, dict):
             problems.append(document.problem(here, f"{check.said(table)}, expected a table [models.NAME]"))
         elif not re.fullmatch(NAME, name):
-            problems.append(document.problem(here, f"{check.show(name)} is no name of a model: {NAME_FORM}"))
+            problems.append(document.problem(here, f"{show(name)} is no name of a model: {NAME_FORM}"))
         else:
             if "model_dir" not in table:
                 problems.append(document.problem(here, "has no model_dir: which model is it?"))
@@ -175,7 +175,7 @@ def no_such_model(config: Config, text: str) -> NoSuchModel:
     known = f"[models] has {', '.join(names)}" if names else "the configuration has no [models]"
     close = check.nearest(text, names)
     hint = f"; nearest: {close}" if close else ""
-    return NoSuchModel(f"no model {check.show(text)}: {known}{hint}", model=text, candidates=names)
+    return NoSuchModel(f"no model {show(text)}: {known}{hint}", model=text, candidates=names)
 
 
 def name_of(config: Config) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightllmd.config.amount import count, size
-from lightllmd.config.check import show
 from lightllmd.config.plan import Plan
+from lightllmd.errors import show
 
 
 def budget_table(plan: Plan) -> str:

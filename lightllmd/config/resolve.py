@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
 import msgspec
 
+from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.family import Architecture
 from lightllmd.config import budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
@@ -20,7 +23,6 @@ from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan
 from lightllmd.config.report import budget_table, report
-from lightllmd.config.shape import Shape, rope_words
 from lightllmd.errors import ConfigInvalid, Problem
 
 __all__ = ["budget_table", "located", "report", "resolve"]
@@ -144,11 +146,17 @@ class _Real(_Maker):
         self.model = model
         self.neighbours: tuple[Neighbour, ...] = ()
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Raises ConfigInvalid."""
+        return architecture_of(self.model.model_type, self.model.hf_config)
+
     def plan(self) -> Plan:
-        shape = self._checked_shape()
+        self._check()
+        vocab = self.architecture.spec.vocab
         self.settle("device", self._device())
         data_type = self.settle("data_type", self._data_type())
-        eos_id = self.settle("eos_id", self._eos_id(shape.vocab))
+        eos_id = self.settle("eos_id", self._eos_id(vocab))
         batch = self.settle("batch_max_tokens", _batch_max_tokens(self.params))
         self.neighbours = tuple(self._neighbours())
         demand = self._demand(data_type, self.params)
@@ -164,7 +172,7 @@ class _Real(_Maker):
             data_type=data_type,
             tokenizer_mode=self.settle("tokenizer_mode", self._tokenizer_mode()),
             log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
-            vocab_size=shape.vocab,
+            vocab_size=vocab,
             model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
             derived=self.derived,
@@ -174,7 +182,7 @@ class _Real(_Maker):
 
     def neighbour(self, name: str) -> Neighbour:
         """What it takes beside another model. Raises ConfigInvalid where it can't be served at all."""
-        self._checked_shape()
+        self._check()
         data_type = self._data_type().value
         demand = self._demand(data_type, self.params)
         most = self._slots(demand, data_type).value
@@ -197,18 +205,17 @@ class _Real(_Maker):
         config = msgspec.structs.replace(self.config, params=other.params)
         return _Real(config, Facts(other.model, self.device), self.config_file, other.model).neighbour(name)
 
-    def _checked_shape(self) -> Shape:
+    def _check(self) -> None:
         """What the probe lets through can be served by itself; here it's whether this configuration can. Raises
         ConfigInvalid where it can't, whatever memory there is."""
         self._check_context()
         self._check_prompt_cache()
         self._check_mode()
         self.stop_if_problems()
-        shape = Shape.of(self.model.model_type, self.model.hf_config)
-        if self.device.kind == "cuda" and shape.head_dim not in DEVICE_HEAD_DIMS:
-            known = ", ".join(map(str, DEVICE_HEAD_DIMS))
-            self.problem(f"{self.model.path}: head_dim {shape.head_dim}: a GPU takes {known}", "model_dir")
-        return shape
+        for head_dim in sorted(self.architecture.spec.head_dims.difference(DEVICE_HEAD_DIMS)):
+            if self.device.kind == "cuda":
+                known = ", ".join(map(str, DEVICE_HEAD_DIMS))
+                self.problem(f"{self.model.path}: head_dim {head_dim}: a GPU takes {known}", "model_dir")
 
     def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)
@@ -229,12 +236,11 @@ class _Real(_Maker):
 
     def _check_prompt_cache(self) -> None:
         """Keys that were rotated for one prompt's length are wrong for another's."""
-        config, total = self.model.hf_config, self.params.max_req_total_len
-        rope = rope_words(config)
-        context = config.get("max_position_embeddings")
-        if not self.params.use_dynamic_prompt_cache or (rope.get("rope_type") or rope.get("type")) != "dynamic":
+        positions, total = self.architecture.spec.positions, self.params.max_req_total_len
+        if not self.params.use_dynamic_prompt_cache or positions.kind != "dynamic":
             return
-        if isinstance(context, int) and total > context:
+        context = positions.original_context
+        if total > context:
             self.problem(
                 "use_dynamic_prompt_cache: this model's rope scaling is dynamic: beyond "
                 f"{context} tokens what it caches of a prompt depends on the whole prompt's length; "
@@ -290,7 +296,7 @@ class _Real(_Maker):
     def _demand(self, data_type: str, params: Params) -> Demand:
         config = msgspec.structs.replace(self.config, params=params)
         tokens = _batch_max_tokens(params).value
-        return budget.demand(config, self.model, self.device, data_type, tokens, self.neighbours)
+        return budget.demand(config, self.architecture, self.device, data_type, tokens, self.neighbours)
 
     def _slots(self, demand: Demand, data_type: str) -> _Value:
         """The size of the KV cache, or a problem that says what would fit."""

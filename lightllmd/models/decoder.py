@@ -7,57 +7,51 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
-from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.layout import GroupedBatch, TableBatch
 from lightllmd.kernels.linear import DenseLinear, Linear
 from lightllmd.models.heads import LanguageHead
-from lightllmd.models.layers import DecoderLayer, Rope
-from lightllmd.models.spec import DecoderSpec
-from lightllmd.weights.layout import Weight
+from lightllmd.models.layer import DecoderLayer, LayerWeights
+from lightllmd.models.rope import Rope
+from lightllmd.weights.loaded import LoadedWeight
+
+MATRICES: frozenset[Role] = frozenset({"qkv", "attention_out", "gate_up", "down"})
 
 
 class Decoder:
-    """Takes over the weights that `stream` yields; each product is packed as soon as it has come."""
+    """Takes over the weights that `weights` yields; each matrix is packed as soon as it has come."""
 
     def __init__(
         self,
         spec: DecoderSpec,
         kernels: Kernels,
-        weights: Iterable[Weight],
+        weights: Iterable[LoadedWeight],
         device: torch.device,
     ) -> None:
         self.spec = spec
-        self.rope = Rope(spec.rope, device)
+        self.rope = Rope(spec.positions, device)
         self._kernels = kernels
-        vectors: dict[str, Tensor] = {}
-        products: dict[str, Linear] = {}
-        for key, tensor, bias in weights:
-            if tensor.dim() == 1 or key in ("embed", "head"):
-                vectors[key] = tensor
+        linears: list[dict[Role, Linear]] = [{} for _ in spec.layers]
+        norms: list[dict[Role, Tensor]] = [{} for _ in spec.layers]
+        common: dict[Role, Tensor] = {}
+        for weight, tensor, bias in weights:
+            if weight.layer is None:
+                common[weight.role] = tensor
+            elif weight.role in MATRICES:
+                linears[weight.layer][weight.role] = kernels.linear(tensor, bias)
             else:
-                products[key] = kernels.linear(tensor, bias)
-        self.embedding = vectors["embed"]
-        self.heads = heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.norm_eps)
+                norms[weight.layer][weight.role] = tensor
+        self.embedding = common["embed"]
         self.layers = [
-            DecoderLayer(
-                spec,
-                kernels,
-                heads,
-                input_norm=vectors[f"{index}.input_norm"],
-                qkv=products[f"{index}.qkv"],
-                q_norm=vectors.get(f"{index}.q_norm"),
-                k_norm=vectors.get(f"{index}.k_norm"),
-                out=products[f"{index}.out"],
-                mlp_norm=vectors[f"{index}.mlp_norm"],
-                gate_up=products[f"{index}.gate_up"],
-                down=products[f"{index}.down"],
-            )
-            for index in range(spec.layers)
+            DecoderLayer(layer, spec, kernels, LayerWeights(*held))
+            for layer, held in zip(spec.layers, zip(linears, norms, strict=True), strict=True)
         ]
         # The head is needed in rows too. Where it is the embedding, another layout of it may be had beside.
-        rows = self.embedding if spec.tied else vectors["head"]
+        rows = self.embedding if spec.tied else common["head"]
         head = kernels.linear(rows, None) if spec.tied else DenseLinear(rows)
-        self.head = LanguageHead(kernels, vectors["norm"], spec.norm_eps, head, rows)
+        self.head = LanguageHead(kernels, common["norm"], spec.norm.eps, head, rows)
 
     def forward(
         self,

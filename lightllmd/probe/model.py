@@ -13,13 +13,12 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.config.check import show
+from lightllmd.architecture.families import FAMILIES, architecture_of
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.rotary import rope_words
 from lightllmd.config.plan import ModelFacts
-from lightllmd.config.shape import Shape, rope_words
 from lightllmd.config.stamps import stamp
-from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid
-from lightllmd.models.families import FAMILIES, Family
-from lightllmd.models.spec import DecoderSpec
+from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
 from lightllmd.weights.gguf_header import (
     END_OF_TURN,
     GGUF_READABLE,
@@ -47,6 +46,7 @@ from lightllmd.weights.model_files import (
     text_of,
     tokenizer_config,
 )
+from lightllmd.weights.verify import verify
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 LARGEST_ENTRY = 64 << 10  # bytes of one entry of the config that is carried on
@@ -79,13 +79,12 @@ def model_facts(model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "a
 # --- what can be served -------------------------------------------------------------------------------------------
 
 
-def _decoder(config: dict[str, Any], where: Path) -> tuple[Family, DecoderSpec]:
+def _architecture(config: dict[str, Any], where: Path) -> Architecture:
     """`where`: the file that says so. Raises ConfigInvalid."""
     if faults := list(_unsupported(config)):
         raise ConfigInvalid([Problem("model_dir", f"{where}: {fault}") for fault in faults])
-    family = FAMILIES[config["model_type"]]
     try:
-        return family, family.spec(config)
+        return architecture_of(config["model_type"], config)
     except ConfigInvalid as refused:
         raise ConfigInvalid([Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]) from None
 
@@ -105,16 +104,17 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
         yield "pre-quantised Hugging Face checkpoints are not available yet"
 
 
-def _require_in_vocabulary(ids: list[int], spec: DecoderSpec, where: Path) -> None:
+def _require_in_vocabulary(ids: list[int], vocab: int, where: Path) -> None:
     for number in ids:
-        if not 0 <= number < spec.vocab:
-            raise invalid(f"{where}: eos_token_id {number} is not in the model's vocabulary of {spec.vocab} tokens")
+        if not 0 <= number < vocab:
+            raise invalid(f"{where}: eos_token_id {number} is not in the model's vocabulary of {vocab} tokens")
 
 
 def _facts(
     path: Path,
     form: str,
     config: dict[str, Any],
+    architecture: Architecture,
     tensors: list[TensorInfo],
     files: list[Path],
     dtype: str | None,
@@ -122,17 +122,13 @@ def _facts(
     has_tokenizer: bool,
     dummy: bool,
 ) -> ModelFacts:
-    kind = config["model_type"]
-    elements = sum(tensor.elements for tensor in tensors)
-    if dummy:
-        elements = Shape.of(kind, config).weight_elements
     return ModelFacts(
         path=str(path),
         format="dummy" if dummy else form,
-        model_type=kind,
+        model_type=architecture.family.model_type,
         hf_config={key: value for key, value in config.items() if _is_small({key: value})},
         files=[] if dummy else [str(file) for file in files],
-        weight_elements=elements,
+        weight_elements=architecture.parameters,
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
         checkpoint_dtype=dtype,
         context_length=_context_length(config),
@@ -167,16 +163,15 @@ def _context_length(config: dict[str, Any]) -> int | None:
 def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
     header = read_gguf_header(path)
     config = gguf_hf_config(header)
-    family, spec = _decoder(config, path)
+    architecture = _architecture(config, path)
     if not dummy:
-        family.layout(spec).check(hugging_face_tensors(header), GGUF_READABLE, str(path))
+        verify(architecture, hugging_face_tensors(header, architecture.family), GGUF_READABLE, str(path))
     stored = [tensor for tensor in header.tensors if tensor.name != ROPE_FREQUENCIES]
     eos_ids = gguf_eos_ids(header)
-    _require_in_vocabulary(eos_ids, spec, path)
+    _require_in_vocabulary(eos_ids, architecture.spec.vocab, path)
     has_tokenizer, dtype = "tokenizer.ggml.tokens" in header.metadata, gguf_dtype(header)
-    return _facts(
-        path, "gguf", config, [] if dummy else stored, list(header.files), dtype, eos_ids, has_tokenizer, dummy
-    )
+    tensors, files = [] if dummy else stored, list(header.files)
+    return _facts(path, "gguf", config, architecture, tensors, files, dtype, eos_ids, has_tokenizer, dummy)
 
 
 # --- Hugging Face directory ---------------------------------------------------------------------------------------
@@ -184,7 +179,7 @@ def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
 
 def _of_directory(path: Path, dummy: bool) -> ModelFacts:
     config = read_json(path / "config.json", MAX_CONFIG)
-    family, spec = _decoder(config, path / "config.json")
+    architecture = _architecture(config, path / "config.json")
     tensors: list[TensorInfo] = []
     files: list[Path] = []
     if not dummy:
@@ -192,11 +187,13 @@ def _of_directory(path: Path, dummy: bool) -> ModelFacts:
         if not headers:
             raise invalid(_no_weights(path))
         stored = {tensor.name: tensor for header in headers for tensor in header.tensors}
-        family.layout(spec).check(stored, SAFETENSORS_READABLE, str(path))
-        tensors = [tensor for tensor in stored.values() if _is_weight(tensor, spec)]
+        verify(architecture, stored, SAFETENSORS_READABLE, str(path))
+        tensors = [tensor for name, tensor in stored.items() if not architecture.ignores(name)]
         files = [header.path for header in headers]
-    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, spec)
-    return _facts(path, "safetensors", config, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
+    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, architecture.spec.vocab)
+    return _facts(
+        path, "safetensors", config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy
+    )
 
 
 def _has_tokenizer(path: Path) -> bool:
@@ -210,11 +207,6 @@ def _no_weights(path: Path) -> str:
     return f"{path} has no *.safetensors file"
 
 
-def _is_weight(tensor: TensorInfo, spec: DecoderSpec) -> bool:
-    """Not a tied head that was stored a second time, and not a table that is computed anew."""
-    return not (tensor.name == "lm_head.weight" and spec.tied) and not tensor.name.endswith("rotary_emb.inv_freq")
-
-
 def _dtype(config: dict[str, Any], tensors: list[TensorInfo]) -> str | None:
     """As config.json names it (`dtype` since transformers 5, `torch_dtype` before), else what most bytes are."""
     named = config.get("dtype") or config.get("torch_dtype")
@@ -226,12 +218,12 @@ def _dtype(config: dict[str, Any], tensors: list[TensorInfo]) -> str | None:
     return DTYPES.get(max(volume, key=lambda kind: volume[kind])) if volume else None
 
 
-def _eos_ids(path: Path, spec: DecoderSpec) -> list[int]:
+def _eos_ids(path: Path, vocab: int) -> list[int]:
     """What the settings name, and the ends of a turn of the chat template."""
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         ids = eos_token_ids(path / name)
-        _require_in_vocabulary(ids, spec, path / name)
+        _require_in_vocabulary(ids, vocab, path / name)
         found += ids
     settings = tokenizer_config(path)
     template = "\n".join(chat_templates(path, settings).values())
@@ -243,7 +235,7 @@ def _eos_ids(path: Path, spec: DecoderSpec) -> list[int]:
         if not added and present(path / "tokenizer.json"):
             listed = read_listed(path / "tokenizer.json", TokenizerJson, MAX_VOCABULARY).added_tokens
             added = {token.id: token.content for token in listed if token.id is not None}
-        found += [number for number, text in added.items() if text in texts and 0 <= number < spec.vocab]
+        found += [number for number, text in added.items() if text in texts and 0 <= number < vocab]
     return list(dict.fromkeys(found))
 
 

@@ -1,34 +1,35 @@
-"""Random weights in a model's layout, made where they stay: for measuring without a checkpoint."""
+"""Random weights of an architecture, made where they stay: for measuring without a checkpoint."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lightllmd.weights.layout import Layout, Part, Progress, Weight
+from lightllmd.architecture.weights import Part, WeightSpec
+from lightllmd.weights.loaded import LoadedWeight, Progress, room
 
 MATRIX_STD, VECTOR_STD = 0.02, 0.01  # usual initialisation; norms and biases move a little, so that they matter
 CHUNK_ELEMENTS = 8 << 20  # drawn at a time: a CPU takes a tenth of a second for them
 
 
-def stream(layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress) -> Iterator[Weight]:
-    """Yields (key, tensor, bias) in the layout's order, as `place.stream` does.
+def stream(
+    weights: Sequence[WeightSpec], dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Iterator[LoadedWeight]:
+    """Yields `weights` in their order, as `place.stream` does.
 
-    Matrices are normal around 0, norms around 1, biases around 0. Each part has its own seed, its number in the layout:
-    every start on the same kind of device gives the same numbers, and so does a part that is made alone.
+    Matrices are normal around 0, norms around what leaves their input as it is, biases around 0. Each part has its own
+    seed, its number among all of them: every start on the same kind of device gives the same numbers, and so does a
+    part that is made alone.
     """
-    every = [part for target in layout.targets for part in target.parts + target.bias]
-    item = dtype.itemsize
-    total = sum(math.prod(part.shape) for part in every) * item
+    total = sum(weight.elements for weight in weights) * dtype.itemsize
     generator = torch.Generator(device)
     done = drawn = 0
 
     def stacked(parts: tuple[Part, ...], mean: float) -> Tensor:
         nonlocal done, drawn
-        out = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype, device=device)
+        out = room(parts, dtype, device)
         row = 0
         for part in parts:
             generator.manual_seed(drawn)
@@ -39,10 +40,11 @@ def stream(layout: Layout, dtype: torch.dtype, device: torch.device, progress: P
                     chunk.normal_(0.0, MATRIX_STD, generator=generator)
                 else:
                     chunk.normal_(mean, VECTOR_STD, generator=generator)
-                done += chunk.numel() * item
+                done += chunk.numel() * dtype.itemsize
                 progress(done, total)
             row += part.shape[0]
         return out
 
-    for target in layout.targets:
-        yield target.key, stacked(target.parts, 1.0), stacked(target.bias, 0.0) if target.bias else None
+    for weight in weights:
+        tensor = stacked(weight.parts, weight.neutral)
+        yield LoadedWeight(weight, tensor, stacked(weight.bias, 0.0) if weight.bias else None)

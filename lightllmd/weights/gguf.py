@@ -1,7 +1,7 @@
 """Checkpoints in one GGUF file (llama.cpp), dequantised as they are read.
 
-llama.cpp names tensors its own way, and its converter reorders the rows of q and k of Llama models so that a rotary
-pair is adjacent; both are undone here.
+llama.cpp names tensors its own way, and its converter reorders the rows of q and k of some families so that a rotary
+pair is adjacent (`architecture.family.Gguf`); both are undone here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
+from lightllmd.architecture.families import architecture_of
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.gguf_header import GGUF_READABLE, gguf_hf_config, read_gguf_header
 from lightllmd.weights.gguf_names import hugging_face_tensors
@@ -23,17 +24,21 @@ CHUNK_ELEMENTS = 256 * 1024
 
 
 class GgufCheckpoint:
-    """Raises WeightsInvalid for a damaged, truncated or missing file."""
+    """Raises WeightsInvalid for a damaged, truncated or missing file, ConfigInvalid for a model that is not built."""
 
     readable = GGUF_READABLE
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         header = read_gguf_header(file)
         config = gguf_hf_config(header)
-        self.tensors = hugging_face_tensors(header)
-        self._rotated_heads = {}
-        if header.architecture == "llama":
-            self._rotated_heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        architecture = architecture_of(config["model_type"], config)
+        gguf = architecture.family.gguf
+        self.tensors = hugging_face_tensors(header, architecture.family)
+        stored = [part for weight in architecture.weights for part in weight.stored]
+        # Heads of each tensor whose rows are reordered within them.
+        self._paired = {
+            part.name: part.shape[0] // part.shard_unit for part in stored if gguf and part.kind in gguf.paired
+        }
 
     def read(self, name: str, out: Tensor) -> Iterator[int]:
         info = self.tensors[name]
@@ -54,8 +59,6 @@ class GgufCheckpoint:
                 yield chunk.nbytes
 
     def _in_file_order(self, name: str, out: Tensor) -> Tensor:
-        """`out` seen in the order of the file's rows: as it is, or ``[heads, pair, half, …]`` of rotated heads."""
-        for part, heads in self._rotated_heads.items():
-            if f".{part}." in name:
-                return out.unflatten(0, (heads, 2, -1)).transpose(1, 2)
-        return out
+        """`out` seen in the order of the file's rows: as it is, or ``[heads, pair, half, …]`` of reordered ones."""
+        heads = self._paired.get(name)
+        return out if heads is None else out.unflatten(0, (heads, 2, -1)).transpose(1, 2)

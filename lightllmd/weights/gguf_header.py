@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightllmd.config.check import show
+from lightllmd.architecture.families import gguf_model_type
 from lightllmd.config.files import open_regular
-from lightllmd.errors import WeightsInvalid
+from lightllmd.errors import WeightsInvalid, show
 from lightllmd.weights.headers import TensorInfo
 from lightllmd.weights.locate import GGUF_PART
 from lightllmd.weights.model_files import LFS_POINTER, LFS_WORDS
@@ -282,7 +282,7 @@ def _hf_config(header: GgufHeader) -> dict[str, Any]:
     head_dim = get("attention.key_length") or hidden // heads
     rope_dim = get("rope.dimension_count", head_dim)
     config: dict[str, Any] = {
-        "model_type": "mixtral" if arch == "llama" and get("expert_count", 0) else arch,
+        "model_type": gguf_model_type(arch, bool(get("expert_count", 0))),
         "hidden_size": hidden,
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads,

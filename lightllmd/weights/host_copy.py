@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.weights import WeightSpec
 from lightllmd.weights.device_facts import free_memory
-from lightllmd.weights.layout import Progress, Weight
+from lightllmd.weights.loaded import LoadedWeight, Progress
 from lightllmd.weights.staged import PIECE_BYTES, Arrival, Piece, Staging, upload
 
 THREADS = 8  # at most; page faults of fresh memory are what they wait for
@@ -51,17 +52,17 @@ class HostCopy:
     All of `weights` are contiguous tensors of one `device`.
     """
 
-    def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
+    def __init__(self, weights: Sequence[LoadedWeight], device: torch.device) -> None:
         self._device = device
-        self._places: list[tuple[str, Place, Place | None]] = []
+        self._places: list[tuple[WeightSpec, Place, Place | None]] = []
         end = 0
-        for key, weight, bias in weights:
+        for spec, weight, bias in weights:
             places: list[Place | None] = []
             for tensor in (weight, bias):
                 places.append(None if tensor is None else Place(end, tensor.shape, tensor.dtype))
                 end += 0 if tensor is None else -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             assert places[0] is not None
-            self._places.append((key, places[0], places[1]))
+            self._places.append((spec, places[0], places[1]))
         self._size = end
         self.total = sum(tensor.nbytes for _, *tensors in weights for tensor in tensors if tensor is not None)
         self.done = 0  # bytes
@@ -96,7 +97,7 @@ class HostCopy:
         self._given_up = True
         self._beside.shutdown()
 
-    def stream(self, progress: Progress) -> Iterator[Weight]:
+    def stream(self, progress: Progress) -> Iterator[LoadedWeight]:
         """The same weights, on the device anew. As `staged.stream`; the copy stays."""
 
         def made(place: Place, pieces: list[Piece]) -> Tensor:
@@ -109,9 +110,10 @@ class HostCopy:
             return tensor
 
         def arrivals() -> Iterator[Arrival]:
-            for key, weight, bias in self._places:
+            for spec, weight, bias in self._places:
                 pieces: list[Piece] = []
-                yield Arrival((key, made(weight, pieces), made(bias, pieces) if bias else None), pieces)
+                loaded = LoadedWeight(spec, made(weight, pieces), made(bias, pieces) if bias else None)
+                yield Arrival(loaded, pieces)
 
         return upload(arrivals(), self.total, self._device, progress)
 

@@ -1,41 +1,50 @@
-"""From a checkpoint, checked as a whole before, to the decoder's tensors, streamed one by one."""
+"""From a checkpoint, verified as a whole before, to the decoder's tensors, streamed one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.weights import Part, WeightSpec
 from lightllmd.weights import staged
 from lightllmd.weights.index import Checkpoint
-from lightllmd.weights.layout import Layout, Part, Progress, Weight
+from lightllmd.weights.loaded import LoadedWeight, Progress, room
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
 
 def stream(
-    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[Weight]:
-    """Yields (key, tensor, bias) in the layout's order; holds nothing back, so the caller decides what stays.
+    checkpoint: Checkpoint,
+    weights: Sequence[WeightSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[LoadedWeight]:
+    """Yields them in their order; holds nothing back, so the caller decides what stays.
 
-    The checkpoint has been checked. Each part is converted to `dtype` on its way into its place.
+    The checkpoint has been verified. Each part is converted to `dtype` on its way into its place. Raises WeightsInvalid
+    where a file can't be read to its end.
     """
     if device.type == "cuda" and isinstance(checkpoint, SafetensorsCheckpoint):
-        return staged.stream(checkpoint, layout, dtype, device, progress)
-    return _read(checkpoint, layout, dtype, device, progress)
+        return staged.stream(checkpoint, weights, dtype, device, progress)
+    return _read(checkpoint, weights, dtype, device, progress)
 
 
 def _read(
-    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[Weight]:
+    checkpoint: Checkpoint,
+    weights: Sequence[WeightSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[LoadedWeight]:
     """Each part is converted as it is read, and a tensor goes to the device when it is whole."""
-    every = [part for target in layout.targets for part in target.parts + target.bias]
-    total = sum(checkpoint.tensors[part.name].nbytes for part in every)
+    total = sum(checkpoint.tensors[part.name].nbytes for weight in weights for part in weight.stored)
     done = 0
 
     def stacked(parts: tuple[Part, ...]) -> Tensor:
         nonlocal done
-        out = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype)
+        out = room(parts, dtype)
         row = 0
         for part in parts:
             for count in checkpoint.read(part.name, out[row : row + part.shape[0]]):
@@ -44,5 +53,5 @@ def _read(
             row += part.shape[0]
         return out.to(device)
 
-    for target in layout.targets:
-        yield target.key, stacked(target.parts), stacked(target.bias) if target.bias else None
+    for weight in weights:
+        yield LoadedWeight(weight, stacked(weight.parts), stacked(weight.bias) if weight.bias else None)

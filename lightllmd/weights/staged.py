@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.weights import Part, WeightSpec
 from lightllmd.weights.files import WeightFile
-from lightllmd.weights.layout import Layout, Part, Progress, Weight
+from lightllmd.weights.loaded import LoadedWeight, Progress, room
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
 PIECE_BYTES = 8 << 20  # a multiple of every item's size; a thread copies it in about a millisecond
@@ -39,42 +40,46 @@ class Piece:
 class Arrival:
     """What has come when all of its pieces have."""
 
-    weight: Weight
+    weight: LoadedWeight
     pieces: list[Piece]
 
 
 def stream(
-    checkpoint: SafetensorsCheckpoint, layout: Layout, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[Weight]:
+    checkpoint: SafetensorsCheckpoint,
+    weights: Sequence[WeightSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[LoadedWeight]:
     """As `place.stream`, the tensors made on the device, where parts of another dtype are converted too. What is
     yielded may still be on its way: work that the device is given from then on finds it there.
     """
-    names = [part.name for target in layout.targets for part in target.parts + target.bias]
+    names = [part.name for weight in weights for part in weight.stored]
     with ExitStack() as opened:
         files = {
             file: opened.enter_context(WeightFile(file)) for file in {checkpoint.tensors[name].file for name in names}
         }
 
         def arrivals() -> Iterator[Arrival]:
-            for target in layout.targets:
-                weight = _stacked(target.parts, dtype, device)
-                bias = _stacked(target.bias, dtype, device) if target.bias else None
-                pieces = [*_pieces(checkpoint, files, target.parts, weight)]
+            for weight in weights:
+                tensor = room(weight.parts, dtype, device)
+                bias = room(weight.bias, dtype, device) if weight.bias else None
+                pieces = [*_pieces(checkpoint, files, weight.parts, tensor)]
                 if bias is not None:
-                    pieces += _pieces(checkpoint, files, target.bias, bias)
-                yield Arrival((target.key, weight, bias), pieces)
+                    pieces += _pieces(checkpoint, files, weight.bias, bias)
+                yield Arrival(LoadedWeight(weight, tensor, bias), pieces)
 
         total = sum(checkpoint.tensors[name].nbytes for name in names)
         yield from upload(arrivals(), total, device, progress)
 
 
-def upload(arrivals: Iterable[Arrival], total: int, device: torch.device, progress: Progress) -> Iterator[Weight]:
+def upload(arrivals: Iterable[Arrival], total: int, device: torch.device, progress: Progress) -> Iterator[LoadedWeight]:
     """Yields them in their order. `total` bytes have been read when the last has come."""
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     done = 0
     with Staging(threads + SPARE_PIECES, device) as ring, ThreadPoolExecutor(threads) as pool:
         filling: deque[tuple[Piece, Slot, Future[None]]] = deque()
-        waiting: deque[tuple[Weight, int]] = deque()  # and the number of its last piece
+        waiting: deque[tuple[LoadedWeight, int]] = deque()  # and the number of its last piece
         begun = ended = 0  # pieces
 
         def send() -> None:
@@ -100,10 +105,6 @@ def upload(arrivals: Iterable[Arrival], total: int, device: torch.device, progre
             send()
         for weight, _ in waiting:
             yield weight
-
-
-def _stacked(parts: tuple[Part, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype, device=device)
 
 
 def _pieces(

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lightllmd.models.families import family_of
+from lightllmd.architecture.families import architecture_of
 
 SHARD = 4_000_000_000  # bytes
 
@@ -33,8 +33,8 @@ def main() -> None:
     config = json.loads((arguments.source / "config.json").read_bytes())
     dtype = getattr(torch, config["torch_dtype"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    family = family_of(config["model_type"])
-    parts = [part for target in family.layout(family.spec(config)).targets for part in target.parts + target.bias]
+    weights = architecture_of(config["model_type"], config).weights
+    parts = [part for weight in weights for part in weight.stored]
     arguments.out.mkdir(parents=True, exist_ok=True)
     begun, shards, held, weight_map = time.monotonic(), 0, {}, {}
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from lightllmd import errors
+from lightllmd.architecture.families import architecture_of
 from lightllmd.config.plan import encode_plan
 from lightllmd.config.stamps import stamp
 from lightllmd.engine.runners.cpu import TorchRunner
 from lightllmd.errors import ModelChanged, WeightsInvalid
 from lightllmd.ipc import channel, flight_record, messages
-from lightllmd.models.families import family_of
 from lightllmd.probe.model import model_facts
 from lightllmd.weights import safetensors, staged
 from lightllmd.weights.gguf import GgufCheckpoint
-from lightllmd.weights.layout import Progress
+from lightllmd.weights.loaded import Progress
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from tiny_models import BASE, plan_for, write_model
 
@@ -116,9 +116,9 @@ def read_on_cpu(folder: Path, progress: Progress) -> None:
 
 
 def read_as_a_gpu_does(folder: Path, progress: Progress) -> None:
-    family, device = family_of("llama"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layout = family.layout(family.spec(BASE))
-    for _ in staged.stream(SafetensorsCheckpoint([folder / FILE]), layout, torch.float32, device, progress):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = architecture_of("llama", BASE).weights
+    for _ in staged.stream(SafetensorsCheckpoint([folder / FILE]), weights, torch.float32, device, progress):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Random weights: the layout's shapes, the same numbers at every start, and a decoder that runs on them."""
+"""Random weights: the architecture's shapes, the same numbers at every start, and a decoder that runs on them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightllmd.config.shape import Shape
+from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.engine.runners.cpu import TorchRunner
-from lightllmd.models.families import FAMILIES, family_of
 from lightllmd.probe.model import model_facts
 from lightllmd.weights import dummy
 from tiny_models import BASE, VARIANTS, Driver, plan_for
@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 
 
 def drawn(config: dict, dtype: torch.dtype = torch.float32) -> tuple[dict, list[tuple[int, int]]]:
-    family = family_of(config["model_type"])
+    weights = architecture_of(config["model_type"], config).weights
     seen: list[tuple[int, int]] = []
-    stream = dummy.stream(family.layout(family.spec(config)), dtype, CPU, lambda *at: seen.append(at))
-    return {key: (tensor, bias) for key, tensor, bias in stream}, seen
+    stream = dummy.stream(weights, dtype, CPU, lambda *at: seen.append(at))
+    return {weight.key: (tensor, bias) for weight, tensor, bias in stream}, seen
 
 
 def test_every_start_draws_the_same_numbers_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +52,9 @@ def test_matrices_are_around_0_and_norms_around_1_and_no_two_are_alike() -> None
 @pytest.mark.parametrize("variant", ["plain", "biases", "tied", "head_dim given", "three heads"])
 def test_the_config_alone_says_how_many_parameters_there_are(model_type: str, variant: str) -> None:
     config = {**BASE, "head_dim": 16, **VARIANTS[variant], "model_type": model_type}
-    family = family_of(model_type)
-    layout = family.layout(family.spec(config))
-    parts = [part for target in layout.targets for part in target.parts + target.bias]
-    assert Shape.of(model_type, config).weight_elements == sum(torch.Size(part.shape).numel() for part in parts)
+    with torch.device("meta"):
+        truth = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert architecture_of(model_type, config).parameters == truth.num_parameters()
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

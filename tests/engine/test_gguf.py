@@ -12,12 +12,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from lightllmd.config.shape import Shape
+from lightllmd.architecture.families import architecture_of
 from lightllmd.errors import WeightsInvalid
-from lightllmd.models.families import family_of
 from lightllmd.probe.model import model_facts
 from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.gguf_header import GGUF_READABLE
+from lightllmd.weights.verify import verify
 from tiny_models import BASE, VARIANTS, Driver, load, tensors_of, write_model, write_tensors
 
 NAMES = {
@@ -105,9 +105,8 @@ def test_a_gguf_file_is_the_same_model_as_the_directory(tmp_path: Path, variant:
 def test_the_probe_understands_a_qwen_file(tmp_path: Path, variant: str) -> None:
     config = {**BASE, **VARIANTS[variant]}
     facts = model_facts(str(write_gguf(tmp_path / "m.gguf", config, Kind.Q8_0)))
-    shape = Shape.of(facts.model_type, facts.hf_config)
-    assert (facts.model_type, shape) == (variant, Shape.of(variant, config))
-    assert shape.weight_elements == facts.weight_elements
+    spec = architecture_of(facts.model_type, facts.hf_config).spec
+    assert (facts.model_type, spec) == (variant, architecture_of(variant, config).spec)
 
 
 def test_a_split_file_computes_what_the_whole_one_computes(tmp_path: Path) -> None:
@@ -193,9 +192,8 @@ def test_a_truncated_or_unreadable_gguf_is_refused_by_tensor(tmp_path: Path) -> 
     checkpoint = GgufCheckpoint(file)
     name = "model.layers.0.mlp.up_proj.weight"
     checkpoint.tensors[name] = replace(checkpoint.tensors[name], type="IQ1_M")
-    family = family_of("llama")
     with pytest.raises(WeightsInvalid, match=r"m\.gguf: tensor .*mlp\.up_proj\.weight is of type IQ1_M"):
-        family.layout(family.spec(BASE)).check(checkpoint.tensors, checkpoint.readable, str(file))
+        verify(architecture_of("llama", BASE), checkpoint.tensors, checkpoint.readable, str(file))
     file.write_bytes(file.read_bytes()[:-4096])
     with pytest.raises(WeightsInvalid, match="truncated: tensor "):
         GgufCheckpoint(file)

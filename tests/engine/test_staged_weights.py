@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.family import Architecture
 from lightllmd.errors import WeightsInvalid
-from lightllmd.models.families import family_of
 from lightllmd.weights import place, staged
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
+from lightllmd.weights.verify import verify
 from tiny_models import BASE, write_model, write_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANGES = {"attention_bias": True, "mlp_bias": True}
 
 
-def opened(folder: Path) -> tuple[SafetensorsCheckpoint, Any]:
-    family = family_of("llama")
+def opened(folder: Path) -> tuple[SafetensorsCheckpoint, Architecture]:
     checkpoint = SafetensorsCheckpoint(sorted(folder.glob("*.safetensors")))
-    return checkpoint, family.layout(family.spec(BASE | CHANGES))
+    return checkpoint, architecture_of("llama", BASE | CHANGES)
 
 
 @pytest.mark.parametrize("piece", [64, 4096, 8 << 20])
@@ -36,11 +36,11 @@ def test_what_arrives_is_what_reading_gives(
     monkeypatch.setattr(staged, "PIECE_BYTES", piece)
     folder = write_model(tmp_path, CHANGES)
     write_tensors(folder, {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()})
-    checkpoint, layout = opened(folder)
+    checkpoint, architecture = opened(folder)
     seen: list[tuple[int, int]] = []
-    expected = list(place.stream(checkpoint, layout, wanted, torch.device("cpu"), lambda *at: None))
-    found = list(staged.stream(checkpoint, layout, wanted, DEVICE, lambda *at: seen.append(at)))
-    assert [key for key, _, _ in found] == [key for key, _, _ in expected]
+    expected = list(place.stream(checkpoint, architecture.weights, wanted, torch.device("cpu"), lambda *at: None))
+    found = list(staged.stream(checkpoint, architecture.weights, wanted, DEVICE, lambda *at: seen.append(at)))
+    assert [one.spec for one in found] == [one.spec for one in expected]
     for (_, weight, bias), (_, other, other_bias) in zip(found, expected, strict=True):
         assert weight.dtype == wanted
         assert torch.equal(weight.cpu(), other)
@@ -55,17 +55,15 @@ def test_a_tensor_is_whole_when_it_is_yielded_and_the_next_are_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
-    checkpoint, layout = opened(write_model(tmp_path, CHANGES, shards=3))
-    sizes = [
-        sum(checkpoint.tensors[part.name].nbytes for part in target.parts + target.bias) for target in layout.targets
-    ]
+    checkpoint, architecture = opened(write_model(tmp_path, CHANGES, shards=3))
+    sizes = [sum(checkpoint.tensors[part.name].nbytes for part in one.stored) for one in architecture.weights]
     done = 0
 
     def progress(at: int, total: int) -> None:
         nonlocal done
         done = at
 
-    for count, _ in enumerate(staged.stream(checkpoint, layout, torch.float32, DEVICE, progress), 1):
+    for count, _ in enumerate(staged.stream(checkpoint, architecture.weights, torch.float32, DEVICE, progress), 1):
         assert done >= sum(sizes[:count])
     assert done == sum(sizes)
 
@@ -75,16 +73,16 @@ def test_a_type_that_is_no_weights_is_refused_by_name(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int64)
     write_tensors(folder, tensors)
-    checkpoint, layout = opened(folder)
+    checkpoint, architecture = opened(folder)
     with pytest.raises(WeightsInvalid, match=r"model\.norm\.weight is of type I64"):
-        layout.check(checkpoint.tensors, checkpoint.readable, str(folder))
+        verify(architecture, checkpoint.tensors, checkpoint.readable, str(folder))
 
 
 def test_a_load_that_is_given_up_leaves_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
-    checkpoint, layout = opened(write_model(tmp_path, CHANGES))
+    checkpoint, architecture = opened(write_model(tmp_path, CHANGES))
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    stream = staged.stream(checkpoint, layout, torch.float32, DEVICE, lambda *at: None)
+    stream = staged.stream(checkpoint, architecture.weights, torch.float32, DEVICE, lambda *at: None)
     next(stream)
     assert threading.active_count() > before[1]
     stream.close()

@@ -24,11 +24,11 @@ from unittest import mock
 
 import msgspec
 
+from lightllmd.architecture.families import architecture_of
 from lightllmd.config.cli import Invocation
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Other
-from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
 from lightllmd.supervisor import supervisor
@@ -64,8 +64,10 @@ SHAPE = {
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
 }
-_WEIGHTS = {"/models/large": 3_000_000_000, "/models/huge": 20_000_000_000}  # elements, of 2 bytes
-_SMALL = Shape.of("llama", SHAPE).weight_elements
+_SHAPES = {  # of about 6 and 40 GB
+    "/models/large": SHAPE | {"hidden_size": 4096, "intermediate_size": 26624},
+    "/models/huge": SHAPE | {"hidden_size": 4096, "intermediate_size": 200_000},
+}
 _FLAGS = {
     "model_dir": "/models/first",
     "load_way": "DUMMY",
@@ -522,8 +524,9 @@ class Simulation:
 
 
 def _model(path: str) -> ModelFacts:
-    size = _WEIGHTS.get(path, _SMALL)
-    return ModelFacts(path, "dummy", "llama", SHAPE, [], size, 0, "bfloat16", 4096, [2], False, False)
+    shape = _SHAPES.get(path, SHAPE)
+    size = architecture_of("llama", shape).parameters
+    return ModelFacts(path, "dummy", "llama", shape, [], size, 0, "bfloat16", 4096, [2], False, False)
 
 
 def _generation(program: object) -> int | None:

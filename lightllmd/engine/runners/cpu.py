@@ -56,8 +56,8 @@ class TorchRunner:
         """For all that steps leave behind."""
         plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params
         dtype = getattr(torch, plan.data_type)
-        shape = (self.slots, 2 * spec.kv_heads, spec.head_dim)
-        self.caches = [torch.empty(shape, dtype=dtype) for _ in range(spec.layers)]
+        shapes = [(self.slots, 2 * layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
+        self.caches = [torch.empty(shape, dtype=dtype) for shape in shapes]
         rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
         self.table = SlotTable(rows, width, self.slots, _CPU, dtype)
         processed = plan.config.engine.logprobs == "processed"

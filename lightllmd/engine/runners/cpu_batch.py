@@ -8,7 +8,7 @@ from torch import Tensor
 from lightllmd.config.bounds import GATHER_PADDING, SHORT_ROW
 from lightllmd.engine.step import Row
 from lightllmd.kernels.layout import DecodeGroup, GroupedBatch, PrefillRow, Slots
-from lightllmd.models.layers import Rope
+from lightllmd.models.rope import Rope
 
 # Decode rows are read together while the shortest has at least this share of the longest's length: padding costs
 # reads, a further group costs calls. Rows up to SHORT_ROW tokens are never parted.

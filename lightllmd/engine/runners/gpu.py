@@ -47,7 +47,7 @@ from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.layout import Heads
 from lightllmd.models.decoder import Decoder
 from lightllmd.weights.host_copy import HostCopy
-from lightllmd.weights.layout import Weight
+from lightllmd.weights.loaded import LoadedWeight
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +95,12 @@ class DeviceRunner:
         else:
             weights = stored_weights(plan, device, dtype, progress)
         # As they came, for `stage`. They are those of the decoder, whose products take them over as they are.
-        self._weights: list[Weight] = []
+        self._weights: list[LoadedWeight] = []
         kernels = fused_kernels(device, dtype, plan.decode_kernel)
         self.decoder = build_decoder(plan, kernels, _noted(weights, self._weights), device)
         spec = self.decoder.spec
-        shape = (spec.layers, self.slots + 1, 2 * spec.kv_heads, spec.head_dim)
+        heads = self.decoder.layers[0].attention.heads
+        shape = (len(spec.layers), self.slots + 1, 2 * heads.kv, heads.dim)
         self.caches = list(torch.empty(shape, dtype=dtype, device=device))
         for cache in self.caches:
             cache[-1] = 0
@@ -109,7 +110,7 @@ class DeviceRunner:
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
         most = plan.batch_max_tokens + self._rows
-        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, self.decoder.heads, most)
+        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, heads, most)
         if device.type == "cuda":  # without graphs too: the same launches, so the same bits
             self._shapes = Shapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_shapes(params))
         else:
@@ -140,7 +141,7 @@ class DeviceRunner:
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
             self._packer.longest_whole = whole_prompts.plan(
-                self.decoder.heads, self.caches[0].dtype, self._device, longest
+                self.decoder.layers[0].attention.heads, self.caches[0].dtype, self._device, longest
             )
             for step in worst_steps(self._plan):
                 self.run(step, beat)
@@ -299,7 +300,7 @@ class DeviceRunner:
         return torch.device(kind)
 
 
-def _noted(weights: Iterable[Weight], into: list[Weight]) -> Iterator[Weight]:
+def _noted(weights: Iterable[LoadedWeight], into: list[LoadedWeight]) -> Iterator[LoadedWeight]:
     for weight in weights:
         into.append(weight)
         yield weight

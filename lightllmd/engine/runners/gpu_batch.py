@@ -23,7 +23,7 @@ from lightllmd.kernels import split_prefill
 from lightllmd.kernels.layout import Heads, PrefillTiles, TableBatch
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
 from lightllmd.kernels.whole_prompts import spans
-from lightllmd.models.layers import Rope
+from lightllmd.models.rope import Rope
 
 
 @dataclass

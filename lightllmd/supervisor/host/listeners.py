@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import zip_longest
 
-from lightllmd.config.check import show
-from lightllmd.errors import SystemFailure
+from lightllmd.errors import SystemFailure, show
 from lightllmd.supervisor.host.fd_store import FdStore
 
 BACKLOG = 4096  # connections that wait while no api worker lives

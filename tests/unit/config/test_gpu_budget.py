@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightllmd.architecture.families import architecture_of
 from lightllmd.config import bounds, gpu_budget
 from lightllmd.config.load import load
 from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan
 from lightllmd.config.resolve import budget_table, resolve
-from lightllmd.config.shape import Shape
 from lightllmd.errors import ConfigInvalid
 
 H100 = DeviceFacts(
@@ -46,7 +46,7 @@ QWEN3_06B = {
 
 def planned(config: dict[str, Any], flags: dict[str, Any] | None = None) -> Plan:
     kind = config["model_type"]
-    elements = Shape.of(kind, config).weight_elements
+    elements = architecture_of(kind, config).parameters
     context = config["max_position_embeddings"]
     model = ModelFacts("/m", "dummy", kind, config, [], elements, 0, "bfloat16", context, [2], False, False)
     return resolve(load(None, {"model_dir": "m", "load_way": "DUMMY"} | (flags or {})), Facts(model, H100))

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightllmd.architecture.families import architecture_of
 from lightllmd.config import budget, models
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config
@@ -33,11 +34,15 @@ SHAPE = {
 GPU = DeviceFacts("cuda", "Test GPU", 1, 80 * 10**9, 78 * 10**9, ["bfloat16"], 8)
 CPU = DeviceFacts("cpu", "Test CPU", 1, 80 * 10**9, 78 * 10**9, ["bfloat16"], 8)
 GB = 10**9
+COLUMN = 3 * 2048 * 24  # parameters for each of the MLP's columns
+BESIDES_MLP = architecture_of("llama", SHAPE).parameters - 8192 * COLUMN
 
 
 def model(gigabytes: float = 4, **shape: Any) -> ModelFacts:
-    elements = int(gigabytes * GB / 2)
-    return ModelFacts("/m", "dummy", "llama", SHAPE | shape, [], elements, 0, "bfloat16", 8192, [2], False, False)
+    """With as wide an MLP as makes so many gigabytes."""
+    inner = 1 + max(0, int(gigabytes * GB / 2) - BESIDES_MLP) // COLUMN
+    config, elements = SHAPE | {"intermediate_size": inner} | shape, BESIDES_MLP + inner * COLUMN
+    return ModelFacts("/m", "dummy", "llama", config, [], elements, 0, "bfloat16", 8192, [2], False, False)
 
 
 def configured(entries: dict[str, dict[str, Any]], **flags: Any) -> Config:

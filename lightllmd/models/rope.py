@@ -1,23 +1,19 @@
-"""The parts of a decoder layer."""
+"""Angles of rotary positions."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightllmd.kernels.dispatch import Kernels
-from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
-from lightllmd.kernels.linear import Linear
-from lightllmd.models.spec import DecoderSpec, RopeSpec
+from lightllmd.architecture.spec import Rotary
 
 
 class Rope:
     """Angles of the rotary embedding. Where they depend on a sequence's length (`dynamic`), see `cos_sin`."""
 
-    def __init__(self, spec: RopeSpec, device: torch.device) -> None:
+    def __init__(self, spec: Rotary, device: torch.device) -> None:
         self.spec = spec
         self._exponents = torch.arange(0, spec.dim, 2, device=device).float() / spec.dim
         self._frequencies = _frequencies(spec, self._exponents)
@@ -43,7 +39,7 @@ class Rope:
         return torch.cat([half.cos(), half.sin()], -1)
 
 
-def _frequencies(spec: RopeSpec, exponents: Tensor) -> Tensor:
+def _frequencies(spec: Rotary, exponents: Tensor) -> Tensor:
     plain = 1.0 / spec.base**exponents
     if spec.kind == "linear":
         return plain / spec.factor
@@ -59,38 +55,8 @@ def _frequencies(spec: RopeSpec, exponents: Tensor) -> Tensor:
     return plain
 
 
-def _dynamic_frequencies(spec: RopeSpec, exponents: Tensor, lengths: Tensor) -> Tensor:
+def _dynamic_frequencies(spec: Rotary, exponents: Tensor, lengths: Tensor) -> Tensor:
     """``[T, D / 2]``: the base grows with the length beyond the original context."""
     stretched = spec.factor * lengths.clamp(min=spec.original_context).float() / spec.original_context
     base = spec.base * (stretched - (spec.factor - 1)) ** (spec.dim / (spec.dim - 2))
     return 1.0 / base[:, None] ** exponents
-
-
-@dataclass
-class DecoderLayer:
-    """Weights of one layer; `forward` maps the residual stream ``[T, hidden]`` to the next, perhaps in place."""
-
-    spec: DecoderSpec
-    kernels: Kernels
-    heads: Heads
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None  # [D], over each head
-    k_norm: Tensor | None
-    out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
-
-    def forward(
-        self, x: Tensor, cache: Tensor, batch: GroupedBatch | TableBatch, wanted: Tensor | None = None
-    ) -> Tensor:
-        """With `wanted` [R] only these tokens go on behind keys and values: of the last layer nobody needs others."""
-        spec, kernels = self.spec, self.kernels
-        qkv = kernels.normed_product(x, self.input_norm, spec.norm_eps, self.qkv)
-        attended = kernels.attention(qkv, cache, batch, self.heads, self.q_norm, self.k_norm, wanted)
-        if wanted is not None:
-            x = x.index_select(0, wanted)
-        x = kernels.add_product(attended, self.out, x)
-        hidden = kernels.normed_gated(x, self.mlp_norm, spec.norm_eps, self.gate_up, spec.activation)
-        return kernels.add_product(hidden, self.down, x)

@@ -1,0 +1,57 @@
+"""What a family says of its models, and what follows for one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.weights import Names, WeightSpec, weights_of
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's converter stores a family."""
+
+    names: Names  # as those of Hugging Face: llama.cpp's name of each tensor
+    # Tensors whose rows it reorders within each head, so that the two elements of a rotary pair are adjacent.
+    paired: frozenset[str] = frozenset()
+    experts: str | None = None  # the model type of a file that says that it has experts; None: the family's own
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one Hugging Face ``model_type``."""
+
+    model_type: str
+    spec: Callable[[Mapping[str, Any]], DecoderSpec]  # of a config.json; raises ConfigInvalid
+    names: Names
+    ignored: str = r"(?!)"  # pattern of names that may be in a checkpoint and are not needed
+    gguf: Gguf | None = None  # None: its GGUF files can't be read
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model: its decoder's specification, and the weights that follow from it."""
+
+    family: Family
+    spec: DecoderSpec
+
+    @cached_property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        """In the order in which they are loaded."""
+        return weights_of(self.spec, self.family.names)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all weights, a tied head counted once."""
+        return sum(weight.elements for weight in self.weights)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this Hugging Face name may be in a checkpoint and is not needed."""
+        # A tied head may be stored a second time.
+        repeated = self.spec.tied and name == f"{self.family.names['head']}.weight"
+        return repeated or re.fullmatch(self.family.ignored, name) is not None

@@ -1,0 +1,51 @@
+"""Rotary positions, read out of a Hugging Face config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from lightllmd.architecture.entries import dimension, invalid, number, table
+from lightllmd.architecture.spec import Rotary
+from lightllmd.errors import show
+
+
+def rope_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Both spellings as one: ``rope_theta`` and ``rope_scaling``, and ``rope_parameters`` of transformers 5. Raises
+    ConfigInvalid where one of them is no object."""
+    return {**table(config, "rope_scaling"), **table(config, "rope_parameters")}
+
+
+def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
+    """Rotation of whole heads. Raises ConfigInvalid naming the key where it is not built or makes no sense."""
+    words = rope_words(config)
+    base = number(words if words.get("rope_theta") is not None else config, "rope_theta", 10000.0)
+    if base <= 1:
+        raise invalid(f"rope_theta is {base:g}, a number above 1 is needed")
+    kind = words.get("rope_type") or words.get("type") or "default"
+    context = dimension(config, "max_position_embeddings", 2048)
+    for given in (words, config):
+        if number(given, "partial_rotary_factor", 1.0) != 1.0:
+            raise invalid(f"partial_rotary_factor {given['partial_rotary_factor']} is not available yet")
+    scaling = partial(number, words, within="rope_scaling")
+    if kind == "default":
+        return Rotary("default", head_dim, base)
+    if kind == "linear":
+        return Rotary("linear", head_dim, base, scaling("factor"))
+    if kind == "dynamic":
+        if head_dim <= 2:
+            raise invalid(f"head_dim {head_dim} is too small for rope type 'dynamic'")
+        return Rotary("dynamic", head_dim, base, scaling("factor"), context)
+    if kind == "llama3":
+        original = dimension(words, "original_max_position_embeddings", context)
+        low, high = scaling("low_freq_factor"), scaling("high_freq_factor")
+        if high <= low:
+            raise invalid(f"rope_scaling.high_freq_factor {high} must be above low_freq_factor {low}")
+        return Rotary("llama3", head_dim, base, scaling("factor"), original, low, high)
+    divisors = words.get("long_factor")
+    constant = kind == "longrope" and divisors == words.get("short_factor") and words.get("attention_factor") == 1.0
+    if constant and isinstance(divisors, list) and len(divisors) == head_dim // 2:
+        factors = tuple(number({"long_factor": one}, "long_factor", within="rope_scaling") for one in divisors)
+        return Rotary("divided", head_dim, base, divisors=factors)
+    raise invalid(f"rope type {show(kind)} is not available yet (default, linear, dynamic and llama3 are)")

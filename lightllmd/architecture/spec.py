@@ -1,0 +1,106 @@
+"""A decoder-only language model as data: what a family makes of a Hugging Face config, and what everything else reads.
+
+The vocabulary names only what is built. A new kind of attention, feed-forward block or positions is a class of its own
+beside those here, added to the union below them. What a config asks for beyond that is refused by its family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+RotaryKind = Literal["default", "linear", "dynamic", "llama3", "divided"]
+NormPlacement = Literal["pre"]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding (Su et al. 2021) and how it is stretched beyond the trained context.
+
+    linear: every frequency divided by `factor` (Chen et al. 2023). dynamic: the base grows with the sequence's
+    length ("NTK-aware"). llama3: low frequencies divided by `factor`, high ones kept, a ramp between.
+    divided: frequency i divided by ``divisors[i]``.
+    """
+
+    kind: RotaryKind
+    dim: int  # rotated elements of a head
+    base: float
+    factor: float = 1.0
+    original_context: int = 0  # tokens; dynamic and llama3
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    divisors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """Root mean square norm (Zhang and Sennrich 2019): ``x / rms(x) * (offset + weight)``."""
+
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class GroupedQuery:
+    """Attention whose query heads share keys and values in groups (Ainslie et al. 2023).
+
+    `heads` is a multiple of `kv_heads`; `head_dim` need not be ``hidden / heads``.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float  # of the attention logits
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False  # an RMS norm over each query and key head, before the rotation
+
+    @property
+    def q_size(self) -> int:
+        """Elements of one token's queries, in all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of one token's keys, in all heads; its values have as many."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """``down(activation(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    intermediate: int
+    activation: Activation
+    bias: bool = False
+
+
+Positions = Rotary
+Attention = GroupedQuery
+FeedForward = GatedMlp
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    attention: Attention
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes in elements. `norm_placement` says where the norms of a layer stand: "pre", before attention and
+    feed-forward block."""
+
+    hidden: int
+    vocab: int
+    layers: tuple[LayerSpec, ...]
+    positions: Positions
+    norm: RmsNorm
+    norm_placement: NormPlacement
+    tied: bool  # the head's weight is the embedding
+
+    @property
+    def head_dims(self) -> set[int]:
+        """Every size that a head has in some layer."""
+        return {layer.attention.head_dim for layer in self.layers}

@@ -1,0 +1,138 @@
+"""The weights that follow from a specification, as one list: loading, dummy weights, budget and decoder read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery
+
+# What a weight is for. Those of a layer occur once in each.
+Role = Literal[
+    "embed",
+    "attention_norm",
+    "feed_forward_norm",
+    "q_norm",
+    "k_norm",
+    "qkv",
+    "attention_out",
+    "gate_up",
+    "down",
+    "norm",
+    "head",
+]
+
+# A checkpoint's name of each tensor, by what it is, without ".weight" and ".bias"; {layer} stands for the layer's
+# number. The keys are the roles, but for "q", "k", "v" of qkv and "gate", "up" of gate_up.
+Names = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the checkpoint, by its Hugging Face name, and the shape that the config makes it have."""
+
+    kind: str  # key of `Names`
+    name: str
+    shape: tuple[int, ...]
+    shard_unit: int = 1  # rows or columns that stay on one rank: those of a head
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A tensor of the decoder: `parts` stacked along the first dimension, and likewise its bias if it has one.
+
+    Matrices are ``[out, in]``. Tensor parallelism splits each part along `shard_axis` (0: out, and the bias with it;
+    1: in, and the bias stays whole on one rank); None: every rank has all of it.
+    """
+
+    role: Role
+    layer: int | None  # None: there is one for all layers
+    parts: tuple[Part, ...]
+    bias: tuple[Part, ...] = ()
+    shard_axis: Literal[0, 1] | None = None
+    quantisable: bool = False
+    neutral: float = 0.0  # what random numbers vary around: where it is a norm, what leaves its input as it is
+
+    @property
+    def key(self) -> str:
+        """Its name among the decoder's weights, such as ``3.qkv``."""
+        return self.role if self.layer is None else f"{self.layer}.{self.role}"
+
+    @property
+    def stored(self) -> tuple[Part, ...]:
+        """All tensors of the checkpoint that it is made of."""
+        return self.parts + self.bias
+
+    @property
+    def elements(self) -> int:
+        """Parameters, biases included."""
+        return sum(math.prod(part.shape) for part in self.stored)
+
+
+def weights_of(spec: DecoderSpec, names: Names) -> tuple[WeightSpec, ...]:
+    """In the order in which they are loaded: embedding, layer by layer, final norm, head (none where it is tied)."""
+    make = _Maker(spec, names)
+    weights = [make.table("embed"), *make.layers(), make.norm("norm", None)]
+    return (*weights,) if spec.tied else (*weights, make.table("head"))
+
+
+class _Maker:
+    def __init__(self, spec: DecoderSpec, names: Names) -> None:
+        self._spec, self._names = spec, names
+
+    def table(self, role: Role) -> WeightSpec:
+        """``[vocab, hidden]``."""
+        part = self._part(role, None, (self._spec.vocab, self._spec.hidden))
+        return WeightSpec(role, None, (part,), shard_axis=0)
+
+    def norm(self, role: Role, layer: int | None, size: int | None = None) -> WeightSpec:
+        """``[size]``, or ``[hidden]``."""
+        part = self._part(role, layer, (size or self._spec.hidden,))
+        return WeightSpec(role, layer, (part,), neutral=1.0 - self._spec.norm.offset)
+
+    def layers(self) -> Iterator[WeightSpec]:
+        for number, layer in enumerate(self._spec.layers):
+            yield self.norm("attention_norm", number)
+            yield self.norm("feed_forward_norm", number)
+            yield from self._attention(number, layer.attention)
+            yield from self._feed_forward(number, layer.feed_forward)
+
+    def _attention(self, layer: int, spec: GroupedQuery) -> Iterator[WeightSpec]:
+        hidden, unit = self._spec.hidden, spec.head_dim
+        if spec.qk_norm:
+            yield self.norm("q_norm", layer, unit)
+            yield self.norm("k_norm", layer, unit)
+        rows = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
+        yield self._matrix("qkv", layer, rows, hidden, spec.qkv_bias, shard_axis=0, unit=unit)
+        out = {"attention_out": hidden}
+        yield self._matrix("attention_out", layer, out, spec.q_size, spec.out_bias, shard_axis=1, unit=unit)
+
+    def _feed_forward(self, layer: int, spec: GatedMlp) -> Iterator[WeightSpec]:
+        hidden, inner = self._spec.hidden, spec.intermediate
+        yield self._matrix("gate_up", layer, {"gate": inner, "up": inner}, hidden, spec.bias, shard_axis=0)
+        yield self._matrix("down", layer, {"down": hidden}, inner, spec.bias, shard_axis=1)
+
+    def _matrix(
+        self,
+        role: Role,
+        layer: int,
+        rows: Mapping[str, int],
+        columns: int,
+        biased: bool,
+        *,
+        shard_axis: Literal[0, 1],
+        unit: int = 1,
+    ) -> WeightSpec:
+        """Of parts with `rows` each."""
+        weights = tuple(self._part(kind, layer, (count, columns), unit) for kind, count in rows.items())
+        biases: tuple[Part, ...] = ()
+        if biased:
+            biases = tuple(self._part(kind, layer, (count,), unit, "bias") for kind, count in rows.items())
+        return WeightSpec(role, layer, weights, biases, shard_axis, quantisable=True)
+
+    def _part(
+        self, kind: str, layer: int | None, shape: tuple[int, ...], unit: int = 1, suffix: str = "weight"
+    ) -> Part:
+        return Part(kind, f"{self._names[kind].format(layer=layer)}.{suffix}", shape, unit)
