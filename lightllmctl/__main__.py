@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import click
 
 from lightllmctl import commands
-from lightllmctl.commands.group import Verbs
-from lightllmctl.context import Context
+from lightllmctl.commands.group import VerbGroup
+from lightllmctl.context import CommandContext
 from lightllmd import __version__, console
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_INTERRUPTED, CTL_USAGE, ConfigInvalid, LightllmdError
 
@@ -19,7 +19,7 @@ COMPLETION_VARIABLE = "_LIGHTLLMCTL_COMPLETE"
 
 
 @click.group(
-    cls=Verbs,
+    cls=VerbGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     invoke_without_command=True,
 )
@@ -40,7 +40,7 @@ def cli(context: click.Context, socket_path: str | None) -> int:
     or model, 5 not permitted, 6 configuration invalid, 7 busy, 8 does not fit, 9 rolled back, 10 timed out while
     the job goes on, 130 interrupted.
     """
-    context.obj = Context(socket_path)
+    context.obj = CommandContext(socket_path)
     context.call_on_close(context.obj.close)
     if context.invoked_subcommand is None:
         console.complain(context.get_help())

@@ -53,7 +53,7 @@ class _Event(msgspec.Struct):
 _event = msgspec.json.Decoder(_Event).decode
 
 
-class BadAnswer(Exception):
+class MalformedAnswer(Exception):
     """What came is no HTTP, or no events."""
 
 
@@ -77,14 +77,14 @@ class Answer:
         return not (self._status or self._waiting)
 
     def feed(self, data: bytes, now: float) -> bool:
-        """True: the answer is complete. Raises BadAnswer."""
+        """True: the answer is complete. Raises MalformedAnswer."""
         if self._waiting:
             data, self._waiting = self._waiting + data, b""
         while not self._status:
             end = data.find(b"\r\n\r\n")
             if end < 0:
                 if len(data) > MAX_HEAD:
-                    raise BadAnswer("a head without an end")
+                    raise MalformedAnswer("a head without an end")
                 self._waiting = data
                 return False
             self._read_head(data[:end])
@@ -115,7 +115,7 @@ class Answer:
         first, *lines = head.split(b"\r\n")
         words = first.split(None, 2)
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            raise BadAnswer(f"no HTTP/1: {first[:40]!r}")
+            raise MalformedAnswer(f"no HTTP/1: {first[:40]!r}")
         status = int(words[1])
         if status < 200:  # an interim answer; the real one follows
             return
@@ -144,7 +144,7 @@ class Answer:
             try:
                 size = int(data[position:end].partition(b";")[0], 16)
             except ValueError:
-                raise BadAnswer(f"no chunk size: {data[position:end][:40]!r}") from None
+                raise MalformedAnswer(f"no chunk size: {data[position:end][:40]!r}") from None
             if not size:
                 if data.find(b"\r\n\r\n", end) < 0:
                     break
@@ -174,7 +174,7 @@ class Answer:
         try:
             event = _event(data)
         except msgspec.MsgspecError as error:
-            raise BadAnswer(f"an event that is none: {error}: {data[:80]!r}") from None
+            raise MalformedAnswer(f"an event that is none: {error}: {data[:80]!r}") from None
         record = self.record
         if event.token is not None:
             record.times.append(now)

@@ -24,7 +24,7 @@ SYSTEM_SOCKET = Path("/run/lightllmd/control.sock")
 
 
 @dataclass
-class Context:
+class CommandContext:
     """Passed to every verb by click. Opening connections and importing rich and httpx wait until they are needed."""
 
     socket_option: str | None = None
@@ -52,7 +52,7 @@ class Context:
         console.say(console.literal(value, indent=2 if sys.stdout.isatty() else None))
 
 
-pass_context = click.make_pass_decorator(Context)
+pass_context = click.make_pass_decorator(CommandContext)
 
 
 def choose_socket(option: str | None, environ: Mapping[str, str], uid: int) -> Path:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lightllmctl.client import named_error
-from lightllmctl.context import Context
+from lightllmctl.context import CommandContext
 from lightllmctl.render import clean, job_name
 from lightllmd import console
 from lightllmd.errors import ConfigInvalid, ConnectionLost, JobFailed, JobGoesOn, NoAnswer, RolledBack
@@ -20,7 +20,7 @@ class Display(Protocol):
     def show(self, job: Job) -> None: ...
 
 
-def run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> Job | None:
+def run(context: CommandContext, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> Job | None:
     """Starts a job, waits for it and says how it ended; raises as `wait` does. None: nobody waited."""
     job = context.client.post(f"/v1/{verb}", body)
     if no_block:
@@ -32,7 +32,7 @@ def run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeo
     return job
 
 
-def wait(context: Context, job: Job, timeout: float | None) -> Job:
+def wait(context: CommandContext, job: Job, timeout: float | None) -> Job:
     """Follows ``job`` to its end and returns its last state.
 
     Raises what the daemon names as its error, else JobFailed or RolledBack; JobGoesOn after ``timeout`` seconds,
@@ -80,7 +80,7 @@ def judged(job: Job) -> Job:
 
 
 @contextmanager
-def _display(context: Context) -> Iterator[Display]:
+def _display(context: CommandContext) -> Iterator[Display]:
     if not context.console.is_terminal:
         yield Lines()
         return
@@ -88,7 +88,7 @@ def _display(context: Context) -> Iterator[Display]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=context.console, transient=True) as progress:
-        yield Bar(progress)
+        yield JobBar(progress)
 
 
 class Lines:
@@ -104,7 +104,7 @@ class Lines:
             self.last = line
 
 
-class Bar:
+class JobBar:
     """One bar; it pulses while the job doesn't know how far it is."""
 
     def __init__(self, progress: Any) -> None:

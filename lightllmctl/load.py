@@ -20,7 +20,7 @@ from typing import cast
 import msgspec
 import uvloop
 
-from lightllmctl.answer import Answer, BadAnswer, Record
+from lightllmctl.answer import Answer, MalformedAnswer, Record
 from lightllmd.errors import CTL_INTERRUPTED, SystemFailure
 
 READY = b"R"
@@ -53,7 +53,7 @@ class Share(msgspec.Struct):
         return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
-class Connection(asyncio.Protocol):
+class LoadConnection(asyncio.Protocol):
     """Carries one request at a time."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
         try:
             if not self._answer.feed(data, now):
                 return
-        except BadAnswer as bad:
+        except MalformedAnswer as bad:
             self._answer.record.failure, self._answer.record.detail = "bad answer", str(bad)
             self._answer.record.end = now
             self._answer.reusable = False
@@ -112,7 +112,7 @@ class Generator:
     def __init__(self, share: Share) -> None:
         self._share = share
         self._tls = ssl.create_default_context() if share.tls else None
-        self._idle: list[Connection] = []
+        self._idle: list[LoadConnection] = []
 
     async def run(self, begin: float) -> list[Record]:
         """The records in the order of the plan. `begin`: seconds of the monotonic clock."""
@@ -168,17 +168,17 @@ class Generator:
             record.failure = record.detail = ""
             record.end = 0.0
 
-    def _kept(self) -> Connection | None:
+    def _kept(self) -> LoadConnection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
                 return connection
         return None
 
-    async def _open(self) -> Connection:
+    async def _open(self) -> LoadConnection:
         share = self._share
         _, connection = await asyncio.get_running_loop().create_connection(
-            Connection, share.host, share.port, ssl=self._tls
+            LoadConnection, share.host, share.port, ssl=self._tls
         )
         return connection
 
@@ -201,7 +201,7 @@ def _allow_files(connections: int) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-class Child:
+class LoadProcess:
     """Another process with a part of the load."""
 
     def __init__(self, share: Share) -> None:
@@ -241,10 +241,10 @@ def generate(share: Share, processes: int = 1) -> list[Record]:
     processes = max(1, min(processes, share.concurrency or len(share.planned), len(share.planned)))
     if processes == 1:
         return run_share(share, time.monotonic())
-    children: list[Child] = []
+    children: list[LoadProcess] = []
     try:
         for part in split(share, processes):
-            children.append(Child(part))
+            children.append(LoadProcess(part))
         for child in children:
             child.wait_ready()
         moment = time.monotonic() + LEAD

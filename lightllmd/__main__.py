@@ -25,15 +25,15 @@ def main() -> int:
     done = _printed(lambda: cli.finish(invocation))
     if done is not None:
         return done
-    from lightllmd.supervisor import supervisor  # not needed by --check and --help
+    from lightllmd.supervisor.main import main as serve  # not needed by --check and --help
 
-    return supervisor.main(invocation)
+    return serve(invocation)
 
 
 def _look(invocation: cli.Invocation) -> int | None:
     """The exit code that a start would end with, once its reason is told; None: it would serve."""
     from lightllmd.supervisor.change import preflight
-    from lightllmd.supervisor.change.reload import Settings
+    from lightllmd.supervisor.change.settings import Settings
 
     try:
         _, short = preflight.look(Settings.for_model(invocation.config, None), invocation.config_file)

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from lightllmctl.commands.options import complete_worker, waiting_options
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import console
 from lightllmd.errors import ConnectionLost, DaemonNotRunning, JobGoesOn
 
 
-def _run(context: Context, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> None:
+def _run(context: CommandContext, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> None:
     from lightllmctl import jobs
 
     jobs.run(context, verb, body, no_block, timeout)
@@ -22,7 +22,7 @@ def _run(context: Context, verb: str, body: dict[str, Any], no_block: bool, time
 @click.argument("worker", required=False, shell_complete=complete_worker)
 @waiting_options
 @pass_context
-def restart(context: Context, worker: str | None, no_block: bool, timeout: float | None) -> None:
+def restart(context: CommandContext, worker: str | None, no_block: bool, timeout: float | None) -> None:
     """Restart WORKER, or all of them one by one.
 
     "engine" is every rank of it. Requests in flight are held, not lost, and go on on the next generation.
@@ -33,7 +33,7 @@ def restart(context: Context, worker: str | None, no_block: bool, timeout: float
 @click.command()
 @waiting_options
 @pass_context
-def drain(context: Context, no_block: bool, timeout: float | None) -> None:
+def drain(context: CommandContext, no_block: bool, timeout: float | None) -> None:
     """Refuse new requests, let those in flight finish."""
     _run(context, "drain", {}, no_block, timeout)
 
@@ -41,7 +41,7 @@ def drain(context: Context, no_block: bool, timeout: float | None) -> None:
 @click.command()
 @waiting_options
 @pass_context
-def resume(context: Context, no_block: bool, timeout: float | None) -> None:
+def resume(context: CommandContext, no_block: bool, timeout: float | None) -> None:
     """Accept requests again after a drain."""
     _run(context, "resume", {}, no_block, timeout)
 
@@ -50,7 +50,7 @@ def resume(context: Context, no_block: bool, timeout: float | None) -> None:
 @click.option("--now", is_flag=True, help="End the requests in flight instead of letting them finish.")
 @waiting_options
 @pass_context
-def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> None:
+def stop(context: CommandContext, now: bool, no_block: bool, timeout: float | None) -> None:
     """Drain, then end the daemon; return when it is gone."""
     import time
 
@@ -79,7 +79,7 @@ def stop(context: Context, now: bool, no_block: bool, timeout: float | None) -> 
 @click.argument("worker", required=False, shell_complete=complete_worker)
 @waiting_options
 @pass_context
-def reset_failed(context: Context, worker: str | None, no_block: bool, timeout: float | None) -> None:
+def reset_failed(context: CommandContext, worker: str | None, no_block: bool, timeout: float | None) -> None:
     """Forget past failures of WORKER, or of all; one that was given up starts again."""
     _run(context, "reset-failed", {"worker": worker} if worker else {}, no_block, timeout)
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lightllmctl.commands.options import Number, json_option
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import __version__, console
 from lightllmd.errors import CTL_DONE, CTL_FAILED, CTL_NOT_ACTIVE, DaemonNotRunning, LightllmdError
 
@@ -25,7 +25,7 @@ def _exit_code(activity: str) -> int:
 @click.option("-w", "--watch", is_flag=True, help="Refresh until ^C; waits for a daemon that is down.")
 @click.option("--interval", type=Number(min=0.05, max=86400), default=1.0, show_default=True, help="Seconds, with -w.")
 @pass_context
-def status(context: Context, as_json: bool, watch: bool, interval: float) -> int:
+def status(context: CommandContext, as_json: bool, watch: bool, interval: float) -> int:
     """Show what runs.
 
     Exit code: 0 active, 1 degraded, 3 starting, stopping or not running.
@@ -42,13 +42,13 @@ def status(context: Context, as_json: bool, watch: bool, interval: float) -> int
     return _exit_code(activity(answer).word)
 
 
-def _page(context: Context, answer: dict[str, Any]) -> Any:
+def _page(context: CommandContext, answer: dict[str, Any]) -> Any:
     from lightllmctl.render import ASCII, UNICODE, status_page
 
     return status_page(answer, time.time(), ASCII if context.console.options.ascii_only else UNICODE)
 
 
-def _watch(context: Context, as_json: bool, interval: float) -> None:
+def _watch(context: CommandContext, as_json: bool, interval: float) -> None:
     """Until KeyboardInterrupt. Errors of the moment are shown, not raised: what is watched may be restarting."""
     from contextlib import nullcontext
 
@@ -74,7 +74,7 @@ def _watch(context: Context, as_json: bool, interval: float) -> None:
             time.sleep(interval)
 
 
-def _status_or_error(context: Context) -> dict[str, Any]:
+def _status_or_error(context: CommandContext) -> dict[str, Any]:
     try:
         return context.client.get("/v1/status")
     except LightllmdError as error:
@@ -84,7 +84,7 @@ def _status_or_error(context: Context) -> dict[str, Any]:
 @click.command("is-active")
 @click.option("-q", "--quiet", is_flag=True, help="The exit code alone.")
 @pass_context
-def is_active(context: Context, quiet: bool) -> int:
+def is_active(context: CommandContext, quiet: bool) -> int:
     """Does the daemon run, with an engine?
 
     Exit code: 0 active, 1 degraded, 3 anything else.
@@ -103,7 +103,7 @@ def is_active(context: Context, quiet: bool) -> int:
 @click.command("is-ready")
 @click.option("-q", "--quiet", is_flag=True, help="The exit code alone.")
 @pass_context
-def is_ready(context: Context, quiet: bool) -> int:
+def is_ready(context: CommandContext, quiet: bool) -> int:
     """Are new requests accepted and answered?
 
     Exit code: 0 ready, 1 degraded, 3 not ready.
@@ -125,7 +125,7 @@ def is_ready(context: Context, quiet: bool) -> int:
 @click.command("list-workers")
 @json_option
 @pass_context
-def list_workers(context: Context, as_json: bool) -> None:
+def list_workers(context: CommandContext, as_json: bool) -> None:
     """List the worker processes.
 
     Those that wait for their next start, too.
@@ -158,7 +158,7 @@ def list_workers(context: Context, as_json: bool) -> None:
 @click.command("list-models")
 @json_option
 @pass_context
-def list_models(context: Context, as_json: bool) -> None:
+def list_models(context: CommandContext, as_json: bool) -> None:
     """List the models that a swap knows by name; the one that is served first."""
     from lightllmctl import render
 
@@ -180,7 +180,7 @@ def list_models(context: Context, as_json: bool) -> None:
 @click.command("list-jobs")
 @json_option
 @pass_context
-def list_jobs(context: Context, as_json: bool) -> None:
+def list_jobs(context: CommandContext, as_json: bool) -> None:
     """List the jobs that run and those that ended lately."""
     from rich.text import Text
 
@@ -218,7 +218,7 @@ def _or_dash(value: Any) -> str:
 @click.command()
 @json_option
 @pass_context
-def version(context: Context, as_json: bool) -> None:
+def version(context: CommandContext, as_json: bool) -> None:
     """The versions of lightllmctl and of the daemon."""
     try:
         daemon = context.client.get("/v1/version")

@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 import click
 
 from lightllmctl.commands.options import LONGEST, Number, json_option
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd.errors import CTL_DONE, CTL_FAILED
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ def _slo(text: str) -> dict[str, float]:
               help="Processes that generate the load; one reads about 50,000 tokens/s.")  # fmt: skip
 @json_option
 @pass_context
-def bench(context: Context, as_json: bool, base_url: str | None, processes: int, slo: Any, **options: Any) -> int:
+def bench(
+    context: CommandContext, as_json: bool, base_url: str | None, processes: int, slo: Any, **options: Any
+) -> int:
     """Measure a server under load: TTFT, TPOT, ITL, throughput, goodput.
 
     Closed loop with --concurrency, open loop with --rate. Exit code: 0 if any request was answered, else 1.
@@ -104,7 +106,7 @@ def bench(context: Context, as_json: bool, base_url: str | None, processes: int,
     return CTL_DONE if report["ok"] else CTL_FAILED
 
 
-def _own_url(context: Context) -> str:
+def _own_url(context: CommandContext) -> str:
     """Where the daemon listens."""
     listeners = context.client.get("/v1/status").get("listeners") or []
     if not listeners:

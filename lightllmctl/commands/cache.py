@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from lightllmctl.commands.group import Verbs
+from lightllmctl.commands.group import VerbGroup
 from lightllmctl.commands.options import json_option, waiting_options
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import console
 from lightllmd.errors import CTL_USAGE
 
 
-@click.group(cls=Verbs, invoke_without_command=True)
+@click.group(cls=VerbGroup, invoke_without_command=True)
 @click.pass_context
 def cache(context: click.Context) -> int:
     """Look at the prompt cache of the engine in force, or empty it.
@@ -28,7 +28,7 @@ def cache(context: click.Context) -> int:
 @cache.command()
 @json_option
 @pass_context
-def stats(context: Context, as_json: bool) -> None:
+def stats(context: CommandContext, as_json: bool) -> None:
     """Show how full it is and how many prompt tokens it saved.
 
     They are counted from the start of the engine's process on.
@@ -59,7 +59,7 @@ def _rows(answer: dict[str, Any]) -> list[tuple[str, str, str]]:
 @cache.command()
 @waiting_options
 @pass_context
-def flush(context: Context, no_block: bool, timeout: float | None) -> None:
+def flush(context: CommandContext, no_block: bool, timeout: float | None) -> None:
     """Forget what no running request uses."""
     from lightllmctl import jobs
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lightllmctl.commands.options import Duration, complete_model, waiting_options
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import console
 from lightllmd.errors import JobFailed
 
@@ -17,7 +17,7 @@ from lightllmd.errors import JobFailed
 @click.option("--dry-run", is_flag=True, help="Only say what would change, and how.")
 @waiting_options
 @pass_context
-def reload(context: Context, dry_run: bool, no_block: bool, timeout: float | None) -> None:
+def reload(context: CommandContext, dry_run: bool, no_block: bool, timeout: float | None) -> None:
     """Read the configuration again and put what changed in force, without dropping a request.
 
     Returns when all is in force, or when nothing is: 6 the file is bad, 8 it doesn't fit, 9 it failed on the way and
@@ -30,7 +30,7 @@ def reload(context: Context, dry_run: bool, no_block: bool, timeout: float | Non
         _print_changes(context, job.get("details") or {})
 
 
-def _print_changes(context: Context, details: dict[str, Any]) -> None:
+def _print_changes(context: CommandContext, details: dict[str, Any]) -> None:
     """What a reload would change and, where that takes a new engine, whether and how it fits."""
     from lightllmctl.render import clean, table
 
@@ -65,7 +65,7 @@ def _print_changes(context: Context, details: dict[str, Any]) -> None:
 @waiting_options
 @pass_context
 def swap(
-    context: Context,
+    context: CommandContext,
     model: str,
     plan: bool,
     drain: float | None,
@@ -102,7 +102,7 @@ def swap(
         raise JobFailed(f"the new model is in force and does not serve yet, it is tried again: {_lines(kept)}")
 
 
-def _model(context: Context, text: str) -> str:
+def _model(context: CommandContext, text: str) -> str:
     """A path is the caller's: the daemon's directory is another one. What [models] names is no path."""
     relative = not (os.path.isabs(text) or text.startswith("package:"))
     if not relative or not ("/" in text or os.path.exists(text)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lightllmctl.commands.options import json_option
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import console
 from lightllmd.errors import LightllmdError, NoSuchCrash, Usage
 
@@ -22,7 +22,7 @@ def complete_crash(context: click.Context, _parameter: click.Parameter, incomple
     """The reports there are, for the shell's completion; none when no daemon answers."""
     socket_path = context.find_root().params.get("socket_path")
     try:
-        crashes = Context(socket_path).client.get_list("/v1/crashes")
+        crashes = CommandContext(socket_path).client.get_list("/v1/crashes")
     except LightllmdError:
         return []
     names = [LAST, *(str(crash.get("id", "")) for crash in crashes)]
@@ -33,7 +33,7 @@ def complete_crash(context: click.Context, _parameter: click.Parameter, incomple
 @json_option
 @click.argument("which", metavar="[ID]", required=False, shell_complete=complete_crash)
 @pass_context
-def crash(context: Context, as_json: bool, which: str | None) -> None:
+def crash(context: CommandContext, as_json: bool, which: str | None) -> None:
     """List the workers' crashes, or show the report of one.
 
     ID: a number from the list, or "last" for the newest.
@@ -54,7 +54,7 @@ def crash(context: Context, as_json: bool, which: str | None) -> None:
         context.console.print(crash_page(report))
 
 
-def _number(context: Context, which: str) -> int:
+def _number(context: CommandContext, which: str) -> int:
     if which == LAST:
         crashes = context.client.get_list("/v1/crashes")
         if not crashes:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lightllmctl.commands.options import complete_worker, json_option
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import console
 
 lines_option = click.option(
@@ -27,7 +27,7 @@ lines_option = click.option(
 @json_option
 @click.argument("worker", required=False, shell_complete=complete_worker)
 @pass_context
-def logs(context: Context, follow: bool, lines: int, as_json: bool, worker: str | None) -> None:
+def logs(context: CommandContext, follow: bool, lines: int, as_json: bool, worker: str | None) -> None:
     """What the daemon and its workers logged. WORKER: as list-workers names it, or lightllmd."""
     from lightllmctl.render import log_line
 
@@ -39,14 +39,14 @@ def logs(context: Context, follow: bool, lines: int, as_json: bool, worker: str 
 @lines_option
 @json_option
 @pass_context
-def events(context: Context, follow: bool, lines: int, as_json: bool) -> None:
+def events(context: CommandContext, follow: bool, lines: int, as_json: bool) -> None:
     """What happened: starts, deaths, restarts, jobs."""
     from lightllmctl.render import event_line
 
     _print_stream(context, "/v1/events", event_line, as_json, follow=int(follow), lines=lines)
 
 
-def _print_stream(context: Context, path: str, render: Any, as_json: bool, **query: Any) -> None:
+def _print_stream(context: CommandContext, path: str, render: Any, as_json: bool, **query: Any) -> None:
     for entry in context.client.stream(path, **query):
         if as_json:
             console.say(console.literal(entry))

@@ -7,7 +7,7 @@ import difflib
 import click
 
 
-class Verbs(click.Group):
+class VerbGroup(click.Group):
     """Names the nearest verb when one is misspelt."""
 
     def resolve_command(

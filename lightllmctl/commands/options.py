@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lightllmctl.context import Context
+from lightllmctl.context import CommandContext
 from lightllmd.errors import LightllmdError
 
 json_option = click.option("--json", "as_json", is_flag=True, help='One JSON object, with `"api": 1`.')
@@ -62,7 +62,7 @@ def names_at(path: str) -> Callable[[click.Context, click.Parameter, str], list[
 
     def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
         try:
-            listed = Context(context.find_root().params.get("socket_path")).client.get_list(path)
+            listed = CommandContext(context.find_root().params.get("socket_path")).client.get_list(path)
         except LightllmdError:
             return []
         return [name for one in listed if (name := str(one.get("name", ""))).startswith(incomplete)]

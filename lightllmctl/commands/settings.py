@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lightllmctl.commands.options import json_option
-from lightllmctl.context import Context, pass_context
+from lightllmctl.context import CommandContext, pass_context
 from lightllmd import console
 
 
@@ -18,7 +18,7 @@ from lightllmd import console
 @click.argument("file", type=click.Path(readable=False))
 @json_option
 @pass_context
-def check(context: Context, file: str, as_json: bool) -> None:
+def check(context: CommandContext, file: str, as_json: bool) -> None:
     """Check a configuration file.
 
     Needs no daemon. One problem a line; exit code 6 if there is one.
@@ -42,7 +42,7 @@ def check(context: Context, file: str, as_json: bool) -> None:
 @click.option("--effective", is_flag=True, help="What is in force, each derived value with its reason, and the memory.")
 @json_option
 @pass_context
-def config(context: Context, effective: bool, as_json: bool) -> None:
+def config(context: CommandContext, effective: bool, as_json: bool) -> None:
     """Show the configuration and what became of it.
 
     As TOML; with --effective as tables of what is in force.
@@ -56,7 +56,7 @@ def config(context: Context, effective: bool, as_json: bool) -> None:
         console.say(to_toml(answer))
 
 
-def _print_effective(context: Context, answer: dict[str, Any]) -> None:
+def _print_effective(context: CommandContext, answer: dict[str, Any]) -> None:
     from rich.text import Text
 
     from lightllmctl import units

@@ -7,7 +7,8 @@ import sys
 
 from lightllmd.config.plan import decode_plan
 from lightllmd.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_TRY_AGAIN, LightllmdError
-from lightllmd.ipc import child, messages
+from lightllmd.ipc import child_setup as child
+from lightllmd.ipc import messages
 from lightllmd.observe import log
 
 
@@ -27,7 +28,7 @@ def main() -> int:
     from lightllmd.api.worker import Worker
     from lightllmd.observe import metrics
 
-    metrics.sit(configure.metrics_seat, configure.metrics_dir)
+    metrics.use_files(configure.metrics_id, configure.metrics_dir)
     try:
         uvloop.run(Worker(channel, configure, plan).run())
     except LightllmdError as failure:

@@ -18,7 +18,7 @@ from lightllmd.errors import show
 MAX_FILE_BYTES = 1 << 20
 
 
-class Keys(msgspec.Struct, frozen=True):
+class KeyDigests(msgspec.Struct, frozen=True):
     """SHA-256 of each key, in hexadecimal. Where there are none, none is asked for."""
 
     requests: list[str] = []

@@ -9,7 +9,7 @@ import msgspec
 
 from lightllmd.config import check, models, rules
 from lightllmd.config.document import Document, Given, Unreadable, parse
-from lightllmd.config.keys import Keys, digests, exposed
+from lightllmd.config.keys import KeyDigests, digests, exposed
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import by_key, fields, tables
 from lightllmd.errors import ConfigInvalid, Problem
@@ -78,7 +78,7 @@ def _with_keys(config: Config, file: str | None, problems: list[Problem]) -> Con
         if warning := exposed(path):
             warnings.append(f"{setting}: {warning}")
     metrics = read.get("http.metrics_key", []) if config.http.metrics_key else None
-    held = Keys(read.get("http.api_keys_file", []), metrics)
+    held = KeyDigests(read.get("http.api_keys_file", []), metrics)
     return msgspec.structs.replace(config, held_keys=held, warnings=warnings)
 
 

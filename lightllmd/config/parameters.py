@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lightllmd.config.keys import Keys
+from lightllmd.config.keys import KeyDigests
 from lightllmd.config.modes import DECODE_MODES, UNBUILT
 from lightllmd.config.setting import Setting
 from lightllmd.config.tables import (
@@ -461,9 +461,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, dict[str, Any]] = {}  # [models.NAME]: checked values of parameters, model_dir among them
     # where each key that is not a default was set ("models.NAME.key" too): its line in the file, 0: command line
     places: dict[str, int] = {}
-    held_keys: Keys | None = None  # what the key files held when this was loaded; no setting
+    held_keys: KeyDigests | None = None  # what the key files held when this was loaded; no setting
     warnings: list[str] = []  # about what is valid and unwise
 
     @property
-    def keys(self) -> Keys:
-        return self.held_keys or Keys()
+    def keys(self) -> KeyDigests:
+        return self.held_keys or KeyDigests()

@@ -75,6 +75,18 @@ def _as_it_was(one: Stamp) -> bool:
     return (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) == before
 
 
+def changed_files(stamps: Iterable[Stamp]) -> list[str]:
+    """Paths of the files that are not the same any more, or can't be read."""
+    return [one.path for one in stamps if not (_as_it_was(one) or _same_content(one))]
+
+
+def _same_content(before: Stamp) -> bool:
+    try:
+        return stamp(before.path).content == before.content
+    except OSError:
+        return False
+
+
 def require_unchanged(stamps: Iterable[Stamp]) -> None:
     """Raises ModelChanged, which names the file."""
     for before in stamps:

@@ -17,7 +17,8 @@ from lightllmd import errors
 from lightllmd.config.plan import decode_plan
 from lightllmd.config.stamps import require_unchanged
 from lightllmd.engine import openmp
-from lightllmd.ipc import child, messages
+from lightllmd.ipc import child_setup as child
+from lightllmd.ipc import messages
 from lightllmd.ipc.flight_record import FlightRecorder
 from lightllmd.observe import log
 from lightllmd.weights.read_ahead import ReadAhead
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
         from lightllmd.engine.worker import EngineWorker
         from lightllmd.observe import metrics
 
-        metrics.sit(configure.metrics_seat, configure.metrics_dir)
+        metrics.use_files(configure.metrics_id, configure.metrics_dir)
         EngineWorker(link, recorder, configure, plan).run()
     except Exception as error:
         kind, code = next(

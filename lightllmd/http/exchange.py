@@ -7,16 +7,13 @@ import logging
 import re
 import secrets
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
-from lightllmd.errors import RequestFailed, RequestTimeout
+from lightllmd.errors import LightllmdError, RequestFailed, RequestTimeout
 from lightllmd.http.bounds import HIGH_WATER
-from lightllmd.http.traffic import pace
-
-if TYPE_CHECKING:
-    from lightllmd.http.connection import Connection
+from lightllmd.http.traffic import Traffic, pace
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +39,30 @@ def head(status: int, headers: list[tuple[bytes, bytes]]) -> list[bytes]:
             raise ValueError(f"{name!r}: {value!r} is no header")
         parts += (name, b": ", value, b"\r\n")
     return parts
+
+
+class AnsweringConnection(Protocol):
+    """The connection of an exchange, as the exchange sees it."""
+
+    traffic: Traffic
+    transport: asyncio.Transport
+    server_headers: Any  # gives the header lines of every answer
+    write_paused: bool  # the client reads more slowly than is written
+
+    def write(self, data: bytes) -> None:
+        """Sends `data`, or buffers it."""
+
+    async def writable(self) -> None:
+        """Waits while `write_paused`."""
+
+    def pace_reading(self) -> None:
+        """Reads on unless enough is there already."""
+
+    def answered(self, exchange: Exchange) -> None:
+        """The answer of `exchange` is complete."""
+
+    def refuse(self, error: LightllmdError, what: str, exchange: Exchange | None = None) -> None:
+        """Answers `error` where that is still possible, and ends the connection. `what`: which bound was reached."""
 
 
 class Exchange:
@@ -74,7 +95,7 @@ class Exchange:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: AnsweringConnection,
         scope: Scope,
         given_id: bytes,
         keep_alive: bool,

@@ -6,7 +6,8 @@ more than one request is parsed at a time, and nothing is parsed of which the bo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from typing import Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -21,20 +22,34 @@ from lightllmd.errors import (
     UrlTooLong,
 )
 from lightllmd.http import bounds as limits
-from lightllmd.http.exchange import Exchange
-
-if TYPE_CHECKING:
-    from lightllmd.http.connection import Connection
+from lightllmd.http.exchange import AnsweringConnection, Exchange
 
 _HEAD_END = b"\r\n\r\n"
 _PIECE = 8 << 10  # bytes of a body in chunks, parsed at a time
 _QUEUE = 16  # requests that one piece may hold beside the one that is answered
 
 
+class ReadingConnection(AnsweringConnection, Protocol):
+    """The connection of a reader, as the reader sees it."""
+
+    loop: asyncio.AbstractEventLoop
+    answering: Exchange | None  # the request that is being answered
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait behind the one that is being answered."""
+
+    def begin(self, request: Scope, given_id: bytes, keep_alive: bool, expects_continue: bool) -> None:
+        """The header of a request is complete."""
+
+    def complete(self, exchange: Exchange) -> None:
+        """All of a request is there."""
+
+
 class Reader:
     """Tells its connection of requests that begin and are complete, and of what has to be refused."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: ReadingConnection) -> None:
         self._connection = connection
         self.pending = b""  # read, not parsed
         self.stopped = False

@@ -6,14 +6,10 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lightllmd.errors import LightllmdError
 from lightllmd.http.bounds import Bounds
-
-if TYPE_CHECKING:
-    from lightllmd.http.connection import Connection
-    from lightllmd.http.exchange import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +20,38 @@ _SAID_EVERY = 10.0  # seconds between two log lines about the same bound
 _RECENTLY = 10.0  # seconds for which `full` remembers
 _READ = 64 << 10  # bytes at a time
 _TURN = 0.004  # seconds of one turn of the loop for bodies in many pieces
+
+
+class OpenConnection(Protocol):
+    """A connection as all of them are seen together."""
+
+    transport: asyncio.Transport
+    guest: bool  # beyond the cap: only reserved paths are answered
+
+    def hasten(self, seconds: float) -> None:
+        """Ends in `seconds` if it is idle until then."""
+
+    def give_way(self) -> None:
+        """Closes at once, as others need its place."""
+
+    def shutdown(self) -> None:
+        """Closes, at once where no answer is under way."""
+
+    def check(self, now: float) -> None:
+        """Ends what has taken too long. `now`: loop time."""
+
+
+class BodyOwner(Protocol):
+    """A request whose body takes memory."""
+
+    received: int  # bytes of the body
+    held: int  # of them, those that count against the bound
+
+    def pace(self, now: float) -> float:
+        """Bytes per second at which its body comes. `now`: loop time."""
+
+    def crowd_out(self) -> None:
+        """Refuses the request, as others need the memory."""
 
 
 class Traffic:
@@ -41,9 +69,9 @@ class Traffic:
         self.bounds = bounds
         self.render = render
         self.is_reserved = is_reserved
-        self.connections: set[Connection] = set()
+        self.connections: set[OpenConnection] = set()
         self.handshakes = 0  # accepted, not among the connections yet
-        self.waiting: dict[Connection, None] = {}  # those of which no request has come yet, longest first
+        self.waiting: dict[OpenConnection, None] = {}  # those of which no request has come yet, longest first
         self.retired = False  # each answer closes its connection
         self.idle_timeout = bounds.keep_alive_timeout
         self.bodies = Bodies(bounds.body_bytes)
@@ -107,9 +135,9 @@ class Bodies:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self._coming: dict[Exchange, None] = {}  # not complete yet
+        self._coming: dict[BodyOwner, None] = {}  # not complete yet
 
-    def take(self, exchange: Exchange, size: int, now: float) -> bool:
+    def take(self, exchange: BodyOwner, size: int, now: float) -> bool:
         """Room for `size` more bytes of its body; False: there is none, even if a slow one is given up."""
         limit = self.limit if exchange.received <= SMALL_BODY else self.limit - self.limit // 8
         while self.held + size > limit:
@@ -122,10 +150,10 @@ class Bodies:
         self.held += size
         return True
 
-    def complete(self, exchange: Exchange) -> None:
+    def complete(self, exchange: BodyOwner) -> None:
         self._coming.pop(exchange, None)
 
-    def release(self, exchange: Exchange) -> None:
+    def release(self, exchange: BodyOwner) -> None:
         self._coming.pop(exchange, None)
         self.held -= exchange.held
         exchange.held = 0

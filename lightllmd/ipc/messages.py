@@ -179,7 +179,7 @@ class EngineConfigure(msgspec.Struct, tag="engine-configure"):
     rank: int
     endpoint: str  # ZeroMQ endpoint that rank 0 binds
     metrics_dir: str
-    metrics_seat: str  # names its files there; no other living process has it
+    metrics_id: str  # names its files there; no other living process has it
 
 
 class ApiConfigure(msgspec.Struct, tag="api-configure"):
@@ -190,7 +190,7 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     epoch: int  # counts the starts of this api worker, from 1
     listener_fds: list[int]
     metrics_dir: str
-    metrics_seat: str  # names its files there; no other living process has it
+    metrics_id: str  # names its files there; no other living process has it
     revision: int = 1  # the plan's number
 
 
@@ -304,7 +304,7 @@ class Tune(msgspec.Struct, tag="tune"):
 
 
 class Keys(msgspec.Struct, tag="keys"):
-    """To an api worker: the API keys in force from now on, as `config.keys.Keys` has them."""
+    """To an api worker: the API keys in force from now on, as `config.keys.KeyDigests` has them."""
 
     requests: list[str]
     metrics: list[str] | None

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render", "sit"]
+__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render", "use_files"]
 
 StepKind = Literal["prefill", "decode", "mixed"]
 
@@ -37,17 +37,17 @@ _BATCH_SIZES = [float(size) for size in range(1, 129)]
 _RATIOS = [i / 10 for i in range(11)]
 
 
-def sit(seat: str, directory: str) -> None:
+def use_files(metrics_id: str, directory: str) -> None:
     """Names this process's files in `directory` and takes their room; before any metric is made. Where there is none,
     what is counted is seen by this process alone, and the log says so."""
     try:
         for kind, size in _ROOM.items():
-            _take_room(Path(directory), f"{kind}_{seat}.db", size)
+            _take_room(Path(directory), f"{kind}_{metrics_id}.db", size)
     except OSError as refused:
         log.error("%s: no room for metrics: %s; this process is missing in /metrics", directory, refused.strerror)
         values.ValueClass = values.MutexValue
         return
-    values.ValueClass = values.MultiProcessValue(lambda: seat)
+    values.ValueClass = values.MultiProcessValue(lambda: metrics_id)
 
 
 def _take_room(directory: Path, name: str, size: int) -> None:

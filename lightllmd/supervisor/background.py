@@ -14,20 +14,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ended:
-    """Event: some errand has ended; who waits for it looks."""
+    """Event: some background task has ended; the part that waits for it looks."""
 
 
-class Errand(Generic[T]):
-    """Begun at once, inside the loop. Whoever drops it cancels it; the end of the daemon cancels all."""
+class BackgroundTask(Generic[T]):
+    """Begun at once, inside the loop. An owner that drops it cancels it; the end of the daemon cancels all."""
 
     def __init__(self, context: Context, work: Coroutine[Any, Any, T]) -> None:
         self._task: asyncio.Task[T] = asyncio.get_running_loop().create_task(work)
-        context.errands.add(self._task)
-        self._task.add_done_callback(context.errands.discard)
+        context.background_tasks.add(self._task)
+        self._task.add_done_callback(context.background_tasks.discard)
         self._task.add_done_callback(lambda _: context.post(Ended()))
 
     @property
     def done(self) -> bool:
+        """Whether it has ended, by whatever."""
         return self._task.done()
 
     def result(self) -> T:
@@ -35,4 +36,5 @@ class Errand(Generic[T]):
         return self._task.result()
 
     def cancel(self) -> None:
+        """Without effect once it is done."""
         self._task.cancel()

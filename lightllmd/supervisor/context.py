@@ -16,12 +16,12 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
 from lightllmd.supervisor.children.hang_rule import RunningClock
 from lightllmd.supervisor.host.fd_store import FdStore
-from lightllmd.supervisor.host.file_threads import Aside
-from lightllmd.supervisor.host.runtime_directory import Runtime
+from lightllmd.supervisor.host.file_threads import FileThreads
+from lightllmd.supervisor.host.runtime_directory import RuntimeDirectory
 from lightllmd.supervisor.journal.logs import EventBook, LogBook
 
 
-class Brief(Protocol):
+class ShortLivedChild(Protocol):
     """A child that ends by itself."""
 
     def reap(self, pid: int) -> bool:
@@ -49,9 +49,11 @@ class Commands:
     python: str = sys.executable
 
     def probe(self) -> list[str]:
+        """Reads a request from stdin and prints the facts that a plan is made from."""
         return [self.python, "-m", "lightllmd.probe"]
 
     def api(self, channel_fd: int) -> list[str]:
+        """An api worker; `channel_fd` is its end of the channel."""
         return [self.python, "-m", "lightllmd.api", str(channel_fd), str(os.getpid())]
 
     def engine(
@@ -74,11 +76,13 @@ class Commands:
 
 @dataclass
 class Context:
+    """One for the daemon's life. Belongs to the loop's thread."""
+
     config: Config
     clock: RunningClock
     log: LogBook
     events: EventBook
-    runtime: Runtime
+    runtime: RuntimeDirectory
     commands: Commands
     listeners: list[socket.socket]
     fd_store: FdStore
@@ -86,10 +90,10 @@ class Context:
     journal: bool = False  # stderr is systemd's journal
     post: Callable[[object], None] = _nowhere  # puts an event into the supervisor's queue; the only way in
     report_fault: Callable[[str, BaseException], None] = _unreported  # makes a crash report of an unforeseen exception
-    aside: Aside = field(default_factory=Aside)  # where files are read
+    file_threads: FileThreads = field(default_factory=FileThreads)  # where files are read
     random: random.Random = field(default_factory=random.Random)
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number
-    errands: set[asyncio.Task[Any]] = field(default_factory=set)  # that run
-    brief: set[Brief] = field(default_factory=set)  # children that no worker's seat owns
+    background_tasks: set[asyncio.Task[Any]] = field(default_factory=set)  # that run
+    short_lived: set[ShortLivedChild] = field(default_factory=set)  # children that belong to no worker
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # over all revisions

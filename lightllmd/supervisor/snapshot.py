@@ -61,7 +61,7 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     stderr: list[str] = []  # the last lines that it printed
 
 
-class Worker(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child process, or the place of one that will be started again."""
 
     name: str  # "api-0", "engine-0": kind and index, stable over restarts; "spare"
@@ -83,6 +83,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """The model in force."""
+
     name: str
     state: str  # "planning" | "loading" | "ready" | "down" | "failed"
     progress: float | None  # 0..1 while loading, where known
@@ -126,7 +128,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
     resumed: int  # went on after an engine's death
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One mutation, from request to outcome."""
 
     id: int
@@ -155,6 +157,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One line that a worker printed or the supervisor wrote."""
+
     at: float
     worker: str  # "lightllmd" for the supervisor itself
     level: str  # "debug" | "info" | "warning" | "error"
@@ -162,14 +166,18 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConfigSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the configuration came from, and whether a reload would change it."""
+
     file: str | None  # None: all from the command line
     loaded: float  # or reloaded
-    pending_changes: int = 0  # settings that the file says otherwise by now
+    pending_changes: int = 0  # that a reload would take up: settings that the file says otherwise, the model's files
     pending_fault: str = ""  # why the file can't be reloaded as it is
     swapped_to: str | None = None  # what a swap serves in place of the configured model, until the daemon starts anew
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The status page."""
+
     api: int = API
     name: str
     version: str
@@ -189,12 +197,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     models: list[KnownModel]  # as `GET /v1/models`
     cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests
-    workers: list[Worker]
-    jobs: list[Job]  # those in progress
+    workers: list[WorkerStatus]
+    jobs: list[JobStatus]  # those in progress
     events: list[Event]  # the last ten, oldest first
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the program and of what runs it."""
+
     api: int = API
     name: str = "lightllmd"
     version: str

@@ -12,9 +12,6 @@ from lightllmd.weights.headers import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bytes of the file that are read and converted at a time: keeps temporaries small and progress flowing.
-CHUNK_BYTES = 16 << 20
-
 
 class Checkpoint(Protocol):
     """Names are those of Hugging Face checkpoints; a format with other names translates them."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from lightllmd.errors import WeightsInvalid
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.headers import SAFETENSORS_READABLE, TensorInfo, read_safetensors_header
-from lightllmd.weights.index import CHUNK_BYTES
 
+# Bytes of the file that are read and converted at a time: keeps temporaries small and progress flowing.
+CHUNK_BYTES = 16 << 20
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 assert FLOAT_TYPES.keys() == SAFETENSORS_READABLE
 

@@ -15,7 +15,7 @@ import msgspec
 
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import Worker
-from lightllmd.config.keys import Keys, digests
+from lightllmd.config.keys import KeyDigests, digests
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
 from lightllmd.engine.runners.fake_model import fake_token
@@ -34,7 +34,7 @@ def make_plan(
     read = {setting: digests(path) for setting, path in settings.key_files.items()}
     metrics = read.get("http.metrics_key", []) if settings.metrics_key else None
     config = Config(
-        held_keys=Keys(read.get("http.api_keys_file", []), metrics),
+        held_keys=KeyDigests(read.get("http.api_keys_file", []), metrics),
         models={name: {} for name in names},
         params=Params(**({"max_total_token_num": 6000} | (params or {}))),
         http=settings,

@@ -32,8 +32,8 @@ from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
 from lightllmd.supervisor import supervisor
-from lightllmd.supervisor.change.reload import Settings
-from lightllmd.supervisor.children import child, probing, reading
+from lightllmd.supervisor.change.settings import Settings
+from lightllmd.supervisor.children import child, probing, read_ahead
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.hang_rule import RunningClock
 from lightllmd.supervisor.context import Commands, Context
@@ -41,7 +41,7 @@ from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.host import listeners as sockets
 from lightllmd.supervisor.host.fd_store import FdStore
 from lightllmd.supervisor.host.notify import Notifier
-from lightllmd.supervisor.host.runtime_directory import Runtime
+from lightllmd.supervisor.host.runtime_directory import RuntimeDirectory
 from lightllmd.supervisor.journal import logs
 from lightllmd.supervisor.workers import memory_gate as memory
 from lightllmd.supervisor.workers import spare
@@ -240,7 +240,7 @@ class Simulation:
         self.sigchld = False
         self.refuse_spawns = 0  # by the host, of the next ones
         self.refuse_ports = False
-        self.hopeless: set[int] = set()  # revisions that were given up because their engine can't be started
+        self.permanently_failed: set[int] = set()  # revisions that were given up because their engine can't be started
         self.forced = self.kept = False  # a swap was asked for that may end requests, or serve what fails
         self._patches = ExitStack()
         folder = self._patches.enter_context(tempfile.TemporaryDirectory(prefix="sim-"))
@@ -252,7 +252,7 @@ class Simulation:
             clock=RunningClock(self.loop.time),
             log=log,
             events=logs.EventBook(log),
-            runtime=Runtime(Path(folder) / "control.sock"),
+            runtime=RuntimeDirectory(Path(folder) / "control.sock"),
             commands=SimulatedCommands(),
             listeners=[Listener(self, 8000)],  # type: ignore[list-item]
             fd_store=FdStore(self.systemd),
@@ -261,6 +261,7 @@ class Simulation:
         self.context.fd_store.keep(self.context.listeners)
         self.settings = Settings(Invocation(config, "lightllmd.toml"))
         self.settings.reread = self._reread  # type: ignore[method-assign]
+        self.settings.look = self._look  # type: ignore[method-assign]  # no thread
         self.context.config = self.settings.effective
         self.supervisor = supervisor.Supervisor(self.context, self.settings, self.systemd)
         self.task = self.loop.create_task(self.supervisor.run())
@@ -270,7 +271,7 @@ class Simulation:
         for steps in self.supervisor.verbs._steps.values():
             steps.close()
         self.task.cancel()
-        self.supervisor._children = list  # type: ignore[method-assign]  # it need not wait for any
+        self.supervisor.children = list  # type: ignore[method-assign]  # it need not wait for any
         for _ in range(100):
             self.settle()
             for move in self.moves():
@@ -285,17 +286,20 @@ class Simulation:
         replace = lambda where, name, what: self._patches.enter_context(mock.patch.object(where, name, what))  # noqa: E731
         replace(child, "Process", self._spawn)
         replace(probing, "Process", self._spawn)
-        replace(reading, "Process", self._spawn)
+        replace(read_ahead, "Process", self._spawn)
         replace(child.channel, "pair", self._pair)
         replace(supervisor, "TICK", TICK)
         replace(supervisor, "resident", lambda pid: 1)
         replace(supervisor, "is_stopped", self._is_stopped)
         replace(spare, "is_stopped", self._is_stopped)
         replace(supervisor.orphans, "become_subreaper", lambda: None)
-        replace(supervisor.orphans, "reap_strangers", self._reap)
-        replace(supervisor.control, "Server", NoControlServer)
+        replace(supervisor.orphans, "reap_orphans", self._reap)
+        replace(supervisor.server, "ControlServer", NoControlServer)
         replace(memory, "available_memory", lambda: DEVICE)
         replace(sockets, "bind", self._bind)
+
+    async def _look(self, context: Context, stamps: object) -> None:
+        """Nothing is pending: no thread's time can be simulated."""
 
     # --- what the supervisor finds instead of the host's ------------------------------------------------------------
     def _pair(self) -> tuple[Link, TheirEnd]:
@@ -353,7 +357,7 @@ class Simulation:
 
     def may_end(self, revision: int) -> bool:
         """Whether requests of it may be ended: nobody could finish them, or the daemon stops."""
-        return self.stopping or revision in self.hopeless
+        return self.stopping or revision in self.permanently_failed
 
     def memory_short(self, process: SimulatedProcess) -> bool:
         """As `process` begins to load."""
@@ -411,7 +415,7 @@ class Simulation:
         if isinstance(message, messages.Forget):
             engines = [engine for engine in self.supervisor.engines if engine.revision == message.revision]
             if any(engine.worker.fatal is not None for engine in engines):
-                self.hopeless.add(message.revision)
+                self.permanently_failed.add(message.revision)
         if isinstance(message, messages.Cut) and not self.forced:
             self.violated("requests are ended that nobody asked to end")
         if isinstance(message, messages.Commit) and not self.kept:

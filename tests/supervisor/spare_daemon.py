@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lightllmd.config.cli import parse
 from lightllmd.config.plan import Plan
 from lightllmd.supervisor.context import Commands
-from lightllmd.supervisor.supervisor import main
+from lightllmd.supervisor.main import main
 
 
 class Spares(Commands):

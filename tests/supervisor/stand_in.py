@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from lightllmd.ipc import child
+from lightllmd.ipc import child_setup as child
 from lightllmd.ipc.flight_record import Flight, FlightRecorder
 from lightllmd.ipc.messages import (
     EngineConfigure,

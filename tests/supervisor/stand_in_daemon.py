@@ -11,7 +11,7 @@ from lightllmd.config.cli import parse
 from lightllmd.config.plan import Plan
 from lightllmd.errors import LightllmdError
 from lightllmd.supervisor.context import Commands
-from lightllmd.supervisor.supervisor import main
+from lightllmd.supervisor.main import main
 
 SPARE = "spare"  # what the command line of a spare ends with
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))

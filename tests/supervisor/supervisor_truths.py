@@ -11,7 +11,7 @@ from lightllmd.ipc import messages
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.snapshot import Job
+from lightllmd.supervisor.snapshot import JobStatus
 from supervisor.simulated_api import Api
 from supervisor.simulation import Simulation
 
@@ -19,7 +19,7 @@ from supervisor.simulation import Simulation
 class Truths:
     def __init__(self, simulation: Simulation) -> None:
         self.simulation = simulation
-        self.ended: dict[int, Job] = {}
+        self.ended: dict[int, JobStatus] = {}
         self.begun: dict[int, tuple[int, bytes]] = {}  # job -> revision and plan in force when it began
 
     def broken(self) -> list[str]:
@@ -127,12 +127,14 @@ class Truths:
 
     def _processes(self) -> Iterator[str]:
         simulation, supervisor = self.simulation, self.simulation.supervisor
-        owned = [child.process for child in supervisor._children()]
+        owned = [child.process for child in supervisor.children()]
         if len(set(owned)) < len(owned):
             yield f"owned twice: {owned}"
-        brief = [getattr(one, "process", None) or getattr(one, "_process", None) for one in simulation.context.brief]
+        short_lived = [
+            getattr(one, "process", None) or getattr(one, "_process", None) for one in simulation.context.short_lived
+        ]
         for process in simulation.processes:
-            if process.returncode is None and process not in owned and process not in brief:
+            if process.returncode is None and process not in owned and process not in short_lived:
                 yield f"nobody owns {process}"
 
     # --- what api workers were told ------------------------------------------------------------------------------
@@ -154,8 +156,8 @@ class Truths:
             yield f"{name}: holds {view.held}, is to hold {supervisor.front.holding}"
         if view.drains != supervisor.verbs.draining:
             yield f"{name}: drains {view.drains}, is to drain {supervisor.verbs.draining}"
-        if view.health is None or (view.health.ready, view.health.reason) != supervisor._health:
-            yield f"{name} was told {view.health}, it is {supervisor._health}"
+        if view.health is None or (view.health.ready, view.health.reason) != supervisor.health:
+            yield f"{name} was told {view.health}, it is {supervisor.health}"
         if view.names != list(self.simulation.context.config.models):
             yield f"{name} knows of models {view.names}"
         for engine in supervisor.engines:

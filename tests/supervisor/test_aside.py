@@ -10,14 +10,14 @@ import threading
 import pytest
 
 from lightllmd.errors import TryAgain, Usage
-from lightllmd.supervisor.host.file_threads import MOST, Aside
+from lightllmd.supervisor.host.file_threads import MOST, FileThreads
 
 HANGS = """
 import asyncio, threading
-from lightllmd.supervisor.host.file_threads import Aside
+from lightllmd.supervisor.host.file_threads import FileThreads
 async def main():
     try:
-        await Aside().run("x", threading.Event().wait, timeout=0.05)
+        await FileThreads().run("x", threading.Event().wait, timeout=0.05)
     except Exception as late:
         print(late)
 asyncio.run(main())
@@ -28,7 +28,7 @@ def test_work_that_hangs_is_given_up_and_bounded_and_others_go_on() -> None:
     gate = threading.Event()
 
     async def run() -> None:
-        aside = Aside()
+        aside = FileThreads()
         late = [aside.run("reading x", gate.wait, timeout=0.2) for _ in range(MOST - 1)]
         hanging = [asyncio.ensure_future(one) for one in late]
         await asyncio.sleep(0)
@@ -56,7 +56,7 @@ def test_what_work_raises_is_raised() -> None:
         raise Usage("no")
 
     with pytest.raises(Usage, match="no"):
-        asyncio.run(Aside().run("x", refuse))
+        asyncio.run(FileThreads().run("x", refuse))
 
 
 def test_a_process_ends_though_its_work_hangs() -> None:

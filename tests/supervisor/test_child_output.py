@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lightllmd.supervisor.journal.logs import LONGEST, EventBook, LogBook, Sink, parse_output, renderer, text_line
-from lightllmd.supervisor.journal.output import BURST, LAST_LINES, LINE_COST, LONGEST_LINE, RATE, Output
+from lightllmd.supervisor.journal.output import BURST, LAST_LINES, LINE_COST, LONGEST_LINE, RATE, OutputLines
 
 
 def said(*chunks: bytes, at: float = 0.0) -> list[str]:
     lines: list[str] = []
-    output = Output(lines.append)
+    output = OutputLines(lines.append)
     for chunk in chunks:
         output.feed(chunk, at)
     output.end()
@@ -55,7 +55,7 @@ def test_a_very_long_line_comes_in_pieces_with_its_priority_and_no_character_cut
 
 def test_a_line_without_end_is_held_only_up_to_its_bound() -> None:
     lines: list[str] = []
-    output = Output(lines.append)
+    output = OutputLines(lines.append)
     for _ in range(4):
         output.feed(b"x" * LONGEST_LINE, 0.0)
     assert len(lines) >= 3
@@ -63,7 +63,7 @@ def test_a_line_without_end_is_held_only_up_to_its_bound() -> None:
 
 def test_a_flood_is_thinned_and_said_and_its_last_lines_are_kept() -> None:
     lines: list[str] = []
-    output = Output(lines.append)
+    output = OutputLines(lines.append)
     number, seconds = 0, 10
     for tick in range(seconds * 100):
         chunk = b"".join(b"%d\n" % (number + i) for i in range(1000))
@@ -79,7 +79,7 @@ def test_a_flood_is_thinned_and_said_and_its_last_lines_are_kept() -> None:
 
 def test_a_flood_without_line_ends_is_thinned_too() -> None:
     lines: list[str] = []
-    output = Output(lines.append)
+    output = OutputLines(lines.append)
     for tick in range(1000):
         output.feed(b"x" * 65536, tick / 100)
     assert sum(map(len, lines)) < BURST + 10 * RATE * 1.5
@@ -89,7 +89,7 @@ def test_a_flood_without_line_ends_is_thinned_too() -> None:
 
 def test_a_flood_that_ends_costs_no_later_line() -> None:
     lines: list[str] = []
-    output = Output(lines.append)
+    output = OutputLines(lines.append)
     output.feed(b"\n" * 65536, 0.0)
     output.feed(b"calm again\n", 60.0)
     assert lines[-1] == "calm again"

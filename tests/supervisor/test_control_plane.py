@@ -42,9 +42,9 @@ def client(daemon: StandInDaemon) -> Iterator[httpx.Client]:
     [
         ("/v1/status", snapshot.Status),
         ("/v1/version", snapshot.Version),
-        ("/v1/workers", list[snapshot.Worker]),
+        ("/v1/workers", list[snapshot.WorkerStatus]),
         ("/v1/config?effective=1", snapshot.Effective),
-        ("/v1/jobs", list[snapshot.Job]),
+        ("/v1/jobs", list[snapshot.JobStatus]),
     ],
 )
 def test_answers_have_the_declared_shape(client: httpx.Client, path: str, shape: type) -> None:

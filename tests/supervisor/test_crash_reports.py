@@ -22,7 +22,7 @@ from lightllmd.ipc.flight_record import Flight
 from lightllmd.supervisor.children import crashes, exits
 from lightllmd.supervisor.children.crashes import Crash, Crashes, open_crashes
 from lightllmd.supervisor.journal.logs import EventBook, LogBook, text_line
-from lightllmd.supervisor.journal.report_store import Shelf
+from lightllmd.supervisor.journal.report_store import ReportStore
 from stand_ins import StandInDaemon
 
 
@@ -179,15 +179,15 @@ def test_a_disk_that_takes_nothing_never_stops_the_loop_and_is_told(tmp_path: Pa
     told: list[str] = []
 
     async def scenario() -> float:
-        shelf = Shelf(tmp_path / "crashes", 5, told.append)
+        store = ReportStore(tmp_path / "crashes", 5, told.append)
         os.mkfifo(tmp_path / "crashes" / ".1.partial")
         begun = time.monotonic()
         for number in range(1, 200):
-            shelf.put(number, b"{}")
+            store.put(number, b"{}")
         taken = time.monotonic() - begun
-        shelf.close(0.01)
+        store.close(0.01)
         reader = os.open(tmp_path / "crashes" / ".1.partial", os.O_RDONLY | os.O_NONBLOCK)
-        await asyncio.to_thread(shelf.close, 10)
+        await asyncio.to_thread(store.close, 10)
         os.close(reader)
         return taken
 
@@ -199,10 +199,10 @@ def test_a_full_disk_is_told_in_the_loop(tmp_path: Path) -> None:
     told: list[str] = []
 
     async def scenario() -> None:
-        shelf = Shelf(tmp_path / "crashes", 5, told.append)
+        store = ReportStore(tmp_path / "crashes", 5, told.append)
         (tmp_path / "crashes" / ".1.partial").mkdir()
-        shelf.put(1, b"{}")
-        await asyncio.to_thread(shelf.close, 10)
+        store.put(1, b"{}")
+        await asyncio.to_thread(store.close, 10)
         await asyncio.sleep(0)
 
     asyncio.run(scenario())

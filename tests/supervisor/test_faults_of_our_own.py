@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lightllmd.errors import EXIT_FAILED, LightllmdError
-from lightllmd.supervisor.change.reload import Settings
+from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.change.switch import Switch, Terms
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.control.verbs import Asked, Verbs
+from lightllmd.supervisor.control.verbs import Caller, Verbs
+from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.front_end import FrontEnd
 from lightllmd.supervisor.workers.generation import Engine
 from supervisor.simulation import Simulation, configuration
 from supervisor.supervisor_truths import Truths
@@ -42,7 +42,7 @@ class World:
         raise AssertionError("it did not come to that")
 
     def ask(self, verb: str, *arguments: Any) -> RunningJob | LightllmdError | None:
-        answer = self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Asked(), *arguments))
+        answer = self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Caller(), *arguments))
         self.truths.broken()  # which takes down what is in force as the job begins
         return answer
 
@@ -65,14 +65,14 @@ PLACES = [
     (MODEL, Engines, "propose"),
     (MODEL, Engine, "stage"),
     (MODEL, Engine, "sleep"),
-    (MODEL, FrontEnd, "hold"),
-    (MODEL, FrontEnd, "none_of"),
-    (MODEL, FrontEnd, "prepare"),
-    (MODEL, FrontEnd, "prepared"),
-    (("reload", False), FrontEnd, "resize"),
+    (MODEL, ApiWorkers, "hold"),
+    (MODEL, ApiWorkers, "none_of"),
+    (MODEL, ApiWorkers, "prepare"),
+    (MODEL, ApiWorkers, "prepared"),
+    (("reload", False), ApiWorkers, "resize"),
     (("reload", False), Settings, "reread"),
     (("restart",), Engine, "restart"),
-    (("drain",), FrontEnd, "drained_since_now"),
+    (("drain",), ApiWorkers, "drained_since_now"),
     (("flush_cache",), Verbs, "_flush_cache"),
     (("reset_failed",), Verbs, "_reset_failed"),
 ]
@@ -109,7 +109,7 @@ def test_a_fault_in_a_job_fails_that_job_alone(
     assert again.snapshot.outcome == "done"
 
 
-@pytest.mark.parametrize(("owner", "name"), [(FrontEnd, "tick"), (Engines, "stop")])
+@pytest.mark.parametrize(("owner", "name"), [(ApiWorkers, "tick"), (Engines, "stop")])
 def test_a_fault_outside_of_any_other_job_ends_the_daemon_with_a_report_and_not_with_0(
     world: World, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.control.verbs import Asked
+from lightllmd.supervisor.control.verbs import Caller
 from supervisor import simulation
 from supervisor.simulated_api import Api
 from supervisor.simulation import Simulation, configuration
@@ -31,7 +31,7 @@ class World:
 
     def swap(self, model: str, terms: Terms | None = None) -> RunningJob:
         verbs = self.simulation.supervisor.verbs
-        job = self.simulation.ask(lambda: verbs.swap(Asked(), model, terms or Terms()))
+        job = self.simulation.ask(lambda: verbs.swap(Caller(), model, terms or Terms()))
         assert isinstance(job, RunningJob)
         return job
 

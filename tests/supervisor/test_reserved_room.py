@@ -14,7 +14,7 @@ import pytest
 from lightllmd.config.plan import Budget
 from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.control.verbs import Asked
+from lightllmd.supervisor.control.verbs import Caller
 from supervisor import simulation
 from supervisor.simulation import DEVICE, Simulation, configuration
 
@@ -55,7 +55,7 @@ class World:
     def swap(self, model: str) -> dict[str, Any]:
         """What its job tells."""
         verbs = self.simulation.supervisor.verbs
-        job = self.simulation.ask(lambda: verbs.swap(Asked(), model, Terms()))
+        job = self.simulation.ask(lambda: verbs.swap(Caller(), model, Terms()))
         self.pass_time()
         assert isinstance(job, RunningJob)
         assert job.snapshot.outcome == "done", job.snapshot
@@ -119,7 +119,7 @@ def test_a_live_change_of_the_setting_leaves_the_memory_divided_as_it_is(world: 
     before, settings = world.slots, world.simulation.settings
     changed = msgspec.structs.replace(settings.written.supervisor, swap="auto")
     world.simulation.file = msgspec.structs.replace(settings.written, supervisor=changed, models={})
-    world.simulation.ask(lambda: world.simulation.supervisor.verbs.reload(Asked()))
+    world.simulation.ask(lambda: world.simulation.supervisor.verbs.reload(Caller()))
     world.pass_time()
     assert world.simulation.context.config.supervisor.swap == "auto"
     assert world.slots == before

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightllmd.errors import EXIT_SYSTEM, SystemFailure
-from lightllmd.supervisor.host.runtime_directory import Runtime, control_socket_path
+from lightllmd.supervisor.host.runtime_directory import RuntimeDirectory, control_socket_path
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path
             path.touch()
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "control.sock"))
-    runtime = Runtime(tmp_path / "control.sock")
+    runtime = RuntimeDirectory(tmp_path / "control.sock")
     assert not [path for path in [*stale, tmp_path / "control.sock"] if path.exists()]
     assert all(path.exists() for path in kept)
     runtime.close()
@@ -57,7 +57,7 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path
 
 
 def test_control_socket_is_private_from_its_first_moment(tmp_path: Path) -> None:
-    runtime = Runtime(tmp_path / "control.sock")
+    runtime = RuntimeDirectory(tmp_path / "control.sock")
     old = os.umask(0)
     sock = runtime.bind_control()
     os.umask(old)
@@ -69,36 +69,36 @@ def test_control_socket_is_private_from_its_first_moment(tmp_path: Path) -> None
 
 
 def test_second_daemon_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
-    first = Runtime(tmp_path / "control.sock")
+    first = RuntimeDirectory(tmp_path / "control.sock")
     with pytest.raises(SystemFailure, match=f"pid {os.getpid()}") as refusal:
-        Runtime(tmp_path / "control.sock")
+        RuntimeDirectory(tmp_path / "control.sock")
     assert refusal.value.exit_code == EXIT_SYSTEM
-    other = Runtime(tmp_path / "other.sock")  # its own socket: several daemons may share the directory
+    other = RuntimeDirectory(tmp_path / "other.sock")  # its own socket: several daemons may share the directory
     other.close()
     first.close()
-    Runtime(tmp_path / "control.sock").close()
+    RuntimeDirectory(tmp_path / "control.sock").close()
 
 
 def test_a_path_too_long_for_a_socket_is_refused_with_its_limit(tmp_path: Path) -> None:
     with pytest.raises(SystemFailure, match="107 bytes"):
-        Runtime(tmp_path / ("x" * 100) / "control.sock")
+        RuntimeDirectory(tmp_path / ("x" * 100) / "control.sock")
 
 
 def test_a_file_in_the_sockets_place_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "control.sock").write_text("precious")
     with pytest.raises(SystemFailure, match="not a socket"):
-        Runtime(tmp_path / "control.sock")
+        RuntimeDirectory(tmp_path / "control.sock")
     assert (tmp_path / "control.sock").read_text() == "precious"
 
 
 def test_gauges_of_a_dead_worker_are_forgotten_and_its_counters_are_taken_over(tmp_path: Path) -> None:
-    runtime = Runtime(tmp_path / "control.sock")
-    assert [runtime.take_seat("api") for _ in range(2)] == ["api-0", "api-1"]
+    runtime = RuntimeDirectory(tmp_path / "control.sock")
+    assert [runtime.take_metrics_id("api") for _ in range(2)] == ["api-0", "api-1"]
     for name in ("gauge_livesum_api-0.db", "gauge_liveall_api-0.db", "counter_api-0.db", "gauge_livesum_api-1.db"):
         (runtime.metrics / name).touch()
-    runtime.leave_seat("api-0")
+    runtime.release_metrics_id("api-0")
     assert {path.name for path in runtime.metrics.iterdir()} == {"counter_api-0.db", "gauge_livesum_api-1.db"}
-    assert runtime.take_seat("api") == "api-0", "the files of the dead are the next one's"
+    assert runtime.take_metrics_id("api") == "api-0", "the files of the dead are the next one's"
     runtime.close()
 
 

@@ -14,7 +14,7 @@ from lightllmd.config.gpu_budget import SPARE_CONTEXT
 from lightllmd.config.plan import Budget
 from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.control.verbs import Asked
+from lightllmd.supervisor.control.verbs import Caller
 from supervisor.simulated_children import CONTEXT, KEPT_ASLEEP, Engine
 from supervisor.simulation import DEVICE, Simulation, configuration
 
@@ -45,7 +45,7 @@ class World:
 
     def swap(self) -> Any:
         verbs = self.simulation.supervisor.verbs
-        job = self.simulation.ask(lambda: verbs.swap(Asked(), "second", Terms()))
+        job = self.simulation.ask(lambda: verbs.swap(Caller(), "second", Terms()))
         self.pass_time()
         assert isinstance(job, RunningJob)
         assert job.snapshot.outcome == "done", job.snapshot
@@ -100,7 +100,7 @@ def test_a_context_waits_for_an_engine_whose_plan_has_the_bytes(world: World) ->
     simulation.file = configuration(
         **{"engine.memory_fraction": 1.0, "max_total_token_num": "auto", "running_max_req_size": 1000}
     )
-    simulation.ask(lambda: simulation.supervisor.verbs.reload(Asked()))
+    simulation.ask(lambda: simulation.supervisor.verbs.reload(Caller()))
     world.pass_time()
     assert [one.memory for one in world.waiting()] == [0]
     simulation.supervisor.engines.serving.child.process.send_signal(signal.SIGKILL)

@@ -24,7 +24,7 @@ from lightllmd.errors import LightllmdError
 from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.control.verbs import Asked
+from lightllmd.supervisor.control.verbs import Caller
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Fate, SimulatedProcess
 from supervisor.simulation import BAD, GOOD, TICK, UNPLANNABLE, Simulation, configuration
@@ -210,7 +210,7 @@ class SupervisorMachine(RuleBasedStateMachine):
     def ask(self, verb: str, *arguments: Any) -> RunningJob | LightllmdError | None:
         if not self.alive:
             return None
-        return self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Asked(), *arguments))
+        return self.simulation.ask(lambda: getattr(self.supervisor.verbs, verb)(Caller(), *arguments))
 
     @rule(
         model=st.sampled_from([*GOOD, *GOOD, *GOOD, *BAD, *UNPLANNABLE, "nobody"]),

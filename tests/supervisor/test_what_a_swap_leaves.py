@@ -10,7 +10,7 @@ import pytest
 from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
-from lightllmd.supervisor.snapshot import Job
+from lightllmd.supervisor.snapshot import JobStatus
 from supervisor.test_faults_of_our_own import World
 from supervisor.test_supervisor_model import EDITS
 
@@ -22,7 +22,7 @@ def world() -> Iterator[World]:
     world.simulation.close()
 
 
-def done(world: World, verb: str, *arguments: object) -> Job:
+def done(world: World, verb: str, *arguments: object) -> JobStatus:
     job = world.ask(verb, *arguments)
     assert isinstance(job, RunningJob), job
     world.until(lambda: job.finished)

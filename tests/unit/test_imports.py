@@ -37,7 +37,7 @@ def test_every_room_has_a_border() -> None:
     "module",
     [
         "lightllmd.__main__",
-        "lightllmd.supervisor.supervisor",
+        "lightllmd.supervisor.main",
         "lightllmd.config",
         "lightllmd.api.app",
         "lightllmd.api.__main__",

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from lightllmd.errors import InvalidRequest, LightllmdError, RequestFailed
-from lightllmd.ipc.child import die_with_parent
+from lightllmd.ipc.child_setup import die_with_parent
 
 log = logging.getLogger(__name__)
 

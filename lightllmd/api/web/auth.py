@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightllmd.api.web.errors import error_response
 from lightllmd.api.web.tenants import KEY
-from lightllmd.config.keys import Keys
+from lightllmd.config.keys import KeyDigests
 from lightllmd.errors import Unauthorized
 
 METRICS_PATH = "/metrics"
@@ -19,11 +19,11 @@ OPEN_PATHS = frozenset({"/health", "/healthz", "/liveness", "/readiness"})
 class AcceptedKeys:
     """Digests of the keys in force. Where there are none, none is asked for."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: KeyDigests) -> None:
         self.accept(keys.requests, keys.metrics)
 
     def accept(self, requests: list[str], metrics: list[str] | None) -> None:
-        """From now on these and no others; as `config.keys.Keys`."""
+        """From now on these and no others; as `config.keys.KeyDigests`."""
         self._requests = [bytes.fromhex(digest) for digest in requests]
         self._metrics = self._requests if metrics is None else [bytes.fromhex(digest) for digest in metrics]
 

@@ -10,7 +10,7 @@ from lightllmd.config.models import others
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import Facts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, NoUsableDevice
-from lightllmd.supervisor.children.probing import Probe
+from lightllmd.supervisor.children.probing import FactsProbe
 from lightllmd.supervisor.context import Context
 
 
@@ -32,7 +32,7 @@ async def facts_of(context: Context, config: Config, config_file: str | None) ->
 
 
 async def _ask(context: Context, config: Config, config_file: str | None, kept: dict[str, Params]) -> Facts:
-    return await Probe(context, config, config_file).ask(**request(config, kept))
+    return await FactsProbe(context, config, config_file).ask(**request(config, kept))
 
 
 def kept_beside(config: Config) -> dict[str, Params]:

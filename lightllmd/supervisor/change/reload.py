@@ -4,123 +4,26 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
-from lightllmd.config import cli, models
-from lightllmd.config.cli import Invocation
 from lightllmd.config.diff import Change, blend, diff
 from lightllmd.config.parameters import Config
 from lightllmd.config.stamps import differing, touched
-from lightllmd.errors import ControlError, LightllmdError, NoSuchModel, RolledBack, TryAgain
+from lightllmd.errors import ControlError, RolledBack
 from lightllmd.supervisor.change import planning
-from lightllmd.supervisor.change.switch import Steps, Switch, Waiting, await_errand
+from lightllmd.supervisor.change.settings import Settings
+from lightllmd.supervisor.change.switch import Steps, Switch, Waiting, await_background
 from lightllmd.supervisor.children.child import Child
-from lightllmd.supervisor.children.crashes import words
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.host import listeners as sockets
-from lightllmd.supervisor.host.file_threads import Aside
+from lightllmd.supervisor.host import listeners as http_listeners
+from lightllmd.supervisor.workers.api_workers import Api, ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.front_end import Api, FrontEnd
 
 RESTORE_TRIES = 3  # to bring a process of the old settings up
-
-
-class Settings:
-    """The configuration that the file (or the command line) says, and the model that a swap has put in its place."""
-
-    def __init__(self, invocation: Invocation) -> None:
-        self.invocation = invocation
-        self.written = invocation.config
-        self.loaded = time.time()
-        # What the last swap was asked for; None: the configuration's own model is served. Not kept over restarts of the
-        # daemon: what a start serves is read in one place, its configuration.
-        self.swapped_to: str | None = None
-        self.pending = 0  # settings that the file says otherwise by now
-        self.pending_fault = ""  # or why it can't be read
-        self._seen = self._signature()
-
-    @property
-    def effective(self) -> Config:
-        return self.for_model(self.written, self.swapped_to)
-
-    @staticmethod
-    def for_model(written: Config, chosen: str | None) -> Config:
-        """`chosen` as an operator writes it; None: the file's own model. Raises NoSuchModel."""
-        if chosen is not None:
-            return models.choose(written, chosen)
-        name = models.name_of(written)
-        return written if name is None or written.http.served_model_name else models.with_model(written, name)
-
-    @property
-    def own_model(self) -> str:
-        """What the configuration itself serves, and so does the daemon when it starts anew."""
-        return models.name_of(self.written) or self.written.params.model_dir or ""
-
-    def swap_to(self, model: str) -> None:
-        own = self.for_model(self.written, None)
-        self.swapped_to = model if diff(own, self.for_model(self.written, model)) else None
-
-    def reread(self) -> Config:
-        """Raises ConfigInvalid."""
-        return cli.reload(self.invocation)
-
-    def _signature(self) -> list[tuple[int, int, int] | None]:
-        """Changes with the file, and with the key files that it names."""
-        files = [self.invocation.config_file or "", *self.written.http.key_files.values()]
-        return [_stat(file) for file in files]
-
-    def changed(self) -> bool:
-        """Whether a file was touched since this was last asked."""
-        before, self._seen = self._seen, self._signature()
-        return before != self._seen
-
-    async def look(self, in_force: Config, aside: Aside) -> None:
-        """Finds out what is pending."""
-        loaded = self.loaded
-        try:
-            found = await aside.run("reading the configuration", self._pending, in_force)
-        except TryAgain as late:
-            found = 0, late.message
-        if self.loaded == loaded:
-            self.pending, self.pending_fault = found
-
-    def _pending(self, in_force: Config) -> tuple[int, str]:
-        try:
-            return len(diff(in_force, self.after(self.reread()))), ""
-        except LightllmdError as fault:
-            return 0, fault.message
-        except Exception as fault:
-            return 0, words(fault)
-
-    def take(self, written: Config) -> None:
-        """A swap lasts as long as the file names the same model of its own."""
-        self.loaded, self.pending, self.pending_fault = time.time(), 0, ""
-        if written.params.model_dir != self.written.params.model_dir:
-            self.swapped_to = None
-        self.written = written
-
-    def after(self, written: Config) -> Config:
-        """What `take` of it would put in force."""
-        same = written.params.model_dir == self.written.params.model_dir
-        try:
-            return self.for_model(written, self.swapped_to if same else None)
-        except NoSuchModel as gone:
-            raise ControlError(f"{gone.message}, but it is served now: swap to another model first") from gone
-
-
 _SHOWN = 3  # names of files in a message
-
-
-def _stat(file: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Reload:
@@ -131,7 +34,7 @@ class Reload:
         self,
         context: Context,
         engines: Engines,
-        front: FrontEnd,
+        front: ApiWorkers,
         settings: Settings,
         details: dict[str, Any],
         switch_to: Callable[[Config, dict[str, Any]], Switch],
@@ -145,9 +48,11 @@ class Reload:
         self._before: dict[Api, Child | None] = {}  # what served before the front end was touched
 
     def steps(self, dry_run: bool) -> Steps:
-        written = yield from await_errand(
+        """The whole reload; under `dry_run` what it would do is found out and nothing is done. Raises ConfigInvalid and
+        DoesNotFit with nothing touched, RolledBack with all as before, ControlError where that failed in part."""
+        written = yield from await_background(
             self._context,
-            self._context.aside.run("reading the configuration", self._settings.reread),
+            self._context.file_threads.run("reading the configuration", self._settings.reread),
             "reading the configuration",
         )
         old, new = self._context.config, self._settings.after(written)
@@ -193,9 +98,13 @@ class Reload:
         if model is None or config.params.model_dir != self._context.config.params.model_dir:
             return []
         look = "looking at the model's files"
-        if not (yield from await_errand(self._context, self._context.aside.run(look, touched, model.stamps), look)):
+        if not (
+            yield from await_background(
+                self._context, self._context.file_threads.run(look, touched, model.stamps), look
+            )
+        ):
             return []
-        facts = yield from await_errand(
+        facts = yield from await_background(
             self._context,
             planning.facts_of(self._context, config, self._settings.invocation.config_file),
             "reading the model's headers",
@@ -211,8 +120,8 @@ class Reload:
         old, before = self._context.config.params, self._context.listeners
         if self._context.activated or (old.host, old.port) == (config.params.host, config.params.port):
             return before
-        # Nobody else's hold on the port is waited for, in this loop.
-        return sockets.bind(config.params.host, config.params.port, before, patience=0)
+        # A port that another process holds is not waited for, in this loop.
+        return http_listeners.bind(config.params.host, config.params.port, before, patience=0)
 
     def _replace_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
         """Every api worker by one of this configuration, one after the other; then places are opened or closed. Raises

@@ -20,13 +20,13 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
 from lightllmd.errors import ConfigInvalid, ControlError, DoesNotFit, LightllmdError, RolledBack
-from lightllmd.supervisor.background import Errand
+from lightllmd.supervisor.background import BackgroundTask
 from lightllmd.supervisor.change import planning
-from lightllmd.supervisor.children.reading import Reading
+from lightllmd.supervisor.children.read_ahead import ReadAheadChild
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.front_end import FrontEnd
 from lightllmd.supervisor.workers.generation import Engine
 
 # A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
@@ -47,15 +47,15 @@ class Terms:
     keep: bool = False  # a candidate that fails stays in force, by the restart policy, instead of the old one
 
 
-def await_errand(context: Context, work: Coroutine[Any, Any, Result], phase: str) -> Waiting[Result]:
+def await_background(context: Context, work: Coroutine[Any, Any, Result], phase: str) -> Waiting[Result]:
     """Waits for work beside the loop; raises what it raises."""
-    errand = Errand(context, work)
+    task = BackgroundTask(context, work)
     try:
-        while not errand.done:
+        while not task.done:
             yield phase, None
-        return errand.result()
+        return task.result()
     finally:
-        errand.cancel()
+        task.cancel()
 
 
 class Switch:
@@ -65,7 +65,7 @@ class Switch:
         self,
         context: Context,
         engines: Engines,
-        front: FrontEnd,
+        front: ApiWorkers,
         config: Config,
         config_file: str | None,
         terms: Terms,
@@ -78,7 +78,7 @@ class Switch:
         self._in_force = in_force
         self._carry = False  # what is in flight moves to the candidate
         self._beside = True
-        self._reading: Errand[None] | None = None
+        self._reading: BackgroundTask[None] | None = None
         self._slept = False  # the old engine was told to
         self._phases: list[tuple[str, float]] = []
         self._entered = time.monotonic()
@@ -114,7 +114,7 @@ class Switch:
         """Read again if an engine started, became ready or ended meanwhile: what was free then says nothing now."""
         while True:
             before = self._engines.holders
-            facts = yield from await_errand(
+            facts = yield from await_background(
                 self._context,
                 planning.facts_of(self._context, self._config, self._config_file),
                 "reading the model's headers",
@@ -123,6 +123,8 @@ class Switch:
                 return facts
 
     def steps(self) -> Steps:
+        """The whole switch. Raises ConfigInvalid and DoesNotFit with nothing touched, RolledBack with the old revision
+        serving as before, ControlError where it can't."""
         old = self._engines.serving
         early = self._stage_early(old)
         try:
@@ -147,7 +149,7 @@ class Switch:
             if self._reading is not None:
                 self._reading.cancel()
         self._commit(plan)
-        yield from self._see_off(old)
+        yield from self._wait_for_old(old)
         self.details["phases"] = self._phases
         taken = sum(seconds for _, seconds in self._phases)
         return f"{plan.model_name} is in force, {self.details['how']} the old one, after {taken:.1f} s"
@@ -181,11 +183,11 @@ class Switch:
     def _make_room(self, old: Engine, candidate: Engine) -> Waiting[None]:
         old.stage()
         if candidate.plan is not None and candidate.plan.model is not None:
-            self._reading = Errand(self._context, Reading(self._context).run(candidate.plan.model.files))
+            self._reading = BackgroundTask(self._context, ReadAheadChild(self._context).run(candidate.plan.model.files))
         self._front.hold()
         if not self._carry:
             yield from self._wait_for_requests(old)
-            if not (self._front.none_of(old.revision) or old.hopeless):
+            if not (self._front.none_of(old.revision) or old.permanently_failed):
                 raise ControlError(
                     f"{self._front.in_flight_of(old.revision)} requests were still in flight after "
                     f"{self._terms.drain_timeout:g} s; with force they are ended"
@@ -206,7 +208,7 @@ class Switch:
         clock, timeout = self._context.clock, self._terms.drain_timeout
         late = None if timeout is None else clock.now + timeout
         name = old.plan.model_name if old.plan else ""
-        while not (self._front.none_of(old.revision) or old.hopeless):
+        while not (self._front.none_of(old.revision) or old.permanently_failed):
             count = self._front.in_flight_of(old.revision)
             yield f"waiting for {count} requests on {name}" if count else "draining", None
             if late is not None and clock.now >= late:
@@ -233,7 +235,7 @@ class Switch:
     def _commit(self, plan: Plan) -> None:
         old = self._engines.commit()
         if self._engines.serving.child is None:
-            self._engines.serving.worker.forgive()
+            self._engines.serving.worker.reset_failures()
         self._front.commit(self._engines.serving.revision, old.revision, self._carry)
         self._front.release()
         self._in_force(plan.config)
@@ -242,7 +244,7 @@ class Switch:
             old.end("replaced", now=True)
             self._front.forget(old.revision, "the model was replaced")
 
-    def _see_off(self, old: Engine) -> Waiting[None]:
+    def _wait_for_old(self, old: Engine) -> Waiting[None]:
         """Beside: until the old engine has finished and ended, or the terms' deadline; it goes on without us then."""
         if self._beside:
             yield from self._wait_for_requests(old)
@@ -341,7 +343,7 @@ class Switch:
 
 
 def _fits(plan: Plan, facts: Facts) -> bool:
-    """Whether what it takes is free now: the room that the old engine's plan kept, if nobody else has it."""
+    """Whether what it takes is free now: the room that the old engine's plan kept, if no other process has it."""
     may_use = int(facts.device.memory_free * plan.config.engine.memory_fraction)
     return plan.budget.needed - plan.budget.reserve <= may_use
 

@@ -14,8 +14,7 @@ import msgspec
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc import channel
 from lightllmd.ipc.messages import Down, Failed, Heartbeat, Prepared, Probed, Stop, Up
-from lightllmd.supervisor.children import exits
-from lightllmd.supervisor.children import hang_rule as health
+from lightllmd.supervisor.children import exits, hang_rule
 from lightllmd.supervisor.children.process import Process
 from lightllmd.supervisor.children.restart import PROVED_AFTER
 from lightllmd.supervisor.context import Context
@@ -23,7 +22,7 @@ from lightllmd.supervisor.journal.logs import parse_output
 
 TAIL = 200  # lines of its output kept for its crash report: a stack of each thread fits
 STOP_GRACE = 2.0  # seconds at most between `Stop` and SIGTERM
-# Counters of which any growth since "ready" shows that the worker has served somebody.
+# Counters of which any growth since "ready" shows that the worker has served a request.
 _SERVICE = ("tokens_out", "ok", "failed", "cancelled")
 
 
@@ -60,9 +59,9 @@ class Child:
         # By `configure`; a spare engine waits for that.
         self.configured = False
         self.number = 0  # the engine's generation, the api worker's epoch
-        self.seat = ""  # Runtime.take_seat; left by whoever hears of this child's death
+        self.metrics_id = ""  # RuntimeDirectory.take_metrics_id; released when this child's death is handled
         self.started = time.time()
-        self.vitals = health.Vitals(moved=context.clock.now)
+        self.vitals = hang_rule.Vitals(moved=context.clock.now)
         self.stats: dict[str, float] = {}
         self.ready_at: float | None = None  # running clock
         self.memory = 0  # bytes resident, as last measured
@@ -71,10 +70,10 @@ class Child:
         self.hung: str | None = None
         self._held = False  # what it is ended for as hung is not its own doing
         self.failed: Failed | None = None
-        self.said: list[Prepared | Probed] = []  # answers; whoever asked takes them out
+        self.said: list[Prepared | Probed] = []  # answers, taken out by the part that asked
         self.exited = False
         self._service_at_ready: dict[str, float] = {}
-        self._ladder: list[tuple[float, int]] = []  # (running clock, signal), what is still to be sent
+        self._escalation: list[tuple[float, int]] = []  # (running clock, signal): those still to be sent
         try:
             self.channel, theirs = channel.pair()
         except OSError as refused:
@@ -93,14 +92,15 @@ class Child:
             theirs.close()
         self._loop.add_reader(self.channel.fileno(), self._readable)
 
-    def configure(self, worker: str, number: int, seat: str, first: Down) -> None:
+    def configure(self, worker: str, number: int, metrics_id: str, first: Down) -> None:
         """Tells it what to be. Its start counts from here."""
-        self.worker, self.number, self.seat, self.configured = worker, number, seat, True
-        self.started, self.vitals = time.time(), health.Vitals(moved=self._context.clock.now)
+        self.worker, self.number, self.metrics_id, self.configured = worker, number, metrics_id, True
+        self.started, self.vitals = time.time(), hang_rule.Vitals(moved=self._context.clock.now)
         self.send(first)
 
     @property
     def pid(self) -> int:
+        """Of the process; the kernel may give the number to another once it is reaped."""
         return self.process.pid
 
     @property
@@ -110,13 +110,15 @@ class Child:
 
     @property
     def ready(self) -> bool:
+        """In service: it said so, and is alive."""
         return self.ready_at is not None and not self.exited and not self.dying
 
     @property
     def state(self) -> str:
+        """ "starting", "running", "stopping" or "exited"."""
         if self.exited:
             return "exited"
-        if self._ladder or self.asked:
+        if self._escalation or self.asked:
             return "stopping"
         return "running" if self.ready else "starting"
 
@@ -131,6 +133,7 @@ class Child:
 
     # --- messages --------------------------------------------------------------------------------------------
     def send(self, message: Down) -> None:
+        """Never waits: what its socket doesn't take now follows when it does. To a dead process: nothing."""
         if self.exited:
             return
         sent = self.channel.send(message)
@@ -198,7 +201,7 @@ class Child:
         """SIGTERM now, SIGKILL after stop_timeout."""
         now = self._context.clock.now
         self.asked = why
-        self._climb((now, signal.SIGTERM), (now + self._context.config.supervisor.stop_timeout, signal.SIGKILL))
+        self._escalate((now, signal.SIGTERM), (now + self._context.config.supervisor.stop_timeout, signal.SIGKILL))
 
     def stop(self, why: str) -> None:
         """A `Stop` message, SIGTERM if that is not heard, SIGKILL after stop_timeout.
@@ -211,27 +214,28 @@ class Child:
         now, timeout = self._context.clock.now, self._context.config.supervisor.stop_timeout
         self.asked = why
         self.send(Stop())
-        self._climb((now + min(STOP_GRACE, timeout / 2), signal.SIGTERM), (now + timeout, signal.SIGKILL))
+        self._escalate((now + min(STOP_GRACE, timeout / 2), signal.SIGTERM), (now + timeout, signal.SIGKILL))
 
     def retire(self, why: str) -> None:
-        """It finishes by itself (`Retire` was sent); who doesn't within drain_timeout is ended."""
+        """It finishes by itself (`Retire` was sent); if it doesn't within drain_timeout it is ended."""
         settings = self._context.config.supervisor
         late = self._context.clock.now + settings.drain_timeout
         self.asked = why
-        self._climb((late, signal.SIGTERM), (late + settings.stop_timeout, signal.SIGKILL))
+        self._escalate((late, signal.SIGTERM), (late + settings.stop_timeout, signal.SIGKILL))
 
     def kill(self, why: str) -> None:
+        """SIGKILL now, to its whole process group."""
         self.asked = why
-        self._climb((self._context.clock.now, signal.SIGKILL))
+        self._escalate((self._context.clock.now, signal.SIGKILL))
 
     def check(self) -> None:
         """At every tick: sends the signals that are due and looks for a hang."""
         now, settings = self._context.clock.now, self._context.config.supervisor
         if self.exited:
             return
-        if self.configured and self.hung is None and (reason := health.overdue(self.vitals, settings, now)):
+        if self.configured and self.hung is None and (reason := hang_rule.overdue(self.vitals, settings, now)):
             self.abort(reason, held=self.vitals.stopped is not None)
-        self._climb(*self._ladder)
+        self._escalate(*self._escalation)
 
     def abort(self, reason: str, *, held: bool) -> None:
         """Ends it as hung: SIGABRT, on which faulthandler prints every thread's stack, then SIGKILL. `held`: what it
@@ -240,17 +244,18 @@ class Child:
         self.hung, self._held = reason, held
         self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
         # A stopped process can't print; SIGKILL always works.
-        self._climb((now, signal.SIGABRT), (now + grace, signal.SIGKILL))
+        self._escalate((now, signal.SIGABRT), (now + grace, signal.SIGKILL))
 
-    def _climb(self, *ladder: tuple[float, int]) -> None:
+    def _escalate(self, *steps: tuple[float, int]) -> None:
+        """Sends the signals that are due and keeps the rest for later."""
         now = self._context.clock.now
-        for _, number in (rung for rung in ladder if rung[0] <= now):
+        for _, number in (step for step in steps if step[0] <= now):
             self.process.send_signal(number)
-        self._ladder = [rung for rung in ladder if rung[0] > now]
+        self._escalation = [step for step in steps if step[0] > now]
 
-    def autopsy(self, memory_ran_out: bool) -> exits.Ending | None:
-        """Reaps it, hears its last words and says how it ended; None when it isn't dead. `memory_ran_out`: the kernel
-        has just killed for want of memory."""
+    def reap_and_classify(self, memory_ran_out: bool) -> exits.Ending | None:
+        """Reaps it, reads its last messages and says how it ended; None when it isn't dead. `memory_ran_out`: the
+        kernel has just killed for want of memory."""
         returncode = self.process.reap()
         if returncode is None:
             return None
@@ -266,7 +271,7 @@ class Child:
         )
 
     def dispose(self) -> None:
-        """After the autopsy: keeps its last output, lets go of every descriptor."""
+        """After `reap_and_classify`: keeps its last output, lets go of every descriptor."""
         self.process.dispose()
         self._loop.remove_reader(self.channel.fileno())
         self._loop.remove_writer(self.channel.fileno())

@@ -20,7 +20,7 @@ from lightllmd.ipc.flight_record import Flight
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.exits import Ending, signal_name
 from lightllmd.supervisor.journal.logs import OWN, EventBook
-from lightllmd.supervisor.journal.report_store import Shelf
+from lightllmd.supervisor.journal.report_store import ReportStore
 
 KEPT = 50  # reports, in memory and on disk
 LONGEST_LINE = 2000  # characters of a line of its output
@@ -41,6 +41,8 @@ class LastStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CrashSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What `GET /v1/crashes` lists of each report."""
+
     id: int  # grows by one; goes on over restarts of the daemon where there is a state directory
     at: float  # Unix seconds
     worker: str  # "engine-0", "api-0", "spare"; "lightllmd": the supervisor itself, which may have gone on
@@ -55,6 +57,8 @@ class CrashSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Crash(CrashSummary, frozen=True, kw_only=True):
+    """A whole report, as it is stored and as `GET /v1/crashes/{id}` answers."""
+
     version: str  # lightllmd's
     model: str
     config_digest: str  # equal for equal configurations: the first 16 hexadecimal digits of SHA-256
@@ -63,7 +67,7 @@ class Crash(CrashSummary, frozen=True, kw_only=True):
     memory_bytes: int  # resident set as last measured, up to a second before
     stats: dict[str, float]  # of its last heartbeat; memory_*: bytes by the engine's own account
     last_step: LastStep | None  # engines only; None: nothing is known of it
-    xids: list[int] | None  # critical errors of its GPUs; None: nobody listened, and NVML tells of them in no other way
+    xids: list[int] | None  # critical errors of its GPUs; None: unknown, since NVML tells them to listeners only
     stderr: list[str]  # its last lines; after a fault or a hang the stacks of its threads
 
 
@@ -74,10 +78,12 @@ def words(fault: BaseException) -> str:
 
 
 def config_digest(config: Config) -> str:
+    """The first 16 hexadecimal digits of SHA-256 over the configuration: equal for equal ones."""
     return hashlib.sha256(msgspec.json.encode(config)).hexdigest()[:16]
 
 
 def last_step(flight: Flight | None) -> LastStep | None:
+    """The step that an engine was in by its flight record; None where it had begun none."""
     if flight is None or flight.step == 0:
         return None
     return LastStep(
@@ -91,22 +97,22 @@ def last_step(flight: Flight | None) -> LastStep | None:
 
 
 class Crashes:
-    """The last `KEPT` reports. Belongs to the loop's thread; the files are written elsewhere (`Shelf`)."""
+    """The last `KEPT` reports. Belongs to the loop's thread; the files are written elsewhere (`ReportStore`)."""
 
-    def __init__(self, events: EventBook, shelf: Shelf | None = None) -> None:
+    def __init__(self, events: EventBook, store: ReportStore | None = None) -> None:
         self._events = events
-        self._shelf = shelf
+        self._store = store
         self._reports: dict[int, Crash] = {}  # by id, oldest first
         self._started = time.time()
         self._last = 0
-        if shelf is None:
+        if store is None:
             return
-        for number, body in shelf.load():
+        for number, body in store.load():
             self._last = number  # a damaged one's number is not given again
             try:
                 self._reports[number] = msgspec.structs.replace(msgspec.json.decode(body, type=Crash), id=number)
             except msgspec.MsgspecError as damage:
-                shelf.complain(f"crash report {number} can't be read: {damage}")
+                store.complain(f"crash report {number} can't be read: {damage}")
 
     def add(
         self,
@@ -185,8 +191,8 @@ class Crashes:
         self._reports[report.id] = report
         while len(self._reports) > KEPT:
             del self._reports[next(iter(self._reports))]
-        if self._shelf is not None:
-            self._shelf.put(report.id, msgspec.json.encode(report))
+        if self._store is not None:
+            self._store.put(report.id, msgspec.json.encode(report))
 
     def all(self) -> list[CrashSummary]:
         """Newest first."""
@@ -205,8 +211,8 @@ class Crashes:
 
     def close(self, timeout: float = 1.0) -> None:
         """Waits until all is written, but not for ever."""
-        if self._shelf is not None:
-            self._shelf.close(timeout)
+        if self._store is not None:
+            self._store.close(timeout)
 
 
 def open_crashes(events: EventBook, state_directory: str) -> Crashes:
@@ -217,7 +223,7 @@ def open_crashes(events: EventBook, state_directory: str) -> Crashes:
     directory = Path(state_directory.split(":")[0]) / "crashes"
     complain = lambda message: events.add("warning", message, level="warning")  # noqa: E731
     try:
-        return Crashes(events, Shelf(directory, KEPT, complain))
+        return Crashes(events, ReportStore(directory, KEPT, complain))
     except OSError as refused:
         complain(f"crash reports are kept in memory only: {refused}")
         return Crashes(events)

@@ -33,6 +33,8 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Ending:
+    """How a process ended, and what the restart policy and quarantine need to know of that."""
+
     cause: str
     self_inflicted: bool  # a fault of its own, neither a kill nor a hang
     outside: bool = False  # certainly caused from outside, so no request can be
@@ -41,10 +43,12 @@ class Ending:
 
     @property
     def permanent(self) -> bool:
+        """Whether the same plan would fail the same way."""
         return self.exit_code is not None
 
 
 def signal_name(number: int) -> str:
+    """Such as "SIGSEGV"; "signal 40" for one that has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -25,6 +25,7 @@ class RunningClock:
         self.now = 0.0
 
     def advance(self) -> float:
+        """Adds the time since the last call, LONGEST_STEP seconds at most; returns `now`."""
         last, self._last = self._last, self._monotonic()
         self.now += min(self._last - last, LONGEST_STEP)
         return self.now
@@ -50,6 +51,7 @@ class Vitals:
             self.stopped = now
 
     def hear(self, beat: Heartbeat, now: float) -> None:
+        """Takes in a heartbeat that came at `now` (running clock)."""
         # Only a worker in service, or asleep, can be idle; one that is still starting has work to do, whatever it says.
         idle = beat.phase in ("ready", "asleep") and not beat.busy
         if idle or beat.phase != self.phase or beat.progress != self.progress or self.heard is None:

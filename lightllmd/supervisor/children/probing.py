@@ -21,7 +21,7 @@ _KILL_TIMEOUT = 2.0  # seconds until a killed probe is given up; it dies when th
 _BY_CODE = {kind.exit_code: kind for kind in (errors.NoUsableDevice, errors.SystemFailure, errors.TryAgain)}
 
 
-class Probe:
+class FactsProbe:
     """`process` is the child while it lives."""
 
     def __init__(self, context: Context, config: Config | None = None, config_file: str | None = None) -> None:
@@ -48,7 +48,7 @@ class Probe:
             capture=True,
             tied=True,
         )
-        self._context.brief.add(self)
+        self._context.short_lived.add(self)
         try:
             async with asyncio.timeout(TIMEOUT):
                 await ended.wait()
@@ -61,7 +61,7 @@ class Probe:
                 process.reap()
             process.dispose()
             self.process = None
-            self._context.brief.discard(self)
+            self._context.short_lived.discard(self)
         last_words = self._stderr[-1] if self._stderr else ""
         return answered(
             process.reap() or 0, bytes(process.captured or b""), last_words, self._config, self._config_file

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from lightllmd.errors import SystemFailure
-from lightllmd.ipc.child import die_with_parent
+from lightllmd.ipc.child_setup import die_with_parent
 from lightllmd.supervisor.host.orphans import kill_group
-from lightllmd.supervisor.journal.output import Output
+from lightllmd.supervisor.journal.output import OutputLines
 
 FLOOD_PAUSE = 0.01  # seconds between two reads of 64 KiB from a process that prints too much
 MOST_CAPTURED = 256 << 20  # bytes of stdout that are kept; what is cut off is no JSON, and is told as such
@@ -23,6 +23,7 @@ _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` less what systemd said to us alone; Python's output in it is not buffered."""
     inherited = {name: value for name, value in environment.items() if name not in _OURS_ALONE}
     return {**inherited, "PYTHONUNBUFFERED": "1"}
 
@@ -49,7 +50,7 @@ class Process:
         self._loop = asyncio.get_running_loop()
         self._on_exit = on_exit
         self._pipes: list[int] = []
-        self._output = Output(on_output)
+        self._output = OutputLines(on_output)
         self.captured: bytearray | None = None
         self._capturing = -1  # the descriptor that goes there
         writers: list[int] = []
@@ -98,6 +99,7 @@ class Process:
 
     @property
     def pid(self) -> int:
+        """Stays its own until it is reaped."""
         return self._popen.pid
 
     def reap(self) -> int | None:

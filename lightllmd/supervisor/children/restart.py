@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from lightllmd.config.parameters import SupervisorSettings
 
-PROVED_AFTER = 5.0  # seconds in service after which a start counts as good, even if nobody asked for anything
+PROVED_AFTER = 5.0  # seconds in service after which a start counts as good, even without a request
 
 
 @dataclass(frozen=True)
 class Decision:
+    """What follows a death."""
+
     delay: float | None  # seconds until the next start; None: never with this plan
     failures: tuple[float, ...]  # when the failed starts happened that still count
     limited: bool = False  # the start limit is reached: only slow retries go on

@@ -1,4 +1,4 @@
-"""The place of one worker: keeps it filled with a process, by the restart policy."""
+"""One worker, kept running by the restart policy: its process may die, the worker stays."""
 
 from __future__ import annotations
 
@@ -58,15 +58,17 @@ class Worker:
         return self.number
 
     def start(self) -> None:
+        """Starts a process now; where the host refuses one that counts as a failed start."""
         self.next_number()
         self.due = self.due_at = None
         self.fatal = None
         try:
             self.child = self._launch(self.number)
         except SystemFailure as refused:
-            self._fell(Ending(refused.message, False), proved=False, tail=[])
+            self._schedule_restart(Ending(refused.message, False), proved=False, tail=[])
 
     def start_if_due(self) -> None:
+        """At every tick: starts a process when policy says so."""
         if self.due is not None and self._context.clock.now >= self.due:
             self.start()
 
@@ -85,9 +87,11 @@ class Worker:
         """Its process is dead and disposed of. `again`: it is wanted, so policy decides when it comes back."""
         child, self.child = self.child, None
         assert child is not None
-        self._fell(ending, proved=child.proved, tail=list(child.tail), again=again, asked=bool(child.asked))
+        self._schedule_restart(ending, proved=child.proved, tail=list(child.tail), again=again, asked=bool(child.asked))
 
-    def _fell(self, ending: Ending, *, proved: bool, tail: list[str], again: bool = True, asked: bool = False) -> None:
+    def _schedule_restart(
+        self, ending: Ending, *, proved: bool, tail: list[str], again: bool = True, asked: bool = False
+    ) -> None:
         clock = self._context.clock
         self.changed = ending.changed
         self.last_exit = snapshot.Exit(cause=ending.cause, at=time.time(), stderr=tail[-STDERR_SHOWN:])
@@ -96,7 +100,7 @@ class Worker:
             self._context.events.add("exit", ending.cause, self.name)
             return
         if asked:
-            # Nobody's fault: it neither counts nor is forgiven.
+            # No failure: what failed before still counts.
             decision = restart.Decision(0.0, self.failures, self.limited)
         else:
             decision = restart.decide(
@@ -118,8 +122,8 @@ class Worker:
                 what += f" (failed {len(self.failures)} times in a row)"
         self._context.events.add("exit", f"{ending.cause}; {what}", self.name, "info" if asked else "warning")
 
-    def forgive(self) -> None:
-        """Forgets its failures: the next start counts as the first one. Due at once if it is down."""
+    def reset_failures(self) -> None:
+        """The next start counts as the first one. Due at once if it is down."""
         self.failures, self.limited, self.fatal = (), False, None
         if self.child is None:
             self.due, self.due_at = self._context.clock.now, time.time()
@@ -133,10 +137,12 @@ class Worker:
     # --- snapshot ------------------------------------------------------------------------------------------------
     @property
     def ready(self) -> bool:
+        """Whether its process is in service."""
         return self.child is not None and self.child.ready
 
     @property
     def restarts(self) -> int:
+        """Starts after the first, those of the places that this one succeeded included."""
         return self._restarts_before + max(self.starts - 1, 0)
 
     @property
@@ -146,16 +152,18 @@ class Worker:
 
     @property
     def state(self) -> str:
+        """Its process's state, or "backoff", "fatal" or "exited" where there is none."""
         if self.child is not None:
             return self.child.state
         if self.fatal is not None:
             return "fatal"
         return "backoff" if self.due is not None else "exited"
 
-    def snapshot(self) -> snapshot.Worker:
+    def snapshot(self) -> snapshot.WorkerStatus:
+        """As the control plane shows it."""
         child = self.child
         heard = child.vitals.heard if child else None
-        return snapshot.Worker(
+        return snapshot.WorkerStatus(
             name=self.name,
             kind=self.kind,
             index=self.index,

@@ -8,13 +8,13 @@ from typing import Any
 
 from lightllmd.errors import NoSuchJob
 from lightllmd.supervisor.journal.feed import Feed
-from lightllmd.supervisor.snapshot import Job
+from lightllmd.supervisor.snapshot import JobStatus
 
 KEPT = 200  # finished jobs remembered
 
 
 class RunningJob:
-    """One mutation. Only the supervisor's loop moves it; readers get frozen `Job` snapshots.
+    """One mutation. Only the supervisor's loop moves it; readers get frozen `JobStatus` snapshots.
 
     phases: any words -> finished once, with an outcome that never changes again.
     """
@@ -29,9 +29,9 @@ class RunningJob:
         details: dict[str, Any] | None = None,
     ) -> None:
         """`details` grow while it runs; each snapshot shows what there is."""
-        self.updates: Feed[Job] = Feed(64)
+        self.updates: Feed[JobStatus] = Feed(64)
         self._details = {} if details is None else details
-        self.snapshot = Job(
+        self.snapshot = JobStatus(
             id=number,
             verb=verb,
             target=target,
@@ -47,9 +47,11 @@ class RunningJob:
 
     @property
     def finished(self) -> bool:
+        """Whether it has its outcome."""
         return self.snapshot.outcome is not None
 
     def advance(self, phase: str, progress: float | None = None) -> None:
+        """Publishes where it has got to, if that changed. `progress`: 0..1, None where unknown."""
         if not self.finished and (phase, progress) != (self.snapshot.phase, self.snapshot.progress):
             self._publish(phase=phase, progress=progress)
 
@@ -63,11 +65,11 @@ class RunningJob:
             self.updates.close()
 
     def _publish(self, **changes: object) -> None:
-        fields = {name: getattr(self.snapshot, name) for name in Job.__struct_fields__}
-        self.snapshot = Job(**{**fields, "details": dict(self._details), **changes})
+        fields = {name: getattr(self.snapshot, name) for name in JobStatus.__struct_fields__}
+        self.snapshot = JobStatus(**{**fields, "details": dict(self._details), **changes})
         self.updates.add(self.snapshot)
 
-    async def follow(self, idle: float) -> AsyncIterator[list[Job]]:
+    async def follow(self, idle: float) -> AsyncIterator[list[JobStatus]]:
         """The job as it is, then each change until it is finished; an empty list as keep-alive."""
         updates = self.updates.follow(idle)  # before the first yield, so that nothing falls in between
         yield [self.snapshot]
@@ -90,6 +92,7 @@ class Jobs:
         by_pid: int | None = None,
         details: dict[str, Any] | None = None,
     ) -> RunningJob:
+        """A new job with the next number; `KEPT` finished ones are remembered."""
         self._last += 1
         job = RunningJob(self._last, verb, target, by_uid, by_pid, details)
         self._jobs[self._last] = job
@@ -98,6 +101,7 @@ class Jobs:
         return job
 
     def get(self, number: int) -> RunningJob:
+        """Raises NoSuchJob."""
         try:
             return self._jobs[number]
         except KeyError:
@@ -107,5 +111,6 @@ class Jobs:
         """Those in progress, oldest first; of `verbs` only, where given."""
         return [job for job in self._jobs.values() if not job.finished and (not verbs or job.snapshot.verb in verbs)]
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[JobStatus]:
+        """Oldest first."""
         return [job.snapshot for job in self._jobs.values()]

@@ -27,6 +27,7 @@ class Peer:
 
 
 def peer_of(sock: Any) -> Peer:
+    """Of a connected Unix socket (SO_PEERCRED and SO_PEERGROUPS, unix(7))."""
     pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
         groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
@@ -46,6 +47,7 @@ class ControlConnection(Connection):
     """The peer goes into `request.state.peer`."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio's; asks the kernel who connected."""
         super().connection_made(transport)
         self.state["peer"] = peer_of(transport.get_extra_info("socket"))
 

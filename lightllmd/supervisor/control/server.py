@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -30,11 +30,9 @@ from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.peers import ControlConnection, Peer, bounds, may_mutate
-from lightllmd.supervisor.control.verbs import Asked
+from lightllmd.supervisor.control.verbs import Caller
+from lightllmd.supervisor.daemon import Daemon
 from lightllmd.supervisor.journal import logs
-
-if TYPE_CHECKING:
-    from lightllmd.supervisor.supervisor import Supervisor
 
 LONGEST_BODY = 1 << 20  # bytes
 KEEP_ALIVE = 10.0  # seconds between empty lines on a quiet stream
@@ -52,13 +50,13 @@ VALUES = (
 )  # of a plan: what is in force where the configuration may say "auto" or nothing
 
 
-class Server:
-    """The listening end. `start` returns once requests are answered."""
+class ControlServer:
+    """The listening end, bound when it is made. Raises SystemFailure where the socket can't be bound."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._socket = supervisor.context.runtime.bind_control()
+    def __init__(self, daemon: Daemon) -> None:
+        self._socket = daemon.context.runtime.bind_control()
         config = uvicorn.Config(
-            ControlPlane(supervisor).app(),
+            ControlPlane(daemon).app(),
             http=ControlConnection,  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
@@ -72,21 +70,26 @@ class Server:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        """Returns once requests are answered."""
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not self._task.done():
             await asyncio.sleep(0.005)
 
     async def stop(self) -> None:
+        """Ends every connection, the one whose answer is under way within a second."""
         self._server.should_exit = True
         if self._task is not None:
             await self._task
 
 
 class ControlPlane:
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
+    """The routes; their answers and errors are listed in `snapshot`."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
 
     def app(self) -> Starlette:
+        """The ASGI application. Every LightllmdError becomes JSON with its status."""
         routes = [
             Route("/v1/status", self.status),
             Route("/v1/version", self.version),
@@ -115,25 +118,31 @@ class ControlPlane:
 
     # --- reads ---------------------------------------------------------------------------------------------------
     async def status(self, request: Request) -> Response:
-        return _json(status.build(self._supervisor))
+        """`GET /v1/status`. Never waits."""
+        return _json(status.build(self._daemon))
 
     async def version(self, request: Request) -> Response:
-        return _json(snapshot.Version(version=__version__, python=platform.python_version(), pid=self._supervisor.pid))
+        """`GET /v1/version`."""
+        return _json(snapshot.Version(version=__version__, python=platform.python_version(), pid=self._daemon.pid))
 
     async def workers(self, request: Request) -> Response:
-        return _json(status.workers(self._supervisor))
+        """`GET /v1/workers`."""
+        return _json(status.workers(self._daemon))
 
     async def models(self, request: Request) -> Response:
-        return _json(status.models(self._supervisor))
+        """`GET /v1/models`."""
+        return _json(status.models(self._daemon))
 
     async def cache(self, request: Request) -> Response:
-        self._supervisor.verbs.check_cached()
-        return _json(status.cache(self._supervisor))
+        """`GET /v1/cache`. Raises PromptCacheOff, TryAgain."""
+        self._daemon.verbs.check_cached()
+        return _json(status.cache(self._daemon))
 
     async def config(self, request: Request) -> Response:
+        """`GET /v1/config`, as written, or `Effective`. Raises TryAgain before the plan is made."""
         if not _switch(request, "effective"):
-            return _json(self._supervisor.context.config)
-        plan = self._supervisor.plan
+            return _json(self._daemon.context.config)
+        plan = self._daemon.plan
         if plan is None:
             raise TryAgain("the plan is not made yet")
         return _json(
@@ -143,34 +152,39 @@ class ControlPlane:
                 derived=plan.derived,
                 budget=plan.budget,
                 budget_needed=plan.budget.needed,
-                measured=status.measured_memory(self._supervisor),
+                measured=status.measured_memory(self._daemon),
                 report=report(plan),
             )
         )
 
     async def check(self, request: Request) -> Response:
+        """`POST /v1/check`. The file is read in a thread. Raises Usage, ConfigInvalid."""
         file = _text(await _body(request, {"file"}), "file")
         if file is None or not file.startswith("/"):
             raise Usage('check needs {"file": an absolute path}')
-        await self._supervisor.context.aside.run(f"reading {file}", load, file)
+        await self._daemon.context.file_threads.run(f"reading {file}", load, file)
         return _json(snapshot.Checked(file=file))
 
     async def jobs(self, request: Request) -> Response:
-        return _json(self._supervisor.verbs.jobs.all())
+        """`GET /v1/jobs`."""
+        return _json(self._daemon.verbs.jobs.all())
 
     async def job(self, request: Request) -> Response:
-        job = self._supervisor.verbs.jobs.get(_number(request))
+        """`GET /v1/jobs/{id}`. Raises NoSuchJob."""
+        job = self._daemon.verbs.jobs.get(_number(request))
         return _stream(job.follow(KEEP_ALIVE))
 
     async def events(self, request: Request) -> Response:
-        feed = self._supervisor.context.events.feed
+        """`GET /v1/events`. Raises Usage."""
+        feed = self._daemon.context.events.feed
         lines = _count(request, "lines", DEFAULT_LINES)
         following = feed.follow(KEEP_ALIVE) if _switch(request, "follow") else None
         return _stream(_history(feed.last(lines), following))
 
     async def logs(self, request: Request) -> Response:
-        book, worker = self._supervisor.context.log, request.query_params.get("worker") or None
-        names = [logs.OWN, *(worker.name for worker in status.workers(self._supervisor))]
+        """`GET /v1/logs`. Raises Usage, NoSuchWorker."""
+        book, worker = self._daemon.context.log, request.query_params.get("worker") or None
+        names = [logs.OWN, *(worker.name for worker in status.workers(self._daemon))]
         if worker is not None and worker not in names:
             raise NoSuchWorker(f"no worker {worker!r}: there are {', '.join(names)}", worker=worker, candidates=names)
         following = book.feed.follow(KEEP_ALIVE) if _switch(request, "follow") else None
@@ -181,29 +195,35 @@ class ControlPlane:
         return _stream(lines, logs.text_line if text else None)
 
     async def crashes(self, request: Request) -> Response:
-        return _json(self._supervisor.crashes.all())
+        """`GET /v1/crashes`."""
+        return _json(self._daemon.crashes.all())
 
     async def crash(self, request: Request) -> Response:
-        return _json(self._supervisor.crashes.get(_number(request)))
+        """`GET /v1/crashes/{id}`. Raises NoSuchCrash."""
+        return _json(self._daemon.crashes.get(_number(request)))
 
     # --- mutations -----------------------------------------------------------------------------------------------
     async def restart(self, request: Request) -> Response:
+        """`POST /v1/restart`."""
         asked = self._mutation(request)
         worker = await _worker(request)
-        return await self._job(lambda: self._supervisor.verbs.restart(asked, worker))
+        return await self._job(lambda: self._daemon.verbs.restart(asked, worker))
 
     async def reset_failed(self, request: Request) -> Response:
+        """`POST /v1/reset-failed`."""
         asked = self._mutation(request)
         worker = await _worker(request)
-        return await self._job(lambda: self._supervisor.verbs.reset_failed(asked, worker))
+        return await self._job(lambda: self._daemon.verbs.reset_failed(asked, worker))
 
     async def reload(self, request: Request) -> Response:
+        """`POST /v1/reload`."""
         asked = self._mutation(request)
         body = await _body(request, {"dry_run"})
         dry_run = _boolean(body, "dry_run")
-        return await self._job(lambda: self._supervisor.verbs.reload(asked, dry_run))
+        return await self._job(lambda: self._daemon.verbs.reload(asked, dry_run))
 
     async def swap(self, request: Request) -> Response:
+        """`POST /v1/swap`."""
         asked = self._mutation(request)
         body = await _body(request, {"model", "plan", "drain_timeout", "force", "on_failure"})
         model, timeout = _text(body, "model"), _seconds(body, "drain_timeout")
@@ -213,33 +233,37 @@ class ControlPlane:
             raise Usage("on_failure is rollback or keep")
         terms = Terms(timeout, _boolean(body, "force"), body.get("on_failure") == "keep")
         plan_only = _boolean(body, "plan")
-        return await self._job(lambda: self._supervisor.verbs.swap(asked, model, terms, plan_only))
+        return await self._job(lambda: self._daemon.verbs.swap(asked, model, terms, plan_only))
 
     async def flush_cache(self, request: Request) -> Response:
+        """`POST /v1/cache/flush`."""
         asked = self._mutation(request)
         await _body(request, set())
-        return await self._job(lambda: self._supervisor.verbs.flush_cache(asked))
+        return await self._job(lambda: self._daemon.verbs.flush_cache(asked))
 
     async def drain(self, request: Request) -> Response:
+        """`POST /v1/drain`."""
         asked = self._mutation(request)
         await _body(request, set())
-        return await self._job(lambda: self._supervisor.verbs.drain(asked))
+        return await self._job(lambda: self._daemon.verbs.drain(asked))
 
     async def resume(self, request: Request) -> Response:
+        """`POST /v1/resume`."""
         asked = self._mutation(request)
         await _body(request, set())
-        return await self._job(lambda: self._supervisor.verbs.resume(asked))
+        return await self._job(lambda: self._daemon.verbs.resume(asked))
 
     async def stop(self, request: Request) -> Response:
+        """`POST /v1/stop`."""
         asked = self._mutation(request)
         now = _boolean(await _body(request, {"now"}), "now")
-        return await self._job(lambda: self._supervisor.verbs.stop(asked, now))
+        return await self._job(lambda: self._daemon.verbs.stop(asked, now))
 
-    def _mutation(self, request: Request) -> Asked:
+    def _mutation(self, request: Request) -> Caller:
         """Who asks, if they may."""
         peer: Peer = request.state.peer
         if not may_mutate(peer):
-            self._supervisor.context.log.own("warning", f"{request.url.path} refused to uid {peer.uid}, pid {peer.pid}")
+            self._daemon.context.log.own("warning", f"{request.url.path} refused to uid {peer.uid}, pid {peer.pid}")
             raise NotPermitted(
                 f"uid {peer.uid} may not do this: only root, the daemon's user and members of group lightllmd may",
                 uid=peer.uid,
@@ -248,10 +272,10 @@ class ControlPlane:
         seen = None if premise is None else _digits(premise.strip('"'))
         if premise is not None and seen is None:
             raise Usage("If-Match carries a generation number")
-        return Asked(peer.uid, peer.pid, seen)
+        return Caller(peer.uid, peer.pid, seen)
 
     async def _job(self, act: Callable[[], RunningJob]) -> Response:
-        job = await self._supervisor.call(act)
+        job = await self._daemon.call(act)
         return _json(job.snapshot, status=202)
 
 

@@ -2,87 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lightllmd import __version__
 from lightllmd.config.models import name_of
 from lightllmd.supervisor import snapshot
 from lightllmd.supervisor.change.switch import describe, fraction
-
-if TYPE_CHECKING:
-    from lightllmd.supervisor.supervisor import Supervisor
+from lightllmd.supervisor.daemon import Daemon
 
 EVENTS_SHOWN = 10
 
 
-def health(supervisor: Supervisor) -> tuple[bool, str]:
+def health(daemon: Daemon) -> tuple[bool, str]:
     """Whether new requests are served, and why or why not. The reason changes with the state, not with progress."""
-    verbs, worker = supervisor.verbs, supervisor.engines.serving.worker
+    verbs, worker = daemon.verbs, daemon.engines.serving.worker
     if verbs.stopping is not None:
         return False, "stopping"
     if verbs.draining:
         return False, "drained" if verbs.drained else "draining"
-    if supervisor.plan is None:
+    if daemon.plan is None:
         return False, "planning: reading the model's headers"
-    if supervisor.front.holding:
+    if daemon.front.holding:
         return False, "the model is being replaced: new requests wait"
     if worker.ready:
-        return True, "; ".join(["ready", *filter(None, (supervisor.monitor.trouble, _crowded(supervisor)))])
+        return True, "; ".join(["ready", *filter(None, (daemon.monitor.trouble, _crowded(daemon)))])
     if worker.child is not None and worker.child.dying:
         return False, "the engine is dying"
     if worker.fatal is not None:
         return False, f"the engine is not started again: {worker.fatal.cause}"
-    if supervisor.engines.serving.memory.short:
+    if daemon.engines.serving.memory.short:
         return False, "waiting for memory to become free"
     if worker.last_exit is not None:
         return False, f"the engine is restarting: {worker.last_exit.cause}"
     return False, "the model is loading"
 
 
-def _crowded(supervisor: Supervisor) -> str:
+def _crowded(daemon: Daemon) -> str:
     """What is said when the front end had to refuse connections, or close some, within the last seconds."""
-    front = supervisor.front
+    front = daemon.front
     if not front.now("connections_full"):
         return ""
     open_now, most = front.now("connections"), front.now("connections_most")
     return f"the front end is full: {open_now} of {most} connections are open"
 
 
-def state(supervisor: Supervisor) -> str:
-    verbs = supervisor.verbs
+def state(daemon: Daemon) -> str:
+    """As `snapshot.Status.state`."""
+    verbs = daemon.verbs
     if verbs.ending:
         return "stopping"
     if verbs.draining:
         return "drained" if verbs.drained else "draining"
-    if supervisor.served_since is None:
+    if daemon.served_since is None:
         return "starting"
-    if supervisor.front.holding:
+    if daemon.front.holding:
         return "swapping"
-    workers = [supervisor.engines.serving.worker, *(api.worker for api in supervisor.front.apis)]
+    workers = [daemon.engines.serving.worker, *(api.worker for api in daemon.front.apis)]
     return "serving" if all(worker.ready for worker in workers) else "degraded"
 
 
-def sentence(supervisor: Supervisor) -> str:
+def sentence(daemon: Daemon) -> str:
     """The state in one line, as systemctl status shows it."""
-    verbs, worker = supervisor.verbs, supervisor.engines.serving.worker
+    verbs, worker = daemon.verbs, daemon.engines.serving.worker
     if verbs.stopping is not None:
         return f"Stopping: {verbs.stopping.snapshot.phase}"
     if verbs.draining:
-        return f"Draining: {supervisor.front.now('in_flight')} requests in flight"
-    if supervisor.plan is None:
-        return "Reading the model's headers"
+        return f"Draining: {daemon.front.now('in_flight')} requests in flight"
+    if daemon.plan is None:
+        return "ReadAhead the model's headers"
     for job in verbs.jobs.running("swap", "reload"):
         return f"{job.snapshot.verb.capitalize()}: {job.snapshot.phase}"
     if worker.ready:
-        if supervisor.front.ready:
-            return f"Serving {supervisor.plan.model_name}"
-        worker = supervisor.front.apis[0].worker
+        if daemon.front.ready:
+            return f"Serving {daemon.plan.model_name}"
+        worker = daemon.front.apis[0].worker
     why = f" after: {worker.last_exit.cause}" if worker.last_exit else ""
     return f"{worker.name}: {describe(worker)}{why}" if worker.kind == "api" else describe(worker) + why
 
 
-def _model(supervisor: Supervisor) -> snapshot.Model | None:
-    plan, worker = supervisor.plan, supervisor.engines.serving.worker
+def _model(daemon: Daemon) -> snapshot.Model | None:
+    plan, worker = daemon.plan, daemon.engines.serving.worker
     if plan is None:
         return None
     if worker.ready:
@@ -105,8 +102,9 @@ def _model(supervisor: Supervisor) -> snapshot.Model | None:
     )
 
 
-def cache(supervisor: Supervisor) -> snapshot.Cache | None:
-    child = supervisor.engines.serving.worker.child
+def cache(daemon: Daemon) -> snapshot.Cache | None:
+    """None where no engine in service has a prompt cache."""
+    child = daemon.engines.serving.worker.child
     stats = child.stats if child is not None and child.ready else {}
     if "cache_tokens" not in stats:
         return None
@@ -120,9 +118,9 @@ def cache(supervisor: Supervisor) -> snapshot.Cache | None:
     )
 
 
-def _requests(supervisor: Supervisor) -> snapshot.Requests:
-    front = supervisor.front
-    stats = [engine.child.stats for engine in supervisor.engines if engine.child is not None]
+def _requests(daemon: Daemon) -> snapshot.Requests:
+    front = daemon.front
+    stats = [engine.child.stats for engine in daemon.engines if engine.child is not None]
     return snapshot.Requests(
         running=int(sum(one.get("running", 0) for one in stats)),
         waiting=int(sum(one.get("waiting", 0) + one.get("paused", 0) for one in stats)),
@@ -135,22 +133,23 @@ def _requests(supervisor: Supervisor) -> snapshot.Requests:
     )
 
 
-def measured_memory(supervisor: Supervisor) -> dict[str, int]:
+def measured_memory(daemon: Daemon) -> dict[str, int]:
     """Bytes by the engine's own account; empty before it is ready, and with the fake engine."""
-    child = supervisor.engines.serving.worker.child
+    child = daemon.engines.serving.worker.child
     stats = child.stats if child else {}
     return {name: int(value) for name, value in stats.items() if name.startswith("memory_")}
 
 
-def workers(supervisor: Supervisor) -> list[snapshot.Worker]:
-    places = [*(api.worker for api in supervisor.front.apis), *(engine.worker for engine in supervisor.engines)]
-    spare = supervisor.engines.spare.snapshot()
+def workers(daemon: Daemon) -> list[snapshot.WorkerStatus]:
+    """Api workers, engines, then the spare."""
+    places = [*(api.worker for api in daemon.front.apis), *(engine.worker for engine in daemon.engines)]
+    spare = daemon.engines.spare.snapshot()
     return [*(worker.snapshot() for worker in places), *([spare] if spare else [])]
 
 
-def models(supervisor: Supervisor) -> list[snapshot.KnownModel]:
+def models(daemon: Daemon) -> list[snapshot.KnownModel]:
     """The one in force first."""
-    config, plan = supervisor.context.config, supervisor.plan
+    config, plan = daemon.context.config, daemon.plan
     served = plan.model_name if plan else name_of(config)
     known = [
         snapshot.KnownModel(name=name, model_dir=str(entry["model_dir"]), served=name == served)
@@ -162,36 +161,37 @@ def models(supervisor: Supervisor) -> list[snapshot.KnownModel]:
     return sorted(known, key=lambda model: not model.served)
 
 
-def build(supervisor: Supervisor) -> snapshot.Status:
-    shown = workers(supervisor)
-    ready, reason = health(supervisor)
+def build(daemon: Daemon) -> snapshot.Status:
+    """All of the page."""
+    shown = workers(daemon)
+    ready, reason = health(daemon)
     ages = [worker.heartbeat_age_s for worker in shown if worker.heartbeat_age_s is not None]
     return snapshot.Status(
         name="lightllmd",
         version=__version__,
-        pid=supervisor.pid,
-        state=supervisor.state,
-        since=supervisor.since,
-        started=supervisor.started,
-        ready=ready and supervisor.front.ready,
-        health=reason if supervisor.front.ready or not ready else "no api worker is ready",
+        pid=daemon.pid,
+        state=daemon.state,
+        since=daemon.since,
+        started=daemon.started,
+        ready=ready and daemon.front.ready,
+        health=reason if daemon.front.ready or not ready else "no api worker is ready",
         heartbeat_age_s=max(ages, default=None),
-        generation=supervisor.engines.serving.worker.number,
+        generation=daemon.engines.serving.worker.number,
         restarts=sum(worker.restarts for worker in shown),
         config=snapshot.ConfigSource(
-            file=supervisor.config_file,
-            loaded=supervisor.settings.loaded,
-            pending_changes=supervisor.settings.pending,
-            pending_fault=supervisor.settings.pending_fault,
-            swapped_to=supervisor.settings.swapped_to,
+            file=daemon.config_file,
+            loaded=daemon.settings.loaded,
+            pending_changes=daemon.settings.pending,
+            pending_fault=daemon.settings.pending_fault,
+            swapped_to=daemon.settings.swapped_to,
         ),
-        listeners=supervisor.urls,
-        control_socket=str(supervisor.context.runtime.control_socket),
-        model=_model(supervisor),
-        models=models(supervisor),
-        cache=cache(supervisor),
-        requests=_requests(supervisor),
+        listeners=daemon.urls,
+        control_socket=str(daemon.context.runtime.control_socket),
+        model=_model(daemon),
+        models=models(daemon),
+        cache=cache(daemon),
+        requests=_requests(daemon),
         workers=shown,
-        jobs=[job.snapshot for job in supervisor.verbs.jobs.running()],
-        events=supervisor.context.events.feed.last(EVENTS_SHOWN),
+        jobs=[job.snapshot for job in daemon.verbs.jobs.running()],
+        events=daemon.context.events.feed.last(EVENTS_SHOWN),
     )

@@ -24,21 +24,22 @@ from lightllmd.errors import (
     TryAgain,
 )
 from lightllmd.ipc.messages import Drain, FlushCache, Keys, Models, Resume, Tune
-from lightllmd.supervisor.change.reload import Reload, Settings
+from lightllmd.supervisor.change.reload import Reload
+from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.change.switch import Steps, Switch, Terms, describe, fraction
 from lightllmd.supervisor.children.crashes import words
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.control.jobs import Jobs, RunningJob
 from lightllmd.supervisor.journal.logs import renderer
+from lightllmd.supervisor.workers.api_workers import Api, ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.front_end import Api, FrontEnd
 
 DRY_RUN = "dry run"  # the target of such a reload
 
 
 @dataclass(frozen=True)
-class Asked:
+class Caller:
     """Who asks for a mutation, and on which premise."""
 
     uid: int | None = None  # None: the daemon itself, because of a signal
@@ -53,7 +54,7 @@ class Verbs:
         self,
         context: Context,
         engines: Engines,
-        front: FrontEnd,
+        front: ApiWorkers,
         settings: Settings,
         relisten: Callable[[list[socket.socket]], None],
     ) -> None:
@@ -68,13 +69,15 @@ class Verbs:
         self._stop_now = False
 
     # --- verbs ---------------------------------------------------------------------------------------------------
-    def restart(self, asked: Asked, target: str = "") -> RunningJob:
+    def restart(self, asked: Caller, target: str = "") -> RunningJob:
+        """A new process for the engine and for each api worker, or for `target`. Raises NoSuchWorker."""
         self._gate(asked)
         self._check_planned()
         engine, apis = self._targets(target)
         return self._open("restart", asked, self._restart(engine, apis), target)
 
-    def reload(self, asked: Asked, dry_run: bool = False) -> RunningJob:
+    def reload(self, asked: Caller, dry_run: bool = False) -> RunningJob:
+        """Takes up the configuration file and the model's files, or tells what that would change."""
         self._gate(asked)
         self._check_planned()
         details: dict[str, Any] = {}
@@ -92,10 +95,11 @@ class Verbs:
 
     @property
     def reloading(self) -> bool:
+        """Whether a reload that changes something is under way."""
         return any(job.snapshot.target != DRY_RUN for job in self.jobs.running("reload"))
 
-    def swap(self, asked: Asked, model: str, terms: Terms, plan_only: bool = False) -> RunningJob:
-        """Raises NoSuchModel."""
+    def swap(self, asked: Caller, model: str, terms: Terms, plan_only: bool = False) -> RunningJob:
+        """Serves `model` instead, or plans that. Raises NoSuchModel."""
         self._gate(asked)
         self._check_planned()
         config = self._settings.for_model(self._settings.written, model)
@@ -104,17 +108,19 @@ class Verbs:
         same = not diff(self._context.config, config)
         return self._open("swap", asked, self._swap(switch, model, plan_only, same), model, details)
 
-    def drain(self, asked: Asked) -> RunningJob:
+    def drain(self, asked: Caller) -> RunningJob:
+        """Refuses new requests; done when none is in flight."""
         self._gate(asked)
         return self._open("drain", asked, self._drain())
 
-    def resume(self, asked: Asked) -> RunningJob:
+    def resume(self, asked: Caller) -> RunningJob:
+        """Accepts requests again; ends a drain."""
         self._gate(asked, overrides=("drain",))
         for job in self.jobs.running("drain"):
             self._cancel(job, "resumed")
         return self._open("resume", asked, self._resume())
 
-    def reset_failed(self, asked: Asked, target: str = "") -> RunningJob:
+    def reset_failed(self, asked: Caller, target: str = "") -> RunningJob:
         """Also while a restart or a drain waits: for the very worker, perhaps, whose failures are to be forgotten."""
         self._gate(asked, overrides=("restart", "drain"))
         self._check_planned()
@@ -122,7 +128,8 @@ class Verbs:
         workers = [api.worker for api in apis] + ([self._engines.serving.worker] if engine else [])
         return self._open("reset-failed", asked, self._reset_failed(workers), target)
 
-    def flush_cache(self, asked: Asked) -> RunningJob:
+    def flush_cache(self, asked: Caller) -> RunningJob:
+        """Empties the prompt cache of what no request uses. Raises PromptCacheOff, TryAgain."""
         self._gate(asked, overrides=("drain",))
         self.check_cached()
         return self._open("flush-cache", asked, self._flush_cache())
@@ -137,7 +144,7 @@ class Verbs:
         if not worker.ready:
             raise TryAgain("no engine is ready: the prompt cache of the next one will be empty")
 
-    def stop(self, asked: Asked, now: bool = False) -> RunningJob:
+    def stop(self, asked: Caller, now: bool = False) -> RunningJob:
         """A second stop changes the first: `now` ends its drain."""
         self._check_premise(asked)
         self._stop_now = self._stop_now or now
@@ -242,7 +249,7 @@ class Verbs:
                 done.append(f"{worker.name} starts again")
             elif worker.failures:
                 done.append(f"{worker.name}: {len(worker.failures)} failed starts forgotten")
-            worker.forgive()
+            worker.reset_failures()
         return "; ".join(done) or "there was nothing to forget"
         yield  # makes this a generator like the others
 
@@ -280,7 +287,7 @@ class Verbs:
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
     def _open(
-        self, verb: str, asked: Asked, steps: Steps, target: str = "", details: dict[str, Any] | None = None
+        self, verb: str, asked: Caller, steps: Steps, target: str = "", details: dict[str, Any] | None = None
     ) -> RunningJob:
         job = self.jobs.open(verb, target, asked.uid, asked.pid, details)
         by = "" if asked.uid is None else f" by uid {asked.uid}, pid {asked.pid}"
@@ -324,14 +331,14 @@ class Verbs:
         text = f"job {job.snapshot.id}: {job.snapshot.verb} {outcome}: {message}"
         self._context.events.add("job", text, level=level)
 
-    def _gate(self, asked: Asked, overrides: tuple[str, ...] = ()) -> None:
+    def _gate(self, asked: Caller, overrides: tuple[str, ...] = ()) -> None:
         self._check_premise(asked)
         for job in self.jobs.running():
             if job.snapshot.verb not in overrides:
                 number, verb = job.snapshot.id, job.snapshot.verb
                 raise Busy(f"job {number} ({verb}: {job.snapshot.phase}) is not finished", job=number)
 
-    def _check_premise(self, asked: Asked) -> None:
+    def _check_premise(self, asked: Caller) -> None:
         number = self._engines.serving.worker.number
         if asked.if_match is not None and asked.if_match != number:
             raise StaleGeneration(f"generation {number} is in force, not {asked.if_match}", generation=number)

@@ -15,7 +15,7 @@ TIMEOUT = 20.0  # seconds
 MOST = 8  # threads at a time, those that hang included
 
 
-class Aside(Executor):
+class FileThreads(Executor):
     """One daemon thread for each piece of work: one that hangs holds up neither others nor the end of the process."""
 
     def __init__(self) -> None:
@@ -30,6 +30,7 @@ class Aside(Executor):
             raise TryAgain(f"{what} takes longer than {timeout:g} s: is its file system there?") from None
 
     def submit(self, work: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        """As `Executor.submit`. Raises TryAgain where all threads hang."""
         if not self._room.acquire(blocking=False):
             raise TryAgain(f"{MOST} files are being read already, and hang")
         future: Future[T] = Future()

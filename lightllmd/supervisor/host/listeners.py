@@ -186,6 +186,7 @@ def holder(port: int) -> str | None:
 
 
 def url(sock: socket.socket, tls: bool = False) -> str:
+    """As a client writes it; "unix:PATH" for a Unix socket."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     address, port = sock.getsockname()[:2]
@@ -194,6 +195,7 @@ def url(sock: socket.socket, tls: bool = False) -> str:
 
 
 def beyond_loopback(sock: socket.socket) -> bool:
+    """Whether other hosts can reach it."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     return not ipaddress.ip_address(sock.getsockname()[0].split("%")[0]).is_loopback

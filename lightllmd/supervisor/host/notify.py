@@ -27,12 +27,13 @@ class Notifier:
 
     @property
     def active(self) -> bool:
+        """Whether systemd listens."""
         return self._socket is not None
 
     def send(self, *, fds: Sequence[int] = (), **assignments: str | int) -> bool:
         """One datagram of NAME=value lines, with copies of `fds`.
 
-        False when nobody took it; a full queue at systemd is no reason to wait.
+        False when it was not taken; a full queue at systemd is no reason to wait.
         """
         if self._socket is None:
             return False
@@ -81,6 +82,7 @@ class Notifier:
             os.close(reader)
 
     def close(self) -> None:
+        """Nothing is sent any more."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -17,23 +17,23 @@ def become_subreaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def reap_strangers(reap_known: Callable[[int], bool]) -> list[int]:
-    """Reaps every dead child that nobody waits for; returns their pids.
+def reap_orphans(reap_known: Callable[[int], bool]) -> list[int]:
+    """Reaps every dead child that has no owner here; returns their pids.
 
     WNOWAIT looks before it takes: a child with an owner is left to `reap_known(pid)`, which reaps it, keeps its
     status, and answers True; else the status would be stolen from subprocess.Popen.
     """
-    strangers: list[int] = []
+    orphans: list[int] = []
     while True:
         try:
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            return strangers
+            return orphans
         if dead is None:
-            return strangers
+            return orphans
         if not reap_known(dead.si_pid):
             os.waitpid(dead.si_pid, os.WNOHANG)
-            strangers.append(dead.si_pid)
+            orphans.append(dead.si_pid)
 
 
 def kill_group(leader: int) -> None:

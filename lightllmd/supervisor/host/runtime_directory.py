@@ -25,6 +25,8 @@ _LONGEST_OWN = "ipc/4194304-engine-99999"  # the longest name that is made in th
 
 
 def control_socket_path(configured: str, environment: Mapping[str, str], uid: int) -> Path:
+    """Where the control socket is bound: as configured, else in systemd's runtime directory, else root's or the
+    user's own."""
     if configured:
         return Path(configured).absolute()
     if environment.get("RUNTIME_DIRECTORY"):
@@ -38,20 +40,21 @@ def control_socket_path(configured: str, environment: Mapping[str, str], uid: in
 
 
 def group_id() -> int | None:
+    """Of the group whose members may use the control socket; None where the host has no such group."""
     try:
         return grp.getgrnam(GROUP).gr_gid
     except KeyError:
         return None
 
 
-class Runtime:
+class RuntimeDirectory:
     """Holds the lock from construction to `close`. Raises SystemFailure where the place can't be had."""
 
     def __init__(self, control_socket: Path) -> None:
         self.control_socket = control_socket
         self.directory = control_socket.parent
         self.pid = os.getpid()
-        self._seats: set[str] = set()
+        self._metrics_ids: set[str] = set()
         for path in (control_socket, self.directory / _LONGEST_OWN, self._bind_name()):
             if len(os.fsencode(path)) > LONGEST_PATH:
                 raise SystemFailure(
@@ -74,25 +77,28 @@ class Runtime:
 
     @property
     def ipc(self) -> Path:
+        """The directory of the engines' sockets, shared by the daemons of this runtime directory."""
         return self.directory / "ipc"
 
     @property
     def metrics(self) -> Path:
+        """The directory of this daemon's metrics files."""
         return self.directory / f"metrics-{self.pid}"
 
     def endpoint_path(self, generation: int) -> Path:
+        """The socket of one engine generation."""
         return self.ipc / f"{self.pid}-engine-{generation}"
 
-    def take_seat(self, kind: str) -> str:
+    def take_metrics_id(self, kind: str) -> str:
         """A name for a new worker's metrics files: the first that no living worker of its kind has."""
-        seat = next(name for number in itertools.count() if (name := f"{kind}-{number}") not in self._seats)
-        self._seats.add(seat)
-        return seat
+        metrics_id = next(name for number in itertools.count() if (name := f"{kind}-{number}") not in self._metrics_ids)
+        self._metrics_ids.add(metrics_id)
+        return metrics_id
 
-    def leave_seat(self, seat: str) -> None:
-        """Its counters stay for whoever takes the seat next; gauges count for the living only."""
-        self._seats.discard(seat)
-        for path in self.metrics.glob(f"gauge_live*_{seat}.db"):
+    def release_metrics_id(self, metrics_id: str) -> None:
+        """Its counters stay for the next worker that takes it; gauges count for living processes only."""
+        self._metrics_ids.discard(metrics_id)
+        for path in self.metrics.glob(f"gauge_live*_{metrics_id}.db"):
             path.unlink(missing_ok=True)
 
     def bind_control(self) -> socket.socket:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Feed(Generic[T]):
-    """The last `keep` items and whoever waits for the next.
+    """The last `keep` items, for readers that may wait for the next.
 
     Belongs to the loop's thread. A follower that is slower than the feed loses the oldest items: a feed never grows
     with its readers.
@@ -24,11 +24,13 @@ class Feed(Generic[T]):
         self.closed = False
 
     def add(self, item: T) -> None:
+        """Appends `item`, in place of the oldest where `keep` are there, and wakes the followers."""
         self._items.append(item)
         self._end += 1
         self._wake()
 
     def last(self, count: int) -> list[T]:
+        """At most `count` of the newest items, oldest first."""
         return list(self._items)[-count:] if count > 0 else []
 
     def close(self) -> None:
@@ -37,7 +39,7 @@ class Feed(Generic[T]):
         self._wake()
 
     def _wake(self) -> None:
-        # Whoever waits holds the old event; who comes later waits on a new one.
+        # Present followers hold the old event; later ones wait on a new one.
         self._added.set()
         self._added = asyncio.Event()
 

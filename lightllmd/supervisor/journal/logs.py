@@ -44,9 +44,10 @@ class Sink:
         self._thread.start()
 
     def write(self, line: bytes) -> None:
+        """Queues a line, which ends with its newline. Never waits."""
         try:
             if self._dropped:
-                self._queue.put_nowait(b"(%d log lines dropped: nobody read them in time)\n" % self._dropped)
+                self._queue.put_nowait(b"(%d log lines dropped: they were not read in time)\n" % self._dropped)
                 self._dropped = 0
             self._queue.put_nowait(line)
         except queue.Full:
@@ -69,10 +70,11 @@ class Sink:
                 except BlockingIOError:
                     time.sleep(0.01)  # the descriptor was handed to us non-blocking
                 except OSError:
-                    break  # nobody reads any more; the rings still keep the lines
+                    break  # it has no reader any more; the rings still keep the lines
 
 
 def text_line(line: LogLine) -> str:
+    """For people: local time to the millisecond, worker, level unless it is info, message."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.at)) + f".{int(line.at % 1 * 1000):03d}"
     level = "" if line.level == "info" else line.level.upper() + " "
     return f"{stamp} {line.worker}: {level}{line.message}"
@@ -84,10 +86,12 @@ def journal_line(line: LogLine) -> str:
 
 
 def json_line(line: LogLine) -> str:
+    """The record as one line of JSON."""
     return msgspec.json.encode(line).decode()
 
 
 def journal_json_line(line: LogLine) -> str:
+    """The record as JSON behind its sd-daemon(3) priority."""
     return f"<{_PRIORITY[line.level]}>{json_line(line)}"
 
 
@@ -116,6 +120,7 @@ class LogBook:
         self._sink = sink
 
     def configure(self, keep: int, level: str, render: Callable[[LogLine], str]) -> None:
+        """Lines per worker, lowest level and rendering from now on; of lines that are there the newest stay."""
         self._keep, self._threshold, self._render = keep, LEVELS.index(level), render
         self._rings = {worker: deque(ring, maxlen=keep) for worker, ring in self._rings.items()}
 
@@ -137,6 +142,7 @@ class LogBook:
         self.write(worker, *parse_output(text))
 
     def last(self, count: int, worker: str | None = None) -> list[LogLine]:
+        """At most `count` of the newest lines, oldest first; of all workers where none is named."""
         if count <= 0:
             return []
         if worker is not None:
@@ -157,6 +163,7 @@ class EventBook:
         self._sequence = 0
 
     def add(self, kind: str, message: str, worker: str | None = None, level: str = "info") -> None:
+        """Keeps an event of this `kind` (see `snapshot.Event`) and logs it at `level`."""
         self._sequence += 1
         told = Event(seq=self._sequence, at=time.time(), kind=kind, worker=worker, message=shortened(message))
         self.feed.add(told)
@@ -171,6 +178,7 @@ class StandardLogging(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Writes the message, and the traceback that comes with it, as lines of the supervisor's own."""
         level = "error" if record.levelno >= logging.ERROR else "warning"
         message = record.getMessage()
         if record.exc_info:

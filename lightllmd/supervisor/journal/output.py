@@ -23,7 +23,7 @@ _FAULTS = (
 )
 
 
-class Output:
+class OutputLines:
     """Cuts the bytes of one pipe into lines for `say`.
 
     A line may begin with an sd-daemon priority (``<4>``). Lines without one that follow the beginning of a traceback

@@ -14,7 +14,7 @@ LARGEST = 4 << 20  # bytes of a file that is read back
 _DEPTH = 100  # files that may wait for a slow disk
 
 
-class Shelf:
+class ReportStore:
     """`<number>.json` in a directory that is ours alone (0700, files 0600); beyond `keep` of them the oldest go.
 
     Belongs to the loop's thread, which never waits for the disk. Faults of the disk are told to `complain`, in the
@@ -45,9 +45,10 @@ class Shelf:
         return found
 
     def put(self, number: int, body: bytes) -> None:
+        """Queues `body` to be written as `<number>.json`; complains and drops it where the disk is too slow."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
-            self._thread = threading.Thread(target=self._run, name="shelf", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
             self._thread.start()
         try:
             self._queue.put_nowait((number, body))
@@ -95,7 +96,7 @@ class Shelf:
         try:
             self._loop.call_soon_threadsafe(self.complain, message)
         except RuntimeError:
-            pass  # the loop is over: nobody is left to be told
+            pass  # the loop is over: the complaint has no reader
 
     def _numbers(self) -> list[int]:
         """Of the files there, ascending."""

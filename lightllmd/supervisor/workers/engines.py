@@ -82,12 +82,13 @@ class Engines:
 
     # --- processes -----------------------------------------------------------------------------------------------
     def children(self) -> list[Child]:
+        """The processes of all engines, and the spare's."""
         present = [*(engine.child for engine in self), self.spare.child]
         return [child for child in present if child is not None]
 
     @property
     def holders(self) -> list[tuple[Child | None, bool]]:
-        """Who holds memory of the device, and whether that is all they will: it changes with what is free there."""
+        """What holds memory of the device, and whether that is all they will: it changes with what is free there."""
         return [*((engine.child, engine.ready) for engine in self), (self.spare.child, self.spare.begun)]
 
     @property
@@ -96,25 +97,30 @@ class Engines:
         return [engine.child for engine in self if engine.child is not None and not engine.ready]
 
     def owner(self, child: Child) -> Engine | None:
+        """The engine whose generation `child` is."""
         return next((engine for engine in self if engine.child is child), None)
 
     def became_ready(self, engine: Engine) -> None:
+        """Its generation is in service; behind the engine in force a spare is kept."""
         engine.became_ready()
         if engine is self.serving:  # a candidate's plan isn't in force yet: the commit follows, and asks for a spare
             self._plan_spare()
             self.spare.keep()
 
     def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> None:
+        """Its generation, whose process `child` was, is dead. `again`: policy may start another."""
         # A candidate that dies has failed: its switch decides what follows.
         engine.died(child, ending, again and engine is not self.candidate)
         if again:
             self.serving.tick()  # it may have waited for this one's memory
 
     def api_gone(self, api: int, epoch: int) -> None:
+        """Tells all engines that this process of that api worker is dead."""
         for engine in self:
             engine.api_gone(api, epoch)
 
     def tick(self) -> None:
+        """Starts the generations that are due."""
         for engine in self:
             if engine is not self.candidate:
                 engine.tick()

@@ -25,16 +25,16 @@ class Generation:
         self.number = number
         self._path = context.runtime.endpoint_path(number)
         self.endpoint = f"ipc://{self._path}"
-        seat = context.runtime.take_seat("engine")
+        metrics_id = context.runtime.take_metrics_id("engine")
         first = EngineConfigure(
             plan=plan,
             generation=number,
             rank=0,
             endpoint=self.endpoint,
             metrics_dir=str(context.runtime.metrics),
-            metrics_seat=seat,
+            metrics_id=metrics_id,
         )
-        self.child.configure(worker, number, seat, first)
+        self.child.configure(worker, number, metrics_id, first)
 
     def flight(self) -> flight_record.Flight:
         """What it was doing when it died."""
@@ -44,6 +44,7 @@ class Generation:
             return flight_record.Flight()  # it scribbled over its own record: nothing is known of its last step
 
     def dispose(self) -> None:
+        """After its death: lets go of the process's descriptors, removes the endpoint."""
         self._process.dispose()
         self._path.unlink(missing_ok=True)
 
@@ -75,6 +76,7 @@ class Engine:
         self.memory.plan_for(plan)
 
     def rename(self, name: str) -> None:
+        """What its worker is called from now on, in status and log."""
         self.worker.name = name
         if self.generation is not None:
             self.generation.child.worker = name
@@ -87,6 +89,7 @@ class Engine:
 
     @property
     def child(self) -> Child | None:
+        """The process of its generation, if one lives."""
         return self.generation.child if self.generation else None
 
     @property
@@ -101,10 +104,11 @@ class Engine:
 
     @property
     def asleep(self) -> bool:
+        """Its weights are in host memory, the device's memory is free."""
         return self.child is not None and self.child.vitals.phase == "asleep"
 
     @property
-    def hopeless(self) -> bool:
+    def permanently_failed(self) -> bool:
         """No generation of it will ever finish what is held for it, unless an operator steps in."""
         return self.child is None and (self.worker.fatal is not None or self.worker.changed)
 
@@ -115,6 +119,7 @@ class Engine:
         return EngineUp(self.generation.number, self.generation.endpoint, self.revision)
 
     def became_ready(self) -> None:
+        """Its generation is in service, for the first time or after sleep: the api workers are told."""
         self.worker.became_ready()
         if self._rest == "wake":
             self._rest = ""
@@ -137,7 +142,7 @@ class Engine:
             )
         )
         generation.dispose()
-        self._context.runtime.leave_seat(child.seat)
+        self._context.runtime.release_metrics_id(child.metrics_id)
         if flight.step and not asked:
             self._context.log.own(
                 "warning",
@@ -165,7 +170,7 @@ class Engine:
             self.child.send(Stage())
 
     def unstage(self) -> None:
-        """It lets go of the copy."""
+        """The copy in host memory is dropped."""
         if self.child is not None and not self._rest:
             self.child.send(Wake())
 
@@ -173,11 +178,11 @@ class Engine:
         """Back into service, or the next generation starts, as soon as `after` has let go of the device's memory."""
         self.wanted, self._after = True, after
         if self.child is None:
-            self.worker.forgive()
+            self.worker.reset_failures()
         self.unstage()
-        self._rouse()
+        self._wake_if_free()
 
-    def _rouse(self) -> None:
+    def _wake_if_free(self) -> None:
         """Called until it is done: a generation that is still on its way to sleep is woken when it sleeps."""
         if self._free and self.wanted and self._rest == "sleep" and self.asleep and self.child is not None:
             self.child.send(Wake())
@@ -201,18 +206,19 @@ class Engine:
             self.child.stop(why)
 
     def api_gone(self, api: int, epoch: int) -> None:
+        """That process of that api worker is dead: its requests are to be aborted."""
         if self.generation is not None:
             self.generation.child.send(ApiGone(api, epoch))
 
     def restart(self) -> None:
         """Ends the generation, if one lives; another follows."""
-        self.worker.forgive()
+        self.worker.reset_failures()
         if self.generation is not None:
             self.generation.child.terminate("restart requested")
 
     def tick(self) -> None:
         """Starts the next generation when it is due and the bytes of its plan are free."""
-        self._rouse()
+        self._wake_if_free()
         now = self._context.clock.now
         if self.worker.due is None or now < self.worker.due or not self._free:
             return

@@ -1,7 +1,7 @@
 """health_monitor: a one-token request of our own through every api worker, ledger and engine, from time to time.
 
-Deaths, silence and work that stands still are found without it (`health`). This finds what looks alive and answers
-nobody: a lost connection between api worker and engine, a request that is never scheduled, an answer that never comes.
+Deaths, silence and work that stands still are found without it (`health`). This finds what looks alive and gives no
+answer: a lost connection between api worker and engine, a request that is never scheduled, an answer that never comes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 from lightllmd.ipc.messages import Probe, Probed
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.context import Context
+from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.front_end import FrontEnd
 
 ERRORS_IN_A_ROW = 2  # probes of an api worker that have to fail with an error before anything is done
 STANDS_STILL = 5.0  # seconds without progress after which an engine doesn't count as working
@@ -46,6 +46,7 @@ class Work:
         self._tokens_out, self._gave = look.tokens_out, now - LONG_STEP  # running clock: when that last changed
 
     def excuses(self, now: float, look: Look) -> bool:
+        """Whether it is excused at `now` (running clock). Called at each tick of a round."""
         if look.tokens_out != self._tokens_out:
             self._tokens_out, self._gave = look.tokens_out, now
         in_long_step = look.running > 0 and now - self._gave >= LONG_STEP
@@ -107,17 +108,17 @@ class Round:
 class Monitor:
     """Belongs to the single-writer loop; `tick` is called at each of its ticks."""
 
-    def __init__(self, context: Context, engines: Engines, front: FrontEnd) -> None:
+    def __init__(self, context: Context, engines: Engines, front: ApiWorkers) -> None:
         self._context, self._engines, self._front = context, engines, front
         self._numbers = itertools.count(1)
         self._round: Round | None = None
         self._due = 0.0  # running clock: when the next round begins
         self._errors: dict[Child, int] = {}  # rounds in a row that ended with an error
         self._engine_tried = False
-        self.trouble = ""  # what the last round found; empty: all well, or nobody asks
+        self.trouble = ""  # what the last round found; empty: all well, or health_monitor is off
 
     def tick(self, steady: bool) -> None:
-        """`steady`: requests are served and no job changes by whom."""
+        """`steady`: requests are served and no job changes which workers do."""
         answers = [(child, answer) for child in self._front.children() for answer in _take_answers(child)]
         engine = self._engines.serving.child
         if not self._context.config.params.health_monitor:

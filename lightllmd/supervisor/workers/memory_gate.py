@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from lightllmd.config.amount import size
 from lightllmd.config.plan import Plan
 from lightllmd.errors import LightllmdError
-from lightllmd.supervisor.background import Errand
-from lightllmd.supervisor.children.probing import Probe
+from lightllmd.supervisor.background import BackgroundTask
+from lightllmd.supervisor.children.probing import FactsProbe
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.host.procfs import available_memory
 
@@ -25,7 +25,7 @@ class Measured:
 
 
 class MemoryGate:
-    """Asked at every tick while a start is due. A dead engine's memory may take the kernel a while to take back.
+    """Caller at every tick while a start is due. A dead engine's memory may take the kernel a while to take back.
 
     A CPU's free memory is read at once; a GPU's by a probe child, whose answer comes as `Measured`. What can't be told
     holds nothing back: the start itself will show.
@@ -35,7 +35,7 @@ class MemoryGate:
         self._context = context
         self._needed = 0
         self._on_gpu = False
-        self.asking: Errand[None] | None = None  # at most one probe is under way
+        self.asking: BackgroundTask[None] | None = None  # at most one probe is under way
         # Of the start that is due:
         self._due = 0  # its number
         self._since: float | None = None  # running clock: when it first asked; None: none is due
@@ -45,6 +45,7 @@ class MemoryGate:
         self.short = False  # a start waits because too little is free
 
     def plan_for(self, plan: Plan) -> None:
+        """The bytes that the next start needs are this plan's."""
         # What the next spare takes is left out, which is made behind the start. So the start waits for no byte that the
         # present one holds: its context becomes the engine's own, and is in the plan already.
         # Nor does it wait for the room of a model that isn't there.
@@ -58,7 +59,7 @@ class MemoryGate:
         if not self._on_gpu:
             self._free, self._known = available_memory(), True
         elif self.asking is None and now >= self._next:
-            self.asking = Errand(self._context, self._ask(self._due))
+            self.asking = BackgroundTask(self._context, self._ask(self._due))
         enough = self._known and (self._free is None or self._free >= self._needed)
         if enough or now - self._since >= patience:
             self._due += 1
@@ -74,6 +75,7 @@ class MemoryGate:
         return False
 
     def measured(self, answer: Measured) -> None:
+        """Takes in what a probe found; an answer for an earlier start is passed over."""
         self.asking = None
         if answer.due == self._due:
             self._free, self._known = answer.free, True
@@ -82,7 +84,7 @@ class MemoryGate:
     async def _ask(self, due: int) -> None:
         """Posts `Measured`. Cancelled, it ends the probe."""
         try:
-            facts = await Probe(self._context).ask(
+            facts = await FactsProbe(self._context).ask(
                 device_only=True, device="cuda", threads=self._context.config.engine.threads
             )
         except LightllmdError as failure:

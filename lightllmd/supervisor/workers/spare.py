@@ -45,6 +45,7 @@ class EngineProcess:
         return self.child.vitals.heard is not None
 
     def dispose(self) -> None:
+        """After its death: lets go of its descriptors and its record."""
         self.child.dispose()
         os.close(self.flight)
 
@@ -65,21 +66,25 @@ class Spare:
 
     @property
     def child(self) -> Child | None:
+        """Its process, if there is one."""
         return self._process.child if self._process else None
 
     @property
     def begun(self) -> bool:
+        """It can be taken: all is done that can be before it's configured."""
         return self._process is not None and self._process.begun
 
     @property
     def context_bytes(self) -> int:
-        """Of a GPU, as planned: what isn't free there because of it, and becomes the context of whoever takes it."""
+        """Of a GPU, as planned: what isn't free there because of it, and becomes its generation's own context."""
         return self._process.context_bytes if self._process is not None and self.begun else 0
 
     def owns(self, child: Child) -> bool:
+        """Whether `child` is the spare's process."""
         return self.child is child
 
     def plan_for(self, plan: Plan) -> None:
+        """What the next spare imports, and the bytes that it may take of a GPU, are this plan's."""
         self._early, self._bytes = self._context.commands.early(plan), plan.budget.spare
 
     def keep(self) -> None:
@@ -105,7 +110,7 @@ class Spare:
         if process is None or process.child.asked is not None:
             return None
         if process.child.process.reap() is not None or process.child.channel.closed:
-            return None  # what is dead or dying stays here until it is buried
+            return None  # what is dead or dying stays here until its exit is handled
         if is_stopped(process.child.pid):
             process.child.kill("stopped by a signal")
             return None
@@ -116,17 +121,19 @@ class Spare:
         return process
 
     def died(self, ending: Ending) -> None:
+        """Its process is dead. None follows until `keep` is called again."""
         assert self._process is not None
         if self._process.child.asked is None:
             self._context.log.own("warning", f"the spare engine: {ending.cause}")
         self._process.dispose()
         self._process = None
 
-    def snapshot(self) -> snapshot.Worker | None:
+    def snapshot(self) -> snapshot.WorkerStatus | None:
+        """As the control plane shows it; None without a process."""
         if self._process is None:
             return None
         child, begun = self._process.child, self.begun
-        return snapshot.Worker(
+        return snapshot.WorkerStatus(
             name=child.worker,
             kind="spare",
             index=0,

@@ -17,7 +17,7 @@ import pytest
 from bench.roofline import Card, Roofline
 from harness import Daemon
 from lightllmctl.__main__ import main
-from lightllmctl.answer import Answer, BadAnswer, Record
+from lightllmctl.answer import Answer, MalformedAnswer, Record
 from lightllmctl.commands.bench import plan
 from lightllmctl.figures import parse_slo, quantile, summary
 from lightllmctl.load import Planned, Share, generate, split
@@ -199,7 +199,7 @@ def test_failures_have_kinds_and_details() -> None:
     answer.closed(2.0)
     assert (answer.record.failure, answer.record.end) == ("connection lost", 2.0)
     for wrong in (b"SSH-2.0-x\r\n\r\n", HEAD + b"zz\r\n", HEAD + chunk("data: nonsense\n\n")):
-        with pytest.raises(BadAnswer):
+        with pytest.raises(MalformedAnswer):
             Answer(Record(asked=4, start=0.0)).feed(wrong, 1.0)
 
 

@@ -130,7 +130,7 @@ FOUR_ENTER = """
 import os, sys
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
 from lightllmd.observe import metrics
-metrics.sit("seat-0", sys.argv[1])
+metrics.use_files("seat-0", sys.argv[1])
 made = metrics.ApiMetrics(100, 200)
 for _ in range(4):
     made.entered()
@@ -155,7 +155,7 @@ import os, sys
 directory, kind = sys.argv[1:]
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
 from lightllmd.observe import metrics
-metrics.sit("seat-0", directory)
+metrics.use_files("seat-0", directory)
 made = metrics.ApiMetrics(1 << 20, 1 << 20) if kind == "api" else metrics.EngineMetrics()
 print("lives")
 """

@@ -33,9 +33,11 @@ _BEATS_TO_BELIEVE = 2  # heartbeats after `Drain` until in_flight is known to co
 class Api:
     """One api worker's place. Besides its process there may be a spare on its way in and some on their way out."""
 
-    def __init__(self, context: Context, index: int, epochs: Iterator[int], greet: Callable[[Child], None]) -> None:
+    def __init__(
+        self, context: Context, index: int, epochs: Iterator[int], send_state: Callable[[Child], None]
+    ) -> None:
         self._context = context
-        self._greet = greet  # tells a new process how things stand
+        self._send_state = send_state  # tells a new process how things stand
         self.index = index
         self.worker = Worker(context, "api", index, self._launch, epochs)
         self.spare: Child | None = None
@@ -48,21 +50,22 @@ class Api:
         context = self._context
         fds = [sock.fileno() for sock in context.listeners]
         child = Child(context, self.worker.name, context.commands.api, pass_fds=fds)
-        seat = context.runtime.take_seat("api")
+        metrics_id = context.runtime.take_metrics_id("api")
         first = ApiConfigure(
             plan=context.plan,
             api=self.index,
             epoch=epoch,
             listener_fds=fds,
             metrics_dir=str(context.runtime.metrics),
-            metrics_seat=seat,
+            metrics_id=metrics_id,
             revision=context.revision,
         )
-        child.configure(self.worker.name, epoch, seat, first)
-        self._greet(child)
+        child.configure(self.worker.name, epoch, metrics_id, first)
+        self._send_state(child)
         return child
 
     def children(self) -> list[Child]:
+        """Its living processes: in service, on the way in, on the way out."""
         present = [self.worker.child, self.spare, *self.retiring]
         return [child for child in present if child is not None and not child.exited]
 
@@ -72,7 +75,7 @@ class Api:
             return  # it is on its way
         self.roll_failure = None
         if self.worker.child is None:
-            self.worker.forgive()
+            self.worker.reset_failures()
             return
         try:
             self.spare = self._launch(self.worker.next_number())
@@ -84,6 +87,7 @@ class Api:
         self.outdated = self._context.clock.now + self._context.config.supervisor.retry_interval
 
     def tick(self) -> None:
+        """Starts what is due."""
         self.worker.start_if_due()
         if self.outdated is not None and self._context.clock.now >= self.outdated:
             self.keep_outdated()
@@ -95,13 +99,15 @@ class Api:
         if self.worker.child is not None:
             self._retire(self.worker.child, "replaced")
             self.worker.child = None
-        self.worker.forgive()
+        self.worker.reset_failures()
 
     @property
     def rolling(self) -> bool:
+        """Whether a replacement is on its way."""
         return self.spare is not None or (self.roll_failure is None and not self.worker.ready)
 
     def became_ready(self, child: Child) -> None:
+        """`child` is in service; where it is the replacement, the old process retires."""
         if child is self.spare:
             old, self.worker.child, self.spare, self.outdated = self.worker.child, child, None, None
             if old is not None:
@@ -123,6 +129,7 @@ class Api:
         self.retiring.append(child)
 
     def died(self, child: Child, ending: Ending, again: bool) -> None:
+        """`child` is dead and disposed of. `again`: this place is wanted, so policy decides what follows."""
         if child is self.spare:
             self.spare, self.roll_failure = None, ending.cause
             self._context.events.add("exit", f"replacement: {ending.cause}", self.worker.name, "warning")
@@ -139,12 +146,12 @@ class Api:
             self.worker.start_if_due()
 
 
-class FrontEnd:
+class ApiWorkers:
     """All api workers."""
 
-    def __init__(self, context: Context, workers: int, greet: Callable[[Child], None]) -> None:
+    def __init__(self, context: Context, workers: int, send_state: Callable[[Child], None]) -> None:
         self._context = context
-        self._greet = greet
+        self._send_state = send_state
         # By index, over all places of that index: an engine takes two processes of one epoch for the same one.
         self._epochs: defaultdict[int, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self.apis = [self._place(index) for index in range(workers)]
@@ -159,6 +166,7 @@ class FrontEnd:
         return Api(self._context, index, self._epochs[index], self._welcome)
 
     def start(self) -> None:
+        """Starts all, once the plan is made."""
         for api in self.apis:
             api.worker.start()
 
@@ -172,14 +180,17 @@ class FrontEnd:
             self.dismissed[-1].dismiss()
 
     def children(self) -> Iterator[Child]:
+        """All living processes, retiring ones too."""
         for api in (*self.apis, *self.dismissed):
             yield from api.children()
 
     def owner(self, child: Child) -> Api | None:
+        """The place that `child` belongs to."""
         places = (*self.apis, *self.dismissed)
         return next((api for api in places if child in (api.worker.child, api.spare, *api.retiring)), None)
 
     def tell(self, message: Down) -> None:
+        """Sends `message` to every living process."""
         for child in self.children():
             child.send(message)
 
@@ -187,9 +198,9 @@ class FrontEnd:
         if self.holding:
             child.send(Hold())
         if self._candidate is not None:
-            # Before the greeting, which tells of its engine: of a revision unknown to it a worker takes nothing in.
+            # Before its state, which tells of its engine: of a revision unknown to it a worker takes nothing in.
             child.send(Prepare(self._candidate.revision, self._candidate.encoded))
-        self._greet(child)
+        self._send_state(child)
 
     def heard(self, child: Child) -> None:
         """Takes in what it answered."""
@@ -203,12 +214,14 @@ class FrontEnd:
         child.said = rest
 
     def died(self, api: Api, child: Child, ending: Ending, again: bool) -> None:
+        """`child` of `api` is dead and disposed of; its totals are kept. `again`: as for `Api.died`."""
         self._past.update({name: int(child.stats.get(name, 0)) for name in TOTALS})
-        self._context.runtime.leave_seat(child.seat)
+        self._context.runtime.release_metrics_id(child.metrics_id)
         api.died(child, ending, again and api in self.apis)
         self.dismissed = [place for place in self.dismissed if any(place.children())]
 
     def tick(self) -> None:
+        """Starts what is due."""
         for api in self.apis:
             api.tick()
 
@@ -219,6 +232,7 @@ class FrontEnd:
         self.tell(Prepare(candidate.revision, candidate.encoded))
 
     def prepared(self, revision: int) -> bool:
+        """Whether every living api worker can serve it."""
         living = [child for child in self.children() if not child.dying]
         return bool(living) and all(child in self._answers for child in living) and not self.unprepared(revision)
 
@@ -232,11 +246,13 @@ class FrontEnd:
         return f"{given_up[0].name} is down: {given_up[0].trouble}"
 
     def commit(self, revision: int, old: int, carry: bool) -> None:
+        """Puts `revision` in force for new requests. `carry`: those in flight on `old` move to it."""
         self._candidate, self._answers = None, {}
         self.tell(Commit(revision, carry))
         self._mark(old)
 
     def forget(self, revision: int, reason: str) -> None:
+        """Drops a revision; requests that it still has fail for `reason`."""
         if self._candidate is not None and self._candidate.revision == revision:
             self._candidate, self._answers = None, {}
         self._marks.pop(revision, None)
@@ -247,16 +263,19 @@ class FrontEnd:
         self.tell(Cut(revision, reason))
 
     def hold(self) -> None:
+        """New requests wait from now on, bounded in number and time."""
         self.holding = True
         self.tell(Hold())
         self._mark(self._context.revision)
 
     def release(self) -> None:
+        """Requests that wait, and new ones, go to the revision in force."""
         if self.holding:
             self.holding = False
             self.tell(Release())
 
     def in_flight_of(self, revision: int) -> int:
+        """Requests on this revision, by the last heartbeats."""
         return self.now(f"in_flight@{revision}")
 
     def none_of(self, revision: int) -> bool:
@@ -277,10 +296,12 @@ class FrontEnd:
         return self._past[name] + self.now(name)
 
     def now(self, name: str) -> int:
+        """Sum of this count over the last heartbeats of the living processes."""
         return int(sum(child.stats.get(name, 0) for child in self.children()))
 
     @property
     def ready(self) -> bool:
+        """Whether any api worker is in service."""
         return any(api.worker.ready for api in self.apis)
 
     def drained_since_now(self) -> None:

@@ -11,8 +11,8 @@ from lightllmd.supervisor.children.process import Process
 from lightllmd.supervisor.context import Context
 
 
-class Reading:
-    """One child that reads; nobody depends on it."""
+class ReadAheadChild:
+    """One child that reads; nothing depends on it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -38,7 +38,7 @@ class Reading:
         except SystemFailure as refused:
             context.log.own("warning", f"nothing is read ahead: {refused.message}")
             return
-        context.brief.add(self)
+        context.short_lived.add(self)
         try:
             await ended.wait()
         finally:
@@ -48,4 +48,4 @@ class Reading:
                 process.reap()
             process.dispose()
             self._process = None
-            context.brief.discard(self)
+            context.short_lived.discard(self)
