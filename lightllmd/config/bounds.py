@@ -22,8 +22,8 @@ DEVICE_HEAD_DIMS = (16, 32, 64, 128, 256)  # elements of a head that the kernels
 DEVICE_LOGIT_ROWS = 512  # as LOGIT_ROWS: enough for a product at full speed
 PREFILL_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
 FEW_ROWS = 4  # up to so many rows products have a kernel for each number
-NAMED_ROWS = 64  # the most rows that such a padded prefill has
-MIXED_STEP = 32  # rows that go on are padded to multiples of it beside a block of a prompt, which costs much more
+PREFILL_ROWS = 64  # the most prompts that one padded step computes, and splitfuse_mode beside decode rows
+MIXED_STEP = 32  # decode rows are padded to multiples of it beside a block of a prompt, which costs much more
 SCORED_ROWS = 128  # prompt tokens whose logits exist at a time, at least
 MOST_SEGMENTS = 64  # parts that decode attention cuts a row into
 MULTIPROCESSORS = 132
@@ -63,20 +63,37 @@ def prefill_sizes(batch_max_tokens: int) -> list[int]:
     return [size for size in PREFILL_SIZES if size <= batch_max_tokens]
 
 
-def block_beside(block: int, rows: int) -> int:
-    """The prompt tokens that a step feeds beside `rows` rows that go on. A block has room for those, in steps, as long
-    as half of it is left: products of a few rows more than a block are much slower."""
-    return max(block - block // 2, block - MIXED_STEP * -(-rows // MIXED_STEP))
+def prefill_budget(block: int, decode_rows: int) -> int:
+    """The most prompt tokens that a step of splitfuse_mode computes beside `decode_rows` rows, in one step for all row
+    counts that are padded to the same multiple of MIXED_STEP.
+
+    The block has room for the padded rows as long as half of it is left (`least_prefill_budget`): a matmul of a few
+    rows more than a block is much slower.
+    """
+    return max(least_prefill_budget(block), block - MIXED_STEP * -(-decode_rows // MIXED_STEP))
+
+
+def least_prefill_budget(block: int) -> int:
+    """`prefill_budget` beside any number of decode rows."""
+    return block - block // 2
 
 
 def mixed_shapes(params: Params) -> list[tuple[int, int]]:
-    """What rows that go on, and prompt tokens beside them, are padded to, and such steps captured at, by ascending
-    rows; none where there are no blocks, or where one is so large that launches cost less than it computes."""
+    """What decode rows, and prompt tokens beside them, are padded to, and such steps captured at, by ascending rows;
+    none without splitfuse_mode, or where a block is so large that launches cost less than it computes.
+
+    A step with ``prefill_budget(block, rows)`` prompt tokens fits the first shape that has room for its rows.
+    """
     block, most = params.splitfuse_block_size, params.running_max_req_size
     if not params.splitfuse_mode or block > PREFILL_SIZES[-1]:
         return []
     sizes = [size for size in batch_sizes(most) if size % MIXED_STEP == 0 or size == most]
-    return [(size, block_beside(block, fewer + 1)) for fewer, size in pairwise([0, *sizes])]
+    return [(size, prefill_budget(block, fewer + 1)) for fewer, size in pairwise([0, *sizes])]
+
+
+def most_step_tokens(batch_max_tokens: int, running: int) -> int:
+    """The most tokens that a step computes, padding included: a full prefill, and all other rows beside it."""
+    return batch_max_tokens + running
 
 
 def scored_rows(running: int) -> int:

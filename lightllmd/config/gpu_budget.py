@@ -15,6 +15,7 @@ from lightllmd.config.bounds import (
     decode_parts,
     graph_sizes,
     mixed_shapes,
+    most_step_tokens,
     prefill_sizes,
     scored_rows,
 )
@@ -72,7 +73,7 @@ def _token_bytes(spec: DecoderSpec, item: int) -> int:
 
 def _activations(spec: DecoderSpec, item: int, batch_max_tokens: int, running: int) -> BudgetRow:
     """The largest step that admission allows: a full prefill, and all other rows going on beside it."""
-    tokens, each = batch_max_tokens + running, _token_bytes(spec, item)
+    tokens, each = most_step_tokens(batch_max_tokens, running), _token_bytes(spec, item)
     how = f"a step of {batch_max_tokens} + {running} tokens x {size(each)}, and {size(CUBLAS_WORKSPACE)} for cuBLAS"
     return BudgetRow("activations", tokens * each + CUBLAS_WORKSPACE, how)
 

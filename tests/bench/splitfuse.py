@@ -1,10 +1,11 @@
 """What a long prompt does to running streams: their inter-token latencies with and without splitfuse_mode.
 
-``python tests/bench/splitfuse.py --model DIR [--streams 32] [--context 512] [--prompt 8192] [--block 256,128]``
+``python tests/bench/splitfuse.py --model DIR [--streams 31,32] [--context 512] [--prompt 8192] [--block 256,128]``
 
 Streams decode from prompts of `context` random ids, greedy, ignore_eos. *undisturbed*: `tokens` of each. *beside a
 prompt*: from the moment that a prompt of `prompt` ids is submitted until its first token, `repeats` times, with a rest
-of `tokens` between. One engine after the other: for every block of splitfuse_mode, then without it, which is the stall.
+of `tokens` between. One engine after the other, for every number of streams: for every block of splitfuse_mode, then
+without it, which is the stall (`--no-stall` leaves it out).
 A latency is the time between two tokens of a stream as the engine's turns return them.
 
 A directory with no weights gets random ones (``--load-way DUMMY``).
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,6 +31,7 @@ from settings import load_way, settings
 from engine import commit_of, numbers, problems_told
 from lightllmctl.workload import draw_ids
 from lightllmd import LLM
+from lightllmd.config.bounds import prefill_budget
 from lightllmd.ipc.messages import SamplingParams, Submit
 
 OWNER = (0, 1)
@@ -39,10 +42,11 @@ GOAL = 2.0  # p99 beside a prompt with splitfuse_mode, in units of the undisturb
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--streams", type=numbers, default=[32], help="how many, with commas")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--block", type=numbers, default=[256], help="values of splitfuse_block_size, with commas")
+    parser.add_argument("--no-stall", action="store_true", help="only with splitfuse_mode")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
@@ -124,10 +128,10 @@ def _nothing() -> None:
     pass
 
 
-def measured(given: argparse.Namespace, block: int | None) -> tuple[Latencies, Latencies]:
+def measured(given: argparse.Namespace, count: int, block: int | None) -> tuple[Latencies, Latencies]:
     """Undisturbed, and beside a prompt."""
     # Beside a prompt a stream gets a token for every block, and a rest comes before and after.
-    blocks = -(-given.prompt // (block or given.prompt))
+    blocks = -(-given.prompt // (prefill_budget(block, count) if block else given.prompt))
     new = SETTLE + (given.repeats + 1) * (given.tokens + blocks + 8)
     length = max(given.context + new, given.prompt + 1) + 1
     parameters = {
@@ -136,7 +140,7 @@ def measured(given: argparse.Namespace, block: int | None) -> tuple[Latencies, L
         "device": given.device,
         "max_req_total_len": length,
         "max_req_input_len": length - 1,
-        "running_max_req_size": given.streams + 1,
+        "running_max_req_size": count + 1,
         "router_max_wait_tokens": 1,
         "splitfuse_mode": block is not None,
     }
@@ -145,7 +149,7 @@ def measured(given: argparse.Namespace, block: int | None) -> tuple[Latencies, L
     with LLM(given.model, **{**parameters, **settings(given.set)}) as llm:
         gc.collect()
         gc.freeze()  # as the daemon's engine does before it serves
-        streams = Streams(llm, given.streams, given.context, new)
+        streams = Streams(llm, count, given.context, new)
         streams.rest(SETTLE)
         undisturbed, beside = Latencies(streams.rest(given.tokens), []), Latencies([], [])
         for _ in range(given.repeats):
@@ -160,13 +164,15 @@ def measured(given: argparse.Namespace, block: int | None) -> tuple[Latencies, L
 def main() -> None:
     given = arguments()
     lines = []
-    for block in [*given.block, None]:
+    blocks = given.block if given.no_stall else [*given.block, None]
+    for streams, block in product(given.streams, blocks):
         with problems_told():
-            undisturbed, beside = measured(given, block)
+            undisturbed, beside = measured(given, streams, block)
         alone, disturbed = undisturbed.told(), beside.told()
         ratio = round(disturbed["p99_ms"] / alone["p99_ms"], 2)
         told = {
-            "work": f"prompt of {given.prompt} beside {given.streams} streams",
+            "work": f"prompt of {given.prompt} beside {streams} streams",
+            "streams": streams,
             "splitfuse_block_size": block,
             "undisturbed": alone,
             "beside_a_prompt": disturbed,
@@ -175,11 +181,11 @@ def main() -> None:
             "commit": commit_of(given.commit),
         }
         print("RESULT", json.dumps(told), flush=True)
-        name = f"splitfuse, blocks of {block}" if block else "without splitfuse"
+        name = f"splitfuse, {streams} streams, blocks of {block}" if block else f"without, {streams} streams"
         cells = [alone["p50_ms"], alone["p99_ms"], *(disturbed[key] for key in ("p50_ms", "p99_ms", "worst_ms"))]
-        lines.append(f"{name:<26}" + "".join(f"{cell:>10.2f}" for cell in [*cells, ratio, disturbed["first_token_ms"]]))
+        lines.append(f"{name:<40}" + "".join(f"{cell:>10.2f}" for cell in [*cells, ratio, disturbed["first_token_ms"]]))
     heads = ("p50", "p99", "p50 with", "p99 with", "worst", "p99 ratio", "prompt's")
-    print(f"\n{'milliseconds':<26}" + "".join(f"{head:>10}" for head in heads))
+    print(f"\n{'milliseconds':<40}" + "".join(f"{head:>10}" for head in heads))
     print("\n".join(lines))
 
 

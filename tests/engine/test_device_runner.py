@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightllmd.engine.runners.gpu import DeviceRunner
-from lightllmd.engine.runners.step_shapes import Shapes
+from lightllmd.engine.runners.step_shapes import StepShapes
 from lightllmd.engine.step import DecodeRows, Row, Step, StepResult
 from lightllmd.errors import NoUsableDevice
 from lightllmd.ipc.messages import SamplingParams
@@ -94,7 +94,7 @@ def test_greedy_tokens_are_the_cpus_and_the_same_overlapped_captured_and_prepare
         ]
     limits = {"running_max_req_size": 5, "max_req_total_len": 40, "max_req_input_len": 39}
     runner = load_on_device(model, splitfuse_mode=True, **limits)
-    runner._shapes = Shapes(5, [16], [(5, 16)])
+    runner._shapes = StepShapes(5, [16], [(5, 16)])
     runner.prepare(nothing)
     assert [list(row) for row in zip(*(r.tokens for r in continuation(runner, prompts, count, True)), strict=True)] == (
         expected

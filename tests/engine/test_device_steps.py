@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightllmd.config.bounds import NAMED_ROWS
+from lightllmd.config.bounds import PREFILL_ROWS
 from lightllmd.engine.runners.cpu import TorchRunner
 from lightllmd.engine.runners.gpu import DeviceRunner
-from lightllmd.engine.runners.step_shapes import Shape, Shapes, places
+from lightllmd.engine.runners.step_shapes import StepShape, StepShapes, first_tokens
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import fused_attention, split_prefill
@@ -153,7 +153,7 @@ def overlapped(runner: DeviceRunner) -> list[StepResult]:
 
 def pad(runner: DeviceRunner) -> DeviceRunner:
     """As on a GPU, with splitfuse_mode."""
-    runner._shapes = Shapes(ROWS, **PADDED)
+    runner._shapes = StepShapes(ROWS, **PADDED)
     return runner
 
 
@@ -301,9 +301,9 @@ def test_a_twin_draws_what_it_would_have_drawn_alone(model: Path) -> None:
 
 def test_more_rows_than_a_padded_prefill_has_each_feed_their_own_token(model: Path) -> None:
     """As beams do: all behind one past, whose slots they share."""
-    count = NAMED_ROWS + 6
+    count = PREFILL_ROWS + 6
     runner, reference = (make(model, running_max_req_size=count + 1) for make in (load_on_device, load))
-    runner._shapes = Shapes(count + 1, [16, 64], [(count + 1, 16)])
+    runner._shapes = StepShapes(count + 1, [16, 64], [(count + 1, 16)])
     ids = random.Random(2).choices(range(VOCAB), k=40)
     for one in (runner, reference):
         driver = Driver(one)
@@ -343,28 +343,28 @@ def test_every_step_fits_its_shape_and_each_token_has_a_place(
         return
     step = Step(1, "mixed", DecodeRows(*([0] * going_on for _ in range(4))), rows, [])
     mixed = [(32, 2 * block), (64, block + block // 2), (130, block)]
-    shapes = Shapes(130, [16, 64] if padded else [], mixed if padded else [])
+    shapes = StepShapes(130, [16, 64] if padded else [], mixed if padded else [])
     shape = shapes.of(step)
     single = sum(len(row.tokens) == 1 for row in rows)
-    firsts = places(step, shape)
+    firsts = first_tokens(step, shape)
     taken = [place for row, first in zip(rows, firsts, strict=True) for place in range(first, first + len(row.tokens))]
     assert len(set(taken)) == len(taken) == step.fed - going_on
     assert all(going_on <= place < shape.tokens for place in taken)
-    assert len([place for place in taken if place >= shape.ahead]) <= shape.behind
+    assert len([place for place in taken if place >= shape.decode_tokens]) <= shape.prefill_tokens
     if shape.padded:
         assert shape in shapes
-        longer = [row for row in rows if len(row.tokens) > (1 if shape.ahead else 0)]
-        assert len(longer) < max(1, shape.rows_behind) or not longer
+        longer = [first for row, first in zip(rows, firsts, strict=True) if row.tokens and first >= shape.decode_tokens]
+        assert len(longer) < max(1, shape.prefill_rows) or not longer
     else:
-        assert shape == Shape(going_on + single, step.fed - going_on - single, False)
+        assert shape == StepShape(going_on + single, step.fed - going_on - single, False)
 
 
 def test_a_step_of_single_tokens_has_the_shape_of_a_decode_step_whoever_named_them() -> None:
-    shapes = Shapes(130, [16, 64], [(32, 64), (130, 64)])
+    shapes = StepShapes(130, [16, 64], [(32, 64), (130, 64)])
     rows = [Row(0, 0, 0, 90, [1], [1], True, 3, None) for _ in range(70)]
     beside = DecodeRows(*([0] * 20 for _ in range(4)))
-    assert shapes.of(Step(1, "mixed", beside, rows, [])) == Shape(96, 0)
-    assert shapes.of(Step(1, "decode", no_decode(), rows, [])) == Shape(80, 0)
+    assert shapes.of(Step(1, "mixed", beside, rows, [])) == StepShape(96, 0)
+    assert shapes.of(Step(1, "decode", no_decode(), rows, [])) == StepShape(80, 0)
     prompt = Row(0, 0, 0, 0, [1] * 50, [1] * 50, True, 0, None)
-    assert shapes.of(Step(1, "prefill", no_decode(), [prompt, *rows[:9]], [])) == Shape(0, 64)
-    assert shapes.of(Step(1, "mixed", beside, [prompt, *rows[:9]], [])) == Shape(32, 64)
+    assert shapes.of(Step(1, "prefill", no_decode(), [prompt, *rows[:9]], [])) == StepShape(0, 64)
+    assert shapes.of(Step(1, "mixed", beside, [prompt, *rows[:9]], [])) == StepShape(32, 64)

@@ -29,4 +29,4 @@ def test_each_block_size_and_the_stall_without_are_a_result_line_and_a_row_of_th
         assert 0 < alone["p50_ms"] <= alone["p99_ms"] <= alone["worst_ms"]
         assert 0 < beside["p50_ms"] <= beside["p99_ms"] <= beside["worst_ms"]
         assert beside["first_token_ms"] > 0
-    assert [line.split()[0] for line in lines[-3:]] == ["splitfuse,", "splitfuse,", "without"]
+    assert [line.split()[0] for line in lines[-3:]] == ["splitfuse,", "splitfuse,", "without,"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightllmd.config.bounds import NAMED_ROWS, PREFILL_SIZES, SPLIT_LINES, decode_parts
+from lightllmd.config.bounds import PREFILL_ROWS, PREFILL_SIZES, SPLIT_LINES, decode_parts
 
 pytest.importorskip("triton")
 
 from lightllmd.kernels import split_prefill
 from lightllmd.kernels.decode_attention import segments_for
-from lightllmd.kernels.fused import COUNTERS
+from lightllmd.kernels.fused_attention import COUNTERS
 from lightllmd.kernels.prefill_attention import tile_shape
 from lightllmd.kernels.segments import workspace_size
 
@@ -30,7 +30,7 @@ def test_split_prefill_takes_no_more_than_planned_and_has_counters_for_all(kv_he
     for tokens in range(1, PREFILL_SIZES[-1] + 1):
         segments = split_prefill.segments_for(tokens, group, kv_heads, 1 << 20)
         assert workspace_size(tokens, kv_heads * group, 128, segments) <= SPLIT_LINES * 129
-        tiles = tokens * group // split_prefill.PAIRS + NAMED_ROWS + 1
+        tiles = tokens * group // split_prefill.PAIRS + PREFILL_ROWS + 1
         smallest = tile_shape(torch.float32, 256, split_prefill.PAIRS).block_m
         assert segments == 1 or tiles * (split_prefill.PAIRS // smallest) * kv_heads <= COUNTERS
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass
 
+from lightllmd.config.bounds import least_prefill_budget, prefill_budget
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.scheduling.admission import Limits
 from lightllmd.engine.scheduling.scheduler import Scheduler
@@ -54,6 +55,7 @@ class Model(Clients):
         self.left: dict[Branch, int] = {}  # tokens of its prompt to feed, of those that entered
         self.started: set[int] = set()  # batches of which something was admitted
         self.round = -1  # how many more the admission round may admit; -1: none goes on
+        self.begun = 0  # the longest line while prompts are fed and nothing is admitted: a round may have begun with it
         self.entered: Counter[Branch] = Counter()  # admissions
         self.answered = False  # the newest step was the engine's own
         self.head: tuple[object, int] = (None, 0)  # of the line, and the step by which it should have gone
@@ -77,7 +79,7 @@ class Model(Clients):
         head = (key(line[0]), self.entered[key(line[0])]) if line else None
         if head != self.head[0]:
             block = self.limits.splitfuse_block_size
-            blocks = sum(1 + (s.target // block if block else 0) for s in self.running)
+            blocks = sum(1 + (s.target // least_prefill_budget(block) if block else 0) for s in self.running)
             tokens = max((s.params.max_new_tokens for s in self.running), default=0)
             self.head = head, self.steps + self.limits.router_max_wait_tokens + blocks + 2 * tokens + 10
 
@@ -444,11 +446,14 @@ class Model(Clients):
             self.round = self.line  # a suspect is due at any time, even if there is no room for it
         if admitted:
             if entering or not self.running or self.round < 0:
-                self.round = self.line
+                self.round = max(self.line, self.begun)
+            self.begun = 0
             assert self.round > 0, "a round ends however many come"
             self.round = max(0, self.round - len(admitted))
         elif not feeding:
-            self.round = -1
+            self.round, self.begun = -1, 0
+        elif self.round < 0:
+            self.begun = max(self.begun, self.line)
         return max(alone, default=0), bool(entering)
 
     def shares(self, going_on: list[Branch], feeding: list[Branch], fed: int, suspect: bool) -> None:
@@ -459,7 +464,8 @@ class Model(Clients):
             return
         could = [sequence for sequence in self.going_on if sequence.state not in (State.PAUSED, State.ENDED)]
         if block:
-            assert fed <= (block if could else max(block, most)), "a block of prompts beside those who go on"
+            budget = prefill_budget(block, len(going_on)) if could else max(block, most)
+            assert fed <= budget, "a block of prompts beside decode rows"
         else:
             assert fed <= most or len(feeding) == 1
             assert not (feeding and going_on)

@@ -26,6 +26,7 @@ from lightllmd.config.bounds import (
     SPARE_WIDTH,
     graph_sizes,
     mixed_shapes,
+    most_step_tokens,
     prefill_sizes,
     scored_rows,
 )
@@ -34,7 +35,7 @@ from lightllmd.engine.runners.gpu_batch import Packed, Packer
 from lightllmd.engine.runners.graphs import StepGraphs
 from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.runners.memory_meter import MemoryMeter
-from lightllmd.engine.runners.step_shapes import Shape, Shapes, places
+from lightllmd.engine.runners.step_shapes import StepShape, StepShapes, first_tokens
 from lightllmd.engine.runners.transfers import Download
 from lightllmd.engine.runners.warmup import worst_steps
 from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
@@ -109,12 +110,12 @@ class DeviceRunner:
         self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device, processed=processed)
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
-        most = plan.batch_max_tokens + self._rows
+        most = most_step_tokens(plan.batch_max_tokens, self._rows)
         self._packer = Packer(table, self._last, self.slots, self.decoder.rope, heads, most)
         if device.type == "cuda":  # without graphs too: the same launches, so the same bits
-            self._shapes = Shapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_shapes(params))
+            self._shapes = StepShapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_shapes(params))
         else:
-            self._shapes = Shapes(self._rows, [], [])
+            self._shapes = StepShapes(self._rows, [], [])
         self._graphs: StepGraphs | None = None
 
     def prepare(self, beat: Callable[[], None]) -> None:
@@ -127,14 +128,14 @@ class DeviceRunner:
                 self._graphs = StepGraphs()
             blank = Step(0, "decode", no_decode(), [], [])
             for shape in self._shapes:
-                packed = self._packer.pack(blank, shape, self._shapes.rows(shape.ahead))
-                hidden = self._settle(shape, packed, bool(captured) and shape.ahead <= captured[-1])
-                if not shape.behind and shape.ahead <= DEVICE_LOGIT_ROWS:
+                packed = self._packer.pack(blank, shape, self._shapes.rows(shape.decode_tokens))
+                hidden = self._settle(shape, packed, bool(captured) and shape.decode_tokens <= captured[-1])
+                if not shape.prefill_tokens and shape.decode_tokens <= DEVICE_LOGIT_ROWS:
                     self.decoder.head.logits(hidden)
                 beat()
             # No batch has these sizes, but a step of few named tokens may, and products have a kernel for each.
             for size in range(1, FEW_ROWS + 1):
-                shape = Shape(size, 0)
+                shape = StepShape(size, 0)
                 if shape not in self._shapes:
                     self._settle(shape, self._packer.pack(blank, shape, size), False)
             self.memory.mark_graphs()
@@ -236,7 +237,7 @@ class DeviceRunner:
         packed = self._packer.pack(step, shape, self._shapes.rows(step.size))
         hidden = self._forward(shape, packed, True, _nothing)
         fed = list(range(len(step.decode.table_rows)))
-        for row, first in zip(step.rows, places(step, shape), strict=True):
+        for row, first in zip(step.rows, first_tokens(step, shape), strict=True):
             fed += range(first, first + len(row.tokens))
         return self.decoder.head.logits(hidden[fed])
 
@@ -248,7 +249,7 @@ class DeviceRunner:
         return stats
 
     # --- the forward ----------------------------------------------------------------------------------------------
-    def _forward(self, shape: Shape, packed: Packed, whole: bool, beat: Callable[[], None]) -> Tensor:
+    def _forward(self, shape: StepShape, packed: Packed, whole: bool, beat: Callable[[], None]) -> Tensor:
         """Hidden states: of all tokens, or of those that are sampled."""
         if self._graphs is not None and shape in self._graphs:
             return self._graphs.replay(shape)
@@ -263,7 +264,7 @@ class DeviceRunner:
         gather_rows(hidden, packed.sampled, sampled)
         return sampled
 
-    def _settle(self, shape: Shape, packed: Packed, captured: bool) -> Tensor:
+    def _settle(self, shape: StepShape, packed: Packed, captured: bool) -> Tensor:
         """Runs a step once, so that all it needs is compiled and loaded, and captures it. Returns its hidden states."""
 
         def compute() -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightllmd.config.bounds import FEW_ROWS, NAMED_ROWS
+from lightllmd.config.bounds import FEW_ROWS, PREFILL_ROWS
 from lightllmd.engine.runners.cpu_batch import rope_lengths
-from lightllmd.engine.runners.step_shapes import Shape, places
+from lightllmd.engine.runners.step_shapes import StepShape, first_tokens
 from lightllmd.engine.runners.transfers import Numbers, Upload, pinned
 from lightllmd.engine.step import DecodeRows, Row, Step
 from lightllmd.kernels import split_prefill
@@ -51,7 +51,7 @@ class Packer:
         self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
         # Of a token: id, table row, position, slot, length, target and place before it; of a row: three of what is
         # sampled, four of its tiles; of a step: how many tiles it has.
-        most = rows + NAMED_ROWS + 1
+        most = rows + PREFILL_ROWS + 1
         self._upload = Upload(7 * tokens + 7 * most + 2 * (tokens * group // 64 + most) + 1, device)
         self._newest = np.full(max(rows, FEW_ROWS), -1, np.int32)
         self._counting = torch.arange(tokens, dtype=torch.int32, device=device)
@@ -61,13 +61,13 @@ class Packer:
         if rope.by_length:
             self._cos_sin = self._cos_sin.repeat(tokens, 1)
 
-    def pack(self, step: Step, shape: Shape, sampled: int) -> Packed:
+    def pack(self, step: Step, shape: StepShape, sampled: int) -> Packed:
         """A step that fits `shape`; what is sampled of it is padded to so many."""
         self._take_over(step.rows)
         self._upload.begin()
-        if step.rows or shape.behind:
+        if step.rows or shape.prefill_tokens:
             return self._named(step, shape, sampled)
-        return self._going_on(step.decode, shape.ahead)
+        return self._going_on(step.decode, shape.decode_tokens)
 
     def _take_over(self, rows: list[Row]) -> None:
         """The slots of tokens that are in the cache join the table, behind all that read it before. torch gives the
@@ -92,14 +92,15 @@ class Packer:
         *fed, generated = self._upload.send()
         return Packed(self._batch(fed, size, None), None, fed[1], generated)
 
-    def _named(self, step: Step, shape: Shape, sampled: int) -> Packed:
+    def _named(self, step: Step, shape: StepShape, sampled: int) -> Packed:
         """A step that has rows with named tokens."""
         decode, rows = step.decode, step.rows
-        fed = [row for row in rows if row.tokens]
-        single = [row for row in fed if shape.ahead and len(row.tokens) == 1]
-        longer = [row for row in fed if not (shape.ahead and len(row.tokens) == 1)]
+        firsts = first_tokens(step, shape)
+        fed = [(row, first) for row, first in zip(rows, firsts, strict=True) if row.tokens]
+        single = [row for row, first in fed if first < shape.decode_tokens]
+        longer = [row for row, first in fed if first >= shape.decode_tokens]
         counts, starts = [len(row.tokens) for row in longer], [row.start for row in longer]
-        spare = shape.ahead - len(decode.table_rows) - len(single), shape.behind - sum(counts)
+        spare = shape.decode_tokens - len(decode.table_rows) - len(single), shape.prefill_tokens - sum(counts)
 
         def put(ahead: list[int], behind: Iterable[Numbers], filler: int) -> None:
             """A number of each token, padding included."""
@@ -127,18 +128,19 @@ class Packer:
                 (rope_lengths(row) for row in longer),
                 1,
             )
-        pairs, segments = pairs_per_tile(shape.behind, self._group), 1
-        if shape.padded and shape.ahead and shape.behind:
-            segments = split_prefill.segments_for(shape.behind, self._group, self._kv_heads, self._table.shape[1])
+        pairs, segments = pairs_per_tile(shape.prefill_tokens, self._group), 1
+        if shape.padded and shape.decode_tokens and shape.prefill_tokens:
+            segments = split_prefill.segments_for(
+                shape.prefill_tokens, self._group, self._kv_heads, self._table.shape[1]
+            )
             pairs = pairs if segments == 1 else split_prefill.PAIRS
-        whole = {} if shape.padded else spans(counts, starts, shape.ahead, self.longest_whole)
-        if shape.behind:
+        whole = {} if shape.padded else spans(counts, starts, shape.decode_tokens, self.longest_whole)
+        if shape.prefill_tokens:
             apart = {index + number for index, span in whole.items() for number in range(span.rows)}
             tiles = tiles_for(
                 [0 if index in apart else count for index, count in enumerate(counts)], starts, self._group, pairs
             )
             self._put_tiles(longer, counts, starts, tiles, shape, pairs)
-        firsts = places(step, shape)
         self._put_sampled(step, firsts, sampled)
         scored = [(row, first) for row, first in zip(rows, firsts, strict=True) if row.targets]
         if scored:
@@ -147,10 +149,10 @@ class Packer:
         sent = iter(self._upload.send())
         tokens = [next(sent) for _ in range(5 if self._rope.by_length else 4)]
         prefill = None
-        if shape.behind:
+        if shape.prefill_tokens:
             flat, *others = (next(sent) for _ in range(6))
             prefill = PrefillTiles(flat.view(-1, 2), *others, pairs, segments, whole=list(whole.values()))
-        return Packed(self._batch(tokens, shape.ahead, prefill), *sent)
+        return Packed(self._batch(tokens, shape.decode_tokens, prefill), *sent)
 
     def _put_tiles(
         self,
@@ -158,12 +160,12 @@ class Packer:
         counts: list[int],
         starts: list[int],
         tiles: NDArray[np.int32],
-        shape: Shape,
+        shape: StepShape,
         pairs: int,
     ) -> None:
         """A row of padding feeds nothing, so its tiles are passed over."""
-        there = shape.rows_behind if shape.padded else len(rows)
-        most = shape.behind * self._group // pairs + there if shape.padded else len(tiles)
+        there = shape.prefill_rows if shape.padded else len(rows)
+        most = shape.prefill_tokens * self._group // pairs + there if shape.padded else len(tiles)
         self._put([tiles.reshape(-1), np.tile(np.array([there - 1, 0]), most - len(tiles))])
         self._put([[len(tiles)]])
         firsts = np.cumsum([0, *counts])[:-1]

@@ -7,59 +7,61 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lightllmd.config.bounds import NAMED_ROWS, batch_sizes
+from lightllmd.config.bounds import PREFILL_ROWS, batch_sizes
 from lightllmd.engine.step import Step
 
 
-class Shape(NamedTuple):
-    """How many tokens: first those of rows that feed one each, then those of longer rows. The former are read as decode
-    rows are, whoever named them; where there are none, the latter may be single ones too."""
+class StepShape(NamedTuple):
+    """How many tokens: first those of rows that feed one each, which decode attention reads, then those of longer rows,
+    which prefill attention reads. Either part may hold single tokens, whoever named them."""
 
-    ahead: int
-    behind: int
+    decode_tokens: int
+    prefill_tokens: int
     padded: bool = True  # a step may have fewer of both
 
     @property
     def tokens(self) -> int:
-        return self.ahead + self.behind
+        return self.decode_tokens + self.prefill_tokens
 
     @property
-    def rows_behind(self) -> int:
-        """Of a padded shape. The last of them is always padding."""
-        return min(self.behind, NAMED_ROWS) + 1 if self.behind else 0
+    def prefill_rows(self) -> int:
+        """Rows of the second part of a padded shape. The last of them is always padding."""
+        return min(self.prefill_tokens, PREFILL_ROWS) + 1 if self.prefill_tokens else 0
 
 
-class Shapes:
+class StepShapes:
+    """The padded shapes, and which of them a step gets."""
+
     def __init__(self, rows: int, prefill: list[int], mixed: list[tuple[int, int]]) -> None:
-        """`rows`: the most that a step has. `prefill`: tokens of short prefills. `mixed`: rows that go on, and tokens
-        of prompts beside them. Both are ascending, and empty where such steps are not padded."""
+        """`rows`: the most that a step has. `prefill`: tokens of short prefills. `mixed`: decode rows, and tokens of
+        prompts beside them. Both are ascending, and empty where such steps are not padded."""
         self._sizes, self._prefill = batch_sizes(rows), prefill
-        self._mixed = [Shape(ahead, behind) for ahead, behind in mixed]
+        self._mixed = [StepShape(decode, prompt) for decode, prompt in mixed]
 
-    def __iter__(self) -> Iterator[Shape]:
+    def __iter__(self) -> Iterator[StepShape]:
         """All padded ones, those with the most tokens first."""
-        decode = [Shape(size, 0) for size in self._sizes]
-        prefill = [Shape(0, size) for size in self._prefill]
+        decode = [StepShape(size, 0) for size in self._sizes]
+        prefill = [StepShape(0, size) for size in self._prefill]
         return iter(sorted(decode + prefill + self._mixed, key=lambda shape: -shape.tokens))
 
     def rows(self, count: int) -> int:
         """The batch size that so many rows are padded to."""
         return self._sizes[bisect_left(self._sizes, count)]
 
-    def of(self, step: Step) -> Shape:
-        ahead, fed = len(step.decode.table_rows), [len(row.tokens) for row in step.rows if row.tokens]
-        single = ahead + fed.count(1)
-        behind = ahead + sum(fed) - single
-        if not behind:
-            return Shape(self.rows(single), 0)
-        if not ahead and len(fed) <= NAMED_ROWS and (size := _least(self._prefill, sum(fed))):
-            return Shape(0, size)
-        longer = ahead + len(fed) - single
-        if longer <= NAMED_ROWS:
-            index = bisect_left(self._mixed, (single,))
-            if index < len(self._mixed) and behind <= self._mixed[index].behind:
-                return self._mixed[index]
-        return Shape(single, behind, padded=False)
+    def of(self, step: Step) -> StepShape:
+        """Of all rows with one token as many as there is room for are read by decode attention."""
+        decode, counts = len(step.decode.table_rows), [len(row.tokens) for row in step.rows if row.tokens]
+        single, tokens = counts.count(1), sum(counts)
+        if tokens == single:
+            return StepShape(self.rows(decode + single), 0)
+        if not decode and len(counts) <= PREFILL_ROWS and (size := _least(self._prefill, tokens)):
+            return StepShape(0, size)
+        fewest, most = (bisect_left(self._mixed, (count,)) for count in (decode, decode + single))
+        for shape in reversed(self._mixed[fewest : most + 1]):
+            moved = min(single, shape.decode_tokens - decode)
+            if tokens - moved <= shape.prefill_tokens and len(counts) - moved <= PREFILL_ROWS:
+                return shape
+        return StepShape(decode + single, tokens - single, padded=False)
 
 
 def _least(sizes: list[int], number: int) -> int | None:
@@ -68,18 +70,18 @@ def _least(sizes: list[int], number: int) -> int | None:
     return sizes[index] if index < len(sizes) else None
 
 
-def places(step: Step, shape: Shape) -> list[int]:
+def first_tokens(step: Step, shape: StepShape) -> list[int]:
     """Where the first token of each of `Step.rows` lies among the packed ones; of a twin, that of the row it is a twin
     of, whose tokens it takes for its own."""
     found: list[int] = []
-    ahead, behind = len(step.decode.table_rows), shape.ahead
+    single, longer = len(step.decode.table_rows), shape.decode_tokens
     for row in step.rows:
         if row.twin_of is not None:
             found.append(found[row.twin_of])
-        elif shape.ahead and len(row.tokens) == 1:
-            found.append(ahead)
-            ahead += 1
+        elif len(row.tokens) == 1 and single < shape.decode_tokens:
+            found.append(single)
+            single += 1
         else:
-            found.append(behind)
-            behind += len(row.tokens)
+            found.append(longer)
+            longer += len(row.tokens)
     return found

@@ -16,6 +16,7 @@ from bisect import insort
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lightllmd.config.bounds import least_prefill_budget
 from lightllmd.config.plan import Plan
 from lightllmd.engine.scheduling.sequence import Sequence, State
 
@@ -55,11 +56,6 @@ class Limits(NamedTuple):
             beam_mode=params.beam_mode,
             diverse_mode=params.diverse_mode,
         )
-
-    @property
-    def least_block(self) -> int:
-        """Prompt tokens that a block has room for at least, however many go on beside it."""
-        return self.splitfuse_block_size - self.splitfuse_block_size // 2
 
     @property
     def shares(self) -> bool:
@@ -190,7 +186,7 @@ class Admission:
         held, to_come = sequence.estimate(self._worst_case, self._limits.router_max_new_token_len)
         # A step with a token, one that waits for it; one more for each end.
         steps = 2 * (to_come + 2) if sequence.lags else to_come
-        block = self._limits.least_block
+        block = least_prefill_budget(self._limits.splitfuse_block_size)
         if block and (feeds or sequence.state is not State.RUNNING):
             if sequence.fork_lead in (None, sequence):
                 self._blocks += -(-feeds // block)

@@ -13,7 +13,7 @@ class Composer:
         self.named: list[Sequence] = []  # whose tokens the rows make, in their order
         self.targets: list[tuple[Sequence, int]] = []  # whose prompt is told of, from which of its tokens on
         self.fed = 0  # tokens of prompts
-        self._prompts = 0  # rows of them
+        self.prompts = 0  # their rows
         self._keys = keys
         self.rows: list[Row] = []
         self._masks: dict[int, bytes] = {}
@@ -37,7 +37,7 @@ class Composer:
         row.targets, row.top_targets = targets, max(0, sequence.params.prompt_logprobs) if targets is not None else 0
         sequence.fed = end
         self.fed += end - first
-        self._prompts += 1
+        self.prompts += 1
         self._keys.publish(sequence, self.number)
         at = len(self.rows) - 1
         if not row.sample:
@@ -93,6 +93,6 @@ class Composer:
             positions=[len(sequence.emitted) + sequence.pending for sequence in going_on],
         )
         followers = sum(row.twin_of is not None for row in self.rows)
-        alone = not going_on and self._prompts + followers == len(self.rows)
-        kind: Kind = "decode" if not self._prompts else "prefill" if alone else "mixed"
+        alone = not going_on and self.prompts + followers == len(self.rows)
+        kind: Kind = "decode" if not self.prompts else "prefill" if alone else "mixed"
         return Step(self.number, kind, decode, self.rows, freed, self._masks)

@@ -25,6 +25,7 @@ from bisect import insort
 from collections import Counter, deque
 from typing import NamedTuple
 
+from lightllmd.config.bounds import PREFILL_ROWS, prefill_budget
 from lightllmd.engine.kv_cache.manager import KeyValues
 from lightllmd.engine.scheduling import beam_sequences as beams
 from lightllmd.engine.scheduling.admission import Admission, Limits
@@ -140,13 +141,13 @@ class Scheduler:
         if not self._quarantine and (block or not any(sequence.feeds for sequence in self.running)):
             going_on = self._go_on(composer)
         decodes = bool(going_on or composer.named)
-        # Who waits for a token of its own goes on right behind this step, if not in it.
-        beside = not self._quarantine and not all(sequence.prefilling for sequence in self.running)
-        beside_nobody = max(block, self.limits.batch_max_tokens)
-        # Those who go on have room in the block, as long as half of it is left: products of few rows more are much
-        # slower.
-        left = max(self.limits.least_block, block - len(going_on) - len(composer.named))
-        self._feed(composer, None if not block else left if beside else beside_nobody)
+        if not block:
+            self._feed(composer)
+        # A sequence that waits for its own token is a decode row of the next step, if not of this one.
+        elif self._quarantine or all(sequence.prefilling for sequence in self.running):
+            self._feed(composer, max(block, self.limits.batch_max_tokens))
+        else:
+            self._feed(composer, prefill_budget(block, len(going_on) + len(composer.named)), PREFILL_ROWS)
         if not (going_on or composer.rows):
             return None
         if decodes:
@@ -174,12 +175,13 @@ class Scheduler:
             composer.choose(sequence)
         return going_on
 
-    def _feed(self, composer: Composer, most: int | None) -> None:
-        """Prompts, in the order of their admission, up to `most` tokens of them; None: whole ones."""
+    def _feed(self, composer: Composer, most: int | None = None, rows: int | None = None) -> None:
+        """Prompts, in the order of their admission, up to `most` tokens of at most `rows` of them; None: of all, and
+        whole ones."""
         for sequence in self._quarantine or self.running:
             if sequence.feeds:
                 left = sequence.target if most is None else most - composer.fed
-                if left <= 0:
+                if left <= 0 or composer.prompts == rows:
                     break
                 composer.feed(sequence, left)
 

@@ -12,7 +12,7 @@ from cases.products import DTYPE, SHAPES
 from cases.timing import Report, copies_for, median_us, require_close
 from torch import Tensor
 
-from lightllmd.config.bounds import NAMED_ROWS
+from lightllmd.config.bounds import PREFILL_ROWS
 from lightllmd.kernels.prefill_attention import TileShape, prefill_attention, tiles_for
 from lightllmd.kernels.segments import workspace_size
 from lightllmd.kernels.split_prefill import segments_for, split_prefill
@@ -63,7 +63,7 @@ class Block:
         self._table = torch.randperm(keys, device=device).to(torch.int32).view(1, keys)
         qkv = torch.randn(TOKENS, heads + 2 * kv_heads, dim, device=device, dtype=DTYPE)
         self._q = qkv[:, :heads]
-        empty = [0] * NAMED_ROWS
+        empty = [0] * PREFILL_ROWS
         numbers = ([0, *empty], [0, *empty], [TOKENS, *empty], [past, *empty])
         self._where = [torch.tensor(values, dtype=torch.int32, device=device) for values in numbers]
         self._truth = self._expected(self._caches[0])
@@ -82,8 +82,8 @@ class Block:
         q, (_, heads, dim), pairs = self._q, self._q.shape, tile.block_m
         tiles = torch.from_numpy(tiles_for([TOKENS], [self._past], self._group, pairs))
         number = torch.tensor([len(tiles)], dtype=torch.int32, device=q.device)
-        most = TOKENS * self._group // pairs + NAMED_ROWS + 1
-        padding = torch.tensor([[NAMED_ROWS, 0]] * (most - len(tiles)), dtype=torch.int32)
+        most = TOKENS * self._group // pairs + PREFILL_ROWS + 1
+        padding = torch.tensor([[PREFILL_ROWS, 0]] * (most - len(tiles)), dtype=torch.int32)
         tiles = torch.cat([tiles, padding]).to(q.device)
         out = torch.full((TOKENS, heads, dim), float("nan"), device=q.device, dtype=DTYPE)
         partial = torch.full((max(1, workspace_size(TOKENS, heads, dim, segments)),), float("nan"), device=q.device)

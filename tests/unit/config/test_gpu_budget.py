@@ -195,6 +195,6 @@ def test_every_block_that_is_fed_beside_rows_fits_a_padded_shape(block: int, mos
     shapes = bounds.mixed_shapes(params)
     for rows in range(1, most + 1):
         ahead, behind = next(shape for shape in shapes if shape[0] >= rows)
-        assert block // 2 <= bounds.block_beside(block, rows) <= behind <= block
+        assert block // 2 <= bounds.prefill_budget(block, rows) <= behind <= block
         if ahead <= min(block // 2, 256) and ahead % bounds.MIXED_STEP == 0:
             assert ahead + behind == block

@@ -48,7 +48,7 @@ def test_branches_that_draw_for_themselves_have_one_prefill() -> None:
 
 
 def test_the_followers_of_an_aborted_leader_feed_the_prompt_themselves() -> None:
-    engine = Steps(submit(1, 5, 40), diverse_mode=True, splitfuse_block_size=16, router_max_wait_tokens=0)
+    engine = Steps(submit(1, 5, 40), diverse_mode=True, splitfuse_block_size=30, router_max_wait_tokens=0)
     engine.turn()
     engine.turn()
     engine.put(submit(2, 40, 2, params={"n": 3}))
