@@ -1,4 +1,4 @@
-"""The gated activation of an MLP in Triton. Meaning: `reference.gated`."""
+"""The gated activation of an MLP and the soft cap of logits in Triton. Meaning: `reference`."""
 
 from __future__ import annotations
 
@@ -43,3 +43,24 @@ def gated(gate_up: Tensor, activation: str, out: Tensor) -> None:
     _gated[(rows, triton.cdiv(columns, BLOCK))](
         gate_up, out, gate_up.stride(0), out.stride(0), columns, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
     )
+
+
+@triton.jit
+def soft_capped(x, cap):
+    """``cap * tanh(x / cap)`` of fp32 `x`; NaN stays NaN."""
+    # tanh z is 1 - 2 / (exp(2 z) + 1): no overflow becomes NaN.
+    return cap - 2.0 * cap / (tl.exp(2.0 * x / cap) + 1.0)
+
+
+@triton.jit
+def _soft_cap(logits, count, cap, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    tl.store(logits + at, soft_capped(tl.load(logits + at, mask=inside, other=0.0), cap), mask=inside)
+
+
+def soft_cap_(logits: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(logits / cap)`` in place, of contiguous fp32 logits of any shape; returns them."""
+    count = logits.numel()
+    _soft_cap[(triton.cdiv(count, BLOCK),)](logits, count, cap, BLOCK=BLOCK, num_warps=4)
+    return logits

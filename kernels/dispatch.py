@@ -8,21 +8,39 @@ import torch
 from torch import Tensor
 
 from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
-from lightllmd.kernels.linear import Linear
+from lightllmd.kernels.linear import Embedding, Head, Linear, Norm
+from lightllmd.kernels.schemes import WHOLE, Shard
 
 
 class Kernels(Protocol):
-    """The operations of one device and dtype, as large as their fastest versions fuse them. x is the residual stream
-    ``[T, hidden]``; its buffer is given away, so a version may compute in place."""
+    """Makes what holds weights for one device and dtype, and computes what holds none.
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Takes over a weight ``[out, in]`` and its bias."""
+    A step's T tokens run as the residual stream ``[T, hidden]``, whose buffer may be written in place.
+    """
 
-    def enter(self, batch: GroupedBatch | TableBatch, embedding: Tensor) -> Tensor:
-        """The embedded tokens of a step ``[T, hidden]``."""
+    def linear(
+        self, role: str, weight: Tensor, bias: Tensor | None, scheme: str = "dense", shard: Shard = WHOLE
+    ) -> Linear:
+        """Takes over a weight ``[out, in]`` and its bias ``[out]``, in the model's dtype and on its device, and stores
+        them by `scheme`. `role`: what the weight is for, such as "qkv". Raises EngineError for what is not built."""
 
-    def normed_product(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
-        """``linear(rms_norm(x))``; x stays as it is."""
+    def embedding(self, weight: Tensor, scale: float | None = None) -> Embedding:
+        """Takes over the rows of the vocabulary ``[vocab, hidden]``. The scale is rounded to their dtype."""
+
+    def head(
+        self,
+        weight: Tensor,
+        norm: Norm,
+        *,
+        tied: bool,
+        soft_cap: float | None = None,
+        scheme: str = "dense",
+        shard: Shard = WHOLE,
+    ) -> Head:
+        """Takes over the rows ``[vocab, hidden]`` of the language model head; `tied`: they are the embedding's.
+
+        soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``, in fp32. Raises EngineError for what is not
+        built."""
 
     def attention(
         self,
@@ -37,19 +55,6 @@ class Kernels(Protocol):
         """``qkv [T, (H + 2K) D]``, given away -> ``[T, H D]``: norms of the heads if there are any, rotation, keys and
         values into the cache, causal attention of each token over its row; ``[R, H D]`` of the `wanted` [R] if any
         are named."""
-
-    def add_product(self, a: Tensor, linear: Linear, x: Tensor) -> Tensor:
-        """``x + linear(a)``."""
-
-    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, linear: Linear, activation: str) -> Tensor:
-        """``act(gate) * up`` of ``linear(rms_norm(x)) = [gate, up]``; x stays as it is."""
-
-    def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
-        """fp32 ``[R, vocab]``, of ``hidden [R, hidden]``; `rows` is the weight of `linear` in rows.
-
-        A 16-bit product is rounded when it is stored: around 25, where the best logits of real models lie, bf16 knows
-        only every eighth, so that the best two often tie. The best of each row are therefore those of fp32 sums.
-        """
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:

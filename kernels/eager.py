@@ -1,6 +1,6 @@
 """The operations as few torch calls as possible, on any device. Shapes and meaning: `reference`.
 
-What the decode step costs on a CPU beside its products is the number of calls, so each takes one to four.
+What the decode step costs on a CPU beside its matmuls is the number of calls, so each takes one to four.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.eager_attention import attention
-from lightllmd.kernels.eager_ops import gated, rms_norm
+from lightllmd.kernels.eager_linear import DenseLinear, EagerHead, EagerLinear, PackedLinear
 from lightllmd.kernels.layout import GroupedBatch, TableBatch
-from lightllmd.kernels.linear import DenseLinear, Linear, PackedLinear
-
-# The logits computed again in fp32: more than any close race for the next token has runners.
-CLOSE = 32
+from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.schemes import WHOLE, Shard, built
 
 
 class EagerKernels:
@@ -24,29 +22,46 @@ class EagerKernels:
     attention = staticmethod(attention)
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._linear = PackedLinear if device.type == "cpu" and PackedLinear.supports(dtype) else DenseLinear
+        packs = device.type == "cpu" and PackedLinear.supports(dtype)
+        self._linears: dict[str, type[EagerLinear]] = {"dense": PackedLinear if packs else DenseLinear}
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return self._linear(weight, bias)
+    def linear(
+        self, role: str, weight: Tensor, bias: Tensor | None, scheme: str = "dense", shard: Shard = WHOLE
+    ) -> EagerLinear:
+        """See `dispatch.Kernels`."""
+        return built(role, scheme, shard, self._linears)(weight, bias)
 
-    def enter(self, batch: GroupedBatch | TableBatch, embedding: Tensor) -> Tensor:
-        return functional.embedding(batch.tokens, embedding)
+    def embedding(self, weight: Tensor, scale: float | None = None) -> EagerEmbedding:
+        """See `dispatch.Kernels`."""
+        return EagerEmbedding(weight, scale)
 
-    def normed_product(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
-        return linear(rms_norm(x, norm, eps))
+    def head(
+        self,
+        weight: Tensor,
+        norm: Norm,
+        *,
+        tied: bool,
+        soft_cap: float | None = None,
+        scheme: str = "dense",
+        shard: Shard = WHOLE,
+    ) -> EagerHead:
+        """See `dispatch.Kernels`."""
+        return EagerHead(built("head", scheme, shard, self._linears), weight, norm, tied=tied, soft_cap=soft_cap)
 
-    def add_product(self, a: Tensor, linear: Linear, x: Tensor) -> Tensor:
-        return linear(a, x)
 
-    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, linear: Linear, activation: str) -> Tensor:
-        return gated(linear(rms_norm(x, norm, eps)), activation)
+class EagerEmbedding:
+    """`linear.Embedding` of a `GroupedBatch`."""
 
-    def logits(self, hidden: Tensor, norm: Tensor, eps: float, linear: Linear, rows: Tensor) -> Tensor:
-        """The highest `CLOSE` of each row are computed again in fp32, which costs the rows that they take."""
-        x = rms_norm(hidden, norm, eps)
-        logits = linear(x).float()
-        if x.dtype is not torch.float32:
-            close = logits.topk(min(CLOSE, logits.shape[-1])).indices
-            exact = torch.einsum("rh,rch->rc", x.float(), rows[close].float())
-            logits.scatter_(-1, close, exact)
-        return logits
+    def __init__(self, weight: Tensor, scale: float | None) -> None:
+        self.weight = weight
+        # As transformers has it: rounded to the dtype, so that the product of both is.
+        self._scale = None if scale is None else torch.tensor(scale, dtype=weight.dtype, device=weight.device)
+
+    def __call__(self, batch: GroupedBatch | TableBatch) -> Tensor:
+        """See `linear.Embedding`."""
+        x = functional.embedding(batch.tokens, self.weight)
+        return x if self._scale is None else x.mul_(self._scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `linear.Embedding`."""
+        return {"weight": self.weight}

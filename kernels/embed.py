@@ -8,14 +8,17 @@ from torch import Tensor
 
 
 @triton.jit
-def _copy_row(source, target, columns, BLOCK: tl.constexpr):
+def _copy_row(source, target, columns, SCALE: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    tl.store(target + column, tl.load(source + column, mask=inside), mask=inside)
+    row = tl.load(source + column, mask=inside)
+    if SCALE is not None:
+        row = (row.to(tl.float32) * SCALE).to(target.dtype.element_ty)
+    tl.store(target + column, row, mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions", "slots"])
-def _enter(
+def _embed(
     tokens,
     rows,
     positions,
@@ -28,6 +31,7 @@ def _enter(
     embedding_stride,
     out_stride,
     columns,
+    SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64)
@@ -35,16 +39,16 @@ def _enter(
     if token < 0:
         token = tl.load(last + row)
     tl.store(table + row * table_stride + tl.load(positions + at), tl.load(slots + at))
-    _copy_row(embedding + token.to(tl.int64) * embedding_stride, out + at * out_stride, columns, BLOCK)
+    _copy_row(embedding + token.to(tl.int64) * embedding_stride, out + at * out_stride, columns, SCALE, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["index"])
 def _gather_rows(x, index, out, x_stride, out_stride, columns, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64)
-    _copy_row(x + tl.load(index + at).to(tl.int64) * x_stride, out + at * out_stride, columns, BLOCK)
+    _copy_row(x + tl.load(index + at).to(tl.int64) * x_stride, out + at * out_stride, columns, None, BLOCK)
 
 
-def enter(
+def embed(
     tokens: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -53,15 +57,16 @@ def enter(
     table: Tensor,
     embedding: Tensor,
     out: Tensor,
+    scale: float | None = None,
 ) -> None:
-    """The fed tokens of a step: their slots join the table, their embeddings go to ``out [T, hidden]``.
+    """The tokens of a step: their slots join the table, their embeddings go to ``out [T, hidden]``, times `scale`.
 
     `tokens`, `rows`, `positions`, `slots`: int32 ``[T]``. A token below 0 stands for the newest of its table row, in
     ``last [R]`` int32. ``table [R, W]`` int32, ``embedding [V, hidden]``.
     """
     columns = out.shape[1]
     block = triton.next_power_of_2(columns)
-    _enter[(tokens.shape[0],)](
+    _embed[(tokens.shape[0],)](
         tokens,
         rows,
         positions,
@@ -74,6 +79,7 @@ def enter(
         embedding.stride(0),
         out.stride(0),
         columns,
+        SCALE=scale,
         BLOCK=block,
         num_warps=min(16, max(4, block // 512)),
     )

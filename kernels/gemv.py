@@ -33,12 +33,14 @@ def load_weights(tile, k, K: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.conste
 
 
 @triton.jit
-def _add_products(sums, squares, weights, x, x_stride, norm, k, K: tl.constexpr, M: tl.constexpr):
-    """One block of K: sums[m] [BLOCK_N, BLOCK_K] += weights * x[m] * norm, squares[m] [BLOCK_K] += x[m] ** 2."""
+def _add_products(sums, squares, weights, x, x_stride, norm, k, K: tl.constexpr, M: tl.constexpr, OFFSET: tl.constexpr):
+    """One block of K: sums[m] [BLOCK_N, BLOCK_K] += weights * x[m] * (OFFSET + norm), squares[m] [BLOCK_K] += x[m]²."""
     wide = weights.to(tl.float32)
     inside = k < K
     if norm is not None:
         scale = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+        if OFFSET != 0.0:
+            scale += OFFSET
     new_sums = ()
     new_squares = ()
     for m in tl.static_range(M):
@@ -65,6 +67,7 @@ def gemv(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,10 +102,10 @@ def gemv(
     if residual is not None:
         for m in tl.static_range(M):
             added = added + (tl.load(residual + m * residual_stride + column, mask=owned, other=0.0),)  # noqa: RUF005
-    sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, k, K, M)
+    sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, k, K, M, OFFSET)
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         weights = load_weights(tile + start, start + k[None, :], K, whole, EVICT)
-        sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, start + k, K, M)
+        sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, start + k, K, M, OFFSET)
     for m in tl.static_range(M):
         y = tl.sum(sums[m], 1)
         if norm is not None:

@@ -1,61 +1,76 @@
-"""Products with a fixed weight. A `Linear` owns its weight in the layout that its device multiplies fastest."""
+"""What a linear is: a matmul with a fixed weight that owns the weight in the form its kernels read, and fuses with it
+what stands around it in a decoder. Its siblings, one for each device and way of storing weights, are in
+`eager_linear` and `fused_linear`; `Kernels.linear` chooses among them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
-# oneDNN chooses its packed layout for a number of rows; at run time any number works. Measured on an AVX-512 CPU:
-# a layout for 64 is as fast as the best at 1 to 256 rows.
-PACKED_FOR_ROWS = 64
+from lightllmd.kernels.layout import GroupedBatch, TableBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """Root mean square norm (Zhang and Sennrich 2019): ``x / sqrt(mean(x ** 2) + eps) * (offset + weight)``, in fp32,
+    rounded once at the end.
+
+    weight: ``[hidden]``, in the model's dtype. offset: 1 for families that store the weight less 1 (Gemma).
+    """
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
 
 
 class Linear(Protocol):
-    out_features: int
+    """A fixed map of ``[T, in]`` to ``[T, out]`` (``[T, out / 2]`` with an activation)."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x [T, in]`` -> ``x @ weight.T + bias + residual``, ``[T, out]``."""
+    out_features: int  # rows of the weight: with an activation gate and up together
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        activation: str | None = None,
+        post_norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``residual + post_norm(activation(norm(x) @ weight.T + bias))``, each step where it is asked for.
+
+        x: ``[T, in]``, unchanged. activation: a key of `reference.ACTIVATIONS`; the weight is gate above up,
+        and the result ``act(gate) * up``. residual: ``[T, out]``, given away: the result may be its buffer.
+        All tensors have the model's dtype.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds on the device, by name: those of its scheme, and ``bias`` where it has one. Their contents
+        and memory may be exchanged in place between steps (a sleeping model's storage is freed and filled again)."""
 
 
-class DenseLinear:
-    """torch's own product over a row-major weight ``[out, in]``."""
+class Embedding(Protocol):
+    """The rows of tokens, and how a step's residual stream begins."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
-        self.out_features = weight.shape[0]
+    def __call__(self, batch: GroupedBatch | TableBatch) -> Tensor:
+        """The embedded tokens of a step, ``[T, hidden]``, times the scale if there is one."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        out = functional.linear(x, self.weight, self.bias)
-        return out if residual is None else out.add_(residual)
+    def tensors(self) -> dict[str, Tensor]:
+        """As `Linear.tensors`."""
 
 
-class PackedLinear:
-    """oneDNN's product over a weight that it has blocked once, with the residual added inside it.
+class Head(Protocol):
+    """The last norm and the language model head."""
 
-    All products of SmolLM2 at one row, on a CPU with AVX-512: 1.4 times (bf16) and 2.3 times (fp32) the speed of
-    `DenseLinear`.
-    """
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 ``[R, vocab]`` of ``hidden [R, hidden]``, capped where the model caps them.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
-        self.bias = bias
-        self.out_features = weight.shape[0]
-        self._plain = torch.ops.mkldnn._linear_pointwise.default
-        self._added = torch.ops.mkldnn._linear_pointwise.binary
+        A 16-bit matmul is rounded when it is stored: around 25, where the best logits of real models lie, bf16 knows
+        only every eighth, so that the best two often tie. The best of each row are therefore those of fp32 sums.
+        """
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is None:
-            return self._plain(x, self.weight, self.bias, "none", [], "")
-        return self._added(x, residual, self.weight, self.bias, "add")
-
-    @staticmethod
-    def supports(dtype: torch.dtype) -> bool:
-        """Whether this CPU and this build of torch have it for `dtype`."""
-        if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            return False
-        if dtype is torch.bfloat16:
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return dtype is torch.float32
+    def tensors(self) -> dict[str, Tensor]:
+        """As `Linear.tensors`, without the norm's weight; without the weight's rows where they are the embedding's."""

@@ -24,22 +24,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return out.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root mean square norm (Zhang and Sennrich 2019) over the last dimension of ``x [T, hidden]``."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(Norm of the sum, the sum), the sum rounded before it is normed."""
-    total = (x.float() + residual.float()).to(residual.dtype)
-    return rms_norm(total, weight, eps), total
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (offset + weight.float())).to(x.dtype)
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     """``act(gate) * up`` of ``gate_up [T, 2 * intermediate]``, gate first."""
     gate, up = gate_up.float().chunk(2, -1)
     return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(logits / cap)`` in fp32 (Bello et al. 2017; Gemma 2)."""
+    return cap * torch.tanh(logits.float() / cap)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,13 +90,21 @@ def rope_kv(
     write_kv(cache, slots, qkv[:, heads:])
 
 
-def enter(
-    tokens: Tensor, rows: Tensor, positions: Tensor, slots: Tensor, last: Tensor, table: Tensor, embedding: Tensor
+def embed(
+    tokens: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    last: Tensor,
+    table: Tensor,
+    embedding: Tensor,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Puts ``slots [T]`` into the table and returns the embeddings of the fed tokens; below 0: the row's newest."""
+    """Puts ``slots [T]`` into the table and returns the embeddings of the tokens, times `scale`; a token below 0 is the
+    newest of its row."""
     rows, positions = rows.long(), positions.long()
     table[rows, positions] = slots
-    return embedding[torch.where(tokens < 0, last[rows], tokens).long()]
+    return (embedding[torch.where(tokens < 0, last[rows], tokens).long()].float() * scale).to(embedding.dtype)
 
 
 def attention(q: Tensor, cache: Tensor, slots: Tensor, scale: float) -> Tensor:

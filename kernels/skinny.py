@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lightllmd.kernels.gemv import gemv
+from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.tile_product import finish, load_residual, multiply, prefetch
 from lightllmd.kernels.tiles import Tile, block_rows, cdiv, fuses_norm, overlaps, prefers, tile_for
 
@@ -71,15 +72,14 @@ def linear(
     weight: Tensor,
     out: Tensor,
     *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
+    norm: Norm | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
     pdl: bool = False,
     tile: Tile | None = None,
 ) -> None:
-    """``out [M, N] = rms_norm(x [M, K], norm [K], eps) @ weight [N, K].T + bias [N] + residual [M, N]``.
+    """``out [M, N] = norm(x [M, K]) @ weight [N, K].T + bias [N] + residual [M, N]``.
 
     With an `activation` (a key of `reference.ACTIVATIONS`) the weight is ``[2I, K]``, gate first, and out is
     ``[M, I] = act(gate) * up``, without a residual. x and weight are bf16 or fp16, out may be fp32 too. The first
@@ -89,7 +89,7 @@ def linear(
     `norm` may be given where `fuses_norm` allows it. `pdl`: programmatic dependent launch, which starts this kernel
     while the one before it in the stream still runs; that one's results are waited for. `tile` overrides the rule.
     """
-    kernel, grid, arguments, options = launch(x, weight, out, norm, eps, bias, residual, activation, pdl, tile)
+    kernel, grid, arguments, options = launch(x, weight, out, norm, bias, residual, activation, pdl, tile)
     kernel[grid](*arguments, **options)
 
 
@@ -97,8 +97,7 @@ def launch(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
-    norm: Tensor | None,
-    eps: float,
+    norm: Norm | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
@@ -127,7 +126,9 @@ def launch(
         options["launch_pdl"] = True  # an option of the CUDA backend alone, unknown to the interpreter
     if tile.gemv:
         options["M"] = m
-        return Launch(gemv, (tiles,), (x, weight, out, norm, bias, residual, *strides, eps), options)
+        options["OFFSET"] = 0.0 if norm is None else norm.offset
+        gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return Launch(gemv, (tiles,), (x, weight, out, gain, bias, residual, *strides, eps), options)
     assert norm is None, "see fuses_norm"
     rows = options["BLOCK_M"] = block_rows(m)
     return Launch(_skinny, (tiles, cdiv(m, rows)), (x, weight, out, bias, residual, *strides, m), options)

@@ -11,13 +11,12 @@ from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.layout import GroupedBatch, TableBatch
-from lightllmd.kernels.linear import DenseLinear, Linear
-from lightllmd.models.heads import LanguageHead
+from lightllmd.kernels.linear import Linear, Norm
 from lightllmd.models.layer import DecoderLayer, LayerWeights
 from lightllmd.models.rope import Rope
 from lightllmd.weights.loaded import LoadedWeight
 
-MATRICES: frozenset[Role] = frozenset({"qkv", "attention_out", "gate_up", "down"})
+LINEARS: frozenset[Role] = frozenset({"qkv", "attention_out", "gate_up", "down"})
 
 
 class Decoder:
@@ -32,26 +31,33 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.rope = Rope(spec.positions, device)
-        self._kernels = kernels
+        self._tensors: dict[str, Tensor] = {}
         linears: list[dict[Role, Linear]] = [{} for _ in spec.layers]
-        norms: list[dict[Role, Tensor]] = [{} for _ in spec.layers]
+        norms: list[dict[Role, Norm]] = [{} for _ in spec.layers]
         common: dict[Role, Tensor] = {}
         for weight, tensor, bias in weights:
+            held = {weight.key: tensor}
             if weight.layer is None:
                 common[weight.role] = tensor
-            elif weight.role in MATRICES:
-                linears[weight.layer][weight.role] = kernels.linear(tensor, bias)
+            elif weight.role in LINEARS:
+                linear = linears[weight.layer][weight.role] = kernels.linear(weight.role, tensor, bias)
+                held = {f"{weight.key}.{name}": stored for name, stored in linear.tensors().items()}
             else:
-                norms[weight.layer][weight.role] = tensor
-        self.embedding = common["embed"]
+                norms[weight.layer][weight.role] = Norm(tensor, spec.norm.eps, spec.norm.offset)
+            self._tensors |= held
+        self.embedding = kernels.embedding(common["embed"])
         self.layers = [
             DecoderLayer(layer, spec, kernels, LayerWeights(*held))
             for layer, held in zip(spec.layers, zip(linears, norms, strict=True), strict=True)
         ]
-        # The head is needed in rows too. Where it is the embedding, another layout of it may be had beside.
-        rows = self.embedding if spec.tied else common["head"]
-        head = kernels.linear(rows, None) if spec.tied else DenseLinear(rows)
-        self.head = LanguageHead(kernels, common["norm"], spec.norm.eps, head, rows)
+        norm = Norm(common["norm"], spec.norm.eps, spec.norm.offset)
+        self.head = kernels.head(common["embed" if spec.tied else "head"], norm, tied=spec.tied)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights on the device in the form in which they are stored there, by names that do not change:
+        "3.qkv.weight", "3.qkv.bias", "3.attention_norm", "embed". No two share memory. Between steps their storage may
+        be freed and filled again in place."""
+        return self._tensors
 
     def forward(
         self,
@@ -63,7 +69,7 @@ class Decoder:
         """Writes the step's keys and values into `caches` (one ``[S, 2K, D]`` per layer) and returns the hidden
         states ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head.logits`. Calls `beat` once
         per layer."""
-        x = self._kernels.enter(batch, self.embedding)
+        x = self.embedding(batch)
         last = self.layers[-1]
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.forward(x, cache, batch, wanted if layer is last else None)

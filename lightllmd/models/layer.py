@@ -11,7 +11,7 @@ from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery, Lay
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
-from lightllmd.kernels.linear import Linear
+from lightllmd.kernels.linear import Linear, Norm
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LayerWeights:
     """Of one layer, by role: what is multiplied with, and norms."""
 
     linears: Mapping[Role, Linear]
-    norms: Mapping[Role, Tensor]
+    norms: Mapping[Role, Norm]
 
 
 class Attention:
@@ -27,40 +27,40 @@ class Attention:
 
     def __init__(self, spec: GroupedQuery, norm: RmsNorm, kernels: Kernels, weights: LayerWeights) -> None:
         self.heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.scale, norm.eps)
-        self._kernels, self._eps = kernels, norm.eps
+        self._kernels = kernels
         self._norm = weights.norms["attention_norm"]
         self._qkv, self._out = weights.linears["qkv"], weights.linears["attention_out"]
-        self._q_norm, self._k_norm = weights.norms.get("q_norm"), weights.norms.get("k_norm")  # [D], over each head
+        q_norm, k_norm = weights.norms.get("q_norm"), weights.norms.get("k_norm")  # [D], over each head
+        self._q_norm, self._k_norm = q_norm and q_norm.weight, k_norm and k_norm.weight
 
     def forward(self, x: Tensor, cache: Tensor, batch: GroupedBatch | TableBatch, wanted: Tensor | None) -> Tensor:
         """``x [T, hidden]`` -> ``x + attention(norm(x))``, perhaps in place; with `wanted` [R] of these tokens alone,
         ``[R, hidden]``: the others have their keys and values stored."""
-        kernels = self._kernels
-        qkv = kernels.normed_product(x, self._norm, self._eps, self._qkv)
-        attended = kernels.attention(qkv, cache, batch, self.heads, self._q_norm, self._k_norm, wanted)
+        qkv = self._qkv(x, norm=self._norm)
+        attended = self._kernels.attention(qkv, cache, batch, self.heads, self._q_norm, self._k_norm, wanted)
         if wanted is not None:
             x = x.index_select(0, wanted)
-        return kernels.add_product(attended, self._out, x)
+        return self._out(attended, residual=x)
 
 
 class FeedForward:
     """Gated multilayer perceptron."""
 
-    def __init__(self, spec: GatedMlp, norm: RmsNorm, kernels: Kernels, weights: LayerWeights) -> None:
-        self._kernels, self._eps, self._activation = kernels, norm.eps, spec.activation
+    def __init__(self, spec: GatedMlp, weights: LayerWeights) -> None:
+        self._activation = spec.activation
         self._norm = weights.norms["feed_forward_norm"]
         self._gate_up, self._down = weights.linears["gate_up"], weights.linears["down"]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [T, hidden]`` -> ``x + mlp(norm(x))``, perhaps in place."""
-        hidden = self._kernels.normed_gated(x, self._norm, self._eps, self._gate_up, self._activation)
-        return self._kernels.add_product(hidden, self._down, x)
+        hidden = self._gate_up(x, norm=self._norm, activation=self._activation)
+        return self._down(hidden, residual=x)
 
 
 class DecoderLayer:
     def __init__(self, spec: LayerSpec, decoder: DecoderSpec, kernels: Kernels, weights: LayerWeights) -> None:
         self.attention = Attention(spec.attention, decoder.norm, kernels, weights)
-        self.feed_forward = FeedForward(spec.feed_forward, decoder.norm, kernels, weights)
+        self.feed_forward = FeedForward(spec.feed_forward, weights)
 
     def forward(
         self, x: Tensor, cache: Tensor, batch: GroupedBatch | TableBatch, wanted: Tensor | None = None

@@ -157,7 +157,7 @@ def test_a_seeded_row_draws_the_same_alone_in_a_batch_and_after_a_replay(tmp_pat
 def test_logits_that_are_no_numbers_are_told_of_their_row_alone(tmp_path: Path) -> None:
     runner = load_on_device(write_model(tmp_path))
     with torch.inference_mode():
-        runner.decoder.embedding[92] = float("nan")
+        runner.decoder.tensors()["embed"][92] = float("nan")
     driver = Driver(runner)
     result = runner.run(driver.step(driver.row(4, IDS), driver.row(5, [1, 2, 3])), nothing)
     assert [math.isnan(logprob) for logprob in result.logprobs] == [True, False]

@@ -7,7 +7,7 @@ import torch
 
 from lightllmd.kernels import eager_ops
 from lightllmd.kernels.dispatch import kernels_for
-from lightllmd.models.heads import LanguageHead
+from lightllmd.kernels.linear import Norm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -25,7 +25,7 @@ def test_a_close_race_for_the_next_token_is_decided_in_fp32(dtype: torch.dtype) 
             weight[100 * row + place] = direction[row] * 0.4
         weight[100 * row + 1, row] += 0.002
     exact = direction.float() @ weight.float().T
-    head = LanguageHead(kernels, norm, 1e-5, kernels.linear(weight.clone(), None), weight)
+    head = kernels.head(weight, Norm(norm, 1e-5), tied=True)
     logits = head.logits(x)
     assert logits.dtype == torch.float32
     assert torch.equal(logits.argmax(-1), exact.argmax(-1))

@@ -116,7 +116,7 @@ def test_a_beat_comes_with_every_layer(runner: TorchRunner) -> None:
 def test_logits_that_are_no_numbers_are_told_of_their_row_alone(runner: TorchRunner) -> None:
     driver = Driver(runner)
     with torch.inference_mode():
-        runner.decoder.embedding[92] = float("nan")
+        runner.decoder.tensors()["embed"][92] = float("nan")
     assert 92 in IDS
     result = runner.run(driver.step(driver.row(4, IDS), driver.row(5, [1, 2, 3])), lambda: None)
     assert [math.isnan(logprob) for logprob in result.logprobs] == [True, False]

@@ -142,11 +142,11 @@ def test_weights_that_are_gone_while_it_sleeps_are_told(runner: DeviceRunner, tm
 
 @pytest.mark.parametrize("runner", ["cpu"], indirect=True)
 def test_a_cpus_weights_stay_where_they_are_when_they_are_staged(runner: TorchRunner) -> None:
-    embedding = runner.decoder.embedding
+    embedding = runner.decoder.tensors()["embed"]
     runner.stage()
     runner.release(quiet)
     runner.restore(quiet)
-    assert runner.decoder.embedding is embedding
+    assert runner.decoder.tensors()["embed"] is embedding
     runner.release(quiet)
     assert not hasattr(runner, "decoder")
 

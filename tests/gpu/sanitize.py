@@ -24,10 +24,11 @@ from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
 from lightllmd.engine.step import SamplingRow
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import split_prefill
-from lightllmd.kernels.activation import gated
+from lightllmd.kernels.activation import gated, soft_cap_
 from lightllmd.kernels.decode_attention import decode_attention
-from lightllmd.kernels.embed import enter, gather_rows
-from lightllmd.kernels.norm import add_rms_norm, rms_norm
+from lightllmd.kernels.embed import embed, gather_rows
+from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
 from lightllmd.kernels.rope_kv import rope_kv
 from lightllmd.kernels.segments import workspace_size
@@ -74,7 +75,9 @@ def paged(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tu
 def first_and_last(dtype: torch.dtype) -> None:
     embedding, table = normal(50, 100, dtype=dtype), numbers([0] * 4 * 9).view(4, 9)
     out, last = nothing_yet(3, 100, dtype=dtype), numbers([7, 49, 0, 3])
-    enter(numbers([-1, 0, 49]), numbers([1, 0, 3]), numbers([8, 0, 8]), numbers([5, 6, 7]), last, table, embedding, out)
+    places = numbers([1, 0, 3]), numbers([8, 0, 8]), numbers([5, 6, 7])
+    for scale in (None, 7.5):
+        embed(numbers([-1, 0, 49]), *places, last, table, embedding, out, scale)
     assert table.cpu()[[1, 0, 3], [8, 0, 8]].tolist() == [5, 6, 7]
     picked = nothing_yet(2, 100, dtype=dtype)
     gather_rows(out, numbers([2, 0]), picked)
@@ -84,9 +87,9 @@ def first_and_last(dtype: torch.dtype) -> None:
 def norms(dtype: torch.dtype) -> None:
     x, residual, weight = normal(3, 100, dtype=dtype), normal(3, 100, dtype=dtype), normal(100, dtype=dtype)
     out = nothing_yet(3, 100, dtype=dtype)
-    rms_norm(x, weight, EPS, out)
-    add_rms_norm(x, residual, weight, EPS, x)
-    check(out, residual, x)
+    rms_norm(x, Norm(weight, EPS), out)
+    rms_norm(x, Norm(weight, EPS, offset=1.0), residual, residual)
+    check(out, residual)
 
 
 def rotation(dtype: torch.dtype, dim: int) -> None:
@@ -103,6 +106,7 @@ def activations(dtype: torch.dtype) -> None:
         out = nothing_yet(2, columns, dtype=dtype)
         gated(normal(2, 2 * columns, dtype=dtype), name, out)
         check(out)
+    check(soft_cap_(normal(3, 1030), 30.0))
 
 
 def decode(dtype: torch.dtype, dim: int) -> None:
@@ -156,10 +160,10 @@ def products(dtype: torch.dtype) -> None:
             continue
         x, weight = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype)
         bias = normal(n, dtype=dtype)
-        norm = normal(k, dtype=dtype) if rows == 1 and (tile is None or tile.gemv) else None
+        norm = Norm(normal(k, dtype=dtype), EPS, 1.0) if rows == 1 and (tile is None or tile.gemv) else None
         added, narrow = normal(rows, n, dtype=dtype), nothing_yet(rows, n // 2, dtype=dtype)
         wide = nothing_yet(rows, n, dtype=torch.float32)
-        more: dict[str, Any] = {"norm": norm, "eps": EPS, "tile": tile}
+        more: dict[str, Any] = {"norm": norm, "tile": tile}
         linear(x, weight, added, bias=bias, residual=added, **more)
         linear(x, weight, narrow, bias=bias, activation="silu", pdl=DEVICE == "cuda", **more)
         linear(x, weight, wide, **more)

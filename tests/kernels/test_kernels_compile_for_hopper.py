@@ -25,11 +25,12 @@ SHARED_MEMORY = 227 * 1024  # bytes that one program may have on an H100
 
 
 def norms(dtype: torch.dtype) -> None:
-    from lightllmd.kernels.norm import add_rms_norm, rms_norm
+    from lightllmd.kernels.linear import Norm
+    from lightllmd.kernels.norm import rms_norm
 
     x, weight = torch.empty(2, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
-    rms_norm(x, weight, 1e-5, x)
-    add_rms_norm(x, x.clone(), weight, 1e-5, x)
+    rms_norm(x, Norm(weight, 1e-5), x)
+    rms_norm(x, Norm(weight, 1e-5, offset=1.0), x, residual=x.clone())
 
 
 def rotation(dtype: torch.dtype, normed: bool, offset: int = 0) -> None:
@@ -50,9 +51,16 @@ def activation(dtype: torch.dtype, kind: str) -> None:
     gated(torch.empty(4, 2 * 14336, dtype=dtype), kind, torch.empty(4, 14336, dtype=dtype))
 
 
-def products(dtype: torch.dtype, rows: int, pdl: bool = False) -> None:
+def soft_cap() -> None:
+    from lightllmd.kernels.activation import soft_cap_
+
+    soft_cap_(torch.empty(4, 4096), 30.0)
+
+
+def products(dtype: torch.dtype, rows: int, pdl: bool = False, offset: float = 0.0) -> None:
     """Those of a layer of an 8B model."""
     from lightllmd.kernels import skinny, tiles
+    from lightllmd.kernels.linear import Norm
 
     def product(n: int, k: int, **fused: Any) -> None:
         x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
@@ -61,19 +69,19 @@ def products(dtype: torch.dtype, rows: int, pdl: bool = False) -> None:
             fused["residual"] = out
         skinny.linear(x, weight, out, pdl=pdl, **fused)
 
-    norm = {"norm": torch.empty(4096, dtype=dtype), "eps": 1e-5} if tiles.fuses_norm(rows, dtype) else {}
+    norm = {"norm": Norm(torch.empty(4096, dtype=dtype), 1e-5, offset)} if tiles.fuses_norm(rows, dtype) else {}
     product(6144, 4096, **norm)
     product(4096, 4096, adds=True)
     product(28672, 4096, activation="silu", **norm)
     product(4096, 14336, adds=True)
 
 
-def gathers(dtype: torch.dtype, offset: int = 0) -> None:
-    from lightllmd.kernels.embed import enter, gather_rows
+def gathers(dtype: torch.dtype, offset: int = 0, scale: float | None = None) -> None:
+    from lightllmd.kernels.embed import embed, gather_rows
 
     x, embedding = torch.empty(4, 4096, dtype=dtype), torch.empty(99, 4096, dtype=dtype)
     table, of_token = torch.zeros(5, 64, dtype=torch.int32), [numbers(offset) for _ in range(4)]
-    enter(*of_token, torch.zeros(5, dtype=torch.int32), table, embedding, x)
+    embed(*of_token, torch.zeros(5, dtype=torch.int32), table, embedding, x, scale)
     gather_rows(x, numbers(offset), x.clone())
 
 
@@ -158,7 +166,7 @@ CASES: dict[str, Callable[[], None]] = {
     "relu fp32": partial(activation, FP32, "relu"),
     "products bf16, 1 row": partial(products, BF16, 1),
     "products bf16, 2 rows, overlapping": partial(products, BF16, 2, True),
-    "products fp16, 1 row": partial(products, FP16, 1),
+    "products fp16, 1 row, norm with an offset": partial(products, FP16, 1, offset=1.0),
     "products bf16, 8 rows, overlapping": partial(products, BF16, 8, True),
     "products bf16, 32 rows": partial(products, BF16, 32),
     "products bf16, 64 rows": partial(products, BF16, 64),
@@ -168,6 +176,8 @@ CASES: dict[str, Callable[[], None]] = {
     "sampling, masked": partial(sampling, False, True, True),
     "sampling, processed log-probabilities": partial(sampling, False, True, raw=False),
     "gathers bf16": partial(gathers, BF16),
+    "gathers bf16, scaled": partial(gathers, BF16, scale=59.75),
+    "soft cap": soft_cap,
     "decode attention bf16, one segment": partial(decode_attention, BF16, 128, 1),
     "decode attention bf16": partial(decode_attention, BF16, 128, 16),
     "decode attention bf16, one launch": partial(decode_attention, BF16, 128, 64, True),

@@ -8,7 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lightllmd.kernels import activation, embed, norm, reference, rope_kv
+from lightllmd.kernels import activation, embed, reference, rope_kv
+from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.norm import rms_norm
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -39,27 +41,34 @@ def apart(x: Tensor) -> Tensor:
 
 
 @dtypes
-@pytest.mark.parametrize("columns", [64, 576, 1000, 4096])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_rms_norm(rows: int, columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "columns", "offset"), [(1, 64, 0.0), (3, 576, 1.0), (3, 1000, 0.0), (1, 4096, 1.0)])
+def test_rms_norm(rows: int, columns: int, offset: float, dtype: torch.dtype) -> None:
     x, weight = random(rows, columns, dtype=dtype) * 3, random(columns, dtype=dtype, seed=1)
     out = torch.empty_like(x)
-    norm.rms_norm(apart(x), weight, 1e-5, out)
-    close(out, reference.rms_norm(x, weight, 1e-5))
-    norm.rms_norm(x, weight, 1e-5, x)
+    rms_norm(apart(x), Norm(weight, 1e-5, offset), out)
+    close(out, reference.rms_norm(x, weight, 1e-5, offset))
+    rms_norm(x, Norm(weight, 1e-5, offset), x)
     assert torch.equal(x, out)
 
 
 @dtypes
-@pytest.mark.parametrize("columns", [64, 576, 4096])
-def test_add_rms_norm_keeps_the_sum_that_it_normed(columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("columns", "offset"), [(64, 0.0), (576, 1.0)])
+def test_rms_norm_is_added_to_the_residual_stream_in_place(columns: int, offset: float, dtype: torch.dtype) -> None:
     x, residual = random(3, columns, dtype=dtype), random(3, columns, dtype=dtype, seed=1) * 4
-    weight, out = random(columns, dtype=dtype, seed=2), torch.empty_like(x)
-    truth, total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    weight = random(columns, dtype=dtype, seed=2)
+    truth = reference.rms_norm(x.float(), weight, 1e-6, offset) + residual.float()
     strided = apart(residual)
-    norm.add_rms_norm(x, strided, weight, 1e-6, out)
-    assert torch.equal(strided, total)
-    close(out, truth)
+    rms_norm(x, Norm(weight, 1e-6, offset), strided, strided)
+    close(strided, truth.to(dtype))
+
+
+@pytest.mark.parametrize("cap", [30.0, 0.5])
+def test_soft_cap(cap: float) -> None:
+    x = random(3, 700) * cap * 2
+    x[0, :7] = torch.tensor([0.0, 1e-4, 1e30, -1e30, float("inf"), -float("inf"), float("nan")])
+    truth = reference.soft_cap(x, cap)
+    assert activation.soft_cap_(x, cap) is x
+    torch.testing.assert_close(x, truth, rtol=2e-6, atol=2e-6 * cap, equal_nan=True)
 
 
 @dtypes
@@ -98,16 +107,18 @@ def test_gated(columns: int, kind: str, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("hidden", [64, 576])
-def test_enter_feeds_named_and_newest_tokens_and_fills_the_table(hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("hidden", "scale"), [(64, None), (576, 24.0)])
+def test_embed_takes_named_and_newest_tokens_and_fills_the_table(
+    hidden: int, scale: float | None, dtype: torch.dtype
+) -> None:
     embedding, last = random(50, hidden, dtype=dtype), integers([9, 49, 0, 7])
     table = torch.full((4, 20), -1, dtype=torch.int32, device=DEVICE)
     tokens, rows = integers([-1, -1, 3, 0, 49]), integers([3, 1, 0, 0, 2])
     positions, slots = integers([19, 0, 4, 5, 6]), integers([100, 101, 102, 103, 104])
     mirror, out = table.clone(), torch.empty((5, hidden), device=DEVICE, dtype=dtype)
-    embed.enter(tokens, rows, positions, slots, last, table, embedding, out)
-    assert torch.equal(out, reference.enter(tokens, rows, positions, slots, last, mirror, embedding))
-    assert torch.equal(out, embedding[[7, 49, 3, 0, 49]])
+    embed.embed(tokens, rows, positions, slots, last, table, embedding, out, scale)
+    assert torch.equal(out, reference.embed(tokens, rows, positions, slots, last, mirror, embedding, scale or 1.0))
+    assert scale or torch.equal(out, embedding[[7, 49, 3, 0, 49]])
     assert torch.equal(table, mirror)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightllmd.engine.runners.transfers import Download
 from lightllmd.engine.step import Alternatives, Row, TargetLogprobs
-from lightllmd.models.heads import LanguageHead
+from lightllmd.kernels.linear import Head
 
 
 class PromptScores:
@@ -20,7 +20,7 @@ class PromptScores:
         rows: list[Row],
         targets: Tensor | None,
         before: Tensor | None,
-        head: LanguageHead,
+        head: Head,
         hidden: Tensor,
         at_once: int,
     ) -> None:

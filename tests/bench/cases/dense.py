@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from cases.products import (
     DTYPE,
-    EPS,
     SHAPES,
     Operands,
     Product,
@@ -155,7 +154,7 @@ def connect(shape: Shape, buffers: dict[str, Operands]) -> None:
     normed = buffers["qkv"].normed
     for name in ("gate_up", "head"):
         buffers[name].normed = normed
-    rms_norm(stream, buffers["qkv"].norm, EPS, normed)
+    rms_norm(stream, buffers["qkv"].norm, normed)
 
 
 def step_of(shape: Shape, products: dict[str, Product], pool: Tensor) -> list[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightllmd.kernels import skinny, tiles
 from lightllmd.kernels.activation import gated
+from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.tiles import Tile
 
@@ -89,7 +90,7 @@ class Operands:
         n, k = product.n, product.k
         self.product, self.m = product, m
         self.x = torch.randn(m, k, device=device, dtype=DTYPE)
-        self.norm = torch.rand(k, device=device, dtype=DTYPE) + 0.5
+        self.norm = Norm(torch.rand(k, device=device, dtype=DTYPE) + 0.5, EPS)
         self.normed = torch.empty_like(self.x)
         made = n // 2 if product.gates else n
         self.out = torch.zeros(m, made, device=device, dtype=torch.float32 if product.name == "head" else DTYPE)
@@ -108,7 +109,7 @@ class Operands:
         x = self.normed if product.normed and norm is None else self.x
         residual = self.out if product.adds else None
         activation = "silu" if product.gates else None
-        return skinny.launch(x, weight, self.out, norm, EPS, None, residual, activation, variant.pdl, variant.tile)
+        return skinny.launch(x, weight, self.out, norm, None, residual, activation, variant.pdl, variant.tile)
 
     def ours(self, variant: Variant, with_norm: bool) -> Callable[[Tensor], None]:
         """`with_norm`: the separate norm counts too, where the variant does not fuse it."""
@@ -116,7 +117,7 @@ class Operands:
 
         def run(weight: Tensor) -> None:
             if norms:
-                rms_norm(self.x, self.norm, EPS, self.normed)
+                rms_norm(self.x, self.norm, self.normed)
             kernel, grid, arguments, options = self.launch(variant, weight)
             kernel[grid](*arguments, **options)
 
@@ -131,7 +132,7 @@ class Operands:
             if product.normed:
                 x = self.normed
                 if whole:
-                    rms_norm(self.x, self.norm, EPS, self.normed)
+                    rms_norm(self.x, self.norm, self.normed)
             if product.adds:
                 self.out.addmm_(x, weight.t())
             elif product.name == "head":
@@ -151,7 +152,7 @@ class Operands:
         before = torch.randn(self.out.shape, device="cuda", dtype=self.out.dtype).float()
         x = self.x.float()
         if self.product.normed:
-            x = functional.rms_norm(x, (self.product.k,), self.norm.float(), EPS)
+            x = functional.rms_norm(x, (self.product.k,), self.norm.weight.float(), EPS)
         truth = x @ self.weights[-1].float().T
         if self.product.gates:
             gate, up = truth.chunk(2, -1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightllmd.kernels import reference
 from lightllmd.kernels.activation import gated
-from lightllmd.kernels.norm import add_rms_norm, rms_norm
+from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.rope_kv import rope_kv
 
 TOKENS = (1, 64, 256, 8192)
@@ -24,7 +25,7 @@ def measure(name: str, report: Report) -> None:
         if deadline.passed(f"small kernels at {tokens} tokens"):
             return
         with report.case(f"norm {tokens}"):
-            norm(shape.hidden, tokens, report)
+            norms(shape.hidden, tokens, report)
         with report.case(f"gated {tokens}"):
             activation(shape.intermediate, tokens, report)
         with report.case(f"rope_kv {tokens}"):
@@ -40,21 +41,20 @@ def rate(size: int, us: float) -> float:
     return size / us / 1e3
 
 
-def norm(hidden: int, tokens: int, report: Report) -> None:
+def norms(hidden: int, tokens: int, report: Report) -> None:
     size = 2 * tokens * hidden
     xs = [random(tokens, hidden) for _ in range(copies_for(2 * size, most=16))]
     weight, out = random(hidden), torch.full((tokens, hidden), float("nan"), device="cuda", dtype=DTYPE)
-    rms_norm(xs[0], weight, EPS, out)
+    norm = Norm(weight, EPS)
+    rms_norm(xs[0], norm, out)
     require_close(out, reference.rms_norm(xs[0], weight, EPS), 1e-2)
-    us = median_us([lambda x=x: rms_norm(x, weight, EPS, out) for x in xs])
+    us = median_us([lambda x=x: rms_norm(x, norm, out) for x in xs])
     report.result("rms_norm", tokens=tokens, us=us, gbps=rate(2 * size, us))
     residual = random(tokens, hidden)
-    before = residual.clone()
-    add_rms_norm(xs[0], residual, weight, EPS, out)
-    require_close(residual, before + xs[0], 1e-2)
-    require_close(out, reference.rms_norm(residual, weight, EPS), 1e-2)
-    us = median_us([lambda x=x: add_rms_norm(x, residual, weight, EPS, out) for x in xs])
-    report.result("add_rms_norm", tokens=tokens, us=us, gbps=rate(4 * size, us))
+    rms_norm(xs[0], norm, out, residual)
+    require_close(out, residual + reference.rms_norm(xs[0], weight, EPS), 1e-2)
+    us = median_us([lambda x=x: rms_norm(x, norm, out, residual) for x in xs])
+    report.result("rms_norm_add", tokens=tokens, us=us, gbps=rate(3 * size, us))
 
 
 def activation(intermediate: int, tokens: int, report: Report) -> None:

@@ -1,0 +1,154 @@
+"""Linears of a GPU: matmuls of few rows stream the weight through kernels of our own, larger ones are cuBLAS's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from lightllmd.kernels import skinny
+from lightllmd.kernels.activation import gated, soft_cap_
+from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.norm import rms_norm
+
+# Matmuls of so many rows are computed in chunks of rows: cuBLAS chooses better tiles for those (TFLOP/s of an 8B
+# model's, at length on an H100: 719 at 2048 rows, 644 at 4096, 701 at 8192, 726 at 16384).
+CHUNK, CHUNKED = 2048, range(3072, 12288)
+
+
+class FusedDenseLinear:
+    """`linear.Linear` of a row-major weight ``[out, in]`` in the model's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Takes over a weight ``[out, in]`` and its bias ``[out]``."""
+        self.weight, self.bias = weight, bias
+        self.out_features = weight.shape[0]
+        self._overlaps = _overlaps(weight.device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        activation: str | None = None,
+        post_norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `linear.Linear`."""
+        if post_norm is not None:
+            out = self._linear(x, norm, activation, None)
+            rms_norm(out, post_norm, out if residual is None else residual, residual)
+            return out if residual is None else residual
+        return self._linear(x, norm, activation, residual)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `linear.Linear`."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    def _linear(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
+        rows, gates = len(x), activation is not None
+        if skinny.prefers(rows, *self.weight.shape, x.dtype, gates):
+            columns = self.out_features // 2 if gates else self.out_features
+            out = x.new_empty(rows, columns) if residual is None else residual
+            stream(x, self.weight, out, self._overlaps, norm, self.bias, residual, activation)
+            return out
+        if norm is not None:
+            x = normed(x, norm)
+        if residual is not None:
+            return _add_matmul(x, self.weight, self.bias, residual)
+        out = _matmul(x, self.weight, self.bias)
+        if activation is None:
+            return out
+        activated = x.new_empty(rows, self.out_features // 2)
+        gated(out, activation, activated)
+        return activated
+
+
+class FusedDenseHead:
+    """`linear.Head`: all logits are fp32 sums, since the matmuls store what they accumulate."""
+
+    def __init__(self, rows: Tensor, norm: Norm, *, tied: bool, soft_cap: float | None = None) -> None:
+        """`rows` ``[vocab, hidden]``, which are the embedding's where `tied`."""
+        self._rows, self._norm, self._tied, self._soft_cap = rows, norm, tied, soft_cap
+        self._overlaps = _overlaps(rows.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `linear.Head`."""
+        rows = self._rows
+        if skinny.prefers(len(hidden), *rows.shape, hidden.dtype, False):
+            logits = hidden.new_empty(len(hidden), len(rows), dtype=torch.float32)
+            stream(hidden, rows, logits, self._overlaps, self._norm)
+        else:
+            logits = _wide_matmul(normed(hidden, self._norm), rows)
+        return logits if self._soft_cap is None else soft_cap_(logits, self._soft_cap)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `linear.Head`."""
+        return {} if self._tied else {"weight": self._rows}
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """``norm(x)`` ``[T, hidden]`` in memory of its own."""
+    out = torch.empty_like(x)
+    rms_norm(x, norm, out)
+    return out
+
+
+def stream(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    overlaps: bool,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> None:
+    """`skinny.linear`, with the norm inside it or in a launch of its own. `overlaps`: the device has programmatic
+    dependent launch."""
+    rows = len(x)
+    if norm is not None and not skinny.fuses_norm(rows, x.dtype):
+        x, norm = normed(x, norm), None
+    pdl = overlaps and skinny.overlaps(rows, len(weight))
+    skinny.linear(x, weight, out, norm=norm, bias=bias, residual=residual, activation=activation, pdl=pdl)
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Programmatic dependent launch begins with Hopper; the interpreter does not know it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(CHUNK) if CHUNKED.start < len(x) < CHUNKED.stop else (x,)
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """cuBLAS's ``x @ weight.T + bias``."""
+    parts = _chunks(x)
+    if len(parts) == 1:
+        return functional.linear(x, weight, bias)
+    out = x.new_empty(len(x), len(weight))
+    for part, into in zip(parts, _chunks(out), strict=True):
+        if bias is None:
+            torch.mm(part, weight.t(), out=into)
+        else:
+            torch.addmm(bias, part, weight.t(), out=into)
+    return out
+
+
+def _add_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """cuBLAS's ``residual += x @ weight.T + bias``."""
+    if bias is not None:
+        residual.add_(bias)
+    for part, into in zip(_chunks(x), _chunks(residual), strict=True):
+        into.addmm_(part, weight.t())
+    return residual
+
+
+def _wide_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in fp32, whatever the operands are."""
+    if x.dtype is torch.float32:
+        return functional.linear(x, weight)
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return functional.linear(x.float(), weight.float())

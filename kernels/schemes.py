@@ -1,0 +1,61 @@
+"""How the weight of a linear is stored, and which part of it a rank holds. No torch: a memory budget reads it too.
+
+A further scheme is an entry of `SCHEMES`, and for each device that has kernels for it a `linear.Linear` in its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from lightllmd.errors import EngineError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to store a weight ``[out, in]``."""
+
+    name: str
+    tensors: tuple[str, ...]  # what `Linear.tensors` names, but for a bias
+    nbytes: Callable[[tuple[int, ...], int], int]  # of a shape ``[out, in]`` and the bytes of an element of the model
+
+
+def _dense(shape: tuple[int, ...], item_bytes: int) -> int:
+    elements = item_bytes
+    for size in shape:
+        elements *= size
+    return elements
+
+
+SCHEMES = {scheme.name: scheme for scheme in [Scheme("dense", ("weight",), _dense)]}
+SchemeName = Literal["dense"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What rank `rank` of a tensor-parallel group of `ranks` holds of a weight ``[out, in]`` (Shoeybi et al. 2019).
+
+    axis 0: a part of the outputs, and of the bias. axis 1: a part of the inputs; the outputs of all ranks are summed,
+    to which one of them has added the bias. None: all of it.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    axis: Literal[0, 1] | None = None
+
+
+WHOLE = Shard()
+
+
+def built(role: str, scheme: str, shard: Shard, kinds: Mapping[str, T]) -> T:
+    """The entry of `kinds`, a device's linears by scheme. Raises EngineError naming what is not built for `role`."""
+    if scheme not in SCHEMES:
+        raise EngineError(f"{role}: there is no scheme {scheme!r} of storing weights ({', '.join(SCHEMES)} is built)")
+    if scheme not in kinds:
+        raise EngineError(f"{role}: this device has no kernels for weights stored as {scheme!r}")
+    if shard.ranks != 1:
+        raise EngineError(f"{role}: rank {shard.rank} of {shard.ranks} was asked for, one rank is built")
+    return kinds[scheme]
