@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from lightllmd.errors import ConfigInvalid, Problem, show
+
+T = TypeVar("T", int, float)
 
 # The largest sizes that are believed, well above any known model's: beyond them arithmetic and loops would not end.
 MOST = {
@@ -18,6 +20,7 @@ MOST = {
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 31,
     "original_max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
 }
 
 
@@ -40,6 +43,13 @@ def number(
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:  # NaN isn't either
         raise _wrong(f"{within}.{key}" if within else key, value, f"a positive number of at most {most:g}")
     return float(value)
+
+
+def optional(
+    read: Callable[[Mapping[str, Any], str, T], T], config: Mapping[str, Any], key: str, default: T
+) -> T | None:
+    """As `read` (`dimension` or `number`) has it, but None where the config says null, which means "none" there."""
+    return None if key in config and config[key] is None else read(config, key, default)
 
 
 def switch(config: Mapping[str, Any], key: str, default: bool = False) -> bool:

@@ -11,7 +11,8 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RotaryKind = Literal["default", "linear", "dynamic", "llama3", "divided"]
-NormPlacement = Literal["pre"]
+NormPlacement = Literal["pre", "pre_post", "post"]
+QkNorm = Literal["head", "projection"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class GroupedQuery:
     scale: float  # of the attention logits
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # an RMS norm over each query and key head, before the rotation
+    # An RMS norm of queries and one of keys before the rotation: over each head, or over all heads together.
+    qk_norm: QkNorm | None = None
+    window: int | None = None  # tokens that a query sees, its own included; None: all before it
+    soft_cap: float | None = None  # attention logits become ``soft_cap * tanh(logits / soft_cap)``
 
     @property
     def q_size(self) -> int:
@@ -83,14 +87,16 @@ FeedForward = GatedMlp
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """One layer: attention, then a feed-forward block."""
+
     attention: Attention
     feed_forward: FeedForward
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes in elements. `norm_placement` says where the norms of a layer stand: "pre", before attention and
-    feed-forward block."""
+    """Sizes in elements. `norm_placement` says where a layer has its norms: "pre", before attention and feed-forward
+    block; "post", behind each of them, before its result joins the residual; or both."""
 
     hidden: int
     vocab: int
@@ -99,6 +105,8 @@ class DecoderSpec:
     norm: RmsNorm
     norm_placement: NormPlacement
     tied: bool  # the head's weight is the embedding
+    embedding_scale: float | None = None  # of the embedded tokens
+    logit_soft_cap: float | None = None  # logits become ``logit_soft_cap * tanh(logits / logit_soft_cap)``
 
     @property
     def head_dims(self) -> set[int]:

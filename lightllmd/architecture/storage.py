@@ -24,6 +24,7 @@ class Dense:
     item_bytes: int
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Of a tensor of that shape."""
         return math.prod(shape) * self.item_bytes
 
 

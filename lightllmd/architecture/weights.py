@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery
+from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery, NormPlacement
 
 # What a weight is for. Those of a layer occur once in each.
 Role = Literal[
     "embed",
     "attention_norm",
+    "attention_post_norm",
     "feed_forward_norm",
+    "feed_forward_post_norm",
     "q_norm",
     "k_norm",
     "qkv",
@@ -23,6 +25,13 @@ Role = Literal[
     "norm",
     "head",
 ]
+
+# Of a layer, in the order in which they are loaded.
+NORMS: dict[NormPlacement, tuple[Role, ...]] = {
+    "pre": ("attention_norm", "feed_forward_norm"),
+    "pre_post": ("attention_norm", "attention_post_norm", "feed_forward_norm", "feed_forward_post_norm"),
+    "post": ("attention_post_norm", "feed_forward_post_norm"),
+}
 
 # A checkpoint's name of each tensor, by what it is, without ".weight" and ".bias"; {layer} stands for the layer's
 # number. The keys are the roles, but for "q", "k", "v" of qkv and "gate", "up" of gate_up.
@@ -94,16 +103,17 @@ class _Maker:
 
     def layers(self) -> Iterator[WeightSpec]:
         for number, layer in enumerate(self._spec.layers):
-            yield self.norm("attention_norm", number)
-            yield self.norm("feed_forward_norm", number)
+            for role in NORMS[self._spec.norm_placement]:
+                yield self.norm(role, number)
             yield from self._attention(number, layer.attention)
             yield from self._feed_forward(number, layer.feed_forward)
 
     def _attention(self, layer: int, spec: GroupedQuery) -> Iterator[WeightSpec]:
         hidden, unit = self._spec.hidden, spec.head_dim
         if spec.qk_norm:
-            yield self.norm("q_norm", layer, unit)
-            yield self.norm("k_norm", layer, unit)
+            whole = spec.qk_norm == "projection"
+            yield self.norm("q_norm", layer, spec.q_size if whole else unit)
+            yield self.norm("k_norm", layer, spec.kv_size if whole else unit)
         rows = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
         yield self._matrix("qkv", layer, rows, hidden, spec.qkv_bias, shard_axis=0, unit=unit)
         out = {"attention_out": hidden}

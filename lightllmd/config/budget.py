@@ -34,7 +34,7 @@ class Demand:
     slot_bytes: int  # keys and values of one token in all layers
     gather_bytes: int = 0  # per slot: one layer's keys and values, gathered for attention
     spare_slots: int = 0  # that no request ever owns
-    neighbours: tuple[Neighbour, ...] = ()  # models for any one of which there has to be room beside this one
+    co_residents: tuple[CoResident, ...] = ()  # models for any one of which there has to be room beside this one
 
     @property
     def rest(self) -> int:
@@ -43,28 +43,31 @@ class Demand:
 
     @property
     def slot_cost(self) -> int:
+        """Bytes that one more slot takes, all told."""
         return self.slot_bytes + self.gather_bytes
 
     @property
     def alone(self) -> int:
-        """Left for slots where there is no neighbour; negative when even the rest does not fit."""
+        """Left for slots where there is no co-resident; negative when even the rest does not fit."""
         return self.available - self.rest
 
     @property
     def room(self) -> int:
         """Left for slots."""
-        return min([self.alone, *(neighbour.leaves(self.alone) for neighbour in self.neighbours)])
+        return min([self.alone, *(co_resident.leaves(self.alone) for co_resident in self.co_residents)])
 
     @property
     def most_slots(self) -> int:
+        """That fit into `room`."""
         return max(0, self.room // self.slot_cost)
 
-    def largest_neighbour(self, slots: int) -> Neighbour | None:
+    def largest_co_resident(self, slots: int) -> CoResident | None:
         """That takes the most beside so many slots of this one."""
         kv = slots * self.slot_cost
-        return max(self.neighbours, key=lambda neighbour: neighbour.takes(kv), default=None)
+        return max(self.co_residents, key=lambda co_resident: co_resident.takes(kv), default=None)
 
     def with_slots(self, slots: int) -> Budget:
+        """The whole budget with a KV cache of so many slots."""
         spare = f" and {self.spare_slots} for padding" if self.spare_slots else ""
         how = f"{slots} slots{spare} x {size(self.slot_bytes)}"
         slot_rows = [BudgetRow("kv cache", (slots + self.spare_slots) * self.slot_bytes, how)]
@@ -72,16 +75,16 @@ class Demand:
             how = f"one layer's keys and values gathered, padded x {GATHER_PADDING}"
             slot_rows.append(BudgetRow("attention", slots * self.gather_bytes, how))
         weights, *rest = self.rows
-        if neighbour := self.largest_neighbour(slots):
-            rest.append(neighbour.row(slots * self.slot_cost))
+        if co_resident := self.largest_co_resident(slots):
+            rest.append(co_resident.row(slots * self.slot_cost))
         return Budget(rows=[weights, *slot_rows, *rest], available=self.available)
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class CoResident:
     """A model that shall fit beside the one that is planned. Alone it would have `least` to `most` slots.
 
-    Planned by this rule, any two models fit beside each other, X with Y for a neighbour and Y with X. Of what is
+    Planned by this rule, any two models fit beside each other, X with Y for a co-resident and Y with X. Of what is
     available let P be what the rest of both leaves, and B the bytes of their slots: least <= B <= most. `leaves` grants
     X at most P - most(Y), or at most P / 2 (and P - least(Y)); and Y the like. If X has at most P - most(Y), or Y at
     most P - most(X), both fit; else each has at most P / 2, and both fit too. Neither needs to know what the other was
@@ -103,9 +106,11 @@ class Neighbour:
         return min(max(self.least, kv // self.demand.slot_cost), self.most)
 
     def takes(self, kv: int) -> int:
+        """Bytes of this model beside `kv` bytes of the planned model's slots."""
         return self.demand.rest + self.slots(kv) * self.demand.slot_cost
 
     def row(self, kv: int) -> BudgetRow:
+        """Of the planned model's budget: what stays free for this one, whose size `takes` says."""
         slots, cost = self.slots(kv), self.demand.slot_cost
         how = f"{size(self.demand.rest)} and {slots} slots x {size(cost)}"
         return BudgetRow(RESERVE_ROW, self.takes(kv), f"room for {self.name} beside it: {how}")
@@ -117,7 +122,7 @@ def demand(
     device: DeviceFacts,
     data_type: str,
     batch_max_tokens: int,
-    neighbours: tuple[Neighbour, ...] = (),
+    co_residents: tuple[CoResident, ...] = (),
 ) -> Demand:
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
     spec, item = architecture.spec, ITEM_BYTES[data_type]
@@ -128,7 +133,7 @@ def demand(
     )
     if device.kind == "cuda":
         rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens)
-        return Demand([*rows, margin], available, slot_bytes, spare_slots=1, neighbours=neighbours)
+        return Demand([*rows, margin], available, slot_bytes, spare_slots=1, co_residents=co_residents)
     rows = [
         _weights(architecture, data_type),
         _activations(spec, batch_max_tokens, item),
@@ -140,7 +145,7 @@ def demand(
         BudgetRow("runtime", CPU_RUNTIME, "the process before it has loaded anything"),
     ]
     gathered = GATHER_PADDING * layer_bytes
-    return Demand([*rows, margin], available, slot_bytes, gather_bytes=gathered, neighbours=neighbours)
+    return Demand([*rows, margin], available, slot_bytes, gather_bytes=gathered, co_residents=co_residents)
 
 
 def kv_bytes(spec: DecoderSpec, item: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from lightllmd.architecture.family import Architecture
 from lightllmd.config import budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
-from lightllmd.config.budget import Demand, Neighbour
+from lightllmd.config.budget import CoResident, Demand
 from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.modes import BUILT, decode_modes
@@ -144,7 +144,7 @@ class _Real(_Maker):
     def __init__(self, config: Config, facts: Facts, config_file: str | None, model: ModelFacts) -> None:
         super().__init__(config, facts, config_file)
         self.model = model
-        self.neighbours: tuple[Neighbour, ...] = ()
+        self.co_residents: tuple[CoResident, ...] = ()
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -158,7 +158,7 @@ class _Real(_Maker):
         data_type = self.settle("data_type", self._data_type())
         eos_id = self.settle("eos_id", self._eos_id(vocab))
         batch = self.settle("batch_max_tokens", _batch_max_tokens(self.params))
-        self.neighbours = tuple(self._neighbours())
+        self.co_residents = tuple(self._co_residents())
         demand = self._demand(data_type, self.params)
         slots = self._slots(demand, data_type)
         self.stop_if_problems()
@@ -180,7 +180,7 @@ class _Real(_Maker):
             decode_kernel=next(iter(decode_modes(self.params.mode)), "auto"),  # the rules let no two through
         )
 
-    def neighbour(self, name: str) -> Neighbour:
+    def co_resident(self, name: str) -> CoResident:
         """What it takes beside another model. Raises ConfigInvalid where it can't be served at all."""
         self._check()
         data_type = self._data_type().value
@@ -188,22 +188,22 @@ class _Real(_Maker):
         most = self._slots(demand, data_type).value
         self.stop_if_problems()
         least = self.params.max_req_total_len + 1 if self.params.max_total_token_num == "auto" else most
-        return Neighbour(name, demand, least, most)
+        return CoResident(name, demand, least, most)
 
-    def _neighbours(self) -> Iterator[Neighbour]:
+    def _co_residents(self) -> Iterator[CoResident]:
         """Of those that can't be served nothing is kept: it is said, and the others have to do without them."""
         for name, other in self.facts.others.items():
             try:
-                yield self._neighbour(name, other)
+                yield self._co_resident(name, other)
             except ConfigInvalid as invalid:
                 fault = "; ".join(problem.message for problem in invalid.problems)
                 self.settle(f"room for {name}", _Value(0, f"none beside this model: {fault}"))
 
-    def _neighbour(self, name: str, other: Other) -> Neighbour:
+    def _co_resident(self, name: str, other: Other) -> CoResident:
         if other.model is None:
             raise ConfigInvalid([Problem("model_dir", other.fault)])
         config = msgspec.structs.replace(self.config, params=other.params)
-        return _Real(config, Facts(other.model, self.device), self.config_file, other.model).neighbour(name)
+        return _Real(config, Facts(other.model, self.device), self.config_file, other.model).co_resident(name)
 
     def _check(self) -> None:
         """What the probe lets through can be served by itself; here it's whether this configuration can. Raises
@@ -296,7 +296,7 @@ class _Real(_Maker):
     def _demand(self, data_type: str, params: Params) -> Demand:
         config = msgspec.structs.replace(self.config, params=params)
         tokens = _batch_max_tokens(params).value
-        return budget.demand(config, self.architecture, self.device, data_type, tokens, self.neighbours)
+        return budget.demand(config, self.architecture, self.device, data_type, tokens, self.co_residents)
 
     def _slots(self, demand: Demand, data_type: str) -> _Value:
         """The size of the KV cache, or a problem that says what would fit."""
@@ -322,8 +322,8 @@ class _Real(_Maker):
         needed = demand.with_slots(asked)
         self.short_of = (needed.needed, demand.available)
         short, keys = "does not fit", ["model_dir"]
-        if neighbour := demand.largest_neighbour(asked):
-            kept = f'{size(needed.reserve)} for {neighbour.name} beside it, which supervisor.swap = "beside" keeps'
+        if co_resident := demand.largest_co_resident(asked):
+            kept = f'{size(needed.reserve)} for {co_resident.name} beside it, which supervisor.swap = "beside" keeps'
             short = f"{short} with {kept}"
             if demand.alone > total * demand.slot_cost:
                 keys = ["supervisor.swap"]
@@ -342,8 +342,8 @@ class _Real(_Maker):
         params, most = self.params, demand.most_slots
         useful = params.running_max_req_size * params.max_req_total_len + 1
         rest = "after the rest"
-        if neighbour := demand.largest_neighbour(most):
-            rest += f" and with room for {neighbour.name} beside it"
+        if co_resident := demand.largest_co_resident(most):
+            rest += f" and with room for {co_resident.name} beside it"
         chosen = _Value(most, f"what {size(demand.room)} hold at {size(demand.slot_bytes)} a slot, {rest}")
         if useful < most:
             chosen = _Value(useful, "running_max_req_size x max_req_total_len + 1: more could never be used")

@@ -58,6 +58,8 @@ class FeedForward:
 
 
 class DecoderLayer:
+    """Attention, then a feed-forward block."""
+
     def __init__(self, spec: LayerSpec, decoder: DecoderSpec, kernels: Kernels, weights: LayerWeights) -> None:
         self.attention = Attention(spec.attention, decoder.norm, kernels, weights)
         self.feed_forward = FeedForward(spec.feed_forward, weights)

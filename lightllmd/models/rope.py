@@ -20,6 +20,7 @@ class Rope:
 
     @property
     def by_length(self) -> bool:
+        """Whether a token's angles depend on how long its sequence is."""
         return self.spec.kind == "dynamic"
 
     def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:

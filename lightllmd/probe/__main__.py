@@ -23,6 +23,7 @@ CPU_SECONDS = 5  # of one model; the largest known tokenizer takes 2
 
 
 def main() -> int:
+    """Reads a `Request` from standard input, writes the facts or an error. Returns the exit status."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     try:
         answer = msgspec.json.encode(probe(request, _reading))

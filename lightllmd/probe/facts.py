@@ -14,6 +14,8 @@ from lightllmd.weights.device_facts import device_facts
 
 
 class Request(msgspec.Struct, frozen=True):
+    """Which model and device the facts are asked of."""
+
     model_dir: str | None = None
     load_way: str = "HF"  # "DUMMY" needs no weight files
     backend: str = "torch"  # "fake" has no model
@@ -25,7 +27,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def _unwatched(path: str) -> None:
-    """Nobody asks which model is being read."""
+    """For callers that do not need to know which model is being read."""
 
 
 def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Facts:

@@ -164,14 +164,15 @@ def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
     header = read_gguf_header(path)
     config = gguf_hf_config(header)
     architecture = _architecture(config, path)
+    tensors = hugging_face_tensors(header, architecture.family)
     if not dummy:
-        verify(architecture, hugging_face_tensors(header, architecture.family), GGUF_READABLE, str(path))
+        verify(architecture, tensors, GGUF_READABLE, str(path))
     stored = [tensor for tensor in header.tensors if tensor.name != ROPE_FREQUENCIES]
     eos_ids = gguf_eos_ids(header)
     _require_in_vocabulary(eos_ids, architecture.spec.vocab, path)
     has_tokenizer, dtype = "tokenizer.ggml.tokens" in header.metadata, gguf_dtype(header)
-    tensors, files = [] if dummy else stored, list(header.files)
-    return _facts(path, "gguf", config, architecture, tensors, files, dtype, eos_ids, has_tokenizer, dummy)
+    files, weights = list(header.files), [] if dummy else stored
+    return _facts(path, "gguf", config, architecture, weights, files, dtype, eos_ids, has_tokenizer, dummy)
 
 
 # --- Hugging Face directory ---------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def device_facts(wanted: str, threads: int) -> DeviceFacts:
 
 
 def cpu_facts(threads: int, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> DeviceFacts:
+    """The CPU's, and the memory that the process's control groups leave it. `threads` is passed on."""
     memory = psutil.virtual_memory()
     limits = list(cgroup_memory(proc, sys))
     flags, name = _cpu_info(proc)
@@ -204,6 +205,7 @@ def _cuda_facts(threads: int) -> DeviceFacts:
 
 
 def cuda_fast_dtypes(capability: tuple[int, ...]) -> list[str]:
+    """The dtypes that a GPU of this compute capability multiplies at full speed, best first."""
     return ["bfloat16", "float16", "float32"] if capability >= (8, 0) else ["float16", "float32"]
 
 

@@ -29,7 +29,7 @@ class WeightFile:
 
     def read(self, offset: int, into: np.ndarray) -> None:
         """Fills `into` (bytes) from `offset` on. The kernel is told beforehand which they are."""
-        wanted, at = memoryview(into), 0
+        wanted, at = into.data, 0
         try:
             os.posix_fadvise(self._descriptor, offset, len(wanted), os.POSIX_FADV_WILLNEED)
             while at < len(wanted):

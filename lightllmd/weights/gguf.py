@@ -41,6 +41,7 @@ class GgufCheckpoint:
         }
 
     def read(self, name: str, out: Tensor) -> Iterator[int]:
+        """As `Checkpoint.read`; a quantised tensor is dequantised in chunks."""
         info = self.tensors[name]
         view = self._in_file_order(name, out)
         if len(info.shape) == 1:

@@ -49,6 +49,8 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufHeader:
+    """What precedes the weights in a file, or in all parts of a split one."""
+
     path: Path  # of a split file its first part
     version: int
     metadata: dict[str, Any]
@@ -57,6 +59,7 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
+        """llama.cpp's name of the model's family; empty where the file has none."""
         return str(self.metadata.get("general.architecture", ""))
 
 

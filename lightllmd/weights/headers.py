@@ -34,6 +34,8 @@ SAFETENSORS_READABLE = frozenset({"F64", "F32", "F16", "BF16"})  # what a weight
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
+    """A tensor in a file, and where it lies there."""
+
     name: str
     shape: tuple[int, ...]  # row-major, as torch says it (a GGUF file stores the dimensions reversed)
     type: str  # "F32", "BF16", … or a GGML block type such as "Q4_1"
@@ -43,11 +45,14 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
+        """The product of `shape`."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
+    """What one file says of itself; tensors in the order in which they lie in it."""
+
     path: Path
     tensors: list[TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)

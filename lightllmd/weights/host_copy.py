@@ -30,7 +30,7 @@ THREADS = 8  # at most; page faults of fresh memory are what they wait for
 SPARE_PIECES = 2
 MARGIN = 0.1  # of the free host memory that is left alone
 ALIGNMENT = 64  # bytes
-TELL = 0.05  # seconds between two signs of progress while somebody waits
+TELL = 0.05  # seconds between two signs of progress while something waits
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Place:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.shape.numel() * self.dtype.itemsize
 
 
@@ -75,6 +76,7 @@ class HostCopy:
 
     @property
     def whole(self) -> bool:
+        """Everything has been copied."""
         return self._bytes is not None
 
     @property

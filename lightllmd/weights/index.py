@@ -17,7 +17,8 @@ class Checkpoint(Protocol):
     """Names are those of Hugging Face checkpoints; a format with other names translates them."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that it holds, by name."""
 
     @property
     def readable(self) -> Collection[str]:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 
 def invalid(message: str) -> ConfigInvalid:
+    """The error of a `model_dir` that can't be served."""
     return ConfigInvalid([Problem("model_dir", message)])
 
 
@@ -99,6 +100,7 @@ def read_typed(path: Path, form: type[T], limit: int = MAX_JSON) -> T:
 
 
 def typed(path: Path, value: object, form: type[T]) -> T:
+    """`value`, which was read from `path`, as a `form`. Raises what `read_listed` raises."""
     try:
         return msgspec.convert(value, form)
     except msgspec.ValidationError as error:
@@ -143,6 +145,8 @@ class Token(msgspec.Struct, frozen=True):
 
 
 class NamedTemplate(msgspec.Struct, frozen=True):
+    """One of several chat templates of a tokenizer_config.json."""
+
     name: str
     template: str
 
@@ -180,10 +184,13 @@ class TokenizerJson(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True):
+    """What is read of generation_config.json, and of config.json likewise."""
+
     eos_token_id: int | list[int] | None = None
 
 
 def text_of(token: str | Token | None) -> str | None:
+    """The text of a special token, in whichever form the file writes it."""
     return token.content if isinstance(token, Token) else token
 
 

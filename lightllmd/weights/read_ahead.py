@@ -24,17 +24,18 @@ log = logging.getLogger(__name__)
 class ReadAhead:
     """Begins at once, in threads that keep no process alive. What is in the cache already costs next to nothing.
 
-    Nobody depends on it: a file that can't be read is left to whoever reads it in earnest.
+    Nothing depends on it: a file that can't be read is left to the loader.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
         self._pieces = _pieces(files)
-        self._turn = threading.Lock()  # of whoever takes the next piece
+        self._turn = threading.Lock()  # held by the thread that takes the next piece
         self._threads = [threading.Thread(target=self._read, name="read-ahead", daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
 
     def wait(self) -> None:
+        """Until all of it has been read, or could not be."""
         for thread in self._threads:
             thread.join()
 
@@ -70,6 +71,7 @@ def _pieces(files: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def main() -> int:
+    """Reads the files that the arguments name. Returns the exit status."""
     ReadAhead(sys.argv[1:]).wait()
     return 0
 

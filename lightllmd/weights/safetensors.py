@@ -32,9 +32,11 @@ class SafetensorsCheckpoint:
                 self.tensors[tensor.name] = tensor
 
     def dtype(self, name: str) -> torch.dtype:
+        """That a tensor is stored in."""
         return FLOAT_TYPES[self.tensors[name].type]
 
     def read(self, name: str, out: Tensor) -> Iterator[int]:
+        """As `Checkpoint.read`; what is stored in the dtype of `out` is read into its place."""
         stored, info = self.dtype(name), self.tensors[name]
         rows = info.shape[0]
         row_bytes = info.nbytes // max(1, rows)

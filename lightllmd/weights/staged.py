@@ -145,6 +145,7 @@ class Slot:
         piece.read(self._numbers[: piece.nbytes])
 
     def upload(self, piece: Piece) -> None:
+        """Sends what `fill` read to its place, converted to the decoder's dtype there."""
         values = self._room[: piece.nbytes].view(piece.stored)
         if piece.stored != piece.out.dtype:
             values = values.to(piece.out.device, non_blocking=True)

@@ -18,18 +18,15 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 CEILINGS = {
     "": 27,
     "api": 110,
-    "config": 22,
+    "config": 17,
     "engine": 53,
     "http": 32,
     "ipc": 10,
     "kernels": 22,
     "lightllmctl": 34,
-    "models": 3,
     "observe": 8,
-    "probe": 2,
     "requests": 10,
     "text": 30,
-    "weights": 22,
 }
 
 

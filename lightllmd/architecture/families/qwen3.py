@@ -16,7 +16,7 @@ HEAD_DIM = 128  # where config.json names none, whatever hidden size and heads a
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Raises ConfigInvalid naming the key where the config is incomplete or asks for what isn't built."""
     config = {**config, "head_dim": config.get("head_dim") or HEAD_DIM}
-    attention = replace(llama.attention(config), qk_norm=True)
+    attention = replace(llama.attention(config), qk_norm="head")
     return llama.decoder(config, attention, replace(llama.feed_forward(config), bias=False))
 
 

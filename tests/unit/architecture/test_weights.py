@@ -1,0 +1,77 @@
+"""The list of weights, and the fold over it that is the budget's row: by scheme, and by rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import pytest
+
+from lightllmd.architecture.families import FAMILIES, architecture_of
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.storage import Dense, weight_bytes
+from lightllmd.architecture.weights import Role, WeightSpec
+
+CONFIG = {
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 512,
+    "vocab_size": 1000,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+LINEARS: set[Role] = {"qkv", "attention_out", "gate_up", "down"}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return architecture_of(request.param, CONFIG)
+
+
+def nbytes(weights: Iterable[WeightSpec], *, ranks: int = 1) -> int:
+    return weight_bytes(weights, Dense(2), ranks=ranks)
+
+
+def test_each_tensor_of_a_checkpoint_is_read_once_and_each_weight_has_a_key(architecture: Architecture) -> None:
+    names = [part.name for weight in architecture.weights for part in weight.stored]
+    keys = [weight.key for weight in architecture.weights]
+    assert len(set(names)) == len(names)
+    assert len(set(keys)) == len(keys)
+
+
+def test_matrices_of_the_layers_may_be_quantised_and_nothing_else(architecture: Architecture) -> None:
+    assert {weight.role for weight in architecture.weights if weight.quantisable} == LINEARS
+    assert all(len(part.shape) == 2 for weight in architecture.weights if weight.quantisable for part in weight.parts)
+
+
+def test_on_one_rank_each_parameter_takes_its_item(architecture: Architecture) -> None:
+    assert nbytes(architecture.weights) == 2 * architecture.parameters
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_all_that_has_an_axis_and_repeat_the_rest(architecture: Architecture, ranks: int) -> None:
+    for weight in architecture.weights:
+        shared = [part for part in weight.stored if weight.shard_axis is not None and len(part.shape) > 1]
+        shared += [part for part in weight.stored if weight.shard_axis == 0 and len(part.shape) == 1]
+        repeated = [part for part in weight.stored if part not in shared]
+        expected = sum(math.prod(part.shape) for part in shared) // ranks
+        expected += sum(math.prod(part.shape) for part in repeated)
+        assert nbytes([weight], ranks=ranks) == 2 * expected, weight.key
+
+
+def test_a_head_stays_whole_where_there_are_more_ranks_than_heads() -> None:
+    qkv = next(weight for weight in architecture_of("qwen2", CONFIG).weights if weight.role == "qkv")
+    assert nbytes([qkv], ranks=8) == 2 * 3 * 32 * (256 + 1)  # a head each of q, k and v, with its bias
+
+
+def test_a_scheme_stores_what_may_be_quantised_and_the_rest_stays_dense(architecture: Architecture) -> None:
+    class Eighth:
+        def nbytes(self, shape: tuple[int, ...]) -> int:
+            return math.prod(shape) // 8
+
+    matrices = sum(math.prod(part.shape) for one in architecture.weights if one.quantisable for part in one.parts)
+    dense = architecture.parameters - matrices
+    assert weight_bytes(architecture.weights, Dense(2), Eighth()) == 2 * dense + matrices // 8
