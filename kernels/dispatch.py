@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Embedding, Head, Linear, Norm
 from lightllmd.kernels.schemes import WHOLE, Shard
 
@@ -46,7 +46,7 @@ class Kernels(Protocol):
         self,
         qkv: Tensor,
         cache: Tensor,
-        batch: GroupedBatch | TableBatch,
+        batch: Batch,
         heads: Heads,
         q_norm: Tensor | None,
         k_norm: Tensor | None,

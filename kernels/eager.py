@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightllmd.kernels.eager_attention import attention
 from lightllmd.kernels.eager_linear import DenseLinear, EagerHead, EagerLinear, PackedLinear
-from lightllmd.kernels.layout import GroupedBatch, TableBatch
+from lightllmd.kernels.layout import Batch, GatheredRows
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.schemes import WHOLE, Shard, built
 
@@ -50,14 +50,14 @@ class EagerKernels:
 
 
 class EagerEmbedding:
-    """`linear.Embedding` of a `GroupedBatch`."""
+    """`linear.Embedding` of a batch of `GatheredRows`."""
 
     def __init__(self, weight: Tensor, scale: float | None) -> None:
         self.weight = weight
         # As transformers has it: rounded to the dtype, so that the product of both is.
         self._scale = None if scale is None else torch.tensor(scale, dtype=weight.dtype, device=weight.device)
 
-    def __call__(self, batch: GroupedBatch | TableBatch) -> Tensor:
+    def __call__(self, batch: Batch[GatheredRows]) -> Tensor:
         """See `linear.Embedding`."""
         x = functional.embedding(batch.tokens, self.weight)
         return x if self._scale is None else x.mul_(self._scale)

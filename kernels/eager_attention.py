@@ -7,7 +7,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.eager_ops import rms_norm
-from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.layout import Batch, GatheredRows, Heads
 
 # A mask for queries that follow a cached prefix has at most this many rows: bounds its memory (config.bounds).
 MASK_ROWS = 512
@@ -16,28 +16,28 @@ MASK_ROWS = 512
 def attention(
     qkv: Tensor,
     cache: Tensor,
-    batch: GroupedBatch | TableBatch,
+    batch: Batch[GatheredRows],
     heads: Heads,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    assert isinstance(batch, GroupedBatch)
+    rows = batch.metadata
     qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
     q, k = qkv[:, : heads.query], qkv[:, heads.query : heads.query + heads.kv]
     if q_norm is not None and k_norm is not None:
         q.copy_(rms_norm(q, q_norm, heads.norm_eps))
         k.copy_(rms_norm(k, k_norm, heads.norm_eps))
-    rotate_(qkv[:, : heads.query + heads.kv], batch.cos, batch.sin)
+    rotate_(qkv[:, : heads.query + heads.kv], rows.cos, rows.sin)
     write_kv(cache, batch.slots, qkv[:, heads.query :])
-    if len(batch.decode) == 1 and batch.decode[0].tokens is None:
-        group = batch.decode[0]
+    if len(rows.decode) == 1 and rows.decode[0].tokens is None:
+        group = rows.decode[0]
         attended = decode_attention(q, cache, group.slots, group.mask, heads.scale)
     else:
         attended = torch.empty_like(q)
-        for group in batch.decode:
+        for group in rows.decode:
             attended[group.tokens] = decode_attention(q[group.tokens], cache, group.slots, group.mask, heads.scale)
-        for row in batch.prefill:
+        for row in rows.prefill:
             span = slice(row.first, row.first + row.count)
             attended[span] = prefill_attention(q[span], cache, row.slots, row.start, heads.scale)
     attended = attended.flatten(1)

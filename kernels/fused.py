@@ -11,7 +11,7 @@ from torch import Tensor
 from lightllmd.kernels.embed import embed
 from lightllmd.kernels.fused_attention import FusedAttention
 from lightllmd.kernels.fused_linear import FusedDenseHead, FusedDenseLinear
-from lightllmd.kernels.layout import GroupedBatch, TableBatch
+from lightllmd.kernels.layout import Batch, TableRows
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.schemes import WHOLE, Shard, built
 
@@ -50,18 +50,17 @@ class FusedKernels:
 
 
 class FusedEmbedding:
-    """`linear.Embedding` of a `TableBatch`: its slots join the table in the same launch."""
+    """`linear.Embedding` of a batch of `TableRows`: its slots join the table in the same launch."""
 
     def __init__(self, weight: Tensor, scale: float | None) -> None:
         self.weight = weight
         # As transformers has it: rounded to the dtype, so that the product of both is.
         self._scale = None if scale is None else float(torch.tensor(scale, dtype=weight.dtype))
 
-    def __call__(self, batch: GroupedBatch | TableBatch) -> Tensor:
+    def __call__(self, batch: Batch[TableRows]) -> Tensor:
         """See `linear.Embedding`."""
-        assert isinstance(batch, TableBatch)
         x = self.weight.new_empty(len(batch.tokens), self.weight.shape[1])
-        where = (batch.tokens, batch.rows, batch.positions, batch.slots, batch.last, batch.table)
+        where = (batch.tokens, batch.rows, batch.positions, batch.slots, batch.metadata.last, batch.metadata.table)
         embed(*where, self.weight, x, self._scale)
         return x
 

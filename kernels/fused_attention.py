@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.decode_attention import decode_attention, segments_for
-from lightllmd.kernels.layout import GroupedBatch, Heads, PrefillTiles, TableBatch
+from lightllmd.kernels.layout import Batch, Heads, PrefillTiles, TableRows
 from lightllmd.kernels.prefill_attention import prefill_attention
 from lightllmd.kernels.rope_kv import rope_kv
 from lightllmd.kernels.segments import workspace_size
@@ -32,27 +32,26 @@ class FusedAttention:
         self,
         qkv: Tensor,
         cache: Tensor,
-        batch: GroupedBatch | TableBatch,
+        batch: Batch[TableRows],
         heads: Heads,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        assert isinstance(batch, TableBatch)
         qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
-        angles, slots = batch.angles, batch.slots
-        rope_kv(qkv, batch.cos_sin, angles, slots, cache, heads.query, heads.kv, q_norm, k_norm, heads.norm_eps)
+        read, slots = batch.metadata, batch.slots
+        rope_kv(qkv, read.cos_sin, read.angles, slots, cache, heads.query, heads.kv, q_norm, k_norm, heads.norm_eps)
         q, table_rows, positions = qkv[:, : heads.query], batch.rows, batch.positions
         if wanted is not None:
             # All that they see is in the cache by now, so each is read as a decode row is.
             q, table_rows, positions = (tensor.index_select(0, wanted) for tensor in (q, table_rows, positions))
             out = torch.empty_like(q)
-            self._decode(q, cache, batch.table, table_rows, positions, heads.scale, out)
+            self._decode(q, cache, read.table, table_rows, positions, heads.scale, out)
             return out.flatten(1)
         out = qkv.new_empty(q.shape)
-        if ahead := batch.decode:
-            self._decode(q[:ahead], cache, batch.table, table_rows[:ahead], positions[:ahead], heads.scale, out[:ahead])
-        rows = batch.prefill
+        if ahead := read.decode:
+            self._decode(q[:ahead], cache, read.table, table_rows[:ahead], positions[:ahead], heads.scale, out[:ahead])
+        rows = read.prefill
         if rows is not None:
             for span in rows.whole:
                 attended = whole_prompts.attend(qkv, heads, span)
@@ -60,7 +59,7 @@ class FusedAttention:
                     return attended.flatten(1)
                 out[span.first : span.first + len(attended)] = attended
             if len(rows.tiles):
-                self._prefill(q[ahead:], cache, batch.table, rows, heads.scale, out[ahead:])
+                self._prefill(q[ahead:], cache, read.table, rows, heads.scale, out[ahead:])
         return out.flatten(1)
 
     def _decode(

@@ -1,17 +1,30 @@
 """What a step looks like to the operations: where its tokens lie, and where their keys and values are.
 
 T tokens packed from all rows of a step; one layer's KV cache is ``[S, 2K, D]``, keys in heads 0..K-1, values behind.
-Made by a runner, carried through the decoder unread, taken apart by the operations of that runner's device.
+A `Batch` has what the operations of every device read, and metadata for the attention of one: made by that device's
+runner, carried through the decoder unread.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 Slots = Tensor | slice  # slots of the cache: their numbers, or a run of them
+Metadata = TypeVar("Metadata")
+
+
+@dataclass
+class Batch(Generic[Metadata]):
+    """The packed tokens of a step. Integers are int64 on a CPU, int32 where Triton's kernels read them."""
+
+    tokens: Tensor  # [T] ids; on a GPU -1 stands for the newest token of its row, ``metadata.last[row]``
+    rows: Tensor  # [T], each token's table row
+    positions: Tensor  # [T], in its sequence
+    slots: Tensor  # [T], where its keys and values go
+    metadata: Metadata  # what the device's attention needs to know of the rows: `GatheredRows` or `TableRows`
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,9 @@ class PrefillRow:
 
 
 @dataclass
-class GroupedBatch:
-    tokens: Tensor  # [T] int64
-    slots: Tensor  # [T] int64, where each token's keys and values go
+class GatheredRows:
+    """Metadata of torch's own attention: what is gathered from the cache, and each token's rotation."""
+
     cos: Tensor  # [T, 1, D]
     sin: Tensor  # [T, 1, D], the first half negated
     decode: list[DecodeGroup]
@@ -88,16 +101,13 @@ class PrefillTiles:
 
 
 @dataclass
-class TableBatch:
-    """The first `decode` of the T tokens are those of rows that feed one token each, then come the others.
+class TableRows:
+    """Metadata of attention kernels that find a row's slots in the request->slot table.
 
-    Lengths are on the device only, so a step with as many decode rows and nothing else is the same launches: a graph.
+    The first `decode` of the T tokens are those of rows that feed one token each, then come the others. Lengths are on
+    the device only, so a step with as many decode rows and nothing else is the same launches: a graph.
     """
 
-    tokens: Tensor  # [T] int32; -1: the newest token of its row, ``last[row]``
-    rows: Tensor  # [T] int32, each token's table row
-    positions: Tensor  # [T] int32, in its sequence
-    slots: Tensor  # [T] int32, where its keys and values go
     decode: int
     prefill: PrefillTiles | None
     angles: Tensor  # [T] int32, each token's row of cos_sin

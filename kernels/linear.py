@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightllmd.kernels.layout import GroupedBatch, TableBatch
+from lightllmd.kernels.layout import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Linear(Protocol):
 class Embedding(Protocol):
     """The rows of tokens, and how a step's residual stream begins."""
 
-    def __call__(self, batch: GroupedBatch | TableBatch) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """The embedded tokens of a step, ``[T, hidden]``, times the scale if there is one."""
 
     def tensors(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
-from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import Step
@@ -23,8 +23,8 @@ DEFAULTS = {
 }
 
 
-def limits(**changes: object) -> Limits:
-    return Limits(**(DEFAULTS | changes))
+def limits(**changes: object) -> SchedulerLimits:
+    return SchedulerLimits(**(DEFAULTS | changes))
 
 
 def submit(request: int, length: int = 10, most: int = 20, **fields: object) -> Submit:

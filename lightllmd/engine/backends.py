@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightllmd.config.plan import Plan
 from lightllmd.engine import kernel_cache, openmp
 from lightllmd.engine.runners import fake
-from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.hypothesis_text import Readings
 from lightllmd.engine.scheduling.scheduler import Scheduler
@@ -38,4 +38,4 @@ def scheduler_for(plan: Plan, generation: int) -> Scheduler:
     readings = Readings(lambda: load_tokenizer(plan))
     if plan.config.params.beam_mode:
         readings.prepare()
-    return Scheduler(Limits.of(plan), generation, constraints, readings)
+    return Scheduler(SchedulerLimits.of(plan), generation, constraints, readings)

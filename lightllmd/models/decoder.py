@@ -10,7 +10,7 @@ from torch import Tensor
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
-from lightllmd.kernels.layout import GroupedBatch, TableBatch
+from lightllmd.kernels.layout import Batch
 from lightllmd.kernels.linear import Linear, Norm
 from lightllmd.models.layer import DecoderLayer, LayerWeights
 from lightllmd.models.rope import Rope
@@ -61,7 +61,7 @@ class Decoder:
 
     def forward(
         self,
-        batch: GroupedBatch | TableBatch,
+        batch: Batch,
         caches: list[Tensor],
         beat: Callable[[], None],
         wanted: Tensor | None = None,

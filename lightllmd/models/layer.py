@@ -10,7 +10,7 @@ from torch import Tensor
 from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery, LayerSpec, RmsNorm
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
-from lightllmd.kernels.layout import GroupedBatch, Heads, TableBatch
+from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Linear, Norm
 
 
@@ -33,7 +33,7 @@ class Attention:
         q_norm, k_norm = weights.norms.get("q_norm"), weights.norms.get("k_norm")  # [D], over each head
         self._q_norm, self._k_norm = q_norm and q_norm.weight, k_norm and k_norm.weight
 
-    def forward(self, x: Tensor, cache: Tensor, batch: GroupedBatch | TableBatch, wanted: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
         """``x [T, hidden]`` -> ``x + attention(norm(x))``, perhaps in place; with `wanted` [R] of these tokens alone,
         ``[R, hidden]``: the others have their keys and values stored."""
         qkv = self._qkv(x, norm=self._norm)
@@ -64,9 +64,7 @@ class DecoderLayer:
         self.attention = Attention(spec.attention, decoder.norm, kernels, weights)
         self.feed_forward = FeedForward(spec.feed_forward, weights)
 
-    def forward(
-        self, x: Tensor, cache: Tensor, batch: GroupedBatch | TableBatch, wanted: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """The residual stream ``[T, hidden]`` to the next, perhaps in place; of the `wanted` [R] tokens alone, where
         they are named: of the last layer no others are needed."""
         return self.feed_forward.forward(self.attention.forward(x, cache, batch, wanted))

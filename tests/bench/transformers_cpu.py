@@ -35,7 +35,7 @@ from lightllmd.config.plan import Plan
 from lightllmd.config.resolve import resolve
 from lightllmd.engine import openmp
 from lightllmd.engine.runners.cpu import TorchRunner
-from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
 from lightllmd.probe.facts import Request, probe
@@ -80,7 +80,7 @@ class Ours:
         self.runner.load(plan, lambda done, total: None)
 
     def serve(self, prompts: list[list[int]], tokens: int, interval: float) -> Round:
-        scheduler = Scheduler(Limits.of(self.plan), 1)
+        scheduler = Scheduler(SchedulerLimits.of(self.plan), 1)
         params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
         arrivals = [index * interval for index in range(len(prompts))]
         waits: list[float] = []

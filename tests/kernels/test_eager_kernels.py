@@ -9,7 +9,7 @@ from torch import Tensor
 from lightllmd.kernels import eager_ops, reference
 from lightllmd.kernels.eager import EagerKernels
 from lightllmd.kernels.eager_linear import DenseLinear, PackedLinear
-from lightllmd.kernels.layout import GroupedBatch
+from lightllmd.kernels.layout import Batch, GatheredRows
 from lightllmd.kernels.linear import Norm
 
 DEVICES = [
@@ -87,7 +87,7 @@ def test_logits_are_capped_behind_the_last_norm(dtype: torch.dtype, device: str)
 
 def test_embeddings_are_scaled_by_what_the_dtype_holds_of_the_scale(dtype: torch.dtype, device: str) -> None:
     weight, tokens = random((50, 96), device, dtype), torch.tensor([3, 49, 0, 3], device=device)
-    batch = GroupedBatch(tokens, tokens, tokens, tokens, [], [])
+    batch = Batch(tokens, tokens, tokens, tokens, GatheredRows(tokens, tokens, [], []))
     kernels = EagerKernels(torch.device(device), dtype)
     assert torch.equal(kernels.embedding(weight)(batch), weight[tokens])
     scale = torch.tensor(96**0.5, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lightllmd.config.bounds import least_prefill_budget, prefill_budget
 from lightllmd.engine.loop import StepLoop
-from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.scheduling.sequence import SELF, Sequence, State
 from lightllmd.engine.step import Row, Step
@@ -36,7 +36,7 @@ def key(sequence: Sequence) -> Branch:
 
 
 class Model(Clients):
-    def __init__(self, limits: Limits, depth: int, seen: Counter[str] | None = None) -> None:
+    def __init__(self, limits: SchedulerLimits, depth: int, seen: Counter[str] | None = None) -> None:
         """`seen` counts what happened."""
         self.limits, self.depth = limits, depth
         self.seen: Counter[str] = Counter() if seen is None else seen
@@ -55,7 +55,7 @@ class Model(Clients):
         self.left: dict[Branch, int] = {}  # tokens of its prompt to feed, of those that entered
         self.started: set[int] = set()  # batches of which something was admitted
         self.round = -1  # how many more the admission round may admit; -1: none goes on
-        self.begun = 0  # the longest line while prompts are fed and nothing is admitted: a round may have begun with it
+        self.begun = 0  # how many more a round may admit that began, or goes on, without an admission to tell it by
         self.entered: Counter[Branch] = Counter()  # admissions
         self.answered = False  # the newest step was the engine's own
         self.head: tuple[object, int] = (None, 0)  # of the line, and the step by which it should have gone
@@ -244,9 +244,12 @@ class Model(Clients):
     # --- invariants ------------------------------------------------------------------------------------------
     def idle(self) -> None:
         """No step could be made: all that go on wait for their tokens, or for a suspect's."""
+        alone = any(launched.alone for launched in self.out) or (self.suspects and not self.resuming and self.out)
+        if alone:
+            self.begun = max(self.begun, self.round)  # a suspect's step interrupts a round, and does not end it
         self.round = -1
         self.pausing()  # perhaps for those who can't go on now
-        if any(launched.alone for launched in self.out) or (self.suspects and not self.resuming and self.out):
+        if alone:
             return
         for sequence in self.going_on:
             assert sequence.state is not State.RUNNING or self.waits(sequence), "a stream stands still"

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lightllmd.engine.kv_cache import manager as key_values
 from lightllmd.engine.kv_cache.slots import Slots
 from lightllmd.engine.scheduling import scheduler
-from lightllmd.engine.scheduling.admission import Limits
+from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.ipc.messages import SamplingParams, TextStops
 from property.fuzz_clients import APIS
 from property.fuzz_model import Model
@@ -30,10 +30,10 @@ DEPTHS = (0, 1)  # steps that stay out while the next is scheduled, as an engine
 ROUND = 500  # operations on one scheduler
 
 
-def draw_limits(draw: random.Random) -> Limits:
+def draw_limits(draw: random.Random) -> SchedulerLimits:
     total = draw.choice([40, 100, 300])
     mode = draw.choice(["", "beam", "diverse"])
-    return Limits(
+    return SchedulerLimits(
         max_total_token_num=total,
         batch_max_tokens=draw.choice([total // 2, total]),
         running_max_req_size=draw.choice([1, 3, 8, 64]),

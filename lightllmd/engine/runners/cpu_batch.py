@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightllmd.config.bounds import GATHER_PADDING, SHORT_ROW
 from lightllmd.engine.step import Row
-from lightllmd.kernels.layout import DecodeGroup, GroupedBatch, PrefillRow, Slots
+from lightllmd.kernels.layout import Batch, DecodeGroup, GatheredRows, PrefillRow, Slots
 from lightllmd.models.rope import Rope
 
 # Decode rows are read together while the shortest has at least this share of the longest's length: padding costs
@@ -25,7 +25,7 @@ class SlotTable:
         self._most_gathered = GATHER_PADDING * total
         self._device, self._dtype = device, dtype
 
-    def pack(self, rows: list[Row], rope: Rope) -> GroupedBatch:
+    def pack(self, rows: list[Row], rope: Rope) -> Batch[GatheredRows]:
         """Enters the rows' slots into the table and lays their tokens out, in the order of the rows. A row without
         tokens, a twin, is entered only."""
         for row in rows:
@@ -44,20 +44,19 @@ class SlotTable:
             for index, row in enumerate(rows)
             if len(row.tokens) > 1
         ]
-        cos, sin = self._angles(rows, rope)
-        return GroupedBatch(
+        positions = self._to_device([at for row in rows for at in range(row.start, row.start + len(row.tokens))])
+        decode = self._groups([rows[index] for index in single], [starts[index] for index in single], len(tokens))
+        return Batch(
             tokens=self._to_device(tokens),
+            rows=self._to_device([row.table_row for row in rows for _ in row.tokens]),
+            positions=positions,
             slots=self._to_device([slot for row in rows for slot in row.slots]),
-            cos=cos,
-            sin=sin,
-            decode=self._groups([rows[index] for index in single], [starts[index] for index in single], len(tokens)),
-            prefill=prefill,
+            metadata=GatheredRows(*self._rotations(rows, rope, positions), decode, prefill),
         )
 
-    def _angles(self, rows: list[Row], rope: Rope) -> tuple[Tensor, Tensor]:
-        positions = [position for row in rows for position in range(row.start, row.start + len(row.tokens))]
+    def _rotations(self, rows: list[Row], rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         lengths = [length for row in rows for length in rope_lengths(row)] if rope.by_length else None
-        angles = rope.cos_sin(self._to_device(positions), None if lengths is None else self._to_device(lengths))
+        angles = rope.cos_sin(positions, None if lengths is None else self._to_device(lengths))
         cos, sin = angles.unsqueeze(1).chunk(2, -1)
         return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)
 

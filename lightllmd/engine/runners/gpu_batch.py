@@ -20,7 +20,7 @@ from lightllmd.engine.runners.step_shapes import StepShape, first_tokens
 from lightllmd.engine.runners.transfers import Numbers, Upload, pinned
 from lightllmd.engine.step import DecodeRows, Row, Step
 from lightllmd.kernels import split_prefill
-from lightllmd.kernels.layout import Heads, PrefillTiles, TableBatch
+from lightllmd.kernels.layout import Batch, Heads, PrefillTiles, TableRows
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
 from lightllmd.kernels.whole_prompts import spans
 from lightllmd.models.rope import Rope
@@ -30,7 +30,7 @@ from lightllmd.models.rope import Rope
 class Packed:
     """A step on the device, valid until the next one is packed. What is sampled is padded to a batch size."""
 
-    batch: TableBatch
+    batch: Batch[TableRows]
     sampled: Tensor | None  # [R] int32, the tokens whose next token is asked for; None: those of all rows, in order
     table_rows: Tensor  # [R] int32, whose they are
     generated: Tensor  # [R] int32, positions of the tokens to come
@@ -190,25 +190,15 @@ class Packer:
     def _put(self, parts: Sequence[Numbers]) -> None:
         self._upload.put(np.concatenate([_ints(part) for part in parts]))
 
-    def _batch(self, fed: list[Tensor], decode: int, prefill: PrefillTiles | None) -> TableBatch:
+    def _batch(self, fed: list[Tensor], decode: int, prefill: PrefillTiles | None) -> Batch[TableRows]:
         """`fed`: of each token its id, table row, position, slot and, where angles depend on it, length."""
         tokens, table_rows, positions, slots, *lengths = fed
         angles = positions
         if lengths:
             angles = self._counting[: len(positions)]
             self._cos_sin[: len(positions)] = self._rope.cos_sin(positions, lengths[0])
-        return TableBatch(
-            tokens=tokens,
-            rows=table_rows,
-            positions=positions,
-            slots=slots,
-            decode=decode,
-            prefill=prefill,
-            angles=angles,
-            cos_sin=self._cos_sin,
-            table=self._table,
-            last=self._last,
-        )
+        metadata = TableRows(decode, prefill, angles, self._cos_sin, self._table, self._last)
+        return Batch(tokens, table_rows, positions, slots, metadata)
 
 
 def _ints(numbers: Numbers) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ from lightllmd.config.plan import Plan
 from lightllmd.engine.scheduling.sequence import Sequence, State
 
 
-class Limits(NamedTuple):
+class SchedulerLimits(NamedTuple):
     """The parameters of the same names; `eos_ids` is `eos_id`, `max_queue` counts branches."""
 
     max_total_token_num: int
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
     diverse_mode: bool = False
 
     @classmethod
-    def of(cls, plan: Plan) -> Limits:
+    def of(cls, plan: Plan) -> SchedulerLimits:
         params = plan.config.params
         return cls(
             max_total_token_num=plan.max_total_token_num,
@@ -120,7 +120,7 @@ class Admission:
     prompt + max_new_tokens, so on an empty server the strict comparison always admits it.
     """
 
-    def __init__(self, limits: Limits, running: Iterable[Sequence], used: int, locked: int = 0) -> None:
+    def __init__(self, limits: SchedulerLimits, running: Iterable[Sequence], used: int, locked: int = 0) -> None:
         self._limits = limits
         # Ratio 0: always worst case, so the reservation holds and nothing is ever paused.
         self._worst_case = used / limits.max_total_token_num >= limits.router_token_ratio

@@ -28,13 +28,13 @@ from typing import NamedTuple
 from lightllmd.config.bounds import PREFILL_ROWS, prefill_budget
 from lightllmd.engine.kv_cache.manager import KeyValues
 from lightllmd.engine.scheduling import beam_sequences as beams
-from lightllmd.engine.scheduling.admission import Admission, Limits
+from lightllmd.engine.scheduling.admission import Admission, SchedulerLimits
 from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.fair_queue import FairQueue
 from lightllmd.engine.scheduling.hypothesis_text import Readings
-from lightllmd.engine.scheduling.sequence import SELF, Batch, Fork, Owner, Sequence, State, sequences_of
+from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, Submission, sequences_of
 from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
@@ -90,7 +90,7 @@ class _Sent(NamedTuple):
 class Scheduler:
     def __init__(
         self,
-        limits: Limits,
+        limits: SchedulerLimits,
         generation: int,
         constraints: Constraints | None = None,
         readings: Readings | None = None,
@@ -108,7 +108,7 @@ class Scheduler:
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints, self._readings = constraints, readings
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
-        self._batches: dict[Owner, Batch] = {}  # the newest of each
+        self._submissions: dict[Owner, Submission] = {}  # the newest of each
         self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
@@ -277,8 +277,8 @@ class Scheduler:
         return None
 
     def _enter(self, sequence: Sequence) -> None:
-        if sequence.batch is not None:
-            sequence.batch.started = True
+        if sequence.submission is not None:
+            sequence.submission.started = True
         if sequence.state is State.WAITING:
             self.first_admitted.append(sequence.arrival_ns)
         if sequence.suspect:
@@ -417,8 +417,8 @@ class Scheduler:
         problem = self._never_fits(message)
         if problem:
             return Rejected(self.generation, message.request, "invalid", problem)
-        batch = self._batch_of(message)
-        if not batch.room and not message.replay:
+        submission = self._submission_of(message)
+        if not submission.room and not message.replay:
             text = (
                 f"the queue is full: {len(self.waiting)} sequences wait, and http.max_queue is {self.limits.max_queue}"
             )
@@ -429,7 +429,7 @@ class Scheduler:
             for sequence in sequences:
                 sequence.constraint = constraint
         for sequence in sequences:
-            sequence.batch, sequence.since = batch, now
+            sequence.submission, sequence.since = submission, now
         if message.params.n > 1:
             for sequence in sequences:
                 sequence.forks = self.limits.beam_mode or self.limits.diverse_mode
@@ -443,16 +443,18 @@ class Scheduler:
             self._enter_line(sequence)
         return None
 
-    def _batch_of(self, message: Submit) -> Batch:
+    def _submission_of(self, message: Submit) -> Submission:
         """There is room while fewer than `max_queue` sequences wait, whatever a body brings: its parts are taken or
         turned away together, and one wider than the queue runs too. So that no tenant keeps the others out, one that
         has none in line finds room while fewer than twice as many wait."""
         owner, number = (message.api, message.epoch), message.batch or message.request
-        batch = self._batches.get(owner)
-        if batch is None or batch.number != number or number == message.request:  # its first, perhaps once more
+        submission = self._submissions.get(owner)
+        if (
+            submission is None or submission.number != number or number == message.request
+        ):  # its first, perhaps once more
             most = self.limits.max_queue * (1 if self.waiting.has(message.tenant) else 2)
-            batch = self._batches[owner] = Batch(number, len(self.waiting) < most)
-        return batch
+            submission = self._submissions[owner] = Submission(number, len(self.waiting) < most)
+        return submission
 
     def expire(self, now: float) -> list[tuple[Owner, Rejected]]:
         """Ends requests that have waited for `queue_timeout` seconds, unless a part of their body has been admitted.
@@ -461,7 +463,7 @@ class Scheduler:
         late = {
             sequence.request: sequence.owner
             for sequence in self.waiting
-            if 0 < timeout <= now - sequence.since and not (sequence.batch and sequence.batch.started)
+            if 0 < timeout <= now - sequence.since and not (sequence.submission and sequence.submission.started)
         }
         text = (
             f"the request waited {timeout:g} s (http.queue_timeout) for its turn: {len(self.running)} sequences run, "
@@ -487,7 +489,7 @@ class Scheduler:
         """Ends all requests of an api worker's epoch, and those of it that are still to arrive."""
         # One by one: while a replacement starts, or dies, the process before it lives and serves.
         self._gone.append((api, epoch))
-        self._batches.pop((api, epoch), None)
+        self._submissions.pop((api, epoch), None)
         for request, branches in list(self._requests.items()):
             if next(iter(branches.values())).owner == (api, epoch):
                 self.abort(request)

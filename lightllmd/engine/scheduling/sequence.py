@@ -27,7 +27,7 @@ class State(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Batch:
+class Submission:
     """The requests that came in one body."""
 
     number: int
@@ -77,7 +77,7 @@ class Sequence:
     suspect: int = 0  # see Submit; 0 again with its next token
     replayed: bool = False
     tenant: int = 0
-    batch: Batch | None = None
+    submission: Submission | None = None
     since: float = 0.0  # when it came, on the clock of `Scheduler.submit`
     charged: int = 0  # of its tokens, told to `FairQueue.charge`
     pending: int = 0  # tokens that steps which are out will make
