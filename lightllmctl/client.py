@@ -48,6 +48,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Closes its connection; the next request opens another."""
         if self._http is not None:
             self._http.close()
             self._http = None
@@ -174,7 +175,7 @@ class Client:
         if code in (errno.EACCES, errno.EPERM):
             return NotPermitted(f"no permission for {self.socket_path}: be its owner, root or in group lightllmd")
         if code in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-            return DaemonNotRunning(f"lightllmd is not running (nobody listens on {self.socket_path})")
+            return DaemonNotRunning(f"lightllmd is not running (no process listens on {self.socket_path})")
         words = (cause.strerror if cause else None) or str(error)
         return DaemonNotRunning(f"cannot connect to {self.socket_path}: {words}")
 

@@ -32,23 +32,28 @@ class CommandContext:
 
     @cached_property
     def socket_path(self) -> Path:
+        """Of the daemon that is meant."""
         return choose_socket(self.socket_option, self.environ, os.getuid())
 
     @cached_property
     def client(self) -> Client:
+        """Of that daemon; nothing is connected yet."""
         from lightllmctl.client import Client
 
         return Client(self.socket_path)
 
     @cached_property
     def console(self) -> Console:
+        """Of standard output; it prints control characters of texts as escapes."""
         return _console(sys.stdout)
 
     def close(self) -> None:
+        """Closes the client, if there is one."""
         if "client" in vars(self):
             self.client.close()
 
     def echo_json(self, value: Any) -> None:
+        """Prints `value` as JSON: indented on a terminal, else on one line."""
         console.say(console.literal(value, indent=2 if sys.stdout.isatty() else None))
 
 

@@ -35,7 +35,7 @@ def parse_slo(text: str) -> dict[str, float]:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Of ascending values, linear between neighbours."""
+    """Of ascending values, linear between two of them."""
     place = share * (len(ordered) - 1)
     below = int(place)
     above = min(below + 1, len(ordered) - 1)

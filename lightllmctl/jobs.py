@@ -17,11 +17,14 @@ Job = dict[str, Any]
 
 
 class Display(Protocol):
-    def show(self, job: Job) -> None: ...
+    """Where a job's state is shown while it runs."""
+
+    def show(self, job: Job) -> None:
+        """Shows the job's newest state."""
 
 
 def run(context: CommandContext, verb: str, body: dict[str, Any], no_block: bool, timeout: float | None) -> Job | None:
-    """Starts a job, waits for it and says how it ended; raises as `wait` does. None: nobody waited."""
+    """Starts a job, waits for it and says how it ended; raises as `wait` does. None: it was not waited for."""
     job = context.client.post(f"/v1/{verb}", body)
     if no_block:
         console.say(f"job {job_name(job)} started")
@@ -60,7 +63,7 @@ def _say(line: str) -> None:
 
 
 def _show(display: Display, job: Job) -> None:
-    """The outcome is told by whoever asked, not as one phase more."""
+    """The outcome is told by `run`, not as one phase more."""
     if job.get("outcome") is None:
         display.show(job)
 
@@ -98,6 +101,7 @@ class Lines:
         self.last = ""
 
     def show(self, job: Job) -> None:
+        """Prints the phase where it changed."""
         line = f"job {job_name(job)}: {clean(job.get('phase', ''))}"
         if line != self.last:
             _say(line)
@@ -112,6 +116,7 @@ class JobBar:
         self.task = progress.add_task("", total=None)
 
     def show(self, job: Job) -> None:
+        """Moves the bar, and names the phase beside it."""
         done = job.get("progress")
         description = f"{job_name(job)}: {clean(job.get('phase', ''))}"
         self.progress.update(self.task, description=description, completed=done or 0, total=None if done is None else 1)

@@ -48,6 +48,7 @@ class Share(msgspec.Struct):
     timeout: float  # seconds for each request
 
     def message(self, body: bytes) -> bytes:
+        """The whole HTTP/1.1 request with this body."""
         lines = [f"POST {self.path} HTTP/1.1", f"Host: {self.host}:{self.port}", "Content-Type: application/json"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
@@ -63,9 +64,11 @@ class LoadConnection(asyncio.Protocol):
         self._done: asyncio.Future[None]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's call: it is open."""
         self._transport = cast(asyncio.Transport, transport)  # of uvloop, which has classes of its own
 
     def data_received(self, data: bytes) -> None:
+        """asyncio's call: bytes of the answer; what no request asked for ends the connection."""
         if self._answer is None:
             self._transport.abort()
             return
@@ -80,6 +83,7 @@ class LoadConnection(asyncio.Protocol):
         self._end()
 
     def connection_lost(self, error: Exception | None) -> None:
+        """asyncio's call: it is closed, and the answer with it."""
         if self._answer is not None:
             self._answer.closed(time.monotonic())
             self._answer.reusable = False
@@ -91,6 +95,7 @@ class LoadConnection(asyncio.Protocol):
             self._done.set_result(None)
 
     async def exchange(self, message: bytes, answer: Answer) -> None:
+        """Sends a request and waits until `answer` is complete, or has failed."""
         self._answer, self._done = answer, asyncio.get_running_loop().create_future()
         self._transport.write(message)
         try:
@@ -100,9 +105,11 @@ class LoadConnection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
+        """Whether it may carry a request."""
         return not self._transport.is_closing()
 
     def close(self) -> None:
+        """Closes it at once."""
         self._transport.abort()
 
 
@@ -184,6 +191,7 @@ class Generator:
 
 
 def run_share(share: Share, begin: float) -> list[Record]:
+    """Runs a share in this process from `begin` on (monotonic seconds). One record per request."""
     _allow_files(len(share.planned))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Generator(share).run(begin))
@@ -220,6 +228,7 @@ class LoadProcess:
             raise SystemFailure(f"a load generator ended at its start with {self._process.wait()}")
 
     def begin(self, moment: float) -> None:
+        """The load begins at `moment` (monotonic seconds, which all processes of a host share)."""
         self._in.write(struct.pack("d", moment))
         self._in.flush()
 
@@ -231,6 +240,7 @@ class LoadProcess:
         return msgspec.msgpack.decode(body, type=list[Record])
 
     def end(self) -> None:
+        """Kills it, if it still runs, and waits for it."""
         self._process.kill()
         with self._process:  # closes the pipes, waits
             pass
@@ -264,6 +274,7 @@ def split(share: Share, processes: int) -> Iterator[Share]:
 
 
 def main() -> None:
+    """The other end of `LoadProcess`: a share on stdin, its records on stdout."""
     # Buffered whatever PYTHONUNBUFFERED says: without a buffer a long write to a pipe may end in the middle.
     stdin, stdout = sys.stdin.buffer, open(sys.stdout.fileno(), "wb", closefd=False)  # noqa: SIM115
     (length,) = struct.unpack("Q", stdin.read(8))

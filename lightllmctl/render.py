@@ -24,6 +24,8 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Glyphs:
+    """What draws the page where only some characters can be shown."""
+
     active: str
     failed: str
     branch: str
@@ -55,6 +57,7 @@ ACTIVITIES = {
 
 
 def activity(status: Json) -> Activity:
+    """Of a status as the daemon answers it; "unknown" for a state of a later version."""
     return ACTIVITIES.get(str(status.get("state")), Activity("unknown", ""))
 
 
@@ -63,7 +66,7 @@ def clean(text: Any) -> str:
     return console.printable(str(text)).replace("\n", console.escaped("\n"))
 
 
-def brief(text: Any) -> str:
+def short_name(text: Any) -> str:
     """`clean`, of a name that more is to follow."""
     text = str(text)
     return clean(text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…")
@@ -142,7 +145,7 @@ def _model(status: Json) -> Text:
         return Text("not planned yet", FAINT)
     state = model.get("state", "?")
     styles = {"ready": GOOD, "down": BAD, "failed": BAD}
-    line = Text(brief(model.get("name", "?")), STRONG)
+    line = Text(short_name(model.get("name", "?")), STRONG)
     line.append("  ").append(state, f"not bold {styles.get(state, WARN)}")
     if (progress := model.get("progress")) is not None and state != "ready":
         line.append(f" {progress:.0%}", "not bold")
@@ -161,7 +164,7 @@ def _model(status: Json) -> Text:
 
 def _others(status: Json) -> list[str]:
     """One line with the models that a swap knows by name, where there are such."""
-    names = [brief(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
+    names = [short_name(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
     return [f"{', '.join(names)} (lightllmctl swap NAME)"] if names else []
 
 
@@ -212,7 +215,7 @@ def _name(worker: Json, api_workers: int) -> str:
         name += f" rank {worker['rank']}"
     elif name == "api" and api_workers > 1 and worker.get("index") is not None:
         name += f" {worker['index']}"
-    return brief(name)
+    return short_name(name)
 
 
 def worker_state(worker: Json) -> tuple[str, str]:
@@ -267,10 +270,14 @@ def _tree(rows: Sequence[Text], label: str, glyphs: Glyphs) -> Iterable[tuple[st
 
 
 def job_name(job: Json) -> str:
-    return " ".join(filter(None, (f"#{job.get('id', '?')}", brief(job.get("verb", "")), brief(job.get("target", "")))))
+    """Its number, verb and target: "#31 swap llama3-8b"."""
+    return " ".join(
+        filter(None, (f"#{job.get('id', '?')}", short_name(job.get("verb", "")), short_name(job.get("target", ""))))
+    )
 
 
 def job_line(job: Json, now: float) -> Text:
+    """Name, phase, progress and time so far. `now`: Unix seconds."""
     line = Text(f"{job_name(job)}  {clean(job.get('phase', ''))}")
     if (progress := job.get("progress")) is not None:
         line.append(f" {progress:.0%}")
@@ -283,9 +290,10 @@ _EVENT_STYLES = {"exit": BAD, "hang": BAD, "warning": WARN, "ready": GOOD}
 
 
 def event_line(event: Json) -> Text:
+    """Time, worker and message, in a colour by its kind."""
     line = Text(f"{units.stamp(event.get('at', 0.0))} ")
     if worker := event.get("worker"):
-        line.append(f"{brief(worker)}: ")
+        line.append(f"{short_name(worker)}: ")
     return line.append(clean(event.get("message", "")), _EVENT_STYLES.get(str(event.get("kind")), ""))
 
 
@@ -293,7 +301,8 @@ _LEVEL_STYLES = {"debug": FAINT, "warning": WARN, "error": BAD}
 
 
 def log_line(entry: Json) -> Text:
-    line = Text(f"{units.stamp(entry.get('at', 0.0))} {brief(entry.get('worker', '?'))}: ")
+    """Time, worker and message, in a colour by its level."""
+    line = Text(f"{units.stamp(entry.get('at', 0.0))} {short_name(entry.get('worker', '?'))}: ")
     return line.append(clean(entry.get("message", "")), _LEVEL_STYLES.get(str(entry.get("level")), ""))
 
 

@@ -28,6 +28,7 @@ class Lengths:
     log_sigma: float = 1.0
 
     def draw(self, source: random.Random) -> int:
+        """One length in tokens."""
         if self.log_mean is None:
             return source.randint(self.least, self.most)
         return min(self.most, max(self.least, int(source.lognormvariate(self.log_mean, self.log_sigma))))

@@ -11,6 +11,7 @@ from lightllmd.errors import EXIT_OK, EXIT_SYSTEM, ConfigInvalid, LightllmdError
 
 
 def main() -> int:
+    """Runs the command; its exit code is one of EXIT_* in `lightllmd.errors`."""
     console.prepare()
     try:
         invocation = cli.parse()

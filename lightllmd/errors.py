@@ -50,6 +50,7 @@ class LightllmdError(Exception):
 
     @property
     def name(self) -> str:
+        """The class's name, which is part of the control plane's protocol."""
         return type(self).__name__
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,6 +108,8 @@ class ConfigInvalid(LightllmdError):
 
 
 class NoUsableDevice(LightllmdError):
+    """No device of the configured kind can be used."""
+
     exit_code = EXIT_NO_DEVICE
 
 
@@ -117,6 +120,8 @@ class SystemFailure(LightllmdError):
 
 
 class TryAgain(LightllmdError):
+    """Not possible now, but perhaps soon."""
+
     status = 503
     exit_code = EXIT_TRY_AGAIN
 
@@ -131,22 +136,32 @@ class RequestError(LightllmdError):
 
 
 class InvalidRequest(RequestError):
+    """The request is malformed, or a value of it is out of bounds."""
+
     status = 400
 
 
 class Unauthorized(RequestError):
+    """No API key, or an unknown one."""
+
     status = 401
 
 
 class NotFound(RequestError):
+    """No such route or model."""
+
     status = 404
 
 
 class BodyTooLarge(RequestError):
+    """The body has more bytes than may be."""
+
     status = 413
 
 
 class UrlTooLong(RequestError):
+    """The URL has more bytes than may be."""
+
     status = 414
 
 
@@ -163,11 +178,15 @@ class RequestTimeout(RequestError):
 
 
 class QueueFull(RequestError):
+    """As many requests wait as may."""
+
     status = 429
     retry_after = 1.0
 
 
 class ClientClosed(RequestError):
+    """The client went away; no answer is sent."""
+
     status = 499
 
 
@@ -178,11 +197,15 @@ class RequestFailed(RequestError):
 
 
 class NotReady(RequestError):
+    """No engine can answer now; the message says why."""
+
     status = 503
     retry_after = 5.0
 
 
 class DeadlineExceeded(RequestError):
+    """The request waited longer than it may."""
+
     status = 504
 
 
@@ -194,6 +217,8 @@ class EngineError(LightllmdError):
 
 
 class OutOfMemory(EngineError):
+    """The memory of the device or the host ran out; not tried again with the same plan."""
+
     exit_code = EXIT_OUT_OF_MEMORY
 
 
@@ -219,39 +244,55 @@ class ControlError(LightllmdError):
 
 
 class Usage(ControlError):
+    """A control request is malformed."""
+
     ctl_code = CTL_USAGE
 
 
 class DaemonNotRunning(ControlError):
+    """No daemon listens on the control socket."""
+
     ctl_code = CTL_NOT_ACTIVE
 
 
 class NoSuchModel(ControlError):
+    """Neither a name of [models] nor a path. Parameters: model, candidates."""
+
     status = 404
     ctl_code = CTL_NOT_FOUND
 
 
 class NoSuchWorker(ControlError):
+    """Parameters: worker, candidates."""
+
     status = 404
     ctl_code = CTL_NOT_FOUND
 
 
 class NoSuchJob(ControlError):
+    """No job has that number, or it is forgotten. Parameter: id."""
+
     status = 404
     ctl_code = CTL_NOT_FOUND
 
 
 class NoSuchCrash(ControlError):
+    """No crash report has that number. Parameter: id."""
+
     status = 404
     ctl_code = CTL_NOT_FOUND
 
 
 class NotPermitted(ControlError):
+    """This user may not change the daemon. Parameter: uid."""
+
     status = 403
     ctl_code = CTL_NOT_PERMITTED
 
 
 class Busy(ControlError):
+    """Another job has to be finished first. Parameter: job."""
+
     status = 409
     ctl_code = CTL_BUSY
 
@@ -263,6 +304,8 @@ class PromptCacheOff(ControlError):
 
 
 class DoesNotFit(ControlError):
+    """The model needs more memory than can be had. Parameters: needed, free, in bytes."""
+
     status = 507
     ctl_code = CTL_DOES_NOT_FIT
 

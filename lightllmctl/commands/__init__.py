@@ -8,6 +8,7 @@ from lightllmctl.commands import act, ask, bench, cache, change, completion, cra
 
 
 def register(group: click.Group) -> None:
+    """Adds every verb to `group`."""
     for module in (ask, act, change, cache, follow, crash, settings, bench, completion):
         for command in module.COMMANDS:
             group.add_command(command)

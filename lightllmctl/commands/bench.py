@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MOST_REQUESTS, MOST_PROMPT_TOKENS = 1_000_000, 200_000_000  # all are made before the first is sent
 MOST_IDS, USUAL_IDS = 2**31 - 1, 10_000  # of a vocabulary; the usual one has more
 ROUTES = {"completions": "/v1/completions", "native": "/generate_stream"}
-UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening addresses that nobody can connect to
+UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening addresses that no client can connect to
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -160,7 +160,7 @@ def plan(
         for (fed, asked), at in zip(lengths, due, strict=True)
     ]
     return Share(
-        host=parts.hostname,
+        host=parts.hostname or "",  # there is one, see `_split`
         port=parts.port or (443 if parts.scheme == "https" else 80),
         tls=parts.scheme == "https",
         path=parts.path.rstrip("/").removesuffix("/v1") + ROUTES[route],

@@ -19,6 +19,7 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def script(cli: click.Command, shell: str) -> str:
+    """The completion script of lightllmctl for `shell`. Raises click.UsageError for a shell that click doesn't know."""
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)

@@ -29,6 +29,7 @@ class Duration(click.ParamType):
         self.zero = zero  # whether 0 is one
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds; fails (click.BadParameter) for text that is no duration, or out of bounds."""
         text = str(value).strip()
         if re.fullmatch(f"(?:{_PART})+", text):
             seconds = sum(float(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text))
@@ -46,6 +47,7 @@ class Number(click.FloatRange):
     """A finite one within its bounds; click's own lets nan through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; fails (click.BadParameter) for one that is not finite or out of bounds."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is no finite number", param, ctx)
@@ -53,6 +55,7 @@ class Number(click.FloatRange):
 
 
 def waiting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --no-block and --timeout to a verb that starts a job."""
     command = click.option("--no-block", is_flag=True, help="Start the job and return at once.")(command)
     return click.option("--timeout", type=Duration(), metavar="TIME", help="Wait no longer; exit code 10.")(command)
 

@@ -28,6 +28,7 @@ class Given:
     element_lines: tuple[int | None, ...] = ()
 
     def problem(self, key: str, fault: Fault) -> Problem:
+        """`fault` of this value, at the line of the element that is at fault where that is known."""
         line: int | None = self.line
         if fault.index is not None and fault.index < len(self.element_lines):
             line = self.element_lines[fault.index] or line
@@ -48,6 +49,7 @@ class Document:
         return Given(value, self.file, self.lines.get(path), elements)
 
     def problem(self, path: KeyPath, message: str) -> Problem:
+        """A fault of what stands at `path`."""
         return Problem(".".join(map(str, path)), message, self.file, self.lines.get(path))
 
 

@@ -24,9 +24,11 @@ class Feature:
 
     @property
     def name(self) -> str:
+        """As the table shows it."""
         return self.switched_on or self.key
 
     def is_on(self, params: Params) -> bool:
+        """Whether these parameters turn it on."""
         return bool(getattr(params, self.key))
 
 
@@ -111,6 +113,7 @@ class Table:
 
 
 def table() -> Table:
+    """What goes with what, read out of FEATURES and their pairs."""
     rows: list[tuple[str, str, list[Cell]]] = []
     remarks: list[str] = []
     for letter, here in zip(string.ascii_uppercase, FEATURES, strict=False):

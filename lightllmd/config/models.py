@@ -171,6 +171,7 @@ def choose(config: Config, text: str) -> Config:
 
 
 def no_such_model(config: Config, text: str) -> NoSuchModel:
+    """The error for `text`, with the names that there are and the nearest one."""
     names = list(config.models)
     known = f"[models] has {', '.join(names)}" if names else "the configuration has no [models]"
     close = check.nearest(text, names)

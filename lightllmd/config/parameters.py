@@ -263,10 +263,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Setting(
             doc="Keeps the KV cache of prompts and answers, and computes of a new prompt only what comes behind the "
-            "longest beginning that is kept, to the token. It takes the KV slots that nobody needs, and gives up the "
-            "least recently used as soon as a request needs them: it delays none and takes no memory of its own. The "
-            "prompt's last token is always computed. A request opts out with disable_prompt_cache. A new engine begins "
-            "with an empty cache; lightllmctl cache shows and empties it.",
+            "longest beginning that is kept, to the token. It takes the KV slots that no request needs, and gives up "
+            "the least recently used as soon as a request needs them: it delays none and takes no memory of its own. "
+            "The prompt's last token is always computed. A request opts out with disable_prompt_cache. A new engine "
+            "begins with an empty cache; lightllmctl cache shows and empties it.",
             group=SCHEDULING,
         ),
     ] = False
@@ -466,4 +466,5 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def keys(self) -> KeyDigests:
+        """What clients must present; empty where no key file is named."""
         return self.held_keys or KeyDigests()

@@ -29,6 +29,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
     @property
     def weight_stamps(self) -> list[Stamp]:
+        """Of the files that hold weights."""
         return [stamp for stamp in self.stamps if stamp.path in self.files]
 
     @property
@@ -79,6 +80,8 @@ SPARE_ROW, RESERVE_ROW = "spare engine", "reserve"
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
+    """One purpose that memory is planned for."""
+
     name: str  # "weights" | "kv cache" | "activations" | "graphs" | "margin" | …
     bytes: int
     how: str  # the arithmetic in words
@@ -92,6 +95,7 @@ class Budget(msgspec.Struct, frozen=True):
 
     @property
     def needed(self) -> int:
+        """Bytes of all rows."""
         return sum(row.bytes for row in self.rows)
 
     def row(self, name: str) -> int:
@@ -136,8 +140,10 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def encode_plan(plan: Plan) -> bytes:
+    """In MessagePack, as children get it."""
     return msgspec.msgpack.encode(plan)
 
 
 def decode_plan(body: bytes) -> Plan:
+    """What `encode_plan` made. Raises msgspec.MsgspecError for anything else."""
     return msgspec.msgpack.decode(body, type=Plan)

@@ -31,6 +31,8 @@ SAME = _Same()
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
+    """What is declared of one setting beside its type and default."""
+
     doc: str  # one paragraph
     unit: str = ""
     minimum: float | None = None  # of the number, or of each number of a list
@@ -68,13 +70,16 @@ class Field:
 
     @property
     def name(self) -> str:
+        """The last part of the key."""
         return self.key.rpartition(".")[2]
 
     @property
     def page_default(self) -> Any:
+        """The default that LightLLM's parameter page names."""
         return self.default if self.setting.page_default is SAME else self.setting.page_default
 
     def of(self, config: Any) -> Any:
+        """This setting's value in `config`."""
         for attribute in self.path:
             config = getattr(config, attribute)
         return config
@@ -98,6 +103,7 @@ def fields(config_type: type[msgspec.Struct]) -> tuple[Field, ...]:
 
 @cache
 def by_key(config_type: type[msgspec.Struct]) -> dict[str, Field]:
+    """Every setting by its dotted key."""
     return {field.key: field for field in fields(config_type)}
 
 

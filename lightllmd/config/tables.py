@@ -159,7 +159,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             doc="Sequences that may wait for admission: while fewer do, a request is taken with all that it brings, "
-            "which is at most running_max_req_size + max_queue sequences; otherwise it gets 429. A client of whom "
+            "which is at most running_max_req_size + max_queue sequences; otherwise it gets 429. A client of which "
             "nothing waits may wait beside twice as many.",
             unit="sequences",
             minimum=1,

@@ -15,6 +15,7 @@ from lightllmd.ipc import messages
 
 
 def identity(api: int, epoch: int) -> bytes:
+    """The ZeroMQ routing id of one process of an api worker."""
     return b"api-%d-%d" % (api, epoch)
 
 
@@ -46,6 +47,7 @@ class EngineSocket:
             received.append(messages.decode_to_engine(body))
 
     def send(self, api: int, epoch: int, message: messages.ToApi) -> None:
+        """Never blocks; dropped where that process of that api worker is not connected."""
         self.socket.send_multipart([identity(api, epoch), messages.encode(message)], zmq.NOBLOCK)
 
     def close(self) -> None:
@@ -72,12 +74,15 @@ class ApiSocket:
         self.send(messages.Hello(api, epoch))
 
     def fileno(self) -> int:
+        """ZeroMQ's edge-triggered descriptor, see the class."""
         return self.socket.getsockopt(zmq.FD)
 
     def send(self, message: messages.ToEngine) -> None:
+        """Never blocks: what the engine hasn't taken yet waits in ZeroMQ's queue."""
         self.socket.send(messages.encode(message), zmq.NOBLOCK)
 
     def receive(self) -> list[messages.ToApi]:
+        """All that is there now, in order."""
         received = []
         while True:
             try:

@@ -33,6 +33,7 @@ class Channel(Generic[T]):
         self.closed = False  # the peer is gone
 
     def fileno(self) -> int:
+        """Of the socket, for a selector."""
         return self.sock.fileno()
 
     @property
@@ -96,6 +97,7 @@ class Channel(Generic[T]):
             yield self._decode(body)
 
     def close(self) -> None:
+        """Drops what still waits for the peer."""
         self.closed = True
         self.sock.close()
 

@@ -46,6 +46,7 @@ class FlightRecorder:
         os.close(fd)
 
     def write(self, flight: Flight) -> None:
+        """Replaces the record. Where not all of `unproven` has room, the newest 20,000 requests stay."""
         body = msgspec.msgpack.encode(flight)
         if len(body) > SIZE - 4:
             flight.unproven = flight.unproven[-20_000:]

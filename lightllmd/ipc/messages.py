@@ -101,7 +101,7 @@ class Abort(msgspec.Struct, tag="abort"):
 
 
 class Hello(msgspec.Struct, tag="hello"):
-    """The first message of an api worker, so that the engine knows whom to send `Load`."""
+    """The first message of an api worker, so that the engine sends it `Load`."""
 
     api: int
     epoch: int
@@ -235,7 +235,7 @@ class Drain(msgspec.Struct, tag="drain"):
 
 
 class Resume(msgspec.Struct, tag="resume"):
-    pass
+    """To an api worker: accept new requests again."""
 
 
 class Retire(msgspec.Struct, tag="retire"):
@@ -328,7 +328,7 @@ class Wake(msgspec.Struct, tag="wake"):
 
 
 class FlushCache(msgspec.Struct, tag="flush-cache"):
-    """To an engine: forget the prompts that nobody uses now."""
+    """To an engine: forget the cached prompts that no request uses now."""
 
 
 class Stop(msgspec.Struct, tag="stop"):
@@ -408,6 +408,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: Any) -> bytes:
+    """Any of the structs above in MessagePack."""
     return _encoder.encode(message)
 
 

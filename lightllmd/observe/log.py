@@ -16,6 +16,7 @@ class ChildFormatter(logging.Formatter):
     """One line per record, whatever the message holds; a traceback's lines follow with the same mark."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """As logging's; each line begins with sd-daemon's priority."""
         priority = next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
         lines = [record.getMessage().replace("\r", "\\r").replace("\n", "\\n")]
         if record.exc_info:

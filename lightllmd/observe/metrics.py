@@ -4,11 +4,11 @@
 Every process keeps its values in files of a common directory (multiprocess mode), so that any one of them can render
 the sum of all. The environment variable PROMETHEUS_MULTIPROC_DIR has to be set before this module is imported;
 without it a process counts for itself only. A kind of process declares no more than it sets: what is declared takes
-room in its files, which outlive it. The files are named by a seat that the supervisor lends (`sit`), not by the pid:
-the next process in that seat counts on in them, so totals survive any number of deaths and files don't pile up.
-Readers open these files at any moment, so whatever moment a process dies at leaves them readable. They are mapped, and
-a mapped file without room behind it ends its process by SIGBUS: the room is taken before that, or the process counts
-for itself only.
+room in its files, which outlive it. The files are named by an id that the supervisor lends
+(`use_files`), not by the pid: the next process with that id counts on in them, so totals survive any number of deaths
+and files don't pile up. Readers open these files at any moment, so whatever moment a process dies at leaves them
+readable. They are mapped, and a mapped file without room behind it ends its process by SIGBUS: the room is taken before
+that, or the process counts for itself only.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class ApiMetrics(_Metrics):
             self._failure.inc(lost)
 
     def entered(self) -> None:
+        """A request has come in."""
         self._count.inc()
 
     def submitted(self, seconds: float, input_length: int, max_new_tokens: int) -> None:
@@ -133,6 +134,7 @@ class ApiMetrics(_Metrics):
         self._max_new_tokens.observe(max_new_tokens)
 
     def first_token(self, seconds: float) -> None:
+        """Its first token leaves `seconds` after its arrival."""
         self._first_token.observe(seconds)
 
     def succeeded(self, seconds: float, inference_seconds: float, generated: list[int]) -> None:
@@ -150,9 +152,11 @@ class ApiMetrics(_Metrics):
         self._cache_ratio.observe(tokens / prompt_tokens)
 
     def failed(self) -> None:
+        """It was refused, or ended with an error."""
         self._failure.inc()
 
     def cancelled(self) -> None:
+        """Its client went away before its end."""
         self._cancelled.inc()
 
 
@@ -197,9 +201,11 @@ class EngineMetrics(_Metrics):
             self._cache_counted[name] = stats[name]
 
     def admitted(self, queued_seconds: float) -> None:
+        """A branch enters the running batch for the first time, `queued_seconds` after its arrival."""
         self._queued.observe(queued_seconds)
 
     def load(self, running: int, waiting: int, paused: int, peak_tokens: int) -> None:
+        """Branches by their state; `peak_tokens`: KV slots that the running batch may come to need at once."""
         self._running.set(running)
         self._waiting.set(waiting)
         self._paused.set(paused)

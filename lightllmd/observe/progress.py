@@ -72,6 +72,7 @@ class RequestBar(Bar):
         self._done = self._tokens = 0
 
     def advance(self, done: int, tokens: int) -> None:
+        """`done` more requests are complete, `tokens` more were generated."""
         self._done += done
         self._tokens += tokens
         if self._progress is not None:

@@ -16,15 +16,11 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 # How many are still missing; a room that isn't named has none.
 CEILINGS = {
-    "": 27,
+    "": 4,
     "api": 110,
-    "config": 17,
     "engine": 53,
     "http": 32,
-    "ipc": 10,
     "kernels": 22,
-    "lightllmctl": 34,
-    "observe": 8,
     "requests": 10,
     "text": 30,
 }
