@@ -42,6 +42,9 @@ class Kernels(Protocol):
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``, in fp32. Raises EngineError for what is not
         built."""
 
+    def normalise_(self, x: Tensor, norm: Norm) -> None:
+        """``x [T, N]`` becomes ``norm(x)``, for N = len(norm.weight); rows may lie apart."""
+
     def attention(
         self,
         qkv: Tensor,

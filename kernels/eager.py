@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightllmd.kernels.eager_attention import attention
 from lightllmd.kernels.eager_linear import DenseLinear, EagerHead, EagerLinear, PackedLinear
+from lightllmd.kernels.eager_ops import rms_norm
 from lightllmd.kernels.layout import Batch, GatheredRows
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.schemes import WHOLE, Shard, built
@@ -30,6 +31,10 @@ class EagerKernels:
     ) -> EagerLinear:
         """See `dispatch.Kernels`."""
         return built(role, scheme, shard, self._linears)(weight, bias)
+
+    def normalise_(self, x: Tensor, norm: Norm) -> None:
+        """See `dispatch.Kernels`."""
+        x.copy_(rms_norm(x, norm.weight, norm.eps, norm.offset))
 
     def embedding(self, weight: Tensor, scale: float | None = None) -> EagerEmbedding:
         """See `dispatch.Kernels`."""

@@ -13,6 +13,7 @@ from lightllmd.kernels.fused_attention import FusedAttention
 from lightllmd.kernels.fused_linear import FusedDenseHead, FusedDenseLinear
 from lightllmd.kernels.layout import Batch, TableRows
 from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.schemes import WHOLE, Shard, built
 
 LINEARS = {"dense": FusedDenseLinear}
@@ -30,6 +31,10 @@ class FusedKernels:
     ) -> FusedDenseLinear:
         """See `dispatch.Kernels`."""
         return built(role, scheme, shard, LINEARS)(weight, bias)
+
+    def normalise_(self, x: Tensor, norm: Norm) -> None:
+        """See `dispatch.Kernels`."""
+        rms_norm(x, norm, x)
 
     def embedding(self, weight: Tensor, scale: float | None = None) -> FusedEmbedding:
         """See `dispatch.Kernels`."""

@@ -1,37 +1,15 @@
-"""How the weight of a linear is stored, and which part of it a rank holds. No torch: a memory budget reads it too.
-
-A further scheme is an entry of `SCHEMES`, and for each device that has kernels for it a `linear.Linear` in its table.
-"""
+"""Which part of a weight a rank holds, and which linear a device has for a scheme of storing it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from lightllmd.architecture.schemes import SCHEMES
 from lightllmd.errors import EngineError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A way to store a weight ``[out, in]``."""
-
-    name: str
-    tensors: tuple[str, ...]  # what `Linear.tensors` names, but for a bias
-    nbytes: Callable[[tuple[int, ...], int], int]  # of a shape ``[out, in]`` and the bytes of an element of the model
-
-
-def _dense(shape: tuple[int, ...], item_bytes: int) -> int:
-    elements = item_bytes
-    for size in shape:
-        elements *= size
-    return elements
-
-
-SCHEMES = {scheme.name: scheme for scheme in [Scheme("dense", ("weight",), _dense)]}
-SchemeName = Literal["dense"]
 
 
 @dataclass(frozen=True)

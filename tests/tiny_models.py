@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightllmd.architecture.families import architecture_of
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
 from lightllmd.engine.runners.cpu import TorchRunner
@@ -69,7 +70,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
 }
+UNLIKE_LLAMA = ("gemma2", "olmo2")  # their tensors are those of the list of weights
 
 
 def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
@@ -82,6 +85,13 @@ def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     def vector(size: int, mean: float = 0.0) -> Tensor:
         return torch.randn(size, generator=generator) * 0.1 + mean
 
+    if config["model_type"] in UNLIKE_LLAMA:
+        listed = architecture_of(config["model_type"], config).weights
+        return {
+            part.name: matrix(*part.shape) if len(part.shape) > 1 else vector(*part.shape, weight.neutral)
+            for weight in listed
+            for part in weight.stored
+        }
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim

@@ -109,6 +109,11 @@ class DecoderSpec:
     logit_soft_cap: float | None = None  # logits become ``logit_soft_cap * tanh(logits / logit_soft_cap)``
 
     @property
+    def norms_results(self) -> bool:
+        """Whether norms stand behind the blocks of a layer."""
+        return self.norm_placement != "pre"
+
+    @property
     def head_dims(self) -> set[int]:
         """Every size that a head has in some layer."""
         return {layer.attention.head_dim for layer in self.layers}

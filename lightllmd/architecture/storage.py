@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
+from lightllmd.architecture.schemes import DENSE, Scheme
 from lightllmd.architecture.weights import Part, WeightSpec
 
 
-class Scheme(Protocol):
-    """How matrices are stored on the device."""
-
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Of a matrix ``[out, in]``, scales included."""
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Elements of the dtype that the model computes in, `item_bytes` each."""
-
-    item_bytes: int
-
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Of a tensor of that shape."""
-        return math.prod(shape) * self.item_bytes
-
-
-def weight_bytes(weights: Iterable[WeightSpec], dense: Dense, scheme: Scheme | None = None, ranks: int = 1) -> int:
-    """Bytes on each of `ranks` devices. `scheme` stores what may be quantised (None: dense), `dense` all else."""
+def weight_bytes(weights: Iterable[WeightSpec], item_bytes: int, scheme: Scheme = DENSE, ranks: int = 1) -> int:
+    """Bytes on each of `ranks` devices of a model that computes with elements of `item_bytes`. `scheme` stores what may
+    be quantised; all else is dense."""
     total = 0
     for weight in weights:
-        matrix = scheme if scheme is not None and weight.quantisable else dense
-        total += sum(matrix.nbytes(_on_a_rank(part, weight.shard_axis, ranks)) for part in weight.parts)
+        matrix = scheme if weight.quantisable else DENSE
+        total += sum(matrix.nbytes(_on_a_rank(part, weight.shard_axis, ranks), item_bytes) for part in weight.parts)
         along = 0 if weight.shard_axis == 0 else None
-        total += sum(dense.nbytes(_on_a_rank(part, along, ranks)) for part in weight.bias)
+        total += sum(DENSE.nbytes(_on_a_rank(part, along, ranks), item_bytes) for part in weight.bias)
     return total
 
 

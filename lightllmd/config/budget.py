@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.spec import DecoderSpec
-from lightllmd.architecture.storage import Dense, weight_bytes
+from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config import gpu_budget
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT_ROW, SPARE_WIDTH
@@ -162,7 +162,7 @@ def _weights(architecture: Architecture, data_type: str) -> BudgetRow:
     if architecture.spec.tied and data_type != "float16":
         weights += tuple(weight for weight in weights if weight.role == "embed")
         how += ", the tied embedding once more as packed head"
-    return BudgetRow("weights", weight_bytes(weights, Dense(ITEM_BYTES[data_type])), how)
+    return BudgetRow("weights", weight_bytes(weights, ITEM_BYTES[data_type]), how)
 
 
 def _short_rows(config: Config, layer_bytes: int) -> BudgetRow:
@@ -173,10 +173,12 @@ def _short_rows(config: Config, layer_bytes: int) -> BudgetRow:
 
 
 def _activations(spec: DecoderSpec, tokens: int, item: int) -> BudgetRow:
-    """The largest prefill step: residual and norm, then either attention or the MLP's two halves and their product."""
+    """The largest prefill step: residual and norm, then either attention or the MLP's two halves and their product;
+    where a norm stands behind a block, the block's result and that norm of it."""
     attention = max(4 * layer.attention.q_size + 3 * layer.attention.kv_size for layer in spec.layers)
     inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
-    per_token = (2 * spec.hidden + max(attention, inner) + 2 * spec.positions.dim) * item
+    hidden = 4 if spec.norms_results else 2
+    per_token = (hidden * spec.hidden + max(attention, inner) + 2 * spec.positions.dim) * item
     return BudgetRow("activations", tokens * per_token, f"prefill of {tokens} tokens x {size(per_token)}")
 
 

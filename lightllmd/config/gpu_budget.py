@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.spec import DecoderSpec
-from lightllmd.architecture.storage import Dense, weight_bytes
+from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import (
     SPARE_WIDTH,
@@ -44,7 +44,7 @@ def rows(
     width = config.params.max_req_total_len + SPARE_WIDTH
     parameters = f"{count(architecture.parameters)} parameters in {data_type}"
     return [
-        BudgetRow("weights", weight_bytes(architecture.weights, Dense(item)), parameters),
+        BudgetRow("weights", weight_bytes(architecture.weights, item), parameters),
         _activations(spec, item, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),
@@ -65,10 +65,11 @@ def _spare_engine(config: Config) -> list[BudgetRow]:
 
 def _token_bytes(spec: DecoderSpec, item: int) -> int:
     """One token's share of a step: residual, its normed copy, q, k and v, attention, the MLP's two halves and their
-    product, and fp32 cosines and sines."""
+    product, the result of a block where a norm stands behind it, and fp32 cosines and sines."""
     attention = max(2 * layer.attention.q_size + 2 * layer.attention.kv_size for layer in spec.layers)
     inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
-    return (2 * spec.hidden + attention + inner) * item + 4 * spec.positions.dim
+    hidden = 3 if spec.norms_results else 2
+    return (hidden * spec.hidden + attention + inner) * item + 4 * spec.positions.dim
 
 
 def _activations(spec: DecoderSpec, item: int, batch_max_tokens: int, running: int) -> BudgetRow:

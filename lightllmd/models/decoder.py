@@ -45,13 +45,14 @@ class Decoder:
             else:
                 norms[weight.layer][weight.role] = Norm(tensor, spec.norm.eps, spec.norm.offset)
             self._tensors |= held
-        self.embedding = kernels.embedding(common["embed"])
+        self.embedding = kernels.embedding(common["embed"], spec.embedding_scale)
         self.layers = [
             DecoderLayer(layer, spec, kernels, LayerWeights(*held))
             for layer, held in zip(spec.layers, zip(linears, norms, strict=True), strict=True)
         ]
         norm = Norm(common["norm"], spec.norm.eps, spec.norm.offset)
-        self.head = kernels.head(common["embed" if spec.tied else "head"], norm, tied=spec.tied)
+        rows = common["embed" if spec.tied else "head"]
+        self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights on the device in the form in which they are stored there, by names that do not change:

@@ -1,4 +1,4 @@
-"""A decoder layer: attention and a feed-forward block, each with its norm and its residual."""
+"""A decoder layer: attention and a feed-forward block, each with its norms and its residual."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightllmd.kernels.linear import Linear, Norm
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Of one layer, by role: what is multiplied with, and norms."""
+    """Of one layer, by role: what is multiplied with, and norms. Which norms there are says where they stand."""
 
     linears: Mapping[Role, Linear]
     norms: Mapping[Role, Norm]
@@ -28,19 +28,27 @@ class Attention:
     def __init__(self, spec: GroupedQuery, norm: RmsNorm, kernels: Kernels, weights: LayerWeights) -> None:
         self.heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.scale, norm.eps)
         self._kernels = kernels
-        self._norm = weights.norms["attention_norm"]
+        self._norm = weights.norms.get("attention_norm")
+        self._post_norm = weights.norms.get("attention_post_norm")
         self._qkv, self._out = weights.linears["qkv"], weights.linears["attention_out"]
-        q_norm, k_norm = weights.norms.get("q_norm"), weights.norms.get("k_norm")  # [D], over each head
-        self._q_norm, self._k_norm = q_norm and q_norm.weight, k_norm and k_norm.weight
+        self._head_norms: tuple[Tensor | None, Tensor | None] = None, None  # of queries and of keys, [D]
+        self._projection_norms: list[tuple[Norm, slice]] = []  # each with the columns of qkv that it is of
+        if spec.qk_norm == "head":
+            self._head_norms = weights.norms["q_norm"].weight, weights.norms["k_norm"].weight
+        elif spec.qk_norm == "projection":
+            q, k = slice(spec.q_size), slice(spec.q_size, spec.q_size + spec.kv_size)
+            self._projection_norms = [(weights.norms["q_norm"], q), (weights.norms["k_norm"], k)]
 
     def forward(self, x: Tensor, cache: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
-        """``x [T, hidden]`` -> ``x + attention(norm(x))``, perhaps in place; with `wanted` [R] of these tokens alone,
-        ``[R, hidden]``: the others have their keys and values stored."""
+        """``x [T, hidden]`` -> ``x + post_norm(attention(norm(x)))``, with the norms that there are, perhaps in place;
+        with `wanted` [R] of these tokens alone, ``[R, hidden]``: the others have their keys and values stored."""
         qkv = self._qkv(x, norm=self._norm)
-        attended = self._kernels.attention(qkv, cache, batch, self.heads, self._q_norm, self._k_norm, wanted)
+        for norm, columns in self._projection_norms:
+            self._kernels.normalise_(qkv[:, columns], norm)
+        attended = self._kernels.attention(qkv, cache, batch, self.heads, *self._head_norms, wanted)
         if wanted is not None:
             x = x.index_select(0, wanted)
-        return self._out(attended, residual=x)
+        return self._out(attended, post_norm=self._post_norm, residual=x)
 
 
 class FeedForward:
@@ -48,13 +56,14 @@ class FeedForward:
 
     def __init__(self, spec: GatedMlp, weights: LayerWeights) -> None:
         self._activation = spec.activation
-        self._norm = weights.norms["feed_forward_norm"]
+        self._norm = weights.norms.get("feed_forward_norm")
+        self._post_norm = weights.norms.get("feed_forward_post_norm")
         self._gate_up, self._down = weights.linears["gate_up"], weights.linears["down"]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [T, hidden]`` -> ``x + mlp(norm(x))``, perhaps in place."""
+        """``x [T, hidden]`` -> ``x + post_norm(mlp(norm(x)))``, with the norms that there are, perhaps in place."""
         hidden = self._gate_up(x, norm=self._norm, activation=self._activation)
-        return self._down(hidden, residual=x)
+        return self._down(hidden, post_norm=self._post_norm, residual=x)
 
 
 class DecoderLayer:

@@ -9,7 +9,8 @@ import pytest
 
 from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.architecture.family import Architecture
-from lightllmd.architecture.storage import Dense, weight_bytes
+from lightllmd.architecture.schemes import Scheme
+from lightllmd.architecture.storage import weight_bytes
 from lightllmd.architecture.weights import Role, WeightSpec
 
 CONFIG = {
@@ -32,7 +33,7 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 
 def nbytes(weights: Iterable[WeightSpec], *, ranks: int = 1) -> int:
-    return weight_bytes(weights, Dense(2), ranks=ranks)
+    return weight_bytes(weights, 2, ranks=ranks)
 
 
 def test_each_tensor_of_a_checkpoint_is_read_once_and_each_weight_has_a_key(architecture: Architecture) -> None:
@@ -68,10 +69,7 @@ def test_a_head_stays_whole_where_there_are_more_ranks_than_heads() -> None:
 
 
 def test_a_scheme_stores_what_may_be_quantised_and_the_rest_stays_dense(architecture: Architecture) -> None:
-    class Eighth:
-        def nbytes(self, shape: tuple[int, ...]) -> int:
-            return math.prod(shape) // 8
-
+    eighth = Scheme("dense", ("weight",), lambda shape, item_bytes: math.prod(shape) // 8)
     matrices = sum(math.prod(part.shape) for one in architecture.weights if one.quantisable for part in one.parts)
     dense = architecture.parameters - matrices
-    assert weight_bytes(architecture.weights, Dense(2), Eighth()) == 2 * dense + matrices // 8
+    assert weight_bytes(architecture.weights, 2, eighth) == 2 * dense + matrices // 8
