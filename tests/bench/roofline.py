@@ -8,8 +8,11 @@ causally. Nothing is taken to overlap, except that a prefill can't be faster tha
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from lightllmd.architecture.families import architecture_of
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,17 @@ class Roofline:
 
     @classmethod
     def of(cls, config: dict[str, Any], item: int, card: Card) -> Roofline:
-        """`config`: config.json of a dense decoder."""
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden // heads
-        kv_heads = config.get("num_key_value_heads") or heads
-        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-        layer = attention + 3 * hidden * config["intermediate_size"]
+        """`config`: config.json of a decoder whose layers are alike."""
+        architecture = architecture_of(config["model_type"], config)
+        spec, attention = architecture.spec, architecture.spec.layers[0].attention
+        matrices = [part for weight in architecture.weights if weight.quantisable for part in weight.parts]
         return cls(
             card=card,
-            layers=config["num_hidden_layers"],
-            weights=layer * config["num_hidden_layers"],
-            head=hidden * config["vocab_size"],
-            heads_width=heads * head_dim,
-            kv_width=kv_heads * head_dim,
+            layers=len(spec.layers),
+            weights=sum(math.prod(part.shape) for part in matrices),
+            head=spec.hidden * spec.vocab,
+            heads_width=attention.q_size,
+            kv_width=attention.kv_size,
             item=item,
         )
 

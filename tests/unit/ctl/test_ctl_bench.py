@@ -125,7 +125,7 @@ def test_a_split_load_is_the_whole_load() -> None:
 
 def test_limits_are_those_that_were_worked_out_by_hand() -> None:
     llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
-    llama |= {"head_dim": 128, "intermediate_size": 14336, "vocab_size": 128256}
+    llama |= {"model_type": "llama", "head_dim": 128, "intermediate_size": 14336, "vocab_size": 128256}
     limits = Roofline.of(llama, 2, Card("H100", 2.97e12, 794e12))
     assert [round(1e3 * limits.decode(batch, 576), 1) for batch in (1, 8, 32, 128, 256)] == [5.1, 5.3, 5.9, 8.3, 11.6]
     assert [round(1e3 * limits.decode(batch, 4160), 1) for batch in (16, 64)] == [8.0, 16.8]
