@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Embedding, Head, Linear, Norm
-from lightllmd.kernels.schemes import WHOLE, Shard
+from lightllmd.kernels.schemes import WHOLE, Shard, built
 
 
-class Kernels(Protocol):
+class Kernels:
     """Makes what holds weights for one device and dtype, and computes what holds none.
 
     A step's T tokens run as the residual stream ``[T, hidden]``, whose buffer may be written in place.
     """
+
+    def __init__(
+        self,
+        linears: Mapping[str, Callable[[Tensor, Tensor | None], Linear]],
+        heads: Mapping[str, Callable[..., Head]],
+        embedding: Callable[[Tensor, float | None], Embedding],
+    ) -> None:
+        """Linears and heads by the name of the scheme that they store weights by."""
+        self._linears, self._heads, self._embedding = linears, heads, embedding
 
     def linear(
         self, role: str, weight: Tensor, bias: Tensor | None, scheme: str = "dense", shard: Shard = WHOLE
     ) -> Linear:
         """Takes over a weight ``[out, in]`` and its bias ``[out]``, in the model's dtype and on its device, and stores
         them by `scheme`. `role`: what the weight is for, such as "qkv". Raises EngineError for what is not built."""
+        return built(role, scheme, shard, self._linears)(weight, bias)
 
     def embedding(self, weight: Tensor, scale: float | None = None) -> Embedding:
         """Takes over the rows of the vocabulary ``[vocab, hidden]``. The scale is rounded to their dtype."""
+        return self._embedding(weight, scale)
 
     def head(
         self,
@@ -41,9 +52,11 @@ class Kernels(Protocol):
 
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``, in fp32. Raises EngineError for what is not
         built."""
+        return built("head", scheme, shard, self._heads)(weight, norm, tied=tied, soft_cap=soft_cap)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         """``x [T, N]`` becomes ``norm(x)``, for N = len(norm.weight); rows may lie apart."""
+        raise NotImplementedError
 
     def attention(
         self,
@@ -58,6 +71,7 @@ class Kernels(Protocol):
         """``qkv [T, (H + 2K) D]``, given away -> ``[T, H D]``: norms of the heads if there are any, rotation, keys and
         values into the cache, causal attention of each token over its row; ``[R, H D]`` of the `wanted` [R] if any
         are named."""
+        raise NotImplementedError
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -67,8 +81,8 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     return EagerKernels(device, dtype)
 
 
-def fused_kernels(device: torch.device, dtype: torch.dtype, decode_kernel: str = "auto") -> Kernels:
+def fused_kernels(device: torch.device, decode_kernel: str = "auto") -> Kernels:
     """Triton's, on a GPU (or, for tests, in Triton's interpreter)."""
     from lightllmd.kernels.fused import FusedKernels
 
-    return FusedKernels(device, dtype, decode_kernel)
+    return FusedKernels(device, decode_kernel)

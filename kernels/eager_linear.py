@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.eager_ops import gated, rms_norm, soft_cap_
-from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.linear import Head, Linear, Norm
 
 # oneDNN chooses its packed layout for a number of rows; at run time any number works. Measured on an AVX-512 CPU:
 # a layout for 64 is as fast as the best at 1 to 256 rows.
@@ -18,38 +19,18 @@ PACKED_FOR_ROWS = 64
 CLOSE = 32
 
 
-class EagerLinear(ABC):
-    """`linear.Linear` of a matmul that may add a residual, with all else in calls of its own."""
+class EagerLinear(Linear):
+    """A matmul that may add a residual, with all else in calls of its own."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes over a weight ``[out, in]`` and its bias ``[out]``."""
-        self.weight, self.bias = weight, bias
-        self.out_features = weight.shape[0]
-
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        norm: Norm | None = None,
-        activation: str | None = None,
-        post_norm: Norm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """See `linear.Linear`."""
+    def _fused(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
         if norm is not None:
             x = rms_norm(x, norm.weight, norm.eps, norm.offset)
-        if activation is None and post_norm is None:
-            return self._matmul(x, residual)
-        out = self._matmul(x, None)
-        if activation is not None:
-            out = gated(out, activation)
-        if post_norm is not None:
-            out = rms_norm(out, post_norm.weight, post_norm.eps, post_norm.offset)
-        return out if residual is None else out.add_(residual)
+        out = self._matmul(x, residual)
+        return out if activation is None else gated(out, activation)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `linear.Linear`."""
-        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+    def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+        out = rms_norm(out, norm.weight, norm.eps, norm.offset)
+        return out if residual is None else out.add_(residual)
 
     @abstractmethod
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -58,6 +39,11 @@ class EagerLinear(ABC):
 
 class DenseLinear(EagerLinear):
     """torch's own matmul with a row-major weight ``[out, in]``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Takes over a weight ``[out, in]`` and its bias ``[out]``."""
+        super().__init__(len(weight), weight=weight, bias=bias)
+        self.weight, self.bias = weight, bias
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
         out = functional.linear(x, self.weight, self.bias)
@@ -73,7 +59,9 @@ class PackedLinear(EagerLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes over a weight ``[out, in]``, which may be let go of, and its bias ``[out]``."""
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS), bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        super().__init__(len(weight), weight=packed, bias=bias)
+        self.weight, self.bias = packed, bias
         self._plain = torch.ops.mkldnn._linear_pointwise.default
         self._added = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -92,21 +80,26 @@ class PackedLinear(EagerLinear):
         return dtype is torch.float32
 
 
-class EagerHead:
-    """`linear.Head`: the highest `CLOSE` logits of each row are computed again in fp32, which needs the weight's rows.
+class EagerHead(Head):
+    """The highest `CLOSE` logits of each row are computed again in fp32, which needs the weight's rows.
 
     A second form of a tied weight may be kept beside its rows; that of a head of its own would double its memory.
     """
 
     def __init__(
-        self, kind: type[EagerLinear], rows: Tensor, norm: Norm, *, tied: bool, soft_cap: float | None = None
+        self,
+        form: Callable[[Tensor], EagerLinear],
+        rows: Tensor,
+        norm: Norm,
+        *,
+        tied: bool,
+        soft_cap: float | None = None,
     ) -> None:
-        """`rows` ``[vocab, hidden]``; `kind`: what multiplies with them where they are the embedding's."""
-        self._rows, self._norm, self._tied, self._soft_cap = rows, norm, tied, soft_cap
-        self._linear = kind(rows) if tied else DenseLinear(rows)
+        """`form` makes what multiplies with the rows where they are tied."""
+        super().__init__(rows, norm, tied=tied, soft_cap=soft_cap)
+        self._linear = form(rows) if tied else DenseLinear(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """See `linear.Head`."""
         x = rms_norm(hidden, self._norm.weight, self._norm.eps, self._norm.offset)
         logits = self._linear(x).float()
         if x.dtype is not torch.float32:
@@ -114,7 +107,3 @@ class EagerHead:
             exact = torch.einsum("rh,rch->rc", x.float(), self._rows[close].float())
             logits.scatter_(-1, close, exact)
         return logits if self._soft_cap is None else soft_cap_(logits, self._soft_cap)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See `linear.Head`."""
-        return {} if self._tied else {"weight": self._rows}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels import skinny
 from lightllmd.kernels.activation import gated, soft_cap_
-from lightllmd.kernels.linear import Norm
+from lightllmd.kernels.linear import Head, Linear, Norm
 from lightllmd.kernels.norm import rms_norm
 
 # Matmuls of so many rows are computed in chunks of rows: cuBLAS chooses better tiles for those (TFLOP/s of an 8B
@@ -16,41 +18,21 @@ from lightllmd.kernels.norm import rms_norm
 CHUNK, CHUNKED = 2048, range(3072, 12288)
 
 
-class FusedDenseLinear:
-    """`linear.Linear` of a row-major weight ``[out, in]`` in the model's dtype."""
+class FusedDenseLinear(Linear):
+    """Of a row-major weight ``[out, in]`` in the model's dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes over a weight ``[out, in]`` and its bias ``[out]``."""
+        super().__init__(len(weight), weight=weight, bias=bias)
         self.weight, self.bias = weight, bias
-        self.out_features = weight.shape[0]
         self._overlaps = _overlaps(weight.device)
 
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        norm: Norm | None = None,
-        activation: str | None = None,
-        post_norm: Norm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """See `linear.Linear`."""
-        if post_norm is not None:
-            out = self._linear(x, norm, activation, None)
-            rms_norm(out, post_norm, out if residual is None else residual, residual)
-            return out if residual is None else residual
-        return self._linear(x, norm, activation, residual)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See `linear.Linear`."""
-        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-
-    def _linear(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    def _fused(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
         rows, gates = len(x), activation is not None
         if skinny.prefers(rows, *self.weight.shape, x.dtype, gates):
             columns = self.out_features // 2 if gates else self.out_features
             out = x.new_empty(rows, columns) if residual is None else residual
-            stream(x, self.weight, out, self._overlaps, norm, self.bias, residual, activation)
+            _stream(x, self.weight, out, self._overlaps, norm, self.bias, residual, activation)
             return out
         if norm is not None:
             x = normed(x, norm)
@@ -63,28 +45,27 @@ class FusedDenseLinear:
         gated(out, activation, activated)
         return activated
 
+    def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+        into = out if residual is None else residual
+        rms_norm(out, norm, into, residual)
+        return into
 
-class FusedDenseHead:
-    """`linear.Head`: all logits are fp32 sums, since the matmuls store what they accumulate."""
 
-    def __init__(self, rows: Tensor, norm: Norm, *, tied: bool, soft_cap: float | None = None) -> None:
-        """`rows` ``[vocab, hidden]``, which are the embedding's where `tied`."""
-        self._rows, self._norm, self._tied, self._soft_cap = rows, norm, tied, soft_cap
-        self._overlaps = _overlaps(rows.device)
+class FusedDenseHead(Head):
+    """All logits are fp32 sums, since the matmuls store what they accumulate."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """See `linear.Head`."""
         rows = self._rows
         if skinny.prefers(len(hidden), *rows.shape, hidden.dtype, False):
             logits = hidden.new_empty(len(hidden), len(rows), dtype=torch.float32)
-            stream(hidden, rows, logits, self._overlaps, self._norm)
+            _stream(hidden, rows, logits, self._overlaps, self._norm)
         else:
             logits = _wide_matmul(normed(hidden, self._norm), rows)
         return logits if self._soft_cap is None else soft_cap_(logits, self._soft_cap)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `linear.Head`."""
-        return {} if self._tied else {"weight": self._rows}
+    @cached_property
+    def _overlaps(self) -> bool:
+        return _overlaps(self._rows.device)
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
@@ -94,7 +75,7 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-def stream(
+def _stream(
     x: Tensor,
     weight: Tensor,
     out: Tensor,

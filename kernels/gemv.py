@@ -1,4 +1,4 @@
-"""The product of one to eight rows with a weight, in Triton, as multiplications and sums: reading the weight is all the
+"""The matmul of one to eight rows with a weight, in Triton, as multiplications and sums: reading the weight is all the
 work, and programs of a few weight rows keep the most bytes in flight. Meaning: `reference.linear` and its like.
 
 All arithmetic is in fp32; the only rounding is that of the result. `skinny.linear` launches it.
@@ -33,7 +33,7 @@ def load_weights(tile, k, K: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.conste
 
 
 @triton.jit
-def _add_products(sums, squares, weights, x, x_stride, norm, k, K: tl.constexpr, M: tl.constexpr, OFFSET: tl.constexpr):
+def _accumulate(sums, squares, weights, x, x_stride, norm, k, K: tl.constexpr, M: tl.constexpr, OFFSET: tl.constexpr):
     """One block of K: sums[m] [BLOCK_N, BLOCK_K] += weights * x[m] * (OFFSET + norm), squares[m] [BLOCK_K] += x[m]²."""
     wide = weights.to(tl.float32)
     inside = k < K
@@ -97,15 +97,15 @@ def gemv(
     weights = load_weights(tile, k[None, :], K, whole, EVICT)
     if PDL:
         gdc_wait()
-    # Asked for before the product, which then hides the way to memory.
+    # Asked for before the matmul, which then hides the way to memory.
     added = ()
     if residual is not None:
         for m in tl.static_range(M):
             added = added + (tl.load(residual + m * residual_stride + column, mask=owned, other=0.0),)  # noqa: RUF005
-    sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, k, K, M, OFFSET)
+    sums, squares = _accumulate(sums, squares, weights, x, x_stride, norm, k, K, M, OFFSET)
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         weights = load_weights(tile + start, start + k[None, :], K, whole, EVICT)
-        sums, squares = _add_products(sums, squares, weights, x, x_stride, norm, start + k, K, M, OFFSET)
+        sums, squares = _accumulate(sums, squares, weights, x, x_stride, norm, start + k, K, M, OFFSET)
     for m in tl.static_range(M):
         y = tl.sum(sums[m], 1)
         if norm is not None:

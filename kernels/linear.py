@@ -5,8 +5,8 @@ what stands around it in a decoder. Its siblings, one for each device and way of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -26,10 +26,13 @@ class Norm:
     offset: float = 0.0
 
 
-class Linear(Protocol):
+class Linear(ABC):
     """A fixed map of ``[T, in]`` to ``[T, out]`` (``[T, out / 2]`` with an activation)."""
 
-    out_features: int  # rows of the weight: with an activation gate and up together
+    def __init__(self, out_features: int, **tensors: Tensor | None) -> None:
+        """`out_features`: rows of the weight, gate and up together. `tensors`: what lies on the device, by name."""
+        self.out_features = out_features
+        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def __call__(
         self,
@@ -46,25 +49,49 @@ class Linear(Protocol):
         and the result ``act(gate) * up``. residual: ``[T, out]``, given away: the result may be its buffer.
         All tensors have the model's dtype.
         """
+        if post_norm is None:
+            return self._fused(x, norm, activation, residual)
+        return self._post_normed(self._fused(x, norm, activation, None), post_norm, residual)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it holds on the device, by name: those of its scheme, and ``bias`` where it has one. Their contents
         and memory may be exchanged in place between steps (a sleeping model's storage is freed and filled again)."""
+        return self._tensors
+
+    @abstractmethod
+    def _fused(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
+        """``residual + activation(norm(x) @ weight.T + bias)``; never both an activation and a residual."""
+
+    @abstractmethod
+    def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+        """``residual + norm(out)``; `out` and `residual` are given away."""
 
 
-class Embedding(Protocol):
+class Embedding(ABC):
     """The rows of tokens, and how a step's residual stream begins."""
 
+    def __init__(self, weight: Tensor) -> None:
+        """`weight` ``[vocab, hidden]``."""
+        self.weight = weight
+
+    @abstractmethod
     def __call__(self, batch: Batch) -> Tensor:
         """The embedded tokens of a step, ``[T, hidden]``, times the scale if there is one."""
 
     def tensors(self) -> dict[str, Tensor]:
         """As `Linear.tensors`."""
+        return {"weight": self.weight}
 
 
-class Head(Protocol):
+class Head(ABC):
     """The last norm and the language model head."""
 
+    def __init__(self, rows: Tensor, norm: Norm, *, tied: bool, soft_cap: float | None = None) -> None:
+        """`rows` ``[vocab, hidden]``, which are the embedding's where `tied`."""
+        self._rows, self._norm, self._soft_cap = rows, norm, soft_cap
+        self._tensors = {} if tied else {"weight": rows}
+
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 ``[R, vocab]`` of ``hidden [R, hidden]``, capped where the model caps them.
 
@@ -73,4 +100,5 @@ class Head(Protocol):
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `Linear.tensors`, without the norm's weight; without the weight's rows where they are the embedding's."""
+        """As `Linear.tensors`, without the norm's weight; empty where the rows are the embedding's."""
+        return self._tensors

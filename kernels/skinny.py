@@ -1,4 +1,4 @@
-"""Products of a few rows with a weight in Triton: ``x [M, K] @ weight [N, K].T``, fused with what stands before and
+"""Matmuls of a few rows with a weight in Triton: ``x [M, K] @ weight [N, K].T``, fused with what stands before and
 after it in a decoder. Reading the weight once is most of the work, so each part of it is read by one program, for all
 rows. Meaning: `reference.rms_norm`, `linear` and `gated`, with one rounding at the end.
 
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lightllmd.kernels.gemv import gemv
 from lightllmd.kernels.linear import Norm
-from lightllmd.kernels.tile_product import finish, load_residual, multiply, prefetch
+from lightllmd.kernels.tile_matmul import finish, load_residual, multiply, prefetch
 from lightllmd.kernels.tiles import Tile, block_rows, cdiv, fuses_norm, overlaps, prefers, tile_for
 
 __all__ = ["fuses_norm", "linear", "overlaps", "prefers"]
@@ -49,7 +49,7 @@ def _skinny(
     if PDL:
         prefetch(weight, group, N, K, ACTIVATION, BLOCK_N)
         gdc_wait()
-    # Asked for before the product, which then hides the way to memory.
+    # Asked for before the matmul, which then hides the way to memory.
     added = None
     if residual is not None:
         added = load_residual(residual, residual_stride, m, M, group, N, BLOCK_N)
@@ -61,6 +61,8 @@ def _skinny(
 
 
 class Launch(NamedTuple):
+    """One launch of a kernel, not yet made."""
+
     kernel: Any  # a Triton kernel: kernel[grid](*arguments, **options)
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
@@ -104,7 +106,7 @@ def launch(
     pdl: bool,
     tile: Tile | None,
 ) -> Launch:
-    """What `linear` launches."""
+    """What `linear` launches with the same arguments."""
     m, k = x.shape
     n = weight.shape[0]
     if tile is None:

@@ -1,4 +1,4 @@
-"""Which kernel and tile a product of few rows gets: plain rules, tuned offline on an H100 with `tests/bench/kernels.py
+"""Which kernel and tile a matmul of few rows gets: plain rules, tuned offline on an H100 with `tests/bench/kernels.py
 --sweep`. Pure arithmetic, no Triton, so that a plan can be made where there is none.
 
 M rows of x, weight ``[N, K]`` (N counts gate and up together), in bf16 or fp16.
@@ -39,10 +39,10 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
-    """Whether the product here beats cuBLAS's (with a separate activation if `gated`).
+    """Whether the matmul here beats cuBLAS's (with a separate activation if `gated`).
 
     Up to 16 rows always. With more only for larger weights, or where an activation is saved.
-    Milliseconds of a step's products, norms and activations of an 8B model, cuBLAS and ours: 5.74 and 5.05 at 1 row,
+    Milliseconds of a step's matmuls, norms and activations of an 8B model, cuBLAS and ours: 5.74 and 5.05 at 1 row,
     5.83 and 5.56 at 4, 5.90 and 5.64 at 8, 5.91 and 5.65 at 16, 6.00 and 5.87 at 32, 6.06 and 5.95 at 64, 6.44 and
     6.83 at 128.
     """

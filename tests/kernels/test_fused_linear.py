@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from lightllmd.architecture.schemes import SCHEMES
 from lightllmd.errors import EngineError
 from lightllmd.kernels import fused_linear, reference, tiles
 from lightllmd.kernels.fused import FusedKernels
@@ -40,7 +41,7 @@ def test_whatever_stands_around_the_matmul_is_what_it_would_be_apart(
     bias = random(48, device=device, dtype=dtype, seed=3) if biased else None
     norm, post_norm = (Norm(random(48, device=device, dtype=dtype, seed=seed), EPS, offset) for seed in (4, 5))
     assert tiles.prefers(rows, 48, 48, dtype, False) == (dtype is torch.float16)
-    linear = FusedKernels(torch.device(device), dtype).linear("qkv", weight, bias)
+    linear = FusedKernels(torch.device(device)).linear("qkv", weight, bias)
     given = x.clone()
     wide = [tensor.float() for tensor in (x, weight)] + [None if bias is None else bias.float()]
     plain = reference.linear(*wide)
@@ -65,7 +66,7 @@ def test_matmuls_in_chunks_of_rows_are_those_of_the_whole(
     x, weight = random(rows, 32, device=device, dtype=dtype), random(48, 32, device=device, dtype=dtype, seed=1)
     bias = random(48, device=device, dtype=dtype, seed=2) if biased else None
     residual = random(rows, 48, device=device, dtype=dtype, seed=3)
-    linear = FusedKernels(torch.device(device), dtype).linear("out", weight, bias)
+    linear = FusedKernels(torch.device(device)).linear("out", weight, bias)
     close(linear(x), reference.linear(x, weight, bias))
     close(linear(x, residual=residual.clone()), reference.linear(x, weight, bias, residual))
 
@@ -75,7 +76,7 @@ def test_matmuls_in_chunks_of_rows_are_those_of_the_whole(
 def test_logits_are_fp32_sums_and_capped(rows: int, dtype: torch.dtype, soft_cap: float | None, device: str) -> None:
     hidden, weight = random(rows, 48, device=device, dtype=dtype), random(70, 48, device=device, dtype=dtype, seed=1)
     norm = Norm(random(48, device=device, dtype=dtype, seed=2), EPS)
-    head = FusedKernels(torch.device(device), dtype).head(weight, norm, tied=False, soft_cap=soft_cap)
+    head = FusedKernels(torch.device(device)).head(weight, norm, tied=False, soft_cap=soft_cap)
     logits = head.logits(hidden)
     truth = reference.linear(reference.rms_norm(hidden.float(), norm.weight.float(), EPS), weight.float())
     assert logits.dtype is torch.float32
@@ -87,7 +88,7 @@ def test_logits_are_fp32_sums_and_capped(rows: int, dtype: torch.dtype, soft_cap
 def test_what_lies_on_the_device_may_be_freed_and_filled_again_in_place(device: str) -> None:
     dtype = torch.float32
     x, weight = random(3, 32, device=device, dtype=dtype), random(48, 32, device=device, dtype=dtype, seed=1)
-    linear = FusedKernels(torch.device(device), dtype).linear("down", weight, random(48, device=device, dtype=dtype))
+    linear = FusedKernels(torch.device(device)).linear("down", weight, random(48, device=device, dtype=dtype))
     before, stored = linear(x), linear.tensors()
     assert list(stored) == ["weight", "bias"]
     copies = {name: tensor.clone() for name, tensor in stored.items()}
@@ -100,8 +101,17 @@ def test_what_lies_on_the_device_may_be_freed_and_filled_again_in_place(device: 
 
 
 def test_a_scheme_or_a_shard_that_is_not_built_is_refused_by_name(device: str) -> None:
-    kernels, weight = FusedKernels(torch.device(device), torch.float32), torch.zeros(4, 4, device=device)
+    kernels, weight = FusedKernels(torch.device(device)), torch.zeros(4, 4, device=device)
     with pytest.raises(EngineError, match="qkv: there is no scheme 'int3' of storing weights"):
         kernels.linear("qkv", weight, None, scheme="int3")
     with pytest.raises(EngineError, match="down: rank 1 of 2 was asked for"):
         kernels.linear("down", weight, None, shard=Shard(1, 2, 1))
+
+
+def test_a_linear_holds_what_its_scheme_says(device: str) -> None:
+    """The memory budget counts by the scheme."""
+    kernels, weight = FusedKernels(torch.device(device)), torch.zeros(6, 4, dtype=torch.float16, device=device)
+    for scheme in SCHEMES.values():
+        held = kernels.linear("qkv", weight, None, scheme.name).tensors()
+        assert tuple(held) == scheme.tensors
+        assert sum(tensor.nbytes for tensor in held.values()) == scheme.nbytes((6, 4), 2)

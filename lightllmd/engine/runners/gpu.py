@@ -97,7 +97,7 @@ class DeviceRunner:
             weights = stored_weights(plan, device, dtype, progress)
         # As they came, for `stage`. They are those of the decoder, whose products take them over as they are.
         self._weights: list[LoadedWeight] = []
-        kernels = fused_kernels(device, dtype, plan.decode_kernel)
+        kernels = fused_kernels(device, plan.decode_kernel)
         self.decoder = build_decoder(plan, kernels, _noted(weights, self._weights), device)
         spec = self.decoder.spec
         heads = self.decoder.layers[0].attention.heads

@@ -1,4 +1,4 @@
-"""One tile of a product of few rows, on tensor cores: how it is multiplied and what is made of its sums."""
+"""One tile of a matmul of few rows, on tensor cores: how it is multiplied and what is made of its sums."""
 
 from __future__ import annotations
 
