@@ -16,6 +16,7 @@ from lightllmd.config.toml_lines import key_lines
 from lightllmd.errors import Problem
 
 MAX_FILE_BYTES = 1 << 20
+_LONGEST_PART = 80  # characters of a key's part in a message
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ class Document:
 
     def problem(self, path: KeyPath, message: str) -> Problem:
         """A fault of what stands at `path`."""
-        return Problem(".".join(map(str, path)), message, self.file, self.lines.get(path))
+        return Problem(".".join(map(_shown, path)), message, self.file, self.lines.get(path))
+
+
+def _shown(part: object) -> str:
+    """A part of a key, which may have any length in a file."""
+    text = str(part)
+    return text if len(text) <= _LONGEST_PART else f"{text[: _LONGEST_PART - 1]}…"
 
 
 class Unreadable(Exception):

@@ -38,6 +38,13 @@ def open_regular(path: StrPath) -> int:
     return fd
 
 
+def refusal(error: OSError | ValueError) -> str:
+    """Why a file could not be read, in words that follow its name."""
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    return f"can't be read: {error.strerror if isinstance(error, OSError) else error}"
+
+
 def read_bytes(path: StrPath, limit: int) -> bytes:
     """All of a regular file of at most `limit` bytes. Raises OSError."""
     fd = open_regular(path)

@@ -12,7 +12,7 @@ import stat
 
 import msgspec
 
-from lightllmd.config.files import read_bytes
+from lightllmd.config.files import read_bytes, refusal
 from lightllmd.errors import show
 
 MAX_FILE_BYTES = 1 << 20
@@ -30,10 +30,8 @@ def digests(path: str) -> list[str]:
     for a file that can't be read or has no key."""
     try:
         text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig")  # an editor's byte order mark is no part of a key
-    except FileNotFoundError:
-        raise ValueError(f"{show(path)} does not exist") from None
     except OSError as failure:
-        raise ValueError(f"{show(path)} can't be read: {failure.strerror}") from None
+        raise ValueError(f"{show(path)} {refusal(failure)}") from None
     except UnicodeDecodeError as failure:
         raise ValueError(f"{show(path)} can't be read: byte {failure.start} is not valid UTF-8") from None
     keys = [key for line in text.splitlines() if (key := line.strip()) and not key.startswith("#")]

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from lightllmd.config.files import refusal
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.weights.model_files import present
 
@@ -33,12 +34,8 @@ def locate_model(model_dir: str) -> Path:
         if path.is_dir():
             return _find_inside(path, shown, deep=False)
         path.stat()
-    except FileNotFoundError:
-        raise _invalid(f"{shown} does not exist") from None
-    except OSError as error:
-        raise _invalid(f"{shown} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise _invalid(f"{shown} can't be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise _invalid(f"{shown} {refusal(error)}") from None
     if path.suffix != ".gguf":
         raise _invalid(f"{shown} is neither a directory nor a .gguf file")
     return path

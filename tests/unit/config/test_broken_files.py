@@ -257,3 +257,14 @@ def test_a_text_of_any_length_is_refused_in_a_short_line(tmp_path: Path) -> None
     (one,) = problems_of(write(tmp_path, b'model_dir = "/' + b"m" * 900_000 + b'"\n'))
     assert "is longer than 4096 bytes" in one.message
     assert len(one.message) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[models.%b]\n", b'[models."%b "]\nmodel_dir = "/m"\n', b"[models]\n%b = 1\n", b"%b = 1\n", b"[http]\n%b = 1\n"],
+    ids=["model", "name", "no-table", "setting", "setting-of-a-table"],
+)
+def test_a_key_of_any_length_is_told_in_a_short_line(text: bytes, tmp_path: Path) -> None:
+    told = problems_of(write(tmp_path, b'model_dir = "m"\n' + text % (b"n" * 900_000)))
+    assert told
+    assert all(len(str(one)) < 500 + len(str(tmp_path)) for one in told)

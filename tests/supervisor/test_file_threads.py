@@ -1,4 +1,4 @@
-"""Files that never answer: whoever asks is told so in time, nobody else waits, and the process can end."""
+"""Files that never answer: the caller is told so in time, nothing else waits, and the process can end."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def test_work_that_hangs_is_given_up_and_bounded_and_others_go_on() -> None:
     gate = threading.Event()
 
     async def run() -> None:
-        aside = FileThreads()
-        late = [aside.run("reading x", gate.wait, timeout=0.2) for _ in range(MOST - 1)]
+        threads = FileThreads()
+        late = [threads.run("reading x", gate.wait, timeout=0.2) for _ in range(MOST - 1)]
         hanging = [asyncio.ensure_future(one) for one in late]
         await asyncio.sleep(0)
-        assert await aside.run("reading y", lambda: 7) == 7
+        assert await threads.run("reading y", lambda: 7) == 7
         for told in await asyncio.gather(*hanging, return_exceptions=True):
             assert isinstance(told, TryAgain)
             assert "reading x takes longer than 0.2 s" in told.message
         with pytest.raises(TryAgain):
-            await aside.run("reading x", gate.wait, timeout=0.01)
+            await threads.run("reading x", gate.wait, timeout=0.01)
         with pytest.raises(TryAgain, match="are being read already"):
-            await aside.run("reading y", lambda: 7)
+            await threads.run("reading y", lambda: 7)
         gate.set()
         while True:
             try:
-                assert await aside.run("reading y", lambda: 7) == 7
+                assert await threads.run("reading y", lambda: 7) == 7
                 return
             except TryAgain:
                 await asyncio.sleep(0.01)
