@@ -83,6 +83,7 @@ class Streams:
         self._llm, self._source = llm, random.Random(0)
         self._last: dict[int, float] = {}  # request -> when its newest token came
         self._made: dict[int, int] = {}  # request -> tokens
+        self._ended: set[int] = set()
         self._numbers = 0
         self.streams = [self.submit(context, new) for _ in range(streams)]
 
@@ -99,11 +100,15 @@ class Streams:
 
     def run_until(self, done: Callable[[dict[int, int]], bool]) -> list[float]:
         """The streams' latencies meanwhile; `done` looks at how many tokens each request has."""
-        gaps = []
+        gaps: list[float] = []
         while not done(self._made):
+            if len(self._ended) == self._numbers:
+                raise SystemExit("every stream has ended before it was measured")
             for output in self._llm._loop.turn(_nothing).values():
                 now = time.perf_counter()
-                for request in output.requests:
+                for request, finish in zip(output.requests, output.finishes, strict=True):
+                    if finish:
+                        self._ended.add(request)
                     if request in self._last and request in self.streams:
                         gaps.append(now - self._last[request])
                     self._last[request] = now
@@ -130,9 +135,11 @@ def _nothing() -> None:
 
 def measured(given: argparse.Namespace, count: int, block: int | None) -> tuple[Latencies, Latencies]:
     """Undisturbed, and beside a prompt."""
-    # Beside a prompt a stream gets a token for every block, and a rest comes before and after.
-    blocks = -(-given.prompt // (prefill_budget(block, count) if block else given.prompt))
-    new = SETTLE + (given.repeats + 1) * (given.tokens + blocks + 8)
+    # Beside a prompt a stream gets a token for every block, and a rest comes before and after; the first stream goes on
+    # while the prompts of the others are computed.
+    budget = prefill_budget(block, count) if block else given.prompt
+    blocks, entering = -(-given.prompt // budget), count * -(-given.context // budget)
+    new = entering + SETTLE + (given.repeats + 1) * (given.tokens + blocks + 8)
     length = max(given.context + new, given.prompt + 1) + 1
     parameters = {
         "load_way": load_way(given.model, given.load_way),
