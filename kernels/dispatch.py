@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Embedding, Head, Linear, Norm
 from lightllmd.kernels.schemes import WHOLE, Shard, built
@@ -61,7 +62,7 @@ class Kernels:
     def attention(
         self,
         qkv: Tensor,
-        cache: Tensor,
+        cache: LayerCache,
         batch: Batch,
         heads: Heads,
         q_norm: Tensor | None,

@@ -7,7 +7,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.eager_ops import rms_norm
-from lightllmd.kernels.layout import Batch, GatheredRows, Heads
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import Batch, DecodeGroup, GatheredRows, Heads, PrefillRow, Slots
 
 # A mask for queries that follow a cached prefix has at most this many rows: bounds its memory (config.bounds).
 MASK_ROWS = 512
@@ -15,13 +16,14 @@ MASK_ROWS = 512
 
 def attention(
     qkv: Tensor,
-    cache: Tensor,
+    cache: LayerCache,
     batch: Batch[GatheredRows],
     heads: Heads,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     wanted: Tensor | None = None,
 ) -> Tensor:
+    """As `dispatch.Kernels.attention`."""
     rows = batch.metadata
     qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
     q, k = qkv[:, : heads.query], qkv[:, heads.query : heads.query + heads.kv]
@@ -29,17 +31,16 @@ def attention(
         q.copy_(rms_norm(q, q_norm, heads.norm_eps))
         k.copy_(rms_norm(k, k_norm, heads.norm_eps))
     rotate_(qkv[:, : heads.query + heads.kv], rows.cos, rows.sin)
-    write_kv(cache, batch.slots, qkv[:, heads.query :])
+    cache.store(batch.slots, qkv[:, heads.query :])
     if len(rows.decode) == 1 and rows.decode[0].tokens is None:
-        group = rows.decode[0]
-        attended = decode_attention(q, cache, group.slots, group.mask, heads.scale)
+        attended = decode_attention(q, cache, heads, rows.decode[0])
     else:
         attended = torch.empty_like(q)
         for group in rows.decode:
-            attended[group.tokens] = decode_attention(q[group.tokens], cache, group.slots, group.mask, heads.scale)
+            attended[group.tokens] = decode_attention(q[group.tokens], cache, heads, group)
         for row in rows.prefill:
             span = slice(row.first, row.first + row.count)
-            attended[span] = prefill_attention(q[span], cache, row.slots, row.start, heads.scale)
+            attended[span] = prefill_attention(q[span], cache, heads, row)
     attended = attended.flatten(1)
     return attended if wanted is None else attended.index_select(0, wanted)
 
@@ -50,55 +51,100 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     x.mul_(cos).addcmul_(swapped, sin)
 
 
-def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
-    cache.index_copy_(0, slots, kv)
-
-
-def decode_attention(q: Tensor, cache: Tensor, slots: Tensor | slice, mask: Tensor | None, scale: float) -> Tensor:
+def decode_attention(q: Tensor, cache: LayerCache, heads: Heads, group: DecodeGroup) -> Tensor:
     """Attention of rows with one new token each: ``q [B, H, D]`` -> ``[B, H, D]``.
 
-    `slots` is ``[B * L]``, each row padded to L with a slot of its own (never a foreign one: what an unowned slot
-    holds, NaN included, must not be read), or a slice where B is 1. `mask` ``[B, 1, 1, L]`` is 0 or -inf.
-    The queries of a group become the query positions of their key/value head: no copy of keys or values.
+    The queries that share a key/value head become its query positions: no copy of keys or values.
     """
-    rows, heads, dim = q.shape
-    kv_heads = cache.shape[1] // 2
-    kept = cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
-    kept = kept.view(rows, -1, 2 * kv_heads, dim).transpose(1, 2)
-    grouped = q.reshape(rows, kv_heads, heads // kv_heads, dim)
-    out = functional.scaled_dot_product_attention(
-        grouped, kept[:, :kv_heads], kept[:, kv_heads:], attn_mask=mask, scale=scale
-    )
-    return out.reshape(rows, heads, dim)
-
-
-def prefill_attention(q: Tensor, cache: Tensor, slots: Tensor | slice, start: int, scale: float) -> Tensor:
-    """Causal attention of one row: ``q [t, H, D]`` at positions ``start ..``, `slots` of all ``start + t`` tokens."""
-    count = q.shape[0]
-    kv_heads = cache.shape[1] // 2
-    kept = cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
-    kept = kept.transpose(0, 1).unsqueeze(0)
-    keys, values = kept[:, :kv_heads], kept[:, kv_heads:]
-    queries = q.transpose(0, 1).unsqueeze(0)
-    if start == 0:
+    slots, mask = group.slots, group.mask
+    if heads.window is not None:
+        slots, mask = _newest(slots, mask, len(q), heads.window)
+    kept = cache.gather(slots).view(len(q), -1, 2 * heads.kv, heads.dim).transpose(1, 2)
+    grouped = q.reshape(len(q), heads.kv, heads.query // heads.kv, heads.dim)
+    if heads.soft_cap is not None:
+        out = _soft_capped(grouped, kept, heads, mask)
+    else:
         out = functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+            grouped, kept[:, : heads.kv], kept[:, heads.kv :], attn_mask=mask, scale=heads.scale
+        )
+    return out.reshape(q.shape)
+
+
+def prefill_attention(q: Tensor, cache: LayerCache, heads: Heads, row: PrefillRow) -> Tensor:
+    """Causal attention of one row: ``q [t, H, D]``, its newest tokens, -> ``[t, H, D]``."""
+    start, length = row.start, row.start + row.count
+    queries = q.transpose(0, 1).unsqueeze(0)
+    kept = cache.gather(row.slots).transpose(0, 1).unsqueeze(0)
+    window = heads.window if heads.window is not None and heads.window < length else None
+    if start == 0 and window is None and heads.soft_cap is None:
+        out = functional.scaled_dot_product_attention(
+            queries, kept[:, : heads.kv], kept[:, heads.kv :], is_causal=True, scale=heads.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
+    at_once = MASK_ROWS if heads.soft_cap is None else max(1, MASK_ROWS * heads.kv // heads.query)
     parts = []
-    for first in range(0, count, MASK_ROWS):
-        last = min(count, first + MASK_ROWS)
-        end = start + last
-        mask = q.new_zeros(last - first, end)
-        mask[:, start + first :] = q.new_full((last - first, last - first), float("-inf")).triu_(1)
+    for first in range(0, row.count, at_once):
+        last = min(row.count, first + at_once)
+        # The keys that any of these queries sees.
+        low, end = 0 if window is None else max(0, start + first + 1 - window), start + last
+        mask = _causal_mask(q, start + first - low, last - first, window)
+        some, seen = queries[:, :, first:last], kept[:, :, low:end]
+        if heads.soft_cap is not None:
+            parts.append(_soft_capped(some, seen, heads, mask))
+            continue
         parts.append(
             functional.scaled_dot_product_attention(
-                queries[:, :, first:last],
-                keys[:, :, :end],
-                values[:, :, :end],
+                some,
+                seen[:, : heads.kv],
+                seen[:, heads.kv :],
                 attn_mask=mask,
-                scale=scale,
+                scale=heads.scale,
                 enable_gqa=True,
             )
         )
     return torch.cat(parts, 2)[0].transpose(0, 1)
+
+
+def _newest(slots: Slots, mask: Tensor | None, rows: int, window: int) -> tuple[Slots, Tensor | None]:
+    """The last `window` tokens of each row of a `DecodeGroup`, padded to the longest again."""
+    if isinstance(slots, slice):
+        return slice(max(slots.start, slots.stop - window), slots.stop), None
+    slots = slots.view(rows, -1)
+    longest = slots.shape[1]
+    if longest <= window:
+        return slots.flatten(), mask
+    if mask is None:
+        return slots[:, longest - window :].flatten(), None
+    lengths = (mask == 0).sum(-1).view(rows, 1)
+    kept = (lengths - window).clamp(min=0) + torch.arange(window, device=slots.device)
+    return slots.gather(1, kept).flatten(), mask.gather(-1, kept[:, None, None])
+
+
+def _causal_mask(like: Tensor, before: int, count: int, window: int | None) -> Tensor:
+    """``[count, before + count]``, 0 or -inf: queries behind `before` keys see these, and those up to their own, as far
+    as they are within the window."""
+    mask = like.new_zeros(count, before + count)
+    hidden = like.new_full((count, count), float("-inf"))
+    mask[:, before:] = hidden.triu(1)
+    if window is not None:
+        mask[:, :count] += hidden.tril(before - window)
+    return mask
+
+
+def _soft_capped(q: Tensor, kept: Tensor, heads: Heads, mask: Tensor | None) -> Tensor:
+    """Attention of ``q [B, H, t, D]`` over ``kept [B, 2K, L, D]``, whose scores s become ``cap * tanh(s / cap)`` (Gemma
+    Team 2024, Gemma 2); `mask` is added to ``[B, H, t, L]``. H is a multiple of K.
+
+    torch's own attention has no cap. One key/value head at a time, in fp32: scores of 16 bits would be rounded to
+    an eighth below a cap of 50.
+    """
+    assert heads.soft_cap is not None
+    out = torch.empty_like(q)
+    for kv_head, (queries, target) in enumerate(zip(q.chunk(heads.kv, 1), out.chunk(heads.kv, 1), strict=True)):
+        keys, values = kept[:, kv_head].float(), kept[:, heads.kv + kv_head].float()
+        scores = queries.flatten(1, 2).float() @ keys.transpose(1, 2)
+        scores.mul_(heads.scale / heads.soft_cap).tanh_().mul_(heads.soft_cap)
+        if mask is not None:
+            scores.view(*queries.shape[:3], -1).add_(mask)
+        target.copy_((scores.softmax(-1) @ values).view(queries.shape))
+    return out

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.decode_attention import decode_attention, segments_for
+from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch, Heads, PrefillTiles, TableRows
 from lightllmd.kernels.prefill_attention import prefill_attention
 from lightllmd.kernels.rope_kv import rope_kv
-from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.segments import partial_results
 from lightllmd.kernels.split_prefill import split_prefill
 
 # Of segments that have been read, one per row and head: more than rows that are split have.
@@ -31,7 +32,7 @@ class FusedAttention:
     def __call__(
         self,
         qkv: Tensor,
-        cache: Tensor,
+        cache: LayerCache,
         batch: Batch[TableRows],
         heads: Heads,
         q_norm: Tensor | None,
@@ -46,11 +47,11 @@ class FusedAttention:
             # All that they see is in the cache by now, so each is read as a decode row is.
             q, table_rows, positions = (tensor.index_select(0, wanted) for tensor in (q, table_rows, positions))
             out = torch.empty_like(q)
-            self._decode(q, cache, read.table, table_rows, positions, heads.scale, out)
+            self._decode(q, cache, heads, read.table, table_rows, positions, out)
             return out.flatten(1)
         out = qkv.new_empty(q.shape)
         if ahead := read.decode:
-            self._decode(q[:ahead], cache, read.table, table_rows[:ahead], positions[:ahead], heads.scale, out[:ahead])
+            self._decode(q[:ahead], cache, heads, read.table, table_rows[:ahead], positions[:ahead], out[:ahead])
         rows = read.prefill
         if rows is not None:
             for span in rows.whole:
@@ -59,29 +60,25 @@ class FusedAttention:
                     return attended.flatten(1)
                 out[span.first : span.first + len(attended)] = attended
             if len(rows.tiles):
-                self._prefill(q[ahead:], cache, read.table, rows, heads.scale, out[ahead:])
+                self._prefill(q[ahead:], cache, heads, read.table, rows, out[ahead:])
         return out.flatten(1)
 
     def _decode(
-        self, q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, positions: Tensor, scale: float, out: Tensor
+        self, q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, rows: Tensor, positions: Tensor, out: Tensor
     ) -> None:
         """Attention of single tokens, each over what its row holds up to it."""
-        count, heads, dim = q.shape
-        segments = segments_for(count, cache.shape[1] // 2, table.shape[1]) if self._split else 1
-        partial = None
-        if segments > 1:
-            partial = q.new_empty(workspace_size(count, heads, dim, segments), dtype=torch.float32)
-        arrived = self._arrived if count * heads <= COUNTERS else None
-        packed = self._packed
-        where = (cache, table, rows, positions)
-        decode_attention(q, *where, scale, out, partial, segments=segments, packed=packed, arrived=arrived)
+        width = min(table.shape[1], heads.window or table.shape[1])
+        segments = segments_for(len(q), heads.kv, width) if self._split else 1
+        partial = partial_results(out, segments, self._arrived if len(q) * heads.query <= COUNTERS else None)
+        where = (table, rows, positions)
+        decode_attention(q, cache, heads, *where, out, partial, segments=segments, packed=self._packed)
 
-    def _prefill(self, q: Tensor, cache: Tensor, table: Tensor, rows: PrefillTiles, scale: float, out: Tensor) -> None:
+    def _prefill(
+        self, q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, rows: PrefillTiles, out: Tensor
+    ) -> None:
         """Attention of the rows' tokens that lie in tiles."""
-        where = (rows.rows, rows.first, rows.counts, rows.starts)
-        if rows.segments == 1:
-            prefill_attention(q, cache, table, rows.tiles, *where, scale, out, pairs=rows.pairs)
-            return
-        partial = q.new_empty(workspace_size(*q.shape, rows.segments), dtype=torch.float32)
-        where = (rows.tiles, rows.number, *where)
-        split_prefill(q, cache, table, *where, scale, out, partial, self._arrived, segments=rows.segments)
+        partial = partial_results(out, rows.segments, self._arrived)
+        if partial is None:
+            prefill_attention(q, cache, heads, table, rows, out)
+        else:
+            split_prefill(q, cache, heads, table, rows, out, partial)

@@ -36,6 +36,8 @@ class Heads:
     dim: int
     scale: float
     norm_eps: float  # of the norm over each query and key head, where a model has one
+    window: int | None = None  # tokens that one sees, itself and those right before it; None: all before it
+    soft_cap: float | None = None  # scores s become cap * tanh(s / cap)
 
 
 # --- rows are gathered in groups: what torch's own attention reads -----------------------------------------------

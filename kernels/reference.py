@@ -107,10 +107,13 @@ def embed(
     return (embedding[torch.where(tokens < 0, last[rows], tokens).long()].float() * scale).to(embedding.dtype)
 
 
-def attention(q: Tensor, cache: Tensor, slots: Tensor, scale: float) -> Tensor:
+def attention(
+    q: Tensor, cache: Tensor, slots: Tensor, scale: float, window: int | None = None, soft_cap: float | None = None
+) -> Tensor:
     """Causal attention of one row: ``q [t, H, D]`` are its newest t tokens, `slots` [length >= t] all of them.
 
-    Returns ``[t, H, D]``. Grouped queries: head h reads key/value head ``h // (H / K)``.
+    Returns ``[t, H, D]``. Grouped queries: head h reads key/value head ``h // (H / K)``. A token sees the last `window`
+    tokens up to itself (Beltagy et al. 2020); scores s are capped to ``soft_cap * tanh(s / soft_cap)``.
     """
     count, heads, _ = q.shape
     length, kv_heads = len(slots), cache.shape[1] // 2
@@ -118,8 +121,13 @@ def attention(q: Tensor, cache: Tensor, slots: Tensor, scale: float) -> Tensor:
     keys = kept[:, :kv_heads].repeat_interleave(heads // kv_heads, 1)
     values = kept[:, kv_heads:].repeat_interleave(heads // kv_heads, 1)
     scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
-    newest = torch.arange(length - count, length, device=q.device)
-    hidden = torch.arange(length, device=q.device)[None] > newest[:, None]
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    newest = torch.arange(length - count, length, device=q.device)[:, None]
+    keys_at = torch.arange(length, device=q.device)[None]
+    hidden = keys_at > newest
+    if window is not None:
+        hidden = hidden | (keys_at <= newest - window)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 

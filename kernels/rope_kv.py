@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllmd.kernels.kv_access import kv_pointers, store_heads
+from lightllmd.kernels.kv_cache import LayerCache
+
 TILE = 1024  # pairs of elements of a program
 
 
@@ -23,8 +26,6 @@ def _rope_kv(
     token_stride,
     head_stride,
     angle_stride,
-    slot_stride,
-    cache_head_stride,
     heads,
     kv_heads,
     eps,
@@ -59,9 +60,7 @@ def _rope_kv(
     tl.store(at + HALF, new_second, mask=turned)
     kept = inside & (head >= heads)
     slot = tl.load(slots + token).to(tl.int64)
-    to = cache + slot * slot_stride + (head - heads) * cache_head_stride + pair
-    tl.store(to, new_first.to(cache.dtype.element_ty), mask=kept)
-    tl.store(to + HALF, new_second.to(cache.dtype.element_ty), mask=kept)
+    store_heads(cache, head - heads, slot, new_first, new_second, kept, HALF)
 
 
 def rope_kv(
@@ -69,7 +68,7 @@ def rope_kv(
     cos_sin: Tensor,
     angles: Tensor,
     slots: Tensor,
-    cache: Tensor,
+    cache: LayerCache,
     heads: int,
     kv_heads: int,
     q_norm: Tensor | None,
@@ -77,7 +76,7 @@ def rope_kv(
     eps: float,
 ) -> None:
     """Turns the queries and keys of ``qkv [T, H + 2K, D]`` in place, element i with i + D/2 (D a power of two), and
-    copies keys and values to ``cache [S, 2K, D]`` at ``slots [T]`` int32.
+    copies keys and values to the cache at ``slots [T]`` int32.
 
     ``cos_sin [P, D]`` fp32: cosines, then sines, of the D/2 pairs; ``angles [T]`` int32 is each token's row of it.
     `q_norm` and `k_norm` ``[D]``: weights of an RMS norm of each head before the turn; both or neither.
@@ -90,14 +89,12 @@ def rope_kv(
         cos_sin,
         angles,
         slots,
-        cache,
+        kv_pointers(cache),
         q_norm if q_norm is not None else cos_sin,
         k_norm if k_norm is not None else cos_sin,
         qkv.stride(0),
         qkv.stride(1),
         cos_sin.stride(0),
-        cache.stride(0),
-        cache.stride(1),
         heads,
         kv_heads,
         eps,

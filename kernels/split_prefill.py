@@ -11,8 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels.prefill_attention import LOG2_E, TileShape, attend, last_key, tile_shape
-from lightllmd.kernels.segments import merge_lines
+from lightllmd.kernels.attention_kind import Operands, attention_shape, operands, store_lines
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import Heads, PrefillTiles
+from lightllmd.kernels.prefill_attention import TileShape, tile_shape
+from lightllmd.kernels.prefill_tile import attend, keys_of, tile_at
+from lightllmd.kernels.segments import Partial, last_to_arrive, merge_lines, segment_length, store_segment
 
 PAIRS = 128  # (token, head) pairs of a tile
 MOST_SEGMENTS = 8
@@ -33,26 +37,15 @@ def segments_for(tokens: int, group: int, kv_heads: int, width: int, multiproces
 
 @triton.jit(do_not_specialize_on_alignment=["tiles", "number", "rows", "first", "counts", "starts"])
 def _split_prefill(
-    q,
-    cache,
-    table,
+    on: Operands,
     tiles,
-    number,
     rows,
     first,
     counts,
     starts,
-    out,
-    values,
-    logs,
-    arrived,
-    q_stride,
-    cache_stride,
-    table_stride,
-    scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
+    number,
+    partial: Partial,
+    SHAPE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,115 +56,60 @@ def _split_prefill(
     the tokens of one row; as programs of their own, all that there can be would cost more than those that there are."""
     kv_head, segment = tl.program_id(0), tl.program_id(1)
     for part in range(tl.program_id(2), tl.load(number) * PARTS, tl.num_programs(2)):
-        tile = tiles + (part // PARTS) * 2
-        index = tl.load(tile)
-        begin = (tl.load(tile + 1) * PARTS + part % PARTS) * BLOCK_M
-        count = tl.load(counts + index)
-        start = tl.load(starts + index)
-        keys = last_key(start, count, begin, GROUP, BLOCK_M)
-        span = tl.cdiv(tl.cdiv(keys, SEGMENTS), BLOCK_N) * BLOCK_N
-        first_key = segment * span
-        if (begin < count * GROUP) & (first_key < keys):
+        index, begin, count, start = tile_at(tiles, counts, starts, part, PARTS, BLOCK_M)
+        low, end = keys_of(start, count, begin, SHAPE, BLOCK_M)
+        span = segment_length(end - low, SEGMENTS, BLOCK_N)
+        first_key = low + segment * span
+        if (begin < count * SHAPE.GROUP) & (first_key < end):
+            row, packed = tl.load(rows + index), tl.load(first + index)
+            end_key = tl.minimum(first_key + span, end)
+            # The highest score is finite: a pair may see nothing of a segment.
             line, best, weight, value = attend(
-                q,
-                cache,
-                table + tl.load(rows + index).to(tl.int64) * table_stride,
-                tl.load(first + index),
-                start,
-                count,
-                begin,
-                kv_head,
-                first_key,
-                tl.minimum(first_key + span, keys),
-                q_stride,
-                cache_stride,
-                scale,
-                -1e30,  # finite: a pair may see nothing of a segment, and then has no weight and no value
-                KV_HEADS,
-                GROUP,
-                D,
-                BLOCK_M,
-                BLOCK_N,
+                on, row, packed, start, count, begin, kv_head, first_key, end_key, SHAPE, BLOCK_M, BLOCK_N, -1e30
             )
             value = value / tl.where(weight == 0, 1.0, weight)[:, None]
-            ours = begin + tl.arange(0, BLOCK_M) < count * GROUP
-            column = tl.arange(0, D)
-            if span >= keys:
-                tl.store(out + line[:, None] * D + column[None, :], value.to(out.dtype.element_ty), mask=ours[:, None])
+            ours = begin + tl.arange(0, BLOCK_M) < count * SHAPE.GROUP
+            if span >= end - low:
+                store_lines(on.out, line, ours, value, SHAPE.D)
             else:
-                entry = line * SEGMENTS + segment
-                tl.store(values + entry[:, None] * D + column[None, :], value, mask=ours[:, None])
-                tl.store(logs + entry, best + tl.log2(weight), mask=ours)
-                # One thread counts: decode attention tells why that is enough.
-                tl.debug_barrier()
-                counter = arrived + part * KV_HEADS + kv_head
-                used = tl.cdiv(keys, span)
-                if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
-                    tl.store(counter, 0)  # as the next launch expects it
-                    for piece in range(begin, begin + BLOCK_M, MERGED):
-                        pair = piece + tl.arange(0, MERGED)
-                        head = kv_head * GROUP + pair % GROUP
-                        there = (tl.load(first + index) + pair // GROUP) * KV_HEADS * GROUP + head
-                        merge_lines(values, logs, out, there, pair < count * GROUP, used, D, SEGMENTS, CHUNK=1)
+                store_segment(partial, line, ours, segment, value, best + tl.log2(weight), SHAPE.D, SEGMENTS)
+                used = tl.cdiv(end - low, span)
+                if last_to_arrive(partial.arrived + part * SHAPE.KV_HEADS + kv_head, used):
+                    for some in range(begin, begin + BLOCK_M, MERGED):
+                        pair = some + tl.arange(0, MERGED)
+                        head = kv_head * SHAPE.GROUP + pair % SHAPE.GROUP
+                        there = (packed + pair // SHAPE.GROUP) * (SHAPE.KV_HEADS * SHAPE.GROUP) + head
+                        merge_lines(
+                            partial, on.out, there, pair < count * SHAPE.GROUP, used, SHAPE.D, SEGMENTS, CHUNK=1
+                        )
 
 
 def split_prefill(
     q: Tensor,
-    cache: Tensor,
+    cache: LayerCache,
+    heads: Heads,
     table: Tensor,
-    tiles: Tensor,
-    number: Tensor,
-    rows: Tensor,
-    first: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    scale: float,
+    rows: PrefillTiles,
     out: Tensor,
-    partial: Tensor,
-    arrived: Tensor,
+    partial: Partial,
     *,
-    segments: int,
-    pairs: int = PAIRS,
     shape: TileShape | None = None,
 ) -> None:
-    """`prefill_attention` of the first ``number[0]`` of `tiles`; `segments` programs, a power of two from 2 on, share
-    each.
-
-    `partial`: fp32, contiguous, ``segments.workspace_size(T, H, D, segments)`` or more, whatever they hold. `arrived`:
-    int32 zeros, one for each key/value head and `block_m` pairs of the tiles, or more; they are left zeros.
-    """
-    tokens, heads, dim = q.shape
-    kv_heads = cache.shape[1] // 2
-    group = heads // kv_heads
-    block_m, block_n, warps, stages = shape or tile_shape(q.dtype, dim, pairs)
-    parts = pairs // block_m
-    values, logs = partial, partial[tokens * heads * segments * dim :]
-    _split_prefill[(kv_heads, segments, triton.cdiv(tokens * group, pairs) * parts)](
-        q,
-        cache,
-        table,
-        tiles,
-        number,
-        rows,
-        first,
-        counts,
-        starts,
-        out,
-        values,
-        logs,
-        arrived,
-        q.stride(0),
-        cache.stride(0),
-        table.stride(0),
-        scale * LOG2_E,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        D=dim,
+    """`prefill_attention` of the first ``rows.number[0]`` tiles; `rows.segments` programs, a power of two from 2 on,
+    share each. `partial` counts: one counter for each key/value head and `block_m` pairs of the tiles, or more."""
+    block_m, block_n, warps, stages = shape or tile_shape(q.dtype, heads.dim, rows.pairs)
+    parts = rows.pairs // block_m
+    tiles = triton.cdiv(len(q) * heads.query, heads.kv * rows.pairs)
+    _split_prefill[(heads.kv, rows.segments, tiles * parts)](
+        operands(q, cache, heads, table, out),
+        *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts, rows.number),
+        partial,
+        SHAPE=attention_shape(heads),
         PARTS=parts,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        SEGMENTS=segments,
-        MERGED=min(block_m, MERGED_BY_WARP * warps // dim),
+        SEGMENTS=rows.segments,
+        MERGED=min(block_m, MERGED_BY_WARP * warps // heads.dim),
         num_warps=warps,
         num_stages=stages,
     )

@@ -7,7 +7,8 @@ to the next planned length where the padding costs less than cuDNN gains; equal 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as functional
@@ -24,14 +25,19 @@ TOGETHER = (8, 4, 2)  # rows of LEAST tokens
 log = logging.getLogger(__name__)
 
 
-def plan(heads: Heads, dtype: torch.dtype, device: torch.device, longest: int) -> int:
-    """Plans for rows of up to `longest` tokens. Returns the longest planned length, 0 without cuDNN."""
-    if device.type != "cuda" or dtype is torch.float32 or heads.dim > 128:
+def plan(layers: Iterable[Heads], dtype: torch.dtype, device: torch.device, longest: int) -> int:
+    """Plans for rows of up to `longest` tokens. Returns the longest planned length, 0 without cuDNN or where a layer
+    has a kind of attention that is not computed here: a soft cap, or a window that is shorter than the row."""
+    kinds = set(layers)
+    if device.type != "cuda" or dtype is torch.float32:
         return 0
+    if any(heads.dim > 128 or heads.soft_cap is not None for heads in kinds):
+        return 0
+    longest = min([longest, *(heads.window for heads in kinds if heads.window is not None)])
     lengths = range(LEAST, longest + 1, STEP)
     shapes = [(1, length) for length in lengths] + [(rows, LEAST) for rows in TOGETHER if rows * LEAST <= longest]
     try:
-        for rows, length in shapes:
+        for heads, (rows, length) in product(kinds, shapes):
             qkv = torch.zeros((rows * length, heads.query + 2 * heads.kv, heads.dim), dtype=dtype, device=device)
             attend(qkv, heads, Span(0, rows, length, length))
     except RuntimeError as refused:

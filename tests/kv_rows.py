@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightllmd.kernels.kv_cache import LayerCache
+
 SPARE = 5  # slots and table entries that belong to nobody, beside those that the rows need
 
 
@@ -15,7 +17,8 @@ class KvRows:
     """Each row's slots are scattered. All other slots hold NaN, and all other entries of the table point at them, but
     for the padding: the last table row begins with the last slot, which is a token of zeros."""
 
-    cache: Tensor  # [S, 2K, D]
+    cache: LayerCache
+    kv_heads: int
     table: Tensor  # [R, W] int32
     table_rows: list[int]  # of each row
     slots: list[Tensor]  # of each row, in the order of its tokens
@@ -36,7 +39,7 @@ class KvRows:
         for row, own in zip(table_rows, slots, strict=True):
             table[row, : len(own)] = own
         slots = [own.to(device) for own in slots]
-        return cls(cache.to(device, dtype), table.to(device, torch.int32), table_rows, slots)
+        return cls(LayerCache(cache.to(device, dtype)), kv_heads, table.to(device, torch.int32), table_rows, slots)
 
 
 def int32(numbers: list[int], device: str) -> Tensor:

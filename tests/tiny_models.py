@@ -220,7 +220,7 @@ class Driver:
             random.Random(seed).shuffle(self.free)
         if poisoned:
             for cache in runner.caches:
-                cache.fill_(float("nan"))
+                cache.entries.fill_(float("nan"))
         self.slots: dict[int, list[int]] = {}  # table row -> its slots
         self.steps = 0
 

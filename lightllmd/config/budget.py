@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config import gpu_budget
@@ -16,7 +18,6 @@ from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # For each logit the copies that ranking makes (probabilities, sorted values and ids, running sums in fp64).
 BYTES_PER_LOGIT = 64
 CPU_RUNTIME = 600_000_000  # interpreter, torch and its thread pools
@@ -127,31 +128,25 @@ def demand(
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
     spec, item = architecture.spec, ITEM_BYTES[data_type]
     available = int(device.memory_free * config.engine.memory_fraction)
-    slot_bytes, layer_bytes = kv_bytes(spec, item)
+    kv = KvLayout.of(spec, data_type)
     margin = BudgetRow(
         "margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
     )
     if device.kind == "cuda":
         rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens)
-        return Demand([*rows, margin], available, slot_bytes, spare_slots=1, co_residents=co_residents)
+        return Demand([*rows, margin], available, kv.slot_bytes, spare_slots=1, co_residents=co_residents)
     rows = [
         _weights(architecture, data_type),
         _activations(spec, batch_max_tokens, item),
         _logits(spec, item),
         _tables(config, spec),
         _prefix_masks(config, item),
-        _short_rows(config, layer_bytes),
+        _short_rows(config, kv.widest_bytes),
         BudgetRow("graphs", 0, "none on a CPU"),
         BudgetRow("runtime", CPU_RUNTIME, "the process before it has loaded anything"),
     ]
-    gathered = GATHER_PADDING * layer_bytes
-    return Demand([*rows, margin], available, slot_bytes, gather_bytes=gathered, co_residents=co_residents)
-
-
-def kv_bytes(spec: DecoderSpec, item: int) -> tuple[int, int]:
-    """Keys and values of one token, `item` bytes an element: in all layers, and in the layer that takes most."""
-    layers = [2 * layer.attention.kv_size * item for layer in spec.layers]
-    return sum(layers), max(layers)
+    gathered = GATHER_PADDING * kv.widest_bytes
+    return Demand([*rows, margin], available, kv.slot_bytes, gather_bytes=gathered, co_residents=co_residents)
 
 
 # --- on a CPU -----------------------------------------------------------------------------------------------------

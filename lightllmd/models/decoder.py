@@ -10,6 +10,7 @@ from torch import Tensor
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
+from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch
 from lightllmd.kernels.linear import Linear, Norm
 from lightllmd.models.layer import DecoderLayer, LayerWeights
@@ -63,11 +64,11 @@ class Decoder:
     def forward(
         self,
         batch: Batch,
-        caches: list[Tensor],
+        caches: list[LayerCache],
         beat: Callable[[], None],
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Writes the step's keys and values into `caches` (one ``[S, 2K, D]`` per layer) and returns the hidden
+        """Writes the step's keys and values into `caches`, one per layer, and returns the hidden
         states ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head.logits`. Calls `beat` once
         per layer."""
         x = self.embedding(batch)

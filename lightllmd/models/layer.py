@@ -10,6 +10,7 @@ from torch import Tensor
 from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery, LayerSpec, RmsNorm
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
+from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Linear, Norm
 
@@ -26,7 +27,7 @@ class Attention:
     """Grouped-query attention over the KV cache."""
 
     def __init__(self, spec: GroupedQuery, norm: RmsNorm, kernels: Kernels, weights: LayerWeights) -> None:
-        self.heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.scale, norm.eps)
+        self.heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.scale, norm.eps, spec.window, spec.soft_cap)
         self._kernels = kernels
         self._norm = weights.norms.get("attention_norm")
         self._post_norm = weights.norms.get("attention_post_norm")
@@ -39,7 +40,7 @@ class Attention:
             q, k = slice(spec.q_size), slice(spec.q_size, spec.q_size + spec.kv_size)
             self._projection_norms = [(weights.norms["q_norm"], q), (weights.norms["k_norm"], k)]
 
-    def forward(self, x: Tensor, cache: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache, batch: Batch, wanted: Tensor | None) -> Tensor:
         """``x [T, hidden]`` -> ``x + post_norm(attention(norm(x)))``, with the norms that there are, perhaps in place;
         with `wanted` [R] of these tokens alone, ``[R, hidden]``: the others have their keys and values stored."""
         qkv = self._qkv(x, norm=self._norm)
@@ -73,7 +74,7 @@ class DecoderLayer:
         self.attention = Attention(spec.attention, decoder.norm, kernels, weights)
         self.feed_forward = FeedForward(spec.feed_forward, weights)
 
-    def forward(self, x: Tensor, cache: Tensor, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """The residual stream ``[T, hidden]`` to the next, perhaps in place; of the `wanted` [R] tokens alone, where
         they are named: of the last layer no others are needed."""
         return self.feed_forward.forward(self.attention.forward(x, cache, batch, wanted))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightllmd.config.bounds import PREFILL_ROWS
 from lightllmd.engine.runners.cpu import TorchRunner
@@ -21,6 +22,8 @@ from lightllmd.engine.runners.step_shapes import StepShape, StepShapes, first_to
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import fused_attention, split_prefill
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import Heads, PrefillTiles
 from tiny_models import VARIANTS, Driver, load, load_on_device, plan_for, write_model
 
 pytest.importorskip("triton")
@@ -217,9 +220,9 @@ def test_a_block_whose_keys_are_split_makes_what_a_cpu_makes(model: Path, monkey
     launched: list[int] = []
     split = fused_attention.split_prefill
 
-    def noted(*arguments: Any, segments: int, **more: Any) -> None:
-        launched.append(segments)
-        split(*arguments, segments=segments, **more)
+    def noted(q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, rows: PrefillTiles, *more: Any) -> None:
+        launched.append(rows.segments)
+        split(q, cache, heads, table, rows, *more)
 
     monkeypatch.setattr(fused_attention, "split_prefill", noted)
     draw = random.Random(8)

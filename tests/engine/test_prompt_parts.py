@@ -32,7 +32,7 @@ class Feeder:
         self.steps = 0
         with torch.inference_mode():
             for cache in runner.caches:
-                cache.fill_(float("nan"))
+                cache.entries.fill_(float("nan"))
 
     def part(
         self,

@@ -60,7 +60,7 @@ def tokens(runner: TorchRunner | DeviceRunner) -> list[list[int]]:
 
 def held(runner: TorchRunner | DeviceRunner) -> list[weakref.ref[Tensor]]:
     """What should be gone while it sleeps."""
-    found: list[Tensor] = [*runner.caches]
+    found: list[Tensor] = [cache.entries for cache in runner.caches]
     if isinstance(runner, DeviceRunner):
         found += [tensor for _, *both in runner._weights for tensor in both if tensor is not None]
         found += [runner._last, runner._packer._table, runner._sampler._counts, runner.decoder.rope._exponents]

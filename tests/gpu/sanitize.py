@@ -27,11 +27,13 @@ from lightllmd.kernels import split_prefill
 from lightllmd.kernels.activation import gated, soft_cap_
 from lightllmd.kernels.decode_attention import decode_attention
 from lightllmd.kernels.embed import embed, gather_rows
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import Heads, PrefillTiles
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
 from lightllmd.kernels.rope_kv import rope_kv
-from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.segments import Partial
 from lightllmd.kernels.skinny import linear
 from lightllmd.kernels.tiles import Tile
 
@@ -58,7 +60,11 @@ def check(*results: Tensor) -> None:
         assert result.cpu().isfinite().all()
 
 
-def paged(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+# Attention of every kind: window and cap.
+KINDS: list[dict[str, Any]] = [{}, {"window": 40, "soft_cap": 5.0}]
+
+
+def paged(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[LayerCache, Tensor]:
     """A cache whose slots are NaN unless a row owns them, and a table as wide as the longest row."""
     total, width = sum(lengths), max(lengths)
     order = torch.randperm(total + 5)
@@ -69,7 +75,12 @@ def paged(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tu
         cache[slots] = torch.randn(length, 2 * kv_heads, dim)
         table[row, :length] = slots.float()
         first += length
-    return cache.to(dtype).to(DEVICE), table.int().to(DEVICE)
+    return LayerCache(cache.to(dtype).to(DEVICE)), table.int().to(DEVICE)
+
+
+def partial_results(lines: int, segments: int, dim: int, arrived: Tensor | None) -> Partial:
+    values = nothing_yet(lines, segments, dim, dtype=torch.float32)
+    return Partial(values, nothing_yet(lines, segments, dtype=torch.float32), arrived)
 
 
 def first_and_last(dtype: torch.dtype) -> None:
@@ -97,7 +108,7 @@ def rotation(dtype: torch.dtype, dim: int) -> None:
     for heads, kv_heads, norm in ((9, 3, None), (4, 1, weight)):
         qkv, cache = normal(3, heads + 2 * kv_heads, dim, dtype=dtype), nothing_yet(7, 2 * kv_heads, dim, dtype=dtype)
         where = numbers([8, 0, 3]), numbers([6, 0, 2])
-        rope_kv(qkv, cos_sin, *where, cache, heads, kv_heads, norm, norm, EPS)
+        rope_kv(qkv, cos_sin, *where, LayerCache(cache), heads, kv_heads, norm, norm, EPS)
         check(qkv, cache.cpu()[[6, 0, 2]])
 
 
@@ -115,12 +126,13 @@ def decode(dtype: torch.dtype, dim: int) -> None:
         cache, table = paged(lengths, kv_heads, dim, dtype)
         q = normal(len(lengths), heads + 2 * kv_heads, dim, dtype=dtype)[:, :heads]
         rows, positions = numbers([*range(len(lengths))]), numbers([length - 1 for length in lengths])
-        for segments, merged in ((1, True), (4, True), (4, False)):
+        for kind, (segments, merged) in itertools.product(KINDS, ((1, True), (4, True), (4, False))):
             out = nothing_yet(len(lengths), heads, dim, dtype=dtype)
-            partial = nothing_yet(workspace_size(len(lengths), heads, dim, 4), dtype=torch.float32)
             arrived = numbers([0] * len(lengths) * heads) if merged else None
-            more: dict[str, Any] = {"segments": segments, "packed": packed, "arrived": arrived}
-            decode_attention(q, cache, table, rows, positions, dim**-0.5, out, partial, **more)
+            partial = partial_results(len(lengths) * heads, segments, dim, arrived) if segments > 1 else None
+            shape = Heads(heads, kv_heads, dim, dim**-0.5, EPS, **kind)
+            given = q, cache, shape, table, rows, positions, out, partial
+            decode_attention(*given, segments=segments, packed=packed)
             check(out)
             assert arrived is None or not arrived.cpu().any()
 
@@ -132,22 +144,23 @@ def prefill(dtype: torch.dtype, dim: int) -> None:
         tokens, group = sum(counts), heads // kv_heads
         lengths = [count + start for count, start in zip(counts, starts, strict=True)]
         cache, table = paged(lengths, kv_heads, dim, dtype)
-        pairs = pairs_per_tile(tokens, group)
-        tiles = torch.from_numpy(tiles_for(counts, starts, group, pairs)).to(DEVICE)
         q = normal(tokens, heads + 2 * kv_heads, dim, dtype=dtype)[:, :heads]
-        out = nothing_yet(tokens, heads, dim, dtype=dtype)
         firsts = [0, *itertools.accumulate(counts)][:-1]
         where = [numbers([*range(len(counts))]), *(numbers(values) for values in (firsts, counts, starts))]
-        prefill_attention(q, cache, table, tiles, *where, dim**-0.5, out, pairs=pairs)
-        check(out)
-        tiles = torch.from_numpy(tiles_for(counts, starts, group, split_prefill.PAIRS))
-        tiles, number = torch.cat([tiles, torch.zeros(3, 2, dtype=torch.int32)]).to(DEVICE), numbers([len(tiles)])
-        for segments in (2, 8):
+        for kind, segments in itertools.product(KINDS, (1, 2, 8)):
+            pairs = pairs_per_tile(tokens, group) if segments == 1 else split_prefill.PAIRS
+            tiles = torch.from_numpy(tiles_for(counts, starts, group, pairs))
+            number = numbers([len(tiles)])
+            if segments > 1:
+                tiles = torch.cat([tiles, torch.zeros(3, 2, dtype=torch.int32)])
             out = nothing_yet(tokens, heads, dim, dtype=dtype)
-            partial = nothing_yet(workspace_size(tokens, heads, dim, segments), dtype=torch.float32)
+            rows = PrefillTiles(tiles.to(DEVICE), number, *where, pairs, segments, [])
+            given = q, cache, Heads(heads, kv_heads, dim, dim**-0.5, EPS, **kind), table, rows, out
             arrived = numbers([0] * len(tiles) * split_prefill.PAIRS * kv_heads)
-            rest = (tiles, number, *where, dim**-0.5, out, partial, arrived)
-            split_prefill.split_prefill(q, cache, table, *rest, segments=segments)
+            if segments == 1:
+                prefill_attention(*given)
+            else:
+                split_prefill.split_prefill(*given, partial_results(tokens * heads, segments, dim, arrived))
             check(out)
             assert not arrived.cpu().any()
 

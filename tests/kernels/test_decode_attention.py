@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from lightllmd.kernels.decode_attention import (
     decode_tiles,
     segments_for,
 )
-from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.layout import Heads
+from lightllmd.kernels.segments import Partial
 
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -34,27 +37,22 @@ def attend(
     fused: bool = False,
     padding: int = 0,
     tiles: DecodeTiles | None = None,
+    **kind: Any,
 ) -> Tensor:
-    """The last `padding` of the rows of `q` are padding, the others have `lengths`."""
+    """The last `padding` of the rows of `q` are padding, the others have `lengths`. `kind`: window and cap."""
     device, (batch, heads, dim) = str(q.device), q.shape
+    shape = Heads(heads, rows.kv_heads, dim, SCALE, 0.0, **kind)
     out = torch.full((batch, heads, dim), float("nan"), dtype=q.dtype, device=device)
-    partial = torch.full((workspace_size(batch, heads, dim, segments),), float("nan"), device=device)
+    values = torch.full((batch * heads, segments, dim), float("nan"), device=device)
     arrived = torch.zeros(batch * heads, dtype=torch.int32, device=device) if fused else None
+    partial = Partial(values, values[:, :, 0].clone(), arrived) if segments > 1 else None
     table_rows = int32(rows.table_rows + [len(rows.table) - 1] * padding, device)
     positions = int32([length - 1 for length in lengths] + [0] * padding, device)
     for _ in range(2 if fused else 1):  # a graph replays the launch with what it left behind
         decode_attention(
-            q,
-            rows.cache,
-            rows.table,
-            table_rows,
-            positions,
-            SCALE,
-            out,
-            partial,
+            *(q, rows.cache, shape, rows.table, table_rows, positions, out, partial),
             segments=segments,
             packed=packed,
-            arrived=arrived,
             tiles=tiles,
         )
     if arrived is not None:
@@ -68,12 +66,12 @@ def queries(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype,
     return qkv.to(device, dtype)[:, :heads]
 
 
-def check(out: Tensor, q: Tensor, rows: KvRows, lengths: list[int]) -> None:
+def check(out: Tensor, q: Tensor, rows: KvRows, lengths: list[int], **kind: Any) -> None:
     tolerance = TOLERANCES[q.dtype]
     for index, length in enumerate(lengths):
         truth = torch.zeros_like(q[index])
         if length:
-            truth = reference.attention(q[index : index + 1], rows.cache, rows.slots[index], SCALE)[0]
+            truth = reference.attention(q[index : index + 1], rows.cache.entries, rows.slots[index], SCALE, **kind)[0]
         torch.testing.assert_close(out[index], truth, rtol=tolerance, atol=tolerance)
 
 
@@ -140,7 +138,7 @@ def test_a_row_does_not_depend_on_the_rows_around_it(segments: int, dtypes: torc
     q = queries(3, 4, 2, 64, dtypes, device)
     together = attend(rows, q, lengths, segments)
     for index, length in enumerate(lengths):
-        alone = KvRows(rows.cache, rows.table, [rows.table_rows[index]], [rows.slots[index]])
+        alone = KvRows(rows.cache, rows.kv_heads, rows.table, [rows.table_rows[index]], [rows.slots[index]])
         assert torch.equal(attend(alone, q[index : index + 1], [length], segments)[0], together[index])
 
 
@@ -151,6 +149,35 @@ def test_tiles_of_every_size_give_the_same(block_n: int, dtypes: torch.dtype, de
     q = queries(2, 4, 1, 64, dtypes, device)
     tiles = decode_tiles(dtypes, 64)._replace(block_n=block_n)
     check(attend(rows, q, lengths, 4, tiles=tiles), q, rows, lengths)
+
+
+# Smaller than a block, at its border, of several, and larger than any row.
+@pytest.mark.parametrize("window", [1, 16, 33, 100, 200])
+@pytest.mark.parametrize(("segments", "fused"), [(1, False), (4, False), (8, True)])
+def test_a_window_hides_what_lies_before_it(segments: int, fused: bool, window: int, device: str) -> None:
+    rows = KvRows.of(LENGTHS, 1, 32, torch.float32, device)
+    q = queries(len(LENGTHS), 2, 1, 32, torch.float32, device)
+    tiles = decode_tiles(torch.float32, 32)._replace(block_n=16)
+    out = attend(rows, q, LENGTHS, segments, fused=fused, tiles=tiles, window=window)
+    check(out, q, rows, LENGTHS, window=window)
+
+
+def test_what_lies_before_a_window_is_not_read(device: str) -> None:
+    """It holds NaN, which would show even with no weight."""
+    rows = KvRows.of([150, 40], 1, 32, torch.float32, device)
+    q = queries(2, 2, 1, 32, torch.float32, device)
+    truth = attend(rows, q, [150, 40], 4, window=50)
+    rows.cache.entries[rows.slots[0][:100]] = float("nan")
+    assert torch.equal(attend(rows, q, [150, 40], 4, window=50), truth)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_scores_are_capped(cap: float, window: int | None, dtypes: torch.dtype, device: str) -> None:
+    lengths, kind = [70, 3], {"window": window, "soft_cap": cap}
+    rows = KvRows.of(lengths, 2, 64, dtypes, device)
+    q = queries(2, 6, 2, 64, dtypes, device) * 3
+    check(attend(rows, q, lengths, 2, **kind), q, rows, lengths, **kind)
 
 
 def test_segments_fill_the_device_and_no_more() -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lightllmd.kernels import eager_attention, reference
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import DecodeGroup, Heads, PrefillRow
 
 DEVICES = [
     "cpu",
@@ -41,38 +43,62 @@ def test_rotate_turns_a_slice_in_place_and_leaves_the_rest(dtype: torch.dtype, d
     assert torch.equal(qkv[:, 6:], kept)
 
 
-def cache_of(slots: list[int], total: int, kv_heads: int, device: str, dtype: torch.dtype) -> Tensor:
+def cache_of(slots: list[int], total: int, kv_heads: int, device: str, dtype: torch.dtype) -> LayerCache:
     """A cache that holds numbers in `slots` and NaN everywhere else."""
-    cache = torch.full((total, 2 * kv_heads, 16), float("nan"), device=device, dtype=dtype)
+    cache = LayerCache(torch.full((total, 2 * kv_heads, 16), float("nan"), device=device, dtype=dtype))
     kv = random((len(slots), 2 * kv_heads, 16), device, dtype, 4)
-    eager_attention.write_kv(cache, torch.tensor(slots, device=device), kv)
-    mirror = torch.full_like(cache, float("nan"))
+    cache.store(torch.tensor(slots, device=device), kv)
+    mirror = torch.full_like(cache.entries, float("nan"))
     reference.write_kv(mirror, torch.tensor(slots), kv)
-    assert torch.equal(cache.nan_to_num(), mirror.nan_to_num())
+    assert torch.equal(cache.entries.nan_to_num(), mirror.nan_to_num())
     return cache
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-def test_decode_attention_reads_own_slots_only(heads: int, kv_heads: int, dtype: torch.dtype, device: str) -> None:
-    lengths = [1, 19, 7]
+KINDS = [(None, None), (1, None), (5, None), (13, 0.5), (1000, None), (None, 0.5)]
+kinds = pytest.mark.parametrize(("window", "soft_cap"), KINDS)
+
+
+@kinds
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("lengths", [[1, 19, 7], [9, 9, 9], [19]])
+def test_decode_attention_reads_own_slots_only(
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    window: int | None,
+    soft_cap: float | None,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5)).tolist()
-    rows = [order[:1], order[1:20], order[20:27]]
-    cache = cache_of(order[:27], 40, kv_heads, device, dtype)
-    q = random((3, heads, 16), device, dtype, 6)
-    padded = torch.tensor([row + row[:1] * (19 - len(row)) for row in rows], device=device)
-    beyond = torch.arange(19)[None] >= torch.tensor(lengths)[:, None]
-    mask = torch.zeros(3, 19, dtype=dtype).masked_fill_(beyond, float("-inf"))[:, None, None].to(device)
-    ours = eager_attention.decode_attention(q, cache, padded.flatten(), mask, 0.3)
+    rows = [order[sum(lengths[:index]) :][:length] for index, length in enumerate(lengths)]
+    cache = cache_of(order[: sum(lengths)], 40, kv_heads, device, dtype)
+    q = random((len(lengths), heads, 16), device, dtype, 6)
+    longest = max(lengths)
+    padded = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
+    beyond = torch.arange(longest)[None] >= torch.tensor(lengths)[:, None]
+    mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf"))[:, None, None].to(device)
+    group = DecodeGroup(None, padded.flatten(), mask if beyond.any() else None)
+    shape = Heads(heads, kv_heads, 16, 0.3, 0.0, window, soft_cap)
+    ours = eager_attention.decode_attention(q, cache, shape, group)
     for index, row in enumerate(rows):
-        truth = reference.attention(q[index : index + 1], cache, torch.tensor(row, device=device), 0.3)
-        close(ours[index : index + 1], truth)
+        slots = torch.tensor(row, device=device)
+        close(ours[index], reference.attention(q[index : index + 1], cache.entries, slots, 0.3, window, soft_cap)[0])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+@kinds
 @pytest.mark.parametrize(("start", "count"), [(0, 11), (9, 5), (3, 2), (30, 700)])
-@pytest.mark.parametrize("run", [False, True])
+@pytest.mark.parametrize(("run", "heads", "kv_heads"), [(False, 6, 2), (True, 5, 1), (True, 4, 4)])
 def test_prefill_attention_is_causal_behind_a_cached_prefix(
-    run: bool, start: int, count: int, heads: int, kv_heads: int, dtype: torch.dtype, device: str
+    run: bool,
+    start: int,
+    count: int,
+    heads: int,
+    kv_heads: int,
+    window: int | None,
+    soft_cap: float | None,
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     length = start + count
     order = torch.randperm(800, generator=torch.Generator().manual_seed(5)).tolist()[:length]
@@ -80,8 +106,10 @@ def test_prefill_attention_is_causal_behind_a_cached_prefix(
     cache = cache_of(slots, 800, kv_heads, device, dtype)
     q = random((count, heads, 16), device, dtype, 6)
     numbers = torch.tensor(slots, device=device)
-    truth = reference.attention(q, cache, numbers, 0.3)
+    shape = Heads(heads, kv_heads, 16, 0.3, 0.0, window, soft_cap)
+    truth = reference.attention(q, cache.entries, numbers, 0.3, window, soft_cap)
     where = slice(4, 4 + length) if run else numbers
-    close(eager_attention.prefill_attention(q, cache, where, start, 0.3), truth)
+    close(eager_attention.prefill_attention(q, cache, shape, PrefillRow(0, count, start, where)), truth)
     if count == 2:
-        close(eager_attention.decode_attention(q[-1:], cache, where, None, 0.3), truth[-1:])
+        last = eager_attention.decode_attention(q[-1:], cache, shape, DecodeGroup(None, where, None))
+        close(last, truth[-1:])

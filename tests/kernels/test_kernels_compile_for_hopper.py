@@ -42,7 +42,9 @@ def rotation(dtype: torch.dtype, normed: bool, offset: int = 0) -> None:
         torch.empty(9, 128),
     )
     weight = torch.empty(128, dtype=dtype) if normed else None
-    rope_kv(qkv, cos_sin, numbers(offset), numbers(offset), cache, 32, 8, weight, weight, 1e-5)
+    from lightllmd.kernels.kv_cache import LayerCache
+
+    rope_kv(qkv, cos_sin, numbers(offset), numbers(offset), LayerCache(cache), 32, 8, weight, weight, 1e-5)
 
 
 def activation(dtype: torch.dtype, kind: str) -> None:
@@ -111,46 +113,47 @@ def at_another_offset() -> None:
         sampling(False, True, offset=offset)
         decode_attention(BF16, 128, 16, offset=offset)
         prefill_attention(BF16, 128, 8192, offset=offset)
-        split_prefill(BF16, 128, 2, offset=offset)
+        prefill_attention(BF16, 128, 256, 2, offset=offset)
 
 
 def decode_attention(
-    dtype: torch.dtype, dim: int, segments: int, merged_at_once: bool = False, offset: int = 0
+    dtype: torch.dtype, dim: int, segments: int, merged_at_once: bool = False, offset: int = 0, **kind: Any
 ) -> None:
     from lightllmd.kernels.decode_attention import decode_attention
-    from lightllmd.kernels.segments import workspace_size
+    from lightllmd.kernels.segments import partial_results
 
-    q, cache, table, index = attended(dtype, dim, offset)
-    out, partial = torch.empty(4, 32, dim, dtype=dtype), torch.empty(workspace_size(4, 32, dim, segments))
+    given, index, out = attended(dtype, dim, offset, **kind)
     arrived = torch.zeros(4 * 32, dtype=torch.int32) if merged_at_once else None
-    decode_attention(
-        q, cache, table, index, index, 0.1, out, partial if segments > 1 else None, segments=segments, arrived=arrived
-    )
+    decode_attention(*given, index, index, out, partial_results(out, segments, arrived), segments=segments)
 
 
-def prefill_attention(dtype: torch.dtype, dim: int, tokens: int, offset: int = 0) -> None:
-    from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention
+def prefill_attention(
+    dtype: torch.dtype, dim: int, tokens: int, segments: int = 1, offset: int = 0, **kind: Any
+) -> None:
+    """In segments: what a block of a prompt has beside decode rows."""
+    from lightllmd.kernels import prefill_attention, split_prefill
+    from lightllmd.kernels.layout import PrefillTiles
+    from lightllmd.kernels.segments import partial_results
 
-    q, cache, table, index = attended(dtype, dim, offset)
-    tiles, out = numbers(offset).view(2, 2), torch.empty(4, 32, dim, dtype=dtype)
-    prefill_attention(q, cache, table, tiles, index, index, index, index, 0.1, out, pairs=pairs_per_tile(tokens, 4))
+    given, index, out = attended(dtype, dim, offset, **kind)
+    pairs = prefill_attention.pairs_per_tile(tokens, 4) if segments == 1 else split_prefill.PAIRS
+    rows = PrefillTiles(index.view(2, 2), index, index, index, index, index, pairs, segments, [])
+    partial = partial_results(out, segments, torch.zeros(1024, dtype=torch.int32))
+    if partial is None:
+        prefill_attention.prefill_attention(*given, rows, out)
+    else:
+        split_prefill.split_prefill(*given, rows, out, partial)
 
 
-def split_prefill(dtype: torch.dtype, dim: int, segments: int, offset: int = 0) -> None:
-    from lightllmd.kernels.segments import workspace_size
-    from lightllmd.kernels.split_prefill import split_prefill
+def attended(dtype: torch.dtype, dim: int, offset: int, **kind: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+    """Queries, cache, heads and table of 32 query and 8 key/value heads, then indices, then what is written. `kind`:
+    window and cap."""
+    from lightllmd.kernels.kv_cache import LayerCache
+    from lightllmd.kernels.layout import Heads
 
-    q, cache, table, index = attended(dtype, dim, offset)
-    tiles, out = numbers(offset).view(2, 2), torch.empty(4, 32, dim, dtype=dtype)
-    partial, arrived = torch.empty(workspace_size(4, 32, dim, segments)), torch.zeros(1024, dtype=torch.int32)
-    rows = (tiles, index, index, index, index, index)
-    split_prefill(q, cache, table, *rows, 0.1, out, partial, arrived, segments=segments)
-
-
-def attended(dtype: torch.dtype, dim: int, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, cache and table of 32 query and 8 key/value heads, and indices."""
     queries, cache = torch.empty(4, 48, dim, dtype=dtype)[:, :32], torch.empty(64, 16, dim, dtype=dtype)
-    return queries, cache, torch.zeros(5, 64, dtype=torch.int32), numbers(offset)
+    given = queries, LayerCache(cache), Heads(32, 8, dim, 0.1, 1e-5, **kind), torch.zeros(5, 64, dtype=torch.int32)
+    return given, numbers(offset), torch.empty(4, 32, dim, dtype=dtype)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -192,11 +195,17 @@ CASES: dict[str, Callable[[], None]] = {
     "prefill attention fp16": partial(prefill_attention, FP16, 128, 8192),
     "prefill attention fp32": partial(prefill_attention, FP32, 128, 8192),
     "prefill attention fp32, small heads": partial(prefill_attention, FP32, 64, 8192),
-    "split prefill attention bf16": partial(split_prefill, BF16, 128, 2),
-    "split prefill attention bf16, eight segments": partial(split_prefill, BF16, 128, 8),
-    "split prefill attention bf16, small heads": partial(split_prefill, BF16, 64, 4),
-    "split prefill attention bf16, large heads": partial(split_prefill, BF16, 256, 2),
-    "split prefill attention fp32": partial(split_prefill, FP32, 128, 2),
+    "split prefill attention bf16": partial(prefill_attention, BF16, 128, 256, 2),
+    "split prefill attention bf16, eight segments": partial(prefill_attention, BF16, 128, 256, 8),
+    "split prefill attention bf16, small heads": partial(prefill_attention, BF16, 64, 256, 4),
+    "split prefill attention bf16, large heads": partial(prefill_attention, BF16, 256, 256, 2),
+    "split prefill attention fp32": partial(prefill_attention, FP32, 128, 256, 2),
+    # Gemma 2's, whose largest heads are the ones that fill the registers.
+    "decode attention bf16, window and cap": partial(decode_attention, BF16, 256, 16, True, window=4096, soft_cap=50.0),
+    "prefill attention bf16, window and cap": partial(prefill_attention, BF16, 256, 8192, window=4096, soft_cap=50.0),
+    "split prefill attention bf16, window and cap": partial(
+        prefill_attention, BF16, 256, 256, 2, window=4096, soft_cap=50.0
+    ),
     OFFSET: at_another_offset,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ pytest.importorskip("triton")
 
 from kv_rows import KvRows, int32
 from lightllmd.kernels import reference, split_prefill
+from lightllmd.kernels.layout import Heads, PrefillTiles
 from lightllmd.kernels.prefill_attention import TileShape, pairs_per_tile, prefill_attention, tile_shape, tiles_for
-from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.segments import Partial
 
 # numpy, which interprets, tells of the logarithm of no weight.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -33,8 +35,10 @@ def check(
     shape: TileShape | None = None,
     kv_heads: int = 2,
     segments: int = 1,
+    **kind: Any,
 ) -> Tensor:
-    """`before` tokens of other rows are packed before those of these. Returns what it has found right."""
+    """`before` tokens of other rows are packed before those of these. `kind`: window and cap. Returns what it has found
+    right."""
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     rows = KvRows.of(lengths, kv_heads, dim, dtype, device)
     heads, total = kv_heads * group, before + sum(counts)
@@ -47,36 +51,23 @@ def check(
     tiles = torch.from_numpy(tiles_for(counts, starts, group, pairs))
     if shuffled:
         tiles = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(2))]
-    where = [int32(numbers, device) for numbers in (rows.table_rows, first, counts, starts)]
-    tiles = tiles.to(device)
+    where = [int32(numbers, device) for numbers in ([len(tiles)], rows.table_rows, first, counts, starts)]
+    if segments > 1:  # behind the tiles come some that are not counted, of a row that is not there
+        tiles = torch.cat([tiles, torch.full((3, 2), 1 << 20, dtype=torch.int32)])
+    tiled = PrefillTiles(tiles.to(device), *where, pairs, segments, [])
+    given = q, rows.cache, Heads(heads, kv_heads, dim, SCALE, 0.0, **kind), rows.table, tiled, out
     if segments == 1:
-        prefill_attention(q, rows.cache, rows.table, tiles, *where, SCALE, out, pairs=pairs, shape=shape)
+        prefill_attention(*given, shape=shape)
     else:
-        split(q, rows, tiles, where, out, segments, shape)
+        values = torch.full((total * heads, segments, dim), float("nan"), device=device)
+        arrived = torch.zeros(len(tiles) * split_prefill.PAIRS // 16 * heads, dtype=torch.int32, device=device)
+        split_prefill.split_prefill(*given, Partial(values, values[:, :, 0].clone(), arrived), shape=shape)
+        assert not arrived.any()
     assert out[:before].isnan().all()
     for (begin, end), slots in zip(pairwise([before, *ends]), rows.slots, strict=True):
-        truth = reference.attention(q[begin:end], rows.cache, slots, SCALE)
+        truth = reference.attention(q[begin:end], rows.cache.entries, slots, SCALE, **kind)
         torch.testing.assert_close(out[begin:end], truth, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
     return out
-
-
-def split(
-    q: Tensor,
-    rows: KvRows,
-    tiles: Tensor,
-    where: list[Tensor],
-    out: Tensor,
-    segments: int,
-    shape: TileShape | None,
-) -> None:
-    """Behind the tiles come some that are not counted, of a row that is not there."""
-    (tokens, heads, dim), device = q.shape, str(q.device)
-    number, padding = int32([len(tiles)], device), torch.full((3, 2), 1 << 20, dtype=torch.int32, device=device)
-    partial = torch.full((workspace_size(tokens, heads, dim, segments),), float("nan"), device=device)
-    arrived = torch.zeros(len(tiles) * split_prefill.PAIRS // 16 * heads, dtype=torch.int32, device=device)
-    rest = (torch.cat([tiles, padding]), number, *where, SCALE, out, partial, arrived)
-    split_prefill.split_prefill(q, rows.cache, rows.table, *rest, segments=segments, shape=shape)
-    assert not arrived.any()
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -148,6 +139,22 @@ def test_how_many_segments_there_are_changes_nothing_but_rounding(device: str) -
     whole = attended(1)
     for segments in (2, 4, 8):
         torch.testing.assert_close(attended(segments), whole, rtol=2e-6, atol=2e-6)
+
+
+# Smaller than a block, of some blocks, larger than any row.
+@pytest.mark.parametrize("window", [1, 20, 70, 400])
+@pytest.mark.parametrize("segments", [1, 2, 8])
+def test_a_window_hides_what_lies_before_it(segments: int, window: int, device: str) -> None:
+    """Of prompts without and with a cached prefix. Tiles have pairs that see nothing of their first block."""
+    counts, starts = [70, 1, 33], [0, 90, 150]
+    check(counts, starts, 2, 16, torch.float32, device, kv_heads=1, segments=segments, shape=SMALL, window=window)
+
+
+@pytest.mark.parametrize("segments", [1, 4])
+@pytest.mark.parametrize("window", [None, 40])
+def test_scores_are_capped(window: int | None, segments: int, dtypes: torch.dtype, device: str) -> None:
+    kind = {"window": window, "soft_cap": 0.5}
+    check([40, 3], [0, 90], 3, 32, dtypes, device, kv_heads=1, segments=segments, shape=SMALL, **kind)
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 16])

@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lightllmd.kernels import activation, embed, reference, rope_kv
+from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.norm import rms_norm
 
@@ -84,7 +85,7 @@ def test_rope_kv(normed: bool, heads: int, kv_heads: int, dim: int, dtype: torch
     cache = torch.full((13, 2 * kv_heads, dim), float("nan"), device=DEVICE, dtype=dtype)
     ours, mirror, truth = apart(qkv), cache.clone(), qkv.clone()
     reference.rope_kv(truth, cos_sin, angles, slots, mirror, heads, kv_heads, *weights, 1e-6)
-    rope_kv.rope_kv(ours, cos_sin, angles, slots, cache, heads, kv_heads, *weights, 1e-6)
+    rope_kv.rope_kv(ours, cos_sin, angles, slots, LayerCache(cache), heads, kv_heads, *weights, 1e-6)
     close(ours, truth)
     assert torch.equal(ours[:, heads + kv_heads :], qkv[:, heads + kv_heads :])
     assert torch.equal(cache[slots.long()], ours[:, heads:])

@@ -32,7 +32,7 @@ def test_equal_rows_go_together_and_no_token_is_in_two_spans() -> None:
 
 
 def test_without_a_gpu_nothing_is_planned() -> None:
-    assert plan(Heads(4, 2, 64, 0.1, 1e-5), torch.bfloat16, torch.device("cpu"), 4096) == 0
+    assert plan([Heads(4, 2, 64, 0.1, 1e-5)], torch.bfloat16, torch.device("cpu"), 4096) == 0
 
 
 @pytest.mark.gpu

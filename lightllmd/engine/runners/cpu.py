@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.config.plan import Plan
 from lightllmd.engine.runners.cpu_batch import SlotTable
@@ -20,6 +21,7 @@ from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
 from lightllmd.engine.step import Alternatives, Row, Step, StepResult, TargetLogprobs
 from lightllmd.kernels.dispatch import kernels_for
+from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.models.decoder import Decoder
 
 _CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ class TorchRunner:
     overlaps = False
     slots: int
     decoder: Decoder
-    caches: list[Tensor]  # per layer [slots, 2 * kv_heads, head_dim]
+    caches: list[LayerCache]  # one per layer
     table: SlotTable
     sampler: Sampler
     memory: MemoryMeter
@@ -56,8 +58,7 @@ class TorchRunner:
         """For all that steps leave behind."""
         plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params
         dtype = getattr(torch, plan.data_type)
-        shapes = [(self.slots, 2 * layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
-        self.caches = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        self.caches = allocate(KvLayout.of(spec, plan.data_type), self.slots, _CPU)
         rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
         self.table = SlotTable(rows, width, self.slots, _CPU, dtype)
         processed = plan.config.engine.logprobs == "processed"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import (
     DEVICE_LOGIT_ROWS,
     FEW_ROWS,
@@ -45,6 +46,7 @@ from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels
 from lightllmd.kernels.embed import gather_rows
+from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Heads
 from lightllmd.models.decoder import Decoder
 from lightllmd.weights.host_copy import HostCopy
@@ -68,7 +70,7 @@ class DeviceRunner:
     overlaps: bool
     slots: int
     decoder: Decoder
-    caches: list[Tensor]  # per layer [slots + 1, 2 * kv_heads, head_dim]; the last slot is padding's
+    caches: list[LayerCache]  # one per layer; the last slot is padding's
     memory: MemoryMeter
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
@@ -101,10 +103,9 @@ class DeviceRunner:
         self.decoder = build_decoder(plan, kernels, _noted(weights, self._weights), device)
         spec = self.decoder.spec
         heads = self.decoder.layers[0].attention.heads
-        shape = (len(spec.layers), self.slots + 1, 2 * heads.kv, heads.dim)
-        self.caches = list(torch.empty(shape, dtype=dtype, device=device))
+        self.caches = allocate(KvLayout.of(spec, plan.data_type), self.slots + 1, device)
         for cache in self.caches:
-            cache[-1] = 0
+            cache.clear(self.slots)
         self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
         processed = plan.config.engine.logprobs == "processed"
         self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device, processed=processed)
@@ -141,9 +142,9 @@ class DeviceRunner:
             self.memory.mark_graphs()
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
-            self._packer.longest_whole = whole_prompts.plan(
-                self.decoder.layers[0].attention.heads, self.caches[0].dtype, self._device, longest
-            )
+            heads = [layer.attention.heads for layer in self.decoder.layers]
+            dtype = getattr(torch, self._plan.data_type)
+            self._packer.longest_whole = whole_prompts.plan(heads, dtype, self._device, longest)
             for step in worst_steps(self._plan):
                 self.run(step, beat)
             self.memory.mark_worst_steps()
@@ -313,7 +314,7 @@ def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
     square = torch.zeros((128, 128), dtype=dtype, device=device)
     torch.mm(square, square)
     heads = Heads(query=1, kv=1, dim=128, scale=1.0, norm_eps=0.0)
-    whole_prompts.plan(heads, dtype, device, whole_prompts.LEAST)
+    whole_prompts.plan([heads], dtype, device, whole_prompts.LEAST)
 
 
 def _nothing() -> None:

@@ -17,8 +17,10 @@ from lightllmd.kernels.decode_attention import (
     decode_tiles,
     segments_for,
 )
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import Heads, PrefillTiles
 from lightllmd.kernels.prefill_attention import pairs_per_tile, prefill_attention, tiles_for
-from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.segments import partial_results
 
 DECODE = ((1, 576), (8, 576), (32, 576), (128, 576), (256, 576), (1, 4096), (16, 4096), (64, 4096))  # rows, context
 PREFILL = (512, 2048, 8192)
@@ -37,9 +39,17 @@ def measure(name: str, sweeps: bool, report: Report) -> None:
                 decode(shape, rows, context, sweeps, report)
 
 
-def gathered_attention(q: Tensor, cache: Tensor, slots: Tensor, causal: bool) -> Tensor:
+def random_cache(slots: int, shape: Shape) -> LayerCache:
+    return LayerCache(torch.randn(slots, 2 * shape.kv_heads, shape.head_dim, device="cuda", dtype=DTYPE))
+
+
+def heads_of(shape: Shape) -> Heads:
+    return Heads(shape.heads, shape.kv_heads, shape.head_dim, 1 / math.sqrt(shape.head_dim), 0.0)
+
+
+def gathered_attention(q: Tensor, cache: LayerCache, slots: Tensor, causal: bool) -> Tensor:
     """``q [t, H, D]`` over the tokens at `slots`, by torch."""
-    keys, values = cache[slots.long()].transpose(0, 1).unsqueeze(0).chunk(2, 1)
+    keys, values = cache.gather(slots.long()).transpose(0, 1).unsqueeze(0).chunk(2, 1)
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), keys, values, is_causal=causal, enable_gqa=True
     )
@@ -53,7 +63,7 @@ def decode(shape: Shape, rows: int, context: int, sweeps: bool, report: Report) 
     width = 8192
     table = torch.zeros(rows, width, device="cuda", dtype=torch.int32)
     table[:, :context] = torch.randperm(rows * context, device="cuda").view(rows, context).to(torch.int32)
-    caches = [torch.randn(rows * context + 1, 2 * kv, dim, device="cuda", dtype=DTYPE) for _ in range(count)]
+    caches = [random_cache(rows * context + 1, shape) for _ in range(count)]
     qkv = torch.randn(rows, heads + 2 * kv, dim, device="cuda", dtype=DTYPE)
     q, index = qkv[:, :heads], torch.arange(rows, device="cuda", dtype=torch.int32)
     positions = torch.full((rows,), context - 1, device="cuda", dtype=torch.int32)
@@ -63,17 +73,12 @@ def decode(shape: Shape, rows: int, context: int, sweeps: bool, report: Report) 
     truth = torch.cat([gathered_attention(q[r : r + 1], caches[0], table[r, :context], False) for r in some])
 
     def timed(segments: int, tiles: DecodeTiles, merged_here: bool, packed: bool = True) -> float:
-        partial = torch.full((max(1, workspace_size(rows, heads, dim, segments)),), float("nan"), device="cuda")
         out = torch.full((rows, heads, dim), float("nan"), device="cuda", dtype=DTYPE)
+        partial = partial_results(out, segments, arrived if merged_here else None)
 
-        def call(cache: Tensor) -> None:
-            decode_attention(
-                *(q, cache, table, index, positions, 1 / math.sqrt(dim), out, partial),
-                segments=segments,
-                packed=packed,
-                arrived=arrived if merged_here else None,
-                tiles=tiles,
-            )
+        def call(cache: LayerCache) -> None:
+            given = (q, cache, heads_of(shape), table, index, positions, out, partial)
+            decode_attention(*given, segments=segments, packed=packed, tiles=tiles)
 
         call(caches[0])
         require_close(out[some], truth, 1e-2)
@@ -101,22 +106,23 @@ def prefill(shape: Shape, tokens: int, report: Report) -> None:
     heads, kv, dim = shape.heads, shape.kv_heads, shape.head_dim
     flops = 2 * tokens * tokens * heads * dim  # two products over half the square
     device = {"device": "cuda", "dtype": torch.int32}
-    cache = torch.randn(tokens + 1, 2 * kv, dim, device="cuda", dtype=DTYPE)
+    cache = random_cache(tokens + 1, shape)
     table = torch.randperm(tokens, device="cuda").to(torch.int32).view(1, tokens)
     qkv = torch.randn(tokens, heads + 2 * kv, dim, device="cuda", dtype=DTYPE)
     q, out = qkv[:, :heads], torch.full((tokens, heads, dim), float("nan"), device="cuda", dtype=DTYPE)
     pairs = pairs_per_tile(tokens, heads // kv)
     tiles = torch.from_numpy(tiles_for([tokens], [0], heads // kv, pairs)).cuda()
     zero, counts = torch.zeros(1, **device), torch.tensor([tokens], **device)
+    rows = PrefillTiles(tiles, torch.tensor([len(tiles)], **device), zero, zero, counts, zero, pairs, 1, [])
 
     def call() -> None:
-        prefill_attention(q, cache, table, tiles, zero, zero, counts, zero, 1 / math.sqrt(dim), out, pairs=pairs)
+        prefill_attention(q, cache, heads_of(shape), table, rows, out)
 
     call()
     require_close(out, gathered_attention(q, cache, table[0], True), 1e-2)
     us = median_us([call] * 4)
     report.result("prefill", tokens=tokens, by="ours", us=us, tflops=flops / us / 1e6)
-    keys, values = cache[table[0].long()].transpose(0, 1).unsqueeze(0).contiguous().chunk(2, 1)
+    keys, values = cache.gather(table[0].long()).transpose(0, 1).unsqueeze(0).contiguous().chunk(2, 1)
     queries = q.transpose(0, 1).unsqueeze(0).contiguous()
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
         with report.case(f"prefill {tokens} {name}"), sdpa_kernel([backend]):

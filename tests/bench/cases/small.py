@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightllmd.kernels import reference
 from lightllmd.kernels.activation import gated
+from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.rope_kv import rope_kv
@@ -77,7 +78,7 @@ def rotation(shape: Shape, tokens: int, report: Report) -> None:
     turns = torch.rand(4096, dim // 2, device="cuda") * 6.28
     cos_sin = torch.cat([turns.cos(), turns.sin()], 1)
     qkvs = [random(tokens, total, dim) for _ in range(count)]
-    caches = [random(tokens + 7, 2 * kv, dim) for _ in range(count)]
+    caches = [LayerCache(random(tokens + 7, 2 * kv, dim)) for _ in range(count)]
     weights = torch.rand(dim, device="cuda", dtype=DTYPE) + 0.5
     for q_norm in (None, weights):
         before = qkvs[0].float()
@@ -90,7 +91,7 @@ def rotation(shape: Shape, tokens: int, report: Report) -> None:
         first, second = queries.chunk(2, -1)
         truth = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         require_close(qkvs[0][:, :turned], truth, 1e-2)
-        kept = caches[0][slots.long()]
+        kept = caches[0].gather(slots.long())
         require_close(kept, torch.cat([qkvs[0][:, heads:turned], qkvs[0][:, turned:]], 1), 1e-3)
         us = median_us([functools.partial(call, qkv, cache) for qkv, cache in zip(qkvs, caches, strict=True)])
         moved = 2 * tokens * dim * (2 * turned + kv + 2 * kv)  # read and write q and k, read v, write k and v
@@ -98,6 +99,6 @@ def rotation(shape: Shape, tokens: int, report: Report) -> None:
 
 
 def turn(
-    shape: Shape, cos_sin: Tensor, angles: Tensor, slots: Tensor, norm: Tensor | None, qkv: Tensor, cache: Tensor
+    shape: Shape, cos_sin: Tensor, angles: Tensor, slots: Tensor, norm: Tensor | None, qkv: Tensor, cache: LayerCache
 ) -> None:
     rope_kv(qkv, cos_sin, angles, slots, cache, shape.heads, shape.kv_heads, norm, norm, EPS)

@@ -7,14 +7,16 @@ import math
 from functools import partial as bound
 
 import torch
-from cases.attention import gathered_attention
-from cases.products import DTYPE, SHAPES
+from cases.attention import gathered_attention, heads_of, random_cache
+from cases.products import DTYPE, SHAPES, Shape
 from cases.timing import Report, copies_for, median_us, require_close
 from torch import Tensor
 
 from lightllmd.config.bounds import PREFILL_ROWS
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import PrefillTiles
 from lightllmd.kernels.prefill_attention import TileShape, prefill_attention, tiles_for
-from lightllmd.kernels.segments import workspace_size
+from lightllmd.kernels.segments import partial_results
 from lightllmd.kernels.split_prefill import segments_for, split_prefill
 
 TOKENS, PASTS = 224, (0, 2048, 4096, 8192)
@@ -34,7 +36,7 @@ def measure(name: str, report: Report) -> None:
     rule = segments_for(TOKENS, shape.heads // shape.kv_heads, shape.kv_heads, max(PASTS) + TOKENS)
     found: dict[tuple[TileShape, int], list[str]] = {candidate: [] for candidate in CANDIDATES}
     for past in PASTS:
-        block = Block(shape.heads, shape.kv_heads, shape.head_dim, past)
+        block = Block(shape, past)
         for tile, segments in CANDIDATES:
             us = math.nan
             with report.case(f"split {past} {tuple(tile)} {segments}"):
@@ -52,14 +54,11 @@ def measure(name: str, report: Report) -> None:
 class Block:
     """One row's tokens behind `past` others, in the first of as many rows as a padded step has."""
 
-    def __init__(self, heads: int, kv_heads: int, dim: int, past: int) -> None:
-        device = torch.device("cuda")
-        keys = past + TOKENS
-        self._group, self._kv_heads, self._past, self._scale = heads // kv_heads, kv_heads, past, 1 / math.sqrt(dim)
-        self._caches = [
-            torch.randn(keys + 1, 2 * kv_heads, dim, device=device, dtype=DTYPE)
-            for _ in range(copies_for(4 * keys * kv_heads * dim, most=32))
-        ]
+    def __init__(self, shape: Shape, past: int) -> None:
+        device, keys = torch.device("cuda"), past + TOKENS
+        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+        self._group, self._kv_heads, self._past, self._heads = heads // kv_heads, kv_heads, past, heads_of(shape)
+        self._caches = [random_cache(keys + 1, shape) for _ in range(copies_for(4 * keys * kv_heads * dim, most=32))]
         self._table = torch.randperm(keys, device=device).to(torch.int32).view(1, keys)
         qkv = torch.randn(TOKENS, heads + 2 * kv_heads, dim, device=device, dtype=DTYPE)
         self._q = qkv[:, :heads]
@@ -68,7 +67,7 @@ class Block:
         self._where = [torch.tensor(values, dtype=torch.int32, device=device) for values in numbers]
         self._truth = self._expected(self._caches[0])
 
-    def _expected(self, cache: Tensor) -> Tensor:
+    def _expected(self, cache: LayerCache) -> Tensor:
         """By torch, which masks by the last keys of a square: each 32nd token, over what it sees."""
         return torch.cat(
             [
@@ -86,16 +85,17 @@ class Block:
         padding = torch.tensor([[PREFILL_ROWS, 0]] * (most - len(tiles)), dtype=torch.int32)
         tiles = torch.cat([tiles, padding]).to(q.device)
         out = torch.full((TOKENS, heads, dim), float("nan"), device=q.device, dtype=DTYPE)
-        partial = torch.full((max(1, workspace_size(TOKENS, heads, dim, segments)),), float("nan"), device=q.device)
+        # One segment is never merged: what it would be merged from is not read.
         arrived = torch.zeros(most * self._kv_heads, dtype=torch.int32, device=q.device)
+        partial = partial_results(out, max(2, segments), arrived)
+        rows = PrefillTiles(tiles, number, *self._where, pairs, segments, [])
 
-        def call(cache: Tensor) -> None:
+        def call(cache: LayerCache) -> None:
+            given = (q, cache, self._heads, self._table, rows, out)
             if not segments:
-                rest = (tiles, *self._where, self._scale, out)
-                prefill_attention(q, cache, self._table, *rest, pairs=pairs, shape=tile)
+                prefill_attention(*given, shape=tile)
             else:
-                more = (tiles, number, *self._where, self._scale, out, partial, arrived)
-                split_prefill(q, cache, self._table, *more, segments=segments, pairs=pairs, shape=tile)
+                split_prefill(*given, partial, shape=tile)
 
         call(self._caches[0])
         require_close(out[::32], self._truth, 1e-2)

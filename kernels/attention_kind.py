@@ -1,0 +1,75 @@
+"""What the attention kernels share: the arguments of their launches, and the kinds of attention, which are compiled in.
+
+Scores are exponents of 2 throughout: scaled, and multiplied by log2(e).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllmd.kernels.kv_access import KvPointers, kv_pointers
+from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.layout import Heads
+
+LOG2_E = 1.4426950408889634
+
+
+class Operands(NamedTuple):
+    """What an attention kernel reads and writes, as one argument."""
+
+    q: Tensor  # [T, H, D]; tokens may lie apart
+    cache: KvPointers
+    table: Tensor  # [R, W] int32, request->slot
+    out: Tensor  # [T, H, D], contiguous
+    q_stride: int
+    table_stride: int
+    scale: float
+
+
+class AttentionShape(NamedTuple):
+    """What an attention kernel is compiled for."""
+
+    KV_HEADS: int
+    GROUP: int  # query heads per key/value head
+    D: int  # elements of a head, a power of two from 16 on
+    WINDOW: int  # keys that a query sees, up to its own; 0: all
+    SOFT_CAP: float  # of scores; 0: none
+
+
+def operands(q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, out: Tensor) -> Operands:
+    """The first argument of every attention kernel."""
+    return Operands(q, kv_pointers(cache), table, out, q.stride(0), table.stride(0), heads.scale * LOG2_E)
+
+
+def attention_shape(heads: Heads) -> AttentionShape:
+    """The argument `SHAPE` of every attention kernel."""
+    cap = (heads.soft_cap or 0.0) * LOG2_E
+    return AttentionShape(heads.kv, heads.query // heads.kv, heads.dim, heads.window or 0, cap)
+
+
+@triton.jit
+def first_seen(position, WINDOW: tl.constexpr):
+    """The first key that the query at `position` sees."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(position + 1 - WINDOW, 0)
+    return first
+
+
+@triton.jit
+def soft_capped(scores, SOFT_CAP: tl.constexpr):
+    """``cap * tanh(scores / cap)`` (Gemma Team 2024, Gemma 2), where there is a cap."""
+    if SOFT_CAP > 0:
+        scores = SOFT_CAP - 2 * SOFT_CAP / (1 + tl.exp(scores * (2 / SOFT_CAP)))
+    return scores
+
+
+@triton.jit
+def store_lines(out, line, ours, value, D: tl.constexpr):
+    """``value [L, D]`` to the lines ``line [L]`` of `out` where `ours`."""
+    at = out + line[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(at, value.to(out.dtype.element_ty), mask=ours[:, None])

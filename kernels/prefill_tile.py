@@ -1,0 +1,88 @@
+"""One tile of prefill attention: a run of (token, query head) pairs that share a key/value head, over a range of keys
+(FlashAttention-2, Dao 2023). Meaning: `reference.attention`.
+
+The heads of a token lie side by side in a tile, so that keys and values are read once for all of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lightllmd.kernels.attention_kind import Operands, first_seen, soft_capped
+from lightllmd.kernels.kv_access import load_keys, load_values
+
+
+@triton.jit
+def tile_at(tiles, counts, starts, part, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the part number `part` of all tiles, which have `PARTS` each: its row, the first of its pairs, and how many
+    tokens the row feeds behind how many."""
+    tile = tiles + (part // PARTS) * 2
+    row = tl.load(tile)
+    return row, (tl.load(tile + 1) * PARTS + part % PARTS) * BLOCK_M, tl.load(counts + row), tl.load(starts + row)
+
+
+@triton.jit
+def keys_of(start, count, begin, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The range of keys that any of the pairs from `begin` on sees."""
+    last = tl.minimum((begin + BLOCK_M - 1) // SHAPE.GROUP, count - 1)
+    return first_seen(start + begin // SHAPE.GROUP, SHAPE.WINDOW), start + last + 1
+
+
+@triton.jit
+def attend(
+    on: Operands,
+    row,
+    first,
+    start,
+    count,
+    begin,
+    kv_head,
+    first_key,
+    end_key,
+    SHAPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """The pairs from `begin` on of a row over its keys from `first_key` to `end_key`, whole blocks unless that is the
+    last one: each pair's line (token and head) of `out`, its highest score (`LOWEST` or more), its sum of weights and
+    its weighted sum of values. The scale of scores is above 0. `LOWEST` is finite where a pair may see nothing of a
+    block: without a score it has no weight and no value."""
+    D: tl.constexpr = SHAPE.D
+    pair = begin + tl.arange(0, BLOCK_M)
+    # Pairs behind the last one compute its token again.
+    token = tl.minimum(pair // SHAPE.GROUP, count - 1)
+    head = kv_head * SHAPE.GROUP + pair % SHAPE.GROUP
+    line = first.to(tl.int64) + token
+    query = tl.load(on.q + line[:, None] * on.q_stride + head[:, None] * D + tl.arange(0, D)[None, :])
+    position = start + token  # the last key that a pair sees
+    _, keys = keys_of(start, count, begin, SHAPE, BLOCK_M)
+    all_seen = start + begin // SHAPE.GROUP + 1  # keys that every pair sees
+    slots_at = on.table + row.to(tl.int64) * on.table_stride
+
+    best = tl.full([BLOCK_M], LOWEST, tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    value = tl.zeros([BLOCK_M, D], tl.float32)
+    for block in range(first_key, end_key, BLOCK_N):
+        key = block + tl.arange(0, BLOCK_N)
+        # Entries behind the last key are not the row's: the last key stands in for them, and no pair sees it there.
+        slot = tl.load(slots_at + tl.minimum(key, keys - 1)).to(tl.int64)
+        k = load_keys(on.cache, kv_head, slot, None, query.dtype, SHAPE)
+        v = load_values(on.cache, kv_head, slot, None, query.dtype, SHAPE)
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee")
+        scale = on.scale
+        if SHAPE.SOFT_CAP > 0:
+            scores, scale = soft_capped(scores * scale, SHAPE.SOFT_CAP), 1.0
+        if block + BLOCK_N > all_seen:
+            scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        if SHAPE.WINDOW:
+            if block < first_seen(keys - 1, SHAPE.WINDOW):
+                scores = tl.where(key[None, :] > position[:, None] - SHAPE.WINDOW, scores, float("-inf"))
+        highest = tl.maximum(best, tl.max(scores, 1) * scale)
+        share = tl.exp2(scores * scale - highest[:, None])
+        shrink = tl.exp2(best - highest)
+        weight = weight * shrink + tl.sum(share, 1)
+        value = tl.dot(share.to(v.dtype), v, value * shrink[:, None], input_precision="ieee")
+        best = highest
+    return line * (SHAPE.KV_HEADS * SHAPE.GROUP) + head, best, weight, value
