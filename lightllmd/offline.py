@@ -34,9 +34,10 @@ from lightllmd.engine.loop import StepLoop
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
-from lightllmd.offline_jobs import Generated, Job, Output, open_jobs
+from lightllmd.offline_jobs import Generated, OfflineJob, Output, open_jobs
 from lightllmd.probe.facts import Request, probe
 from lightllmd.requests.intake import Intake
+from lightllmd.requests.text_work import Inline
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.tokenizer import load_tokenizer
 
@@ -71,8 +72,8 @@ class LLM:
         self._runner.prepare(_nothing)
         self._scheduler = scheduler_for(self.plan, generation=1)
         self._loop = StepLoop(self._scheduler, self._runner)
-        self._intake = Intake(self.plan, lambda: self.tokenizer)
-        self._jobs: dict[int, Job] = {}  # in the engine now, by request number
+        self._intake = Intake(self.plan, lambda: self.tokenizer, Inline(lambda: self.tokenizer))
+        self._jobs: dict[int, OfflineJob] = {}  # in the engine now, by request number
         self._numbers = 0  # the newest request's
         self._unusable = ""  # why nothing can be generated any more
 
@@ -128,7 +129,7 @@ class LLM:
                 raise
         return [job.output() for job in jobs]
 
-    def _run(self, jobs: list[Job], bar: RequestBar, check: Callable[[], None]) -> None:
+    def _run(self, jobs: list[OfflineJob], bar: RequestBar, check: Callable[[], None]) -> None:
         """Until all have ended. `check` raises KeyboardInterrupt when one is due."""
         line = jobs[::-1]  # the next one is last
         while line or self._loop.busy:
@@ -139,7 +140,7 @@ class LLM:
                 bar.advance(ended, len(output.tokens))
             check()
 
-    def _submit(self, job: Job) -> bool:
+    def _submit(self, job: OfflineJob) -> bool:
         """False: the queue is full."""
         number = self._numbers + 1
         branches = len(job.branches)

@@ -5,7 +5,6 @@ Names, bounds and messages are the native HTTP API's, because it is the same dec
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,16 @@ from typing import Any
 import msgspec
 from pydantic import Field, ValidationError
 
-from lightllmd.api.dialects.common_fields import MAX_LOGPROBS
-from lightllmd.api.dialects.native_bodies import Parameters
-from lightllmd.api.web.bodies import field_names
-from lightllmd.api.web.errors import from_validation, shown
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import FINISH_ABORT, SamplingParams
-from lightllmd.requests import intake
-from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.asked import FieldNames, Prompt
 from lightllmd.requests.branch import Branch, open_branches
+from lightllmd.requests.faults import from_validation, shown
+from lightllmd.requests.fields import MAX_LOGPROBS
+from lightllmd.requests.intake import Intake, Job
+from lightllmd.requests.parameters import Parameters
 from lightllmd.requests.prompt_log import PromptLog
+from lightllmd.requests.text_work import without_waiting
 from lightllmd.text.interface import Tokenizer
 
 
@@ -73,12 +72,12 @@ class Fields(Parameters):
         return msgspec.structs.replace(super().sampling(), top_logprobs=self.top_logprobs)
 
 
-class Job:
-    """One prompt on its way. `left` branches have not ended."""
+class OfflineJob:
+    """A job on its way. `left` branches have not ended."""
 
     __slots__ = ("_checked", "_detokenized", "branches", "cached", "left", "prompt_log")
 
-    def __init__(self, checked: intake.Job, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, checked: Job, tokenizer: Tokenizer | None) -> None:
         """Without a tokenizer its output has no text."""
         self._checked = checked
         self._detokenized = tokenizer is not None
@@ -126,16 +125,15 @@ class Job:
 
 
 def open_jobs(
-    rules: intake.Intake,
+    intake: Intake,
     tokenizer: Callable[[], Tokenizer],
     prompts: str | Sequence[str] | None,
     prompt_token_ids: Sequence[Sequence[int]] | None,
     parameters: Sequence[Mapping[str, Any]] | None,
     sampling: Mapping[str, Any],
     detokenize: bool,
-) -> list[Job]:
-    """One job per prompt. `tokenizer` is called when text is read or written. Raises InvalidRequest."""
-    limits = rules.limits
+) -> list[OfflineJob]:
+    """One per prompt. `tokenizer` is called when text is read or written. Raises InvalidRequest."""
     field, texts = "prompts", [prompts] if isinstance(prompts, str) else prompts
     if (texts is None) == (prompt_token_ids is None):
         raise InvalidRequest("prompts, prompt_token_ids: one of the two is needed; got " + ("both", "none")[not texts])
@@ -145,33 +143,25 @@ def open_jobs(
     else:
         ids = _encode(texts or [], tokenizer)
     jobs = []
-    for number, (prompt, (place, fields)) in enumerate(
-        zip(ids, _settings(len(ids), parameters, sampling), strict=True)
-    ):
-        prompt_ids = limits.prompt(prompt, f"{field}[{number}]")
-        limits.branches(fields.sequences, f"{place}n")
-        place_of_length = f"{place}max_new_tokens of {field}[{number}]"
-        limits.new_tokens(len(prompt_ids), fields.new_tokens, fields.sequences, place_of_length)
-        text = fields.text()
-        for stop in text.stops.ids:
-            limits.token_ids(stop, f"{place}stop_sequences")
-        if text.stops.strings and not detokenize:
-            got = shown(text.stops.strings)
+    settings = _settings(len(ids), parameters, sampling)
+    for number, (one, (place, fields)) in enumerate(zip(ids, settings, strict=True)):
+        prompt = Prompt(one, f"{field}[{number}]", continued=texts is not None)
+        asked = fields.asked([prompt], _names(place, prompt), shows_prompt=True)
+        if asked.stop_texts and not detokenize:
+            got = shown(asked.stop_texts)
             raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {got}")
-        bad_texts = fields.bad_texts
-        bad_words = bad_word_ids(bad_texts, f"{place}bad_words", tokenizer()) if bad_texts else []
-        seed = secrets.randbits(63) if fields.drawn_seed is None else fields.drawn_seed
-        checked = rules.job(
-            prompt_ids,
-            rules.params(msgspec.structs.replace(fields.sampling(), seed=seed), bad_words, place),
-            seed,
-            text,
-            cut=prompt_ids is not prompt,
-            heals=prompt_token_ids is None,
-            shows_prompt=True,
-        )
-        jobs.append(Job(checked, tokenizer() if detokenize else None))
-    return jobs
+        jobs += without_waiting(intake.jobs(asked))
+    return [OfflineJob(job, tokenizer() if detokenize else None) for job in jobs]
+
+
+def _names(place: str, prompt: Prompt) -> FieldNames:
+    """`place`: what comes before the names of fields."""
+    return FieldNames(
+        sequences=f"{place}n",
+        new_tokens=f"{place}max_new_tokens of {prompt.field}",
+        stops=f"{place}stop_sequences",
+        prefix=place,
+    )
 
 
 def _settings(
@@ -197,7 +187,7 @@ def _fields(given: Mapping[str, Any], place: str) -> Fields:
     try:
         return Fields.model_validate(dict(given))
     except ValidationError as failure:
-        refusal = from_validation(failure, field_names(Fields))
+        refusal = from_validation(failure, Fields)
         raise InvalidRequest(place + refusal.message, **refusal.parameters) from None
 
 

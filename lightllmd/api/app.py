@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,40 +13,36 @@ from starlette.responses import Response
 
 from lightllmd import __version__
 from lightllmd.api.dialects import native, openai, probes, tokenizing
-from lightllmd.api.dialects.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
-from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody
-from lightllmd.api.dialects.tokenizing import DetokenizeBody, TokenizeBody
+from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
-from lightllmd.api.web.bodies import Body, schemas
-from lightllmd.api.web.errors import MethodNotAllowed, error_response
+from lightllmd.api.web.bodies import schemas
+from lightllmd.api.web.errors import ErrorAnswers, MethodNotAllowed
 from lightllmd.api.web.ignored_fields import name_in
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
+from lightllmd.requests.fields import Body
 
-_BODIES: list[type[Body]] = [
-    GenerateBody,
-    GenerateOrStreamBody,
-    TokensBody,
-    CompletionBody,
-    ChatBody,
-    TokenizeBody,
-    DetokenizeBody,
-]
+DIALECTS = (native.DIALECT, openai.DIALECT, tokenizing.DIALECT)
 
 
-def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys) -> FastAPI:
+def error_answers(dialects: Sequence[Dialect] = DIALECTS) -> ErrorAnswers:
+    """In the dialect of each path."""
+    return ErrorAnswers({path: dialect.error_body for dialect in dialects for path in dialect.paths})
+
+
+def build_app(
+    revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dialects: Sequence[Dialect] = DIALECTS
+) -> FastAPI:
     """CORS is as the first revision says; to change it takes a new process."""
-    http = revisions.front.http
+    http = revisions.current.http
+    errors = error_answers(dialects)
     app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
-    app.include_router(native.router(revisions))
-    app.include_router(openai.router(revisions))
-    app.include_router(tokenizing.router(revisions))
+    for dialect in dialects:
+        app.include_router(dialect.router(revisions))
     app.include_router(probes.router(revisions, metrics_dir))
-    _document(app)
-    app.add_exception_handler(LightllmdError, _known)
-    app.add_exception_handler(HTTPException, _by_framework)
-    app.add_exception_handler(Exception, _unexpected)
-    app.add_middleware(BearerKeys, keys=keys)
+    _document(app, [body for dialect in dialects for body in dialect.bodies])
+    _answer_errors(app, errors)
+    app.add_middleware(BearerKeys, keys=keys, errors=errors)
     if http.cors_origins:
         # Outermost: a browser's preflight request carries no key.
         app.add_middleware(
@@ -58,37 +55,37 @@ def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys) -> 
     return app
 
 
-def _document(app: FastAPI) -> None:
+def _document(app: FastAPI, bodies: list[type[Body]]) -> None:
     """Routes read their bodies themselves, so OpenAPI is told of the models here."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             components = generate().setdefault("components", {}).setdefault("schemas", {})
-            components |= schemas(_BODIES)
+            components |= schemas(bodies)
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _known(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LightllmdError)
-    return name_in(error_response(error, request.url.path), request.scope)
+def _answer_errors(app: FastAPI, errors: ErrorAnswers) -> None:
+    @app.exception_handler(LightllmdError)
+    async def known(request: Request, error: LightllmdError) -> Response:
+        return name_in(errors.response(error, request.url.path), request.scope)
 
+    @app.exception_handler(HTTPException)
+    async def by_framework(request: Request, error: HTTPException) -> Response:
+        """A route or method that does not exist."""
+        path, method = request.url.path, request.method
+        if error.status_code == 404:
+            return errors.response(NotFound(f"there is no {path}; see /docs"), path)
+        if error.status_code == 405:
+            response = errors.response(MethodNotAllowed(f"{path} does not take {method}; see /docs"), path)
+            response.headers.update(error.headers or {})
+            return response
+        return errors.response(InvalidRequest(str(error.detail)), path)
 
-async def _by_framework(request: Request, error: Exception) -> Response:
-    """A route or method that does not exist."""
-    assert isinstance(error, HTTPException)
-    path, method = request.url.path, request.method
-    if error.status_code == 404:
-        return error_response(NotFound(f"there is no {path}; see /docs"), path)
-    if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"{path} does not take {method}; see /docs"), path)
-        response.headers.update(error.headers or {})
-        return response
-    return error_response(InvalidRequest(str(error.detail)), path)
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    """The traceback goes to the log."""
-    return error_response(RequestFailed("internal error of the HTTP front end"), request.url.path)
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        """The traceback goes to the log."""
+        return errors.response(RequestFailed("internal error of the HTTP front end"), request.url.path)

@@ -6,12 +6,11 @@ import asyncio
 import logging
 import socket
 
-import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
 from lightllmd.api.web.auth import OPEN_PATHS
-from lightllmd.api.web.errors import error_body
+from lightllmd.api.web.errors import ErrorAnswers
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.http import server
@@ -32,7 +31,7 @@ _BODIES = 8  # of the largest kind, in memory at a time
 def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=Connection,  # type: ignore[arg-type]  # a class like its own, not derived from them
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -75,12 +74,12 @@ def bounds(http: HttpSettings) -> Bounds:
 class Server(server.Server):
     """Ends when it is told to, each connection after its answer."""
 
-    def __init__(self, app: ASGIApp, http: HttpSettings, sockets: list[socket.socket]) -> None:
-        """Raises ConfigInvalid for a certificate that can't be used."""
+    def __init__(self, app: ASGIApp, http: HttpSettings, sockets: list[socket.socket], errors: ErrorAnswers) -> None:
+        """`errors`: of requests that never reach `app`. Raises ConfigInvalid for a certificate that can't be used."""
         config = uvicorn_config(app, http)
         traffic = Traffic(
             bounds(http),
-            render=lambda error, path: msgspec.json.encode(error_body(error, path)),
+            render=errors.body,
             is_reserved=OPEN_PATHS.__contains__,
         )
         super().__init__(config, traffic)

@@ -11,11 +11,11 @@ from typing import Any
 
 import zmq
 
-from lightllmd.api.app import build_app
+from lightllmd.api.app import build_app, error_answers
 from lightllmd.api.inflight.accounts import Accounts
-from lightllmd.api.inflight.frontend import FrontEnd
 from lightllmd.api.inflight.ledger import Ledger, Tally
 from lightllmd.api.inflight.link import EngineLink
+from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.server import Server
 from lightllmd.api.web.auth import AcceptedKeys
@@ -43,16 +43,16 @@ class Worker:
         self._accounts = Accounts(
             ApiMetrics(plan.config.params.max_req_input_len, plan.config.params.max_req_total_len)
         )
-        self.revisions = Revisions(configure.revision, plan, self._front, self._tally, self._accounts)
+        self.revisions = Revisions(configure.revision, plan, self._revision, self._tally, self._accounts)
         self._keys = AcceptedKeys(plan.config.keys)
         app = build_app(self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys)
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
-        self._server = Server(app, http, sockets)
+        self._server = Server(app, http, sockets, error_answers())
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
         self._broken: asyncio.Future[None] | None = None  # ends with the first exception that nobody can handle
-        self.revisions.front.helpers.start()  # last, but before any thread
+        self.revisions.current.texts.processes.start()  # last, but before any thread
 
-    def _front(self, plan: Plan) -> FrontEnd:
+    def _revision(self, plan: Plan) -> Revision:
         """May run in a thread."""
         tokenizer = load_tokenizer(plan)
         for warning in tokenizer.warnings:
@@ -69,7 +69,7 @@ class Worker:
             connect=connect,
             on_end=self._accounts.ended,
         )
-        return FrontEnd(plan, tokenizer, ledger, self._accounts)
+        return Revision(plan, tokenizer, ledger, self._accounts)
 
     async def run(self) -> None:
         """Serves until told to retire or to stop."""
@@ -121,11 +121,11 @@ class Worker:
 
     def _heard(self) -> None:
         for message in self._channel.receive():
-            self._obey(message)
+            self._handle_message(message)
         if self._channel.closed:
             self._leave("the supervisor is gone")
 
-    def _obey(self, message: messages.Down) -> None:
+    def _handle_message(self, message: messages.Down) -> None:
         revisions = self.revisions
         match message:
             case messages.EngineUp():
@@ -190,7 +190,7 @@ class Worker:
     async def _probe(self, number: int) -> None:
         error = ""
         try:
-            await self.revisions.front.probe()
+            await self.revisions.current.probe()
         except RequestError as failure:
             error = failure.message
         self._channel.send(messages.Probed(number, error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lightllmd.errors import InvalidRequest
 from lightllmd.text.interface import Tokenizer
@@ -11,7 +11,7 @@ from lightllmd.text.interface import Tokenizer
 _BEFORE = ("\n", "1")
 
 
-def bad_word_ids(words: list[str], field: str, tokenizer: Tokenizer) -> list[list[int]]:
+def bad_word_ids(words: Sequence[str], field: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Of each word, without the white space that it begins with (unless it is nothing else): as it begins a text, and
     as it stands within one with and without a space before it. Raises InvalidRequest for a word that has no tokens."""
     found: dict[tuple[int, ...], None] = {}

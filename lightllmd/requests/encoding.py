@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from lightllmd.requests.limits import Limits
+from lightllmd.requests.limits import RequestLimits
 from lightllmd.text.interface import Tokenizer
 
 _FIRST_LOOK = 1 << 16  # characters of a long text that are tokenised to see whether all of it may fit
@@ -20,7 +20,7 @@ class Encoder:
     """`encode` and `encode_chat` raise InvalidRequest, naming `field`, for what is no valid Unicode or too long; with
     `cut` the caller cuts a longer prompt, as the plan's long_truncation_mode does."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
 
@@ -33,8 +33,10 @@ class Encoder:
             return [self._checked(ids, field, cut) for ids, field in zip(encoded, fields, strict=True)]
         return [self._encode(text, field, add_special_tokens, cut) for text, field in zip(texts, fields, strict=True)]
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], options: dict[str, Any], cut: bool) -> array[int]:
-        return self._encode(self.render(messages, options), "messages", False, cut)
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], options: dict[str, Any], field: str, cut: bool
+    ) -> array[int]:
+        return self._encode(self.render(messages, options), field, False, cut)
 
     def render(self, messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
         """`options` as `ChatTemplate.render`. Raises InvalidRequest."""

@@ -1,19 +1,25 @@
-"""From a prompt's ids and the checked fields of its body to a job that an engine can run: what only the plan knows."""
+"""From what is asked to jobs that an engine can run: every rule that needs the plan, once for all dialects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
 
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.asked import Asked, Chat, Prompt
 from lightllmd.requests.branch import TextOptions
-from lightllmd.requests.limits import Limits
+from lightllmd.requests.faults import naming
+from lightllmd.requests.limits import Ids, RequestLimits
+from lightllmd.requests.text_work import JOB_COST, STOP_COST, TextWork
 from lightllmd.text.healing import roll_back
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.stop import StopList
 
 
 @dataclass(frozen=True)
@@ -23,61 +29,168 @@ class Job:
     given_ids: list[int]  # the prompt
     cut: bool  # because it was too long
     prompt_ids: list[int]  # what is run of it; `params.healing` has the text of the rest
-    params: SamplingParams
-    seed: int | None
+    params: SamplingParams  # with the seed
     text: TextOptions
 
 
-class Intake:
-    """Of one plan; serves HTTP and the offline class. `tokenizer` is called when it is needed."""
+class _Fitted(NamedTuple):
+    """A prompt within the limits."""
 
-    def __init__(self, plan: Plan, tokenizer: Callable[[], Tokenizer]) -> None:
+    ids: list[int]
+    cut: bool
+    new_tokens: int
+
+
+class Intake:
+    """Of one plan; serves the HTTP dialects and the offline class. `tokenizer` is called when it is needed."""
+
+    def __init__(self, plan: Plan, tokenizer: Callable[[], Tokenizer], work: TextWork) -> None:
         params = plan.config.params
-        self.limits = Limits.of(plan)
+        self.limits = RequestLimits.of(plan)
         self.beams = self.limits.beam_mode  # n > 1 is a beam search
         self.tells_totals = params.beam_mode or params.diverse_mode  # the tokens of n > 1 have cumulative logprobs
         self.scores_prompts = params.return_all_prompt_logprobs  # answers tell the prompt's log-probabilities
         self._heals = params.token_healing_mode
         self._tokenizer = tokenizer
+        self._work = work
 
-    def params(
-        self, params: SamplingParams, bad_words: list[list[int]], place: str = "", *, prompts: int = 1
-    ) -> SamplingParams:
-        """What a body says once for all its `prompts`, checked once. `bad_words` are those that were texts; `place` is
-        the prefix of the fields' names. Raises InvalidRequest."""
+    async def jobs(self, asked: Asked) -> list[Job]:
+        """One for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the bound."""
+        with naming(asked.names.subject):
+            return await self._checked(asked)
+
+    async def _checked(self, asked: Asked) -> list[Job]:
+        names, sequences = asked.names, asked.params.n
+        if names.prompts is not None:
+            self.limits.at_once(len(asked.prompts) * sequences, names.prompts)
+        self.limits.branches(sequences, names.sequences)
+        self._expected_beams(asked)
+        if asked.prompts_first:
+            prompts = await self._prompts(asked)
+            text = await self._text(asked)
+            params = await self._params(asked)
+        else:
+            params = await self._params(asked)
+            text = await self._text(asked)
+            prompts = await self._prompts(asked)
+        size = _size([prompt.ids for prompt in prompts])
+        return await self._work.compute(size, self._jobs, asked, prompts, params, text)
+
+    def _expected_beams(self, asked: Asked) -> None:
+        beams, field = self.beams and asked.params.n > 1, f"{asked.names.prefix}use_beam_search"
+        if asked.beams is not None and asked.beams != beams:
+            raise InvalidRequest(
+                f"{field}: with {asked.params.n} sequences and the server's beam_mode "
+                f"{'on' if self.beams else 'off'} it should be {_json(beams)}; got {_json(asked.beams)}",
+                param=field,
+            )
+
+    async def _params(self, asked: Asked) -> SamplingParams:
+        """What the body says once for all its prompts."""
+        params, prefix = asked.params, asked.names.prefix
+        bad_words = await self._work.bad_words(asked.bad_texts, f"{prefix}bad_words")
         if bad_words:
             params = msgspec.structs.replace(params, bad_words=[*params.bad_words, *bad_words])
-        self.limits.constraints(params, place)
-        self.limits.repeated(params, prompts, place)
+        self.limits.constraints(params, prefix)
+        self.limits.repeated(params, len(asked.prompts), prefix)
         if params.length_penalty != 1.0 and not self.beams:
             raise InvalidRequest(
-                f"{place}length_penalty: beam search alone has one, and beam_mode is off; got {params.length_penalty}",
-                param=f"{place}length_penalty",
+                f"{prefix}length_penalty: beam search alone has one, and beam_mode is off; got {params.length_penalty}",
+                param=f"{prefix}length_penalty",
             )
         return params
 
-    def job(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        seed: int | None,
-        text: TextOptions,
-        *,
-        cut: bool,
-        heals: bool,
-        shows_prompt: bool,
-    ) -> Job:
-        """`ids` have passed the limits, which have `cut` them or not. `heals`: the prompt is a text that the output
-        continues. `shows_prompt`: the answer has room for log-probabilities of the prompt.
+    async def _text(self, asked: Asked) -> TextOptions:
+        names = asked.names
+        self.limits.token_ids(asked.stop_tokens, names.stop_tokens)
+        for ids in asked.stop_sequences:
+            self.limits.token_ids(ids, names.stops)
+        with naming(names.stops):
+            single = [[token] for token in dict.fromkeys(asked.stop_tokens)]
+            stops = StopList(asked.stop_texts, [*asked.stop_sequences, *single])
+        await self._work.compute(stops.size * STOP_COST, stops.build)
+        return replace(asked.text, stops=stops)
 
-        A prompt of which they were asked for is scored whole, so it isn't healed.
-        """
-        run, healing = ids, b""
-        if heals and self._heals and params.prompt_logprobs < 0:
+    async def _prompts(self, asked: Asked) -> list[_Fitted]:
+        cut = asked.keep_last is not None
+        texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str)]
+        encoded = iter(
+            await self._work.encode(
+                [str(prompt.content) for prompt in texts],
+                [prompt.field for prompt in texts],
+                add_special_tokens=asked.add_special_tokens,
+                cut=cut,
+            )
+            if texts
+            else ()
+        )
+        given: list[Ids] = []
+        for prompt in asked.prompts:
+            if isinstance(prompt.content, str):
+                given.append(next(encoded))
+            elif isinstance(prompt.content, Chat):
+                given.append(await self._work.encode_chat(prompt.content, prompt.field, cut=cut))
+            else:
+                given.append(prompt.content)
+        return await self._work.compute(_size(given), self._fitted, asked, given)
+
+    def _fitted(self, asked: Asked, given: Sequence[Ids]) -> list[_Fitted]:
+        return [self._fit(asked, prompt, ids) for prompt, ids in zip(asked.prompts, given, strict=True)]
+
+    def _fit(self, asked: Asked, prompt: Prompt, given: Ids) -> _Fitted:
+        limits, sequences = self.limits, asked.params.n
+        ids = [*limits.prompt(_last(given, asked.keep_last, limits.max_req_input_len), prompt.field)]
+        new_tokens = asked.new_tokens
+        if new_tokens is None:
+            room = limits.room(len(ids), sequences)
+            most = asked.default_new_tokens
+            new_tokens = max(1, room if most is None else min(room, most))
+        limits.new_tokens(len(ids), new_tokens, sequences, asked.names.new_tokens or prompt.field)
+        return _Fitted(ids, len(ids) != len(given), max(1, new_tokens))
+
+    def _jobs(self, asked: Asked, prompts: list[_Fitted], params: SamplingParams, text: TextOptions) -> list[Job]:
+        jobs = [
+            self._job(asked, prompt, fitted, params, text)
+            for prompt, fitted in zip(asked.prompts, prompts, strict=True)
+        ]
+        if asked.names.prompts is not None:
+            tokens = sum(len(job.given_ids) for job in jobs)
+            self.limits.scored(tokens, jobs[0].params.prompt_logprobs, asked.names.prompts)
+        return jobs
+
+    def _job(self, asked: Asked, prompt: Prompt, fitted: _Fitted, params: SamplingParams, text: TextOptions) -> Job:
+        """A prompt whose log-probabilities were asked for is scored whole, so it isn't healed."""
+        ids, cut, new_tokens = fitted
+        run, healing, prompt_logprobs = ids, b"", params.prompt_logprobs
+        if prompt.continued and self._heals and prompt_logprobs < 0:
             # As many tokens may pass before one shows, and they count.
-            run, healing = roll_back(ids, self._tokenizer(), most=min(2, params.max_new_tokens - 1))
-        if shows_prompt and self.scores_prompts:
-            params = msgspec.structs.replace(params, prompt_logprobs=max(0, params.prompt_logprobs))
-        if self.beams and params.n > 1 and text.stops:
-            params = msgspec.structs.replace(params, stops=text.for_search())
-        return Job(ids, cut, run, msgspec.structs.replace(params, healing=healing), seed, text)
+            run, healing = roll_back(ids, self._tokenizer(), most=min(2, new_tokens - 1))
+        if asked.shows_prompt and self.scores_prompts:
+            prompt_logprobs = max(0, prompt_logprobs)
+        own = msgspec.structs.replace(
+            params,
+            max_new_tokens=new_tokens,
+            min_new_tokens=min(params.min_new_tokens, new_tokens),
+            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+            healing=healing,
+            prompt_logprobs=prompt_logprobs,
+            stops=text.for_search() if self.beams and params.n > 1 and text.stops else None,
+        )
+        return Job(ids, cut, run, own, text)
+
+
+def _size(prompts: Sequence[Ids]) -> int:
+    """Of work on prompts' ids, as `TextWork.compute` takes it."""
+    return sum(map(len, prompts)) // 4 + len(prompts) * JOB_COST
+
+
+def _last(ids: Ids, most: int | None, fitting: int) -> Ids:
+    """What is kept of a prompt, see `Asked.keep_last`."""
+    if most is None:
+        return ids
+    kept = fitting if most < 0 else most
+    return ids if len(ids) <= kept else ids[-kept:] if kept else ids[:0]
+
+
+def _json(value: bool) -> str:
+    return "true" if value else "false"

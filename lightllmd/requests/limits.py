@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias
 
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
@@ -14,11 +14,11 @@ from lightllmd.ipc.messages import SamplingParams
 MAX_REPEATED = 1 << 21  # ids of biases, bad words and allowed tokens, times the prompts of the body
 MAX_SCORED = 1 << 22  # log-probabilities of prompts that one answer tells
 
-Ids = TypeVar("Ids", list[int], "array[int]")
+Ids: TypeAlias = "list[int] | array[int]"
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     max_req_input_len: int
     max_req_total_len: int
     max_total_token_num: int
@@ -30,7 +30,7 @@ class Limits:
     long_truncation_mode: str | None
 
     @classmethod
-    def of(cls, plan: Plan) -> Limits:
+    def of(cls, plan: Plan) -> RequestLimits:
         params = plan.config.params
         return cls(
             params.max_req_input_len,
@@ -56,7 +56,7 @@ class Limits:
             if self.long_truncation_mode is None:
                 raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
             half = limit // 2 if self.long_truncation_mode == "center" else 0
-            ids = ids[:half] + ids[half - limit :]
+            ids = ids[:half] + ids[half - limit :]  # type: ignore[operator]
         self.token_ids(ids, field)
         return ids
 
@@ -123,14 +123,14 @@ class Limits:
                 param=field,
             )
 
-    def scored(self, prompt_tokens: int, alternatives: int) -> None:
+    def scored(self, prompt_tokens: int, alternatives: int, field: str) -> None:
         """All of a body's prompts; `alternatives`: beside each token's own log-probability, -1: none are asked for."""
         numbers = prompt_tokens * (alternatives + 1)
         if numbers > MAX_SCORED:
             raise InvalidRequest(
-                f"prompt: {prompt_tokens} tokens with {alternatives + 1} log-probabilities each are {numbers}, "
+                f"{field}: {prompt_tokens} tokens with {alternatives + 1} log-probabilities each are {numbers}, "
                 f"more than {MAX_SCORED} in all; send fewer prompts at a time",
-                param="prompt",
+                param=field,
             )
 
     def token_ids(self, ids: Sequence[int], field: str) -> None:

@@ -214,7 +214,7 @@ class Stack:
     @property
     def ledger(self) -> Ledger:
         """Of the revision in force."""
-        return self.worker.revisions.front.ledger
+        return self.worker.revisions.current.ledger
 
     @property
     def stats(self) -> dict[str, float]:

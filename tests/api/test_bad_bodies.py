@@ -416,8 +416,7 @@ def test_more_sequences_than_can_ever_wait_are_refused(tmp_path):
 def test_long_prompts_and_all_templates_run_in_other_processes(tmp_path):
     async def scenario():
         async with stack(tmp_path, {"long_truncation_mode": "head"}) as one:
-            front = one.worker.revisions.front
-            tokenizer, here = front.tokenizer, []
+            tokenizer, here = one.worker.revisions.current.tokenizer, []
             encode, render = tokenizer._encode, tokenizer.render_chat
             tokenizer._encode = lambda *arguments: here.append("encode") or encode(*arguments)
             tokenizer.render_chat = lambda *arguments: here.append("render") or render(*arguments)

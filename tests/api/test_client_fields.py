@@ -12,9 +12,10 @@ import pytest
 from api.frontend_harness import expected, frames, run, stack
 from lightllmd.api.dialects.openai_bodies import ChatBody
 from lightllmd.api.web import bodies
-from lightllmd.api.web.errors import naming
 from lightllmd.api.web.ignored_fields import IgnoredFields, listed
 from lightllmd.errors import InvalidRequest
+from lightllmd.requests.faults import naming
+from lightllmd.requests.fields import MAX_IGNORED
 
 HI = [{"role": "user", "content": "hi"}]
 ROUTES = {
@@ -93,7 +94,7 @@ def test_however_many_clients_and_names_their_memory_is_bounded():
     messages = [{"role": "user", "content": "x"} | {f"{n}-{m}": 1 for m in range(100)} for n in range(100)]
     ignored: set[str] = set()
     bodies.decode(json.dumps({"messages": messages}).encode(), ChatBody, ignored)
-    assert len(ignored) == bodies.MAX_IGNORED
+    assert len(ignored) == MAX_IGNORED
     told = IgnoredFields()
     for number in range(2000):
         names = {f"{'n' * 1000}{index}" for index in range(100)}
@@ -254,7 +255,7 @@ def test_a_refusal_inside_names_the_field_that_is_answered():
 def test_native_fields_of_the_original_are_taken(tmp_path):
     async def scenario():
         async with stack(tmp_path) as one:
-            tokenizer, given = one.worker.revisions.front.tokenizer, []
+            tokenizer, given = one.worker.revisions.current.tokenizer, []
             encode = tokenizer._encode
             tokenizer._encode = lambda text, special: given.append(special) or encode(text, special)
             for special in (True, False, None):

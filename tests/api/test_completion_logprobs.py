@@ -79,7 +79,7 @@ def test_the_token_itself_is_always_among_its_alternatives(tmp_path, stream):
 def test_tokens_of_equal_text_keep_values_of_their_own(tmp_path):
     async def scenario():
         async with stack(tmp_path, engine=False) as one:
-            tokenizer = one.worker.revisions.front.tokenizer
+            tokenizer = one.worker.revisions.current.tokenizer
             tokenizer.vocabulary.texts[66] = tokenizer.vocabulary.texts[67] = "x"
             engine = await one.up(token=lambda submit, branch, position: 120)
             engine.others = lambda token: [(66, -0.1), (120, -0.2), (67, -0.3), (65, -0.4)]

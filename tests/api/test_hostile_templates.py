@@ -27,9 +27,9 @@ def test_a_hostile_template_is_refused_and_no_other_request_waits(
 
     async def scenario() -> None:
         async with stack(tmp_path) as one:
-            front = one.worker.revisions.front
-            monkeypatch.setattr(front.tokenizer, "chat_template", ChatTemplate(source))
-            front.helpers._end()  # the next zygote has this template
+            revision = one.worker.revisions.current
+            monkeypatch.setattr(revision.tokenizer, "chat_template", ChatTemplate(source))
+            revision.texts.processes._end()  # the next zygote has this template
             chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
             refused = asyncio.create_task(one.client.post("/v1/chat/completions", json=chat))
             turns = 0

@@ -22,26 +22,18 @@ from lightllmd.ipc.messages import (
 from lightllmd.requests.branch import Branch
 
 
-def test_request_goes_to_the_engine_with_a_drawn_seed_and_comes_back_whole():
+def test_request_goes_to_the_engine_and_comes_back_whole():
     bench = Bench()
     bench.up()
     entry = bench.open()
     (submit,) = bench.link.submits
     assert (submit.request, submit.prompt_ids, submit.replay, submit.suspect) == (entry.request, [112], False, 0)
-    assert submit.params.seed > 0
     bench.say((entry, 0, 0, 72, FINISH_NONE))
     bench.say((entry, 0, 1, 105, FINISH_LENGTH))
     assert entry.outcome == "ok"
     assert (entry.branches[0].text, entry.branches[0].finish) == ("Hi", "length")
     assert bench.ended == [entry]
     assert bench.stats == {"in_flight": 0, "held": 0, "ok": 1, "cancelled": 0, "failed": 0, "resumed": 0}
-
-
-def test_seed_of_the_client_is_kept():
-    bench = Bench()
-    bench.up()
-    bench.ledger.open([1], SamplingParams(), [Branch(0, TOKENIZER.detokenizer(), None)], lambda: None, seed=0)
-    assert bench.link.submits[0].params.seed == 0
 
 
 def test_only_the_next_position_is_accepted():
@@ -372,32 +364,32 @@ def test_messages_survive_the_wire():
 # --- revisions ------------------------------------------------------------------------------------------------------
 
 
-def heir_of(bench: Bench) -> Ledger:
+def successor_of(bench: Bench) -> Ledger:
     return Ledger(bench.tally, **bench.options)
 
 
 @pytest.mark.parametrize("up_first", [False, True])
-def test_heir_replays_what_was_in_flight_in_arrival_order_under_the_same_numbers(up_first):
+def test_successor_replays_what_was_in_flight_in_arrival_order_under_the_same_numbers(up_first):
     bench = Bench()
     bench.up()
     first = bench.open(b"1")
     bench.say((first, 0, 0, 65, FINISH_NONE))
     bench.down()
     never_sent = bench.open(b"2")
-    heir = heir_of(bench)
+    successor = successor_of(bench)
     if up_first:
-        heir.engine_up(2, "engine-2")
-    bench.ledger.hand_over(heir)
-    assert (bench.ledger.in_flight, heir.in_flight, heir.held) == (0, 2, 0 if up_first else 2)
+        successor.engine_up(2, "engine-2")
+    bench.ledger.migrate(successor)
+    assert (bench.ledger.in_flight, successor.in_flight, successor.held) == (0, 2, 0 if up_first else 2)
     if not up_first:
-        heir.engine_up(2, "engine-2")
+        successor.engine_up(2, "engine-2")
     assert [(s.request, s.replay, s.emitted) for s in bench.link.submits] == [
         (first.request, True, [[65]]),
         (never_sent.request, False, [[]]),
     ]
     assert bench.tally.counts["resumed"] == 1
     bench.link.inbox.append(StepOutput(2, [first.request], [0], [1], [66], [0.0], [FINISH_LENGTH]))
-    heir.receive()
+    successor.receive()
     assert (first.outcome, first.branches[0].ids) == ("ok", [65, 66])
     never_sent.ledger.cancel(never_sent)
     assert bench.link.aborts == [Abort(never_sent.request)]
@@ -406,17 +398,17 @@ def test_heir_replays_what_was_in_flight_in_arrival_order_under_the_same_numbers
 def test_two_ledgers_of_a_worker_never_give_the_same_number():
     bench = Bench()
     bench.up()
-    heir = heir_of(bench)
-    other = heir.open([1], SamplingParams(), [Branch(0, TOKENIZER.detokenizer(), None)], lambda: None)
+    successor = successor_of(bench)
+    other = successor.open([1], SamplingParams(), [Branch(0, TOKENIZER.detokenizer(), None)], lambda: None)
     assert bench.open().request > other.request
 
 
-def test_link_is_closed_before_the_heir_gets_anything():
+def test_link_is_closed_before_the_successor_gets_anything():
     bench = Bench()
     bench.up()
     entry = bench.open()
     bench.link.inbox.append(StepOutput(1, [entry.request], [0], [0], [65], [0.0], [FINISH_NONE]))
-    bench.ledger.hand_over(heir_of(bench))
+    bench.ledger.migrate(successor_of(bench))
     assert bench.link.closed
     bench.ledger.receive()
     assert entry.branches[0].ids == []
@@ -426,13 +418,13 @@ def test_held_too_long_counts_over_both_ledgers():
     bench = Bench(hold_timeout=10.0)
     entry = bench.open()
     bench.now = 6.0
-    heir = heir_of(bench)
-    bench.ledger.hand_over(heir)
+    successor = successor_of(bench)
+    bench.ledger.migrate(successor)
     bench.now = 9.9
-    heir.expire()
+    successor.expire()
     assert entry.outcome is None
     bench.now = 10.0
-    heir.expire()
+    successor.expire()
     assert isinstance(entry.error, DeadlineExceeded)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,38 +12,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.frontend_harness import make_plan, run, stack
-from lightllmd.api.dialects.common_fields import MAX_ALLOWED
-from lightllmd.api.dialects.openai import asked, completion_jobs
 from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody
-from lightllmd.api.inflight.frontend import FrontEnd
 from lightllmd.api.web.responses import json_in_parts
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.encoding import Encoder
-from lightllmd.requests.intake import Intake
+from lightllmd.requests.fields import MAX_ALLOWED
+from lightllmd.requests.intake import Intake, Job
+from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.text_work import Inline, without_waiting
 from lightllmd.text import ByteTokenizer, StopList
 
 TOKENIZER = ByteTokenizer()
 
 
-async def bad_words(words: list[str], field: str) -> list[list[int]]:
-    return []
-
-
-async def encode(texts: list[str], fields: list[str], **options: bool) -> list[list[int]]:
-    return [TOKENIZER.encode(text) for text in texts]
-
-
-def front() -> FrontEnd:
-    """The part of one that makes jobs."""
-    intake = Intake(make_plan(), lambda: TOKENIZER)
-    parts: dict[str, Any] = {"bad_words": bad_words, "encode": encode}
-    return cast(FrontEnd, SimpleNamespace(limits=intake.limits, intake=intake, **parts))
+def jobs_of(body: CompletionBody | ChatBody) -> list[Job]:
+    intake = Intake(make_plan(), lambda: TOKENIZER, Inline(lambda: TOKENIZER))
+    return without_waiting(intake.jobs(body.asked()))
 
 
 def test_nothing_is_put_around_added_tokens_and_stops_are_left_out() -> None:
     for body in (CompletionBody(prompt="x", stop="y"), ChatBody(messages=[{"role": "user", "content": "x"}], stop="y")):
-        text = run(asked(front(), body)).text
+        text = jobs_of(body)[0].text
         assert not text.spaces_between_special_tokens
         assert not text.include_stop
         assert text.stops.strings == ["y"]
@@ -53,7 +42,7 @@ def test_nothing_is_put_around_added_tokens_and_stops_are_left_out() -> None:
 def test_what_a_body_says_once_is_made_once_for_all_its_prompts() -> None:
     """Stop automata, biases, allowed ids: their cost must not grow with prompts and n."""
     body = CompletionBody(prompt=["a"] * 4, n=8, stop=["x", "yz"], allowed_token_ids=[3, 1, 3], logit_bias={"1": 2})
-    first, *others = run(completion_jobs(front(), body))
+    first, *others = jobs_of(body)
     assert first.text.stops.of_text is not None
     assert first.params.allowed_token_ids == [1, 3]
     for other in others:
@@ -66,7 +55,7 @@ def test_token_ids_that_go_along_with_each_prompt_are_bounded_in_all() -> None:
     body = CompletionBody(prompt=["a"] * 900, allowed_token_ids=[0])
     body.allowed_token_ids = [0] * (MAX_ALLOWED // 128)
     with pytest.raises(InvalidRequest, match="allowed_token_ids: 4096 token ids for each of 900 prompts, more than"):
-        run(completion_jobs(front(), body))
+        jobs_of(body)
 
 
 def test_the_total_of_the_stops_is_bounded_by_name() -> None:
@@ -98,7 +87,7 @@ class Counting(ByteTokenizer):
 
 
 def test_a_text_that_can_not_fit_is_refused_before_all_of_it_is_tokenised() -> None:
-    limits, text = Intake(make_plan(), ByteTokenizer).limits, "x" * (4 << 20)
+    limits, text = RequestLimits.of(make_plan()), "x" * (4 << 20)
     for tokenizer, most in ((ByteTokenizer(), 0), (Counting(), 1 << 16)):
         with pytest.raises(InvalidRequest, match="resulted in at least"):
             Encoder(tokenizer, limits).encode([text], ["prompt"], True, False)
@@ -107,7 +96,7 @@ def test_a_text_that_can_not_fit_is_refused_before_all_of_it_is_tokenised() -> N
 
 @pytest.mark.parametrize("mode", ["head", "center"])
 def test_a_prompt_that_will_be_cut_comes_without_its_middle(mode: str) -> None:
-    limits = Intake(make_plan({"long_truncation_mode": mode, "max_req_input_len": 5}), ByteTokenizer).limits
+    limits = RequestLimits.of(make_plan({"long_truncation_mode": mode, "max_req_input_len": 5}))
     text = "abcdefghij" * 10_000
     (ids,) = Encoder(TOKENIZER, limits).encode([text], ["prompt"], True, False)
     assert len(ids) <= 12
@@ -133,7 +122,7 @@ def test_an_answer_in_parts_is_the_same_json(body: Any) -> None:
 def test_log_probabilities_of_prompts_are_bounded_in_all() -> None:
     body = CompletionBody(prompt=[[1] * 2000] * 200, prompt_logprobs=20, max_tokens=1)
     with pytest.raises(InvalidRequest, match=r"400000 tokens with 21 log-probabilities each are 8400000, more than"):
-        run(completion_jobs(front(), body))
+        jobs_of(body)
 
 
 def test_a_name_as_long_as_the_body_is_not_repeated(tmp_path: Path) -> None:

@@ -169,14 +169,14 @@ def test_request_between_the_gate_and_the_ledger_keeps_its_revision_alive(tmp_pa
 
     async def scenario():
         async with stack(tmp_path) as one:
-            front, go = one.worker.revisions.front, asyncio.Event()
-            encode = front.encode
+            texts, go = one.worker.revisions.current.texts, asyncio.Event()
+            encode = texts.encode
 
             async def slowly(*arguments: Any, **options: Any) -> list[list[int]]:
                 await go.wait()
                 return await encode(*arguments, **options)
 
-            monkeypatch.setattr(front, "encode", slowly)
+            monkeypatch.setattr(texts, "encode", slowly)
             waiting = asyncio.create_task(generate(one, "long"))
             await until(lambda: one.stats["in_flight@1"] == 1)
             await one.prepare(2, make_plan())
@@ -200,19 +200,19 @@ def test_carried_request_goes_on_in_the_next_revision_byte_for_byte(tmp_path, up
     async def scenario():
         async with stack(tmp_path, engine=False) as one:
             first = await one.up()
-            front, go = one.worker.revisions.front, asyncio.Event()
+            texts, go = one.worker.revisions.current.texts, asyncio.Event()
             stream, whole = streaming(one, "s", 12), asyncio.create_task(generate(one, "w", 12))
             await first.submitted(2)
             for _ in range(5):
                 first.step()
             await until(lambda: all(entry.generated == 5 for entry in one.ledger.entries))
-            encode = front.encode
+            encode = texts.encode
 
             async def slowly(*arguments: Any, **options: Any) -> list[list[int]]:
                 await go.wait()
                 return await encode(*arguments, **options)
 
-            monkeypatch.setattr(front, "encode", slowly)
+            monkeypatch.setattr(texts, "encode", slowly)
             entering = asyncio.create_task(generate(one, "entering"))
             await until(lambda: one.stats["in_flight@1"] == 3)
             await one.prepare(2, make_plan())

@@ -12,7 +12,7 @@ import msgspec
 
 from lightllmd.api.dialects.openai_bodies import UsageTold
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.inflight.reply import DONE
+from lightllmd.api.inflight.event_stream import DONE
 from lightllmd.api.web.errors import openai_error
 from lightllmd.errors import RequestError
 from lightllmd.requests.branch import Branch

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import msgspec
 from fastapi import APIRouter
@@ -13,18 +13,21 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lightllmd.api.dialects.dialect import Dialect, Generation, Generator
 from lightllmd.api.dialects.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.inflight.frontend import STOP_COST, FrontEnd, off_loop
-from lightllmd.api.inflight.reply import EventStream, Pending
+from lightllmd.api.inflight.pending import Pending
+from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
+from lightllmd.api.web.errors import native_error
 from lightllmd.api.web.ignored_fields import NamingRoute
-from lightllmd.api.web.responses import encoded_response, json_in_parts, json_response, on_each
-from lightllmd.errors import InvalidRequest, RequestError
+from lightllmd.api.web.responses import json_response, on_each
+from lightllmd.errors import RequestError
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.intake import Job
 
+Kind = TypeVar("Kind", bound=GenerateBody)
 _json = msgspec.json.Encoder()
 
 
@@ -135,101 +138,75 @@ def generated(entry: Entry, special: frozenset[int], return_details: bool, tells
     return body
 
 
-async def prepare(front: FrontEnd, body: GenerateBody, streamed: bool) -> Job:
-    """Tokenises and checks what only the plan knows. Raises InvalidRequest."""
-    parameters = body.parameters
-    front.limits.branches(parameters.sequences, "parameters.best_of")
-    (encoded,) = await front.encode([body.inputs], ["inputs"], add_special_tokens=parameters.add_special_tokens)
-    prompt_ids = front.limits.prompt(encoded, "inputs")
-    front.limits.new_tokens(len(prompt_ids), parameters.new_tokens, parameters.sequences, "parameters.max_new_tokens")
-    text = parameters.text()
-    await off_loop(text.stops.size * STOP_COST, text.stops.build)
-    for ids in text.stops.ids:
-        front.limits.token_ids(ids, "parameters.stop_sequences")
-    bad_words = await front.bad_words(parameters.bad_texts, "parameters.bad_words")
-    return front.intake.job(
-        prompt_ids,
-        front.intake.params(parameters.sampling(), bad_words, "parameters."),
-        parameters.drawn_seed,
-        text,
-        cut=prompt_ids is not encoded,
-        heals=True,
-        shows_prompt=not streamed,
-    )
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """Of /generate and /generate_stream."""
+
+    special: frozenset[int]
+    return_details: bool
+    tells_totals: bool
+
+    @classmethod
+    async def of(cls, revision: Revision, body: GenerateBody, jobs: Sequence[Job]) -> Self:
+        """See `Generation`."""
+        return cls(revision.special_ids, body.parameters.return_details, revision.intake.tells_totals)
+
+    def whole(self, pending: Pending) -> dict[str, Any]:
+        """See `Answer`."""
+        (entry,) = pending.entries
+        return generated(entry, self.special, self.return_details, self.tells_totals)
+
+    def frames(self, pending: Pending) -> TokenFrames:
+        """See `Answer`."""
+        return TokenFrames(pending.entries[0], self.special)
 
 
-def streamable(body: GenerateBody) -> None:
-    """Raises InvalidRequest for what a stream can't do. Its frames have no place for log-probabilities of the prompt;
-    return_all_prompt_logprobs is about answers in one piece."""
-    asked, logprobs = body.parameters.sequences, body.parameters.prompt_logprobs
-    if asked != 1:
-        raise InvalidRequest(f"parameters.best_of: a stream has one sequence, so should be 1; got {asked}")
-    if logprobs is not None:
-        raise InvalidRequest(
-            f"parameters.prompt_logprobs: a stream doesn't show them, so should be absent; got {logprobs}"
-        )
+def _always(body: GenerateBody) -> bool:
+    return True
+
+
+def _never(body: GenerateBody) -> bool:
+    return False
+
+
+def _as_asked(body: GenerateOrStreamBody) -> bool:
+    return body.stream
+
+
+def _generation(body: type[Kind], streamed: Callable[[Kind], bool]) -> Generation[Kind]:
+    return Generation(body, lambda one: one.asked(streamed=streamed(one)), GeneratedAnswer.of, streamed, error_frame)
 
 
 def router(revisions: Revisions) -> APIRouter:
+    """The routes of the native API."""
     routes = APIRouter(tags=["lightllm"], route_class=NamingRoute)
-    parse = bodies.parser(revisions.front.http, lambda: revisions.front.decode)
-    admission = revisions.accounts.admission
-
-    async def opened(
-        request: Request, body: GenerateBody, arrived_at: float, *, streamed: bool
-    ) -> tuple[FrontEnd, Pending]:
-        with admission():
-            async with revisions.entered(request.receive) as front:
-                return front, front.open([await prepare(front, body, streamed)], arrived_at, request.scope)
-
-    async def whole(request: Request, body: GenerateBody, arrived_at: float) -> Response:
-        front, pending = await opened(request, body, arrived_at, streamed=False)
-        await pending.finish(request.receive)
-        (entry,) = pending.entries
-        details, totals = body.parameters.return_details, front.intake.tells_totals
-        size = entry.answer_size
-        special = front.special_ids
-        answer = await off_loop(size, lambda: json_in_parts(generated(entry, special, details, totals)))
-        return encoded_response(answer)
-
-    async def stream(request: Request, body: GenerateBody, arrived_at: float) -> EventStream:
-        front, pending = await opened(request, body, arrived_at, streamed=True)
-        return EventStream(pending, TokenFrames(pending.entries[0], front.special_ids), revisions.streams)
+    parse = bodies.parser(revisions.current.http, revisions.decode)
+    generator = Generator(revisions)
 
     @routes.post("/generate", openapi_extra=bodies.documented(GenerateBody))
     async def generate(request: Request) -> Response:
         """Generates, then answers with the whole text."""
-        arrived_at = time.monotonic()
-        with admission():
-            body = await parse(request, GenerateBody)
-        return await whole(request, body, arrived_at)
+        return await generator.respond(request, _generation(GenerateBody, _never))
 
     @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody))
     async def generate_stream(request: Request) -> Response:
         """Server-sent events, one frame per token."""
-        arrived_at = time.monotonic()
-        with admission():
-            body = await parse(request, GenerateBody)
-            streamable(body)
-        return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
+        return await generator.respond(request, _generation(GenerateBody, _always))
 
     @routes.post("/", openapi_extra=bodies.documented(GenerateOrStreamBody))
     async def either(request: Request) -> Response:
         """/generate_stream if `stream` is true, else /generate."""
-        arrived_at = time.monotonic()
-        with admission():
-            body = await parse(request, GenerateOrStreamBody)
-            if body.stream:
-                streamable(body)
-        if body.stream:
-            return await revisions.stream(partial(stream, request, body, arrived_at), error_frame)
-        return await whole(request, body, arrived_at)
+        return await generator.respond(request, _generation(GenerateOrStreamBody, _as_asked))
 
     @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:
         """Counts a text's tokens, special ones included."""
         body = await parse(request, TokensBody)
         special = body.parameters.add_special_tokens
-        return json_response({"ntokens": await revisions.front.count(body.text, add_special_tokens=special)})
+        count = await revisions.current.texts.count(body.text, add_special_tokens=special)
+        return json_response({"ntokens": count})
 
     return routes
+
+
+DIALECT = Dialect(("/",), native_error, (GenerateBody, GenerateOrStreamBody, TokensBody), router)

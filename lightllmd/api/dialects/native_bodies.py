@@ -1,137 +1,21 @@
-"""The bodies of LightLLM's own routes, with the documented names, types, defaults and bounds."""
+"""The bodies of LightLLM's own routes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Any
 
-from pydantic import AfterValidator, Field, model_validator
-
-from lightllmd.api.dialects.common_fields import (
-    MAX_COUNT,
-    MAX_PENALTY,
-    MAX_SEED,
-    CommonFields,
-    Count,
-    StopText,
-    affordable_stops,
-)
-from lightllmd.api.web.bodies import Body
-from lightllmd.api.web.errors import contradiction
 from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import SamplingParams
-from lightllmd.requests.branch import TextOptions
-from lightllmd.text.stop import MAX_STOPS, StopList
-
-DEFAULT_MAX_NEW_TOKENS = 16
+from lightllmd.requests.asked import Asked, FieldNames, Prompt
+from lightllmd.requests.fields import Body
+from lightllmd.requests.parameters import Parameters
 
 _NOT_YET = ("regular_constraint", "guided_grammar", "guided_json")
-
-StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024, fail_fast=True)]
-
-
-class Parameters(CommonFields):
-    """`parameters` of /generate, /generate_stream and /."""
-
-    return_details: bool = False
-    best_of: Annotated[int, Field(ge=1, le=8)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
-    do_sample: bool = False
-    presence_penalty: float = Field(default=0.0, ge=0, le=MAX_PENALTY)
-    frequency_penalty: float = Field(default=0.0, ge=0, le=MAX_PENALTY)
-    repetition_penalty: float = Field(default=1.0, ge=1, le=MAX_PENALTY)
-    exponential_decay_length_penalty: tuple[Count, Annotated[float, Field(ge=1, le=MAX_PENALTY)]] = (1, 1.0)
-    temperature: float = Field(default=1.0, ge=0, le=MAX_PENALTY)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=-1, ge=-1, le=MAX_COUNT)
-    min_p: float = Field(default=0.0, ge=0, le=1, description="0: off")
-    ignore_eos: bool = False
-    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    min_new_tokens: int = Field(default=1, ge=1, le=MAX_COUNT)
-    stop_sequences: (
-        StopText
-        | Annotated[list[StopText], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)]
-        | Annotated[list[StopIds], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)]
-        | None
-    ) = None
-    skip_special_tokens: bool = True
-    add_spaces_between_special_tokens: bool = True
-    print_eos_token: bool = False
-    input_penalty: bool = False
-    add_special_tokens: bool = Field(default=True, description="as the tokenizer's own settings say; false: none")
-    group_request_id: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(
-        default=None, description="accepted without effect: it names a request to the original's scheduler"
-    )
-    suggested_dp_index: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = Field(
-        default=None, description="accepted without effect: requests go where there is room"
-    )
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = Field(default=None, description="-1 or absent: drawn")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _arrays_may_be_tuples(cls, values: Any) -> Any:
-        """Strict validation takes no JSON array for a tuple."""
-        decay = values.get("exponential_decay_length_penalty") if isinstance(values, dict) else None
-        if isinstance(decay, list):
-            return values | {"exponential_decay_length_penalty": tuple(decay)}
-        return values
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.top_k == 0:
-            raise contradiction("top_k", "top_k should be -1 (off) or at least 1; got 0")
-        if self.n is not None and self.best_of is not None and self.n != self.best_of:
-            raise contradiction("n", f"n should equal best_of; got n = {self.n}, best_of = {self.best_of}")
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise contradiction(
-                "min_new_tokens",
-                f"min_new_tokens should be at most max_new_tokens = {self.max_new_tokens}; got {self.min_new_tokens}",
-            )
-        return self
-
-    @property
-    def sequences(self) -> int:
-        return self.best_of or self.n or 1
-
-    @property
-    def new_tokens(self) -> int:
-        return self.max_new_tokens or max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens)
-
-    @property
-    def drawn_seed(self) -> int | None:
-        return None if self.seed is None or self.seed < 0 else self.seed
-
-    def text(self) -> TextOptions:
-        stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
-        return TextOptions(
-            StopList(
-                [stop for stop in stops if isinstance(stop, str)],
-                [stop for stop in stops if not isinstance(stop, str)],
-            ),
-            include_stop=True,
-            skip_special_tokens=self.skip_special_tokens,
-            spaces_between_special_tokens=self.add_spaces_between_special_tokens,
-            print_eos_token=self.print_eos_token,
-            min_tokens=self.min_new_tokens,
-        )
-
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            n=self.sequences,
-            do_sample=self.do_sample and self.temperature >= 1e-5,
-            temperature=self.temperature if self.do_sample else 1.0,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            exponential_decay_length_penalty=self.exponential_decay_length_penalty,
-            input_penalty=self.input_penalty,
-            ignore_eos=self.ignore_eos,
-            max_new_tokens=self.new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            **self.common_sampling(),
-        )
+_NAMES = FieldNames(
+    sequences="parameters.best_of",
+    new_tokens="parameters.max_new_tokens",
+    stops="parameters.stop_sequences",
+    prefix="parameters.",
+)
 
 
 class Multimodal(Body):
@@ -157,6 +41,18 @@ class GenerateBody(Body):
         if isinstance(multimodal, dict) and multimodal.get("images"):
             raise InvalidRequest("multimodal_params.images: not available yet", param="multimodal_params.images")
         return body
+
+    def asked(self, *, streamed: bool) -> Asked:
+        """Raises InvalidRequest for what a stream can't do. Its frames have no place for log-probabilities of the
+        prompt; return_all_prompt_logprobs is about answers in one piece."""
+        sequences, logprobs = self.parameters.sequences, self.parameters.prompt_logprobs
+        if streamed and sequences != 1:
+            raise InvalidRequest(f"parameters.best_of: a stream has one sequence, so should be 1; got {sequences}")
+        if streamed and logprobs is not None:
+            raise InvalidRequest(
+                f"parameters.prompt_logprobs: a stream doesn't show them, so should be absent; got {logprobs}"
+            )
+        return self.parameters.asked([Prompt(self.inputs, "inputs", True)], _NAMES, shows_prompt=not streamed)
 
 
 class GenerateOrStreamBody(GenerateBody):

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from pydantic import AfterValidator, Field, model_validator
 
-from lightllmd.api.dialects.common_fields import (
+from lightllmd.errors import InvalidRequest
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.asked import Asked, Chat, FieldNames, Prompt
+from lightllmd.requests.branch import TextOptions
+from lightllmd.requests.faults import contradiction
+from lightllmd.requests.fields import (
     MAX_COUNT,
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_SEED,
+    Body,
     CommonFields,
     Count,
     StopText,
     affordable_stops,
     packed,
 )
-from lightllmd.api.web.bodies import Body
-from lightllmd.api.web.errors import contradiction
-from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import SamplingParams
 from lightllmd.text.stop import MAX_STOPS
 
 MAX_N = 32
@@ -103,7 +106,6 @@ class OpenAIBody(CommonFields, ABC):
     """What both routes share."""
 
     lenient = True
-    subject: ClassVar[str]  # the field that is answered
 
     model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_N)
@@ -170,10 +172,6 @@ class OpenAIBody(CommonFields, ABC):
         """Which says `asked_tokens`."""
         return None if self.max_tokens is None else "max_tokens"
 
-    def default_tokens(self, room: int) -> int:
-        """What is generated at most if the body says nothing and `room` new tokens fit."""
-        return room
-
     @property
     @abstractmethod
     def alternatives(self) -> int | None:
@@ -192,17 +190,8 @@ class OpenAIBody(CommonFields, ABC):
         return UsageTold.ALWAYS if options.continuous_usage_stats else UsageTold.AT_END
 
     @property
-    def stop_ids(self) -> list[list[int]]:
-        return [[token] for token in dict.fromkeys(self.stop_token_ids or ())]
-
-    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-    @property
-    def folded_seed(self) -> int | None:
-        """OpenAI's seeds may be negative; ours are 63 bits."""
-        return None if self.seed is None else self.seed & MAX_SEED
 
     def sampling(self, max_new_tokens: int) -> SamplingParams:
         temperature = 1.0 if self.temperature is None else self.temperature
@@ -223,14 +212,50 @@ class OpenAIBody(CommonFields, ABC):
             **self.common_sampling(),
         )
 
+    def _asked(
+        self,
+        prompts: Sequence[Prompt],
+        names: FieldNames,
+        *,
+        default_new_tokens: int | None = None,
+        add_special_tokens: bool = True,
+    ) -> Asked:
+        params = self.sampling(self.asked_tokens or MAX_COUNT)
+        return Asked(
+            prompts,
+            params,
+            TextOptions(
+                include_stop=self.include_stop_str_in_output,
+                skip_special_tokens=self.skip_special_tokens,
+                # A native habit; clients parse what added tokens mark, such as tool calls.
+                spaces_between_special_tokens=False,
+                min_tokens=params.min_new_tokens,
+                prompt_only=self.asked_tokens == 0,
+            ),
+            names,
+            self.model,
+            self.asked_tokens,
+            default_new_tokens,
+            seed=None if self.seed is None else self.seed & MAX_SEED,  # OpenAI's may be negative, ours have 63 bits
+            stop_texts=self.stops,
+            stop_tokens=self.stop_token_ids or (),
+            bad_texts=self.bad_texts,
+            add_special_tokens=add_special_tokens,
+            keep_last=self.truncate_prompt_tokens,
+            beams=self.use_beam_search,
+            shows_prompt=not self.stream,
+        )
+
+    def _names(self, subject: str, prompts: str | None = None) -> FieldNames:
+        sequences = "n" if self.branches == self.n else "best_of"
+        return FieldNames(sequences, self.asking_field, subject=subject, prompts=prompts)
+
 
 # One fault is told, not a million.
 PromptIds = Annotated[list[Count], Field(min_length=1, fail_fast=True), AfterValidator(packed)]
 
 
 class CompletionBody(OpenAIBody):
-    subject = "prompt"
-
     prompt: (
         str
         | PromptIds
@@ -253,9 +278,16 @@ class CompletionBody(OpenAIBody):
             raise contradiction("best_of", f"best_of should equal n = {self.n or 1} in a stream; got {self.best_of}")
         return self
 
-    def default_tokens(self, room: int) -> int:
-        """OpenAI documents 16."""
-        return min(room, max(DEFAULT_COMPLETION_TOKENS, self.min_tokens))
+    def asked(self) -> Asked:
+        """OpenAI documents a default of 16 tokens."""
+        prompts = self.prompts
+        fields = [f"prompt.{index}" for index in range(len(prompts))] if len(prompts) > 1 else ["prompt"]
+        return self._asked(
+            [Prompt(one, field, isinstance(one, str)) for one, field in zip(prompts, fields, strict=True)],
+            self._names("prompt", "prompt"),
+            default_new_tokens=max(DEFAULT_COMPLETION_TOKENS, self.min_tokens),
+            add_special_tokens=self.add_special_tokens,
+        )
 
     @property
     def alternatives(self) -> int | None:
@@ -276,9 +308,10 @@ class CompletionBody(OpenAIBody):
 
     @property
     def prompts(self) -> list[str | array[int]]:
+        """Those of the body, one or several."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+            return [self.prompt]  # type: ignore[list-item]  # packed
+        return list(self.prompt)  # type: ignore[arg-type]
 
 
 class TextPart(Body):
@@ -365,19 +398,17 @@ class Conversation(Body):
             )
         return self
 
-    @property
-    def rendering(self) -> dict[str, Any]:
-        """Options of `ChatTemplate.render`."""
-        return {
+    def chat(self, messages: Sequence[Message]) -> Chat:
+        """As the model's template takes it."""
+        options = {
             "add_generation_prompt": self.add_generation_prompt is not False,
             "continue_final_message": self.continue_final_message,
             "variables": self.chat_template_kwargs,
         }
+        return Chat([message.plain() for message in messages], options)
 
 
 class ChatBody(Conversation, OpenAIBody):
-    subject = "messages"
-
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool | None = None
@@ -400,6 +431,11 @@ class ChatBody(Conversation, OpenAIBody):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def asked(self) -> Asked:
+        """What fits is generated at most, if the body doesn't say."""
+        prompt = Prompt(self.chat(self.messages), "messages", self.continue_final_message)
+        return self._asked([prompt], self._names("messages"))
 
 
 def _message(message: Any, path: str) -> Any:

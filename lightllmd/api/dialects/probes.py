@@ -40,7 +40,7 @@ def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
 
     @on_each(routes, "/get_model_name", ["GET", "POST"])
     async def get_model_name() -> Response:
-        return json_response({"model_name": revisions.front.model_name})
+        return json_response({"model_name": revisions.current.model_name})
 
     @routes.get("/version")
     async def version() -> Response:
@@ -50,7 +50,7 @@ def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
     @routes.get("/token_load")
     async def token_load() -> Response:
         """Shares of the KV slots: in use, and what the admitted requests may come to need at worst."""
-        load = revisions.front.ledger.load
+        load = revisions.current.ledger.load
         used = load.slots_used / load.slots_total if load is not None and load.slots_total else 0.0
         peak = load.estimated_peak if load is not None else 0.0
         return json_response({"current_load": used, "logical_max_load": peak, "dynamic_max_load": peak})

@@ -10,15 +10,16 @@ from pydantic import AfterValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api.dialects.common_fields import Count, packed
+from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.dialects.openai_bodies import Conversation, Messages
-from lightllmd.api.inflight.frontend import FrontEnd
+from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
-from lightllmd.api.web.bodies import Body
-from lightllmd.api.web.errors import contradiction
+from lightllmd.api.web.errors import openai_error
 from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.api.web.responses import encoded_response, json_response
+from lightllmd.requests.faults import contradiction
+from lightllmd.requests.fields import Body, Count, packed
 
 
 class TokenizeBody(Conversation):
@@ -51,34 +52,35 @@ class DetokenizeBody(Body):
 
 
 def router(revisions: Revisions) -> APIRouter:
+    """The routes about texts and tokens alone."""
     routes = APIRouter(tags=["tokenizer"], route_class=NamingRoute)
-    parse = bodies.parser(revisions.front.http, lambda: revisions.front.decode)
+    parse = bodies.parser(revisions.current.http, revisions.decode)
 
-    def front_for(model: str | None) -> FrontEnd:
-        revisions.check_name(revisions.front, model)
-        return revisions.front
+    def revision_for(model: str | None) -> Revision:
+        revisions.check_name(revisions.current, model)
+        return revisions.current
 
     @routes.post("/tokenize", openapi_extra=bodies.documented(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """The token ids of a prompt or of a rendered conversation."""
         body = await parse(request, TokenizeBody)
-        front = front_for(body.model)
+        texts = revision_for(body.model).texts
         text, special = body.prompt or "", body.add_special_tokens is not False
         if body.messages is not None:
-            text, special = await front.render([message.plain() for message in body.messages], body.rendering), False
-        return encoded_response(await front.tokenized(text, add_special_tokens=special, strings=body.return_token_strs))
+            text, special = await texts.render(body.chat(body.messages)), False
+        return encoded_response(await texts.tokenized(text, add_special_tokens=special, strings=body.return_token_strs))
 
     @routes.post("/detokenize", openapi_extra=bodies.documented(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special ones included."""
         body = await parse(request, DetokenizeBody)
-        return encoded_response(await front_for(body.model).detokenized(body.tokens))
+        return encoded_response(await revision_for(body.model).texts.detokenized(body.tokens))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         """The special tokens and the chat template, for clients that render conversations by themselves."""
-        front = revisions.front
-        tokenizer, template = front.tokenizer, front.tokenizer.chat_template
+        revision = revisions.current
+        tokenizer, template = revision.tokenizer, revision.tokenizer.chat_template
         names = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
         tokens = {name: None if token is None else tokenizer.id_to_token(token) for name, token in names.items()}
         return json_response(
@@ -86,8 +88,11 @@ def router(revisions: Revisions) -> APIRouter:
             | {
                 "pad_token": None,
                 "chat_template": None if template is None else template.source,
-                "model_max_length": front.limits.max_req_total_len,
+                "model_max_length": revision.limits.max_req_total_len,
             }
         )
 
     return routes
+
+
+DIALECT = Dialect(("/tokenize", "/detokenize"), openai_error, (TokenizeBody, DetokenizeBody), router)

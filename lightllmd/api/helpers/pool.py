@@ -37,7 +37,7 @@ class HelperDied(Exception):
 
 
 class Helpers:
-    """Those of one front. Tasks are named functions, known when the first is asked for.
+    """Those of one revision. Tasks are named functions, known when the first is asked for.
 
     All calls come from the thread of the event loop. Processes start when they are needed, at most `light` and `heavy`
     at a time; one light one stays, a heavy one lives for one task, so that its memory is free afterwards.

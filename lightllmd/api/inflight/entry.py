@@ -67,7 +67,7 @@ class Entry:
         private: bool,
         prompt_tokens: int,
     ) -> None:
-        self.ledger = ledger  # whose it is now; another one's after a `hand_over`
+        self.ledger = ledger  # whose it is now; another one's after it migrated
         self.request = request
         self.batch = request  # the request that the first prompt of the same body became
         self.tenant = 0  # see Tenants

@@ -13,12 +13,9 @@ request of its own (the scheduler's part). If the engine dies then, and not cert
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
-
-import msgspec
 
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
@@ -92,14 +89,13 @@ class Ledger:
         branches: list[Branch],
         notify: Callable[[], None],
         *,
-        seed: int | None = None,
         arrived_at: float | None = None,
         private: bool = False,
         prompt_tokens: int | None = None,
         batch: int = 0,
         tenant: int = 0,
     ) -> Entry:
-        """Takes a request, draws its seed if it has none, and sends it to the engine or holds it. `prompt_tokens`:
+        """Takes a request and sends it to the engine or holds it. `prompt_tokens`:
         the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
         opened right before for the first prompt of the same body; 0: this is the first.
 
@@ -112,7 +108,6 @@ class Ledger:
             raise NotReady(self.refusal)
         if self._link is None and not batch and len(self._entries) >= self.max_held:
             raise QueueFull(f"{self.max_held} requests are waiting for the engine to be ready", retry_after=5.0)
-        params = msgspec.structs.replace(params, seed=secrets.randbits(63) if seed is None else seed)
         number = self.tally.next_number()
         now = self._clock()
         arrived_at = now if arrived_at is None else arrived_at
@@ -162,18 +157,18 @@ class Ledger:
         if self._link is not None:
             self._drop_link()
 
-    def hand_over(self, heir: Ledger) -> None:
-        """Everything in flight goes on in `heir`, whose revision serves the same model: replayed there, or held until
-        its engine is up. Lengths were checked by this revision's limits; what the heir's engine can't take, it
-        rejects."""
+    def migrate(self, successor: Ledger) -> None:
+        """Everything in flight goes on in `successor`, whose revision serves the same model: replayed there, or held
+        until its engine is up. Lengths were checked by this revision's limits; what the successor's engine can't take,
+        it rejects."""
         if self._link is not None:
             self._drop_link()
         moved, self._entries = self._entries, {}
         for entry in moved.values():
-            entry.ledger = heir
-        heir._entries = dict(sorted((heir._entries | moved).items()))
-        if heir._link is not None:
-            heir._resume(list(moved.values()))
+            entry.ledger = successor
+        successor._entries = dict(sorted((successor._entries | moved).items()))
+        if successor._link is not None:
+            successor._resume(list(moved.values()))
 
     def expire(self) -> None:
         """Ends what has been held longer than `hold_timeout`. Call a few times a second."""

@@ -1,4 +1,4 @@
-"""What this worker can answer with: a front for each revision, the one in force, and the gate before it."""
+"""What this worker can answer with: a revision for each revision, the one in force, and the gate before it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from lightllmd.api.inflight.accounts import Accounts
-from lightllmd.api.inflight.frontend import FrontEnd
+from lightllmd.api.inflight.event_stream import EventStream, LateStream
 from lightllmd.api.inflight.gate import Gate
 from lightllmd.api.inflight.ledger import Tally
-from lightllmd.api.inflight.reply import EventStream, LateStream
-from lightllmd.api.web.errors import shown
+from lightllmd.api.inflight.revision import Revision
 from lightllmd.config.plan import Plan, decode_plan
 from lightllmd.errors import NotFound, NotReady, RequestError
 from lightllmd.ipc.messages import EngineDown, EngineUp, Health
+from lightllmd.requests.faults import shown
+from lightllmd.requests.fields import Body
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +29,12 @@ class Revisions:
     """A request belongs to the revision that is in force when it passes the gate. Changed by the supervisor's messages
     only, all in one event loop.
 
-    `build` makes a plan's front. It reads the tokenizer's files, so that it takes up to seconds and may raise anything;
-    it runs in a thread for all revisions but the first.
+    `build` makes the revision of a plan. It reads the tokenizer's files, so that it takes up to seconds and may raise
+    anything; it runs in a thread for all revisions but the first.
     """
 
     def __init__(
-        self, number: int, plan: Plan, build: Callable[[Plan], FrontEnd], tally: Tally, accounts: Accounts
+        self, number: int, plan: Plan, build: Callable[[Plan], Revision], tally: Tally, accounts: Accounts
     ) -> None:
         self.number = number  # of the revision in force
         self.gate = Gate()
@@ -43,59 +44,63 @@ class Revisions:
         self.streams: set[EventStream] = set()  # those that are open
         self._tally = tally
         self._build = build
-        self._fronts = {number: build(plan)}
+        self._revisions = {number: build(plan)}
         self._coming: dict[int, EngineUp | None] = {}  # revisions that are being prepared, each with its engine
 
     @property
-    def front(self) -> FrontEnd:
+    def current(self) -> Revision:
         """The one in force."""
-        return self._fronts[self.number]
+        return self._revisions[self.number]
 
     # --- requests -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def entered(self, receive: Receive) -> AsyncIterator[FrontEnd]:
-        """Waits at the gate, then gives the front in force. Until the block ends, by which time the request is in that
-        front's ledger or refused, it counts as in flight there, so that nobody ends the revision meanwhile.
+    async def entered(self, receive: Receive) -> AsyncIterator[Revision]:
+        """Waits at the gate, then gives the revision in force. Until the block ends, by which time the request is in
+        that revision's ledger or refused, it counts as in flight there, so that the supervisor lets the revision be.
 
         Raises what `Gate.enter` raises.
         """
-        http = self.front.http
+        http = self.current.http
         await self.gate.enter(receive, http.max_held, http.hold_timeout)
-        front = self.front
-        front.entering += 1
+        revision = self.current
+        revision.entering += 1
         try:
-            yield front
+            yield revision
         finally:
-            front.entering -= 1
+            revision.entering -= 1
+
+    async def decode(self, raw: bytes, model: type[Body], noting: bool) -> tuple[Body, set[str]]:
+        """See TextHelpers."""
+        return await self.current.texts.decode(raw, model, noting)
 
     async def stream(
         self, make: Callable[[], Awaitable[Response]], error_frame: Callable[[RequestError], bytes]
     ) -> Response:
         """What `make` makes of a request for a stream, or what keeps its connection open while the gate is shut."""
-        return LateStream(make, error_frame, self.front.http.hold_keepalive) if self.gate.shut else await make()
+        return LateStream(make, error_frame, self.current.http.hold_keepalive) if self.gate.shut else await make()
 
     def tick(self, now: float) -> None:
         """Ends what was held too long, keeps quiet streams alive. Called a few times a second."""
-        for front in self._fronts.values():
-            front.ledger.expire()
+        for revision in self._revisions.values():
+            revision.ledger.expire()
         for stream in self.streams:
-            stream.keep_alive(now, self.front.http.hold_keepalive)
+            stream.keep_alive(now, self.current.http.hold_keepalive)
 
     def refuse(self, reason: str | None) -> None:
         """From now on new requests are told `reason`; None takes them again."""
         self.gate.refuse(reason)
-        for front in self._fronts.values():
-            front.ledger.refuse(reason)
+        for revision in self._revisions.values():
+            revision.ledger.refuse(reason)
 
     def stop_helpers(self) -> None:
         """When the worker ends."""
-        for front in self._fronts.values():
-            front.helpers.stop()
+        for revision in self._revisions.values():
+            revision.texts.processes.stop()
 
     def fail_all(self, error: RequestError) -> None:
-        for front in self._fronts.values():
-            front.ledger.fail_all(error)
+        for revision in self._revisions.values():
+            revision.ledger.fail_all(error)
 
     @property
     def trouble(self) -> str | None:
@@ -104,101 +109,101 @@ class Revisions:
             return self.gate.refusal
         if not self.health.ready:
             return self.health.reason
-        if not self.front.ledger.connected:
+        if not self.current.ledger.connected:
             return "the engine is being restarted"
         return None
 
     def stats(self) -> dict[str, float]:
         """Totals are those of the process, whatever became of the revisions."""
-        fronts, gated = self._fronts, self.gate.waiting
+        revisions, gated = self._revisions, self.gate.waiting
         return {
-            "in_flight": sum(front.in_flight for front in fronts.values()) + gated,
-            "held": sum(front.ledger.held for front in fronts.values()) + gated,
+            "in_flight": sum(revision.in_flight for revision in revisions.values()) + gated,
+            "held": sum(revision.ledger.held for revision in revisions.values()) + gated,
             "gated": gated,
             **self._tally.counts,
-            **{f"in_flight@{number}": front.in_flight for number, front in fronts.items()},
+            **{f"in_flight@{number}": revision.in_flight for number, revision in revisions.items()},
         }
 
     # --- names ----------------------------------------------------------------------------------------------------
 
     def others(self) -> Iterator[str]:
         """Models that are named but not served now."""
-        return (name for name in self.names if name != self.front.model_name)
+        return (name for name in self.names if name != self.current.model_name)
 
-    def check_name(self, front: FrontEnd, name: str | None) -> None:
+    def check_name(self, revision: Revision, name: str | None) -> None:
         """Any will do where [models] names none. Raises NotFound, NotReady."""
-        if name is None or not self.names or name == front.model_name:
+        if name is None or not self.names or name == revision.model_name:
             return
         if name in self.names:
-            message = f"model: {shown(name)} is not served now; {front.model_name!r} is"
+            message = f"model: {shown(name)} is not served now; {revision.model_name!r} is"
             raise NotReady(message, param="model", code="model_not_served")
-        known = dict.fromkeys([front.model_name, *self.names])
+        known = dict.fromkeys([revision.model_name, *self.names])
         raise NotFound(f"model: {shown(name)} is not one of {', '.join(known)}", param="model", code="model_not_found")
 
     # --- revisions come and go ------------------------------------------------------------------------------------
 
     def expect(self, number: int) -> None:
         """`prepare` follows; what is said of the revision from now on is for it."""
-        if number not in self._fronts:
+        if number not in self._revisions:
             self._coming.setdefault(number, None)
 
     async def prepare(self, number: int, plan: bytes) -> str:
         """Why it can't be served; empty: it can."""
-        if number in self._fronts:
+        if number in self._revisions:
             return ""
         try:
-            front = await asyncio.get_running_loop().run_in_executor(None, lambda: self._build(decode_plan(plan)))
+            revision = await asyncio.get_running_loop().run_in_executor(None, lambda: self._build(decode_plan(plan)))
         except Exception as failure:  # whatever a tokenizer's files make its library raise: the present one serves on
             log.exception("revision %d can't be prepared", number)
             self._coming.pop(number, None)
             return f"{type(failure).__name__}: {failure}"
-        if number in self._fronts:
+        if number in self._revisions:
             return ""  # it was asked for twice
         if number not in self._coming:
             return "it was given up meanwhile"
         up = self._coming.pop(number)
-        front.ledger.refuse(self.gate.refusal)
-        self._fronts[number] = front
+        revision.ledger.refuse(self.gate.refusal)
+        self._revisions[number] = revision
         if up is not None:
-            front.ledger.engine_up(up.generation, up.endpoint)
+            revision.ledger.engine_up(up.generation, up.endpoint)
         return ""
 
     def commit(self, number: int, carry: bool) -> None:
-        if number not in self._fronts:
+        if number not in self._revisions:
             log.error("revision %d was never prepared; revision %d stays in force", number, self.number)
             return
-        before, self.number = self.front, number
-        self.front.heir = None
+        before, self.number = self.current, number
+        self.current.successor = None
         with contextlib.suppress(OSError):  # then the first request tries again
-            self.front.helpers.start()
-        if carry and self.front is not before:
-            before.bequeath(self.front)
+            self.current.texts.processes.start()
+        if carry and self.current is not before:
+            before.migrate(self.current)
 
     def cut(self, number: int, reason: str) -> None:
-        if number in self._fronts:
-            self._fronts[number].ledger.cut(reason)
+        if number in self._revisions:
+            self._revisions[number].ledger.cut(reason)
 
     def forget(self, number: int, reason: str) -> None:
         if number == self.number:
             log.error("revision %d is in force and can't be forgotten", number)
             return
         self._coming.pop(number, None)
-        front = self._fronts.pop(number, None)
-        if front is not None:
-            front.ledger.abandon(reason)
-            front.helpers.stop()
+        revision = self._revisions.pop(number, None)
+        if revision is not None:
+            revision.ledger.abandon(reason)
+            revision.texts.processes.stop()
 
     def engine_up(self, message: EngineUp) -> None:
-        front = self._fronts.get(message.revision)
-        if front is not None:
-            front.ledger.engine_up(message.generation, message.endpoint)
+        revision = self._revisions.get(message.revision)
+        if revision is not None:
+            revision.ledger.engine_up(message.generation, message.endpoint)
         elif message.revision in self._coming:
             self._coming[message.revision] = message
 
     def engine_down(self, message: EngineDown) -> None:
-        front = self._fronts.get(message.revision)
-        if front is not None:
-            front.ledger.engine_down(message.generation, message.unproven, message.quarantined, message.outside)
+        revision = self._revisions.get(message.revision)
+        if revision is not None:
+            revision.ledger.engine_down(message.generation, message.unproven, message.quarantined, message.outside)
             return
         up = self._coming.get(message.revision)
         if up is not None and up.generation == message.generation:

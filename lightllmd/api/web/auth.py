@@ -7,7 +7,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lightllmd.api.web.errors import error_response
+from lightllmd.api.web.errors import ErrorAnswers
 from lightllmd.api.web.tenants import KEY
 from lightllmd.config.keys import KeyDigests
 from lightllmd.errors import Unauthorized
@@ -28,14 +28,16 @@ class AcceptedKeys:
         self._metrics = self._requests if metrics is None else [bytes.fromhex(digest) for digest in metrics]
 
     def of(self, path: str) -> list[bytes]:
+        """Those of which one lets a request for `path` pass."""
         return self._metrics if path == METRICS_PATH else self._requests
 
 
 class BearerKeys:
     """Compares digests in constant time, against every key, so that timing tells nothing."""
 
-    def __init__(self, app: ASGIApp, keys: AcceptedKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: AcceptedKeys, errors: ErrorAnswers) -> None:
         self.app = app
+        self._errors = errors
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +45,7 @@ class BearerKeys:
             await self.app(scope, receive, send)
             return
         error = Unauthorized("a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
-        await error_response(error, scope["path"])(scope, receive, send)
+        await self._errors.response(error, scope["path"])(scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         digests = self._keys.of(scope["path"])

@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
-from lightllmd.api.web.errors import from_validation
 from lightllmd.api.web.ignored_fields import IgnoredFields
 from lightllmd.config.parameters import HttpSettings
 from lightllmd.errors import BodyTooLarge, ClientClosed, InvalidRequest
 from lightllmd.http.exchange import release_body
+from lightllmd.requests.faults import from_validation
+from lightllmd.requests.fields import MAX_FIELDS, Body
 
 MAX_DEPTH = 64  # of nested JSON arrays and objects
-MAX_FIELDS = 1024  # of one object
-MAX_IGNORED = 256  # names of unknown fields that are noted
 MAX_CONTAINERS = 1 << 16  # objects and arrays in all
 _REFERENCE = "#/components/schemas/{model}"
 _INLINE = 8 << 10  # bytes; a larger body is decoded in another process so that streams go on
 
-Model = TypeVar("Model", bound="Body")
-
-
-class Body(BaseModel):
-    """Strict: no "1" for 1, no 2.0 for 2, no NaN. null says what leaving the field out says, where that is allowed.
-
-    An unknown field is a fault, except where the class is `lenient` and its reader has a set to note such names in
-    (pydantic's validation context)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-    lenient: ClassVar[bool] = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_idle_fields(cls, given: Any, info: ValidationInfo) -> Any:
-        if not isinstance(given, dict):
-            return given
-        fields, ignored = cls.model_fields, info.context if cls.lenient else None
-        kept = {}
-        for name, value in given.items():
-            field = fields.get(name)
-            if field is None and isinstance(ignored, set):
-                if len(ignored) < MAX_IGNORED:
-                    ignored.add(name)
-            elif value is not None or field is None or field.is_required():
-                kept[name] = value
-        return kept
-
-    @classmethod
-    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Drops what is accepted without effect, refuses by name what is not built yet."""
-        return body
+Model = TypeVar("Model", bound=Body)
 
 
 async def read(request: Request, limit: int) -> bytes:
@@ -99,7 +67,7 @@ def decode(raw: bytes, model: type[Model], ignored: set[str] | None = None) -> M
     try:
         return model.model_validate(model.prepare(body), context=ignored)
     except ValidationError as failure:
-        raise from_validation(failure, field_names(model)) from None
+        raise from_validation(failure, model) from None
 
 
 def decode_noting(raw: bytes, model: type[Model], noting: bool) -> tuple[Model, set[str]]:
@@ -115,16 +83,16 @@ async def parse(
     request: Request,
     model: type[Model],
     limit: int,
-    decode_large: Callable[[], Decoder],
+    decode_large: Decoder,
     told: IgnoredFields | None = None,
 ) -> Model:
-    """`told` hears of unknown fields that were passed over; None: they are refused. `decode_large` gives what does for
-    large bodies what `decode_noting` does for others."""
+    """`told` hears of unknown fields that were passed over; None: they are refused. `decode_large` does for large
+    bodies what `decode_noting` does for others."""
     noting = told is not None
     try:
         raw = await read(request, limit)
         if len(raw) > _INLINE:
-            body, ignored = await decode_large()(raw, model, noting)
+            body, ignored = await decode_large(raw, model, noting)
         else:
             body, ignored = decode_noting(raw, model, noting)
     finally:
@@ -134,28 +102,10 @@ async def parse(
     return body
 
 
-def parser(
-    http: HttpSettings, decode_large: Callable[[], Decoder]
-) -> Callable[[Request, type[Model]], Awaitable[Model]]:
+def parser(http: HttpSettings, decode_large: Decoder) -> Callable[[Request, type[Model]], Awaitable[Model]]:
     """`parse` as the configuration has it."""
     told = IgnoredFields() if http.unknown_fields == "ignore" else None
     return partial(parse, limit=http.max_body_bytes, decode_large=decode_large, told=told)
-
-
-def field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[str]]:
-    """The field names of `model` and of the models inside it, by dotted path."""
-    known: dict[str, Iterable[str]] = {path: list(model.model_fields)}
-    for name, field in model.model_fields.items():
-        for inner in _models_in(field.annotation):
-            known |= field_names(inner, f"{path}.{name}" if path else name)
-    return known
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
 
 
 def documented(model: type[BaseModel]) -> dict[str, Any]:

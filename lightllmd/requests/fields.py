@@ -1,16 +1,17 @@
-"""The fields of a request that LightLLM's own routes and OpenAI's have under the same names, with the same meaning."""
+"""What declarations of fields are made of, and the fields that several dialects have with the same name and meaning."""
 
 from __future__ import annotations
 
 from array import array
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-from lightllmd.api.web.bodies import MAX_FIELDS, Body
-from lightllmd.api.web.errors import shown
+from lightllmd.requests.faults import shown
 from lightllmd.text.stop import MAX_STOP_LENGTH, MAX_STOP_TOTAL
 
+MAX_FIELDS = 1024  # of one object
+MAX_IGNORED = 256  # names of unknown fields that are noted
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1  # of tokens, ids and the like
 MAX_PENALTY = 1000.0  # beyond it fp32 logits mean nothing any more
@@ -25,6 +26,37 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _BadText = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD)]
 _BadIds = Annotated[list[Count], Field(min_length=1, max_length=MAX_BAD_WORD, fail_fast=True)]
+
+
+class Body(BaseModel):
+    """Strict: no "1" for 1, no 2.0 for 2, no NaN. null says what leaving the field out says, where that is allowed.
+
+    An unknown field is a fault, except where the class is `lenient` and its reader has a set to note such names in
+    (pydantic's validation context)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    lenient: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_fields(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields, ignored = cls.model_fields, info.context if cls.lenient else None
+        kept = {}
+        for name, value in given.items():
+            field = fields.get(name)
+            if field is None and isinstance(ignored, set):
+                if len(ignored) < MAX_IGNORED:
+                    ignored.add(name)
+            elif value is not None or field is None or field.is_required():
+                kept[name] = value
+        return kept
+
+    @classmethod
+    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Drops what is accepted without effect, refuses by name what is not built yet."""
+        return body
 
 
 def affordable_stops(stops: list[Any]) -> list[Any]:

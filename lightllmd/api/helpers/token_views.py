@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Sequence
 
 import msgspec
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.requests.limits import Limits
+from lightllmd.requests.limits import RequestLimits
 from lightllmd.text.interface import Tokenizer
 
 _MOST_CHARACTERS = 64 << 20  # of a text that ids stand for: each may have a hundred
@@ -15,7 +15,7 @@ _AT_ONCE = 4096  # ids
 
 
 class TokenViews:
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
 
@@ -30,7 +30,7 @@ class TokenViews:
         }
         return msgspec.json.encode(shown)
 
-    def detokenize(self, ids: array[int]) -> bytes:
+    def detokenize(self, ids: Sequence[int]) -> bytes:
         """Special tokens included. Raises InvalidRequest."""
         self._limits.token_ids(ids, "tokens")
         stream = self._tokenizer.detokenizer(

@@ -1,4 +1,4 @@
-"""How the ledger's entries become an HTTP response: one task waits on one signal, however many entries it answers."""
+"""Server-sent events: one task waits on one signal, however many entries it answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.web.errors import error_response
-from lightllmd.api.web.ignored_fields import name_in
+from lightllmd.api.inflight.pending import Pending
 from lightllmd.errors import ClientClosed, RequestError
 
 HELD = b": held\n\n"  # SSE comments: they keep proxies and clients from giving up
@@ -22,84 +20,6 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),
     (b"content-type", b"text/event-stream; charset=utf-8"),
 ]
-
-
-class Signal:
-    """Wakes the one task that waits on it; a `set` before the wait is not lost."""
-
-    __slots__ = ("_future", "_set")
-
-    def __init__(self) -> None:
-        self._set = False
-        self._future: asyncio.Future[None] | None = None
-
-    def set(self) -> None:
-        self._set = True
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-
-    async def wait(self) -> None:
-        if not self._set:
-            self._future = asyncio.get_running_loop().create_future()
-            await self._future
-            self._future = None
-        self._set = False
-
-
-class Pending:
-    """The entries of one HTTP request, at least one, their signal, and the watch over its connection."""
-
-    def __init__(self, entries: list[Entry], signal: Signal) -> None:
-        self.entries = entries
-        self.signal = signal
-
-    @property
-    def error(self) -> RequestError | None:
-        if all(entry.outcome != "cancelled" for entry in self.entries):
-            return next((entry.error for entry in self.entries if entry.error is not None), None)
-        return ClientClosed("the client closed the connection")
-
-    @property
-    def held(self) -> bool:
-        return not self.entries[0].ledger.connected
-
-    @property
-    def aborted(self) -> bool:
-        """Broken off from our side; the branches say so themselves."""
-        return any(branch.finish == "abort" for entry in self.entries for branch in entry.branches)
-
-    @property
-    def generated(self) -> int:
-        return sum(entry.generated for entry in self.entries)
-
-    @property
-    def done(self) -> bool:
-        return all(entry.outcome is not None for entry in self.entries)
-
-    def cancel(self) -> None:
-        for entry in self.entries:
-            entry.ledger.cancel(entry)
-        self.signal.set()
-
-    async def watch(self, receive: Receive) -> None:
-        """Ends the entries when the client closes its connection."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.cancel()
-
-    async def finish(self, receive: Receive) -> None:
-        """Waits until every entry is done. Raises the first error; the others are cancelled then."""
-        watcher = asyncio.create_task(self.watch(receive))
-        try:
-            while True:
-                if (error := self.error) is not None:
-                    raise error
-                if self.done:
-                    return
-                await self.signal.wait()
-        finally:
-            watcher.cancel()
-            self.cancel()
 
 
 class Frames(Protocol):
@@ -129,8 +49,8 @@ async def _send_last(send: Send, body: bytes) -> None:
 class EventStream(Response):
     """Server-sent events, straight onto ASGI: all that came since the last wake-up goes out in one send.
 
-    The status line waits for the first token, comment or error, so that a refusal by the engine still gets its own
-    status. An answer that is broken off from our side after a token was sent ends as any other, with "abort" as its
+    The status line waits for the first token or comment, so that a refusal by the engine still gets its own status: it
+    is raised. An answer that is broken off from our side after a token was sent ends as any other, with "abort" as its
     finish reason: not in OpenAI's list, but what other servers say too, and "length" would be a lie.
     """
 
@@ -164,8 +84,7 @@ class EventStream(Response):
                 if isinstance(error, ClientClosed):
                     return
                 if error is not None and not self.started:
-                    await name_in(error_response(error, scope["path"]), scope)(scope, receive, send)
-                    return
+                    raise error
                 if error is not None and pending.aborted and pending.generated:
                     error = None  # the branches show it as their finish
                 done = pending.done

@@ -1,0 +1,94 @@
+"""What makes a dialect: its routes, and the two translations around the one way from a body to its answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lightllmd.api.helpers.texts import off_loop
+from lightllmd.api.inflight.event_stream import EventStream, Frames
+from lightllmd.api.inflight.pending import Pending
+from lightllmd.api.inflight.revision import Revision
+from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.web import bodies
+from lightllmd.api.web.errors import ErrorBody
+from lightllmd.api.web.responses import encoded_response, json_in_parts
+from lightllmd.errors import RequestError
+from lightllmd.requests.asked import Asked
+from lightllmd.requests.fields import Body
+from lightllmd.requests.intake import Job
+
+Kind = TypeVar("Kind", bound=Body)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One API."""
+
+    paths: tuple[str, ...]  # that its routes begin with; the longest that fits says which dialect an error is told in
+    error_body: ErrorBody
+    bodies: tuple[type[Body], ...]  # for the OpenAPI document
+    router: Callable[[Revisions], APIRouter]
+
+
+class Answer(Protocol):
+    """How a dialect tells what became of a body's jobs."""
+
+    def whole(self, pending: Pending) -> Any:
+        """In one piece, once all have ended; what JSON is made of. Called in a thread where it is large."""
+
+    def frames(self, pending: Pending) -> Frames:
+        """As they come."""
+
+
+@dataclass(frozen=True)
+class Generation(Generic[Kind]):
+    """How a route that generates translates: a checked body into what is asked, jobs into their answer."""
+
+    body: type[Kind]
+    asked: Callable[[Kind], Asked]  # raises InvalidRequest for what the dialect alone can't do
+    answer: Callable[[Revision, Kind, Sequence[Job]], Awaitable[Answer]]
+    streamed: Callable[[Kind], bool]
+    error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
+
+
+class Generator:
+    """The way of a request that generates, whatever its dialect."""
+
+    def __init__(self, revisions: Revisions) -> None:
+        self._revisions = revisions
+        self._parse = bodies.parser(revisions.current.http, revisions.decode)
+
+    async def respond(self, request: Request, generation: Generation[Kind]) -> Response:
+        """Raises InvalidRequest, NotReady, QueueFull, and whatever ends the request before its answer has begun."""
+        arrived_at = time.monotonic()
+        with self._revisions.accounts.admission():
+            body = await self._parse(request, generation.body)
+            asked = generation.asked(body)
+        make = partial(self._respond, request, generation, body, asked, arrived_at)
+        if generation.streamed(body):
+            return await self._revisions.stream(make, generation.error_frame)
+        return await make()
+
+    async def _respond(
+        self, request: Request, generation: Generation[Kind], body: Kind, asked: Asked, arrived_at: float
+    ) -> Response:
+        revisions = self._revisions
+        with revisions.accounts.admission():
+            async with revisions.entered(request.receive) as revision:
+                revisions.check_name(revision, asked.model)
+                jobs = await revision.intake.jobs(asked)
+                answer = await generation.answer(revision, body, jobs)
+                pending = await revision.open(jobs, arrived_at, revision.tenants.of(request.scope))
+        if generation.streamed(body):
+            return EventStream(pending, answer.frames(pending), revisions.streams)
+        await pending.finish(request.receive)
+        size = sum(entry.answer_size for entry in pending.entries)
+        return encoded_response(await off_loop(size, lambda: json_in_parts(answer.whole(pending))))

@@ -1,0 +1,121 @@
+"""The work on clients' texts for one revision: short ones at once, all others in helper processes."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+
+from lightllmd.api.helpers.pool import Helpers
+from lightllmd.api.helpers.token_views import TokenViews
+from lightllmd.api.web import bodies
+from lightllmd.requests.asked import Chat
+from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.encoding import Encoder
+from lightllmd.requests.fields import Body
+from lightllmd.requests.limits import RequestLimits
+from lightllmd.text.interface import Tokenizer
+
+_INLINE = 16 << 10  # characters or numbers; done with in a few milliseconds
+_SHORT = 1 << 10  # characters; tokenised in well under a millisecond
+_LONG = 64 << 10  # characters; what is longer waits its turn among others of its kind
+_RENDERING = 5.0  # seconds of CPU time for the messages of a long chat
+_BAD_WORD_COST = 16  # characters that are tokenised in the time that one of a bad word takes, in its several ways
+_MANY_MESSAGES = 256
+Result = TypeVar("Result")
+
+
+async def off_loop(size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Work on `size` characters or numbers: here when they are few, in a thread when they are many, so that streams go
+    on."""
+    if size <= _INLINE:
+        return work(*arguments)
+    return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+
+
+def _lists(arrays: list[array[int]]) -> list[list[int]]:
+    return [ids.tolist() for ids in arrays]
+
+
+class TextHelpers:
+    """A `TextWork`, and what routes about texts alone need. All methods raise InvalidRequest."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
+        encoder, views = Encoder(tokenizer, limits), TokenViews(tokenizer, limits)
+        self._tokenizer = tokenizer
+        self.processes = Helpers(
+            {
+                "decode": bodies.decode_noting,
+                "encode": encoder.encode,
+                "encode_chat": encoder.encode_chat,
+                "render": encoder.render,
+                "count": encoder.count,
+                "tokenize": views.tokenize,
+                "detokenize": views.detokenize,
+                "bad_words": partial(bad_word_ids, tokenizer=tokenizer),
+            }
+        )
+
+    # --- as TextWork ----------------------------------------------------------------------------------------------
+
+    async def encode(
+        self, texts: Sequence[str], fields: Sequence[str], *, add_special_tokens: bool = True, cut: bool = False
+    ) -> list[list[int]]:
+        """See TextWork."""
+        size = sum(map(len, texts))
+        if size <= _SHORT:
+            return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
+        ids = await self.processes.run("encode", texts, fields, add_special_tokens, cut, heavy=size > _LONG)
+        return await off_loop(sum(map(len, ids)), _lists, ids)
+
+    async def encode_chat(self, chat: Chat, field: str, *, cut: bool = False) -> list[int]:
+        """See TextWork. The template runs in a helper process, however short the messages are: its loops are its
+        own."""
+        size = chat.size
+        if chat.options.get("variables"):
+            size += len(msgspec.json.encode(chat.options))
+        if size <= _LONG and len(chat.messages) <= _MANY_MESSAGES:
+            ids = await self.processes.run("encode_chat", chat.messages, chat.options, field, cut, heavy=False)
+            return ids.tolist()
+        text = await self.render(chat)
+        (encoded,) = await self.encode([text], [field], add_special_tokens=False, cut=cut)
+        return encoded
+
+    async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
+        """See TextWork."""
+        size = sum(map(len, words)) * _BAD_WORD_COST
+        if size <= _SHORT:
+            return bad_word_ids(words, field, self._tokenizer)
+        return await self.processes.run("bad_words", words, field, heavy=size > _LONG)
+
+    async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """See TextWork and `off_loop`."""
+        return await off_loop(size, work, *arguments)
+
+    # --- for other routes -----------------------------------------------------------------------------------------
+
+    async def decode(self, raw: bytes, model: type[Body], noting: bool) -> tuple[Body, set[str]]:
+        """`bodies.decode_noting` of a large body."""
+        return await self.processes.run("decode", raw, model, noting, heavy=len(raw) > _LONG)
+
+    async def render(self, chat: Chat) -> str:
+        """The text that the model's chat template makes of a conversation."""
+        return await self.processes.run("render", chat.messages, chat.options, heavy=True, seconds=_RENDERING)
+
+    async def count(self, text: str, *, add_special_tokens: bool = True) -> int:
+        """Tokens of a text of any length."""
+        if len(text) <= _SHORT:
+            return len(self._tokenizer.encode(text, add_special_tokens))
+        return await self.processes.run("count", text, add_special_tokens, heavy=len(text) > _LONG)
+
+    async def tokenized(self, text: str, *, add_special_tokens: bool, strings: bool) -> bytes:
+        """See TokenViews."""
+        return await self.processes.run("tokenize", text, add_special_tokens, strings, heavy=len(text) > _LONG)
+
+    async def detokenized(self, ids: Sequence[int]) -> bytes:
+        """See TokenViews."""
+        return await self.processes.run("detokenize", ids, heavy=len(ids) > _LONG)

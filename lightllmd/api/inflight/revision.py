@@ -1,0 +1,122 @@
+"""What answers requests with one revision: its plan, tokenizer, intake and ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+from lightllmd.api.helpers.texts import TextHelpers
+from lightllmd.api.inflight.accounts import Accounts
+from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.ledger import Ledger
+from lightllmd.api.inflight.pending import Pending, Signal
+from lightllmd.api.web.tenants import Tenants
+from lightllmd.config.plan import Plan
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.branch import TextOptions, open_branches
+from lightllmd.requests.intake import Intake, Job
+from lightllmd.requests.limits import RequestLimits
+from lightllmd.text.interface import Tokenizer
+
+_PROBE = [0]  # any model has a token 0
+_AT_ONCE = 64  # sequences that are entered before other requests have their turn: about 4 ms
+_IDS = 4096  # that are entered in the time that a sequence takes besides
+
+
+class Revision:
+    """One of `Revisions`. All calls come from one event loop."""
+
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.special_ids = tokenizer.special_ids
+        self.ledger = ledger
+        self.limits = RequestLimits.of(plan)
+        self.texts = TextHelpers(tokenizer, self.limits)
+        self.intake = Intake(plan, lambda: tokenizer, self.texts)
+        self.http = plan.config.http
+        self.tenants = Tenants(self.http)
+        self.model_name = plan.config.http.served_model_name or plan.model_name
+        self.entering = 0  # requests that are past the gate and not in the ledger yet; see Revisions.entered
+        self.successor: Revision | None = None  # gets what is opened here
+        self._accounts = accounts
+
+    async def open(self, jobs: Sequence[Job], arrived_at: float, tenant: int) -> Pending:
+        """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock; `tenant`:
+        see Submit. Raises NotReady, QueueFull.
+
+        A body of many jobs is entered in parts, between which the event loop has its turn. Other bodies may be entered
+        then, the engine may go or come, and the revision may be migrated; the client's leaving is noticed afterwards.
+        """
+        signal = Signal()
+        entries: list[Entry] = []
+        try:
+            for part in _parts(jobs):
+                if entries:
+                    await asyncio.sleep(0)
+                    if any(entry.error is not None for entry in entries):
+                        break  # the others would be for nothing; `Pending` has the error
+                self._last._enter(part, entries, signal, arrived_at, tenant)
+        except BaseException:
+            for entry in entries:
+                entry.ledger.cancel(entry)
+            raise
+        return Pending(entries, signal)
+
+    @property
+    def _last(self) -> Revision:
+        """What this one was migrated to, or itself."""
+        last = self
+        while last.successor is not None:
+            last = last.successor
+        return last
+
+    def _enter(self, jobs: Sequence[Job], entries: list[Entry], signal: Signal, arrived_at: float, tenant: int) -> None:
+        """Adds to `entries`, those of the same body so far."""
+        for job in jobs:
+            branches = open_branches(job.params.n, job.prompt_ids, job.text, self.tokenizer, job.params.healing)
+            entry = self.ledger.open(
+                job.prompt_ids,
+                job.params,
+                branches,
+                signal.set,
+                arrived_at=arrived_at,
+                prompt_tokens=len(job.given_ids),
+                batch=entries[0].request if entries else 0,
+                tenant=tenant,
+            )
+            entries.append(entry)
+            self._accounts.submitted(entry)
+
+    def migrate(self, successor: Revision) -> None:
+        """`successor` serves the same model: it goes on with what is in flight here, and gets what is on its way in."""
+        self.ledger.migrate(successor.ledger)
+        self.successor = successor
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that this revision has, or is about to."""
+        return self.ledger.in_flight + self.entering
+
+    async def probe(self) -> None:
+        """Has the engine make one token that no client asked for. Raises RequestError when it can't, or dies first."""
+        signal = Signal()
+        branches = open_branches(1, _PROBE, TextOptions(), self.tokenizer)
+        params = SamplingParams(max_new_tokens=1, ignore_eos=True)
+        entry = self.ledger.open(_PROBE, params, branches, signal.set, private=True)
+        while entry.outcome is None:
+            await signal.wait()
+        if entry.error is not None:
+            raise entry.error
+
+
+def _parts(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+    """Of about the same size each, at least one job."""
+    first, size = 0, 0.0
+    for index, job in enumerate(jobs):
+        own = job.params.n + len(job.prompt_ids) / _IDS
+        if index > first and size + own > _AT_ONCE:
+            yield jobs[first:index]
+            first, size = index, 0.0
+        size += own
+    yield jobs[first:]

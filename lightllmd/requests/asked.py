@@ -1,0 +1,71 @@
+"""What is asked, said without any dialect: a dialect translates its body into this, `Intake` makes jobs of it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightllmd.ipc.messages import SamplingParams
+from lightllmd.requests.branch import TextOptions
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, of which the model's chat template makes the text of a prompt."""
+
+    messages: Sequence[dict[str, Any]]
+    options: dict[str, Any]  # as `ChatTemplate.render`
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return sum(len(message.get("content") or "") for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, and the dialect's name of the field that has it."""
+
+    content: str | list[int] | array[int] | Chat
+    field: str
+    continued: bool  # it is a text that the output goes on with, so that its last tokens may be healed
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """What the dialect calls the fields that a refusal may have to name."""
+
+    sequences: str  # how many there are for each prompt
+    new_tokens: str | None = None  # how many at most; None: the body doesn't say, so that the prompt is named
+    stops: str = "stop"  # texts and sequences of ids that end the output
+    stop_tokens: str = "stop_token_ids"
+    prefix: str = ""  # of logit_bias, allowed_token_ids, bad_words, length_penalty, use_beam_search
+    subject: str | None = None  # what a refusal is about that names no field by itself
+    prompts: str | None = None  # all prompts of the body, whose number and answer are bounded; None: it has one prompt
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One body. `params` has all that the engine is told, but for what differs between its prompts: there
+    max_new_tokens is `new_tokens` or a bound of it. Bad words that are texts are not among its bad words yet, stops
+    not in `text`."""
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    text: TextOptions
+    names: FieldNames
+    model: str | None  # that shall answer; None: whichever is served
+    new_tokens: int | None  # None: `default_new_tokens`, or fewer where no more fit
+    default_new_tokens: int | None = None  # None: as many as fit
+    seed: int | None = None  # 0 .. 2**63 - 1; None: each prompt gets one that is drawn
+    stop_texts: Sequence[str] = ()
+    stop_sequences: Sequence[Sequence[int]] = ()  # of token ids
+    stop_tokens: Sequence[int] = ()
+    bad_texts: Sequence[str] = ()
+    add_special_tokens: bool = True  # around prompts that are texts
+    keep_last: int | None = None  # of a longer prompt the last so many tokens are run; -1: as many as fit
+    beams: bool | None = None  # whether a beam search is expected; None: the server's mode decides
+    shows_prompt: bool = True  # the answer has room for log-probabilities of the prompt
+    prompts_first: bool = False  # of several faults one in a prompt is told before one in another field

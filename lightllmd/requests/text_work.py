@@ -1,0 +1,65 @@
+"""The work on a request's texts, whose time a client chooses: who needs it done says so, where it is done differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from lightllmd.requests.asked import Chat
+from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.text.interface import Tokenizer
+
+Result = TypeVar("Result")
+
+STOP_COST = 16  # characters that are tokenised in the time that an automaton takes for one of a stop
+JOB_COST = 64  # the same of a job of a few tokens
+
+
+class TextWork(Protocol):
+    """Where a request's texts are read. All methods but `compute` raise InvalidRequest."""
+
+    async def encode(
+        self, texts: Sequence[str], fields: Sequence[str], *, add_special_tokens: bool, cut: bool
+    ) -> list[list[int]]:
+        """The ids of each text. Names one of the `fields` for text that is no valid Unicode or too long; `cut`: the
+        caller cuts what is too long, of which the middle may be missing."""
+
+    async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
+        """As `encode`, and for a conversation that the model's template refuses, or if the model has none."""
+
+    async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
+        """The token sequences that write them."""
+
+    async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Work on `size` characters or numbers."""
+
+
+class Inline:
+    """Everything at once, in the caller's thread. `tokenizer` is called when it is needed."""
+
+    def __init__(self, tokenizer: Callable[[], Tokenizer]) -> None:
+        self._tokenizer = tokenizer
+
+    async def encode(
+        self, texts: Sequence[str], fields: Sequence[str], *, add_special_tokens: bool, cut: bool
+    ) -> list[list[int]]:
+        return self._tokenizer().encode_batch(texts, add_special_tokens)
+
+    async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
+        return self._tokenizer().encode_chat(chat.messages, **chat.options)
+
+    async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
+        return bad_word_ids(words, field, self._tokenizer()) if words else []
+
+    async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        return work(*arguments)
+
+
+def without_waiting(work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine that waits for nothing, as with `Inline`; needs no event loop."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    work.close()
+    raise RuntimeError("the coroutine waits for something")
