@@ -85,7 +85,7 @@ class Submit(msgspec.Struct, tag="submit"):
     params: SamplingParams
     branches: list[int]  # the branches still unfinished
     emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
-    batch: int = 0  # the number of the first of those that came in one body, which are sent one behind the other
+    batch: int = 0  # the number of the first of those that came in one body; 0: there is no other
     tenant: int = 0  # whose it is, as far as admission is fair between several: any number
     replay: bool = False  # an engine had it: it is never turned away, and goes ahead of the queue if it has a token
     # Engines that died of it, perhaps: deaths since its last token with a part of its prompt in a step that was out.

@@ -19,7 +19,7 @@ from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
 from lightllmd.api.web.auth import AcceptedKeys
-from lightllmd.config.keys import Keys
+from lightllmd.config.keys import KeyDigests
 from lightllmd.errors import LightllmdError, RequestError
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
@@ -95,7 +95,7 @@ TELEGRAPH = Dialect(("/telegraph/",), told, (Telegram,), router)
 def test_a_further_dialect_needs_no_change_elsewhere(tmp_path):
     async def scenario():
         async with stack(tmp_path) as one:
-            keys = AcceptedKeys(Keys([], None))
+            keys = AcceptedKeys(KeyDigests([], None))
             app = build_app(one.worker.revisions, metrics_dir="", keys=keys, dialects=(*DIALECTS, TELEGRAPH))
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
 

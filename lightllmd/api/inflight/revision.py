@@ -20,7 +20,7 @@ from lightllmd.text.interface import Tokenizer
 
 _PROBE = [0]  # any model has a token 0
 _AT_ONCE = 64  # sequences that are entered before other requests have their turn: about 4 ms
-_IDS = 4096  # that are entered in the time that a sequence takes besides
+_IDS = 1 << 14  # of prompts, which are sent to the engine in the time that a sequence takes besides
 
 
 class Revision:

@@ -53,6 +53,7 @@ _GONE_KEPT = 256  # what a dead process still sent arrives long before so many o
 _NEWEST = (1 << 63) - 1  # nanoseconds of arrival
 # Tokens of a prompt that takes many times as long as one of few tokens, and how many times as many those are.
 LONG, _MUCH = 512, 8
+MOST_SUBMISSIONS = 4096  # that are remembered: between two parts of a body come far fewer others
 RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
@@ -108,7 +109,7 @@ class Scheduler:
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints, self._readings = constraints, readings
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
-        self._submissions: dict[Owner, Submission] = {}  # the newest of each
+        self._submissions: dict[int, Submission] = {}  # the newest ones, by the number of their first request
         self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
@@ -447,13 +448,13 @@ class Scheduler:
         """There is room while fewer than `max_queue` sequences wait, whatever a body brings: its parts are taken or
         turned away together, and one wider than the queue runs too. So that no tenant keeps the others out, one that
         has none in line finds room while fewer than twice as many wait."""
-        owner, number = (message.api, message.epoch), message.batch or message.request
-        submission = self._submissions.get(owner)
-        if (
-            submission is None or submission.number != number or number == message.request
-        ):  # its first, perhaps once more
+        number = message.batch or message.request
+        submission = self._submissions.get(number)
+        if submission is None or number == message.request:  # its first, perhaps once more
             most = self.limits.max_queue * (1 if self.waiting.has(message.tenant) else 2)
-            submission = self._submissions[owner] = Submission(number, len(self.waiting) < most)
+            submission = self._submissions[number] = Submission(len(self.waiting) < most)
+            if len(self._submissions) > MOST_SUBMISSIONS:
+                del self._submissions[next(iter(self._submissions))]
         return submission
 
     def expire(self, now: float) -> list[tuple[Owner, Rejected]]:
@@ -489,7 +490,6 @@ class Scheduler:
         """Ends all requests of an api worker's epoch, and those of it that are still to arrive."""
         # One by one: while a replacement starts, or dies, the process before it lives and serves.
         self._gone.append((api, epoch))
-        self._submissions.pop((api, epoch), None)
         for request, branches in list(self._requests.items()):
             if next(iter(branches.values())).owner == (api, epoch):
                 self.abort(request)

@@ -30,7 +30,6 @@ class State(Enum):
 class Submission:
     """The requests that came in one body."""
 
-    number: int
     room: bool  # there was some for them
     started: bool = False  # one of them was admitted
 

@@ -11,7 +11,7 @@ from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
 from lightllmd.engine.scheduling.admission import Admission
-from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.engine.scheduling.scheduler import MOST_SUBMISSIONS, Scheduler
 from lightllmd.engine.scheduling.sequence import SELF, Sequence, sequences_of
 from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
@@ -293,6 +293,25 @@ def test_a_batch_is_taken_or_turned_away_as_one() -> None:
     engine.scheduler.abort(1)
     rest = engine.put(submit(5, batch=4), submit(6))
     assert [answer and answer.reason for answer in full + rest] == ["queue_full", "queue_full", None]
+
+
+def test_bodies_that_come_mingled_are_each_taken_or_turned_away_as_one() -> None:
+    engine = Engine(max_queue=2)
+    engine.put(submit(1, batch=1), submit(2, batch=2), submit(3, batch=1), submit(4, batch=2))
+    full = engine.put(submit(5, batch=5))
+    assert engine.put(submit(6, batch=1), submit(7, batch=2)) == [None] * 2
+    for number in (1, 2, 3, 4, 6, 7):
+        engine.scheduler.abort(number)
+    rest = engine.put(submit(8, batch=8), submit(9, batch=5), submit(10, batch=8))
+    assert [answer and answer.reason for answer in full + rest] == ["queue_full", None, "queue_full", None]
+
+
+def test_however_many_bodies_come_few_are_remembered() -> None:
+    engine = Engine()
+    for number in range(1, MOST_SUBMISSIONS + 10):
+        engine.put(submit(number))
+        engine.scheduler.abort(number)
+    assert len(engine.scheduler._submissions) == MOST_SUBMISSIONS
 
 
 def test_a_request_that_was_turned_away_finds_room_when_it_comes_again() -> None:
