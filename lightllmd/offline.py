@@ -236,7 +236,7 @@ class LLM:
 
 
 def _nothing() -> None:
-    """Nobody waits for this engine's signs of life."""
+    """No supervisor waits for this engine's heartbeats."""
 
 
 @contextmanager

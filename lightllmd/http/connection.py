@@ -61,6 +61,7 @@ class Connection(asyncio.BufferedProtocol):
     # --- asyncio's calls ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's call: counts it among the connections and starts the clock of its first header."""
         self.transport = transport  # type: ignore[assignment]
         self.made = True
         self.traffic.handshakes -= 1
@@ -74,6 +75,7 @@ class Connection(asyncio.BufferedProtocol):
         self.tls = transport.get_extra_info("sslcontext") is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's call: the requests that it had get no answer any more."""
         self._let_go()
         for exchange in (self.reader.receiving, self.answering, *self._queue):
             if exchange is not None:
@@ -83,12 +85,15 @@ class Connection(asyncio.BufferedProtocol):
         self.resume_writing()
 
     def get_buffer(self, sizehint: int) -> bytearray:
+        """asyncio's call: all connections of a server read into one buffer."""
         return self.traffic.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        """asyncio's call: `nbytes` are in the buffer."""
         self.data_received(bytes(memoryview(self.traffic.buffer)[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
+        """Bytes of requests, or, after the last answer, bytes that are thrown away."""
         if self.reader.stopped:
             self._throw(len(data))
             return
@@ -108,9 +113,11 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def pause_writing(self) -> None:
+        """asyncio's call: the client reads more slowly than is written."""
         self.write_paused = True
 
     def resume_writing(self) -> None:
+        """asyncio's call: what `writable` waits for."""
         self.write_paused = False
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -119,10 +126,12 @@ class Connection(asyncio.BufferedProtocol):
     # --- for its reader and exchanges -----------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
+        """Sends `data`, or buffers what the client doesn't take now."""
         self._written += len(data)
         self.transport.write(data)
 
     async def writable(self) -> None:
+        """Waits while `write_paused`."""
         while self.write_paused:
             if self._drained is None:
                 self._drained = self.loop.create_future()
@@ -166,6 +175,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def queued(self) -> int:
+        """Requests behind the one that is being answered."""
         return len(self._queue)
 
     def complete(self, exchange: Exchange) -> None:

@@ -128,10 +128,12 @@ class Exchange:
     # --- the connection's side ------------------------------------------------------------------------------------
 
     def feed(self, body: bytes) -> None:
+        """More of the body."""
         self._body += body
         self._news.set()
 
     def complete(self) -> None:
+        """All of the body is there."""
         self.whole = True
         self._news.set()
 
@@ -144,9 +146,11 @@ class Exchange:
 
     @property
     def overfull(self) -> bool:
+        """More of the body waits for the application than should."""
         return len(self._body) > HIGH_WATER
 
     def pace(self, now: float) -> float:
+        """Bytes per second at which its body comes; without bound while it is too young to tell."""
         return pace(self.received, now - self.begun)
 
     def crowd_out(self) -> None:
@@ -179,6 +183,7 @@ class Exchange:
     # --- the application's side -----------------------------------------------------------------------------------
 
     async def run(self, app: ASGIApp) -> None:
+        """Lets `app` answer it. An application that fails or stops early is answered for."""
         connection = self.connection
         try:
             await app(self.scope, self.receive, self.send)
@@ -195,6 +200,7 @@ class Exchange:
             connection.refuse(RequestFailed("internal error of the HTTP server"), "", self)
 
     async def receive(self) -> Message:
+        """ASGI's: the next part of the body, or http.disconnect."""
         if self.expects_continue and not (self.started or self.gone):
             self.expects_continue = False
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -214,6 +220,8 @@ class Exchange:
             self.connection.traffic.bodies.release(self)
 
     async def send(self, message: Message) -> None:
+        """ASGI's: the head or a part of the answer. Waits while the client reads too slowly; raises RuntimeError for an
+        answer that is not as it was begun."""
         connection = self.connection
         if connection.write_paused and not self.gone:
             await connection.writable()

@@ -70,6 +70,7 @@ class Reader:
         self._framing = 0  # bytes of a body in chunks that belong to no chunk
 
     def feed(self, data: bytes) -> None:
+        """More bytes from the client."""
         self.pending = self.pending + data if self.pending else data
         if not self.in_turn:
             self.parse()
@@ -163,12 +164,14 @@ class Reader:
     # --- the parser's calls ---------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        """The parser's call: a request begins."""
         self.url, self._headers, self.given_id = b"", [], b""
         self._length, self._body_chunked, self._expects_continue = 0, False, False
         if self._connection.queued >= _QUEUE:
             self._raise(InvalidRequest(f"more than {_QUEUE} requests wait behind the one that is answered"))
 
     def on_url(self, url: bytes) -> None:
+        """The parser's call: a part of the request target."""
         self.url += url
         if len(self.url) > limits.MAX_URL:
             size = limits.MAX_URL
@@ -176,6 +179,7 @@ class Reader:
             self._raise(UrlTooLong(f"the URL is longer than {size} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser's call: one header field, or a trailer."""
         if self.receiving is not None:
             return  # a trailer; nothing of ours reads one
         if len(name) + len(value) > limits.MAX_LINE:
@@ -195,6 +199,7 @@ class Reader:
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        """The parser's call: the head is complete, the request begins."""
         parser = self._parser
         version = parser.get_http_version()
         try:
@@ -220,9 +225,11 @@ class Reader:
         self._connection.begin(scope, self.given_id, keep_alive, expects)
 
     def on_chunk_header(self) -> None:
+        """The parser's call: the length of a chunk."""
         self._framing -= limits.CHUNK_FRAMING
 
     def on_body(self, body: bytes) -> None:
+        """The parser's call: a part of the body, if there is room for it."""
         exchange = self.receiving
         self._left -= len(body)
         if exchange is None:
@@ -240,6 +247,7 @@ class Reader:
         )
 
     def on_message_complete(self) -> None:
+        """The parser's call: the request is complete."""
         exchange = self.receiving
         if exchange is not None and not self._unparsed_body:
             self.receiving = None

@@ -40,6 +40,7 @@ class Acceptor:
         self._loop.add_reader(sock.fileno(), self._accept)
 
     def close(self) -> None:
+        """Accepts no more."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._sock.fileno())
@@ -110,9 +111,11 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, without any."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's: listens on `sockets`."""
         await self.lifespan.startup()
         tls = self.config.ssl
         self.servers = [
@@ -122,6 +125,7 @@ class Server(uvicorn.Server):
         self.started = True
 
     async def on_tick(self, counter: int) -> bool:
+        """As uvicorn's, ten times a second; every half second the connections' clocks are looked at."""
         if counter % _TICKS == 0:
             now = asyncio.get_running_loop().time()
             for connection in list(self.traffic.connections):

@@ -109,6 +109,7 @@ class Traffic:
 
     @property
     def crowded(self) -> bool:
+        """Whether there are more connections than the cap: the rest are guests."""
         return len(self.connections) > self.bounds.connections
 
     def stats(self) -> dict[str, float]:
@@ -151,9 +152,11 @@ class Bodies:
         return True
 
     def complete(self, exchange: BodyOwner) -> None:
+        """All of this body has come: it can't be given up for others any more."""
         self._coming.pop(exchange, None)
 
     def release(self, exchange: BodyOwner) -> None:
+        """None of this body is kept any more."""
         self._coming.pop(exchange, None)
         self.held -= exchange.held
         exchange.held = 0

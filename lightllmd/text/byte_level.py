@@ -49,6 +49,7 @@ class PreTokenizer:
     add_bos: bool = False  # where the file doesn't say
 
     def build(self) -> pre_tokenizers.PreTokenizer:
+        """As the library `tokenizers` has it."""
         if self.patterns:
             steps = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in self.patterns]
             return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

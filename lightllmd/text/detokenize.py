@@ -1,7 +1,7 @@
 """Token ids to text, piece by piece: what is pushed and flushed adds up to the decoding of all ids at once.
 
 Nothing released is ever taken back, and no incomplete UTF-8 sequence is released: its bytes wait for the next token.
-The state belongs to whoever keeps the emitted tokens (the api worker's ledger). It outlives engine generations, so a
+The state belongs to the keeper of the emitted tokens (the api worker's ledger). It outlives engine generations, so a
 replay needs nothing here: the next token of the next generation is pushed as if nothing had happened.
 """
 
@@ -16,6 +16,8 @@ from lightllmd.text.vocabulary import BYTEWISE, LeadingSpace, Vocabulary
 
 
 class IncrementalDetokenizer(Protocol):
+    """One generation's text, released as its tokens come."""
+
     def push(self, ids: Sequence[int]) -> str:
         """The text that these ids complete; may be ""."""
         ...
@@ -33,8 +35,8 @@ class Detokenizing:
     """How ids become text under one set of options. `open` costs the same whatever the vocabulary's size."""
 
     def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int], *, separate_added: bool) -> None:
-        """The `hidden` ids are left out. `separate_added` puts a space between an added token that is shown and its
-        neighbours."""
+        """The `hidden` ids are left out. `separate_added` puts a space between an added token that is shown and the
+        tokens beside it."""
         self._vocabulary = vocabulary
         self._hidden = hidden
         self._separated = vocabulary.added_ids - hidden if separate_added else None
@@ -63,7 +65,7 @@ def _plain_stream(
     return TableStream(vocabulary, hidden, LeadingSpace.KEEP if context or begun else vocabulary.leading_space)
 
 
-class TableStream:
+class TableStream(IncrementalDetokenizer):
     """For vocabularies whose tokens have texts of their own: a table look-up, and bytes that wait for their rest."""
 
     __slots__ = ("_errors", "_fragments", "_lead", "_open", "_texts", "_waiting")
@@ -141,8 +143,8 @@ _CONTEXT_SCAN = 64  # of the prompt's last tokens, those shown are searched for 
 _PATIENCE = 8  # tokens that may wait for the end of a UTF-8 sequence, which has at most four bytes
 
 
-class WindowStream:
-    """For decoders that look at neighbours (WordPiece, Metaspace, …): decodes a window of recent tokens twice.
+class WindowStream(IncrementalDetokenizer):
+    """For decoders that look at the tokens beside (WordPiece, Metaspace, …): decodes a window of recent tokens twice.
 
     What a token adds is the difference between the window's text with and without it.
     """
@@ -182,8 +184,8 @@ class WindowStream:
         return copy.copy(self)  # the window is replaced, never changed
 
 
-class SeparatedStream:
-    """Spaces between added tokens and their neighbours; each run between two added tokens is a text of its own."""
+class SeparatedStream(IncrementalDetokenizer):
+    """Spaces around added tokens; each run between two added tokens is a text of its own."""
 
     def __init__(
         self,
@@ -227,7 +229,7 @@ class SeparatedStream:
         return other
 
 
-class HealedStream:
+class HealedStream(IncrementalDetokenizer):
     """An output that begins with the prompt's last bytes, which are left out, however its tokens cut them.
 
     Bytes are decoded here until the first whole character behind them; the rest is left to `open_rest`, which is told

@@ -29,6 +29,8 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class FastTokenizer(Tokenizer):
+    """Any tokenizer that the library `tokenizers` runs: a tokenizer.json, or one that is built from other files."""
+
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -89,6 +91,7 @@ class FastTokenizer(Tokenizer):
 
 
 def encode_one(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Ids of one text. The library's lock is released for a long one."""
     if len(text) <= _SHORT:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
     # It makes no offsets, which take most of the time, and lets other threads run.

@@ -85,6 +85,7 @@ class TokenizerFiles:
         return [] if eos_token_id is None else [eos_token_id]
 
     def chat_template(self) -> ChatTemplate | None:
+        """The model's template; None where there is none, or (with a warning) none that can be used."""
         sources = chat_templates(self.directory, self.config)
         if not sources:
             return None

@@ -39,9 +39,11 @@ class Tokenizer(ABC):
 
     @property
     def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, which a text without special tokens leaves out."""
         return self.vocabulary.special_ids
 
     def is_special(self, token_id: int) -> bool:
+        """Whether the id is a special token's."""
         return token_id in self.vocabulary.special_ids
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -61,6 +63,7 @@ class Tokenizer(ABC):
         return self._encode(text, add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As `encode`, of several texts at once."""
         for text in texts:
             _check_unicode(text)
         return self._encode_batch(texts, add_special_tokens)
@@ -106,7 +109,7 @@ class Tokenizer(ABC):
     ) -> Detokenizing:
         """What opens detokenizers; one object for each set of options.
 
-        `spaces_between_special_tokens` puts a space between an added token that is shown and its neighbours.
+        `spaces_between_special_tokens` puts a space between an added token that is shown and the tokens beside it.
         `print_eos_token`: True shows the ids that end a generation, False hides them, None treats them as any other.
         """
         options = (skip_special_tokens, spaces_between_special_tokens, print_eos_token)

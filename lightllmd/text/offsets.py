@@ -62,7 +62,7 @@ def _plain(text: str) -> str:
 
 def begins(gained: Iterable[int], own: Iterable[int | None], at: int = 0) -> list[int]:
     """The character that each token of a decoded text begins at, the first one at `at`. Of each: by how many characters
-    the text had grown when it was decoded, and how many it has itself; None: it may share one with its neighbours.
+    the text had grown when it was decoded, and how many it has itself; None: it may share one with others.
 
     What the text grew by beyond a token's own characters was left by tokens before it: bytes that made no character.
     """

@@ -57,6 +57,7 @@ class PieceModel:
 
     @property
     def leading_space(self) -> LeadingSpace:
+        """What decoding does with the space that encoding put in front."""
         if self.remove_extra_whitespaces:
             return LeadingSpace.STRIP_ALL
         return LeadingSpace.STRIP_ONE if self.add_dummy_prefix else LeadingSpace.KEEP
@@ -83,6 +84,8 @@ class Manner:
 
 
 class PieceTokenizer(Tokenizer):
+    """A sentencepiece model (Kudo and Richardson 2018), by the library or a converted form that encodes alike."""
+
     def __init__(
         self,
         model: PieceModel,

@@ -89,10 +89,12 @@ class StopList:
 
     @cached_property
     def of_text(self) -> _Automaton | None:
+        """Finds the strings, character by character (Aho and Corasick 1975); None: there are none."""
         return _Automaton([*map(ord, stop)] for stop in self.strings) if self.strings else None
 
     @cached_property
     def of_ids(self) -> _Automaton | None:
+        """Finds the id sequences; None: there are none."""
         return _Automaton(self.ids) if self.ids else None
 
     @cached_property
@@ -101,6 +103,7 @@ class StopList:
         return max(map(len, self.ids), default=1)
 
     def build(self) -> None:
+        """Builds both automata now, not at the first token."""
         _ = self.of_text, self.of_ids
 
 

@@ -35,7 +35,7 @@ class Vocabulary:
 
     Two kinds exist. With ``decode = None`` each token has a text of its own (byte-level and sentencepiece
     vocabularies): ``texts[id]``, or None where its bytes are no whole UTF-8, then they are ``fragments[id]``.
-    With `decode` set the text of a token depends on its neighbours; `texts` is empty then.
+    With `decode` set the text of a token depends on the tokens beside it; `texts` is empty then.
     """
 
     tokens: list[str | None]  # by id, as the model's files write them; None: no token has this id
@@ -65,11 +65,12 @@ class Vocabulary:
         return text if text is not None else self.fragments[token_id].decode("utf-8", "replace")
 
     def text_length(self, token_id: int) -> int | None:
-        """Characters of a token's own text; None where that depends on its neighbours."""
+        """Characters of a token's own text; None where that depends on the tokens beside it."""
         text = self.texts[token_id] if 0 <= token_id < len(self.texts) else None
         return None if text is None else len(text)
 
     def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that the token adds to a text; None for an id that is no token, or has no text of its own."""
         if not 0 <= token_id < len(self.texts):
             return None
         text = self.texts[token_id]
@@ -111,6 +112,7 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 def byte_level_texts(tokens: Sequence[str | None]) -> tuple[list[str | None], dict[int, bytes]]:
+    """(texts, fragments) of byte-level tokens, in the order of their ids; None: an id that is no token."""
     return split_texts(b"" if token is None else byte_level_bytes(token) for token in tokens)
 
 

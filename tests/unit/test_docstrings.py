@@ -19,10 +19,8 @@ CEILINGS = {
     "": 4,
     "api": 110,
     "engine": 53,
-    "http": 32,
     "kernels": 22,
     "requests": 10,
-    "text": 30,
 }
 
 
