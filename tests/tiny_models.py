@@ -14,8 +14,8 @@ from torch import Tensor
 from lightllmd.architecture.families import architecture_of
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
-from lightllmd.engine.runners.cpu import TorchRunner
-from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.cpu import CpuRunner
+from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.step import Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
@@ -187,15 +187,15 @@ def plan_for(
     )
 
 
-def load(model: Path, **options: Any) -> TorchRunner:
-    runner = TorchRunner()
+def load(model: Path, **options: Any) -> CpuRunner:
+    runner = CpuRunner()
     runner.load(plan_for(model, **options), lambda done, total: None)
     return runner
 
 
-def load_on_device(model: Path, **options: Any) -> DeviceRunner:
+def load_on_device(model: Path, **options: Any) -> GpuRunner:
     """The runner of GPUs: on one, or on the CPU with Triton's interpreter."""
-    runner = DeviceRunner()
+    runner = GpuRunner()
     runner.load(plan_for(model, **{"device": DEVICE, "slots": 255, **options}), lambda done, total: None)
     return runner
 
@@ -212,7 +212,7 @@ class Driver:
 
     @torch.inference_mode()
     def __init__(
-        self, runner: TorchRunner | DeviceRunner, *, scattered: bool = False, poisoned: bool = False, seed: int = 0
+        self, runner: CpuRunner | GpuRunner, *, scattered: bool = False, poisoned: bool = False, seed: int = 0
     ) -> None:
         self.runner = runner
         self.free = list(range(runner.slots))

@@ -7,7 +7,7 @@ from lightllmd.engine import kernel_cache, openmp
 from lightllmd.engine.runners import fake
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.constraint import Constraints
-from lightllmd.engine.scheduling.hypothesis_text import Readings
+from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import Runner
 from lightllmd.text.healing import writable
@@ -20,13 +20,13 @@ def runner_for(plan: Plan) -> Runner:
         return fake.FakeRunner(plan.config.engine.fake)
     if plan.device.kind == "cuda":
         kernel_cache.settle(plan)
-        from lightllmd.engine.runners.gpu import DeviceRunner
+        from lightllmd.engine.runners.gpu import GpuRunner
 
-        return DeviceRunner()
+        return GpuRunner()
     openmp.settle()
-    from lightllmd.engine.runners.cpu import TorchRunner
+    from lightllmd.engine.runners.cpu import CpuRunner
 
-    return TorchRunner()
+    return CpuRunner()
 
 
 def scheduler_for(plan: Plan, generation: int) -> Scheduler:
@@ -35,7 +35,7 @@ def scheduler_for(plan: Plan, generation: int) -> Scheduler:
     constraints = Constraints(plan.vocab_size, plan.eos_id, lambda: writable(load_tokenizer(plan)))
     if plan.config.params.token_healing_mode:
         constraints.load()
-    readings = Readings(lambda: load_tokenizer(plan))
+    readings = HypothesisTexts(lambda: load_tokenizer(plan))
     if plan.config.params.beam_mode:
         readings.prepare()
     return Scheduler(SchedulerLimits.of(plan), generation, constraints, readings)

@@ -11,19 +11,17 @@ from __future__ import annotations
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.architecture.weights import WeightSpec
 from lightllmd.weights.device_facts import free_memory
-from lightllmd.weights.loaded import LoadedWeight, Progress
+from lightllmd.weights.loaded import Progress
 from lightllmd.weights.staged import PIECE_BYTES, Arrival, Piece, Staging, upload
 
 THREADS = 8  # at most; page faults of fresh memory are what they wait for
@@ -33,45 +31,33 @@ ALIGNMENT = 64  # bytes
 TELL = 0.05  # seconds between two signs of progress while something waits
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies among the copied bytes."""
-
-    begin: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.shape.numel() * self.dtype.itemsize
+def free_storage(tensors: Mapping[str, Tensor]) -> None:
+    """Gives their memory back to the device's allocator. The tensors stay, for `HostCopy.restore` to fill."""
+    for tensor in tensors.values():
+        if not tensor.untyped_storage().resizable():  # a CPU's, that another library allocated
+            tensor.set_(torch.empty_like(tensor).untyped_storage(), 0, tensor.shape, tensor.stride())
+        tensor.untyped_storage().resize_(0)
 
 
 class HostCopy:
-    """Begins to copy at once. The weights must not change meanwhile, and are let go of when it is done.
+    """Begins to copy at once. The tensors must not change meanwhile, and are let go of when it is done.
 
-    All of `weights` are contiguous tensors of one `device`.
+    All are contiguous, lie on one `device`, and share no memory; of what dtype or scheme they are is the same to it.
     """
 
-    def __init__(self, weights: Sequence[LoadedWeight], device: torch.device) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self._device = device
-        self._places: list[tuple[WeightSpec, Place, Place | None]] = []
-        end = 0
-        for spec, weight, bias in weights:
-            places: list[Place | None] = []
-            for tensor in (weight, bias):
-                places.append(None if tensor is None else Place(end, tensor.shape, tensor.dtype))
-                end += 0 if tensor is None else -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            assert places[0] is not None
-            self._places.append((spec, places[0], places[1]))
-        self._size = end
-        self.total = sum(tensor.nbytes for _, *tensors in weights for tensor in tensors if tensor is not None)
+        self._places: dict[str, range] = {}  # where each tensor lies among the copied bytes
+        self._size = 0
+        for name, tensor in tensors.items():
+            self._places[name] = range(self._size, self._size + tensor.nbytes)
+            self._size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.total = sum(map(len, self._places.values()))
         self.done = 0  # bytes
-        self._given_up = False
+        self._cancelled = False
         self._bytes: np.ndarray | None = None  # what was copied; None as long as it isn't whole
-        with_tensors = [tensor for _, *tensors in weights for tensor in tensors if tensor is not None]
         self._beside = ThreadPoolExecutor(1, "stage")
-        self._copied: Future[None] = self._beside.submit(self._copy, with_tensors)
+        self._copied: Future[None] = self._beside.submit(self._copy, list(tensors.values()))
         self._beside.shutdown(wait=False)  # nothing more comes
 
     @property
@@ -82,7 +68,7 @@ class HostCopy:
     @property
     def refused(self) -> bool:
         """Host memory can't hold it."""
-        return self._copied.done() and not self.whole and not self._given_up
+        return self._copied.done() and not self.whole and not self._cancelled
 
     def wait(self, progress: Progress) -> bool:
         """Until it is `whole`, or False: refused. Raises what ended the copying."""
@@ -94,30 +80,23 @@ class HostCopy:
         progress(self.done, self.total)
         return self.whole
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Copying ends soon; returns when it has."""
-        self._given_up = True
+        self._cancelled = True
         self._beside.shutdown()
 
-    def stream(self, progress: Progress) -> Iterator[LoadedWeight]:
-        """The same weights, on the device anew. As `staged.stream`; the copy stays."""
+    def restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        """Fills tensors that have the names and sizes of those that were copied, in place; storage that was freed is
+        taken again. Work that the device is given from then on finds the values there. The copy stays."""
 
-        def made(place: Place, pieces: list[Piece]) -> Tensor:
-            tensor = torch.empty(place.shape, dtype=place.dtype, device=self._device)
-            flat, item = tensor.view(-1), place.dtype.itemsize
-            for begin in range(0, place.nbytes, PIECE_BYTES):
-                end = min(begin + PIECE_BYTES, place.nbytes)
-                read = partial(self._read, place.begin + begin)
-                pieces.append(Piece(read, end - begin, place.dtype, flat[begin // item : end // item]))
-            return tensor
+        def pieces(tensor: Tensor, begin: int) -> Iterator[Piece]:
+            tensor.untyped_storage().resize_(int(tensor.storage_offset()) * tensor.itemsize + tensor.nbytes)
+            for at, part in enumerate(_bytes(tensor).split(PIECE_BYTES)):
+                yield Piece(partial(self._read, begin + at * PIECE_BYTES), len(part), torch.uint8, part)
 
-        def arrivals() -> Iterator[Arrival]:
-            for spec, weight, bias in self._places:
-                pieces: list[Piece] = []
-                loaded = LoadedWeight(spec, made(weight, pieces), made(bias, pieces) if bias else None)
-                yield Arrival(loaded, pieces)
-
-        return upload(arrivals(), self.total, self._device, progress)
+        arrivals = (Arrival(name, [*pieces(tensors[name], place.start)]) for name, place in self._places.items())
+        for _ in upload(arrivals, self.total, self._device, progress):
+            pass
 
     def _read(self, begin: int, into: np.ndarray) -> None:
         assert self._bytes is not None
@@ -139,7 +118,7 @@ class HostCopy:
         ):
             emptying: deque[Future[int]] = deque()
             for number, (source, into) in enumerate(self._pieces(tensors, copied)):
-                if self._given_up:
+                if self._cancelled:
                     return
                 if len(emptying) == len(ring):
                     self.done += emptying.popleft().result()
@@ -151,11 +130,9 @@ class HostCopy:
         self._bytes = copied
 
     def _pieces(self, tensors: list[Tensor], copied: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray]]:
-        places = [place for _, *both in self._places for place in both if place is not None]
-        for place, tensor in zip(places, tensors, strict=True):
-            source = tensor.view(-1).view(torch.uint8)
-            into = copied[place.begin : place.begin + place.nbytes]
-            for begin in range(0, place.nbytes, PIECE_BYTES):
+        for place, tensor in zip(self._places.values(), tensors, strict=True):
+            source, into = _bytes(tensor), copied[place.start : place.stop]
+            for begin in range(0, len(place), PIECE_BYTES):
                 yield source[begin : begin + PIECE_BYTES], into[begin : begin + PIECE_BYTES]
 
     def _room(self) -> np.ndarray | None:
@@ -171,3 +148,8 @@ class HostCopy:
         except OSError:
             pass  # a kernel without huge pages
         return np.frombuffer(room, np.uint8)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A flat view ``[nbytes]`` of a contiguous tensor's bytes."""
+    return tensor.view(-1).view(torch.uint8)

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ THREADS = 8  # at most; more only wait for the memory
 SPARE_PIECES = 4  # that are on their way to the device while every thread fills another
 
 
+Whole = TypeVar("Whole")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A run of a tensor's elements, and where they go."""
@@ -37,10 +41,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Arrival(Generic[Whole]):
     """What has come when all of its pieces have."""
 
-    weight: LoadedWeight
+    whole: Whole
     pieces: list[Piece]
 
 
@@ -60,7 +64,7 @@ def stream(
             file: opened.enter_context(WeightFile(file)) for file in {checkpoint.tensors[name].file for name in names}
         }
 
-        def arrivals() -> Iterator[Arrival]:
+        def arrivals() -> Iterator[Arrival[LoadedWeight]]:
             for weight in weights:
                 tensor = room(weight.parts, dtype, device)
                 bias = room(weight.bias, dtype, device) if weight.bias else None
@@ -73,13 +77,13 @@ def stream(
         yield from upload(arrivals(), total, device, progress)
 
 
-def upload(arrivals: Iterable[Arrival], total: int, device: torch.device, progress: Progress) -> Iterator[LoadedWeight]:
+def upload(arrivals: Iterable[Arrival[Whole]], total: int, device: torch.device, progress: Progress) -> Iterator[Whole]:
     """Yields them in their order. `total` bytes have been read when the last has come."""
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     done = 0
     with Staging(threads + SPARE_PIECES, device) as ring, ThreadPoolExecutor(threads) as pool:
         filling: deque[tuple[Piece, Slot, Future[None]]] = deque()
-        waiting: deque[tuple[LoadedWeight, int]] = deque()  # and the number of its last piece
+        waiting: deque[tuple[Whole, int]] = deque()  # and the number of its last piece
         begun = ended = 0  # pieces
 
         def send() -> None:
@@ -98,13 +102,13 @@ def upload(arrivals: Iterable[Arrival], total: int, device: torch.device, progre
                 slot = ring[begun % len(ring)]
                 filling.append((piece, slot, pool.submit(slot.fill, piece)))
                 begun += 1
-            waiting.append((arrival.weight, begun))
+            waiting.append((arrival.whole, begun))
             while waiting and waiting[0][1] <= ended:
                 yield waiting.popleft()[0]
         while filling:
             send()
-        for weight, _ in waiting:
-            yield weight
+        for whole, _ in waiting:
+            yield whole
 
 
 def _pieces(

@@ -6,7 +6,7 @@
 transformers' ``generate`` takes whatever has arrived whenever it is idle, padded on the left. Each prompt has
 `--prompt` tokens and gets `--tokens` more, greedy, without a stop; the rate counts generated tokens from the first
 arrival to the last token, prefill included. Rounds alternate between the two, medians are reported. Ours is the real
-Scheduler and TorchRunner, driven in this process, without HTTP.
+Scheduler and CpuRunner, driven in this process, without HTTP.
 
 Goals: at least 1.3 times transformers' rate with one request, 1.5 times with eight.
 """
@@ -34,7 +34,7 @@ from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Plan
 from lightllmd.config.resolve import resolve
 from lightllmd.engine import openmp
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
@@ -76,7 +76,7 @@ class Ours:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.runner = TorchRunner()
+        self.runner = CpuRunner()
         self.runner.load(plan, lambda done, total: None)
 
     def serve(self, prompts: list[list[int]], tokens: int, interval: float) -> Round:

@@ -18,7 +18,7 @@ from lightllmd import errors
 from lightllmd.architecture.families import architecture_of
 from lightllmd.config.plan import encode_plan
 from lightllmd.config.stamps import stamp
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.errors import ModelChanged, WeightsInvalid
 from lightllmd.ipc import channel, flight_record, messages
 from lightllmd.probe.model import model_facts
@@ -84,7 +84,7 @@ def test_a_file_that_was_damaged_since_the_plan_is_told_by_name(tmp_path: Path, 
     damaged, words = DAMAGE[damage]
     damaged(tmp_path / FILE)
     with pytest.raises(WeightsInvalid, match=words) as refused:
-        TorchRunner().load(plan, quiet)
+        CpuRunner().load(plan, quiet)
     assert str(tmp_path / FILE) in str(refused.value) or "model.norm.weight" in str(refused.value)
 
 
@@ -108,11 +108,11 @@ def test_a_config_of_another_shape_is_told_by_tensor(tmp_path: Path, changes: di
     write_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(BASE | changes))
     with pytest.raises(WeightsInvalid, match=words):
-        TorchRunner().load(plan_for(tmp_path), quiet)
+        CpuRunner().load(plan_for(tmp_path), quiet)
 
 
 def read_on_cpu(folder: Path, progress: Progress) -> None:
-    TorchRunner().load(plan_for(folder), progress)
+    CpuRunner().load(plan_for(folder), progress)
 
 
 def read_as_a_gpu_does(folder: Path, progress: Progress) -> None:
@@ -150,11 +150,11 @@ def test_files_that_are_not_the_plans_are_told_as_such(
     plan = plan_for(tmp_path)
     assert plan.model is not None
     plan = msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, stamps=[stamp(str(file))]))
-    TorchRunner().load(plan, quiet)
+    CpuRunner().load(plan, quiet)
     if when == "before":
         os.truncate(file, 5)
     with pytest.raises(ModelChanged, match=rf"{FILE} changed since the model was planned"):
-        TorchRunner().load(plan, lambda done, total: os.truncate(file, 5000) if done > 4000 else None)
+        CpuRunner().load(plan, lambda done, total: os.truncate(file, 5000) if done > 4000 else None)
 
 
 def test_a_gguf_file_cut_off_while_it_is_read_is_no_crash(tmp_path: Path) -> None:

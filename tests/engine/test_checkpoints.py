@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.errors import ConfigInvalid, WeightsInvalid
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from tiny_models import Driver, load, plan_for, write_model, write_tensors
@@ -61,7 +61,7 @@ def test_bfloat16_computes_close_to_float32(tmp_path: Path) -> None:
 def test_progress_ends_at_the_bytes_of_the_checkpoint(tmp_path: Path) -> None:
     folder = write_model(tmp_path, {"attention_bias": True})
     seen: list[tuple[int, int]] = []
-    TorchRunner().load(plan_for(folder), lambda done, total: seen.append((done, total)))
+    CpuRunner().load(plan_for(folder), lambda done, total: seen.append((done, total)))
     held = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     assert seen[-1] == (held, held)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -106,7 +106,7 @@ def test_a_file_that_was_cut_off_after_the_probe_is_refused_by_tensor(tmp_path: 
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(WeightsInvalid, match=r"truncated: tensor model\.|truncated: tensor lm_head"):
-        TorchRunner().load(plan, lambda done, total: None)
+        CpuRunner().load(plan, lambda done, total: None)
 
 
 def test_one_name_in_two_files_is_refused(tmp_path: Path) -> None:

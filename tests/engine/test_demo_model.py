@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
@@ -74,7 +74,7 @@ def by_transformers(file: Path, prompts: list[list[int]]) -> list[list[int]]:
 def by_us(file: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy, through the scheduler: the second half enters while the first half decodes."""
     plan = plan_for(file, slots=4096, running_max_req_size=32, router_max_wait_tokens=3)
-    runner, scheduler = TorchRunner(), Scheduler(SchedulerLimits.of(plan), 1)
+    runner, scheduler = CpuRunner(), Scheduler(SchedulerLimits.of(plan), 1)
     runner.load(plan, lambda done, total: None)
     texts: list[list[int]] = [[] for _ in prompts]
     params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
@@ -105,7 +105,7 @@ def test_the_demo_model_loads_quickly_and_answers(file: Path, prompts: list[list
     from lightllmd.text.tokenizer import open_tokenizer
 
     plan = plan_for(file, dtype="bfloat16", slots=512)
-    runner, scheduler = TorchRunner(), Scheduler(SchedulerLimits.of(plan), 1)
+    runner, scheduler = CpuRunner(), Scheduler(SchedulerLimits.of(plan), 1)
     runner.load(plan, lambda done, total: None)
     params = SamplingParams(max_new_tokens=8)
     scheduler.submit(Submit(1, 0, 1, 0, prompts[0], params, [0], [[]]))

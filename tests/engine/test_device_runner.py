@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.runners.step_shapes import StepShapes
 from lightllmd.engine.step import DecodeRows, Row, Step, StepResult
 from lightllmd.errors import NoUsableDevice
@@ -60,7 +60,7 @@ def test_logits_are_those_of_transformers_whole_behind_a_prefix_and_decoded(fold
     assert difference < 2e-4, difference
 
 
-def continuation(runner: DeviceRunner, prompts: list[list[int]], count: int, overlapped: bool) -> list[StepResult]:
+def continuation(runner: GpuRunner, prompts: list[list[int]], count: int, overlapped: bool) -> list[StepResult]:
     """The prompts together, then `count - 1` decode steps; overlapped: each launched before the one before is read."""
     driver = Driver(runner, scattered=True)
     steps = [driver.step(*[driver.row(number, prompt) for number, prompt in enumerate(prompts)])]
@@ -167,7 +167,7 @@ def test_logits_that_are_no_numbers_are_told_of_their_row_alone(tmp_path: Path) 
 def test_a_gpu_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
     plan = plan_for(write_model(tmp_path), device="cuda")
     with pytest.raises(NoUsableDevice):
-        DeviceRunner().load(plan, lambda done, total: None)
+        GpuRunner().load(plan, lambda done, total: None)
 
 
 @pytest.mark.gpu
@@ -180,7 +180,7 @@ def test_a_graph_computes_what_its_launches_compute(tmp_path: Path, dtype: str) 
         plan = plan_for(model, device="cuda", dtype=dtype, running_max_req_size=40)
         engine = msgspec.structs.replace(plan.config.engine, cuda_graphs=graphs)
         plan = msgspec.structs.replace(plan, config=msgspec.structs.replace(plan.config, engine=engine))
-        runner = DeviceRunner()
+        runner = GpuRunner()
         runner.load(plan, lambda done, total: None)
         runner.prepare(nothing)
         prompts = [[n + 1, 2 * n + 1, 7] for n in range(19)]

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightllmd.config.bounds import PREFILL_ROWS
-from lightllmd.engine.runners.cpu import TorchRunner
-from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.cpu import CpuRunner
+from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.runners.step_shapes import StepShape, StepShapes, first_tokens
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
@@ -141,11 +141,11 @@ class Script:
         return Step(1, "mixed", decode, rows, [], masks or {})
 
 
-def waited_for(runner: DeviceRunner | TorchRunner) -> list[StepResult]:
+def waited_for(runner: GpuRunner | CpuRunner) -> list[StepResult]:
     return [runner.run(step, nothing) for step in Script().steps()]
 
 
-def overlapped(runner: DeviceRunner) -> list[StepResult]:
+def overlapped(runner: GpuRunner) -> list[StepResult]:
     results = []
     for number, step in enumerate(Script().steps()):
         runner.launch(step, nothing)
@@ -154,7 +154,7 @@ def overlapped(runner: DeviceRunner) -> list[StepResult]:
     return [*results, runner.collect(nothing)]
 
 
-def pad(runner: DeviceRunner) -> DeviceRunner:
+def pad(runner: GpuRunner) -> GpuRunner:
     """As on a GPU, with splitfuse_mode."""
     runner._shapes = StepShapes(ROWS, **PADDED)
     return runner
@@ -250,7 +250,7 @@ def test_graphs_of_mixed_steps_compute_what_their_launches_compute(tmp_path: Pat
     for graphs in (True, False):
         plan = plan_for(folder, device="cuda", dtype=dtype, slots=255, splitfuse_mode=True, splitfuse_block_size=16)
         engine = msgspec.structs.replace(plan.config.engine, cuda_graphs=graphs)
-        runner = DeviceRunner()
+        runner = GpuRunner()
         config = msgspec.structs.replace(plan.config, engine=engine)
         runner.load(msgspec.structs.replace(plan, config=config), lambda done, total: None)
         runner.prepare(nothing)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightllmd.architecture.families import FAMILIES, architecture_of
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.probe.model import model_facts
 from lightllmd.weights import dummy
 from tiny_models import BASE, VARIANTS, Driver, plan_for
@@ -61,7 +61,7 @@ def test_the_config_alone_says_how_many_parameters_there_are(model_type: str, va
 def test_a_directory_with_a_config_alone_computes(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": model_type}))
     facts = model_facts(str(tmp_path), dummy=True)
-    runner = TorchRunner()
+    runner = CpuRunner()
     runner.load(msgspec.structs.replace(plan_for(tmp_path, load_way="DUMMY"), model=facts), lambda done, total: None)
     driver = Driver(runner)
     logits = driver.logits(driver.row(0, [5, 77, 3]))[0]

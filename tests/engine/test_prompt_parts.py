@@ -10,7 +10,7 @@ import torch
 
 from lightllmd.config import bounds
 from lightllmd.config.bounds import LOGIT_ROWS
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.kernels import eager_attention
@@ -23,7 +23,7 @@ ALL = SamplingParams(top_logprobs=64)  # half of the vocabulary: as good as the 
 class Feeder:
     """Hands out slots and runs steps; a table row's slots are `held`, whoever computed them."""
 
-    def __init__(self, runner: TorchRunner, seed: int) -> None:
+    def __init__(self, runner: CpuRunner, seed: int) -> None:
         self.runner, self.draw = runner, random.Random(seed)
         self.free = list(range(runner.slots))
         if seed % 2:
@@ -74,7 +74,7 @@ class Feeder:
         return self.runner.run(step, lambda: None)
 
 
-def truth(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
+def truth(runner: CpuRunner, ids: list[int]) -> torch.Tensor:
     """Log-probabilities behind each token, of one forward over all. Overwrites slots, so it comes before a Feeder."""
     driver = Driver(runner)
     return driver.logits(driver.row(0, ids))[0].log_softmax(-1)
@@ -92,12 +92,12 @@ def same(result: StepResult, at: int, expected: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="module", params=["plain", "rope dynamic", "qwen3", "odd vocabulary"])
-def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuRunner:
     return load(write_model(tmp_path_factory.mktemp("tiny"), VARIANTS[request.param]), running_max_req_size=80)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> CpuRunner:
     return load(write_model(tmp_path_factory.mktemp("tiny")), running_max_req_size=80, slots=2048)
 
 
@@ -111,7 +111,7 @@ def parts(draw: random.Random, count: int) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_cut_of_a_prompt_behind_any_cached_prefix_equals_one_forward(runner: TorchRunner, seed: int) -> None:
+def test_any_cut_of_a_prompt_behind_any_cached_prefix_equals_one_forward(runner: CpuRunner, seed: int) -> None:
     """The cached one has the same length: where angles depend on lengths, another has other keys."""
     draw, vocab, length = random.Random(seed), runner.decoder.spec.vocab, 38
     ids = draw.choices(range(vocab), k=length)
@@ -146,7 +146,7 @@ def test_any_cut_of_a_prompt_behind_any_cached_prefix_equals_one_forward(runner:
     assert streams == alone
 
 
-def test_twins_have_the_logits_of_their_row_to_the_last_bit(plain: TorchRunner) -> None:
+def test_twins_have_the_logits_of_their_row_to_the_last_bit(plain: CpuRunner) -> None:
     """More rows than have logits at a time, and each of them may have twins in another part."""
     feeder, draw = Feeder(plain, 0), random.Random(2)
     greedy, drawn = SamplingParams(top_logprobs=5), SamplingParams(do_sample=True, temperature=1.3, seed=9)
@@ -171,7 +171,7 @@ def test_twins_have_the_logits_of_their_row_to_the_last_bit(plain: TorchRunner) 
             assert other.logprobs == pytest.approx([result.logprobs[at]], abs=TOLERANCE)
 
 
-def test_twins_go_on_as_if_each_had_been_fed_the_prompt(runner: TorchRunner) -> None:
+def test_twins_go_on_as_if_each_had_been_fed_the_prompt(runner: CpuRunner) -> None:
     feeder, draw = Feeder(runner, 1), random.Random(3)
     prompt = draw.choices(range(100), k=23)
     params = [SamplingParams(do_sample=True, temperature=1.5, seed=seed, top_logprobs=64) for seed in (1, 2, 2)]
@@ -194,7 +194,7 @@ def test_twins_go_on_as_if_each_had_been_fed_the_prompt(runner: TorchRunner) -> 
             assert ours.logprobs[row] == pytest.approx(theirs.logprobs[0], abs=TOLERANCE)
 
 
-def test_a_row_whose_parent_changes_has_the_logits_of_its_new_history(plain: TorchRunner) -> None:
+def test_a_row_whose_parent_changes_has_the_logits_of_its_new_history(plain: CpuRunner) -> None:
     """As beams do: a shared past, parted later; each step names the tokens, and enters rows again."""
     feeder, draw = Feeder(plain, 1), random.Random(4)
     prompt = draw.choices(range(128), k=17)
@@ -216,14 +216,14 @@ def test_a_row_whose_parent_changes_has_the_logits_of_its_new_history(plain: Tor
             same(result, row, truth_beside(plain, histories[row]))
 
 
-def truth_beside(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
+def truth_beside(runner: CpuRunner, ids: list[int]) -> torch.Tensor:
     """`truth` of the last token, by slots that no test takes: the highest ones."""
     slots = list(range(runner.slots - len(ids), runner.slots))
     step = Step(1, "prefill", no_decode(), [Row(79, 0, 0, 0, ids, slots, True, 0, None)], [])
     return runner.every_logits(step)[-1].log_softmax(-1)
 
 
-def test_results_come_in_the_order_of_decode_rows_then_rows_that_sample(plain: TorchRunner) -> None:
+def test_results_come_in_the_order_of_decode_rows_then_rows_that_sample(plain: CpuRunner) -> None:
     feeder = Feeder(plain, 1)
     a, b, c, d = [3, 14, 15], [92, 65], [35, 89, 79, 32], [38, 46, 26]
     first = feeder.run(feeder.part(0, a, params=ALL), feeder.part(1, b, params=ALL))
@@ -254,7 +254,7 @@ def mask_of(allowed: set[int], vocab: int) -> bytes:
     return b"".join(word.to_bytes(4, "little") for word in words)
 
 
-def test_a_mask_holds_until_it_changes_or_the_row_enters_again(plain: TorchRunner) -> None:
+def test_a_mask_holds_until_it_changes_or_the_row_enters_again(plain: CpuRunner) -> None:
     feeder, ids = Feeder(plain, 0), [3, 14, 15]
     only = {31, 32, 64, 127, 0}
     masked = mask_of(only, 128)
@@ -284,7 +284,7 @@ def test_a_mask_holds_until_it_changes_or_the_row_enters_again(plain: TorchRunne
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_targets_have_the_models_own_log_probabilities_however_the_prompt_is_cut(plain: TorchRunner, seed: int) -> None:
+def test_targets_have_the_models_own_log_probabilities_however_the_prompt_is_cut(plain: CpuRunner, seed: int) -> None:
     draw = random.Random(seed)
     params = SamplingParams(
         do_sample=True, temperature=0.3, repetition_penalty=2.0, input_penalty=True, logit_bias={5: 9.0}, seed=1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, SHORT_ROW
-from lightllmd.engine.runners.cpu import TorchRunner
+from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.step import Row, Step
 from lightllmd.errors import OutOfMemory
 from lightllmd.ipc.messages import SamplingParams
@@ -21,11 +21,11 @@ IDS = [3, 14, 15, 92, 65, 35]
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> TorchRunner:
+def runner(tmp_path: Path) -> CpuRunner:
     return load(write_model(tmp_path))
 
 
-def test_only_sampling_rows_have_a_result_and_they_keep_their_order(runner: TorchRunner) -> None:
+def test_only_sampling_rows_have_a_result_and_they_keep_their_order(runner: CpuRunner) -> None:
     driver = Driver(runner)
     rows = [driver.row(0, IDS), driver.row(1, IDS[:3], sample=False), driver.row(2, IDS[:1]), driver.row(3, IDS[:4])]
     result = runner.run(driver.step(*rows), lambda: None)
@@ -59,7 +59,7 @@ def test_rows_read_together_are_padded_within_what_the_budget_plans(tmp_path: Pa
         lengths = [draw.choice([1, 3, 100, SHORT_ROW, 129, 500, 1999]) for _ in range(draw.randrange(2, 9))]
         rows = [Row(n, n, 0, length - 1, [1], [n], True, 1, None) for n, length in enumerate(lengths)]
         packed = runner.table.pack(rows, runner.decoder.rope)
-        for group in packed.decode:
+        for group in packed.metadata.decode:
             members = range(len(rows)) if group.tokens is None else group.tokens.tolist()
             held = [lengths[member] for member in members]
             assert len(held) * max(held) <= max(GATHER_PADDING * sum(held), len(held) * SHORT_ROW)
@@ -73,15 +73,15 @@ def test_rows_that_share_slots_are_gathered_within_what_the_budget_plans(tmp_pat
     shared = list(range(500))
     rows = [Row(n, n, 0, 500, [1], [500 + n], True, 1, None, past=shared) for n in range(16)]
     packed = runner.table.pack(rows, runner.decoder.rope)
-    gathered = [len(group.slots) for group in packed.decode if isinstance(group.slots, torch.Tensor)]
+    gathered = [len(group.slots) for group in packed.metadata.decode if isinstance(group.slots, torch.Tensor)]
     assert len(gathered) > 1
     assert max(gathered) <= GATHER_PADDING * slots
-    served = [row for group in packed.decode if group.tokens is not None for row in group.tokens.tolist()]
+    served = [row for group in packed.metadata.decode if group.tokens is not None for row in group.tokens.tolist()]
     assert sorted(served) == list(range(16))
 
 
 @torch.inference_mode()
-def test_rows_are_read_as_runs_where_their_slots_are_one_and_by_number_elsewhere(runner: TorchRunner) -> None:
+def test_rows_are_read_as_runs_where_their_slots_are_one_and_by_number_elsewhere(runner: CpuRunner) -> None:
     """Whatever of them was cached, or entered with another step."""
     draw, runs = random.Random(3), 0
     for _ in range(300):
@@ -95,8 +95,8 @@ def test_rows_are_read_as_runs_where_their_slots_are_one_and_by_number_elsewhere
         past, start = slots[:cached], cached
         for end in sorted({draw.randint(cached + 1, length), length}):
             row = Row(4, 4, 0, start, [1] * (end - start), slots[start:end], True, 0, None, past=past)
-            packed = runner.table.pack([row], runner.decoder.rope)
-            read = packed.prefill[0].slots if packed.prefill else packed.decode[0].slots
+            metadata = runner.table.pack([row], runner.decoder.rope).metadata
+            read = metadata.prefill[0].slots if metadata.prefill else metadata.decode[0].slots
             if isinstance(read, slice):
                 runs += 1
                 assert list(range(read.start, read.stop)) == slots[:end]
@@ -107,13 +107,13 @@ def test_rows_are_read_as_runs_where_their_slots_are_one_and_by_number_elsewhere
     assert runs > 100
 
 
-def test_a_beat_comes_with_every_layer(runner: TorchRunner) -> None:
+def test_a_beat_comes_with_every_layer(runner: CpuRunner) -> None:
     driver, beats = Driver(runner), []
     runner.run(driver.step(driver.row(0, IDS)), lambda: beats.append(None))
     assert len(beats) >= len(runner.decoder.spec.layers)
 
 
-def test_logits_that_are_no_numbers_are_told_of_their_row_alone(runner: TorchRunner) -> None:
+def test_logits_that_are_no_numbers_are_told_of_their_row_alone(runner: CpuRunner) -> None:
     driver = Driver(runner)
     with torch.inference_mode():
         runner.decoder.tensors()["embed"][92] = float("nan")
@@ -125,10 +125,10 @@ def test_logits_that_are_no_numbers_are_told_of_their_row_alone(runner: TorchRun
 def test_memory_that_does_not_suffice_is_told_as_such(tmp_path: Path) -> None:
     plan = msgspec.structs.replace(plan_for(write_model(tmp_path)), max_total_token_num=1 << 45)
     with pytest.raises(OutOfMemory):
-        TorchRunner().load(plan, lambda done, total: None)
+        CpuRunner().load(plan, lambda done, total: None)
 
 
-def test_memory_is_measured(runner: TorchRunner) -> None:
+def test_memory_is_measured(runner: CpuRunner) -> None:
     driver = Driver(runner)
     runner.run(driver.step(driver.row(0, IDS)), lambda: None)
     stats = runner.memory_stats()
@@ -136,7 +136,7 @@ def test_memory_is_measured(runner: TorchRunner) -> None:
     assert stats.keys() == {"memory_loaded", "memory_worst_step", "memory_used"}
 
 
-def test_steps_survive_their_serialisation(runner: TorchRunner) -> None:
+def test_steps_survive_their_serialisation(runner: CpuRunner) -> None:
     """A step is all that a rank of a tensor-parallel group would get."""
     driver = Driver(runner)
     step = driver.step(driver.row(0, IDS, params=SamplingParams(do_sample=True, seed=5, top_p=0.9)))

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllmd.engine.runners.cpu import TorchRunner
-from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.cpu import CpuRunner
+from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.errors import WeightsInvalid
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.weights import host_copy, staged
-from lightllmd.weights.host_copy import HostCopy
+from lightllmd.weights.host_copy import HostCopy, free_storage
 from tiny_models import Driver, load, load_on_device, write_model
 
 pytest.importorskip("triton")
@@ -38,7 +38,7 @@ def quiet(done: int, total: int) -> None:
 
 
 @pytest.fixture(params=["cpu", "device"])
-def runner(request: pytest.FixtureRequest, tmp_path: Path) -> TorchRunner | DeviceRunner:
+def runner(request: pytest.FixtureRequest, tmp_path: Path) -> CpuRunner | GpuRunner:
     limits: dict[str, Any] = {"running_max_req_size": 3, "max_req_total_len": 24, "max_req_input_len": 23, "slots": 40}
     made = load if request.param == "cpu" else load_on_device
     loaded = made(write_model(tmp_path, WRITTEN), **limits)
@@ -46,7 +46,7 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path) -> TorchRunner | Devi
     return loaded
 
 
-def tokens(runner: TorchRunner | DeviceRunner) -> list[list[int]]:
+def tokens(runner: CpuRunner | GpuRunner) -> list[list[int]]:
     """Greedy, and drawn with a history."""
     drawn = SamplingParams(do_sample=True, seed=5, presence_penalty=0.5, top_p=0.9)
     driver = Driver(runner, scattered=True)
@@ -58,27 +58,29 @@ def tokens(runner: TorchRunner | DeviceRunner) -> list[list[int]]:
     return found
 
 
-def held(runner: TorchRunner | DeviceRunner) -> list[weakref.ref[Tensor]]:
+def held(runner: CpuRunner | GpuRunner) -> list[weakref.ref[Tensor]]:
     """What should be gone while it sleeps."""
     found: list[Tensor] = [cache.entries for cache in runner.caches]
-    if isinstance(runner, DeviceRunner):
-        found += [tensor for _, *both in runner._weights for tensor in both if tensor is not None]
-        found += [runner._last, runner._packer._table, runner._sampler._counts, runner.decoder.rope._exponents]
+    if isinstance(runner, GpuRunner):
+        found += [runner._last, runner._packer._table, runner._sampler._counts]
     return [weakref.ref(tensor) for tensor in found]
 
 
 @pytest.mark.parametrize("stage", [True, False], ids=["staged", "from files"])
 def test_who_slept_and_woke_computes_the_same_tokens(
-    runner: TorchRunner | DeviceRunner, stage: bool, tmp_path: Path
+    runner: CpuRunner | GpuRunner, stage: bool, tmp_path: Path
 ) -> None:
     expected = tokens(runner)
     for _ in range(2):
         if stage:
             runner.stage()
             assert tokens(runner) == expected, "steps go on beside the copying"
-        old = held(runner)
+        old, weights = held(runner), runner.decoder.tensors()
         runner.release(quiet)
         assert [reference() for reference in old if reference() is not None] == []
+        if isinstance(runner, GpuRunner) and stage:
+            assert {tensor.untyped_storage().nbytes() for tensor in weights.values()} == {0}
+        del weights
         assert runner.memory_stats()["memory_asleep"] >= 0
         if stage:  # no file is needed
             (tmp_path / "model.safetensors").rename(tmp_path / "away")
@@ -91,20 +93,20 @@ def test_who_slept_and_woke_computes_the_same_tokens(
 
 
 @pytest.mark.parametrize("runner", ["device"], indirect=True)
-def test_staging_tells_how_far_it_is_and_leaves_no_thread(runner: DeviceRunner) -> None:
+def test_staging_tells_how_far_it_is_and_leaves_no_thread(runner: GpuRunner) -> None:
     before = threading.active_count()
     assert "staged_bytes" not in runner.memory_stats()
-    size = sum(tensor.nbytes for _, *both in runner._weights for tensor in both if tensor is not None)
+    size = sum(tensor.nbytes for tensor in runner.decoder.tensors().values())
     runner.stage()
     seen: list[tuple[int, int]] = []
-    assert runner._copy is not None
-    assert runner._copy.wait(lambda *at: seen.append(at))
+    assert runner._staged is not None
+    assert runner._staged.wait(lambda *at: seen.append(at))
     assert seen[-1] == (size, size)
     stats = runner.memory_stats()
     assert (stats["staged_bytes"], stats["staged_total"]) == (size, size)
-    copy = runner._copy
+    copy = runner._staged
     runner.stage()
-    assert runner._copy is copy, "once is enough"
+    assert runner._staged is copy, "once is enough"
     runner.unstage()
     assert "staged_bytes" not in runner.memory_stats()
     assert threading.active_count() == before
@@ -112,14 +114,14 @@ def test_staging_tells_how_far_it_is_and_leaves_no_thread(runner: DeviceRunner) 
 
 @pytest.mark.parametrize("runner", ["device"], indirect=True)
 def test_too_little_host_memory_is_told_and_the_files_are_read_again(
-    runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
+    runner: GpuRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = tokens(runner)
-    size = sum(tensor.nbytes for _, *both in runner._weights for tensor in both if tensor is not None)
+    size = sum(tensor.nbytes for tensor in runner.decoder.tensors().values())
     monkeypatch.setattr(host_copy, "free_memory", lambda: int(size * 1.05))
     runner.stage()
-    assert runner._copy is not None
-    assert not runner._copy.wait(quiet)
+    assert runner._staged is not None
+    assert not runner._staged.wait(quiet)
     assert runner.memory_stats()["staged_bytes"] == -1
     runner.release(quiet)
     assert runner.memory_stats()["staged_bytes"] == -1
@@ -128,12 +130,12 @@ def test_too_little_host_memory_is_told_and_the_files_are_read_again(
     assert tokens(runner) == expected
     monkeypatch.undo()
     runner.stage()
-    assert runner._copy is not None
-    assert runner._copy.wait(quiet), "asked again, there may be more"
+    assert runner._staged is not None
+    assert runner._staged.wait(quiet), "asked again, there may be more"
 
 
 @pytest.mark.parametrize("runner", ["device"], indirect=True)
-def test_weights_that_are_gone_while_it_sleeps_are_told(runner: DeviceRunner, tmp_path: Path) -> None:
+def test_weights_that_are_gone_while_it_sleeps_are_told(runner: GpuRunner, tmp_path: Path) -> None:
     runner.release(quiet)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(WeightsInvalid, match=r"model\.safetensors: can't be read: No such file"):
@@ -141,7 +143,7 @@ def test_weights_that_are_gone_while_it_sleeps_are_told(runner: DeviceRunner, tm
 
 
 @pytest.mark.parametrize("runner", ["cpu"], indirect=True)
-def test_a_cpus_weights_stay_where_they_are_when_they_are_staged(runner: TorchRunner) -> None:
+def test_a_cpus_weights_stay_where_they_are_when_they_are_staged(runner: CpuRunner) -> None:
     embedding = runner.decoder.tensors()["embed"]
     runner.stage()
     runner.release(quiet)
@@ -151,10 +153,10 @@ def test_a_cpus_weights_stay_where_they_are_when_they_are_staged(runner: TorchRu
     assert not hasattr(runner, "decoder")
 
 
-def weights(sizes: list[int], dtype: torch.dtype) -> list[tuple[str, Tensor, Tensor | None]]:
+def weights(sizes: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
     made = torch.Generator(DEVICE).manual_seed(0)
-    values = [torch.rand(size, 3, generator=made, device=DEVICE).to(dtype) for size in sizes]
-    return [(str(index), value, value[:, 0].clone() if index % 2 else None) for index, value in enumerate(values)]
+    values = [torch.rand(size, 3, generator=made, device=DEVICE) for size in sizes]
+    return {str(index): (100 * value).to(dtype) for index, value in enumerate(values)}
 
 
 @pytest.fixture
@@ -163,26 +165,26 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PIECE_BYTES", 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_what_comes_back_is_what_went(small_pieces: None, dtype: torch.dtype) -> None:
+    """Whatever its scheme is: a quantised model stages its quantised bytes."""
     there = weights([1, 7, 100, 33, 512], dtype)
+    expected = {name: tensor.clone() for name, tensor in there.items()}
     copy = HostCopy(there, DEVICE)
     assert copy.wait(quiet)
+    assert copy.total == sum(tensor.nbytes for tensor in there.values())
+    free_storage(there)
     seen: list[tuple[int, int]] = []
-    back = list(copy.stream(lambda *at: seen.append(at)))
+    copy.restore(there, lambda *at: seen.append(at))
     assert seen[-1] == (copy.total, copy.total)
-    for (key, weight, bias), (other_key, other, other_bias) in zip(there, back, strict=True):
-        assert key == other_key
-        assert torch.equal(weight, other)
-        assert weight.data_ptr() != other.data_ptr()
-        assert (bias is None) == (other_bias is None)
-        assert bias is None or torch.equal(bias, other_bias)
+    for name, tensor in there.items():
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8))
 
 
 def test_a_copy_keeps_nothing_of_the_device_and_is_given_back_as_a_whole() -> None:
     process = psutil.Process(os.getpid())
     there = weights([4 << 20], torch.float32)  # 48 MiB
-    gone = weakref.ref(there[0][1])
+    gone = weakref.ref(there["0"])
     copy = HostCopy(there, DEVICE)
     assert copy.wait(quiet)
     there.clear()
@@ -197,7 +199,7 @@ def test_a_copy_keeps_nothing_of_the_device_and_is_given_back_as_a_whole() -> No
 def test_a_copy_that_is_given_up_ends_soon(small_pieces: None) -> None:
     before = threading.active_count()
     copy = HostCopy(weights([1 << 20], torch.float32), DEVICE)
-    copy.give_up()
+    copy.cancel()
     assert not copy.whole
     assert copy.done < copy.total
     assert threading.active_count() == before

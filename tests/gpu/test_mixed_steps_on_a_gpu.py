@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step
 from lightllmd.ipc.messages import SamplingParams
 from tiny_models import Driver, load_on_device
@@ -62,7 +62,7 @@ class Traffic:
     themselves, now and then by a named token or under a mask, and leave. No step feeds more than `LENGTH` tokens, which
     is what the plan admits."""
 
-    def __init__(self, runner: DeviceRunner, seed: int) -> None:
+    def __init__(self, runner: GpuRunner, seed: int) -> None:
         self._runner, self._draw = runner, random.Random(seed)
         self._driver = Driver(runner, scattered=True)
         self._generated: dict[int, int] = {}  # of the rows that decode

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllmd.engine.runners.gpu import DeviceRunner
+from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.step import DecodeRows, Step, StepResult
 from tiny_models import Driver, plan_for
 from transformers_gguf import load_gguf
@@ -111,11 +111,11 @@ def theirs(file: Path) -> Iterator[Transformers]:
 
 
 @pytest.fixture(scope="module")
-def ours(file: Path) -> Iterator[Callable[[torch.dtype], DeviceRunner]]:
+def ours(file: Path) -> Iterator[Callable[[torch.dtype], GpuRunner]]:
     """The runner of a dtype, ready; each is loaded once."""
-    runners: dict[torch.dtype, DeviceRunner] = {}
+    runners: dict[torch.dtype, GpuRunner] = {}
 
-    def runner(dtype: torch.dtype) -> DeviceRunner:
+    def runner(dtype: torch.dtype) -> GpuRunner:
         if dtype not in runners:
             runners[dtype] = ready(file, dtype)
         return runners[dtype]
@@ -130,13 +130,13 @@ def _give_back() -> None:
     torch.cuda.empty_cache()
 
 
-def ready(file: Path, dtype: torch.dtype, mode: str = "auto", graphs: bool = True) -> DeviceRunner:
+def ready(file: Path, dtype: torch.dtype, mode: str = "auto", graphs: bool = True) -> GpuRunner:
     name = str(dtype).removeprefix("torch.")
     limits = {"running_max_req_size": ROWS, "max_req_total_len": LENGTH, "max_req_input_len": LENGTH - 1}
     plan = plan_for(file, dtype=name, slots=SLOTS, device=DEVICE, **limits)
     engine = msgspec.structs.replace(plan.config.engine, cuda_graphs=graphs)
     config = msgspec.structs.replace(plan.config, engine=engine)
-    runner = DeviceRunner()
+    runner = GpuRunner()
     runner.load(msgspec.structs.replace(plan, config=config, decode_kernel=mode), lambda done, total: None)
     runner.prepare(nothing)
     return runner
@@ -153,7 +153,7 @@ def going_on(driver: Driver, rows: int, place: int) -> Step:
     return Step(place + 1, "decode", DecodeRows(*map(list, lists)), [], [])
 
 
-def greedy(runner: DeviceRunner, prompts: list[list[int]], count: int, overlapped: bool = True) -> list[StepResult]:
+def greedy(runner: GpuRunner, prompts: list[list[int]], count: int, overlapped: bool = True) -> list[StepResult]:
     """The prompts together, then `count - 1` decode steps; overlapped: each launched before the one before is read."""
     driver = Driver(runner, scattered=True)
     steps = [driver.step(*(driver.row(number, prompt) for number, prompt in enumerate(prompts)))]
@@ -171,13 +171,13 @@ def texts(results: list[StepResult]) -> list[list[int]]:
     return [list(row) for row in zip(*(result.tokens for result in results), strict=True)]
 
 
-def whole(runner: DeviceRunner, prompt: list[int]) -> Tensor:
+def whole(runner: GpuRunner, prompt: list[int]) -> Tensor:
     """Logits of a prompt that is fed at once, among slots that hold NaN."""
     driver = Driver(runner, scattered=True, poisoned=True)
     return driver.logits(driver.row(0, prompt))[0]
 
 
-def continued(runner: DeviceRunner, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[Tensor]]:
+def continued(runner: GpuRunner, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[Tensor]]:
     """Prompts cut in two, then `count` greedy tokens fed in decode steps: each row's sequence and all its logits."""
     driver = Driver(runner, scattered=True, poisoned=True)
     sequences = [list(prompt) for prompt in prompts]
@@ -206,7 +206,7 @@ def continued(runner: DeviceRunner, prompts: list[list[int]], count: int) -> tup
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_of_whole_prompts_are_those_of_transformers(
     dtype: torch.dtype,
-    ours: Callable[[torch.dtype], DeviceRunner],
+    ours: Callable[[torch.dtype], GpuRunner],
     theirs: Transformers,
     encode: Callable[[str], list[int]],
     capsys: pytest.CaptureFixture[str],
@@ -222,7 +222,7 @@ def test_logits_of_whole_prompts_are_those_of_transformers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_behind_a_prefix_and_of_graphs_are_those_of_transformers(
     dtype: torch.dtype,
-    ours: Callable[[torch.dtype], DeviceRunner],
+    ours: Callable[[torch.dtype], GpuRunner],
     theirs: Transformers,
     encode: Callable[[str], list[int]],
     capsys: pytest.CaptureFixture[str],
@@ -241,7 +241,7 @@ def test_logits_behind_a_prefix_and_of_graphs_are_those_of_transformers(
 
 
 def test_graphs_and_overlap_change_no_bit(
-    ours: Callable[[torch.dtype], DeviceRunner],
+    ours: Callable[[torch.dtype], GpuRunner],
     file: Path,
     encode: Callable[[str], list[int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -272,7 +272,7 @@ def test_graphs_and_overlap_change_no_bit(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_greedy_tokens_do_not_depend_on_the_batch(
     dtype: torch.dtype,
-    ours: Callable[[torch.dtype], DeviceRunner],
+    ours: Callable[[torch.dtype], GpuRunner],
     encode: Callable[[str], list[int]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -305,7 +305,7 @@ def test_greedy_tokens_do_not_depend_on_the_batch(
 def test_every_mode_computes_what_the_best_one_does(
     mode: str,
     dtype: torch.dtype,
-    ours: Callable[[torch.dtype], DeviceRunner],
+    ours: Callable[[torch.dtype], GpuRunner],
     theirs: Transformers,
     file: Path,
     encode: Callable[[str], list[int]],
@@ -324,7 +324,7 @@ def test_every_mode_computes_what_the_best_one_does(
 
 
 def test_prompts_of_every_length_are_right(
-    ours: Callable[[torch.dtype], DeviceRunner], theirs: Transformers, encode: Callable[[str], list[int]]
+    ours: Callable[[torch.dtype], GpuRunner], theirs: Transformers, encode: Callable[[str], list[int]]
 ) -> None:
     """Five in a step, short beside long. What stands behind a token changes nothing, so one truth holds them all."""
     ids = encode(STORY)[:70]
@@ -339,7 +339,7 @@ def test_prompts_of_every_length_are_right(
 
 
 def test_prompts_cut_anywhere_are_right(
-    ours: Callable[[torch.dtype], DeviceRunner], theirs: Transformers, encode: Callable[[str], list[int]]
+    ours: Callable[[torch.dtype], GpuRunner], theirs: Transformers, encode: Callable[[str], list[int]]
 ) -> None:
     """Four in a step, each at another place of its own text."""
     ids, draw = encode(STORY + TABLE), random.Random(0)

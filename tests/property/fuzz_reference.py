@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lightllmd.engine.runners.fake_model import fake_alternatives, fake_token
 from lightllmd.engine.scheduling.beam_search import MOST_CANDIDATES
 from lightllmd.engine.scheduling.constraint import Constraints
-from lightllmd.engine.scheduling.hypothesis_text import Reading, Readings
+from lightllmd.engine.scheduling.hypothesis_text import DetokenizedHypothesis, HypothesisTexts
 from lightllmd.engine.step import Alternatives
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SamplingParams
 from lightllmd.text import ByteTokenizer
@@ -16,10 +16,13 @@ EOS = ord("e")  # a byte that fake tokens do hit, so that generations end by eos
 # Bytes, and behind them tokens of several, so that prompts have something to heal.
 VOCABULARY = [bytes([byte]) for byte in range(128)] + [b"ab", b"abc", b"bc", b"cab", b"aa"]
 CONSTRAINTS = Constraints(len(VOCABULARY), [EOS], lambda: VOCABULARY)
-READINGS = Readings(ByteTokenizer)
+READINGS = HypothesisTexts(ByteTokenizer)
 
 
-_Beam = tuple[float, list[int], list[float], Reading | None]  # total, tokens, log-probabilities, what they say
+# Total, tokens, log-probabilities, text.
+_Beam = tuple[
+    float, list[int], list[float], DetokenizedHypothesis | None
+]  # total, tokens, log-probabilities, what they say
 
 
 class Output(NamedTuple):

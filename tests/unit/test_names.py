@@ -8,7 +8,7 @@ from collections import defaultdict
 from rooms import modules
 
 # Still to be renamed.
-SHARED = frozenset(["Job", "Reading", "Server", "Token", "Worker"])
+SHARED = frozenset(["Job", "Server", "Token", "Worker"])
 
 
 def test_no_public_class_is_named_twice() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -14,21 +15,61 @@ from torch import Tensor
 
 from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
-from lightllmd.config.plan import Plan
+from lightllmd.engine.runners.base import BaseRunner, Beat, KeptWeights, Progress, ReadyResult
 from lightllmd.engine.runners.cpu_batch import SlotTable
 from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
-from lightllmd.engine.step import Alternatives, Row, Step, StepResult, TargetLogprobs
+from lightllmd.engine.step import Alternatives, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.kernels.dispatch import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
+from lightllmd.kernels.layout import Batch, GatheredRows
 from lightllmd.models.decoder import Decoder
 
 _CPU = torch.device("cpu")
 
 
-class TorchRunner:
-    """The `Runner` of a CPU. Nothing is read before `load` has set it."""
+@dataclass
+class _Kept:
+    """The tokens whose logits are asked for: the last layer keeps the hidden states of these alone, in their order."""
+
+    tokens: list[int] = field(default_factory=list)  # among the packed ones, ascending
+    sampled: list[int] = field(default_factory=list)  # among `tokens`, of each row that samples
+    scored: list[int] = field(default_factory=list)  # the same, of each token before a target
+
+    @staticmethod
+    def of(rows: list[Row], ahead: int) -> _Kept:
+        """`ahead` of the rows stand before Step.rows."""
+        kept, end = _Kept(), 0
+        lasts: list[int] = []  # of each row among `tokens`
+        for row in rows:
+            begin, end = end, end + len(row.tokens)
+            named = range(begin, begin + len(row.targets or ()))
+            kept.scored += range(len(kept.tokens), len(kept.tokens) + len(named))
+            kept.tokens += named
+            if row.sample and row.twin_of is None and end != named.stop:
+                kept.tokens.append(end - 1)
+            lasts.append(len(kept.tokens) - 1 if row.twin_of is None else lasts[ahead + row.twin_of])
+            if row.sample:
+                kept.sampled.append(lasts[-1])
+        return kept
+
+    def wanted(self, fed: int) -> Tensor | None:
+        """For `Decoder.forward`: never none at all, which products are not made for."""
+        return None if len(self.tokens) == fed else torch.tensor(self.tokens or [fed - 1])
+
+
+@dataclass
+class _Packed:
+    rows: list[Row]  # decode rows, then those of the step
+    batch: Batch[GatheredRows]
+    kept: _Kept
+    wanted: Tensor | None  # for `Decoder.forward`
+    begun: int  # bytes that were taken before the step
+
+
+class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
+    """The `Runner` of a CPU."""
 
     overlaps = False
     slots: int
@@ -38,24 +79,22 @@ class TorchRunner:
     sampler: Sampler
     memory: MemoryMeter
 
-    def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
-        """Raises WeightsInvalid, OutOfMemory, ConfigInvalid."""
-        torch.set_num_threads(plan.config.engine.threads or plan.device.cpu_threads)
-        self._plan = plan
-        self._staged = False  # the weights stay when the rest goes
-        self.slots = plan.max_total_token_num
-        self.memory = MemoryMeter(_CPU)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
         with memory_errors(), torch.inference_mode():
-            self._read_weights(progress)
-            self._make_room()
+            yield
 
-    def _read_weights(self, progress: Callable[[int, int], None]) -> None:
+    def _open(self) -> None:
+        torch.set_num_threads(self._plan.config.engine.threads or self._plan.device.cpu_threads)
+        self.slots = self._plan.max_total_token_num
+        self.memory = MemoryMeter(_CPU)
+
+    def _load_weights(self, progress: Progress) -> None:
         dtype = getattr(torch, self._plan.data_type)
         weights = stored_weights(self._plan, _CPU, dtype, progress)
         self.decoder = build_decoder(self._plan, kernels_for(_CPU, dtype), weights, _CPU)
 
-    def _make_room(self) -> None:
-        """For all that steps leave behind."""
+    def _allocate(self) -> None:
         plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params
         dtype = getattr(torch, plan.data_type)
         self.caches = allocate(KvLayout.of(spec, plan.data_type), self.slots, _CPU)
@@ -64,73 +103,58 @@ class TorchRunner:
         processed = plan.config.engine.logprobs == "processed"
         self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, _CPU, processed=processed)
         self._newest = [0] * rows  # each table row's newest token
-        self._result = StepResult([], [], [], [])
         self.memory.mark_loaded()
 
-    def prepare(self, beat: Callable[[], None]) -> None:
+    def prepare(self, beat: Beat) -> None:
         """Nothing is compiled here, and a step takes no memory before it runs."""
 
     # --- sleep ------------------------------------------------------------------------------------------------------
-    def stage(self) -> None:
+    def _stage_weights(self) -> KeptWeights:
         """The weights are in host memory, so this only says that they are to stay there."""
-        self._staged = True
+        return KeptWeights(self._plan.model.weight_bytes if self._plan.model is not None else 0)
 
-    def unstage(self) -> None:
-        self._staged = False
-
-    def release(self, progress: Callable[[int, int], None]) -> None:
-        del self.caches, self.table, self.sampler, self._newest, self._result
-        if not self._staged:
+    def _free(self, weights_stay: bool) -> None:
+        del self.caches, self.table, self.sampler, self._newest
+        if not weights_stay:
             del self.decoder
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # smaller blocks come from the heap, which keeps what is free
         self.memory.mark_asleep()
 
-    def restore(self, progress: Callable[[int, int], None]) -> None:
-        with memory_errors(), torch.inference_mode():
-            if not self._staged:
-                self._read_weights(progress)
-            self._make_room()
-        self._staged = False
+    def _restore_weights(self, staged: KeptWeights, progress: Progress) -> None:
+        """They are where they were."""
+
+    def _memory(self) -> dict[str, float]:
+        return self.memory.stats()
 
     # --- steps ------------------------------------------------------------------------------------------------------
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
-        """Raises OutOfMemory. A row whose logits are no numbers gets a log-probability that is none either."""
-        with memory_errors(), torch.inference_mode():
-            begun = self.memory.begin_step()
-            rows = self._rows(step)
-            for row in rows:
-                if row.sampling is not None:
-                    self.sampler.enter(row.table_row, row.sampling, row.branch)
-            self.sampler.restrict(step.masks)
-            kept = _Kept.of(rows, len(step.decode.table_rows))
-            batch = self.table.pack(rows, self.decoder.rope)
-            hidden = self.decoder.forward(batch, self.caches, beat, kept.wanted(step.fed))
-            self._result = self._sample([row for row in rows if row.sample], kept.sampled, hidden, beat)
-            self._result.targets = self._score(
-                [row for row in rows if row.targets is not None], kept.scored, hidden, beat
-            )
-            self.memory.end_step(begun)
+    def _pack(self, step: Step) -> _Packed:
+        begun = self.memory.begin_step()
+        rows = self._rows(step)
+        kept = _Kept.of(rows, len(step.decode.table_rows))
+        return _Packed(rows, self.table.pack(rows, self.decoder.rope), kept, kept.wanted(step.fed), begun)
 
-    def collect(self, beat: Callable[[], None]) -> StepResult:
-        return self._result
+    def _forward(self, packed: _Packed, beat: Beat) -> Tensor:
+        return self.decoder.forward(packed.batch, self.caches, beat, packed.wanted)
 
-    def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
-        """One step, launched and waited for."""
-        self.launch(step, beat)
-        return self.collect(beat)
+    def _enter(self, row: Row, sampling: SamplingRow) -> None:
+        self.sampler.enter(row.table_row, sampling, row.branch)
+
+    def _restrict(self, masks: Mapping[int, bytes]) -> None:
+        self.sampler.restrict(masks)
+
+    def _sample(self, step: Step, packed: _Packed, hidden: Tensor, beat: Beat) -> ReadyResult:
+        rows, kept = packed.rows, packed.kept
+        result = self._draw([row for row in rows if row.sample], kept.sampled, hidden, beat)
+        result.targets = self._score([row for row in rows if row.targets is not None], kept.scored, hidden, beat)
+        self.memory.end_step(packed.begun)
+        return ReadyResult(result)
 
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:
         """Computes a step without sampling: fp32 logits ``[T, vocab]`` behind each of its tokens."""
         batch = self.table.pack(self._rows(step), self.decoder.rope)
         return self.decoder.head.logits(self.decoder.forward(batch, self.caches, lambda: None))
-
-    def memory_stats(self) -> dict[str, float]:
-        stats = self.memory.stats()
-        if self._staged and self._plan.model is not None:
-            stats["staged_bytes"] = stats["staged_total"] = float(self._plan.model.weight_bytes)
-        return stats
 
     def _rows(self, step: Step) -> list[Row]:
         decode = step.decode
@@ -140,7 +164,7 @@ class TorchRunner:
             for table_row, start, slot, position in going_on
         ] + step.rows
 
-    def _sample(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Callable[[], None]) -> StepResult:
+    def _draw(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Beat) -> StepResult:
         """`places` among the hidden states of each row's last token; twins share one."""
         count = len(rows)
         result = StepResult([0] * count, [0.0] * count, [None] * count, [None] * count)
@@ -173,9 +197,7 @@ class TorchRunner:
                 some = named[begin : begin + LOGIT_ROWS]
                 yield [index for index, _ in some], logits[[at for _, at in some]]
 
-    def _score(
-        self, rows: list[Row], places: list[int], hidden: Tensor, beat: Callable[[], None]
-    ) -> list[TargetLogprobs]:
+    def _score(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Beat) -> list[TargetLogprobs]:
         """`places` among the hidden states of the tokens before the rows' targets, row by row."""
         targets = [target for row in rows for target in row.targets or ()]
         wanted = [row.top_targets for row in rows for _ in row.targets or ()]
@@ -197,33 +219,3 @@ class TorchRunner:
             best = [found[: row.top_targets] for found in alternatives[begin:end]] if row.top_targets else None
             scores.append(TargetLogprobs(logprobs[begin:end], best))
         return scores
-
-
-@dataclass
-class _Kept:
-    """The tokens whose logits are asked for: the last layer keeps the hidden states of these alone, in their order."""
-
-    tokens: list[int] = field(default_factory=list)  # among the packed ones, ascending
-    sampled: list[int] = field(default_factory=list)  # among `tokens`, of each row that samples
-    scored: list[int] = field(default_factory=list)  # the same, of each token before a target
-
-    @staticmethod
-    def of(rows: list[Row], ahead: int) -> _Kept:
-        """`ahead` of the rows stand before Step.rows."""
-        kept, end = _Kept(), 0
-        lasts = []  # of each row among `tokens`
-        for row in rows:
-            begin, end = end, end + len(row.tokens)
-            named = range(begin, begin + len(row.targets or ()))
-            kept.scored += range(len(kept.tokens), len(kept.tokens) + len(named))
-            kept.tokens += named
-            if row.sample and row.twin_of is None and end != named.stop:
-                kept.tokens.append(end - 1)
-            lasts.append(len(kept.tokens) - 1 if row.twin_of is None else lasts[ahead + row.twin_of])
-            if row.sample:
-                kept.sampled.append(lasts[-1])
-        return kept
-
-    def wanted(self, fed: int) -> Tensor | None:
-        """For `Decoder.forward`: never none at all, which products are not made for."""
-        return None if len(self.tokens) == fed else torch.tensor(self.tokens or [fed - 1])

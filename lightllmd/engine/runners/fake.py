@@ -10,13 +10,13 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from lightllmd.config.files import read_bytes
 from lightllmd.config.parameters import FakeSettings
-from lightllmd.config.plan import Plan
+from lightllmd.engine.runners.base import BaseRunner, Beat, KeptWeights, Progress
 from lightllmd.engine.runners.fake_model import (
     EMPTY,
     allowed_bits,
@@ -128,17 +128,22 @@ class _Branch:
             self.length += len(fresh)
 
 
-class _Launched(NamedTuple):
+class _Pending(NamedTuple):
     result: StepResult
-    poisoned: bool
+    ending: str  # `poison_way`, where a prompt is poisoned
+
+    def wait(self, beat: Beat) -> StepResult:
+        """Like a device it shows a step's death when the step is collected."""
+        beat()
+        if self.ending:
+            end_by(self.ending)
+        return self.result
 
 
-class FakeRunner:
+class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     """A Runner whose tokens are `fake_token`'s, whatever steps they come by: prompts in parts or behind a cached
-    prefix, twins, rows that are fed token by token. The log-probability of each is 0; biases and penalties change
-    nothing. Masks leave alternatives as they are, or have "processed" ones; candidates always do as masks say.
-
-    Like a device it shows a step's death when the step is collected.
+    prefix, sibling sequences, rows that are fed token by token. The log-probability of each is 0; biases and penalties
+    change nothing. Masks leave alternatives as they are, or have "processed" ones; candidates always do as masks say.
     """
 
     def __init__(self, settings: FakeSettings) -> None:
@@ -149,13 +154,18 @@ class FakeRunner:
         self._vocab: int | None = None  # None: as many as a mask has bits
         self._processed = False  # as [engine] logprobs
         self._branches: dict[int, _Branch] = {}  # by table row
-        self._out: deque[_Launched] = deque()
-        self._staged = self._asleep = False
+        self._poisoned = False  # a prompt that entered with the step that is made
+        self._asleep = False
+        self._pending, self._staged = deque(), None
 
-    def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
+    def _open(self) -> None:
+        config = self._plan.config
+        self._model = config.params.model_dir or ""
+        self._vocab, self._processed = self._plan.vocab_size, config.engine.logprobs == "processed"
+
+    def _load_weights(self, progress: Progress) -> None:
         """Pretends to read load_bytes for load_seconds."""
         total = self._settings.load_bytes or 1
-        self._model = plan.config.params.model_dir or ""
         faults = Faults(self._settings, self._model)
         begun = time.monotonic()
         while True:
@@ -166,46 +176,54 @@ class FakeRunner:
             if fraction >= 1.0:
                 break
             time.sleep(min(0.02, self._settings.load_seconds - elapsed))
-        self._plan, self._vocab = plan, plan.vocab_size
-        self._processed = plan.config.engine.logprobs == "processed"
 
-    def prepare(self, beat: Callable[[], None]) -> None:
-        pass
+    def _allocate(self) -> None:
+        self._asleep = False
 
-    def stage(self) -> None:
-        self._staged = True
+    def prepare(self, beat: Beat) -> None:
+        """Nothing is compiled here."""
 
-    def unstage(self) -> None:
-        self._staged = False
+    def _stage_weights(self) -> KeptWeights:
+        return KeptWeights(self._settings.load_bytes)
 
-    def release(self, progress: Callable[[int, int], None]) -> None:
+    def _free(self, weights_stay: bool) -> None:
         self._branches.clear()
-        self._out.clear()
         self._asleep = True
 
-    def restore(self, progress: Callable[[int, int], None]) -> None:
+    def _restore_weights(self, staged: KeptWeights, progress: Progress) -> None:
         """What was staged comes back at once; else it is loaded again, with the faults of that."""
-        if not self._staged:
-            self.load(self._plan, progress)
-        self._staged = self._asleep = False
 
-    def memory_stats(self) -> dict[str, float]:
-        """Of what is staged, and that nothing is left asleep."""
-        size = float(self._settings.load_bytes)
-        staged = {"staged_bytes": size, "staged_total": size} if self._staged else {}
-        return staged | ({"memory_asleep": 0.0} if self._asleep else {})
+    def _memory(self) -> dict[str, float]:
+        """That nothing is left asleep."""
+        return {"memory_asleep": 0.0} if self._asleep else {}
 
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
+    def _pack(self, step: Step) -> Step:
         for table_row in step.freed:
             self._branches.pop(table_row, None)
-        poisoned = False
-        for row in step.rows:
-            if row.sampling is not None:
-                poisoned |= self._enter(row, row.sampling)
-            self._branches[row.table_row].feed(row.start, row.tokens)
-        for table_row, mask in step.masks.items():
+        self._poisoned = False
+        return step
+
+    def _forward(self, packed: Step, beat: Beat) -> None:
+        """Tokens depend on nothing that a device would compute."""
+
+    def _enter(self, row: Row, sampling: SamplingRow) -> None:
+        """Notes what a row's tokens depend on, and whether its prompt is poison."""
+        params, prompt = sampling.params, sampling.prompt_ids
+        key = branch_key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
+        history, length = EMPTY, 0
+        if params.top_logprobs or params.candidates:
+            history, length = extended(EMPTY, prompt + sampling.emitted), len(prompt) + len(sampling.emitted)
+        self._branches[row.table_row] = _Branch(key, params.top_logprobs, params.candidates, history, length)
+        self._poisoned |= bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
+
+    def _restrict(self, masks: Mapping[int, bytes]) -> None:
+        for table_row, mask in masks.items():
             self._branches[table_row].mask = allowed_bits(mask, self._vocab)
+
+    def _sample(self, step: Step, packed: Step, hidden: None, beat: Beat) -> _Pending:
         decode = step.decode
+        for row in step.rows:
+            self._branches[row.table_row].feed(row.start, row.tokens)
         for table_row, start in zip(decode.table_rows, decode.starts, strict=True):
             branch = self._branches[table_row]
             branch.feed(start, [branch.newest])
@@ -222,24 +240,7 @@ class FakeRunner:
             ranked = ranking(branch.history, most, branch.mask) if most else []
             result.candidates.append([(token, logprob, logprob) for token, logprob in ranked] or None)
         result.targets = [_scored(row, row.targets) for row in step.rows if row.targets is not None]
-        self._out.append(_Launched(result, poisoned))
-
-    def collect(self, beat: Callable[[], None]) -> StepResult:
-        beat()
-        launched = self._out.popleft()
-        if launched.poisoned:
-            end_by(self._settings.poison_way)
-        return launched.result
-
-    def _enter(self, row: Row, sampling: SamplingRow) -> bool:
-        """Notes what a row's tokens depend on; whether its prompt is poison."""
-        params, prompt = sampling.params, sampling.prompt_ids
-        key = branch_key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
-        history, length = EMPTY, 0
-        if params.top_logprobs or params.candidates:
-            history, length = extended(EMPTY, prompt + sampling.emitted), len(prompt) + len(sampling.emitted)
-        self._branches[row.table_row] = _Branch(key, params.top_logprobs, params.candidates, history, length)
-        return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
+        return _Pending(result, self._settings.poison_way if self._poisoned else "")
 
 
 def _scored(row: Row, targets: list[int]) -> TargetLogprobs:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from subprocess import CalledProcessError
 
@@ -31,7 +31,7 @@ from lightllmd.config.bounds import (
     prefill_sizes,
     scored_rows,
 )
-from lightllmd.config.plan import Plan
+from lightllmd.engine.runners.base import BaseRunner, Beat, Progress
 from lightllmd.engine.runners.gpu_batch import Packed, Packer
 from lightllmd.engine.runners.graphs import StepGraphs
 from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
@@ -41,7 +41,7 @@ from lightllmd.engine.runners.transfers import Download
 from lightllmd.engine.runners.warmup import worst_steps
 from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
 from lightllmd.engine.sampling.prompt_logprobs import PromptScores
-from lightllmd.engine.step import Step, StepResult, no_decode
+from lightllmd.engine.step import Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.dispatch import fused_kernels
@@ -49,58 +49,69 @@ from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Heads
 from lightllmd.models.decoder import Decoder
-from lightllmd.weights.host_copy import HostCopy
-from lightllmd.weights.loaded import LoadedWeight
+from lightllmd.weights.host_copy import HostCopy, free_storage
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Out:
+class _Pending:
     """A step whose tokens are on their way to the host."""
 
+    sampler: DeviceSampler
     chunks: list[tuple[list[int], Download]]  # (table rows, what the sampler returned)
     scores: PromptScores | None
     end: Download | None  # where a step has neither
 
+    def wait(self, beat: Beat) -> StepResult:
+        """See `base.PendingResult`."""
+        result = StepResult([], [], [], [])
+        for rows, download in self.chunks:
+            tokens, logprobs, *reported = (tensor[: len(rows)].tolist() for tensor in download.wait(beat))
+            result.tokens += tokens
+            result.logprobs += logprobs
+            alternatives, candidates = self.sampler.reports(rows, *reported)
+            result.alternatives += alternatives
+            result.candidates += candidates
+        if self.scores is not None:
+            result.targets = self.scores.take(beat)
+        if self.end is not None:
+            self.end.wait(beat)
+        return result
 
-class DeviceRunner:
-    """The `Runner` of a GPU. Nothing is read before `load` has set it. All launches come from one thread."""
 
-    overlaps: bool
+class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
+    """The `Runner` of a GPU. All launches come from one thread."""
+
     slots: int
     decoder: Decoder
     caches: list[LayerCache]  # one per layer; the last slot is padding's
     memory: MemoryMeter
 
-    def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
-        """Raises WeightsInvalid, OutOfMemory, NoUsableDevice, ConfigInvalid."""
-        self._plan, self._device, params = plan, self._open(plan.device.kind), plan.config.params
-        self.overlaps = plan.config.engine.overlap
-        self.slots = plan.max_total_token_num
-        self._rows = params.running_max_req_size
-        self._out: deque[_Out] = deque()
-        self._copy: HostCopy | None = None  # made by `stage`
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
         with memory_errors(), torch.inference_mode():
-            self.memory = MemoryMeter(self._device)
-            with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
-                loaded = beside.submit(_load_libraries, self._device, getattr(torch, plan.data_type))
-                self._fill(progress)
-                loaded.result()
-            self.memory.mark_loaded()
+            yield
 
-    def _fill(self, progress: Callable[[int, int], None]) -> None:
-        """Makes everything that lies on the device, but for the graphs."""
+    def _open(self) -> None:
+        self._device = _usable(self._plan.device.kind)
+        self.overlaps = self._plan.config.engine.overlap
+        self.slots = self._plan.max_total_token_num
+        self._rows = self._plan.config.params.running_max_req_size
+        self._dtype: torch.dtype = getattr(torch, self._plan.data_type)
+        self.memory = MemoryMeter(self._device)
+
+    def _load_weights(self, progress: Progress) -> None:
+        kernels = fused_kernels(self._device, self._plan.decode_kernel)
+        with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
+            loaded = beside.submit(_load_libraries, self._device, self._dtype)
+            weights = stored_weights(self._plan, self._device, self._dtype, progress)
+            self.decoder = build_decoder(self._plan, kernels, weights, self._device)
+            loaded.result()
+
+    def _allocate(self) -> None:
+        """But for the graphs."""
         plan, device, params = self._plan, self._device, self._plan.config.params
-        dtype = getattr(torch, plan.data_type)
-        if self._copy is not None:
-            weights = self._copy.stream(progress)
-        else:
-            weights = stored_weights(plan, device, dtype, progress)
-        # As they came, for `stage`. They are those of the decoder, whose products take them over as they are.
-        self._weights: list[LoadedWeight] = []
-        kernels = fused_kernels(device, plan.decode_kernel)
-        self.decoder = build_decoder(plan, kernels, _noted(weights, self._weights), device)
         spec = self.decoder.spec
         heads = self.decoder.layers[0].attention.heads
         self.caches = allocate(KvLayout.of(spec, plan.data_type), self.slots + 1, device)
@@ -118,19 +129,20 @@ class DeviceRunner:
         else:
             self._shapes = StepShapes(self._rows, [], [])
         self._graphs: StepGraphs | None = None
+        self.memory.mark_loaded()
 
-    def prepare(self, beat: Callable[[], None]) -> None:
+    def prepare(self, beat: Beat) -> None:
         """Captures the graphs, then runs the worst admissible steps beside them. Raises OutOfMemory."""
         config = self._plan.config
         begun = time.monotonic()
         captured = graph_sizes(config) if self._device.type == "cuda" else []
-        with memory_errors(), torch.inference_mode():
+        with self._computing():
             if captured:
                 self._graphs = StepGraphs()
             blank = Step(0, "decode", no_decode(), [], [])
             for shape in self._shapes:
                 packed = self._packer.pack(blank, shape, self._shapes.rows(shape.decode_tokens))
-                hidden = self._settle(shape, packed, bool(captured) and shape.decode_tokens <= captured[-1])
+                hidden = self._warm_and_capture(packed, bool(captured) and shape.decode_tokens <= captured[-1])
                 if not shape.prefill_tokens and shape.decode_tokens <= DEVICE_LOGIT_ROWS:
                     self.decoder.head.logits(hidden)
                 beat()
@@ -138,13 +150,12 @@ class DeviceRunner:
             for size in range(1, FEW_ROWS + 1):
                 shape = StepShape(size, 0)
                 if shape not in self._shapes:
-                    self._settle(shape, self._packer.pack(blank, shape, size), False)
+                    self._warm_and_capture(self._packer.pack(blank, shape, size), False)
             self.memory.mark_graphs()
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
             heads = [layer.attention.heads for layer in self.decoder.layers]
-            dtype = getattr(torch, self._plan.data_type)
-            self._packer.longest_whole = whole_prompts.plan(heads, dtype, self._device, longest)
+            self._packer.longest_whole = whole_prompts.plan(heads, self._dtype, self._device, longest)
             for step in worst_steps(self._plan):
                 self.run(step, beat)
             self.memory.mark_worst_steps()
@@ -155,21 +166,16 @@ class DeviceRunner:
             )
 
     # --- sleep ------------------------------------------------------------------------------------------------------
-    def stage(self) -> None:
-        if self._copy is None or self._copy.refused:
-            self._copy = HostCopy(self._weights, self._device)
+    def _stage_weights(self) -> HostCopy:
+        return HostCopy(self.decoder.tensors(), self._device)
 
-    def unstage(self) -> None:
-        if self._copy is not None:
-            self._copy.give_up()
-            self._copy = None
-
-    def release(self, progress: Callable[[int, int], None]) -> None:
+    def _free(self, weights_stay: bool) -> None:
         """Leaves the process's context on the device, with the kernels that it loaded."""
-        if self._copy is not None:
-            self._copy.wait(progress)
-        self._out.clear()
-        del self.decoder, self.caches, self._weights, self._last, self._sampler, self._packer, self._graphs
+        if weights_stay:
+            free_storage(self.decoder.tensors())
+        else:
+            del self.decoder
+        del self.caches, self._last, self._sampler, self._packer, self._graphs
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -177,84 +183,54 @@ class DeviceRunner:
             torch.cuda.empty_cache()
         self.memory.mark_asleep()
 
-    def restore(self, progress: Callable[[int, int], None]) -> None:
-        if self._copy is not None and not self._copy.whole:
-            self._copy = None
-        with memory_errors(), torch.inference_mode():
-            self._fill(progress)
-        self._copy = None
-        self.memory.mark_loaded()
+    def _restore_weights(self, staged: HostCopy, progress: Progress) -> None:
+        staged.restore(self.decoder.tensors(), progress)
+
+    def _memory(self) -> dict[str, float]:
+        return self.memory.stats()
 
     # --- steps ------------------------------------------------------------------------------------------------------
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
-        """A row whose logits are no numbers gets a log-probability that is none either. Raises OutOfMemory."""
-        with memory_errors(), torch.inference_mode():
-            shape = self._shapes.of(step)
-            rows = [*step.decode.table_rows, *(row.table_row for row in step.rows if row.sample)]
-            packed = self._packer.pack(step, shape, self._shapes.rows(len(rows)))
-            whole = shape.padded or packed.targets is not None
-            hidden = self._forward(shape, packed, whole, beat)
-            # What sampling needs to know can come while the forward computes.
-            for row in step.rows:
-                if row.sampling is not None:
-                    self._sampler.enter(row.table_row, row.sampling, row.branch)
-            for table_row, mask in step.masks.items():
-                self._sampler.restrict(table_row, mask)
-            self._sampler.flush()
-            chunks = self._sample(rows, self._sampled(hidden, packed) if whole else hidden, packed)
-            scores = None
-            if any(row.targets is not None for row in step.rows):
-                at_once = scored_rows(self._rows)
-                where = packed.targets, packed.before
-                scores = PromptScores(step.rows, *where, self.decoder.head, hidden, at_once)
-            end = None if chunks or scores else Download([], self._device)
-            self._out.append(_Out(chunks, scores, end))
+    def _pack(self, step: Step) -> Packed:
+        count = len(step.decode.table_rows) + sum(row.sample for row in step.rows)
+        return self._packer.pack(step, self._shapes.of(step), self._shapes.rows(count))
 
-    def collect(self, beat: Callable[[], None]) -> StepResult:
-        with memory_errors():
-            result, out = StepResult([], [], [], []), self._out.popleft()
-            for rows, download in out.chunks:
-                tokens, logprobs, *reported = (tensor[: len(rows)].tolist() for tensor in download.wait(beat))
-                result.tokens += tokens
-                result.logprobs += logprobs
-                alternatives, candidates = self._sampler.reports(rows, *reported)
-                result.alternatives += alternatives
-                result.candidates += candidates
-            if out.scores is not None:
-                result.targets = out.scores.take(beat)
-            if out.end is not None:
-                out.end.wait(beat)
-            return result
+    def _forward(self, packed: Packed, beat: Beat) -> Tensor:
+        """Hidden states: of all tokens, or of those that are sampled."""
+        return self._hidden(packed, None if packed.whole else packed.sampled, beat)
 
-    def run(self, step: Step, beat: Callable[[], None]) -> StepResult:
-        """One step, launched and waited for."""
-        self.launch(step, beat)
-        return self.collect(beat)
+    def _enter(self, row: Row, sampling: SamplingRow) -> None:
+        self._sampler.enter(row.table_row, sampling, row.branch)
+
+    def _restrict(self, masks: Mapping[int, bytes]) -> None:
+        for table_row, mask in masks.items():
+            self._sampler.restrict(table_row, mask)
+
+    def _sample(self, step: Step, packed: Packed, hidden: Tensor, beat: Beat) -> _Pending:
+        self._sampler.flush()
+        rows = [*step.decode.table_rows, *(row.table_row for row in step.rows if row.sample)]
+        chunks = self._draw(rows, self._sampled(hidden, packed) if packed.whole else hidden, packed)
+        scores = None
+        if any(row.targets is not None for row in step.rows):
+            at_once = scored_rows(self._rows)
+            where = packed.targets, packed.before
+            scores = PromptScores(step.rows, *where, self.decoder.head, hidden, at_once)
+        return _Pending(self._sampler, chunks, scores, None if chunks or scores else Download([], self._device))
 
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:
         """Computes a step without sampling: fp32 logits ``[T, vocab]`` behind each of its tokens."""
         shape = self._shapes.of(step)
         packed = self._packer.pack(step, shape, self._shapes.rows(step.size))
-        hidden = self._forward(shape, packed, True, _nothing)
+        hidden = self._hidden(packed, None, _nothing)
         fed = list(range(len(step.decode.table_rows)))
         for row, first in zip(step.rows, first_tokens(step, shape), strict=True):
             fed += range(first, first + len(row.tokens))
         return self.decoder.head.logits(hidden[fed])
 
-    def memory_stats(self) -> dict[str, float]:
-        stats = self.memory.stats()
-        if self._copy is not None:
-            stats["staged_bytes"] = -1.0 if self._copy.refused else float(self._copy.done)
-            stats["staged_total"] = float(self._copy.total)
-        return stats
-
-    # --- the forward ----------------------------------------------------------------------------------------------
-    def _forward(self, shape: StepShape, packed: Packed, whole: bool, beat: Callable[[], None]) -> Tensor:
-        """Hidden states: of all tokens, or of those that are sampled."""
-        if self._graphs is not None and shape in self._graphs:
-            return self._graphs.replay(shape)
-        return self.decoder.forward(packed.batch, self.caches, beat, None if whole else packed.sampled)
+    def _hidden(self, packed: Packed, wanted: Tensor | None, beat: Beat) -> Tensor:
+        if self._graphs is not None and packed.shape in self._graphs:
+            return self._graphs.replay(packed.shape)
+        return self.decoder.forward(packed.batch, self.caches, beat, wanted)
 
     @staticmethod
     def _sampled(hidden: Tensor, packed: Packed) -> Tensor:
@@ -265,7 +241,7 @@ class DeviceRunner:
         gather_rows(hidden, packed.sampled, sampled)
         return sampled
 
-    def _settle(self, shape: StepShape, packed: Packed, captured: bool) -> Tensor:
+    def _warm_and_capture(self, packed: Packed, captured: bool) -> Tensor:
         """Runs a step once, so that all it needs is compiled and loaded, and captures it. Returns its hidden states."""
 
         def compute() -> Tensor:
@@ -273,11 +249,11 @@ class DeviceRunner:
 
         hidden = compute()
         if captured and self._graphs is not None:
-            self._graphs.capture(shape, compute)
+            self._graphs.capture(packed.shape, compute)
         return hidden
 
     # --- sampling -----------------------------------------------------------------------------------------------
-    def _sample(self, rows: list[int], hidden: Tensor, packed: Packed) -> list[tuple[list[int], Download]]:
+    def _draw(self, rows: list[int], hidden: Tensor, packed: Packed) -> list[tuple[list[int], Download]]:
         """`rows` are the table rows that count; `hidden` is padded as what is sampled."""
         chunks = []
         for first in range(0, len(rows), DEVICE_LOGIT_ROWS):
@@ -289,23 +265,18 @@ class DeviceRunner:
             chunks.append((rows[part], Download(drawn, self._device)))
         return chunks
 
-    def _open(self, kind: str) -> torch.device:
-        """A GPU; a CPU is taken where Triton interprets its kernels, which tests do. Raises NoUsableDevice."""
-        if kind == "cuda":
-            if not torch.cuda.is_available():
-                raise NoUsableDevice("no CUDA device can be used by this build of torch")
-            try:
-                driver.active.get_current_device()
-            except (RuntimeError, OSError, CalledProcessError) as error:
-                message = f"Triton can't reach the GPU: {error}; it needs a C compiler and Python's headers"
-                raise NoUsableDevice(f"{message} (Debian: gcc, python3-dev)") from error
-        return torch.device(kind)
 
-
-def _noted(weights: Iterable[LoadedWeight], into: list[LoadedWeight]) -> Iterator[LoadedWeight]:
-    for weight in weights:
-        into.append(weight)
-        yield weight
+def _usable(kind: str) -> torch.device:
+    """A GPU; a CPU is taken where Triton interprets its kernels, which tests do. Raises NoUsableDevice."""
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise NoUsableDevice("no CUDA device can be used by this build of torch")
+        try:
+            driver.active.get_current_device()
+        except (RuntimeError, OSError, CalledProcessError) as error:
+            message = f"Triton can't reach the GPU: {error}; it needs a C compiler and Python's headers"
+            raise NoUsableDevice(f"{message} (Debian: gcc, python3-dev)") from error
+    return torch.device(kind)
 
 
 @torch.inference_mode()

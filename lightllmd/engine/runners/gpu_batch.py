@@ -30,12 +30,18 @@ from lightllmd.models.rope import Rope
 class Packed:
     """A step on the device, valid until the next one is packed. What is sampled is padded to a batch size."""
 
+    shape: StepShape
     batch: Batch[TableRows]
     sampled: Tensor | None  # [R] int32, the tokens whose next token is asked for; None: those of all rows, in order
     table_rows: Tensor  # [R] int32, whose they are
     generated: Tensor  # [R] int32, positions of the tokens to come
     targets: Tensor | None = None  # [N] int32, row by row; None: no row has `Row.targets`, or all are empty
     before: Tensor | None = None  # [N] int32, the fed token before each target
+
+    @property
+    def whole(self) -> bool:
+        """The hidden states of all tokens are asked for: by a graph, which has no others, or for targets."""
+        return self.shape.padded or self.targets is not None
 
 
 class Packer:
@@ -67,7 +73,7 @@ class Packer:
         self._upload.begin()
         if step.rows or shape.prefill_tokens:
             return self._named(step, shape, sampled)
-        return self._going_on(step.decode, shape.decode_tokens)
+        return self._decode_only(step.decode, shape)
 
     def _take_over(self, rows: list[Row]) -> None:
         """The slots of tokens that are in the cache join the table, behind all that read it before. torch gives the
@@ -79,8 +85,9 @@ class Packer:
         for row, past in zip(entering, slots.split([len(row.past or ()) for row in entering]), strict=True):
             self._table[row.table_row, : len(past)].copy_(past, non_blocking=True)
 
-    def _going_on(self, rows: DecodeRows, size: int) -> Packed:
-        """Rows that feed their newest tokens, padded to `size`."""
+    def _decode_only(self, rows: DecodeRows, shape: StepShape) -> Packed:
+        """Rows that feed their newest tokens."""
+        size = shape.decode_tokens
         pad = size - len(rows.table_rows)
         self._upload.put(self._newest[:size])
         self._upload.put(rows.table_rows + [self._pad_row] * pad)
@@ -90,7 +97,7 @@ class Packer:
             self._upload.put([start + 1 for start in rows.starts] + [1] * pad)
         self._upload.put(rows.positions + [0] * pad)
         *fed, generated = self._upload.send()
-        return Packed(self._batch(fed, size, None), None, fed[1], generated)
+        return Packed(shape, self._batch(fed, size, None), None, fed[1], generated)
 
     def _named(self, step: Step, shape: StepShape, sampled: int) -> Packed:
         """A step that has rows with named tokens."""
@@ -152,7 +159,7 @@ class Packer:
         if shape.prefill_tokens:
             flat, *others = (next(sent) for _ in range(6))
             prefill = PrefillTiles(flat.view(-1, 2), *others, pairs, segments, whole=list(whole.values()))
-        return Packed(self._batch(tokens, shape.decode_tokens, prefill), *sent)
+        return Packed(shape, self._batch(tokens, shape.decode_tokens, prefill), *sent)
 
     def _put_tiles(
         self,

@@ -4,7 +4,7 @@ when it enters; all that changes afterwards stays on the device. The order of op
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -256,7 +256,7 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
     packed["branch"] = branch
     packed["seed"] = params.seed
     packed["alternatives"] = params.top_logprobs
-    return packed[()]
+    return cast(np.void, packed[()])
 
 
 def _inverse_temperature(of: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from lightllmd.engine.step import Alternatives, Candidate
 MOST_CANDIDATES = 64  # that a row can report
 
 
-class Reading(Protocol):
+class HypothesisText(Protocol):
     """The text of a hypothesis. See `engine.scheduling.hypothesis_text`."""
 
     @property
@@ -34,7 +34,7 @@ class Reading(Protocol):
     @property
     def text(self) -> str | None: ...
 
-    def after(self, token: int) -> Reading: ...
+    def after(self, token: int) -> HypothesisText: ...
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Hypothesis:
     alternatives: list[Alternatives | None] = field(default_factory=list)  # of each token
     total: float = 0.0  # sum of the tokens' log-probabilities in the distribution that is searched
     ended: bool = False  # by eos or a stop
-    reading: Reading | None = None
+    reading: HypothesisText | None = None
     score: float = 0.0  # once it is one of `BeamSearch.ended`
 
 
@@ -57,7 +57,7 @@ class BeamSearch:
         eos_ids: Collection[int],
         max_new_tokens: int,
         length_penalty: float,
-        reading: Reading | None = None,
+        reading: HypothesisText | None = None,
     ) -> None:
         """`reading`: of no token yet, where stops end a hypothesis; None: nothing but an eos does."""
         self.live = [Hypothesis(reading=reading)]
@@ -123,7 +123,7 @@ class BeamSearch:
         reported: float,
         alternatives: Alternatives | None,
         ended: bool,
-        reading: Reading | None,
+        reading: HypothesisText | None,
     ) -> Hypothesis:
         beam = self.live[parent]
         tokens, logprobs = [*beam.tokens, token], [*beam.logprobs, reported]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from lightllmd.engine.kv_cache.manager import KeyValues
-from lightllmd.engine.scheduling.beam_search import BeamSearch, Reading
+from lightllmd.engine.scheduling.beam_search import BeamSearch, HypothesisText
 from lightllmd.engine.scheduling.sequence import Fork, Sequence
 from lightllmd.engine.step import Alternatives, Candidate
 from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput
@@ -18,7 +18,7 @@ from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FIN
 BeamResult = tuple[Sequence, float, list[Candidate], Alternatives | None]
 
 
-def fork(sequences: list[Sequence], eos_ids: frozenset[int], reading: Reading | None = None) -> None:
+def fork(sequences: list[Sequence], eos_ids: frozenset[int], reading: HypothesisText | None = None) -> None:
     """Makes a request's branches the beams of one search. `reading`: where stops end a hypothesis too."""
     params = sequences[0].params
     ends = frozenset[int]() if params.ignore_eos else eos_ids

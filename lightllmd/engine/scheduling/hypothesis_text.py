@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _BODIES = 64  # whose stops are kept: the prompts of one body have the same
 
 
-class Reading:
+class DetokenizedHypothesis:
     """What a hypothesis says so far. It never changes: `after` makes another one, so that beams share their past."""
 
     __slots__ = ("_detokenizer", "_matcher", "_released", "_unshown")
@@ -33,7 +33,7 @@ class Reading:
         self._detokenizer, self._matcher, self._unshown = detokenizer, matcher, unshown
         self._released = ""
 
-    def after(self, token: int) -> Reading:
+    def after(self, token: int) -> DetokenizedHypothesis:
         """With one token more. A token that no text can be made of (it's the request's fault) has none."""
         read = copy.copy(self)
         matcher = read._matcher = self._matcher.copy()
@@ -57,7 +57,7 @@ class Reading:
         return None if self._detokenizer is None else self._released + self._matcher.held
 
 
-class Readings:
+class HypothesisTexts:
     """Opens them, one for each search."""
 
     def __init__(self, load: Callable[[], Tokenizer]) -> None:
@@ -74,7 +74,7 @@ class Readings:
         except ConfigInvalid as invalid:
             log.warning("beams can't look for stop texts: %s", invalid)
 
-    def open(self, prompt_ids: Sequence[int], params: SamplingParams) -> Reading | None:
+    def open(self, prompt_ids: Sequence[int], params: SamplingParams) -> DetokenizedHypothesis | None:
         """Of what continues the prompt; None where nothing but an eos ends it."""
         stops = params.stops
         if stops is None:
@@ -83,10 +83,10 @@ class Readings:
         if stops.strings and self._tokenizer is None:
             self.prepare()
         if not stops.strings or self._tokenizer is None:
-            return Reading(None, matcher, {})
+            return DetokenizedHypothesis(None, matcher, {})
         detokenizing = self._tokenizer.detokenizing(
             skip_special_tokens=stops.skip_special_tokens,
             spaces_between_special_tokens=stops.spaces_between_special_tokens,
             print_eos_token=stops.print_eos_token,
         )
-        return Reading(detokenizing.open(prompt_ids), matcher, detokenizing.unshown)
+        return DetokenizedHypothesis(detokenizing.open(prompt_ids), matcher, detokenizing.unshown)

@@ -33,7 +33,7 @@ from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.fair_queue import FairQueue
-from lightllmd.engine.scheduling.hypothesis_text import Readings
+from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
 from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, Submission, sequences_of
 from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
@@ -94,7 +94,7 @@ class Scheduler:
         limits: SchedulerLimits,
         generation: int,
         constraints: Constraints | None = None,
-        readings: Readings | None = None,
+        readings: HypothesisTexts | None = None,
     ) -> None:
         """`constraints` None: what requests restrict is not heeded. `readings` None: no stop ends a hypothesis."""
         self.limits = limits

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightllmd.engine.kv_cache.radix_tree import Node
-from lightllmd.engine.scheduling.beam_search import BeamSearch, Reading
+from lightllmd.engine.scheduling.beam_search import BeamSearch, HypothesisText
 from lightllmd.engine.scheduling.constraint import Constraint
 from lightllmd.ipc.messages import SamplingParams, Submit
 
@@ -45,7 +45,7 @@ class Fork:
     members: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None  # None: each draws for itself
     ends: frozenset[int] = frozenset()  # of a search: the tokens that end a hypothesis
-    reading: Reading | None = None  # of a search: what it begins with, where stops end a hypothesis too
+    reading: HypothesisText | None = None  # of a search: what it begins with, where stops end a hypothesis too
 
     def leave(self, sequence: Sequence) -> None:
         """It gave its slots back: the next one pays for the prompt."""

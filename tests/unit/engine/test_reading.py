@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightllmd.engine.scheduling.hypothesis_text import Reading, Readings
+from lightllmd.engine.scheduling.hypothesis_text import DetokenizedHypothesis, HypothesisTexts
 from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.ipc.messages import FINISH_NONE, SamplingParams, TextStops
 from lightllmd.requests.branch import TextOptions, open_branches
@@ -21,9 +21,9 @@ OPTIONS = [
 ]
 
 
-def opened(tokenizer: Tokenizer, options: TextOptions) -> Reading:
+def opened(tokenizer: Tokenizer, options: TextOptions) -> DetokenizedHypothesis:
     params = SamplingParams(n=2, min_new_tokens=options.min_tokens, stops=options.for_search())
-    reading = Readings(lambda: tokenizer).open([1], params)
+    reading = HypothesisTexts(lambda: tokenizer).open([1], params)
     assert reading is not None
     return reading
 
@@ -31,7 +31,7 @@ def opened(tokenizer: Tokenizer, options: TextOptions) -> Reading:
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(options.stops.strings))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reading_stops_where_the_branch_of_the_same_tokens_does(kind: str, options: TextOptions) -> None:
-    """Readings of other continuations in between change nothing."""
+    """HypothesisTexts of other continuations in between change nothing."""
     tokenizer, draw = KINDS[kind], random.Random(kind)
     for _ in range(20):
         tokens = draw.choices(range(tokenizer.vocab_size), k=12)
@@ -52,11 +52,11 @@ def test_stop_ids_need_no_tokenizer_and_without_one_no_stop_text_is_found() -> N
     def none() -> Tokenizer:
         raise ConfigInvalid([Problem("model_dir", "has no tokenizer")])
 
-    ids = Readings(none).open([1], SamplingParams(n=2, stops=TextStops(ids=((5, 6), (9,)))))
+    ids = HypothesisTexts(none).open([1], SamplingParams(n=2, stops=TextStops(ids=((5, 6), (9,)))))
     assert ids is not None
     assert [ids.after(9).stopped, ids.after(5).stopped, ids.after(5).after(6).stopped] == [True, False, True]
     assert ids.after(9).text is None
-    text = Readings(none).open([1], SamplingParams(n=2, stops=TextStops(strings=("a",), ids=((5,),))))
+    text = HypothesisTexts(none).open([1], SamplingParams(n=2, stops=TextStops(strings=("a",), ids=((5,),))))
     assert text is not None
     assert (text.after(97).stopped, text.after(5).stopped) == (False, True)
-    assert Readings(none).open([1], SamplingParams(n=2)) is None
+    assert HypothesisTexts(none).open([1], SamplingParams(n=2)) is None
