@@ -16,7 +16,9 @@ BLOCK_ROWS = 128  # rows of x that one program of the tensor-core kernel covers 
 
 
 class Tile(NamedTuple):
-    gemv: bool
+    """Which kernel, and how a program goes through its part of the weight."""
+
+    gemv: bool  # else the one of tensor cores
     block_n: int  # weight rows of a tile, a power of two; at least 2 if gated: both halves of a column
     block_k: int
     warps: int
@@ -25,6 +27,7 @@ class Tile(NamedTuple):
 
 
 def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
     return -(-a // b)
 
 
@@ -80,6 +83,7 @@ def block_rows(m: int) -> int:
 
 @functools.cache
 def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> Tile:
+    """Of x ``[M, K]`` times the transposed weight ``[N, K]``; `gated`: its two halves, gate and up, are combined."""
     if m <= gemv_rows(n):
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile

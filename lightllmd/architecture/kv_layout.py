@@ -44,8 +44,3 @@ class KvLayout:
     def slot_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         return sum(layer.slot_bytes for layer in self.layers)
-
-    @property
-    def widest_bytes(self) -> int:
-        """Bytes of one token's keys and values in the layer where they take most."""
-        return max(layer.slot_bytes for layer in self.layers)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.kv_layout import KvLayout
-from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.spec import DecoderSpec, GroupedQuery
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config import gpu_budget
 from lightllmd.config.amount import count, size
@@ -20,6 +20,7 @@ from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts
 
 # For each logit the copies that ranking makes (probabilities, sorted values and ids, running sums in fp64).
 BYTES_PER_LOGIT = 64
+CAPPED_BYTES = 8  # scores that are capped, and their softmax, in fp32; keys and values likewise
 CPU_RUNTIME = 600_000_000  # interpreter, torch and its thread pools
 MARGIN_SHARE, MARGIN_LEAST = 0.02, 256_000_000
 # A CPU decodes a few sequences at a time; more KV cache than this would only take memory from other programs.
@@ -135,21 +136,35 @@ def demand(
     if device.kind == "cuda":
         rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens)
         return Demand([*rows, margin], available, kv.slot_bytes, spare_slots=1, co_residents=co_residents)
+    gathered = gathered_bytes(spec, kv)
     rows = [
         _weights(architecture, data_type),
         _activations(spec, batch_max_tokens, item),
         _logits(spec, item),
         _tables(config, spec),
-        _prefix_masks(config, item),
-        _short_rows(config, kv.widest_bytes),
+        _prefix_masks(config, spec, item),
+        _short_rows(config, gathered),
         BudgetRow("graphs", 0, "none on a CPU"),
         BudgetRow("runtime", CPU_RUNTIME, "the process before it has loaded anything"),
     ]
-    gathered = GATHER_PADDING * kv.widest_bytes
-    return Demand([*rows, margin], available, kv.slot_bytes, gather_bytes=gathered, co_residents=co_residents)
+    padded = GATHER_PADDING * gathered
+    return Demand([*rows, margin], available, kv.slot_bytes, gather_bytes=padded, co_residents=co_residents)
 
 
 # --- on a CPU -----------------------------------------------------------------------------------------------------
+
+
+def gathered_bytes(spec: DecoderSpec, kv: KvLayout) -> int:
+    """What attention takes of one gathered token, in the layer where that is most: its keys and values; where scores
+    are capped also those of one key/value head in fp32, and twice the fp32 scores of that head's group."""
+
+    def capped(attention: GroupedQuery) -> int:
+        if attention.soft_cap is None:
+            return 0
+        return CAPPED_BYTES * (attention.head_dim + attention.heads // attention.kv_heads)
+
+    layers = zip(kv.layers, spec.layers, strict=True)
+    return max(stored.slot_bytes + capped(layer.attention) for stored, layer in layers)
 
 
 def _weights(architecture: Architecture, data_type: str) -> BudgetRow:
@@ -160,11 +175,11 @@ def _weights(architecture: Architecture, data_type: str) -> BudgetRow:
     return BudgetRow("weights", weight_bytes(weights, ITEM_BYTES[data_type]), how)
 
 
-def _short_rows(config: Config, layer_bytes: int) -> BudgetRow:
+def _short_rows(config: Config, gathered: int) -> BudgetRow:
     """A full batch of short rows, one of them SHORT_ROW long, is padded far beyond the slots that it holds."""
     rows = config.params.running_max_req_size
-    how = f"{rows} rows x {SHORT_ROW} tokens x {size(layer_bytes)}, gathered together"
-    return BudgetRow("short rows", rows * SHORT_ROW * layer_bytes, how)
+    how = f"{rows} rows x {SHORT_ROW} tokens x {size(gathered)}, gathered together"
+    return BudgetRow("short rows", rows * SHORT_ROW * gathered, how)
 
 
 def _activations(spec: DecoderSpec, tokens: int, item: int) -> BudgetRow:
@@ -193,8 +208,10 @@ def _tables(config: Config, spec: DecoderSpec) -> BudgetRow:
     return BudgetRow("tables", rows * (2 * width + words) * 4, how)
 
 
-def _prefix_masks(config: Config, item: int) -> BudgetRow:
-    """Which tokens are seen by those that are fed behind a prefix, or as a later part of a prompt."""
+def _prefix_masks(config: Config, spec: DecoderSpec, item: int) -> BudgetRow:
+    """Which tokens are seen by those that are fed behind a prefix, or as a later part of a prompt; where scores are
+    capped, the scores of so many queries, too."""
     width = config.params.max_req_total_len
-    how = f"tokens fed behind others, {MASK_ROWS} at a time x {width} x {item} B"
-    return BudgetRow("prefix masks", MASK_ROWS * width * item, how)
+    each = item + (CAPPED_BYTES if any(layer.attention.soft_cap is not None for layer in spec.layers) else 0)
+    how = f"tokens fed behind others, {MASK_ROWS} at a time x {width} x {each} B"
+    return BudgetRow("prefix masks", MASK_ROWS * width * each, how)
