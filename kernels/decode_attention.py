@@ -59,7 +59,7 @@ def _decode(
     on: Operands,
     rows,
     positions,
-    partial: Partial | None,
+    partial,
     SHAPE: tl.constexpr,
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,

@@ -59,14 +59,12 @@ def decode_attention(q: Tensor, cache: LayerCache, heads: Heads, group: DecodeGr
     slots, mask = group.slots, group.mask
     if heads.window is not None:
         slots, mask = _newest(slots, mask, len(q), heads.window)
-    kept = cache.gather(slots).view(len(q), -1, 2 * heads.kv, heads.dim).transpose(1, 2)
+    keys, values = (kept.view(len(q), -1, *kept.shape[1:]).transpose(1, 2) for kept in cache.gather(slots))
     grouped = q.reshape(len(q), heads.kv, heads.query // heads.kv, heads.dim)
     if heads.soft_cap is not None:
-        out = _soft_capped(grouped, kept, heads, mask)
+        out = _soft_capped(grouped, keys, values, heads, mask)
     else:
-        out = functional.scaled_dot_product_attention(
-            grouped, kept[:, : heads.kv], kept[:, heads.kv :], attn_mask=mask, scale=heads.scale
-        )
+        out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=heads.scale)
     return out.reshape(q.shape)
 
 
@@ -74,11 +72,11 @@ def prefill_attention(q: Tensor, cache: LayerCache, heads: Heads, row: PrefillRo
     """Causal attention of one row: ``q [t, H, D]``, its newest tokens, -> ``[t, H, D]``."""
     start, length = row.start, row.start + row.count
     queries = q.transpose(0, 1).unsqueeze(0)
-    kept = cache.gather(row.slots).transpose(0, 1).unsqueeze(0)
+    keys, values = (kept.transpose(0, 1).unsqueeze(0) for kept in cache.gather(row.slots))
     window = heads.window if heads.window is not None and heads.window < length else None
     if start == 0 and window is None and heads.soft_cap is None:
         out = functional.scaled_dot_product_attention(
-            queries, kept[:, : heads.kv], kept[:, heads.kv :], is_causal=True, scale=heads.scale, enable_gqa=True
+            queries, keys, values, is_causal=True, scale=heads.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     at_once = MASK_ROWS if heads.soft_cap is None else max(1, MASK_ROWS * heads.kv // heads.query)
@@ -88,20 +86,13 @@ def prefill_attention(q: Tensor, cache: LayerCache, heads: Heads, row: PrefillRo
         # The keys that any of these queries sees.
         low, end = 0 if window is None else max(0, start + first + 1 - window), start + last
         mask = _causal_mask(q, start + first - low, last - first, window)
-        some, seen = queries[:, :, first:last], kept[:, :, low:end]
+        seen = queries[:, :, first:last], keys[:, :, low:end], values[:, :, low:end]
         if heads.soft_cap is not None:
-            parts.append(_soft_capped(some, seen, heads, mask))
-            continue
-        parts.append(
-            functional.scaled_dot_product_attention(
-                some,
-                seen[:, : heads.kv],
-                seen[:, heads.kv :],
-                attn_mask=mask,
-                scale=heads.scale,
-                enable_gqa=True,
+            parts.append(_soft_capped(*seen, heads, mask))
+        else:
+            parts.append(
+                functional.scaled_dot_product_attention(*seen, attn_mask=mask, scale=heads.scale, enable_gqa=True)
             )
-        )
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
@@ -131,9 +122,9 @@ def _causal_mask(like: Tensor, before: int, count: int, window: int | None) -> T
     return mask
 
 
-def _soft_capped(q: Tensor, kept: Tensor, heads: Heads, mask: Tensor | None) -> Tensor:
-    """Attention of ``q [B, H, t, D]`` over ``kept [B, 2K, L, D]``, whose scores s become ``cap * tanh(s / cap)`` (Gemma
-    Team 2024, Gemma 2); `mask` is added to ``[B, H, t, L]``. H is a multiple of K.
+def _soft_capped(q: Tensor, keys: Tensor, values: Tensor, heads: Heads, mask: Tensor | None) -> Tensor:
+    """Attention of ``q [B, H, t, D]`` over keys and values ``[B, K, L, D]``, whose scores s become ``cap * tanh(s /
+    cap)`` (Gemma Team 2024, Gemma 2); `mask` is added to ``[B, H, t, L]``. H is a multiple of K.
 
     torch's own attention has no cap. One key/value head at a time, in fp32: scores of 16 bits would be rounded to
     an eighth below a cap of 50.
@@ -141,10 +132,9 @@ def _soft_capped(q: Tensor, kept: Tensor, heads: Heads, mask: Tensor | None) -> 
     assert heads.soft_cap is not None
     out = torch.empty_like(q)
     for kv_head, (queries, target) in enumerate(zip(q.chunk(heads.kv, 1), out.chunk(heads.kv, 1), strict=True)):
-        keys, values = kept[:, kv_head].float(), kept[:, heads.kv + kv_head].float()
-        scores = queries.flatten(1, 2).float() @ keys.transpose(1, 2)
+        scores = queries.flatten(1, 2).float() @ keys[:, kv_head].float().transpose(1, 2)
         scores.mul_(heads.scale / heads.soft_cap).tanh_().mul_(heads.soft_cap)
         if mask is not None:
             scores.view(*queries.shape[:3], -1).add_(mask)
-        target.copy_((scores.softmax(-1) @ values).view(queries.shape))
+        target.copy_((scores.softmax(-1) @ values[:, kv_head].float()).view(queries.shape))
     return out

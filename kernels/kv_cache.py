@@ -25,9 +25,11 @@ class LayerCache:
         """Its keys and values become zeros."""
         self.entries[slot] = 0
 
-    def gather(self, slots: Slots) -> Tensor:
-        """Keys and values ``[N, 2K, D]`` at N slots: a copy, or a view where they are a run."""
-        return self.entries[slots] if isinstance(slots, slice) else self.entries.index_select(0, slots)
+    def gather(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[N, K, D]`` at N slots: of a copy, or a view where they are a run."""
+        kept = self.entries[slots] if isinstance(slots, slice) else self.entries.index_select(0, slots)
+        keys, values = kept.chunk(2, 1)
+        return keys, values
 
 
 def allocate(layout: KvLayout, slots: int, device: torch.device) -> list[LayerCache]:

@@ -1,6 +1,6 @@
 """What a step looks like to the operations: where its tokens lie, and where their keys and values are.
 
-T tokens packed from all rows of a step; one layer's KV cache is ``[S, 2K, D]``, keys in heads 0..K-1, values behind.
+T tokens packed from all rows of a step; H query and K key/value heads of D elements; slots are those of `kv_cache`.
 A `Batch` has what the operations of every device read, and metadata for the attention of one: made by that device's
 runner, carried through the decoder unread.
 """

@@ -16,9 +16,7 @@ BLOCK_ROWS = 128  # rows of x that one program of the tensor-core kernel covers 
 
 
 class Tile(NamedTuple):
-    """Which kernel, and how a program goes through its part of the weight."""
-
-    gemv: bool  # else the one of tensor cores
+    gemv: bool
     block_n: int  # weight rows of a tile, a power of two; at least 2 if gated: both halves of a column
     block_k: int
     warps: int
@@ -27,7 +25,6 @@ class Tile(NamedTuple):
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
     return -(-a // b)
 
 
@@ -83,7 +80,6 @@ def block_rows(m: int) -> int:
 
 @functools.cache
 def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> Tile:
-    """Of x ``[M, K]`` times the transposed weight ``[N, K]``; `gated`: its two halves, gate and up, are combined."""
     if m <= gemv_rows(n):
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile

@@ -152,8 +152,9 @@ def test_tiles_of_every_size_give_the_same(block_n: int, dtypes: torch.dtype, de
 
 
 # Smaller than a block, at its border, of several, and larger than any row.
-@pytest.mark.parametrize("window", [1, 16, 33, 100, 200])
-@pytest.mark.parametrize(("segments", "fused"), [(1, False), (4, False), (8, True)])
+@pytest.mark.parametrize(
+    ("window", "segments", "fused"), [(1, 4, True), (16, 1, False), (33, 8, True), (100, 4, False), (200, 8, True)]
+)
 def test_a_window_hides_what_lies_before_it(segments: int, fused: bool, window: int, device: str) -> None:
     rows = KvRows.of(LENGTHS, 1, 32, torch.float32, device)
     q = queries(len(LENGTHS), 2, 1, 32, torch.float32, device)

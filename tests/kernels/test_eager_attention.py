@@ -59,8 +59,7 @@ kinds = pytest.mark.parametrize(("window", "soft_cap"), KINDS)
 
 
 @kinds
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize("lengths", [[1, 19, 7], [9, 9, 9], [19]])
+@pytest.mark.parametrize(("lengths", "heads", "kv_heads"), [([1, 19, 7], 6, 2), ([9, 9, 9], 4, 4), ([19], 5, 1)])
 def test_decode_attention_reads_own_slots_only(
     lengths: list[int],
     heads: int,
@@ -87,8 +86,10 @@ def test_decode_attention_reads_own_slots_only(
 
 
 @kinds
-@pytest.mark.parametrize(("start", "count"), [(0, 11), (9, 5), (3, 2), (30, 700)])
-@pytest.mark.parametrize(("run", "heads", "kv_heads"), [(False, 6, 2), (True, 5, 1), (True, 4, 4)])
+@pytest.mark.parametrize(
+    ("start", "count", "run", "heads", "kv_heads"),
+    [(0, 11, False, 5, 1), (9, 5, True, 6, 2), (3, 2, True, 4, 4), (3, 2, False, 6, 2), (30, 700, False, 4, 2)],
+)
 def test_prefill_attention_is_causal_behind_a_cached_prefix(
     run: bool,
     start: int,

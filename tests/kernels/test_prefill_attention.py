@@ -142,8 +142,7 @@ def test_how_many_segments_there_are_changes_nothing_but_rounding(device: str) -
 
 
 # Smaller than a block, of some blocks, larger than any row.
-@pytest.mark.parametrize("window", [1, 20, 70, 400])
-@pytest.mark.parametrize("segments", [1, 2, 8])
+@pytest.mark.parametrize(("window", "segments"), [(1, 1), (1, 2), (20, 8), (70, 1), (70, 2), (400, 1), (400, 8)])
 def test_a_window_hides_what_lies_before_it(segments: int, window: int, device: str) -> None:
     """Of prompts without and with a cached prefix. Tiles have pairs that see nothing of their first block."""
     counts, starts = [70, 1, 33], [0, 90, 150]

@@ -49,7 +49,7 @@ def heads_of(shape: Shape) -> Heads:
 
 def gathered_attention(q: Tensor, cache: LayerCache, slots: Tensor, causal: bool) -> Tensor:
     """``q [t, H, D]`` over the tokens at `slots`, by torch."""
-    keys, values = cache.gather(slots.long()).transpose(0, 1).unsqueeze(0).chunk(2, 1)
+    keys, values = (kept.transpose(0, 1).unsqueeze(0) for kept in cache.gather(slots.long()))
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), keys, values, is_causal=causal, enable_gqa=True
     )
@@ -122,7 +122,7 @@ def prefill(shape: Shape, tokens: int, report: Report) -> None:
     require_close(out, gathered_attention(q, cache, table[0], True), 1e-2)
     us = median_us([call] * 4)
     report.result("prefill", tokens=tokens, by="ours", us=us, tflops=flops / us / 1e6)
-    keys, values = cache.gather(table[0].long()).transpose(0, 1).unsqueeze(0).contiguous().chunk(2, 1)
+    keys, values = (kept.transpose(0, 1).unsqueeze(0).contiguous() for kept in cache.gather(table[0].long()))
     queries = q.transpose(0, 1).unsqueeze(0).contiguous()
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
         with report.case(f"prefill {tokens} {name}"), sdpa_kernel([backend]):

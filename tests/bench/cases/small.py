@@ -91,7 +91,7 @@ def rotation(shape: Shape, tokens: int, report: Report) -> None:
         first, second = queries.chunk(2, -1)
         truth = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         require_close(qkvs[0][:, :turned], truth, 1e-2)
-        kept = caches[0].gather(slots.long())
+        kept = torch.cat(caches[0].gather(slots.long()), 1)
         require_close(kept, torch.cat([qkvs[0][:, heads:turned], qkvs[0][:, turned:]], 1), 1e-3)
         us = median_us([functools.partial(call, qkv, cache) for qkv, cache in zip(qkvs, caches, strict=True)])
         moved = 2 * tokens * dim * (2 * turned + kv + 2 * kv)  # read and write q and k, read v, write k and v
