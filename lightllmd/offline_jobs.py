@@ -18,7 +18,7 @@ from lightllmd.requests.asked import FieldNames, Prompt
 from lightllmd.requests.branch import Branch, open_branches
 from lightllmd.requests.faults import from_validation, shown
 from lightllmd.requests.fields import MAX_LOGPROBS
-from lightllmd.requests.intake import Intake, Job
+from lightllmd.requests.intake import AdmittedJob, Intake
 from lightllmd.requests.parameters import Parameters
 from lightllmd.requests.prompt_log import PromptLog
 from lightllmd.requests.text_work import without_waiting
@@ -37,6 +37,7 @@ class Generated:
 
     @property
     def cumulative_logprob(self) -> float:
+        """Of the whole branch."""
         return sum(self.logprobs)
 
 
@@ -69,6 +70,7 @@ class Fields(Parameters):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 
     def sampling(self) -> SamplingParams:
+        """With the alternatives, too."""
         return msgspec.structs.replace(super().sampling(), top_logprobs=self.top_logprobs)
 
 
@@ -77,7 +79,7 @@ class OfflineJob:
 
     __slots__ = ("_checked", "_detokenized", "branches", "cached", "left", "prompt_log")
 
-    def __init__(self, checked: Job, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, checked: AdmittedJob, tokenizer: Tokenizer | None) -> None:
         """Without a tokenizer its output has no text."""
         self._checked = checked
         self._detokenized = tokenizer is not None
@@ -88,6 +90,7 @@ class OfflineJob:
 
     @property
     def params(self) -> SamplingParams:
+        """As the engine gets them."""
         return self._checked.params
 
     @property
@@ -112,6 +115,7 @@ class OfflineJob:
         return stopped
 
     def output(self) -> Output:
+        """Once all branches have ended."""
         branches = [self._generated(branch) for branch in self.branches]
         log, asked = self.prompt_log, self.params.prompt_logprobs
         logprobs = log.logprobs if asked >= 0 else None

@@ -25,12 +25,12 @@ def main() -> int:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
     import uvloop
 
-    from lightllmd.api.worker import Worker
+    from lightllmd.api.worker import ApiWorker
     from lightllmd.observe import metrics
 
     metrics.use_files(configure.metrics_id, configure.metrics_dir)
     try:
-        uvloop.run(Worker(channel, configure, plan).run())
+        uvloop.run(ApiWorker(channel, configure, plan).run())
     except LightllmdError as failure:
         kind = {EXIT_CONFIG: "config", EXIT_TRY_AGAIN: "changed"}.get(failure.exit_code, "error")
         channel.send(messages.Failed(kind, failure.message))

@@ -29,6 +29,7 @@ _BODIES = 8  # of the largest kind, in memory at a time
 
 
 def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
+    """Raises ConfigInvalid for a certificate that can't be used."""
     config = uvicorn.Config(
         app,
         http=Connection,  # type: ignore[arg-type]  # a class like its own, not derived from them
@@ -71,7 +72,7 @@ def bounds(http: HttpSettings) -> Bounds:
     )
 
 
-class Server(server.Server):
+class ApiServer(server.Server):
     """Ends when it is told to, each connection after its answer."""
 
     def __init__(self, app: ASGIApp, http: HttpSettings, sockets: list[socket.socket], errors: ErrorAnswers) -> None:
@@ -108,6 +109,7 @@ class Server(server.Server):
         loop.call_later(settle, self.traffic.retire, KEEP_ALIVE_RETIRED)
 
     async def on_tick(self, counter: int) -> bool:
+        """See `http.server`. True also once it has retired and the last connection is gone."""
         over = await super().on_tick(counter)
         if self._settled is None or self.traffic.connections:
             return over

@@ -17,7 +17,7 @@ from lightllmd.api.inflight.ledger import Ledger, Tally
 from lightllmd.api.inflight.link import EngineLink
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
-from lightllmd.api.server import Server
+from lightllmd.api.server import ApiServer
 from lightllmd.api.web.auth import AcceptedKeys
 from lightllmd.config.plan import Plan
 from lightllmd.errors import NotReady, RequestError
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 BEAT = 0.2  # seconds between heartbeats, time-out checks and looks at quiet streams
 
 
-class Worker:
+class ApiWorker:
     """Raises ConfigInvalid for a certificate or tokenizer that can't be read."""
 
     def __init__(self, channel: Channel[messages.Down], configure: messages.ApiConfigure, plan: Plan) -> None:
@@ -47,9 +47,9 @@ class Worker:
         self._keys = AcceptedKeys(plan.config.keys)
         app = build_app(self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys)
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
-        self._server = Server(app, http, sockets, error_answers())
+        self._server = ApiServer(app, http, sockets, error_answers())
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
-        self._broken: asyncio.Future[None] | None = None  # ends with the first exception that nobody can handle
+        self._broken: asyncio.Future[None] | None = None  # ends with the first exception in a callback
         self.revisions.current.texts.processes.start()  # last, but before any thread
 
     def _revision(self, plan: Plan) -> Revision:

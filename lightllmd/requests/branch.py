@@ -119,10 +119,12 @@ class Branch:
 
     @property
     def text(self) -> str:
+        """What the client may see so far."""
         return "".join(self.texts)
 
     @property
     def cumulative_logprob(self) -> float:
+        """Of all its tokens."""
         return sum(self.logprobs)
 
 

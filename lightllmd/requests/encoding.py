@@ -36,6 +36,7 @@ class Encoder:
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], options: dict[str, Any], field: str, cut: bool
     ) -> array[int]:
+        """`options` as `ChatTemplate.render`."""
         return self._encode(self.render(messages, options), field, False, cut)
 
     def render(self, messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
@@ -43,6 +44,7 @@ class Encoder:
         return self._tokenizer.render_chat(messages, **options)
 
     def count(self, text: str, add_special_tokens: bool) -> int:
+        """Tokens of a text of any length."""
         return len(self._tokenizer.encode(text, add_special_tokens))
 
     def _encode(self, text: str, field: str, add_special_tokens: bool, cut: bool) -> array[int]:

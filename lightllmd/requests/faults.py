@@ -29,7 +29,7 @@ _SAME_MEANING = (
 _TYPE_WORDS = {"model_type": "should be an object", "tuple_type": "should be an array"}
 
 
-def _brief(name: str) -> str:
+def _short(name: str) -> str:
     """A client's name for a field, which may be as long as its body."""
     return name if len(name) <= _SHOWN else name[: _SHOWN - 1] + "…"
 
@@ -38,10 +38,10 @@ def shown(value: Any) -> str:
     """A refused value as a message may repeat it."""
     if isinstance(value, int) and value.bit_length() > _SHOWN * 3:
         return "an integer of many digits"
-    brief = reprlib.Repr()
-    brief.maxlevel, brief.maxlist, brief.maxdict = 3, 4, 4
-    brief.maxstring = brief.maxlong = brief.maxother = _SHOWN
-    return brief.repr(value)
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict = 3, 4, 4
+    short.maxstring = short.maxlong = short.maxother = _SHOWN
+    return short.repr(value)
 
 
 def contradiction(field: str, words: str) -> PydanticCustomError:
@@ -99,8 +99,8 @@ class _Fault:
             if isinstance(part, int):
                 path.append(str(part))
             elif part in known.get(".".join(names), ()) or (kind == "extra_forbidden" and depth == len(place) - 1):
-                path.append(_brief(part))
-                names.append(_brief(part))
+                path.append(_short(part))
+                names.append(_short(part))
             else:  # pydantic's name for an alternative of a union
                 field = field or ".".join(path)
         where = ".".join(path)
@@ -119,7 +119,7 @@ class _Fault:
 def _words(problem: ErrorDetails, known: Iterable[str]) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
-        return f"unknown field; {nearest(_brief(str(problem['loc'][-1])), known)}"
+        return f"unknown field; {nearest(_short(str(problem['loc'][-1])), known)}"
     if kind == "missing":
         return "required"
     if kind == "contradiction":

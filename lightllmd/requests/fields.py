@@ -28,14 +28,22 @@ _BadText = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD)]
 _BadIds = Annotated[list[Count], Field(min_length=1, max_length=MAX_BAD_WORD, fail_fast=True)]
 
 
+def _for_clients(schema: dict[str, Any], model: type[Body]) -> None:
+    if not model.__dict__.get("described", False):
+        schema.pop("description", None)
+
+
 class Body(BaseModel):
     """Strict: no "1" for 1, no 2.0 for 2, no NaN. null says what leaving the field out says, where that is allowed.
 
     An unknown field is a fault, except where the class is `lenient` and its reader has a set to note such names in
     (pydantic's validation context)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_for_clients
+    )
     lenient: ClassVar[bool] = False
+    described: ClassVar[bool] = False  # its docstring is for clients, too: in the OpenAPI document
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +68,7 @@ class Body(BaseModel):
 
 
 def affordable_stops(stops: list[Any]) -> list[Any]:
+    """A validator of lists of stops: bounds what their automata take."""
     total = sum(map(len, stops))
     if total > MAX_STOP_TOTAL:
         raise ValueError(f"the stops should have at most {MAX_STOP_TOTAL} characters or ids in all; got {total}")
@@ -93,6 +102,8 @@ def _biases(given: Any) -> Any:
 
 
 class CommonFields(Body):
+    """What LightLLM's own and the OpenAI routes share."""
+
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = Field(
         default=None, description="token id -> what is added to its logit, -100 … 100"
     )
@@ -124,6 +135,7 @@ class CommonFields(Body):
 
     @property
     def bad_texts(self) -> list[str]:
+        """Of `bad_words` those that are texts."""
         return [word for word in self.bad_words or () if isinstance(word, str)]
 
     def common_sampling(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lightllmd.text.stop import StopList
 
 
 @dataclass(frozen=True)
-class Job:
+class AdmittedJob:
     """One prompt, checked and ready to run."""
 
     given_ids: list[int]  # the prompt
@@ -54,12 +54,12 @@ class Intake:
         self._tokenizer = tokenizer
         self._work = work
 
-    async def jobs(self, asked: Asked) -> list[Job]:
+    async def jobs(self, asked: Asked) -> list[AdmittedJob]:
         """One for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the bound."""
         with naming(asked.names.subject):
             return await self._checked(asked)
 
-    async def _checked(self, asked: Asked) -> list[Job]:
+    async def _checked(self, asked: Asked) -> list[AdmittedJob]:
         names, sequences = asked.names, asked.params.n
         if names.prompts is not None:
             self.limits.at_once(len(asked.prompts) * sequences, names.prompts)
@@ -148,7 +148,9 @@ class Intake:
         limits.new_tokens(len(ids), new_tokens, sequences, asked.names.new_tokens or prompt.field)
         return _Fitted(ids, len(ids) != len(given), max(1, new_tokens))
 
-    def _jobs(self, asked: Asked, prompts: list[_Fitted], params: SamplingParams, text: TextOptions) -> list[Job]:
+    def _jobs(
+        self, asked: Asked, prompts: list[_Fitted], params: SamplingParams, text: TextOptions
+    ) -> list[AdmittedJob]:
         jobs = [
             self._job(asked, prompt, fitted, params, text)
             for prompt, fitted in zip(asked.prompts, prompts, strict=True)
@@ -158,7 +160,9 @@ class Intake:
             self.limits.scored(tokens, jobs[0].params.prompt_logprobs, asked.names.prompts)
         return jobs
 
-    def _job(self, asked: Asked, prompt: Prompt, fitted: _Fitted, params: SamplingParams, text: TextOptions) -> Job:
+    def _job(
+        self, asked: Asked, prompt: Prompt, fitted: _Fitted, params: SamplingParams, text: TextOptions
+    ) -> AdmittedJob:
         """A prompt whose log-probabilities were asked for is scored whole, so it isn't healed."""
         ids, cut, new_tokens = fitted
         run, healing, prompt_logprobs = ids, b"", params.prompt_logprobs
@@ -176,7 +180,7 @@ class Intake:
             prompt_logprobs=prompt_logprobs,
             stops=text.for_search() if self.beams and params.n > 1 and text.stops else None,
         )
-        return Job(ids, cut, run, own, text)
+        return AdmittedJob(ids, cut, run, own, text)
 
 
 def _size(prompts: Sequence[Ids]) -> int:

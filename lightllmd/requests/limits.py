@@ -19,6 +19,8 @@ Ids: TypeAlias = "list[int] | array[int]"
 
 @dataclass(frozen=True)
 class RequestLimits:
+    """Of one plan. All checks raise InvalidRequest, which names the field, its value and the bound."""
+
     max_req_input_len: int
     max_req_total_len: int
     max_total_token_num: int
@@ -31,6 +33,7 @@ class RequestLimits:
 
     @classmethod
     def of(cls, plan: Plan) -> RequestLimits:
+        """What the plan says."""
         params = plan.config.params
         return cls(
             params.max_req_input_len,
@@ -94,6 +97,7 @@ class RequestLimits:
                 raise _overflow(f"you requested {total} tokens ({parts})", name, limit, field)
 
     def branches(self, n: int, field: str) -> None:
+        """`n`: sequences for each prompt."""
         if n > self.running_max_req_size:
             raise InvalidRequest(
                 f"{field}: {n} sequences, more than running_max_req_size = {self.running_max_req_size}", param=field
@@ -134,6 +138,7 @@ class RequestLimits:
             )
 
     def token_ids(self, ids: Sequence[int], field: str) -> None:
+        """Each has to be one that the model has an embedding of."""
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequest(f"{field}: token id {bad} is not within 0 .. {self.vocab_size - 1}", param=field)

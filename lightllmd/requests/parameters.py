@@ -23,6 +23,8 @@ StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024, fail_fast=
 class Parameters(CommonFields):
     """`parameters` of /generate, /generate_stream and /."""
 
+    described = True
+
     return_details: bool = False
     best_of: Annotated[int, Field(ge=1, le=8)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -81,10 +83,12 @@ class Parameters(CommonFields):
 
     @property
     def sequences(self) -> int:
+        """For each prompt."""
         return self.best_of or self.n or 1
 
     @property
     def new_tokens(self) -> int:
+        """At most so many; a default where the client doesn't say."""
         return self.max_new_tokens or max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens)
 
     def asked(self, prompts: Sequence[Prompt], names: FieldNames, *, shows_prompt: bool) -> Asked:
@@ -113,6 +117,7 @@ class Parameters(CommonFields):
         )
 
     def sampling(self) -> SamplingParams:
+        """For the engine; of bad words those that are token ids."""
         return SamplingParams(
             n=self.sequences,
             do_sample=self.do_sample and self.temperature >= 1e-5,

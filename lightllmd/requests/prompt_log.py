@@ -33,6 +33,7 @@ class PromptLog:
         return True
 
     def whole(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether all parts have come."""
         return len(self.logprobs) == len(prompt_ids) - 1
 
     @property
@@ -41,6 +42,7 @@ class PromptLog:
         return len(self.logprobs) + sum(map(len, self._alternatives))
 
     def alternatives(self, index: int) -> list[tuple[int, float]]:
+        """To the token of entry `index`, best first."""
         return self._alternatives[index] if self._alternatives else []
 
     def pairs(self, prompt_ids: Sequence[int]) -> list[tuple[int, dict[str, float]]]:

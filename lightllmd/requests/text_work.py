@@ -34,7 +34,7 @@ class TextWork(Protocol):
         """Work on `size` characters or numbers."""
 
 
-class Inline:
+class Inline(TextWork):
     """Everything at once, in the caller's thread. `tokenizer` is called when it is needed."""
 
     def __init__(self, tokenizer: Callable[[], Tokenizer]) -> None:

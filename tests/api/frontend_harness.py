@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from lightllmd.api.inflight.ledger import Ledger
-from lightllmd.api.worker import Worker
+from lightllmd.api.worker import ApiWorker
 from lightllmd.config.keys import KeyDigests, digests
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
@@ -203,7 +203,7 @@ class Stack:
         self.port = self.listener.getsockname()[1]
         self.supervisor, theirs = channel.pair()
         configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder), "api-0")
-        self.worker = Worker(channel.Channel(theirs, messages.decode_down), configure, plan)
+        self.worker = ApiWorker(channel.Channel(theirs, messages.decode_down), configure, plan)
         self.running = asyncio.create_task(self.worker.run())
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)
         self.engine: ScriptedEngine | None = None  # the newest

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from api.frontend_harness import expected, run, stack
 from lightllmd.api.app import DIALECTS, build_app
-from lightllmd.api.dialects.dialect import Dialect, Generation, Generator
+from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
@@ -25,7 +25,7 @@ from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.fields import Body
-from lightllmd.requests.intake import Job
+from lightllmd.requests.intake import AdmittedJob
 
 
 class Telegram(Body):
@@ -68,19 +68,19 @@ class Lines:
         return b"LOST"
 
 
-async def reply(revision: Revision, body: Telegram, jobs: Sequence[Job]) -> Reply:
+async def reply(revision: Revision, body: Telegram, jobs: Sequence[AdmittedJob]) -> Reply:
     return Reply()
 
 
-SEND = Generation(Telegram, Telegram.asked, reply, lambda body: body.live, lambda error: b"LOST")
+SEND = Translation(Telegram, Telegram.asked, reply, lambda body: body.live, lambda error: b"LOST")
 
 
 def router(revisions: Revisions) -> APIRouter:
-    routes, generator = APIRouter(), Generator(revisions)
+    routes, responder = APIRouter(), Responder(revisions)
 
     @routes.post("/telegraph/send", openapi_extra=bodies.documented(Telegram))
     async def send(request: Request) -> Response:
-        return await generator.respond(request, SEND)
+        return await responder.respond(request, SEND)
 
     return routes
 

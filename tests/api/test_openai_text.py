@@ -18,7 +18,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.encoding import Encoder
 from lightllmd.requests.fields import MAX_ALLOWED
-from lightllmd.requests.intake import Intake, Job
+from lightllmd.requests.intake import AdmittedJob, Intake
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.text_work import Inline, without_waiting
 from lightllmd.text import ByteTokenizer, StopList
@@ -26,7 +26,7 @@ from lightllmd.text import ByteTokenizer, StopList
 TOKENIZER = ByteTokenizer()
 
 
-def jobs_of(body: CompletionBody | ChatBody) -> list[Job]:
+def jobs_of(body: CompletionBody | ChatBody) -> list[AdmittedJob]:
     intake = Intake(make_plan(), lambda: TOKENIZER, Inline(lambda: TOKENIZER))
     return without_waiting(intake.jobs(body.asked()))
 

@@ -37,7 +37,7 @@ BANNED = frozenset(
     for word in forms.split()
 )
 # Rooms that are not there yet.
-UNCHECKED = frozenset(["api", "engine", "kernels"])
+UNCHECKED = frozenset(["engine", "kernels"])
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # parts of snake_case and CamelCase, too
 

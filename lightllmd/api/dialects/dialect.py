@@ -23,7 +23,7 @@ from lightllmd.api.web.responses import encoded_response, json_in_parts
 from lightllmd.errors import RequestError
 from lightllmd.requests.asked import Asked
 from lightllmd.requests.fields import Body
-from lightllmd.requests.intake import Job
+from lightllmd.requests.intake import AdmittedJob
 
 Kind = TypeVar("Kind", bound=Body)
 
@@ -38,7 +38,7 @@ class Dialect:
     router: Callable[[Revisions], APIRouter]
 
 
-class Answer(Protocol):
+class Reply(Protocol):
     """How a dialect tells what became of a body's jobs."""
 
     def whole(self, pending: Pending) -> Any:
@@ -49,46 +49,46 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True)
-class Generation(Generic[Kind]):
+class Translation(Generic[Kind]):
     """How a route that generates translates: a checked body into what is asked, jobs into their answer."""
 
     body: type[Kind]
     asked: Callable[[Kind], Asked]  # raises InvalidRequest for what the dialect alone can't do
-    answer: Callable[[Revision, Kind, Sequence[Job]], Awaitable[Answer]]
+    reply: Callable[[Revision, Kind, Sequence[AdmittedJob]], Awaitable[Reply]]
     streamed: Callable[[Kind], bool]
     error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
 
 
-class Generator:
+class Responder:
     """The way of a request that generates, whatever its dialect."""
 
     def __init__(self, revisions: Revisions) -> None:
         self._revisions = revisions
         self._parse = bodies.parser(revisions.current.http, revisions.decode)
 
-    async def respond(self, request: Request, generation: Generation[Kind]) -> Response:
+    async def respond(self, request: Request, translation: Translation[Kind]) -> Response:
         """Raises InvalidRequest, NotReady, QueueFull, and whatever ends the request before its answer has begun."""
         arrived_at = time.monotonic()
         with self._revisions.accounts.admission():
-            body = await self._parse(request, generation.body)
-            asked = generation.asked(body)
-        make = partial(self._respond, request, generation, body, asked, arrived_at)
-        if generation.streamed(body):
-            return await self._revisions.stream(make, generation.error_frame)
+            body = await self._parse(request, translation.body)
+            asked = translation.asked(body)
+        make = partial(self._respond, request, translation, body, asked, arrived_at)
+        if translation.streamed(body):
+            return await self._revisions.stream(make, translation.error_frame)
         return await make()
 
     async def _respond(
-        self, request: Request, generation: Generation[Kind], body: Kind, asked: Asked, arrived_at: float
+        self, request: Request, translation: Translation[Kind], body: Kind, asked: Asked, arrived_at: float
     ) -> Response:
         revisions = self._revisions
         with revisions.accounts.admission():
             async with revisions.entered(request.receive) as revision:
                 revisions.check_name(revision, asked.model)
                 jobs = await revision.intake.jobs(asked)
-                answer = await generation.answer(revision, body, jobs)
+                reply = await translation.reply(revision, body, jobs)
                 pending = await revision.open(jobs, arrived_at, revision.tenants.of(request.scope))
-        if generation.streamed(body):
-            return EventStream(pending, answer.frames(pending), revisions.streams)
+        if translation.streamed(body):
+            return EventStream(pending, reply.frames(pending), revisions.streams)
         await pending.finish(request.receive)
         size = sum(entry.answer_size for entry in pending.entries)
-        return encoded_response(await off_loop(size, lambda: json_in_parts(answer.whole(pending))))
+        return encoded_response(await off_loop(size, lambda: json_in_parts(reply.whole(pending))))

@@ -13,9 +13,10 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api.dialects.dialect import Dialect, Generation, Generator
+from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
 from lightllmd.api.dialects.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
@@ -25,13 +26,13 @@ from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.api.web.responses import json_response, on_each
 from lightllmd.errors import RequestError
 from lightllmd.requests.branch import Branch
-from lightllmd.requests.intake import Job
+from lightllmd.requests.intake import AdmittedJob
 
 Kind = TypeVar("Kind", bound=GenerateBody)
 _json = msgspec.json.Encoder()
 
 
-class Token(msgspec.Struct):
+class ShownToken(msgspec.Struct):
     """One token as streams and `return_details` show it."""
 
     id: int
@@ -42,13 +43,17 @@ class Token(msgspec.Struct):
     prompt_tokens: int
 
 
-class DetailedToken(Token):
+class DetailedToken(ShownToken):
+    """As `return_details` shows it."""
+
     prompt_cache_len: int  # tokens of the prompt that were found in the prompt cache
     cumlogprob: float | UnsetType = UNSET  # sum of the log-probabilities up to and with this one
 
 
 class Frame(msgspec.Struct):
-    token: Token
+    """One event of a stream; the names are the original's."""
+
+    token: ShownToken
     generated_text: str | None
     finished: bool
     finish_reason: str | None
@@ -58,7 +63,7 @@ class Frame(msgspec.Struct):
 NO_TOKEN = -1  # the id in the last frame of an answer that was broken off; its text is empty
 
 
-class TokenFrames:
+class TokenFrames(Frames):
     """One frame per token, of the only branch of `entry`; "abort" comes without a token, in a frame of its own."""
 
     def __init__(self, entry: Entry, special: frozenset[int]) -> None:
@@ -78,12 +83,12 @@ class TokenFrames:
         for index in range(first, count):
             token = branch.ids[index]
             finish = branch.finish if index + 1 == count and not aborted else None
-            shown = Token(
+            shown = ShownToken(
                 token, branch.texts[index], branch.logprobs[index], token in special, index + 1, prompt_tokens
             )
             parts.append(b"data:%b\n\n" % encode(Frame(shown, None, finish is not None, finish)))
         if aborted:
-            shown = Token(NO_TOKEN, "", 0.0, True, count, prompt_tokens)
+            shown = ShownToken(NO_TOKEN, "", 0.0, True, count, prompt_tokens)
             parts.append(b"data:%b\n\n" % encode(Frame(shown, None, True, "abort")))
         return b"".join(parts)
 
@@ -95,6 +100,7 @@ class TokenFrames:
 
 
 def error_frame(error: RequestError) -> bytes:
+    """The end of a stream that can't go on."""
     return b"data:%b\n\n" % _json.encode({"message": error.message, "status": error.status})
 
 
@@ -139,7 +145,7 @@ def generated(entry: Entry, special: frozenset[int], return_details: bool, tells
 
 
 @dataclass(frozen=True)
-class GeneratedAnswer:
+class GeneratedReply:
     """Of /generate and /generate_stream."""
 
     special: frozenset[int]
@@ -147,17 +153,17 @@ class GeneratedAnswer:
     tells_totals: bool
 
     @classmethod
-    async def of(cls, revision: Revision, body: GenerateBody, jobs: Sequence[Job]) -> Self:
-        """See `Generation`."""
+    async def of(cls, revision: Revision, body: GenerateBody, jobs: Sequence[AdmittedJob]) -> Self:
+        """See `Translation`."""
         return cls(revision.special_ids, body.parameters.return_details, revision.intake.tells_totals)
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Answer`."""
+        """See `Reply`."""
         (entry,) = pending.entries
         return generated(entry, self.special, self.return_details, self.tells_totals)
 
     def frames(self, pending: Pending) -> TokenFrames:
-        """See `Answer`."""
+        """See `Reply`."""
         return TokenFrames(pending.entries[0], self.special)
 
 
@@ -173,30 +179,30 @@ def _as_asked(body: GenerateOrStreamBody) -> bool:
     return body.stream
 
 
-def _generation(body: type[Kind], streamed: Callable[[Kind], bool]) -> Generation[Kind]:
-    return Generation(body, lambda one: one.asked(streamed=streamed(one)), GeneratedAnswer.of, streamed, error_frame)
+def _translation(body: type[Kind], streamed: Callable[[Kind], bool]) -> Translation[Kind]:
+    return Translation(body, lambda one: one.asked(streamed=streamed(one)), GeneratedReply.of, streamed, error_frame)
 
 
 def router(revisions: Revisions) -> APIRouter:
     """The routes of the native API."""
     routes = APIRouter(tags=["lightllm"], route_class=NamingRoute)
     parse = bodies.parser(revisions.current.http, revisions.decode)
-    generator = Generator(revisions)
+    responder = Responder(revisions)
 
     @routes.post("/generate", openapi_extra=bodies.documented(GenerateBody))
     async def generate(request: Request) -> Response:
         """Generates, then answers with the whole text."""
-        return await generator.respond(request, _generation(GenerateBody, _never))
+        return await responder.respond(request, _translation(GenerateBody, _never))
 
     @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody))
     async def generate_stream(request: Request) -> Response:
         """Server-sent events, one frame per token."""
-        return await generator.respond(request, _generation(GenerateBody, _always))
+        return await responder.respond(request, _translation(GenerateBody, _always))
 
     @routes.post("/", openapi_extra=bodies.documented(GenerateOrStreamBody))
     async def either(request: Request) -> Response:
         """/generate_stream if `stream` is true, else /generate."""
-        return await generator.respond(request, _generation(GenerateOrStreamBody, _as_asked))
+        return await responder.respond(request, _translation(GenerateOrStreamBody, _as_asked))
 
     @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:

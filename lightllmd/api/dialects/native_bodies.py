@@ -19,10 +19,14 @@ _NAMES = FieldNames(
 
 
 class Multimodal(Body):
+    """`multimodal_params`; images are not built yet."""
+
     images: list[Any] = []
 
 
 class GenerateBody(Body):
+    """The body of /generate and /generate_stream."""
+
     lenient = True
 
     inputs: str
@@ -58,14 +62,19 @@ class GenerateBody(Body):
 class GenerateOrStreamBody(GenerateBody):
     """The body of POST /."""
 
+    described = True
     stream: bool = False
 
 
 class TokensParameters(Body):
+    """`parameters` of /tokens."""
+
     add_special_tokens: bool = True
 
 
 class TokensBody(Body):
+    """The body of /tokens."""
+
     lenient = True
 
     text: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +12,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api.dialects.choices import (
-    ChatShape,
-    Choice,
-    Chunks,
-    CompletionShape,
-    Details,
-    PromptText,
-    Shape,
-    error_frame,
-)
-from lightllmd.api.dialects.dialect import Dialect, Generation, Generator
+from lightllmd.api.dialects.chat_shape import ChatShape
+from lightllmd.api.dialects.choices import Choice, Chunks, Details, Shape, error_frame
+from lightllmd.api.dialects.completion_shape import CompletionShape, PromptText, prompt_text
+from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
 from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from lightllmd.api.helpers.texts import off_loop
 from lightllmd.api.inflight.pending import Pending
@@ -34,8 +26,7 @@ from lightllmd.api.web.errors import openai_error
 from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.api.web.responses import json_response
 from lightllmd.errors import NotFound
-from lightllmd.requests.intake import Job
-from lightllmd.text.offsets import begins, token_offsets
+from lightllmd.requests.intake import AdmittedJob
 
 _TOKEN_COST = 8  # characters that are tokenised in the time that a token of a prompt takes to be looked up
 
@@ -52,12 +43,17 @@ def choices_of(pending: Pending, n: int, beams: bool) -> list[Choice]:
     return picked
 
 
-def completion_shape(revision: Revision, body: CompletionBody, jobs: Sequence[Job]) -> Shape:
+def completion_shape(revision: Revision, body: CompletionBody, jobs: Sequence[AdmittedJob]) -> Shape:
+    """Looks the texts and places of the prompts' tokens up, where the answer shows them."""
     prompts: list[PromptText] = []
     if body.echo or body.logprobs is not None:
         prompts = [
-            _prompt_text(
-                revision, prompt, job, scored=body.scored_echo >= 0, add_special_tokens=body.add_special_tokens
+            prompt_text(
+                revision.tokenizer,
+                prompt,
+                job,
+                scored=body.scored_echo >= 0,
+                add_special_tokens=body.add_special_tokens,
             )
             for prompt, job in zip(body.prompts, jobs, strict=True)
         ]
@@ -72,7 +68,7 @@ def completion_shape(revision: Revision, body: CompletionBody, jobs: Sequence[Jo
 
 
 @dataclass(frozen=True)
-class OpenAIAnswer:
+class OpenAIReply:
     """Of both routes that generate."""
 
     shape: Shape
@@ -80,40 +76,40 @@ class OpenAIAnswer:
     beams: bool
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Answer`."""
+        """See `Reply`."""
         return self.shape.answer(self._choices(pending), pending.entries)
 
     def frames(self, pending: Pending) -> Chunks:
-        """See `Answer`."""
+        """See `Reply`."""
         return Chunks(self.shape, self._choices(pending), pending.entries, self.body.usage_told)
 
     def _choices(self, pending: Pending) -> list[Choice]:
         return choices_of(pending, self.body.n or 1, self.beams)
 
 
-async def completion_answer(revision: Revision, body: CompletionBody, jobs: Sequence[Job]) -> OpenAIAnswer:
-    """See `Generation`."""
+async def completion_reply(revision: Revision, body: CompletionBody, jobs: Sequence[AdmittedJob]) -> OpenAIReply:
+    """See `Translation`."""
     size = sum(len(job.given_ids) for job in jobs) * _TOKEN_COST
     shape = await off_loop(size, completion_shape, revision, body, jobs)
-    return OpenAIAnswer(shape, body, revision.intake.beams)
+    return OpenAIReply(shape, body, revision.intake.beams)
 
 
-async def chat_answer(revision: Revision, body: ChatBody, jobs: Sequence[Job]) -> OpenAIAnswer:
-    """See `Generation`."""
+async def chat_reply(revision: Revision, body: ChatBody, jobs: Sequence[AdmittedJob]) -> OpenAIReply:
+    """See `Translation`."""
     shape = ChatShape(_new_id("chatcmpl"), revision.model_name, revision.tokenizer, _details(revision, body))
-    return OpenAIAnswer(shape, body, revision.intake.beams)
+    return OpenAIReply(shape, body, revision.intake.beams)
 
 
 def _streamed(body: OpenAIBody) -> bool:
     return bool(body.stream)
 
 
-COMPLETIONS = Generation(CompletionBody, CompletionBody.asked, completion_answer, _streamed, error_frame)
-CHAT = Generation(ChatBody, ChatBody.asked, chat_answer, _streamed, error_frame)
+COMPLETIONS = Translation(CompletionBody, CompletionBody.asked, completion_reply, _streamed, error_frame)
+CHAT = Translation(ChatBody, ChatBody.asked, chat_reply, _streamed, error_frame)
 
 
 def model_card(name: str, created: int, served: Revision | None) -> dict[str, Any]:
-    """`served`: by whom, if now."""
+    """`served`: the revision that serves it now; None: it isn't served."""
     card = {"id": name, "object": "model", "created": created, "owned_by": "lightllmd", "served": served is not None}
     if served is None:
         return card
@@ -122,8 +118,9 @@ def model_card(name: str, created: int, served: Revision | None) -> dict[str, An
 
 
 def router(revisions: Revisions) -> APIRouter:
+    """The OpenAI routes."""
     routes = APIRouter(prefix="/v1", tags=["openai"], route_class=NamingRoute)
-    generator = Generator(revisions)
+    responder = Responder(revisions)
     started = int(time.time())
 
     def cards() -> dict[str, dict[str, Any]]:
@@ -147,12 +144,12 @@ def router(revisions: Revisions) -> APIRouter:
     @routes.post("/completions", openapi_extra=bodies.documented(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continues one prompt or several, given as text or as token ids."""
-        return await generator.respond(request, COMPLETIONS)
+        return await responder.respond(request, COMPLETIONS)
 
     @routes.post("/chat/completions", openapi_extra=bodies.documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation, rendered by the model's own chat template."""
-        return await generator.respond(request, CHAT)
+        return await responder.respond(request, CHAT)
 
     return routes
 
@@ -164,32 +161,6 @@ def _new_id(prefix: str) -> str:
 def _details(revision: Revision, body: OpenAIBody) -> Details:
     scores_prompt = body.prompt_logprobs is not None or revision.intake.scores_prompts
     return Details(body.alternatives, scores_prompt, body.return_token_ids, body.return_tokens_as_token_ids)
-
-
-def _prompt_text(
-    revision: Revision, prompt: str | array[int], job: Job, *, scored: bool, add_special_tokens: bool
-) -> PromptText:
-    """A text is what came, unless it was cut. `scored`: the log-probabilities of its tokens are shown."""
-    tokenizer, ids = revision.tokenizer, job.given_ids
-    whole = prompt if isinstance(prompt, str) and not job.cut else None
-    if whole is not None and not scored:
-        return PromptText(whole)
-    hides = isinstance(prompt, str) and job.cut
-    detokenizing = tokenizer.detokenizing(
-        skip_special_tokens=hides, spaces_between_special_tokens=False, print_eos_token=None
-    )
-    stream = detokenizing.open()
-    pieces = [stream.push([token]) for token in ids]
-    if whole is not None:
-        special = {index for index, token in enumerate(ids) if token in tokenizer.special_ids}
-        spans = tokenizer.spans(whole, add_special_tokens)
-        return PromptText(whole, token_offsets(whole, pieces, spans, special))
-    text = "".join(pieces) + stream.flush()
-    if not scored:
-        return PromptText(text)
-    own = tokenizer.vocabulary.text_length
-    lengths = [0 if token in detokenizing.unshown else own(token) for token in ids]
-    return PromptText(text, begins(map(len, pieces), lengths))
 
 
 DIALECT = Dialect(("/v1/",), openai_error, (CompletionBody, ChatBody), router)

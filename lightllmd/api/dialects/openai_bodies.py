@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 from pydantic import AfterValidator, Field, model_validator
 
+from lightllmd.api.dialects.conversation import Conversation, Messages
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
-from lightllmd.requests.asked import Asked, Chat, FieldNames, Prompt
+from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import (
@@ -32,7 +33,6 @@ from lightllmd.text.stop import MAX_STOPS
 
 MAX_N = 32
 MAX_PROMPTS = 2048
-MAX_MESSAGES = 4096
 MAX_STOP_IDS = 64
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -87,12 +87,16 @@ def refuse_unbuilt(body: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 class UsageTold(Enum):
+    """Where a stream tells how many tokens were used."""
+
     NEVER = "never"
     AT_END = "in the last chunk"
     ALWAYS = "in every chunk"
 
 
 class StreamOptions(Body):
+    """`stream_options`."""
+
     lenient = True
 
     include_usage: bool = False
@@ -165,6 +169,7 @@ class OpenAIBody(CommonFields, ABC):
 
     @property
     def asked_tokens(self) -> int | None:
+        """New tokens that the body asks for; None: it doesn't say."""
         return self.max_tokens
 
     @property
@@ -179,6 +184,7 @@ class OpenAIBody(CommonFields, ABC):
 
     @property
     def branches(self) -> int:
+        """Sequences that are generated for each prompt."""
         return self.n or 1
 
     @property
@@ -191,9 +197,11 @@ class OpenAIBody(CommonFields, ABC):
 
     @property
     def stops(self) -> list[str]:
+        """Texts that end the answer."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def sampling(self, max_new_tokens: int) -> SamplingParams:
+        """For the engine. `max_new_tokens`: a bound where each prompt has a number of its own."""
         temperature = 1.0 if self.temperature is None else self.temperature
         return SamplingParams(
             n=self.branches,
@@ -256,6 +264,8 @@ PromptIds = Annotated[list[Count], Field(min_length=1, fail_fast=True), AfterVal
 
 
 class CompletionBody(OpenAIBody):
+    """The body of /v1/completions."""
+
     prompt: (
         str
         | PromptIds
@@ -299,11 +309,13 @@ class CompletionBody(OpenAIBody):
         return self.logprobs if self.echo and self.logprobs is not None else -1
 
     def sampling(self, max_new_tokens: int) -> SamplingParams:
+        """For the engine. `max_new_tokens`: a bound where each prompt has a number of its own."""
         params = super().sampling(max_new_tokens)
         return msgspec.structs.replace(params, prompt_logprobs=max(params.prompt_logprobs, self.scored_echo))
 
     @property
     def branches(self) -> int:
+        """Sequences that are generated for each prompt."""
         return self.best_of or self.n or 1
 
     @property
@@ -314,101 +326,9 @@ class CompletionBody(OpenAIBody):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(Body):
-    lenient = True
-
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(Body):
-    """Of an answer that said no: the model is not shown it again."""
-
-    lenient = True
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
-
-
-class Message(Body):
-    lenient = True
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-
-    # What an assistant's earlier answer may carry when a client sends it back, and hints for caches.
-    _harmless: ClassVar[frozenset[str]] = frozenset({"name", "refusal", "annotations", "cache_control"})
-    _not_yet: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_calls": (None, []),
-        "function_call": (None,),
-        "audio": (None,),
-    }
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.role == "assistant":
-            return self
-        if self.content is None:
-            raise contradiction("content", f"content is required for the role {self.role!r}; it is missing or null")
-        if not isinstance(self.content, str) and any(isinstance(part, RefusalPart) for part in self.content):
-            raise contradiction("content", f"content: only an assistant refuses; the role is {self.role!r}")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """As a chat template takes it. An answer without content (it refused, or called a tool) is empty."""
-        content: Any = self.content
-        if isinstance(content, list):
-            content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
-        return {"role": self.role, "content": content or ""}
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class Conversation(Body):
-    """How messages become a prompt; vLLM's fields, which clients send to any server."""
-
-    add_generation_prompt: bool | None = Field(
-        default=None, description="whether the prompt ends with the head of an answer; absent: unless one is continued"
-    )
-    continue_final_message: bool = Field(
-        default=False, description="the answer goes on with the last message instead of beginning one"
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default={}, description="further names for the model's chat template, such as enable_thinking"
-    )
-
-    @classmethod
-    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        body = super().prepare(body)
-        messages = body.get("messages")
-        if isinstance(messages, list):
-            messages = [_message(message, f"messages.{index}") for index, message in enumerate(messages)]
-            return body | {"messages": messages}
-        return body
-
-    @model_validator(mode="after")
-    def _begins_or_continues(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise contradiction(
-                "add_generation_prompt", "add_generation_prompt should be false with continue_final_message; got true"
-            )
-        return self
-
-    def chat(self, messages: Sequence[Message]) -> Chat:
-        """As the model's template takes it."""
-        options = {
-            "add_generation_prompt": self.add_generation_prompt is not False,
-            "continue_final_message": self.continue_final_message,
-            "variables": self.chat_template_kwargs,
-        }
-        return Chat([message.plain() for message in messages], options)
-
-
 class ChatBody(Conversation, OpenAIBody):
+    """The body of /v1/chat/completions."""
+
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool | None = None
@@ -422,6 +342,7 @@ class ChatBody(Conversation, OpenAIBody):
 
     @property
     def asked_tokens(self) -> int | None:
+        """New tokens that the body asks for; None: it doesn't say."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -436,22 +357,3 @@ class ChatBody(Conversation, OpenAIBody):
         """What fits is generated at most, if the body doesn't say."""
         prompt = Prompt(self.chat(self.messages), "messages", self.continue_final_message)
         return self._asked([prompt], self._names("messages"))
-
-
-def _message(message: Any, path: str) -> Any:
-    if not isinstance(message, dict):
-        return message
-    for name, idle in Message._not_yet.items():
-        if name in message and message[name] not in idle:
-            raise InvalidRequest(f"{path}.{name}: not available yet", param=f"{path}.{name}")
-    if message.get("role") in ("tool", "function"):
-        raise InvalidRequest(f"{path}.role: {message['role']!r} is not available yet", param=f"{path}.role")
-    if isinstance(message.get("content"), list):
-        for part in message["content"]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image_url", "input_audio", "file", "video_url", "audio_url"):
-                raise InvalidRequest(f"{path}.content: {kind} is not available yet", param=f"{path}.content")
-            if isinstance(part, dict):
-                part.pop("cache_control", None)
-    dropped = Message._harmless | Message._not_yet.keys()
-    return {name: value for name, value in message.items() if name not in dropped}

@@ -16,6 +16,7 @@ from lightllmd.observe import metrics
 
 
 def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
+    """The routes about the daemon."""
     routes = APIRouter(tags=["daemon"])
 
     @on_each(routes, "/health", ["GET", "HEAD"])

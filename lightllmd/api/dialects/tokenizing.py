@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lightllmd.api.dialects.conversation import Conversation, Messages
 from lightllmd.api.dialects.dialect import Dialect
-from lightllmd.api.dialects.openai_bodies import Conversation, Messages
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
@@ -25,6 +25,7 @@ from lightllmd.requests.fields import Body, Count, packed
 class TokenizeBody(Conversation):
     """A prompt, or a conversation."""
 
+    described = True
     lenient = True
 
     model: str | None = None
@@ -45,6 +46,8 @@ class TokenizeBody(Conversation):
 
 
 class DetokenizeBody(Body):
+    """The body of /detokenize."""
+
     lenient = True
 
     model: str | None = None

@@ -118,6 +118,7 @@ def _address_space() -> int:
 
 
 def send(link: socket.socket, data: bytes) -> None:
+    """One message. Raises OSError."""
     link.sendall(HEAD.pack(len(data)))
     link.sendall(data)
 

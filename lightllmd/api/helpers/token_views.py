@@ -15,6 +15,8 @@ _AT_ONCE = 4096  # ids
 
 
 class TokenViews:
+    """Of one tokenizer and the limits of its plan."""
+
     def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits

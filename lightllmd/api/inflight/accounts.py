@@ -12,6 +12,8 @@ from lightllmd.observe.metrics import ApiMetrics
 
 
 class Accounts:
+    """Of one api worker, whatever the revision."""
+
     def __init__(self, metrics: ApiMetrics) -> None:
         self._metrics = metrics
 
@@ -36,6 +38,7 @@ class Accounts:
         self._metrics.submitted(validation, entry.prompt_tokens, entry.params.max_new_tokens)
 
     def ended(self, entry: Entry) -> None:
+        """The entry has an outcome."""
         if entry.first_token_at is not None:
             self._metrics.first_token(entry.first_token_at - entry.arrived_at)
         if entry.outcome == "cancelled":

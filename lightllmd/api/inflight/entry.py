@@ -91,10 +91,11 @@ class Entry:
         self.started_at = now
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
-        self.private = private  # this worker's own, nobody's request: in no total, never held
+        self.private = private  # this worker's own and no client's: in no total, never held
 
     @property
     def generated(self) -> int:
+        """Tokens of all branches."""
         return sum(len(branch.ids) for branch in self.branches)
 
     @property

@@ -25,7 +25,8 @@ _HEADERS = [
 class Frames(Protocol):
     """Turns what the entries gained since the last call into bytes of SSE frames."""
 
-    def take(self) -> bytes: ...
+    def take(self) -> bytes:
+        """Empty where nothing came."""
 
     def end(self) -> bytes:
         """After the last token."""

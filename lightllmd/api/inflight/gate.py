@@ -14,17 +14,20 @@ class Gate:
 
     def __init__(self) -> None:
         self.shut = False
-        self.refusal: str | None = None  # the reason while nobody is let in, open or shut
+        self.refusal: str | None = None  # the reason while no request is let in, open or shut
         self._waiting: set[asyncio.Future[None]] = set()
 
     @property
     def waiting(self) -> int:
+        """Requests that wait before it."""
         return len(self._waiting)
 
     def hold(self) -> None:
+        """Shuts it."""
         self.shut = True
 
     def release(self) -> None:
+        """Opens it; those that wait go through."""
         self.shut = False
         for turn in self._waiting:
             if not turn.done():

@@ -32,9 +32,11 @@ MOST_DEATHS = 10  # that a request may be in without a token and without evidenc
 class Link(Protocol):
     """The way to one engine generation."""
 
-    def send(self, message: messages.ToEngine) -> None: ...
+    def send(self, message: messages.ToEngine) -> None:
+        """Never blocks."""
 
-    def receive(self) -> Iterable[messages.ToApi]: ...
+    def receive(self) -> Iterable[messages.ToApi]:
+        """What came since the last call."""
 
     def close(self) -> None:
         """Drops what was sent and what was received but not read."""
@@ -50,6 +52,7 @@ class Tally:
         self._sequence = 0
 
     def next_number(self) -> int:
+        """A request's, that no other request of any api worker has."""
         self._sequence += 1
         return messages.request_id(self.api, self.epoch, self._sequence)
 
@@ -128,6 +131,7 @@ class Ledger:
             self._end(entry, "cancelled")
 
     def fail(self, entry: Entry, error: RequestError) -> None:
+        """Ends an entry with `error`, which its reader is told of. Nothing happens to one that has ended."""
         if entry.outcome is None:
             self._abort(entry)
             entry.error = error
@@ -139,6 +143,7 @@ class Ledger:
         self.refusal = reason
 
     def fail_all(self, error: RequestError) -> None:
+        """As `fail`, all that is in flight."""
         for entry in list(self._entries.values()):
             self.fail(entry, error)
 
@@ -378,6 +383,7 @@ class Ledger:
 
     @property
     def connected(self) -> bool:
+        """To an engine."""
         return self._link is not None
 
     @property
@@ -387,8 +393,10 @@ class Ledger:
 
     @property
     def in_flight(self) -> int:
+        """Requests that have not ended."""
         return len(self._entries)
 
     @property
     def held(self) -> int:
+        """Those of them that wait for an engine."""
         return 0 if self.connected else len(self._entries)

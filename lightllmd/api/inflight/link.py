@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import zmq
 
+from lightllmd.api.inflight.ledger import Link
 from lightllmd.ipc import messages
 from lightllmd.ipc.bus import ApiSocket
 
 
-class EngineLink:
+class EngineLink(Link):
     """`on_readable` is called when there may be something to receive, at times when there is nothing."""
 
     def __init__(

@@ -20,11 +20,13 @@ class Signal:
         self._future: asyncio.Future[None] | None = None
 
     def set(self) -> None:
+        """Wakes the waiting task, or the next one that waits."""
         self._set = True
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
     async def wait(self) -> None:
+        """Until the next `set`, or one that came since the last wait."""
         if not self._set:
             self._future = asyncio.get_running_loop().create_future()
             await self._future
@@ -41,12 +43,14 @@ class Pending:
 
     @property
     def error(self) -> RequestError | None:
+        """The first, or that of a client that is gone."""
         if all(entry.outcome != "cancelled" for entry in self.entries):
             return next((entry.error for entry in self.entries if entry.error is not None), None)
         return ClientClosed("the client closed the connection")
 
     @property
     def held(self) -> bool:
+        """Whether its revision has no engine now."""
         return not self.entries[0].ledger.connected
 
     @property
@@ -56,13 +60,16 @@ class Pending:
 
     @property
     def generated(self) -> int:
+        """Tokens of all entries."""
         return sum(entry.generated for entry in self.entries)
 
     @property
     def done(self) -> bool:
+        """Whether all have ended, however."""
         return all(entry.outcome is not None for entry in self.entries)
 
     def cancel(self) -> None:
+        """Ends what has not ended."""
         for entry in self.entries:
             entry.ledger.cancel(entry)
         self.signal.set()

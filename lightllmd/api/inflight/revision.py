@@ -14,7 +14,7 @@ from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.branch import TextOptions, open_branches
-from lightllmd.requests.intake import Intake, Job
+from lightllmd.requests.intake import AdmittedJob, Intake
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.text.interface import Tokenizer
 
@@ -41,7 +41,7 @@ class Revision:
         self.successor: Revision | None = None  # gets what is opened here
         self._accounts = accounts
 
-    async def open(self, jobs: Sequence[Job], arrived_at: float, tenant: int) -> Pending:
+    async def open(self, jobs: Sequence[AdmittedJob], arrived_at: float, tenant: int) -> Pending:
         """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock; `tenant`:
         see Submit. Raises NotReady, QueueFull.
 
@@ -71,7 +71,9 @@ class Revision:
             last = last.successor
         return last
 
-    def _enter(self, jobs: Sequence[Job], entries: list[Entry], signal: Signal, arrived_at: float, tenant: int) -> None:
+    def _enter(
+        self, jobs: Sequence[AdmittedJob], entries: list[Entry], signal: Signal, arrived_at: float, tenant: int
+    ) -> None:
         """Adds to `entries`, those of the same body so far."""
         for job in jobs:
             branches = open_branches(job.params.n, job.prompt_ids, job.text, self.tokenizer, job.params.healing)
@@ -110,7 +112,7 @@ class Revision:
             raise entry.error
 
 
-def _parts(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+def _parts(jobs: Sequence[AdmittedJob]) -> Iterator[Sequence[AdmittedJob]]:
     """Of about the same size each, at least one job."""
     first, size = 0, 0.0
     for index, job in enumerate(jobs):

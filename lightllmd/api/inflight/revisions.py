@@ -99,6 +99,7 @@ class Revisions:
             revision.texts.processes.stop()
 
     def fail_all(self, error: RequestError) -> None:
+        """Ends all requests in flight with `error`."""
         for revision in self._revisions.values():
             revision.ledger.fail_all(error)
 
@@ -169,6 +170,7 @@ class Revisions:
         return ""
 
     def commit(self, number: int, carry: bool) -> None:
+        """Puts a prepared revision in force. `carry`: it goes on with what is in flight in the one before."""
         if number not in self._revisions:
             log.error("revision %d was never prepared; revision %d stays in force", number, self.number)
             return
@@ -180,10 +182,12 @@ class Revisions:
             before.migrate(self.current)
 
     def cut(self, number: int, reason: str) -> None:
+        """Ends a revision's requests where they are; see `Ledger.cut`."""
         if number in self._revisions:
             self._revisions[number].ledger.cut(reason)
 
     def forget(self, number: int, reason: str) -> None:
+        """A revision that is not in force will never be again."""
         if number == self.number:
             log.error("revision %d is in force and can't be forgotten", number)
             return
@@ -194,6 +198,7 @@ class Revisions:
             revision.texts.processes.stop()
 
     def engine_up(self, message: EngineUp) -> None:
+        """A generation of its revision's engine is ready."""
         revision = self._revisions.get(message.revision)
         if revision is not None:
             revision.ledger.engine_up(message.generation, message.endpoint)
@@ -201,6 +206,7 @@ class Revisions:
             self._coming[message.revision] = message
 
     def engine_down(self, message: EngineDown) -> None:
+        """A generation of its revision's engine is gone."""
         revision = self._revisions.get(message.revision)
         if revision is not None:
             revision.ledger.engine_down(message.generation, message.unproven, message.quarantined, message.outside)

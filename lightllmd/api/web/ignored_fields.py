@@ -30,6 +30,8 @@ def listed(names: Collection[str]) -> str:
 
 
 class IgnoredFields:
+    """What one api worker has logged of them."""
+
     def __init__(self) -> None:
         self._logged: set[tuple[str, str]] = set()  # client, field
 
@@ -58,6 +60,7 @@ class NamingRoute(APIRoute):
     """A route whose answers have the header."""
 
     def get_route_handler(self):  # type: ignore[no-untyped-def]
+        """FastAPI's."""
         handle = super().get_route_handler()
 
         async def handle_and_name(request: Request) -> Response:

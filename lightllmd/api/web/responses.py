@@ -15,6 +15,7 @@ _AT_ONCE = 64  # elements of a list below them
 
 
 def json_response(body: Any, status: int = 200) -> Response:
+    """Of a small body."""
     return encoded_response(_json.encode(body), status)
 
 

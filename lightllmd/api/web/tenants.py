@@ -14,6 +14,8 @@ _PREFIX = 64  # bits of an IPv6 address that one client has for itself
 
 
 class Tenants:
+    """As the settings say: fair admission or not, and which proxies to believe."""
+
     def __init__(self, http: HttpSettings) -> None:
         self._fair = http.fair_admission
         self._proxies = [ip_network(written, strict=False) for written in http.trusted_proxies]
