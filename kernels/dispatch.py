@@ -1,10 +1,9 @@
-"""The operations that models are made of, and which version of them a device gets."""
+"""The operations that models are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from lightllmd.kernels.kv_cache import LayerCache
@@ -73,17 +72,3 @@ class Kernels:
         values into the cache, causal attention of each token over its row; ``[R, H D]`` of the `wanted` [R] if any
         are named."""
         raise NotImplementedError
-
-
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """torch's own operations, on any device."""
-    from lightllmd.kernels.eager import EagerKernels
-
-    return EagerKernels(device, dtype)
-
-
-def fused_kernels(device: torch.device, decode_kernel: str = "auto") -> Kernels:
-    """Triton's, on a GPU (or, for tests, in Triton's interpreter)."""
-    from lightllmd.kernels.fused import FusedKernels
-
-    return FusedKernels(device, decode_kernel)

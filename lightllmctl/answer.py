@@ -57,7 +57,7 @@ class MalformedAnswer(Exception):
     """What came is no HTTP, or no events."""
 
 
-class Answer:
+class StreamAnswer:
     """Fills `record`. `reusable` says, once it is complete, whether the connection may carry another request."""
 
     def __init__(self, record: Record) -> None:

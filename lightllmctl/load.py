@@ -20,7 +20,7 @@ from typing import cast
 import msgspec
 import uvloop
 
-from lightllmctl.answer import Answer, MalformedAnswer, Record
+from lightllmctl.answer import MalformedAnswer, Record, StreamAnswer
 from lightllmd.errors import CTL_INTERRUPTED, SystemFailure
 
 READY = b"R"
@@ -60,7 +60,7 @@ class LoadConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self.used = False  # by an earlier request
         self._transport: asyncio.Transport
-        self._answer: Answer | None = None
+        self._answer: StreamAnswer | None = None
         self._done: asyncio.Future[None]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -94,7 +94,7 @@ class LoadConnection(asyncio.Protocol):
         if not self._done.done():
             self._done.set_result(None)
 
-    async def exchange(self, message: bytes, answer: Answer) -> None:
+    async def exchange(self, message: bytes, answer: StreamAnswer) -> None:
         """Sends a request and waits until `answer` is complete, or has failed."""
         self._answer, self._done = answer, asyncio.get_running_loop().create_future()
         self._transport.write(message)
@@ -113,7 +113,7 @@ class LoadConnection(asyncio.Protocol):
         self._transport.abort()
 
 
-class Generator:
+class LoadGenerator:
     """Runs one share."""
 
     def __init__(self, share: Share) -> None:
@@ -162,7 +162,7 @@ class Generator:
         while True:
             connection = self._kept() or await self._open()
             again, connection.used = connection.used, True
-            answer = Answer(record)
+            answer = StreamAnswer(record)
             try:
                 await connection.exchange(message, answer)
             finally:
@@ -194,7 +194,7 @@ def run_share(share: Share, begin: float) -> list[Record]:
     """Runs a share in this process from `begin` on (monotonic seconds). One record per request."""
     _allow_files(len(share.planned))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Generator(share).run(begin))
+        return runner.run(LoadGenerator(share).run(begin))
 
 
 def _allow_files(connections: int) -> None:

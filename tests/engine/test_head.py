@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightllmd.kernels import eager_ops
-from lightllmd.kernels.dispatch import kernels_for
+from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.linear import Norm
 
 

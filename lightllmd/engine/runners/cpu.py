@@ -21,7 +21,7 @@ from lightllmd.engine.runners.loading import build_decoder, memory_errors, store
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
 from lightllmd.engine.step import Alternatives, Row, SamplingRow, Step, StepResult, TargetLogprobs
-from lightllmd.kernels.dispatch import kernels_for
+from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Batch, GatheredRows
 from lightllmd.models.decoder import Decoder

@@ -44,7 +44,7 @@ from lightllmd.engine.sampling.prompt_logprobs import PromptScores
 from lightllmd.engine.step import Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
-from lightllmd.kernels.dispatch import fused_kernels
+from lightllmd.kernels.devices import fused_kernels
 from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Heads

@@ -17,7 +17,7 @@ from lightllmd.supervisor.workers.memory_gate import MemoryGate
 from lightllmd.supervisor.workers.spare import EngineProcess, Spare
 
 
-class Generation:
+class EngineGeneration:
     """One engine process, its endpoint, and the record of what it was doing."""
 
     def __init__(self, context: Context, worker: str, number: int, plan: bytes, process: EngineProcess) -> None:
@@ -61,7 +61,7 @@ class Engine:
         self.revision = revision
         self.worker = Worker(context, "engine", 0, self._launch, context.generations)
         self.worker.name = name
-        self.generation: Generation | None = None
+        self.generation: EngineGeneration | None = None
         self.memory = MemoryGate(context)
         self.plan: Plan | None = None  # None: not made yet
         self.facts: Facts | None = None  # what it was made from
@@ -84,7 +84,7 @@ class Engine:
     def _launch(self, number: int) -> Child:
         assert self.plan is not None
         process = self._spare.take(self.plan) or EngineProcess(self._context, self.worker.name)
-        self.generation = Generation(self._context, self.worker.name, number, self.encoded, process)
+        self.generation = EngineGeneration(self._context, self.worker.name, number, self.encoded, process)
         return self.generation.child
 
     @property

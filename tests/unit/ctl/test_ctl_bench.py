@@ -17,7 +17,7 @@ import pytest
 from bench.roofline import Card, Roofline
 from harness import Daemon
 from lightllmctl.__main__ import main
-from lightllmctl.answer import Answer, MalformedAnswer, Record
+from lightllmctl.answer import MalformedAnswer, Record, StreamAnswer
 from lightllmctl.commands.bench import plan
 from lightllmctl.figures import parse_slo, quantile, summary
 from lightllmctl.load import Planned, Share, generate, split
@@ -164,9 +164,9 @@ NATIVE = HEAD + b"".join(
 )
 
 
-def fed(data: bytes, *sizes: int) -> Answer:
+def fed(data: bytes, *sizes: int) -> StreamAnswer:
     """The answer after the data came in pieces of these sizes, in turn, and in the order of the clock's seconds."""
-    answer, position, now = Answer(Record(asked=4, start=0.0)), 0, 0.0
+    answer, position, now = StreamAnswer(Record(asked=4, start=0.0)), 0, 0.0
     while position < len(data):
         size = sizes[int(now) % len(sizes)]
         now += 1
@@ -194,17 +194,17 @@ def test_failures_have_kinds_and_details() -> None:
     assert answer.record.failure == "unfinished"
     answer = fed(HEAD + chunk('data:{"message":"died","status":500}\n\n') + b"0\r\n\r\n", 30)
     assert (answer.record.failure, answer.record.detail) == ("error in the stream", "died")
-    answer = Answer(Record(asked=4, start=0.0))
+    answer = StreamAnswer(Record(asked=4, start=0.0))
     assert not answer.feed(OPENAI, 1.0)
     answer.closed(2.0)
     assert (answer.record.failure, answer.record.end) == ("connection lost", 2.0)
     for wrong in (b"SSH-2.0-x\r\n\r\n", HEAD + b"zz\r\n", HEAD + chunk("data: nonsense\n\n")):
         with pytest.raises(MalformedAnswer):
-            Answer(Record(asked=4, start=0.0)).feed(wrong, 1.0)
+            StreamAnswer(Record(asked=4, start=0.0)).feed(wrong, 1.0)
 
 
 def test_an_answer_without_a_length_ends_with_its_connection() -> None:
-    answer = Answer(Record(asked=1, start=0.0))
+    answer = StreamAnswer(Record(asked=1, start=0.0))
     body = b'data: {"choices":[{"finish_reason":"stop"}]}\n\n'
     assert not answer.feed(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 OK\r\n\r\n" + body, 1.0)
     answer.closed(2.0)
