@@ -64,9 +64,10 @@ SHAPE = {
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
 }
+_DEEP = {"hidden_size": 4096, "intermediate_size": 6144, "num_key_value_heads": 2}
 _SHAPES = {  # of about 6 and 40 GB
-    "/models/large": SHAPE | {"hidden_size": 4096, "intermediate_size": 26624},
-    "/models/huge": SHAPE | {"hidden_size": 4096, "intermediate_size": 200_000},
+    "/models/large": SHAPE | _DEEP | {"num_hidden_layers": 32},
+    "/models/huge": SHAPE | _DEEP | {"num_hidden_layers": 234},
 }
 _FLAGS = {
     "model_dir": "/models/first",

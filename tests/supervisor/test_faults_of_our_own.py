@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightllmd.errors import EXIT_FAILED, LightllmdError
+from lightllmd.supervisor.change.placement import Placement
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.change.switch import Switch, Terms
 from lightllmd.supervisor.control.jobs import RunningJob
@@ -60,7 +61,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 MODEL = ("swap", "large", Terms())  # which does not fit beside the other
 PLACES = [
-    (MODEL, Switch, "_resolve"),
+    (MODEL, Placement, "decide"),
     (MODEL, Switch, "_make_room"),
     (MODEL, Engines, "propose"),
     (MODEL, Engine, "stage"),

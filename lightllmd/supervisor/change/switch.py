@@ -13,15 +13,13 @@ from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
-
-from lightllmd.config import resolve
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
-from lightllmd.errors import ConfigInvalid, ControlError, DoesNotFit, LightllmdError, RolledBack
+from lightllmd.errors import ControlError, DoesNotFit, LightllmdError, RolledBack
 from lightllmd.supervisor.background import BackgroundTask
 from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.change.placement import Placement
 from lightllmd.supervisor.children.read_ahead import ReadAheadChild
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
@@ -77,7 +75,7 @@ class Switch:
         self.details = details
         self._in_force = in_force
         self._carry = False  # what is in flight moves to the candidate
-        self._beside = True
+        self._placement = Placement(engines, config, config_file)
         self._reading: BackgroundTask[None] | None = None
         self._slept = False  # the old engine was told to
         self._phases: list[tuple[str, float]] = []
@@ -87,7 +85,7 @@ class Switch:
     def plan(self) -> Waiting[tuple[Plan, Facts]]:
         """Raises ConfigInvalid, DoesNotFit; nothing has been touched then."""
         made = yield from self._planned()
-        self.details |= {"how": "beside" if self._beside else "after", "plan": report(made[0])}
+        self.details |= {"how": "beside" if self._placement.beside else "after", "plan": report(made[0])}
         self._passed("plan")
         return made
 
@@ -99,12 +97,12 @@ class Switch:
             facts = yield from self._read_facts()
             unsettled = [] if waited else self._engines.unsettled
             try:
-                made = self._resolve(facts)
+                made = self._placement.decide(facts)
             except DoesNotFit:
                 if not unsettled:
                     raise
             else:
-                if self._beside or not unsettled:
+                if self._placement.beside or not unsettled:
                     return made
             waited = not all(child.dying for child in unsettled)
             while left := [child for child in unsettled if child in self._engines.unsettled]:
@@ -133,9 +131,9 @@ class Switch:
             if early:
                 old.unstage()
             raise
-        if early and self._beside:
+        if early and self._placement.beside:
             old.unstage()
-        self._carry = not self._beside and goes_on(old.plan, plan)
+        self._carry = not self._placement.beside and goes_on(old.plan, plan)
         candidate = self._engines.propose(plan, facts)
         try:
             yield from self._prove(candidate, old)
@@ -166,7 +164,7 @@ class Switch:
     def _prove(self, candidate: Engine, old: Engine) -> Waiting[None]:
         """Until the candidate can be committed. Raises RolledBack, or ControlError if that failed too."""
         try:
-            if not self._beside:
+            if not self._placement.beside:
                 yield from self._make_room(old, candidate)
             self._front.prepare(candidate)
         except LightllmdError as failure:
@@ -240,15 +238,15 @@ class Switch:
         self._front.release()
         self._in_force(plan.config)
         self._context.events.add("swap", f"{plan.model_name} is in force (revision {self._engines.serving.revision})")
-        if not self._beside:
+        if not self._placement.beside:
             old.end("replaced", now=True)
             self._front.forget(old.revision, "the model was replaced")
 
     def _wait_for_old(self, old: Engine) -> Waiting[None]:
         """Beside: until the old engine has finished and ended, or the terms' deadline; it goes on without us then."""
-        if self._beside:
+        if self._placement.beside:
             yield from self._wait_for_requests(old)
-        while old in self._engines.leaving and (not self._beside or self._front.none_of(old.revision)):
+        while old in self._engines.leaving and (not self._placement.beside or self._front.none_of(old.revision)):
             yield "ending the old engine", None
         self._passed("retire")
 
@@ -273,65 +271,8 @@ class Switch:
         """All but the release of held requests; the old engine is on its way back then."""
         self._engines.drop_candidate(why)
         self._front.forget(candidate.revision, why)
-        if not self._beside:
+        if not self._placement.beside:
             self._engines.serving.wake(after=candidate)
-
-    # --- the plan --------------------------------------------------------------------------------------------------
-    def _resolve(self, facts: Facts) -> tuple[Plan, Facts]:
-        """Beside, where that costs no KV slots (or is asked for), else after."""
-        how, old = self._config.supervisor.swap, self._engines.serving
-        leaving = sum(map(self._yet_to_be_taken, self._engines.leaving))
-        facts = _with_free(facts, self._held_by_spare(facts) - leaving)
-        alone = _with_free(facts, _given_back(old))
-        facts = _with_free(facts, -self._yet_to_be_taken(old))
-        if how == "beside" and facts.others:
-            undivided = self._undivided(alone)
-            beside = self._try(undivided)
-            if isinstance(beside, Plan) and _fits(beside, facts):
-                self._beside = True
-                return beside, undivided
-            how = "after"
-        beside = self._try(facts)
-        after = self._try(alone)
-        if isinstance(after, ConfigInvalid):
-            if after.short_of is None:
-                raise after
-            needed, free = after.short_of
-            raise DoesNotFit(after.message, needed=needed, free=free)
-        if isinstance(beside, Plan) and how != "after":
-            self._beside = how == "beside" or beside.max_total_token_num >= after.max_total_token_num
-            if self._beside:
-                return beside, facts
-        self._beside = False
-        return after, alone
-
-    def _undivided(self, alone: Facts) -> Facts:
-        """As if the old engine had never been, so that a model has the same slots after any swaps."""
-        before = self._engines.serving.facts
-        if before is None or before.device.kind != alone.device.kind:
-            return alone
-        return _with_free(alone, max(before.device.memory_free - alone.device.memory_free, 0))
-
-    def _held_by_spare(self, facts: Facts) -> int:
-        """Bytes that aren't free because of a context that the candidate takes over, and its plan counts. They are told
-        as the plan's own row for the next spare tells them: whatever a context takes, the two cancel each other."""
-        if facts.device.kind != "cuda" or not self._config.supervisor.spare_engine:
-            return 0
-        return self._engines.spare.context_bytes
-
-    def _yet_to_be_taken(self, engine: Engine) -> int:
-        """Bytes that are free only until its next generation has started, or the present one has: what it has of them
-        by now can't be told. When it is ready a spare follows, which is the candidate's as well if that plans one."""
-        if engine.plan is None or not engine.restarts or engine.ready:
-            return 0
-        budget = engine.plan.budget
-        return budget.taken if self._config.supervisor.spare_engine else budget.taken + budget.spare
-
-    def _try(self, facts: Facts) -> Plan | ConfigInvalid:
-        try:
-            return resolve.resolve(self._config, facts, self._config_file)
-        except ConfigInvalid as invalid:
-            return invalid
 
     def _name(self, engine: Engine) -> str:
         return engine.plan.model_name if engine.plan else engine.worker.name
@@ -340,28 +281,6 @@ class Switch:
         now = time.monotonic()
         self._phases.append((phase, round(now - self._entered, 3)))
         self._entered = now
-
-
-def _fits(plan: Plan, facts: Facts) -> bool:
-    """Whether what it takes is free now: the room that the old engine's plan kept, if no other process has it."""
-    may_use = int(facts.device.memory_free * plan.config.engine.memory_fraction)
-    return plan.budget.needed - plan.budget.reserve <= may_use
-
-
-def _with_free(facts: Facts, more: int) -> Facts:
-    device = msgspec.structs.replace(facts.device, memory_free=max(facts.device.memory_free + more, 0))
-    return msgspec.structs.replace(facts, device=device)
-
-
-def _given_back(engine: Engine) -> int:
-    """Bytes that become free when it sleeps; 0 while it starts, since its account is older or newer than the facts."""
-    if engine.plan is None or engine.child is None or not engine.ready:
-        return 0
-    if engine.plan.device.kind != "cuda":
-        # The weights stay in the same memory; of slots that were never used nothing was taken.
-        return min(engine.plan.budget.row("kv cache"), engine.child.memory)
-    # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
-    return int(engine.child.stats.get("memory_used", 0))
 
 
 def goes_on(old: Plan | None, new: Plan) -> bool:

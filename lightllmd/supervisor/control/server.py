@@ -21,23 +21,20 @@ from starlette.routing import Route
 from lightllmd import __version__
 from lightllmd.config.load import load
 from lightllmd.config.report import report
-from lightllmd.config.tables import YEAR
-from lightllmd.errors import BodyTooLarge, LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
+from lightllmd.errors import LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
 from lightllmd.http import server as http
 from lightllmd.http.traffic import Traffic
 from lightllmd.supervisor import snapshot
 from lightllmd.supervisor.change.switch import Terms
-from lightllmd.supervisor.control import status
+from lightllmd.supervisor.control import parsing, status
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.peers import ControlConnection, Peer, bounds, may_mutate
 from lightllmd.supervisor.control.verbs import Caller
 from lightllmd.supervisor.daemon import Daemon
 from lightllmd.supervisor.journal import logs
 
-LONGEST_BODY = 1 << 20  # bytes
 KEEP_ALIVE = 10.0  # seconds between empty lines on a quiet stream
 DEFAULT_LINES = 100
-LONGEST_TEXT = 4096  # bytes of a name or path
 VALUES = (
     "max_total_token_num",
     "batch_max_tokens",
@@ -140,7 +137,7 @@ class ControlPlane:
 
     async def config(self, request: Request) -> Response:
         """`GET /v1/config`, as written, or `Effective`. Raises TryAgain before the plan is made."""
-        if not _switch(request, "effective"):
+        if not parsing.switch(request, "effective"):
             return _json(self._daemon.context.config)
         plan = self._daemon.plan
         if plan is None:
@@ -159,7 +156,7 @@ class ControlPlane:
 
     async def check(self, request: Request) -> Response:
         """`POST /v1/check`. The file is read in a thread. Raises Usage, ConfigInvalid."""
-        file = _text(await _body(request, {"file"}), "file")
+        file = parsing.text(await parsing.body(request, {"file"}), "file")
         if file is None or not file.startswith("/"):
             raise Usage('check needs {"file": an absolute path}')
         await self._daemon.context.file_threads.run(f"reading {file}", load, file)
@@ -171,14 +168,14 @@ class ControlPlane:
 
     async def job(self, request: Request) -> Response:
         """`GET /v1/jobs/{id}`. Raises NoSuchJob."""
-        job = self._daemon.verbs.jobs.get(_number(request))
+        job = self._daemon.verbs.jobs.get(parsing.number(request))
         return _stream(job.follow(KEEP_ALIVE))
 
     async def events(self, request: Request) -> Response:
         """`GET /v1/events`. Raises Usage."""
         feed = self._daemon.context.events.feed
-        lines = _count(request, "lines", DEFAULT_LINES)
-        following = feed.follow(KEEP_ALIVE) if _switch(request, "follow") else None
+        lines = parsing.count(request, "lines", DEFAULT_LINES)
+        following = feed.follow(KEEP_ALIVE) if parsing.switch(request, "follow") else None
         return _stream(_history(feed.last(lines), following))
 
     async def logs(self, request: Request) -> Response:
@@ -187,11 +184,11 @@ class ControlPlane:
         names = [logs.OWN, *(worker.name for worker in status.workers(self._daemon))]
         if worker is not None and worker not in names:
             raise NoSuchWorker(f"no worker {worker!r}: there are {', '.join(names)}", worker=worker, candidates=names)
-        following = book.feed.follow(KEEP_ALIVE) if _switch(request, "follow") else None
+        following = book.feed.follow(KEEP_ALIVE) if parsing.switch(request, "follow") else None
         if following is not None and worker is not None:
             following = _only(following, worker)
         text = request.query_params.get("format") == "text"
-        lines = _history(book.last(_count(request, "lines", DEFAULT_LINES), worker), following)
+        lines = _history(book.last(parsing.count(request, "lines", DEFAULT_LINES), worker), following)
         return _stream(lines, logs.text_line if text else None)
 
     async def crashes(self, request: Request) -> Response:
@@ -200,63 +197,63 @@ class ControlPlane:
 
     async def crash(self, request: Request) -> Response:
         """`GET /v1/crashes/{id}`. Raises NoSuchCrash."""
-        return _json(self._daemon.crashes.get(_number(request)))
+        return _json(self._daemon.crashes.get(parsing.number(request)))
 
     # --- mutations -----------------------------------------------------------------------------------------------
     async def restart(self, request: Request) -> Response:
         """`POST /v1/restart`."""
         asked = self._mutation(request)
-        worker = await _worker(request)
+        worker = await parsing.worker(request)
         return await self._job(lambda: self._daemon.verbs.restart(asked, worker))
 
     async def reset_failed(self, request: Request) -> Response:
         """`POST /v1/reset-failed`."""
         asked = self._mutation(request)
-        worker = await _worker(request)
+        worker = await parsing.worker(request)
         return await self._job(lambda: self._daemon.verbs.reset_failed(asked, worker))
 
     async def reload(self, request: Request) -> Response:
         """`POST /v1/reload`."""
         asked = self._mutation(request)
-        body = await _body(request, {"dry_run"})
-        dry_run = _boolean(body, "dry_run")
+        body = await parsing.body(request, {"dry_run"})
+        dry_run = parsing.boolean(body, "dry_run")
         return await self._job(lambda: self._daemon.verbs.reload(asked, dry_run))
 
     async def swap(self, request: Request) -> Response:
         """`POST /v1/swap`."""
         asked = self._mutation(request)
-        body = await _body(request, {"model", "plan", "drain_timeout", "force", "on_failure"})
-        model, timeout = _text(body, "model"), _seconds(body, "drain_timeout")
+        body = await parsing.body(request, {"model", "plan", "drain_timeout", "force", "on_failure"})
+        model, timeout = parsing.text(body, "model"), parsing.seconds(body, "drain_timeout")
         if not model:
             raise Usage("model is the name of a model in [models], or a path")
         if body.get("on_failure", "rollback") not in ("rollback", "keep"):
             raise Usage("on_failure is rollback or keep")
-        terms = Terms(timeout, _boolean(body, "force"), body.get("on_failure") == "keep")
-        plan_only = _boolean(body, "plan")
+        terms = Terms(timeout, parsing.boolean(body, "force"), body.get("on_failure") == "keep")
+        plan_only = parsing.boolean(body, "plan")
         return await self._job(lambda: self._daemon.verbs.swap(asked, model, terms, plan_only))
 
     async def flush_cache(self, request: Request) -> Response:
         """`POST /v1/cache/flush`."""
         asked = self._mutation(request)
-        await _body(request, set())
+        await parsing.body(request, set())
         return await self._job(lambda: self._daemon.verbs.flush_cache(asked))
 
     async def drain(self, request: Request) -> Response:
         """`POST /v1/drain`."""
         asked = self._mutation(request)
-        await _body(request, set())
+        await parsing.body(request, set())
         return await self._job(lambda: self._daemon.verbs.drain(asked))
 
     async def resume(self, request: Request) -> Response:
         """`POST /v1/resume`."""
         asked = self._mutation(request)
-        await _body(request, set())
+        await parsing.body(request, set())
         return await self._job(lambda: self._daemon.verbs.resume(asked))
 
     async def stop(self, request: Request) -> Response:
         """`POST /v1/stop`."""
         asked = self._mutation(request)
-        now = _boolean(await _body(request, {"now"}), "now")
+        now = parsing.boolean(await parsing.body(request, {"now"}), "now")
         return await self._job(lambda: self._daemon.verbs.stop(asked, now))
 
     def _mutation(self, request: Request) -> Caller:
@@ -269,7 +266,7 @@ class ControlPlane:
                 uid=peer.uid,
             )
         premise = request.headers.get("if-match")
-        seen = None if premise is None else _digits(premise.strip('"'))
+        seen = None if premise is None else parsing.digits(premise.strip('"'))
         if premise is not None and seen is None:
             raise Usage("If-Match carries a generation number")
         return Caller(peer.uid, peer.pid, seen)
@@ -311,78 +308,6 @@ async def _no_route(request: Request, refusal: Exception) -> Response:
 async def _broken(request: Request, fault: Exception) -> Response:
     """A fault of ours: the log has its traceback, the client only its name."""
     return _json({"error": "LightllmdError", "message": f"internal error: {type(fault).__name__}"}, 500)
-
-
-async def _body(request: Request, known: set[str]) -> dict[str, Any]:
-    """The JSON object of a request; no body is an empty one. Raises BodyTooLarge, Usage."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LONGEST_BODY:
-            raise BodyTooLarge(f"the body is larger than {LONGEST_BODY} bytes", limit=LONGEST_BODY)
-    try:
-        parsed = msgspec.json.decode(body, type=dict[str, Any]) if body.strip() else {}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as wrong:
-        raise Usage(f"the body is not a JSON object: {wrong}") from None
-    if unknown := sorted(set(parsed) - known):
-        raise Usage(f"unknown {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'nothing'}")
-    return parsed
-
-
-def _boolean(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise Usage(f"{name} is true or false")
-    return value
-
-
-def _text(body: dict[str, Any], name: str) -> str | None:
-    value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise Usage(f"{name} is a string")
-    if value is not None and len(value.encode()) > LONGEST_TEXT:
-        raise Usage(f"{name} has {len(value.encode())} bytes: at most {LONGEST_TEXT}")
-    return value
-
-
-def _seconds(body: dict[str, Any], name: str) -> float | None:
-    value = body.get(name)
-    if value is not None and (type(value) not in (int, float) or not 0 <= value <= YEAR):
-        raise Usage(f"{name} is a number of seconds from 0 to {YEAR:.0f}")
-    return value
-
-
-async def _worker(request: Request) -> str:
-    """The body's only field; empty: all workers."""
-    return _text(await _body(request, {"worker"}), "worker") or ""
-
-
-def _switch(request: Request, name: str) -> bool:
-    value = request.query_params.get(name, "")
-    if value.lower() in ("", "0", "false", "no"):
-        return False
-    if value.lower() in ("1", "true", "yes"):
-        return True
-    raise Usage(f"{name}={value}: 1 or 0")
-
-
-def _number(request: Request) -> int:
-    """The id in the path; -1, which nothing has, where it is no number."""
-    number = _digits(request.path_params["id"])
-    return -1 if number is None else number
-
-
-def _digits(text: str) -> int | None:
-    """A number from 0 up that isn't absurdly long; None: it is none."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
-
-
-def _count(request: Request, name: str, default: int) -> int:
-    value = request.query_params.get(name, str(default))
-    count = _digits(value)
-    if count is None:
-        raise Usage(f"{name}={value}: a number of lines from 0 up")
-    return count
 
 
 async def _history(past: list[Any], following: AsyncIterator[list[Any]] | None) -> AsyncIterator[list[Any]]:
