@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.inflight.ledger import Ledger, Tally
+from lightllmd.api.inflight.ledger import Ledger
+from lightllmd.api.inflight.tally import Tally
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import (
     Abort,

@@ -13,10 +13,11 @@ import zmq
 
 from lightllmd.api.app import build_app, error_answers
 from lightllmd.api.inflight.accounts import Accounts
-from lightllmd.api.inflight.ledger import Ledger, Tally
+from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.link import EngineLink
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.inflight.tally import Tally
 from lightllmd.api.server import ApiServer
 from lightllmd.api.web.auth import AcceptedKeys
 from lightllmd.config.plan import Plan

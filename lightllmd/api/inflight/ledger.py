@@ -5,9 +5,7 @@ Pure logic: no HTTP, no sockets, no event loop. A `Link` carries messages to one
 tells its reader that something changed. All calls come from one thread.
 
 A request is *held* while there is no link, *replayed* when a new generation is up, and *suspect* when an engine died
-while the request had been admitted and had no token since. A suspect runs alone, right after the engine has answered a
-request of its own (the scheduler's part). If the engine dies then, and not certainly by a cause from outside, that is a
-*strike*; at three the request is given up, if in between it has no token and no engine dies of anything else.
+while the request had been admitted and had no token since: see `quarantine`.
 """
 
 from __future__ import annotations
@@ -18,15 +16,14 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.quarantine import count_death
+from lightllmd.api.inflight.tally import Tally
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, SamplingParams, StepOutput, Submit
 from lightllmd.requests.branch import Branch
 
 log = logging.getLogger(__name__)
-
-STRIKES = 3
-MOST_DEATHS = 10  # that a request may be in without a token and without evidence, once it is past its time to be held
 
 
 class Link(Protocol):
@@ -40,21 +37,6 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Drops what was sent and what was received but not read."""
-
-
-class Tally:
-    """What all ledgers of one api worker share: whose requests they have, their numbers, the totals of their ends."""
-
-    def __init__(self, api: int, epoch: int) -> None:
-        self.api = api
-        self.epoch = epoch
-        self.counts = {"ok": 0, "cancelled": 0, "failed": 0, "resumed": 0}
-        self._sequence = 0
-
-    def next_number(self) -> int:
-        """A request's, that no other request of any api worker has."""
-        self._sequence += 1
-        return messages.request_id(self.api, self.epoch, self._sequence)
 
 
 class Ledger:
@@ -209,13 +191,16 @@ class Ledger:
         if self._link is None or generation != self.generation:
             return
         self._drop_link()
-        suspects = set(unproven)
+        suspects, now = set(unproven), self._clock()
         if outside or not suspects:  # engines die of something else, so that the strikes may be its doing, too
             for entry in self._entries.values():
                 entry.strikes = 0
         for entry in list(self._entries.values()):
-            if entry.request in suspects and not entry.proven:
-                self._suspect(entry, strike=entry.request == quarantined)
+            if entry.request not in suspects or entry.proven:
+                continue
+            error = count_death(entry, entry.request == quarantined, now, self.hold_timeout)
+            if error is not None:
+                self.fail(entry, error)
 
     def _drop_link(self) -> None:
         assert self._link is not None
@@ -227,22 +212,6 @@ class Ledger:
             entry.held_since = now
             if entry.private:
                 self.fail(entry, NotReady("the engine went down"))
-
-    def _suspect(self, entry: Entry, strike: bool) -> None:
-        now = self._clock()
-        if not entry.suspect:
-            entry.suspect_since = now
-        entry.suspect += 1
-        entry.strikes += strike
-        if entry.strikes >= STRIKES:
-            message = f"the engine died {STRIKES} times when it ran this request alone; it is not tried again"
-            self.fail(entry, RequestFailed(message))
-        elif entry.suspect >= MOST_DEATHS and now - entry.suspect_since >= self.hold_timeout:
-            # What ends engines may come from outside, but this one keeps them from the others.
-            message = (
-                f"the engine died {entry.suspect} times, over {self.hold_timeout:g} s, before it had run this request"
-            )
-            self.fail(entry, DeadlineExceeded(message))
 
     def _submit(self, entry: Entry) -> None:
         assert self._link is not None

@@ -14,8 +14,8 @@ from starlette.types import Receive
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.event_stream import EventStream, LateStream
 from lightllmd.api.inflight.gate import Gate
-from lightllmd.api.inflight.ledger import Tally
 from lightllmd.api.inflight.revision import Revision
+from lightllmd.api.inflight.tally import Tally
 from lightllmd.config.plan import Plan, decode_plan
 from lightllmd.errors import NotFound, NotReady, RequestError
 from lightllmd.ipc.messages import EngineDown, EngineUp, Health
