@@ -29,7 +29,7 @@ CPU_KV_CAP = 2_000_000_000
 
 @dataclass(frozen=True)
 class Demand:
-    """Everything but the number of slots is settled; says what is left for them."""
+    """What a model takes, all but its slots; says what is left for them."""
 
     rows: list[BudgetRow]  # all that does not depend on the number of slots, weights first
     available: int

@@ -118,12 +118,13 @@ def _graphs(config: Config, spec: DecoderSpec, item: int, batch_max_tokens: int)
     decode = graph_sizes(config)
     if not decode:
         return BudgetRow("graphs", 0, "none: cuda_graphs = false")
-    mixed = [ahead + behind for ahead, behind in mixed_shapes(config.params) if ahead in decode]
+    shapes = mixed_shapes(config.params)
+    mixed = [decode_tokens + prefill_tokens for decode_tokens, prefill_tokens in shapes if decode_tokens in decode]
     tokens = [*decode, *prefill_sizes(batch_max_tokens), *mixed]
     each, kept = len(spec.layers) * GRAPH_BYTES_PER_LAYER, sum(tokens) * spec.hidden * item
     pool = max(tokens) * _token_bytes(spec, item) + _decode_workspace(spec, decode[-1]).bytes + kept
     if mixed:
         pool += sum(row.bytes for row in _split_workspace(config, spec))
-    beside = f", {len(mixed)} of both" if mixed else ""
-    how = f"{len(decode)} of decode steps, {len(tokens) - len(decode) - len(mixed)} of short prefills{beside}"
+    both = f", {len(mixed)} of both" if mixed else ""
+    how = f"{len(decode)} of decode steps, {len(tokens) - len(decode) - len(mixed)} of short prefills{both}"
     return BudgetRow("graphs", len(tokens) * each + pool, f"{how} x {size(each)}; {size(pool)} for what they compute")

@@ -46,7 +46,7 @@ def located(problems: list[Problem], config: Config, config_file: str | None) ->
 
 @dataclass(frozen=True)
 class _Value:
-    """One settled value, and why; no reason means that it is as written."""
+    """One value in force, and why; no reason means that it is as written."""
 
     value: Any
     reason: str = ""
@@ -74,7 +74,7 @@ def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
 
 
 class _Maker:
-    """What real and fake plans share: the settled values, their reasons, the problems."""
+    """What real and fake plans share: the values in force, their reasons, the problems."""
 
     def __init__(self, config: Config, facts: Facts, config_file: str | None) -> None:
         self.config, self.params = config, config.params
@@ -84,10 +84,11 @@ class _Maker:
         self.problems: list[Problem] = []
         self.short_of: tuple[int, int] | None = None  # bytes needed and to be had, of a problem with memory
 
-    def settle(self, name: str, settled: _Value) -> Any:
-        if settled.reason:
-            self.derived.append(Derived(name, settled.value, settled.reason))
-        return settled.value
+    def derive(self, name: str, value: _Value) -> Any:
+        """The value in force, noted with its reason if it has one."""
+        if value.reason:
+            self.derived.append(Derived(name, value.value, value.reason))
+        return value.value
 
     def problem(self, message: str, *keys: str) -> None:
         self.problems.append(problem_at(self.config, self.config_file, keys, message))
@@ -115,12 +116,12 @@ class _Fake(_Maker):
             config=self.config,
             model=None,
             device=self.device,
-            max_total_token_num=self.settle("max_total_token_num", slots),
-            batch_max_tokens=self.settle("batch_max_tokens", _batch_max_tokens(self.params)),
-            eos_id=self.settle("eos_id", eos),
+            max_total_token_num=self.derive("max_total_token_num", slots),
+            batch_max_tokens=self.derive("batch_max_tokens", _batch_max_tokens(self.params)),
+            eos_id=self.derive("eos_id", eos),
             data_type=DATA_TYPES.get(params.data_type, "float32" if params.data_type == "auto" else params.data_type),
             tokenizer_mode="fast",
-            log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
+            log_stats_interval=self.derive("log_stats_interval", self.log_stats_interval()),
             vocab_size=FAKE_VOCABULARY,
             model_name=self.config.http.served_model_name
             or name_of(self.config)
@@ -154,10 +155,10 @@ class _Real(_Maker):
     def plan(self) -> Plan:
         self._check()
         vocab = self.architecture.spec.vocab
-        self.settle("device", self._device())
-        data_type = self.settle("data_type", self._data_type())
-        eos_id = self.settle("eos_id", self._eos_id(vocab))
-        batch = self.settle("batch_max_tokens", _batch_max_tokens(self.params))
+        self.derive("device", self._device())
+        data_type = self.derive("data_type", self._data_type())
+        eos_id = self.derive("eos_id", self._eos_id(vocab))
+        batch = self.derive("batch_max_tokens", _batch_max_tokens(self.params))
         self.co_residents = tuple(self._co_residents())
         demand = self._demand(data_type, self.params)
         slots = self._slots(demand, data_type)
@@ -166,12 +167,12 @@ class _Real(_Maker):
             config=self.config,
             model=self.model,
             device=self.device,
-            max_total_token_num=self.settle("max_total_token_num", slots),
+            max_total_token_num=self.derive("max_total_token_num", slots),
             batch_max_tokens=batch,
             eos_id=eos_id,
             data_type=data_type,
-            tokenizer_mode=self.settle("tokenizer_mode", self._tokenizer_mode()),
-            log_stats_interval=self.settle("log_stats_interval", self.log_stats_interval()),
+            tokenizer_mode=self.derive("tokenizer_mode", self._tokenizer_mode()),
+            log_stats_interval=self.derive("log_stats_interval", self.log_stats_interval()),
             vocab_size=vocab,
             model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
@@ -197,7 +198,7 @@ class _Real(_Maker):
                 yield self._co_resident(name, other)
             except ConfigInvalid as invalid:
                 fault = "; ".join(problem.message for problem in invalid.problems)
-                self.settle(f"room for {name}", _Value(0, f"none beside this model: {fault}"))
+                self.derive(f"room for {name}", _Value(0, f"none beside this model: {fault}"))
 
     def _co_resident(self, name: str, other: Other) -> CoResident:
         if other.model is None:
@@ -232,7 +233,7 @@ class _Real(_Maker):
                 f"write max_req_total_len = {context} and a smaller max_req_input_len",
                 "max_req_total_len",
             )
-        self.settle("context", _Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
+        self.derive("context", _Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
 
     def _check_prompt_cache(self) -> None:
         """Keys that were rotated for one prompt's length are wrong for another's."""

@@ -1,1 +1,1 @@
-"""Model families as data, and the one decoder that runs them."""
+"""The one decoder, built from a specification and the weights that follow from it."""

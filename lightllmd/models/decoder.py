@@ -68,9 +68,9 @@ class Decoder:
         beat: Callable[[], None],
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Writes the step's keys and values into `caches`, one per layer, and returns the hidden
-        states ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head.logits`. Calls `beat` once
-        per layer."""
+        """Writes the step's keys and values into `caches`, one per layer, and returns the hidden states
+        ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head.logits`. Calls `beat` once per
+        layer."""
         x = self.embedding(batch)
         last = self.layers[-1]
         for layer, cache in zip(self.layers, caches, strict=True):

@@ -23,7 +23,7 @@ class LayerWeights:
     norms: Mapping[Role, Norm]
 
 
-class Attention:
+class GroupedQueryAttention:
     """Grouped-query attention over the KV cache."""
 
     def __init__(self, spec: GroupedQuery, norm: RmsNorm, kernels: Kernels, weights: LayerWeights) -> None:
@@ -52,7 +52,7 @@ class Attention:
         return self._out(attended, post_norm=self._post_norm, residual=x)
 
 
-class FeedForward:
+class GatedFeedForward:
     """Gated multilayer perceptron."""
 
     def __init__(self, spec: GatedMlp, weights: LayerWeights) -> None:
@@ -67,12 +67,17 @@ class FeedForward:
         return self._down(hidden, post_norm=self._post_norm, residual=x)
 
 
+# By the kind that a layer's specification names.
+ATTENTION = {GroupedQuery: GroupedQueryAttention}
+FEED_FORWARD = {GatedMlp: GatedFeedForward}
+
+
 class DecoderLayer:
     """Attention, then a feed-forward block."""
 
     def __init__(self, spec: LayerSpec, decoder: DecoderSpec, kernels: Kernels, weights: LayerWeights) -> None:
-        self.attention = Attention(spec.attention, decoder.norm, kernels, weights)
-        self.feed_forward = FeedForward(spec.feed_forward, weights)
+        self.attention = ATTENTION[type(spec.attention)](spec.attention, decoder.norm, kernels, weights)
+        self.feed_forward = FEED_FORWARD[type(spec.feed_forward)](spec.feed_forward, weights)
 
     def forward(self, x: Tensor, cache: LayerCache, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """The residual stream ``[T, hidden]`` to the next, perhaps in place; of the `wanted` [R] tokens alone, where

@@ -28,7 +28,7 @@ class Rope:
 
         `lengths` [T] is read by `dynamic` alone: how long the sequence was when the token first entered, the whole
         prompt for a prompt's token, its position + 1 for a generated one. So a token's angles never change, whether
-        it is decoded, or fed again after a pause or a replay, or behind a cached prefix; they are those of
+        it is decoded, or computed again after a pause or a replay, or after a cached prefix; they are those of
         transformers' generate with its cache, which keeps the keys that it rotated earlier.
         """
         if self.by_length:

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from lightllmd.architecture.families import architecture_of
-from lightllmd.errors import WeightsInvalid
+from lightllmd.errors import ConfigInvalid, WeightsInvalid
 from lightllmd.probe.model import model_facts
 from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.gguf_header import GGUF_READABLE
@@ -86,7 +86,7 @@ def gguf_name(name: str) -> str:
         return top[name]
     _, _, layer, rest = name.split(".", 3)
     stem, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{NAMES[stem]}.{kind}"
+    return f"blk.{layer}.{NAMES.get(stem, stem)}.{kind}"
 
 
 def logits(model: Path) -> torch.Tensor:
@@ -185,6 +185,15 @@ def test_every_readable_block_type_is_read_as_the_gguf_package_reads_it(tmp_path
     assert sum(checkpoint.read("raw", out)) == raw.nbytes
     expected = torch.from_numpy(gguf.dequantize(raw, Kind[kind]).astype(np.float32)).view(rows, columns)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
+def test_a_family_whose_gguf_files_are_not_understood_is_refused_by_name(tmp_path: Path, model_type: str) -> None:
+    """With random weights, too: what its metadata mean is not known either."""
+    file = write_gguf(tmp_path / "m.gguf", BASE | {"model_type": model_type, "tie_word_embeddings": True}, Kind.F32)
+    for dummy in (False, True):
+        with pytest.raises(ConfigInvalid, match=f"GGUF files of models of type {model_type} are not available yet"):
+            model_facts(str(file), dummy=dummy)
 
 
 def test_a_truncated_or_unreadable_gguf_is_refused_by_tensor(tmp_path: Path) -> None:
