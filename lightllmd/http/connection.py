@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import select
-import struct
-import termios
 from collections import deque
 from typing import Any
 
 from starlette.types import ASGIApp, Scope
 
 from lightllmd.errors import LightllmdError, NotReady, RequestTimeout
+from lightllmd.http.client_watch import Presence, ReadingPace
 from lightllmd.http.exchange import PREFIX, REQUEST_ID, Exchange, head, request_id
 from lightllmd.http.reader import Reader
 from lightllmd.http.traffic import Traffic
@@ -20,8 +17,6 @@ from lightllmd.http.traffic import Traffic
 _LINGER = 2.0  # seconds for a client to read a refusal while it still sends
 _LINGER_BYTES = 4 << 20  # that are thrown away meanwhile
 _DISCARD = 30.0  # seconds for the rest of a body that is not wanted any more
-_FIRST_PROBE = 1.0  # seconds from the second byte of the status line that is sent ahead; twice as long to each other
-_BROKEN = select.POLLERR | select.POLLHUP
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -44,8 +39,7 @@ class Connection(asyncio.BufferedProtocol):
         self._lingers = False  # the last answer is sent; what comes is thrown away until the client closes
         self._thrown = 0  # bytes
         self._half_closed = False  # the client sends no more, but may read
-        self._next_probe = 0.0
-        self._probe_pause = _FIRST_PROBE
+        self._presence = Presence()
 
         self.reader = Reader(self)
         self._reading_paused = False
@@ -54,9 +48,7 @@ class Connection(asyncio.BufferedProtocol):
 
         self.write_paused = False
         self._drained: asyncio.Future[None] | None = None
-        self._written = 0  # bytes
-        self._window = 0.0  # loop time from which the client's pace of reading is measured; 0: it keeps up
-        self._taken = 0  # bytes that its host had then
+        self._pace = ReadingPace(traffic.bounds)
 
     # --- asyncio's calls ------------------------------------------------------------------------------------------
 
@@ -108,7 +100,7 @@ class Connection(asyncio.BufferedProtocol):
         self._half_closed = True
         if self.tls or self._lingers or self.reader.receiving is not None or self.answering is None:
             return False
-        self._next_probe = self.loop.time() + self._probe_pause
+        self._presence.begin(self.loop.time())
         self.answering.probe()
         return True
 
@@ -127,7 +119,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def write(self, data: bytes) -> None:
         """Sends `data`, or buffers what the client doesn't take now."""
-        self._written += len(data)
+        self._pace.written += len(data)
         self.transport.write(data)
 
     async def writable(self) -> None:
@@ -256,7 +248,7 @@ class Connection(asyncio.BufferedProtocol):
     def check(self, now: float) -> None:
         """Ends what has taken too long. Called about twice a second."""
         since, self._checked = self._checked, now
-        if self._reads_too_slowly(now):
+        if self._pace.too_slow(self.transport, now):
             self.traffic.bite("connections cut whose client didn't read")
             self.transport.abort()
             return
@@ -272,8 +264,9 @@ class Connection(asyncio.BufferedProtocol):
             elif self._body_overdue(exchange, now):
                 self._time_out_body(exchange)
         elif self.answering is not None:
-            if self._half_closed or self._reading_paused:
-                self._look_for_client(now)
+            deaf = self._half_closed or self._reading_paused  # so that asyncio doesn't tell that it left
+            if deaf and self._presence.gone(self.transport, now, self.answering.probe):
+                self.transport.abort()
         elif now >= self._deadline:
             self._time_out_head()
 
@@ -309,33 +302,6 @@ class Connection(asyncio.BufferedProtocol):
             "bodies timed out",
             exchange,
         )
-
-    def _reads_too_slowly(self, now: float) -> bool:
-        """Whether the client's host took what we have to send more slowly than min_rate, over write_timeout."""
-        backlog = self.transport.get_write_buffer_size()
-        if not backlog:
-            self._window = 0.0
-            return False
-        # Our buffer moves in steps of a third of the kernel's, which holds megabytes: a slow reader's pace shows there.
-        bounds, taken = self.traffic.bounds, self._written - backlog - _unsent(self.transport)
-        if not self._window:
-            self._window, self._taken = now, taken
-        elif now - self._window >= bounds.write_timeout:
-            if taken - self._taken < bounds.min_rate * bounds.write_timeout:
-                return True
-            self._window, self._taken = now, taken
-        return False
-
-    def _look_for_client(self, now: float) -> None:
-        """It may have closed its sending side, or both: then its host answers what we send with a reset."""
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-        events = sum(events for _, events in poll.poll(0))
-        if events & _BROKEN:
-            self.transport.abort()
-        elif events and now >= self._next_probe and self.answering is not None and self.answering.probe():
-            self._probe_pause *= 2
-            self._next_probe = now + self._probe_pause
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
@@ -386,9 +352,3 @@ class Connection(asyncio.BufferedProtocol):
     def _let_go(self) -> None:
         self.traffic.connections.discard(self)
         self.traffic.waiting.pop(self, None)
-
-
-def _unsent(transport: asyncio.Transport) -> int:
-    """Bytes in the kernel's buffer that the peer's kernel has not acknowledged."""
-    sock = transport.get_extra_info("socket")
-    return struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
