@@ -16,6 +16,8 @@ import psutil
 import pytest
 import torch
 
+import interpreter
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other workers have the other cores
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's; children would inherit it and not hear ^C
@@ -54,6 +56,10 @@ def _ours() -> dict[int, psutil.Process]:
             if mark == os.environ["LIGHTLLMD_TEST_RUN"] and process.status() != psutil.STATUS_ZOMBIE:
                 found[process.pid] = process
     return found
+
+
+def pytest_collection_finish() -> None:
+    interpreter.hasten()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from covering import covering
 from kv_rows import KvRows, int32
 from lightllmd.kernels import reference
 from lightllmd.kernels.decode_attention import (
@@ -78,13 +79,20 @@ def check(out: Tensor, q: Tensor, rows: KvRows, lengths: list[int], **kind: Any)
 @FUSED
 @pytest.mark.parametrize("segments", [1, 2, 8])
 def test_rows_of_every_length_around_the_borders(segments: int, fused: bool, dtypes: torch.dtype, device: str) -> None:
-    rows = KvRows.of(LENGTHS, 2, 64, dtypes, device)
-    q = queries(len(LENGTHS), 4, 2, 64, dtypes, device)
+    rows = KvRows.of(LENGTHS, 1, 64, dtypes, device)
+    q = queries(len(LENGTHS), 2, 1, 64, dtypes, device)
     check(attend(rows, q, LENGTHS, segments, fused=fused), q, rows, LENGTHS)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
+@FUSED
+def test_rows_of_every_dtype(fused: bool, every_dtype: torch.dtype, device: str) -> None:
+    lengths = [129, 0, 33, 64]
+    rows = KvRows.of(lengths, 2, 64, every_dtype, device)
+    q = queries(4, 6, 2, 64, every_dtype, device)
+    check(attend(rows, q, lengths, 4, fused=fused), q, rows, lengths)
+
+
+@covering(1, group=[1, 3, 4, 7, 16], dim=[64, 128])
 def test_groups_of_query_heads(group: int, dim: int, dtypes: torch.dtype, device: str) -> None:
     lengths = [70, 3]
     rows = KvRows.of(lengths, 2, dim, dtypes, device)

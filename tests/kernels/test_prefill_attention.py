@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from covering import covering
 from kv_rows import KvRows, int32
 from lightllmd.kernels import reference, split_prefill
 from lightllmd.kernels.layout import Heads, PrefillTiles
@@ -70,8 +71,7 @@ def check(
     return out
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
+@covering(1, group=[1, 3, 4, 7, 16], dim=[64, 128])
 def test_groups_of_query_heads(group: int, dim: int, dtypes: torch.dtype, device: str) -> None:
     check([9, 1], [0, 30], group, dim, dtypes, device)
 
@@ -83,8 +83,8 @@ def test_rows_around_the_borders_of_blocks(start: int, count: int, dtypes: torch
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_several_rows_of_several_tiles_in_any_order(shuffled: bool, dtypes: torch.dtype, device: str) -> None:
-    check([40, 1, 70, 17], [0, 90, 5, 64], 3, 64, dtypes, device, shuffled)
+def test_several_rows_of_several_tiles_in_any_order(shuffled: bool, every_dtype: torch.dtype, device: str) -> None:
+    check([40, 1, 70, 17], [0, 90, 5, 64], 3, 64, every_dtype, device, shuffled)
 
 
 def test_rows_packed_behind_other_tokens_leave_those_alone(dtypes: torch.dtype, device: str) -> None:
@@ -122,6 +122,10 @@ def test_segments_of_keys_merge_to_the_whole(segments: int, start: int, dtypes: 
 @pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 16), (4, 128), (7, 32), (2, 256)])
 def test_segments_of_every_group_and_head_dim(group: int, dim: int, dtypes: torch.dtype, device: str) -> None:
     check([20, 3], [150, 12], group, dim, dtypes, device, segments=2)
+
+
+def test_segments_of_every_dtype(every_dtype: torch.dtype, device: str) -> None:
+    check([20, 3], [150, 12], 3, 64, every_dtype, device, segments=4)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from covering import ALL, covering
 from lightllmd.kernels import reference, sampling
 from lightllmd.kernels.philox import gumbel
 
@@ -134,8 +135,7 @@ def random_row(draw: random.Random, vocab: int) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("vocab", [50, 3000, 9001])
-@pytest.mark.parametrize("masked", [False, True])
+@covering(1, masked=[False, True], vocab=[9001, 3000, 50])
 def test_every_mixture_of_settings_chooses_what_the_reference_does(masked: bool, vocab: int) -> None:
     """With the log-probabilities of the model, then with those of what is drawn from."""
     draw = random.Random(vocab)
@@ -195,8 +195,7 @@ def test_equal_logits_across_a_limit_are_ranked_by_id(vocab: int) -> None:
     assert tokens.tolist() == [expected(x, row)[0] for x, row in zip(logits, rows, strict=True)]
 
 
-@pytest.mark.parametrize("other", [{}, {"top_p": 0.6}, {"top_k": 4}, {"top_p": 0.8, "top_k": 30}], ids=str)
-@pytest.mark.parametrize("vocab", [50, 5000])
+@covering(1, other=[{}, {"top_p": 0.6}, {"top_k": 4}, {"top_p": 0.8, "top_k": 30}], vocab=[50, 5000])
 def test_min_p_alone_and_beside_each_other_limit_chooses_what_the_reference_does(
     vocab: int, other: dict[str, Any]
 ) -> None:
@@ -264,9 +263,8 @@ def test_a_row_is_the_same_to_the_bit_alone_and_anywhere_in_any_batch() -> None:
         assert (token[0], logprob[0]) == (tokens[row], logprobs[row])
 
 
-SETTINGS = pytest.mark.parametrize(
-    "settings", [{}, {"top_p": 0.8}, {"top_k": 6}, {"top_p": 0.95, "top_k": 20}, {"min_p": 0.2}], ids=str
-)
+EACH_LIMIT: list[dict[str, Any]] = [{}, {"top_p": 0.8}, {"top_k": 6}, {"top_p": 0.95, "top_k": 20}, {"min_p": 0.2}]
+EVERY_LIMIT: dict[str, Any] = {"top_p": 0.98, "top_k": 14, "min_p": 0.01}
 
 
 def kept_by(settings: dict[str, Any], logits: Tensor) -> Tensor:
@@ -286,7 +284,7 @@ def is_drawn_from(tokens: Tensor, logits: Tensor, settings: dict[str, Any]) -> N
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom), (chi_square, freedom)
 
 
-@SETTINGS
+@pytest.mark.parametrize("settings", [*(EACH_LIMIT if ALL else ()), EVERY_LIMIT], ids=str)
 def test_frequencies_are_those_of_the_kept_distribution(settings: dict[str, Any]) -> None:
     vocab, branches = 20, 4
     draws = 20_000 if DEVICE == "cuda" else 120  # the reference makes up for the few of the interpreter
