@@ -4,6 +4,7 @@ GPU, where they cost little."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
 
@@ -15,23 +16,30 @@ ALL = LONG or torch.cuda.is_available()
 
 
 def covering(strength: int = 2, **parameters: list[Any]) -> pytest.MarkDecorator:
-    """Parametrises a test with combinations in which all values of any `strength` parameters meet: 1 takes each value
-    once, 2 each pair of values.
+    """Parametrises a test with a covering array of the values of its parameters."""
+    return pytest.mark.parametrize(tuple(parameters), covering_array(list(parameters.values()), strength))
 
-    Each combination is the first of those that have most of what is still missing (the greedy algorithm of Cohen et
-    al., "The AETG System", 1997), so every run and every worker has the same.
+
+def covering_array(
+    columns: list[list[Any]], strength: int = 2, allowed: Callable[[tuple[Any, ...]], bool] = lambda row: True
+) -> list[tuple[Any, ...]]:
+    """Rows of one value of each column, in which all values of any `strength` columns meet that meet in an allowed
+    row: 1 takes each value, 2 each pair of values.
+
+    Each row is the first of those with most of what is still missing (the greedy algorithm of Cohen et al., "The AETG
+    System", 1997), so every run and every worker has the same. With `ALL`, every allowed row.
     """
-    every = list(product(*(range(len(values)) for values in parameters.values())))
+    numbered = product(*(range(len(column)) for column in columns))
+    rows = {numbers: tuple(column[at] for column, at in zip(columns, numbers, strict=True)) for numbers in numbered}
+    every = [numbers for numbers, row in rows.items() if allowed(row)]
     taken = every if ALL else []
-    missing = set() if ALL else {part for row in every for part in _parts(row, strength)}
+    missing = set() if ALL else {part for numbers in every for part in _parts(numbers, strength)}
     while missing:
-        taken.append(max(every, key=lambda row: len(missing.intersection(_parts(row, strength)))))
+        taken.append(max(every, key=lambda numbers: len(missing.intersection(_parts(numbers, strength)))))
         missing.difference_update(_parts(taken[-1], strength))
-    columns = list(parameters.values())
-    rows = [tuple(column[at] for column, at in zip(columns, row, strict=True)) for row in taken]
-    return pytest.mark.parametrize(tuple(parameters), rows)
+    return [rows[numbers] for numbers in taken]
 
 
-def _parts(row: tuple[int, ...], strength: int) -> list[tuple[tuple[int, int], ...]]:
-    """The choices of `strength` (parameter, value) pairs that meet in a combination."""
-    return list(combinations(enumerate(row), strength))
+def _parts(numbers: tuple[int, ...], strength: int) -> list[tuple[tuple[int, int], ...]]:
+    """The choices of `strength` (column, value) pairs that meet in a row."""
+    return list(combinations(enumerate(numbers), strength))

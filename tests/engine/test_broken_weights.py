@@ -98,8 +98,8 @@ def test_the_probe_refuses_it_too(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_hidden_layers": 4}, r"tensor model\.layers\.3\..* \(and \d+ more\) is missing"),
-        ({"num_hidden_layers": 2}, r"model\.layers\.2\..* is in the checkpoint, but the config has no place"),
+        ({"num_hidden_layers": 3}, r"tensor model\.layers\.2\..* \(and \d+ more\) is missing"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\..* is in the checkpoint, but the config has no place"),
         ({"intermediate_size": 128}, r"has shape \[96, 64\], the config says \[128, 64\]"),
         ({"vocab_size": 256}, r"has shape \[128, 64\], the config says \[256, 64\]"),
     ],
