@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import interpreter
+import work_sharing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other workers have the other cores
@@ -33,7 +34,6 @@ def _shared_memory() -> set[str]:
         return set()
 
 
-TREES = frozenset({"test_api_process.py", "test_ctl_real_daemon.py", "test_rolling_replacement.py"})
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 _started = 0  # processes, by this one
 
@@ -62,20 +62,18 @@ def pytest_collection_finish() -> None:
     interpreter.hasten()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU no test of one is collected."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    items.sort(key=lambda item: work_sharing.place(item.nodeid.partition("::")[0]))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: the tests of a file share a worker and its fixtures. Those that start the daemon's tree of
-    processes share one, so that one such tree at most is on the machine; they are many and come first, and use the
-    least of a core."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder, name = file.split("/")[-2:]
-            return "trees" if folder in ("supervisor", "systemd") or name in TREES else file
-
-    return Scheduling(config, log)
+    config.option.loadscopereorder = False  # the order is that of the items
+    return work_sharing.scheduler(config, log)
 
 
 def _left(before: set[int]) -> list[psutil.Process]:

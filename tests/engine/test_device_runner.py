@@ -171,7 +171,6 @@ def test_a_gpu_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_graph_computes_what_its_launches_compute(tmp_path: Path, dtype: str) -> None:
     model = write_model(tmp_path, {"hidden_size": 256, "head_dim": 64, "vocab_size": 1000})

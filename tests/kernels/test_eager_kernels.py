@@ -12,13 +12,7 @@ from lightllmd.kernels.eager_linear import DenseLinear, PackedLinear
 from lightllmd.kernels.layout import Batch, GatheredRows
 from lightllmd.kernels.linear import Norm
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametrize("dtype", DTYPES)]
 

@@ -36,7 +36,6 @@ def test_without_a_gpu_nothing_is_planned() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("count", [LEAST, 2900])
 def test_whole_rows_have_the_attention_of_the_truth(count: int) -> None:
     heads = Heads(8, 2, 128, 128**-0.5, 1e-5)
