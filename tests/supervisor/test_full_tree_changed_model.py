@@ -47,7 +47,16 @@ def test_a_restart_on_other_files_is_refused_and_a_reload_takes_them(tmp_path: P
     on when the files are put back is for the long tests."""
     folder = write_folder(tmp_path / "model", "F32", torch_dtype="float32")
     fill(folder, 1)
-    flags = ["--model_dir", str(folder), "--engine.device", "cpu", "--max_total_token_num", "4000"]
+    flags = [
+        "--model_dir",
+        str(folder),
+        "--engine.device",
+        "cpu",
+        "--engine.threads",
+        "1",
+        "--max_total_token_num",
+        "4000",
+    ]
     flags += ["--max_req_input_len", "1000", "--max_req_total_len", "2000", "--supervisor.backoff_max", "1"]
     weights, backup = folder / "model.safetensors", tmp_path / "backup"
     with Daemon(tmp_path / "daemon", *flags, fake=False).start() as daemon:

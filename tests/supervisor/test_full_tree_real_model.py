@@ -48,6 +48,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
             "8000",
             "--supervisor.hang_timeout",
             "5",
+            "--engine.threads",
+            "1",
         ),
         fake=False,
     )

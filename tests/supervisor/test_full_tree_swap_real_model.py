@@ -45,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "max_req_input_len": 200,
     "running_max_req_size": 64,
     "engine.device": "cpu",
+    "engine.threads": 1,
     "http.workers": 2,
     "supervisor.load_timeout": 5,
     "supervisor.abort_grace": 0.5,
