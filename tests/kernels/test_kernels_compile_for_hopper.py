@@ -209,6 +209,16 @@ CASES: dict[str, Callable[[], None]] = {
     OFFSET: at_another_offset,
 }
 
+# Tiles of as many bytes as another case's, or of fewer than those of the same kernel there.
+SMALLER = (
+    *("rotation fp16", "decode attention fp16", "prefill attention fp16"),
+    *("decode attention fp32, small heads", "prefill attention fp32, small heads"),
+    *("prefill attention bf16, small heads, few tokens", "split prefill attention bf16, small heads"),
+    "split prefill attention bf16, eight segments",
+)
+if not os.environ.get("LIGHTLLMD_LONG_TESTS"):
+    CASES = {case: launch for case, launch in CASES.items() if case not in SMALLER}
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
