@@ -24,8 +24,10 @@ from typing import Any
 import httpx
 
 from harness import Daemon
+from long_run import LONG
 
 NATIVE, NATIVE_STREAM, CHAT, CHAT_STREAM = WAYS = ("native", "native stream", "chat", "chat stream")
+CLIENTS = 32 if LONG else 12  # they take what there is of a core, as long as they run
 PATIENCE = 120.0  # seconds for one answer; a request that waits longer counts as hung
 
 
@@ -214,7 +216,7 @@ class ClosedLoop:
     answers. Every third opens a connection for each request. A port that refuses is followed by the next one of `urls`,
     as behind a load balancer."""
 
-    def __init__(self, urls: list[str], questions: Iterable[Question], clients: int = 32) -> None:
+    def __init__(self, urls: list[str], questions: Iterable[Question], clients: int = CLIENTS) -> None:
         self.urls = urls
         self.questions = list(questions)
         self.clients = clients

@@ -3,7 +3,6 @@ GPU, where they cost little."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
+from long_run import LONG
+
 ALL = LONG or torch.cuda.is_available()
 
 

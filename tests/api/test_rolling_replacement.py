@@ -17,8 +17,9 @@ from api.test_api_process import Process, process, until_token
 from harness import Daemon, run, wait_for
 from lightllmd.api.server import KEEP_ALIVE_RETIRED
 from lightllmd.ipc import messages
+from long_run import LONG
 
-REPLACEMENTS = 4
+REPLACEMENTS, KEPT = (4, 12) if LONG else (2, 6)  # KEPT: clients that keep their connections
 TOKENS = 5
 
 
@@ -27,7 +28,7 @@ def whole(body: str | bytes) -> list[str]:
 
 
 class Clients:
-    """Sixteen closed loops over kept connections until `stop`: each asks as soon as it was answered."""
+    """Closed loops over kept connections until `stop`: each asks as soon as it was answered."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.url, self.port = daemon.url, daemon.port
@@ -81,7 +82,7 @@ class Clients:
 
     async def loop(self) -> None:
         raw = [asyncio.to_thread(self._raw, number) for number in range(4)]
-        await asyncio.gather(*raw, *(self._kept(number) for number in range(12)))
+        await asyncio.gather(*raw, *(self._kept(number) for number in range(KEPT)))
 
 
 def test_rolling_replacements_under_closed_loop_clients_lose_no_request(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from covering import LONG
 from lightllmd import LLM
+from long_run import LONG
 from transformers_gguf import load_gguf
 
 pytestmark = pytest.mark.skipif(

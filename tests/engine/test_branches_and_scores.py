@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from covering import LONG
 from lightllmd import LLM
 from lightllmd.offline import Output
+from long_run import LONG
 from transformers_gguf import load_gguf
 
 pytestmark = pytest.mark.skipif(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from covering import LONG
 from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import SamplingParams, Submit
+from long_run import LONG
 from tiny_models import plan_for
 from transformers_gguf import load_gguf
 

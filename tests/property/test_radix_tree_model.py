@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lightllmd.engine.kv_cache.radix_tree import Node, RadixTree
 from lightllmd.engine.kv_cache.slots import Slots
+from long_run import LONG
 
-OPERATIONS = 500_000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 20_000
+OPERATIONS = 500_000 if LONG else 20_000
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))
 Key = tuple[int, ...]
 

@@ -20,11 +20,12 @@ from lightllmd.engine.kv_cache.slots import Slots
 from lightllmd.engine.scheduling import scheduler
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.ipc.messages import SamplingParams, TextStops
+from long_run import LONG
 from property.fuzz_clients import APIS
 from property.fuzz_model import Model
 from property.fuzz_reference import EOS
 
-OPERATIONS = 1_000_000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 50_000
+OPERATIONS = 1_000_000 if LONG else 50_000
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
 DEPTHS = (0, 1)  # steps that stay out while the next is scheduled, as an engine does without and with overlap
 ROUND = 500  # operations on one scheduler

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from closed_loop import Operator, Timeline
 from harness import Daemon, wait_for
+from long_run import LONG
 from model_folders import write_folder
 
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 ASKED = {"inputs": "ab", "parameters": {"max_new_tokens": 8, "ignore_eos": True, "return_details": True}}
 
 

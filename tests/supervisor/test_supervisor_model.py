@@ -8,7 +8,6 @@ time passes: then it serves, or says why not, and it stops cleanly.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from typing import Any
@@ -25,12 +24,12 @@ from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
+from long_run import LONG
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Fate, SimulatedProcess
 from supervisor.simulation import BAD, GOOD, TICK, UNPLANNABLE, Simulation, configuration
 from supervisor.supervisor_truths import Truths
 
-LONG = bool(os.environ.get("LIGHTLLMD_LONG_TESTS"))
 pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 PATIENCE = round(200 / TICK)  # ticks; more than every time-out of the configuration in a row
 _ENDS = ("config", "exit", "fault", "hang", "slow", "stall")
