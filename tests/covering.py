@@ -21,19 +21,22 @@ def covering(strength: int = 2, **parameters: list[Any]) -> pytest.MarkDecorator
 
 
 def covering_array(
-    columns: list[list[Any]], strength: int = 2, allowed: Callable[[tuple[Any, ...]], bool] = lambda row: True
+    columns: list[list[Any]],
+    strength: int,
+    allowed: Callable[[tuple[Any, ...]], bool] = lambda row: True,
+    whole: bool = ALL,
 ) -> list[tuple[Any, ...]]:
     """Rows of one value of each column, in which all values of any `strength` columns meet that meet in an allowed
     row: 1 takes each value, 2 each pair of values.
 
     Each row is the first of those with most of what is still missing (the greedy algorithm of Cohen et al., "The AETG
-    System", 1997), so every run and every worker has the same. With `ALL`, every allowed row.
+    System", 1997), so every run and every worker has the same. `whole`: every allowed row.
     """
     numbered = product(*(range(len(column)) for column in columns))
     rows = {numbers: tuple(column[at] for column, at in zip(columns, numbers, strict=True)) for numbers in numbered}
     every = [numbers for numbers, row in rows.items() if allowed(row)]
-    taken = every if ALL else []
-    missing = set() if ALL else {part for numbers in every for part in _parts(numbers, strength)}
+    taken = every if whole else []
+    missing = set() if whole else {part for numbers in every for part in _parts(numbers, strength)}
     while missing:
         taken.append(max(every, key=lambda numbers: len(missing.intersection(_parts(numbers, strength)))))
         missing.difference_update(_parts(taken[-1], strength))

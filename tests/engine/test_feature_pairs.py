@@ -1,5 +1,5 @@
 """Features of generation that go together, on a tiny model: each is in force, and greedy output is what the plain
-engine's is. In the sets here each two features meet, each on or off; the long run has all sets."""
+engine's is. In the sets here each three features meet, each on or off; the long run has all sets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lightllmd import LLM
 from lightllmd.config.features import FEATURES, pair
 from lightllmd.engine.step import Step
 from lightllmd.offline_jobs import Output
+from long_run import LONG
 from tiny_models import write_model
 
 VOCABULARY = 320
@@ -56,7 +57,8 @@ def go_together(switches: tuple[bool, ...]) -> bool:
     return not any(pair(first, second).reason for first, second in combinations(sorted(named(switches)), 2))
 
 
-SETS = [named(switches) for switches in covering_array([[False, True]] * len(FEATURES), allowed=go_together)]
+SWITCHES = covering_array([[False, True]] * len(FEATURES), 3, go_together, whole=LONG)
+SETS = [named(switches) for switches in SWITCHES]
 
 
 @pytest.fixture(scope="module")
