@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import long_run
 from covering import covering_array
 from lightllmd import LLM
 from lightllmd.config.features import FEATURES, pair
 from lightllmd.engine.step import Step
 from lightllmd.offline_jobs import Output
-from long_run import LONG
 from tiny_models import write_model
 
 VOCABULARY = 320
@@ -57,7 +57,7 @@ def go_together(switches: tuple[bool, ...]) -> bool:
     return not any(pair(first, second).reason for first, second in combinations(sorted(named(switches)), 2))
 
 
-SWITCHES = covering_array([[False, True]] * len(FEATURES), 3, go_together, whole=LONG)
+SWITCHES = covering_array([[False, True]] * len(FEATURES), 3, go_together, whole=long_run.LONG)
 SETS = [named(switches) for switches in SWITCHES]
 
 
