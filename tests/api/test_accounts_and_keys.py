@@ -11,6 +11,7 @@ import pytest
 
 from api.frontend_harness import run, stack, until
 from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
+from lightllmd.api.web.errors import ErrorAnswers
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config
 from lightllmd.errors import ConfigInvalid, RequestFailed
@@ -75,7 +76,7 @@ def asked(config: Config, path: str, key: str | None) -> int:
         await send({"type": "http.response.body", "body": b""})
 
     async def ask() -> int:
-        transport = httpx.ASGITransport(BearerKeys(app, AcceptedKeys(config.keys)))
+        transport = httpx.ASGITransport(BearerKeys(app, AcceptedKeys(config.keys), ErrorAnswers({})))
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return (await client.get(path, headers=headers)).status_code
