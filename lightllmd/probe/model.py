@@ -49,7 +49,7 @@ from lightllmd.weights.model_files import (
 from lightllmd.weights.verify import verify
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-LARGEST_ENTRY = 64 << 10  # bytes of one entry of the config that is carried on
+LARGEST_ENTRY = 96 << 10  # bytes of one entry of the config that is carried on: a name for each of the most layers
 # Rotations whose config.json says the context before stretching.
 _STRETCHING = ("linear", "dynamic")
 

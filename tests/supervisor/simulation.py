@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -528,6 +528,7 @@ class Simulation:
         return program
 
 
+@cache
 def _model(path: str) -> ModelFacts:
     shape = _SHAPES.get(path, SHAPE)
     size = architecture_of("llama", shape).parameters
