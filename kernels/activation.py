@@ -1,5 +1,7 @@
 """The gated activation of an MLP and the soft cap of logits in Triton. Meaning: `reference`."""
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
@@ -46,21 +48,23 @@ def gated(gate_up: Tensor, activation: str, out: Tensor) -> None:
 
 
 @triton.jit
-def soft_capped(x, cap):
-    """``cap * tanh(x / cap)`` of fp32 `x`; NaN stays NaN."""
-    # tanh z is 1 - 2 / (exp(2 z) + 1): no overflow becomes NaN.
-    return cap - 2.0 * cap / (tl.exp(2.0 * x / cap) + 1.0)
+def soft_capped(x, SOFT_CAP: tl.constexpr):
+    """``cap * tanh(x / cap)`` of fp32 `x` (Gemma Team 2024, Gemma 2), where there is a cap; NaN stays NaN."""
+    if SOFT_CAP > 0:
+        # tanh z is 1 - 2 / (exp(2 z) + 1): no overflow becomes NaN.
+        x = SOFT_CAP - 2 * SOFT_CAP / (1 + tl.exp(x * (2 / SOFT_CAP)))
+    return x
 
 
 @triton.jit
-def _soft_cap(logits, count, cap, BLOCK: tl.constexpr):
+def _soft_cap(logits, count, SOFT_CAP: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    tl.store(logits + at, soft_capped(tl.load(logits + at, mask=inside, other=0.0), cap), mask=inside)
+    tl.store(logits + at, soft_capped(tl.load(logits + at, mask=inside, other=0.0), SOFT_CAP), mask=inside)
 
 
 def soft_cap_(logits: Tensor, cap: float) -> Tensor:
     """``cap * tanh(logits / cap)`` in place, of contiguous fp32 logits of any shape; returns them."""
     count = logits.numel()
-    _soft_cap[(triton.cdiv(count, BLOCK),)](logits, count, cap, BLOCK=BLOCK, num_warps=4)
+    _soft_cap[(triton.cdiv(count, BLOCK),)](logits, count, SOFT_CAP=cap, BLOCK=BLOCK, num_warps=4)
     return logits

@@ -3,6 +3,8 @@
 Scores are exponents of 2 throughout: scaled, and multiplied by log2(e).
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -58,14 +60,6 @@ def first_seen(position, WINDOW: tl.constexpr):
     if WINDOW:
         first = tl.maximum(position + 1 - WINDOW, 0)
     return first
-
-
-@triton.jit
-def soft_capped(scores, SOFT_CAP: tl.constexpr):
-    """``cap * tanh(scores / cap)`` (Gemma Team 2024, Gemma 2), where there is a cap."""
-    if SOFT_CAP > 0:
-        scores = SOFT_CAP - 2 * SOFT_CAP / (1 + tl.exp(scores * (2 / SOFT_CAP)))
-    return scores
 
 
 @triton.jit

@@ -7,6 +7,8 @@ launch; how long they are follows from the row's length, which only the device k
 leave at once: a row of one filled segment is written directly, others are merged by their log-sum-exps.
 """
 
+# mypy: allow-untyped-defs, disable-error-code="union-attr"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -16,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllmd.kernels.activation import soft_capped
 from lightllmd.kernels.attention_kind import (
     Operands,
     attention_shape,
     first_seen,
     operands,
-    soft_capped,
     store_lines,
 )
 from lightllmd.kernels.kv_access import load_keys, load_values

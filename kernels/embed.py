@@ -1,5 +1,7 @@
 """The first and the last gather of a step in Triton. Meaning: `reference`."""
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,8 @@ work, and programs of a few weight rows keep the most bytes in flight. Meaning: 
 All arithmetic is in fp32; the only rounding is that of the result. `skinny.linear` launches it.
 """
 
+# mypy: allow-untyped-defs, disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton

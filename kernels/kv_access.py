@@ -2,6 +2,8 @@
 8 or 4 bits, with scales) is a change here and in `kv_cache`.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import NamedTuple

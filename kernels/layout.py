@@ -8,7 +8,7 @@ runner, carried through the decoder unread.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -75,7 +75,8 @@ class GatheredRows:
 # --- rows are read through the request->slot table: what kernels of a GPU read ------------------------------------
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """`rows` rows of `count` tokens each, fed whole, packed from `first` on, computed as rows of `padded` tokens."""
 
     first: int

@@ -68,7 +68,7 @@ class Linear(ABC):
 
 
 class Embedding(ABC):
-    """The rows of tokens, and how a step's residual stream begins."""
+    """The rows of tokens, and how a step's residual stream begins. All that it holds on the device is `weight`."""
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` ``[vocab, hidden]``."""
@@ -77,10 +77,6 @@ class Embedding(ABC):
     @abstractmethod
     def __call__(self, batch: Batch) -> Tensor:
         """The embedded tokens of a step, ``[T, hidden]``, times the scale if there is one."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As `Linear.tensors`."""
-        return {"weight": self.weight}
 
 
 class Head(ABC):

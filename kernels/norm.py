@@ -1,5 +1,7 @@
 """Root mean square norm in Triton, alone and with the residual add behind it. Meaning: `reference`."""
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -2,6 +2,8 @@
 program computes one tile (`prefill_tile`). Meaning: `reference.attention`.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

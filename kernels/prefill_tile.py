@@ -4,12 +4,15 @@
 The heads of a token lie side by side in a tile, so that keys and values are read once for all of them.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from lightllmd.kernels.attention_kind import Operands, first_seen, soft_capped
+from lightllmd.kernels.activation import soft_capped
+from lightllmd.kernels.attention_kind import Operands, first_seen
 from lightllmd.kernels.kv_access import load_keys, load_values
 
 

@@ -152,7 +152,7 @@ def shape(
         if masked:
             x[token] = -1e6
         elif growth and x[token] > float("-inf"):
-            x[token] = min(x[token] + x[token].abs() * min(growth, 1e30), 1e30)
+            x[token] = (x[token] + x[token].abs() * min(growth, 1e30)).clamp(max=1e30)
     if allowed is not None:
         x = x.masked_fill(~allowed, float("-inf"))
     return x * inverse_temperature

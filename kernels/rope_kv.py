@@ -2,6 +2,8 @@
 Triton kernel between the product of q, k and v and the attention. Meaning: `reference`.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

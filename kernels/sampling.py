@@ -16,6 +16,8 @@ Sums are formed chunk by chunk or by one program, in an order that depends on no
 and log-probability do not depend on the rows beside it.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import numpy as np
@@ -47,8 +49,11 @@ PARAMETERS = np.dtype(
 )
 
 
+_FIELDS = dict(PARAMETERS.fields or {})
+
+
 def _column(name: str) -> tl.constexpr:
-    return tl.constexpr(PARAMETERS.fields[name][1] // 4)
+    return tl.constexpr(_FIELDS[name][1] // 4)
 
 
 COLUMNS = tl.constexpr(PARAMETERS.itemsize // 4)

@@ -4,6 +4,8 @@ A line is what one query head of one token attends to. The programs that share i
 last of them to end merges what all have found, or a second launch does.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import NamedTuple

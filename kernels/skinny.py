@@ -5,6 +5,8 @@ rows. Meaning: `reference.rms_norm`, `linear` and `gated`, with one rounding at 
 Up to eight rows may go to `gemv`, more to tensor cores here; `tiles` has the rules. Not for fp32: see `tiles.supports`.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

@@ -5,6 +5,8 @@ programs share a tile of most pairs, each with a segment of the keys that the ti
 what all of them found, in the order of the segments.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,7 @@
 """One tile of a matmul of few rows, on tensor cores: how it is multiplied and what is made of its sums."""
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -12,7 +12,7 @@ from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch
-from lightllmd.kernels.linear import Linear, Norm
+from lightllmd.kernels.linear import Head, Linear, Norm
 from lightllmd.models.layer import DecoderLayer, LayerWeights
 from lightllmd.models.rope import Rope
 from lightllmd.weights.loaded import LoadedWeight
@@ -37,15 +37,14 @@ class Decoder:
         norms: list[dict[Role, Norm]] = [{} for _ in spec.layers]
         common: dict[Role, Tensor] = {}
         for weight, tensor, bias in weights:
-            held = {weight.key: tensor}
             if weight.layer is None:
                 common[weight.role] = tensor
             elif weight.role in LINEARS:
                 linear = linears[weight.layer][weight.role] = kernels.linear(weight.role, tensor, bias)
-                held = {f"{weight.key}.{name}": stored for name, stored in linear.tensors().items()}
+                self._hold(weight.key, linear)
             else:
                 norms[weight.layer][weight.role] = Norm(tensor, spec.norm.eps, spec.norm.offset)
-            self._tensors |= held
+                self._tensors[weight.key] = tensor
         self.embedding = kernels.embedding(common["embed"], spec.embedding_scale)
         self.layers = [
             DecoderLayer(layer, spec, kernels, LayerWeights(*held))
@@ -54,6 +53,11 @@ class Decoder:
         norm = Norm(common["norm"], spec.norm.eps, spec.norm.offset)
         rows = common["embed" if spec.tied else "head"]
         self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
+        self._hold("head", self.head)
+        self._tensors |= {"embed": common["embed"], "norm": common["norm"]}
+
+    def _hold(self, key: str, owner: Linear | Head) -> None:
+        self._tensors |= {f"{key}.{name}": tensor for name, tensor in owner.tensors().items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights on the device in the form in which they are stored there, by names that do not change:
