@@ -19,8 +19,8 @@ from lightllmd.kernels.activation import activate
 def weight_row(column, N: tl.constexpr, ACTIVATION: tl.constexpr):
     """Which row of the weight makes `column` of a program's sums, as int64.
 
-    With an activation the weight is [gate; up], and columns 2i and 2i + 1 are row i of the gate and of up: neighbours
-    that `tl.split` parts without moving data between threads.
+    With an activation the weight is [gate; up], and columns 2i and 2i + 1 are row i of the gate and of up: side by
+    side, so that `tl.split` parts them without moving data between threads.
     """
     row = column if ACTIVATION is None else column // 2 + column % 2 * (N // 2)
     return row.to(tl.int64)

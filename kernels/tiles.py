@@ -16,6 +16,8 @@ BLOCK_ROWS = 128  # rows of x that one program of the tensor-core kernel covers 
 
 
 class Tile(NamedTuple):
+    """How a matmul of few rows is cut, and which kernel computes it."""
+
     gemv: bool
     block_n: int  # weight rows of a tile, a power of two; at least 2 if gated: both halves of a column
     block_k: int
@@ -25,6 +27,7 @@ class Tile(NamedTuple):
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
     return -(-a // b)
 
 
@@ -34,7 +37,7 @@ def power_above(n: int) -> int:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """fp32 is left to cuBLAS: the tensor cores would round it, and nobody serves it for speed."""
+    """fp32 is left to cuBLAS: the tensor cores would round it, and it is not served for speed."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
@@ -80,6 +83,7 @@ def block_rows(m: int) -> int:
 
 @functools.cache
 def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> Tile:
+    """The fastest measured for ``x [m, k] @ weight [n, k].T``; `gated`: the weight is [gate; up]."""
     if m <= gemv_rows(n):
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile
