@@ -37,7 +37,7 @@ class StepLoop:
 
     @property
     def busy(self) -> bool:
-        """Turns have something to do: somebody runs or is in line, or a step is out."""
+        """Turns have something to do: a sequence runs or is in line, or a step is out."""
         return bool(self.out) or self._scheduler.busy
 
     def turn(self, beat: Callable[[], None], waiting: Callable[[], None] | None = None) -> dict[Owner, StepOutput]:

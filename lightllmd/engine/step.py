@@ -26,20 +26,20 @@ class SamplingRow(msgspec.Struct):
 
 class Row(msgspec.Struct):
     """One branch that is fed tokens which the scheduler names. Invariant: ``len(slots) == len(tokens)``, at least one
-    unless it is a twin.
+    unless it is a sibling.
 
     The fed tokens have the positions ``start .. start + len(tokens) - 1`` in the sequence, and their keys and values
     go to `slots`, which join the row's entries of the request->slot table at those indices. A prompt may come in
     several steps; the last part alone has `sample`.
 
-    A *twin* feeds nothing: its past is that of the row it is a twin of, and its next token is drawn from the same
-    logits, by its own parameters.
+    A *sibling* feeds nothing: its cached tokens are those of the row that it is a sibling of, and its next token is
+    drawn from the same logits, by its own parameters.
     """
 
     table_row: int  # 0 .. running_max_req_size - 1; one owner from entry until it appears in Step.freed
     request: int
     branch: int
-    start: int  # tokens whose keys and values are already in the cache, or come there by the row that this is a twin of
+    start: int  # tokens whose keys and values are already in the cache, or come there with its sibling's
     tokens: list[int]  # ids fed in this step
     slots: list[int]
     sample: bool  # the last fed token yields a next token
@@ -47,7 +47,7 @@ class Row(msgspec.Struct):
     sampling: SamplingRow | None  # set when the row (re)enters, None while it stays
     prompt_length: int = 0  # 0: this row feeds all that there is, so the prompt is start + len(tokens) - position long
     past: list[int] | None = None  # slots of its first `start` tokens, where the table doesn't have them yet
-    twin_of: int | None = None  # index in Step.rows of an earlier row, which samples
+    sibling_of: int | None = None  # index in Step.rows of an earlier row, which samples
     # For log-probabilities of the prompt: the token behind each fed one, as long as that is the prompt's.
     targets: list[int] | None = None
     top_targets: int = 0  # alternatives reported beside each target
@@ -69,7 +69,7 @@ class Step(msgspec.Struct):
     """`freed` rows are released before the others are read: the same number may be in both, with a new owner."""
 
     number: int  # counts from 1 within a generation
-    # "decode": one token of each row; "prefill": nobody goes on beside prompts; "mixed": some do.
+    # "decode": one token of each row; "prefill": no decode rows beside prompts; "mixed": both.
     kind: Kind
     decode: DecodeRows
     rows: list[Row]
@@ -80,6 +80,7 @@ class Step(msgspec.Struct):
 
     @property
     def size(self) -> int:
+        """Rows."""
         return len(self.decode.table_rows) + len(self.rows)
 
     @property
@@ -89,6 +90,7 @@ class Step(msgspec.Struct):
 
 
 def no_decode() -> DecodeRows:
+    """Of a step without decode rows."""
     return DecodeRows([], [], [], [])
 
 

@@ -180,7 +180,7 @@ class EngineWorker:
         if step is None:
             return
         if step.rows or not self._loop.busy:
-            # Its requests have a token each. Before it is sent, so that nobody is blamed who was seen to have one.
+            # Its requests have a token each. Before it is sent, so that no request is suspected whose client has one.
             self._record(step)
         for owner, output in outputs.items():
             if messages.FINISH_ABORT in output.finishes:
@@ -287,7 +287,7 @@ class EngineWorker:
                 case messages.FlushCache():
                     self._flushes += 1
                     self._flushed_tokens += self._scheduler.flush_cache()
-                    self._beat(time.monotonic())  # which tells whoever waits for it
+                    self._beat(time.monotonic())  # which answers the command that waits for it
                 case messages.Tune():
                     logging.getLogger().setLevel(message.log_level.upper())
                     self._statistics = Statistics(message.log_stats_interval)
@@ -333,7 +333,7 @@ class EngineWorker:
         self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats), droppable=True)
 
     def _tell_load(self, now: float) -> None:
-        """To everybody, when it changed: a few times a second while busy, at once when idle."""
+        """To all api workers, when it changed: a few times a second while busy, at once when idle."""
         self._next_load = now + HEARTBEAT
         load = self._scheduler.load()
         if load == self._told:

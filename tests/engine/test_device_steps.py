@@ -126,7 +126,7 @@ class Script:
 
     def _twin(self, number: int, of: int, params: dict) -> Row:
         row = self._row(number, [], params=params, past=list(self._held[of]))
-        row.twin_of = of
+        row.sibling_of = of
         return row
 
     def _step(self, numbers: list[int], rows: list[Row], masks: dict[int, bytes] | None = None) -> Step:
@@ -283,7 +283,7 @@ def test_a_twin_draws_what_it_would_have_drawn_alone(model: Path) -> None:
     for branch in range(4):
         row = driver.row(branch, [] if branch else ids, params=params)
         if branch:
-            row.twin_of, row.start, row.past = branch - 1 if branch == 2 else 0, len(ids), list(driver.slots[0])
+            row.sibling_of, row.start, row.past = branch - 1 if branch == 2 else 0, len(ids), list(driver.slots[0])
             driver.slots[branch] = list(driver.slots[0])
         row.branch = branch
         rows.append(row)
@@ -337,11 +337,11 @@ def test_every_step_fits_its_shape_and_each_token_has_a_place(
     going_on: int, fed: list[tuple[int, bool]], padded: bool, block: int
 ) -> None:
     rows = [
-        Row(0, 0, 0, 5, [1] * count, [1] * count, sample, 0, None, twin_of=None if count else 0)
+        Row(0, 0, 0, 5, [1] * count, [1] * count, sample, 0, None, sibling_of=None if count else 0)
         for count, sample in fed
     ]
     if rows and not rows[0].tokens:
-        rows[0].tokens, rows[0].slots, rows[0].twin_of = [1], [1], None
+        rows[0].tokens, rows[0].slots, rows[0].sibling_of = [1], [1], None
     if not rows and not going_on:
         return
     step = Step(1, "mixed", DecodeRows(*([0] * going_on for _ in range(4))), rows, [])

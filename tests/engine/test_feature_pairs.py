@@ -96,7 +96,7 @@ def run(model: Path, prompts: list[str], **parameters: Any) -> Run:
 
         def before(step: Step) -> None:
             steps.append(step)
-            paused.append(len(llm._scheduler.paused))
+            paused.append(len(llm._scheduler.queues.paused))
 
         llm._loop._before = before
         first, again = (llm.generate(prompts, parameters=EACH, progress=False) for _ in range(2))
@@ -164,7 +164,7 @@ def searches(made: Run, features: set[str], truth: Truth) -> None:
 
 
 def branches_off(made: Run, features: set[str], truth: Truth) -> None:
-    assert sum(row.twin_of is not None for step in made.steps for row in step.rows) >= 2
+    assert sum(row.sibling_of is not None for step in made.steps for row in step.rows) >= 2
 
 
 def heals(made: Run, features: set[str], truth: Truth) -> None:

@@ -45,7 +45,7 @@ class Feeder:
         position: int = 0,
         params: SamplingParams | None = None,
         branch: int = 0,
-        twin_of: int | None = None,
+        sibling_of: int | None = None,
         targets: list[int] | None = None,
         top_targets: int = 0,
     ) -> Row:
@@ -57,7 +57,7 @@ class Feeder:
         self.held[table_row] += taken
         sampling = None if params is None else SamplingRow(params, [], [])
         entry = (table_row, 1, branch, start, list(tokens), taken, sample, position, sampling, prompt, past)
-        return Row(*entry, twin_of=twin_of, targets=targets, top_targets=top_targets)
+        return Row(*entry, sibling_of=sibling_of, targets=targets, top_targets=top_targets)
 
     def going_on(self, places: dict[int, int]) -> DecodeRows:
         """`places`: table row -> position of the token to come."""
@@ -156,7 +156,7 @@ def test_twins_have_the_logits_of_their_row_to_the_last_bit(plain: CpuRunner) ->
     for number, owner in enumerate(owners):
         params = greedy if number % 2 else drawn
         past = feeder.held[owner]
-        rows.append(feeder.part(len(rows), [], past=past, params=params, branch=number, twin_of=owner))
+        rows.append(feeder.part(len(rows), [], past=past, params=params, branch=number, sibling_of=owner))
     result = feeder.run(*rows)
     assert len(result.tokens) == len(rows)
     for number, owner in enumerate(owners):
@@ -178,7 +178,7 @@ def test_twins_go_on_as_if_each_had_been_fed_the_prompt(runner: CpuRunner) -> No
     feeder.run(feeder.part(0, prompt[:9], params=params[0], sample=False, prompt=23))
     rows = [feeder.part(0, prompt[9:])]
     rows += [
-        feeder.part(row, [], past=feeder.held[0][:23], params=params[row], branch=row, twin_of=0) for row in (1, 2)
+        feeder.part(row, [], past=feeder.held[0][:23], params=params[row], branch=row, sibling_of=0) for row in (1, 2)
     ]
     results = [feeder.run(*rows)]
     for position in range(1, 6):
@@ -198,7 +198,9 @@ def test_a_row_whose_parent_changes_has_the_logits_of_its_new_history(plain: Cpu
     """As beams do: a shared past, parted later; each step names the tokens, and enters rows again."""
     feeder, draw = Feeder(plain, 1), random.Random(4)
     prompt = draw.choices(range(128), k=17)
-    feeder.run(feeder.part(0, prompt, params=ALL), feeder.part(1, [], past=list(feeder.held[0]), params=ALL, twin_of=0))
+    feeder.run(
+        feeder.part(0, prompt, params=ALL), feeder.part(1, [], past=list(feeder.held[0]), params=ALL, sibling_of=0)
+    )
     histories = [list(prompt), list(prompt)]
     for position in range(1, 8):
         parents = [draw.randrange(2), draw.randrange(2)]
@@ -231,7 +233,7 @@ def test_results_come_in_the_order_of_decode_rows_then_rows_that_sample(plain: C
         feeder.part(2, c[:2], params=ALL, sample=False, prompt=4),
         feeder.part(3, d, params=ALL),
         feeder.part(4, [5, 6, 7], params=ALL, sample=False, prompt=9, targets=[6, 7, 8]),
-        feeder.part(5, [], past=list(feeder.held[3]), params=ALL, twin_of=1),
+        feeder.part(5, [], past=list(feeder.held[3]), params=ALL, sibling_of=1),
         feeder.part(1, [77], position=1),
     ]
     result = feeder.run(*rows, decode=feeder.going_on({0: 1}))

@@ -146,7 +146,7 @@ class Traffic:
         row, past = self._free_row(), list(self._driver.slots[of.table_row])
         self._driver.slots[row], self._shared[row] = list(past), len(past)
         entering = SamplingRow(any_params(self._draw), [], [])
-        return [Row(row, row, 1, len(past), [], [], True, 0, entering, past=past, twin_of=at)]
+        return [Row(row, row, 1, len(past), [], [], True, 0, entering, past=past, sibling_of=at)]
 
     def _free_row(self) -> int:
         return self._draw.choice([row for row in range(ROWS) if row not in self._driver.slots])

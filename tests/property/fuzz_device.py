@@ -92,8 +92,8 @@ class Device(FakeRunner):
         keys = prefix_keys(sampling.prompt_ids + sampling.emitted)
         cached = sampling.params.use_cache
         resident = self._residents[row.table_row] = Resident((row.request, row.branch), cached, keys, list(past))
-        if row.twin_of is not None:
-            lead = before[row.twin_of]
+        if row.sibling_of is not None:
+            lead = before[row.sibling_of]
             assert lead.owner[0] == row.request
             assert not row.tokens
             assert past == lead.slots, "a twin has the past of the row that it is a twin of"

@@ -67,14 +67,14 @@ class Model(Clients):
         scheduler = self.scheduler
         self.running = list(scheduler.running)
         self.going_on = [s for s in self.running if self.left.get(key(s)) == 0 and s.slots]
-        self.suspects = {sequence.request for sequence in scheduler.suspects}
-        self.paused = set(map(key, scheduler.paused))
-        self.new = {key(sequence): sequence.tenant for sequence in scheduler.waiting}
-        suspects = sorted(scheduler.suspects, key=lambda s: (s.suspect, -s.request, s.branch))
+        self.suspects = {sequence.request for sequence in scheduler.queues.suspects}
+        self.paused = set(map(key, scheduler.queues.paused))
+        self.new = {key(sequence): sequence.tenant for sequence in scheduler.queues.waiting}
+        suspects = sorted(scheduler.queues.suspects, key=lambda s: (s.suspect, -s.request, s.branch))
         self.suspect = suspects[0].request if suspects else 0
-        line = [*scheduler.paused, *suspects, *filter(None, [scheduler.waiting.head])]
-        self.line = len(scheduler.paused) + len(suspects) + len(self.new)
-        self.resuming = bool(scheduler.paused)
+        line = [*scheduler.queues.paused, *suspects, *filter(None, [scheduler.queues.waiting.head])]
+        self.line = len(scheduler.queues.paused) + len(suspects) + len(self.new)
+        self.resuming = bool(scheduler.queues.paused)
         self.stepped = False
         head = (key(line[0]), self.entered[key(line[0])]) if line else None
         if head != self.head[0]:
@@ -91,7 +91,7 @@ class Model(Clients):
         self.arrivals += 1
         if not further:
             self.batch = self.arrivals
-            waiting = [sequence.tenant for sequence in self.scheduler.waiting]
+            waiting = [sequence.tenant for sequence in self.scheduler.queues.waiting]
             self.room = len(waiting) < self.limits.max_queue * (1 if tenant in waiting else 2)
         number, limits = self.arrivals, self.limits
         beams = limits.beam_mode and params.n > 1
@@ -164,7 +164,7 @@ class Model(Clients):
             assert self.scheduler.submit(self.message(ledger), self.now) is None, "a replayed request is never rejected"
 
     def expire(self) -> None:
-        waiting = {sequence.request for sequence in self.scheduler.waiting}
+        waiting = {sequence.request for sequence in self.scheduler.queues.waiting}
         late = [
             ledger.request
             for ledger in self.requests.values()
@@ -361,7 +361,7 @@ class Model(Clients):
         assert not self.pending[branch], "its token is here"
         if not ledger.beams:
             emitted = ledger.open[row.branch]
-            assert (row.sampling, row.past, row.twin_of) == (None, None, None)
+            assert (row.sampling, row.past, row.sibling_of) == (None, None, None)
             assert (row.position, row.tokens) == (len(emitted), emitted[-1:])
         elif row.sampling is not None:
             self.seen["other pasts"] += row.past is not None
@@ -381,7 +381,7 @@ class Model(Clients):
             assert row.start == len(whole) - self.left[branch]
         end = row.start + len(row.tokens)
         assert row.tokens == whole[row.start : end]
-        assert row.tokens or row.twin_of is not None
+        assert row.tokens or row.sibling_of is not None
         assert row.sample == (end == len(whole))
         assert row.position == len(emitted)
         self.left[branch] -= len(row.tokens)
@@ -394,7 +394,7 @@ class Model(Clients):
     def entering(self, row: Row, ledger: Ledger, whole: list[int]) -> None:
         limits, params = self.limits, ledger.params
         emitted = len(whole) - len(ledger.prompt)
-        if row.twin_of is not None:
+        if row.sibling_of is not None:
             self.seen["twins"] += 1
             assert limits.diverse_mode
             assert row.start == len(whole)
@@ -426,12 +426,12 @@ class Model(Clients):
         self.entered.update(admitted)
         self.started |= {self.requests[request].batch for request, _ in admitted if request in self.requests}
         if new:
-            still = {key(sequence): sequence.tenant for sequence in self.scheduler.waiting}
+            still = {key(sequence): sequence.tenant for sequence in self.scheduler.queues.waiting}
             for tenant in {self.new[branch] for branch in new}:
                 last = max(branch for branch in new if self.new[branch] == tenant)
                 assert all(branch > last for branch in still if still[branch] == tenant), "first come, first served"
             self.seen["passed"] += bool(still) and min(still) < max(new)
-            left = set(map(key, self.scheduler.paused))
+            left = set(map(key, self.scheduler.queues.paused))
             # With blocks, what was admitted for this step may be paused for it, too.
             assert not left & self.paused or self.limits.splitfuse_block_size, "nothing new passes a paused one"
             assert not self.suspects

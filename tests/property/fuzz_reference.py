@@ -20,9 +20,7 @@ READINGS = HypothesisTexts(ByteTokenizer)
 
 
 # Total, tokens, log-probabilities, text.
-_Beam = tuple[
-    float, list[int], list[float], DetokenizedHypothesis | None
-]  # total, tokens, log-probabilities, what they say
+_Beam = tuple[float, list[int], list[float], DetokenizedHypothesis | None]
 
 
 class Output(NamedTuple):

@@ -2,7 +2,7 @@
 
 The slots of a running sequence are those of its tokens in order. The first `shared` of them belong to the radix tree,
 where the sequence holds a lock on them; it has a reference of its own to each of the others. So a slot has at most one
-owner unless sequences of one request have a past in common (twins, beams), which then have a reference each.
+owner unless sequences of one request have a prefix in common (siblings, beams), which then have a reference each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from lightllmd.engine.scheduling.sequence import Sequence
 WORTH_WAITING = 64
 
 
-class KeyValues:
+class KvCacheManager:
+    """Gives slots to sequences, and finds what the prompt cache has of their tokens. All counts are tokens."""
+
     def __init__(self, total: int, cache: bool, forks: bool) -> None:
         """`cache`: what sequences leave behind is kept for others. `forks`: sequences of one request share its
         prompt."""
@@ -37,7 +39,7 @@ class KeyValues:
 
     @property
     def locked(self) -> int:
-        """Slots of the tree that somebody uses."""
+        """Slots of the tree that running sequences hold a lock on."""
         return self._tree.tokens - self._tree.evictable if self._tree is not None else 0
 
     def stats(self) -> dict[str, float]:
@@ -54,14 +56,14 @@ class KeyValues:
 
     # --- entering ---------------------------------------------------------------------------------------------------
     def find(self, sequence: Sequence, step: int) -> None:
-        """Locks the longest past of `sequence` that steps before `step` have computed; `enter` or `give_up` follows."""
+        """Locks the longest prefix of a sequence that steps before `step` computed; `enter` or `cancel` follows."""
         if self._tree is not None and self._reads(sequence):
             # The last token's logits are needed, so it is fed at least.
             match = self._tree.match(sequence.key[:-1], step)
             self._lock(sequence, match.node, match.length)
 
-    def give_up(self, sequence: Sequence) -> None:
-        """It was found a past and does not enter."""
+    def cancel(self, sequence: Sequence) -> None:
+        """It was found a cached prefix and is not admitted."""
         self._unlock(sequence)
         sequence.common = 0
 
@@ -134,7 +136,7 @@ class KeyValues:
             return
         key = sequence.key[: sequence.fed]
         if self._tree.match(key, step + 1).length > sequence.shared:
-            return  # somebody else computed it too; its own slots stay its own
+            return  # another sequence computed it too; its own slots stay its own
         node, _ = self._tree.insert(key, sequence.slots[: sequence.fed], step)
         self._lock(sequence, node, sequence.fed)
 
@@ -143,7 +145,7 @@ class KeyValues:
         own = sequence.slots[sequence.shared :]
         if self._tree is not None:
             if self.cache and self._shares(sequence):
-                own = self._leave_behind(sequence)
+                own = self._cache_finished(sequence)
             self._unlock(sequence)
         self.slots.release(own)
         sequence.slots, sequence.common = [], 0
@@ -152,7 +154,7 @@ class KeyValues:
         if self._tree is not None and not self.cache:
             self._tree.clear()
 
-    def _leave_behind(self, sequence: Sequence) -> list[int]:
+    def _cache_finished(self, sequence: Sequence) -> list[int]:
         """Returns the slots that the tree does not take: of what it had, of tokens that are still out, and those that
         others have a reference to."""
         assert self._tree is not None
@@ -165,7 +167,7 @@ class KeyValues:
         return slots[shared : max(shared, have)] + slots[known:]
 
     def flush(self) -> int:
-        """Forgets what nobody uses now; returns how many tokens that were."""
+        """Evicts what no running sequence uses; returns how many tokens that were."""
         return self._tree.clear() if self._tree is not None else 0
 
     # --- inside -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Node:
 
 
 class Match(NamedTuple):
+    """How far a key is known."""
+
     node: Node
     length: int  # tokens of the key that lead to `node`
     fresh: int  # how many more of them lead on through younger nodes

@@ -1,10 +1,10 @@
-"""The allocator of token slots: which slot of the KV cache belongs to somebody, and to how many.
+"""The allocator of token slots: which slots of the KV cache are in use, and how many references each has.
 
 A slot holds one token's keys and values in every layer; any slot is as good as any other for correctness, so there
 is no fragmentation. On a CPU attention reads faster where a sequence's slots are contiguous, so a sequence is placed
 in a gap with room to grow where there is one, and grows into the slot after its last.
 
-A slot is free when nobody refers to it. Each owner gives back its own reference once, whoever took the slot first.
+A slot is free when it has no reference. Each owner gives back its own reference once, whichever took the slot first.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Slots:
 
     @property
     def used(self) -> int:
+        """Slots with a reference."""
         return self.total - self.free
 
     def take(self, count: int, room: int = 0) -> list[int]:
@@ -100,6 +101,7 @@ class Slots:
         return bytes(self._references)
 
     def references(self, slot: int) -> int:
+        """How many owners a slot has; 0: it is free."""
         return self._references[slot]
 
     def check(self) -> None:

@@ -47,9 +47,9 @@ class _Kept:
             named = range(begin, begin + len(row.targets or ()))
             kept.scored += range(len(kept.tokens), len(kept.tokens) + len(named))
             kept.tokens += named
-            if row.sample and row.twin_of is None and end != named.stop:
+            if row.sample and row.sibling_of is None and end != named.stop:
                 kept.tokens.append(end - 1)
-            lasts.append(len(kept.tokens) - 1 if row.twin_of is None else lasts[ahead + row.twin_of])
+            lasts.append(len(kept.tokens) - 1 if row.sibling_of is None else lasts[ahead + row.sibling_of])
             if row.sample:
                 kept.sampled.append(lasts[-1])
         return kept
@@ -165,7 +165,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
         ] + step.rows
 
     def _draw(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Beat) -> StepResult:
-        """`places` among the hidden states of each row's last token; twins share one."""
+        """`places` among the hidden states of each row's last token; siblings share one."""
         count = len(rows)
         result = StepResult([0] * count, [0.0] * count, [None] * count, [None] * count)
         for some, logits in self._logits(places, hidden):

@@ -27,7 +27,7 @@ class SlotTable:
 
     def pack(self, rows: list[Row], rope: Rope) -> Batch[GatheredRows]:
         """Enters the rows' slots into the table and lays their tokens out, in the order of the rows. A row without
-        tokens, a twin, is entered only."""
+        tokens, a sibling, is entered only."""
         for row in rows:
             if row.past:
                 self._enter(row.table_row, 0, row.past)

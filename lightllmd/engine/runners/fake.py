@@ -45,6 +45,7 @@ class Pace:
         self._due = 0.0  # monotonic seconds at which the next step may begin; 0: at once
 
     def delay(self, now: float) -> float:
+        """Seconds until the next step may begin."""
         return max(0.0, self._due - now)
 
     def ran(self, step: Step, now: float, idle: bool) -> None:
@@ -74,6 +75,7 @@ class Faults:
             return ""
 
     def at_boot(self) -> None:
+        """Before anything is loaded. Raises ConfigInvalid."""
         if self._due == "exit_at_boot":
             os._exit(1)
         if self._due == "config":
@@ -91,6 +93,7 @@ class Faults:
             end_by("hang")
 
     def when_ready(self) -> None:
+        """Once the engine is."""
         if self._due == "hang_when_ready":
             end_by("hang")
 

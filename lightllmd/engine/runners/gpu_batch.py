@@ -1,7 +1,7 @@
 """How a step becomes the tensors that the kernels of a GPU read: its numbers, laid out in one upload.
 
 A padded step has the same layout, and so the same tensors, whatever its rows are: a graph of its launches can be
-replayed. Padding belongs to a table row and a slot that nobody owns.
+replayed. Padding belongs to a table row and a slot that no sequence owns.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Packer:
         return self._decode_only(step.decode, shape)
 
     def _take_over(self, rows: list[Row]) -> None:
-        """The slots of tokens that are in the cache join the table, behind all that read it before. torch gives the
-        pinned buffer to nobody else before the copies are done."""
+        """The slots of tokens that are in the cache join the table, behind all that read it before. torch does not
+        give the pinned buffer away before the copies are done."""
         entering = [row for row in rows if row.past]
         if not entering:
             return
@@ -186,7 +186,7 @@ class Packer:
         decode, rows = step.decode, step.rows
         lasts: list[int] = []
         for row, first in zip(rows, firsts, strict=True):
-            lasts.append(first + len(row.tokens) - 1 if row.twin_of is None else lasts[row.twin_of])
+            lasts.append(first + len(row.tokens) - 1 if row.sibling_of is None else lasts[row.sibling_of])
         asked = [(row, last) for row, last in zip(rows, lasts, strict=True) if row.sample]
         ahead = len(decode.table_rows)
         pad = size - ahead - len(asked)

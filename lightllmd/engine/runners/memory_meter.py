@@ -25,19 +25,23 @@ class MemoryMeter:
         self._free_when_loaded = 0
 
     def used(self) -> int:
+        """Bytes now."""
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device)
         return int(self._process.memory_info().rss)
 
     def mark_loaded(self) -> None:
+        """Weights and tables are there."""
         self.loaded, self.asleep = self.used() - self.before, None
         if self.device.type == "cuda":
             self._free_when_loaded = torch.cuda.mem_get_info(self.device)[0]
 
     def begin_step(self) -> int:
+        """Returns what `end_step` is told."""
         return self.used()
 
     def end_step(self, begun: int) -> None:
+        """`begun`: bytes in use when the step began."""
         self.worst_step = max(self.worst_step, self.used() - begun)
 
     def mark_graphs(self) -> None:
@@ -55,7 +59,7 @@ class MemoryMeter:
             self.worst_step = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
     def mark_asleep(self) -> None:
-        """All that can be given back was. Of a GPU this is what everybody has there, as long as nobody else has any the
+        """All that can be given back was. Of a GPU this is what all processes have there: where no other has any, the
         process's context with the kernels that it loaded, and a spare engine's."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)

@@ -13,7 +13,7 @@ from lightllmd.engine.step import Step
 
 class StepShape(NamedTuple):
     """How many tokens: first those of rows that feed one each, which decode attention reads, then those of longer rows,
-    which prefill attention reads. Either part may hold single tokens, whoever named them."""
+    which prefill attention reads. Either part may hold single tokens, named by the scheduler or not."""
 
     decode_tokens: int
     prefill_tokens: int
@@ -21,6 +21,7 @@ class StepShape(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Padding included."""
         return self.decode_tokens + self.prefill_tokens
 
     @property
@@ -71,13 +72,13 @@ def _least(sizes: list[int], number: int) -> int | None:
 
 
 def first_tokens(step: Step, shape: StepShape) -> list[int]:
-    """Where the first token of each of `Step.rows` lies among the packed ones; of a twin, that of the row it is a twin
-    of, whose tokens it takes for its own."""
+    """Where the first token of each of `Step.rows` lies among the packed ones; of a sibling, that of the row whose
+    logits it shares."""
     found: list[int] = []
     single, longer = len(step.decode.table_rows), shape.decode_tokens
     for row in step.rows:
-        if row.twin_of is not None:
-            found.append(found[row.twin_of])
+        if row.sibling_of is not None:
+            found.append(found[row.sibling_of])
         elif len(row.tokens) == 1 and single < shape.decode_tokens:
             found.append(single)
             single += 1

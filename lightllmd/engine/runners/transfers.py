@@ -39,11 +39,13 @@ class Upload:
         return self._device
 
     def begin(self) -> None:
+        """A new step. Waits until the buffer's last copy is done, which it long is."""
         self._turn = (self._turn + 1) % DEPTH
         self._copied[self._turn].wait(_nothing)
         self._end, self._ends = 0, []
 
     def put(self, numbers: Numbers) -> None:
+        """The step's next array."""
         begin, self._end = self._end, self._end + len(numbers)
         self._numbers[self._turn][begin : self._end] = numbers
         self._ends.append(self._end)
@@ -58,7 +60,7 @@ class Upload:
 
 
 def pinned(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers of any size, ready to be copied to the device: torch gives their memory to nobody else before the copies
+    """Numbers of any size, ready to be copied to the device: torch does not reuse their memory before the copies
     that were begun are done. Takes over `numbers`."""
     host = torch.from_numpy(numbers)
     return host.pin_memory() if device.type == "cuda" else host

@@ -1,6 +1,6 @@
 """The documented admission rule: which of those in line may join the running batch now.
 
-Everybody is taken to run on in lockstep until done. With the estimates (a, b) (see Sequence.estimate) sorted by b
+All sequences are taken to run on in lockstep until done. With the estimates (a, b) (see Sequence.estimate) sorted by b
 descending, the i longest are still running when the i-th ends, so the most slots ever held at once are
 ``max_i(i * b_i + a_1 + … + a_i)``. A candidate is admitted while that peak stays below the number of slots.
 
@@ -40,6 +40,7 @@ class SchedulerLimits(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan) -> SchedulerLimits:
+        """Those of a plan, with the modes that are off at their neutral values."""
         params = plan.config.params
         return cls(
             max_total_token_num=plan.max_total_token_num,

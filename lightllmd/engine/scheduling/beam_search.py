@@ -29,16 +29,21 @@ class HypothesisText(Protocol):
     """The text of a hypothesis. See `engine.scheduling.hypothesis_text`."""
 
     @property
-    def stopped(self) -> bool: ...
+    def stopped(self) -> bool:
+        """A stop was found, which ends the hypothesis."""
 
     @property
-    def text(self) -> str | None: ...
+    def text(self) -> str | None:
+        """None where no text is made."""
 
-    def after(self, token: int) -> HypothesisText: ...
+    def after(self, token: int) -> HypothesisText:
+        """With one token more; this one stays as it is."""
 
 
 @dataclass(slots=True)
 class Hypothesis:
+    """A sequence of tokens that a search follows, or that ended."""
+
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each token, as they are reported
     alternatives: list[Alternatives | None] = field(default_factory=list)  # of each token
@@ -73,6 +78,7 @@ class BeamSearch:
 
     @property
     def done(self) -> bool:
+        """No beam is live."""
         return not self.live
 
     def advance(
@@ -107,12 +113,12 @@ class BeamSearch:
             if len(live) < self._width:
                 live.append(continued())
                 parents.append(parent)
-        if not live or self._hopeless(live[0], length):
+        if not live or self._is_decided(live[0], length):
             live, parents = [], []
         self.live = live
         return parents
 
-    def _hopeless(self, best: Hypothesis, length: int) -> bool:
+    def _is_decided(self, best: Hypothesis, length: int) -> bool:
         return len(self.ended) == self._width and best.total / length**self._length_penalty <= self.ended[-1].score
 
     def _continued(

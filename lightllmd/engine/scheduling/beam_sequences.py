@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from lightllmd.engine.kv_cache.manager import KeyValues
+from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling.beam_search import BeamSearch, HypothesisText
+from lightllmd.engine.scheduling.outputs import append_token
 from lightllmd.engine.scheduling.sequence import Fork, Sequence
 from lightllmd.engine.step import Alternatives, Candidate
 from lightllmd.ipc.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, StepOutput
@@ -39,7 +40,7 @@ def begin(fork: Fork) -> None:
         member.emitted = []
 
 
-def advance(fork: Fork, results: list[BeamResult], keys: KeyValues) -> bool:
+def advance(fork: Fork, results: list[BeamResult], keys: KvCacheManager) -> bool:
     """Takes a step's results, one for each live beam; False: the search is over, or can't go on."""
     assert fork.search is not None
     if any(logprob != logprob for _, logprob, _, _ in results):
@@ -67,7 +68,7 @@ def tell(fork: Fork, results: list[BeamResult], output: StepOutput) -> None:
     if lead.cached:
         output.cached.append((lead.request, lead.cached))
     if not fork.search.done:  # logits that are no numbers
-        _append(output, lead, 0, 0, float("nan"), None, FINISH_ABORT)
+        append_token(output, lead, 0, 0, float("nan"), None, FINISH_ABORT)
         return
     best = fork.search.ended
     for rank, member in enumerate(fork.members):
@@ -78,25 +79,4 @@ def tell(fork: Fork, results: list[BeamResult], output: StepOutput) -> None:
             if position == last:
                 finish = FINISH_STOP if hypothesis.ended else FINISH_LENGTH
             shown = hypothesis.alternatives[position]
-            _append(output, member, position, token, hypothesis.logprobs[position], shown, finish)
-
-
-def _append(
-    output: StepOutput,
-    member: Sequence,
-    position: int,
-    token: int,
-    logprob: float,
-    alternatives: Alternatives | None,
-    finish: int,
-) -> None:
-    output.requests.append(member.request)
-    output.branches.append(member.branch)
-    output.positions.append(position)
-    output.tokens.append(token)
-    output.logprobs.append(logprob)
-    output.finishes.append(finish)
-    if alternatives is not None and output.alternatives is None:
-        output.alternatives = [None] * (len(output.tokens) - 1)
-    if output.alternatives is not None:
-        output.alternatives.append(alternatives)
+            append_token(output, member, position, token, hypothesis.logprobs[position], shown, finish)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from lightllmd.engine.kv_cache.manager import KeyValues
+from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling.sequence import Sequence
 from lightllmd.engine.step import DecodeRows, Kind, Row, SamplingRow, Step
 
 
 class Composer:
-    def __init__(self, number: int, keys: KeyValues) -> None:
+    """Collects the rows of one step, then makes the `Step`."""
+
+    def __init__(self, number: int, keys: KvCacheManager) -> None:
         self.number = number
         self.named: list[Sequence] = []  # whose tokens the rows make, in their order
         self.targets: list[tuple[Sequence, int]] = []  # whose prompt is told of, from which of its tokens on
@@ -48,7 +50,7 @@ class Composer:
         for follower in sequence.fork.members[1:]:
             if follower.prefilling:
                 self._keys.follow(follower, sequence)
-                self._row(follower, follower.fed, []).twin_of = at
+                self._row(follower, follower.fed, []).sibling_of = at
                 self.named.append(follower)
 
     def choose(self, sequence: Sequence) -> None:
@@ -92,7 +94,7 @@ class Composer:
             slots=[sequence.slots[-1] for sequence in going_on],
             positions=[len(sequence.emitted) + sequence.pending for sequence in going_on],
         )
-        followers = sum(row.twin_of is not None for row in self.rows)
+        followers = sum(row.sibling_of is not None for row in self.rows)
         alone = not going_on and self.prompts + followers == len(self.rows)
         kind: Kind = "decode" if not self.prompts else "prefill" if alone else "mixed"
         return Step(self.number, kind, decode, self.rows, freed, self._masks)

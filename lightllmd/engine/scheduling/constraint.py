@@ -161,6 +161,7 @@ class ByteIndex:
         return self._ids[first : bisect_right(self._sorted, raw, first, key=lambda token: token[: len(raw)])]
 
     def has(self, raw: bytes) -> bool:
+        """Whether some token is exactly `raw`."""
         first = bisect_left(self._sorted, raw)
         return first < len(self._sorted) and self._sorted[first] == raw
 
@@ -230,6 +231,7 @@ class Prefix:
         return self._coverable[at, tokens]
 
     def covered_by(self, emitted: Sequence[int]) -> bool:
+        """The generated tokens have written all of it."""
         return self._reached(emitted) is None
 
     def _reached(self, emitted: Sequence[int]) -> int | None:

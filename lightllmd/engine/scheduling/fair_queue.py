@@ -45,6 +45,8 @@ def _age(sequence: Sequence) -> tuple[int, int, int]:
 
 
 class FairQueue:
+    """The sequences that wait and never ran."""
+
     def __init__(self) -> None:
         self._tenants: dict[int, _Tenant] = {}
         self._left: dict[int, float] = {}  # virtual times of tenants that have nothing in line any more
@@ -61,6 +63,7 @@ class FairQueue:
             yield from tenant.line
 
     def has(self, tenant: int) -> bool:
+        """Whether a sequence of the tenant waits."""
         return tenant in self._tenants
 
     @property
@@ -80,6 +83,7 @@ class FairQueue:
         return None
 
     def add(self, sequence: Sequence) -> None:
+        """At its place among those of its tenant."""
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
             time = max(self._time, self._left.pop(sequence.tenant, 0.0))

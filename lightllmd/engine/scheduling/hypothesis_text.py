@@ -49,6 +49,7 @@ class DetokenizedHypothesis:
 
     @property
     def stopped(self) -> bool:
+        """See `beam_search.HypothesisText`."""
         return self._matcher.stopped
 
     @property

@@ -1,18 +1,12 @@
 """The scheduling policy: what runs in the next step. Pure Python and numpy, deterministic, without a clock.
 
-Three lines wait, and the first that is not empty is served from its head without overtaking:
-
-* `paused`, oldest first: sequences that ran before, in this generation or in one that died;
-* `suspects`, one at a time: they had no token yet when an engine died, so nothing else is out together with the step
-  that it could die of. First come those that were there at the fewest deaths, of them the newest. Right before each,
-  the engine answers a request of its own, so that a death tells of the suspect;
-* `waiting`, in order of arrival within a tenant and fair between tenants, see `FairQueue`: those that never ran. They
-  also follow right behind the paused while there is no suspect.
-
 The scheduler owns the slots, the table rows and every sequence. `next_step` may be called while steps are out;
 `complete` takes the result of the oldest of them. Steps run in the order in which they were made, so what a step frees
 or a sequence gave back may be handed out anew at once: whatever the new owner does is ordered behind. `submit`, `abort`
 and `api_gone` come at any time between those two.
+
+Sequences wait in `Queues`. Right before a suspect runs, alone, the engine answers a request of its own, so that a death
+tells of the suspect.
 
 A running sequence is *prefilling* until the last part of its prompt is in a step. From then on it goes on by itself,
 its newest token known to the runner alone, unless it is *stepwise*: then each of its steps waits until the token before
@@ -21,20 +15,21 @@ is here, because it decides what the next may be (a mask), or because the schedu
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter, deque
 from typing import NamedTuple
 
 from lightllmd.config.bounds import PREFILL_ROWS, prefill_budget
-from lightllmd.engine.kv_cache.manager import KeyValues
+from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling import beam_sequences as beams
 from lightllmd.engine.scheduling.admission import Admission, SchedulerLimits
 from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
 from lightllmd.engine.scheduling.constraint import Constraints
-from lightllmd.engine.scheduling.fair_queue import FairQueue
 from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
-from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, Submission, sequences_of
+from lightllmd.engine.scheduling.outputs import Outputs, append_token
+from lightllmd.engine.scheduling.queues import Queues, age
+from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, sequences_of
+from lightllmd.engine.scheduling.submissions import RETRY_AFTER, Submissions
 from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
@@ -49,12 +44,9 @@ from lightllmd.ipc.messages import (
     Submit,
 )
 
-_GONE_KEPT = 256  # what a dead process still sent arrives long before so many others die
 _NEWEST = (1 << 63) - 1  # nanoseconds of arrival
 # Tokens of a prompt that takes many times as long as one of few tokens, and how many times as many those are.
 LONG, _MUCH = 512, 8
-MOST_SUBMISSIONS = 4096  # that are remembered: between two parts of a body come far fewer others
-RETRY_AFTER = 1.0  # seconds; told to those whom a full queue turns away
 
 
 def _join(sequence: Sequence, lead: Sequence) -> None:
@@ -63,16 +55,6 @@ def _join(sequence: Sequence, lead: Sequence) -> None:
         lead.fork = Fork([lead])
     lead.fork.members.append(sequence)
     sequence.fork = lead.fork
-
-
-def _age(sequence: Sequence) -> tuple[int, int, int]:
-    """Older is smaller."""
-    return sequence.order
-
-
-def _suspicion(sequence: Sequence) -> tuple[int, tuple[int, int, int]]:
-    """Greater runs first."""
-    return -sequence.suspect, sequence.order
 
 
 def _own_request() -> Submit:
@@ -89,6 +71,8 @@ class _Sent(NamedTuple):
 
 
 class Scheduler:
+    """Owns the running sequences and all that wait. Nothing here computes."""
+
     def __init__(
         self,
         limits: SchedulerLimits,
@@ -99,18 +83,15 @@ class Scheduler:
         """`constraints` None: what requests restrict is not heeded. `readings` None: no stop ends a hypothesis."""
         self.limits = limits
         self.generation = generation
-        self.keys = KeyValues(
+        self.keys = KvCacheManager(
             limits.max_total_token_num, limits.use_dynamic_prompt_cache, limits.beam_mode or limits.diverse_mode
         )
         self.running: list[Sequence] = []  # in order of admission
-        self.paused: list[Sequence] = []  # ascending by order; no suspects
-        self.suspects: list[Sequence] = []  # the first to run is last
-        self.waiting = FairQueue()
+        self.queues = Queues()
+        self.submissions = Submissions(limits, generation, self.queues)
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
         self._constraints, self._readings = constraints, readings
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
-        self._submissions: dict[int, Submission] = {}  # the newest ones, by the number of their first request
-        self._gone: deque[Owner] = deque(maxlen=_GONE_KEPT)  # processes of api workers that died last
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
         self._out: deque[_Sent] = deque()  # the steps that are out
@@ -122,18 +103,18 @@ class Scheduler:
 
     # --- policy -----------------------------------------------------------------------------------------------
     def next_step(self) -> Step | None:
-        """What to launch now; None when nobody can run, or not until a step that is out completes.
+        """What to launch now; None when no sequence can run, or not until a step that is out completes.
 
         An admission round goes before decode: as many prefills as it takes for as many as are in line when it begins,
         so it ends however many come meanwhile. Under splitfuse they go beside it, in blocks.
         """
         self.first_admitted = []
-        if self._out and (self._quarantine or self._suspect_is_next):
+        if self._out and (self._quarantine or self.queues.suspect_is_next):
             return None
         self._quarantine = [sequence for sequence in self._quarantine if sequence.feeds]
         if not self._quarantine:
             if self._round_is_due():
-                self._admitting, self._decoded = len(self.paused) + len(self.suspects) + len(self.waiting), 0
+                self._admitting, self._decoded = len(self.queues), 0
             if self._admitting >= 0 and not (self._admit() or any(sequence.feeds for sequence in self.running)):
                 self._admitting = -1
         block = self.limits.splitfuse_block_size
@@ -170,7 +151,7 @@ class Scheduler:
             if len(going_on) + len(chosen) <= self.keys.available:
                 break
             self._admitting, self._decoded = -1, 0
-            self._pause(self._party(max(self.running, key=_age)))
+            self._pause(self._party(max(self.running, key=age)))
         self.keys.grow(going_on + chosen)
         for sequence in chosen:
             composer.choose(sequence)
@@ -189,40 +170,20 @@ class Scheduler:
     def _round_is_due(self) -> bool:
         """Always while nothing runs, else every `router_max_wait_tokens` decode steps, which count with and without
         anyone in line. Suspects don't wait for that, or a long line of them would hold up all others."""
-        if not (self.paused or self.suspects or self.waiting):
+        if not self.queues:
             return False
-        if not self.running or self._suspect_is_next:
+        if not self.running or self.queues.suspect_is_next:
             return True
         return self._admitting < 0 and self._decoded >= self.limits.router_max_wait_tokens
-
-    @property
-    def _suspect_is_next(self) -> bool:
-        return bool(self.suspects) and not self.paused
-
-    def _next_in_line(self, admitted: list[Sequence]) -> Sequence | None:
-        """Who may be admitted together with those that are `admitted` now; the first of a search's beams. None: that is
-        all."""
-        if self._admitting <= 0 or (admitted and admitted[0].suspect):
-            return None
-        if self.paused:
-            sequence = self.paused[0]
-        elif not self.suspects:
-            return self.waiting.head
-        elif admitted:
-            return None
-        else:
-            request = self.suspects[-1].request
-            sequence = next(sequence for sequence in self.suspects if sequence.request == request)
-        return sequence.fork_lead if sequence.beam else sequence
 
     def _admit(self) -> bool:
         """Those of the line who may run now; whether there are any. Stops at the first that can't go, so nothing is
         overtaken for ever. One whose token is still to come can't: it would be fed without it."""
         admission = Admission(self.limits, self.running, self.keys.used, self.keys.locked)
-        if self.waiting.contested:
+        if self.queues.waiting.contested:
             self._charge()
         admitted: list[Sequence] = []
-        while (sequence := self._next_in_line(admitted)) is not None:
+        while self._admitting > 0 and (sequence := self.queues.next(admitted)) is not None:
             party = list(sequence.fork.members) if sequence.fork is not None and sequence.beam else [sequence]
             if any(one.pending for one in party) or self._holds_up(sequence, admitted):
                 break
@@ -230,19 +191,16 @@ class Scheduler:
             for follower in party[1:]:
                 follower.common = len(follower.prompt_ids)
             if not admission.fits(party, self.keys.locked):
-                self.keys.give_up(sequence)
+                self.keys.cancel(sequence)
                 break
             if sequence.suspect and sequence.owner != SELF and not self._answered:
-                self.keys.give_up(sequence)
+                self.keys.cancel(sequence)
                 self.submit(_own_request())  # needs no more room, and is the next of the suspects
                 return self._admit()
             if leads is not None:
                 _join(sequence, leads)
             for one in party:
-                if one.state is State.WAITING:
-                    self.waiting.admit(one)
-                else:
-                    self._leave_line(one)
+                self.queues.admit(one)
             self._admitting = max(0, self._admitting - len(party))
             admitted += party
         for sequence in admitted:
@@ -264,7 +222,7 @@ class Scheduler:
             given = len(sequence.emitted) + sequence.pending
             tokens[sequence.tenant] += given - sequence.charged
             sequence.charged = given
-        self.waiting.charge(tokens)
+        self.queues.waiting.charge(tokens)
 
     def _find(self, sequence: Sequence, admitted: list[Sequence]) -> Sequence | None:
         """Looks for a past that it need not compute: what the cache has, or the prompt of another branch that is
@@ -306,7 +264,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
             sequence.state = State.PAUSED
-            self._enter_line(sequence)
+            self.queues.add(sequence)
         if party and party[0].fork is not None and party[0].beam:
             beams.begin(party[0].fork)
 
@@ -335,7 +293,7 @@ class Scheduler:
 
         The token of a sequence that ended since the step was made is dropped; that of a paused one counts.
         """
-        outputs: dict[Owner, StepOutput] = {}
+        outputs = Outputs(self.generation)
         ended: list[Sequence] = []
         searched: dict[int, list[BeamResult]] = {}
         sent = self._out.popleft()
@@ -343,7 +301,7 @@ class Scheduler:
         for (sequence, first), told in zip(sent.targets, result.targets, strict=True):
             if sequence.state is not gone:
                 part = PromptLogprobs(sequence.request, first, told.logprobs, told.alternatives)
-                self._output(outputs, sequence).prompts.append(part)
+                outputs[sequence.owner].prompts.append(part)
         for sequence, token, logprob, alternatives, candidates in zip(
             sent.sequences, result.tokens, result.logprobs, result.alternatives, result.candidates, strict=True
         ):
@@ -370,32 +328,18 @@ class Scheduler:
                 finish = FINISH_LENGTH
             if finish:
                 ended.append(sequence)
-            output = outputs.get(sequence.owner)
-            if output is None:
-                output = self._output(outputs, sequence)
+            output = outputs[sequence.owner]
             if sequence.cached:
                 output.cached.append((sequence.request, sequence.cached))
                 sequence.cached = 0
-            output.requests.append(sequence.request)
-            output.branches.append(sequence.branch)
-            output.positions.append(position)
-            output.tokens.append(token)
-            output.logprobs.append(logprob)
-            output.finishes.append(finish)
-            if alternatives is not None and output.alternatives is None:
-                output.alternatives = [None] * (len(output.tokens) - 1)
-            if output.alternatives is not None:
-                output.alternatives.append(alternatives)
+            append_token(output, sequence, position, token, logprob, alternatives, finish)
         for results in searched.values():
             self._search(results, outputs)
         for sequence in ended:
             self._end(sequence)
         return outputs
 
-    def _output(self, outputs: dict[Owner, StepOutput], sequence: Sequence) -> StepOutput:
-        return outputs.setdefault(sequence.owner, StepOutput(self.generation, [], [], [], [], [], []))
-
-    def _search(self, results: list[BeamResult], outputs: dict[Owner, StepOutput]) -> None:
+    def _search(self, results: list[BeamResult], outputs: Outputs) -> None:
         """A step of one request's beams."""
         lead = results[0][0]
         fork = lead.fork
@@ -403,7 +347,7 @@ class Scheduler:
         members = list(fork.members)
         if beams.advance(fork, results, self.keys):
             return
-        beams.tell(fork, results, self._output(outputs, lead))
+        beams.tell(fork, results, outputs[lead.owner])
         for member in members:
             self._end(member)
 
@@ -413,17 +357,11 @@ class Scheduler:
 
         A request that is already here, or whose api worker's process is dead, is ignored: no answer has a reader.
         """
-        if message.request in self._requests or (message.api, message.epoch) in self._gone:
+        if message.request in self._requests or self.submissions.is_gone((message.api, message.epoch)):
             return None
-        problem = self._never_fits(message)
-        if problem:
-            return Rejected(self.generation, message.request, "invalid", problem)
-        submission = self._submission_of(message)
-        if not submission.room and not message.replay:
-            text = (
-                f"the queue is full: {len(self.waiting)} sequences wait, and http.max_queue is {self.limits.max_queue}"
-            )
-            return Rejected(self.generation, message.request, "queue_full", text, RETRY_AFTER)
+        submission = self.submissions.take(message)
+        if isinstance(submission, Rejected):
+            return submission
         sequences = sequences_of(message)
         if self._constraints is not None:
             constraint = self._constraints.of(message.params)
@@ -441,34 +379,21 @@ class Scheduler:
                 beams.fork(sequences, self.limits.eos_ids, reading)
         self._requests[message.request] = {sequence.branch: sequence for sequence in sequences}
         for sequence in sequences:
-            self._enter_line(sequence)
+            self.queues.add(sequence)
         return None
-
-    def _submission_of(self, message: Submit) -> Submission:
-        """There is room while fewer than `max_queue` sequences wait, whatever a body brings: its parts are taken or
-        turned away together, and one wider than the queue runs too. So that no tenant keeps the others out, one that
-        has none in line finds room while fewer than twice as many wait."""
-        number = message.batch or message.request
-        submission = self._submissions.get(number)
-        if submission is None or number == message.request:  # its first, perhaps once more
-            most = self.limits.max_queue * (1 if self.waiting.has(message.tenant) else 2)
-            submission = self._submissions[number] = Submission(len(self.waiting) < most)
-            if len(self._submissions) > MOST_SUBMISSIONS:
-                del self._submissions[next(iter(self._submissions))]
-        return submission
 
     def expire(self, now: float) -> list[tuple[Owner, Rejected]]:
         """Ends requests that have waited for `queue_timeout` seconds, unless a part of their body has been admitted.
-        Returns whom to tell what. Call it from time to time."""
+        Returns the owners and what each is told. Call it from time to time."""
         timeout = self.limits.queue_timeout
         late = {
             sequence.request: sequence.owner
-            for sequence in self.waiting
+            for sequence in self.queues.waiting
             if 0 < timeout <= now - sequence.since and not (sequence.submission and sequence.submission.started)
         }
         text = (
             f"the request waited {timeout:g} s (http.queue_timeout) for its turn: {len(self.running)} sequences run, "
-            f"{len(self.waiting)} wait"
+            f"{len(self.queues.waiting)} wait"
         )
         for request in late:
             self.abort(request)
@@ -488,8 +413,7 @@ class Scheduler:
 
     def api_gone(self, api: int, epoch: int) -> None:
         """Ends all requests of an api worker's epoch, and those of it that are still to arrive."""
-        # One by one: while a replacement starts, or dies, the process before it lives and serves.
-        self._gone.append((api, epoch))
+        self.submissions.forget((api, epoch))
         for request, branches in list(self._requests.items()):
             if next(iter(branches.values())).owner == (api, epoch):
                 self.abort(request)
@@ -508,30 +432,10 @@ class Scheduler:
         """Gauges and counters of the prompt cache in tokens; empty without one."""
         return self.keys.stats()
 
-    def _never_fits(self, message: Submit) -> str | None:
-        prompt, params = len(message.prompt_ids), message.params
-        if not prompt or not message.branches or len(message.branches) != len(message.emitted):
-            return "a request needs a prompt and at least one unfinished branch"
-        if any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
-            return f"a branch has its {params.max_new_tokens} tokens already"
-        width = params.n if self.limits.beam_mode else 1
-        if width > self.limits.running_max_req_size:
-            return f"{width} beams exceed running_max_req_size {self.limits.running_max_req_size}"
-        if prompt + width * params.max_new_tokens + 1 > self.limits.max_total_token_num:
-            each = f"{width} beams x " if width > 1 else ""
-            return (
-                f"{prompt} prompt tokens + {each}{params.max_new_tokens} max_new_tokens + 1 "
-                f"exceed max_total_token_num {self.limits.max_total_token_num}"
-            )
-        return None
-
     def _clear_suspect(self, request: int) -> None:
         """One branch produced a token: the whole request is a normal one again."""
         for sequence in self._requests[request].values():
-            sequence.suspect = 0
-            if sequence.state is State.PAUSED:
-                self.suspects.remove(sequence)
-                insort(self.paused, sequence, key=_age)
+            self.queues.clear_suspect(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:
@@ -541,7 +445,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
         elif sequence.state is not State.ENDING:
-            self._leave_line(sequence)
+            self.queues.remove(sequence)
         sequence.state = State.ENDED
         branches = self._requests[sequence.request]
         del branches[sequence.branch]
@@ -557,20 +461,6 @@ class Scheduler:
         sequence.table_row, sequence.fed, sequence.target = -1, 0, 0
         sequence.entered = sequence.stale = False
 
-    def _enter_line(self, sequence: Sequence) -> None:
-        if sequence.state is State.WAITING:
-            self.waiting.add(sequence)
-        elif sequence.suspect:
-            insort(self.suspects, sequence, key=_suspicion)
-        else:
-            insort(self.paused, sequence, key=_age)
-
-    def _leave_line(self, sequence: Sequence) -> None:
-        if sequence.state is State.WAITING:
-            self.waiting.remove(sequence)
-        else:
-            (self.suspects if sequence.suspect else self.paused).remove(sequence)
-
     @property
     def quarantined(self) -> int:
         """The suspect that runs alone in the newest step; 0: none."""
@@ -579,10 +469,11 @@ class Scheduler:
     # --- state, told ------------------------------------------------------------------------------------------
     @property
     def busy(self) -> bool:
-        """Somebody runs or is in line. Those in line are then admitted sooner or later."""
+        """A sequence runs or is in line. Those in line are then admitted sooner or later."""
         return bool(self._requests)
 
     def load(self) -> Load:
+        """How busy the engine is; `estimated_peak`: share of the slots that the running sequences will ever hold."""
         total = self.limits.max_total_token_num
         worst_case = Admission(self.limits, self.running, used=total, locked=self.keys.locked)
         return Load(
@@ -590,8 +481,8 @@ class Scheduler:
             slots_total=total,
             slots_used=self.keys.used,
             running=len(self.running),
-            waiting=len(self.waiting),
-            paused=len(self.paused) + len(self.suspects),
+            waiting=len(self.queues.waiting),
+            paused=len(self.queues.paused) + len(self.queues.suspects),
             estimated_peak=worst_case.peak / total,
         )
 

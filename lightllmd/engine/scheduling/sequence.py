@@ -19,6 +19,8 @@ TokenIds = NDArray[np.int32]
 
 
 class State(Enum):
+    """Where a sequence is in its life, and what it holds."""
+
     WAITING = "waiting"  # never admitted by this generation, and without a token
     PAUSED = "paused"  # admitted before (by this generation or one that died); holds no slot and no row
     RUNNING = "running"  # owns a table row and slots
@@ -58,7 +60,7 @@ class Fork:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Set by the scheduler and its `KeyValues` alone.
+    """Set by the scheduler and its `KvCacheManager` alone.
 
     Invariant while running, once its prompt is fed: ``len(slots)`` tokens are in the cache as soon as the steps that
     are out have run. That is all of the prompt, the emitted and the pending ones but the newest.
@@ -100,6 +102,7 @@ class Sequence:
 
     @property
     def arrival_ns(self) -> int:
+        """Nanoseconds on the api workers' monotonic clock."""
         return self.order[0]
 
     @property

@@ -95,7 +95,7 @@ def test_a_row_that_enters_with_another_history_has_its_alternatives() -> None:
 
 def test_twins_have_tokens_of_their_own_branch_and_the_alternatives_of_the_prompt() -> None:
     rows = [row(PROMPT, 0, params=PARAMS)]
-    rows += [row([], 6, table_row=n, branch=n, params=PARAMS, past=list(range(6)), twin_of=0) for n in (1, 2)]
+    rows += [row([], 6, table_row=n, branch=n, params=PARAMS, past=list(range(6)), sibling_of=0) for n in (1, 2)]
     result = run(FakeRunner(FakeSettings()), *rows)
     assert result.tokens == [fake_token(PROMPT, 5, branch, 0) for branch in range(3)]
     assert result.alternatives == [fake_alternatives(PROMPT, 8)] * 3

@@ -252,6 +252,6 @@ def test_a_request_that_waited_too_long_is_told_so_unless_a_part_of_its_body_run
     ((owner, rejected),) = scheduler.expire(15.0)
     assert (owner, rejected.request, rejected.reason) == ((0, 1), 3, "queue_timeout")
     assert "5 s (http.queue_timeout)" in rejected.message
-    assert [sequence.request for sequence in scheduler.waiting] == [2, 4]
+    assert [sequence.request for sequence in scheduler.queues.waiting] == [2, 4]
     assert [rejected.request for _, rejected in scheduler.expire(1000.0)] == [4]
     engine.drain()

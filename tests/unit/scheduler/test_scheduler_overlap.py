@@ -38,7 +38,7 @@ class Engine:
         return outputs.get((0, 1))
 
     def in_line(self) -> list[int]:
-        return [sequence.request for sequence in (*self.scheduler.paused, *self.scheduler.waiting)]
+        return [sequence.request for sequence in (*self.scheduler.queues.paused, *self.scheduler.queues.waiting)]
 
 
 def requests(step: Step | None) -> list[int]:
@@ -147,7 +147,7 @@ def test_the_token_of_one_that_was_paused_meanwhile_counts() -> None:
     engine = paused_with_a_step_out()
     output = engine.complete(51, 61)
     assert (output.requests, output.positions, output.tokens) == ([1, 2], [1, 1], [51, 61])
-    (paused,) = engine.scheduler.paused
+    (paused,) = engine.scheduler.queues.paused
     assert paused.emitted == [60, 61]
     assert paused.state is State.PAUSED
 

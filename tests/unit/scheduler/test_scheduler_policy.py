@@ -11,8 +11,9 @@ from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
 from lightllmd.engine.scheduling.admission import Admission
-from lightllmd.engine.scheduling.scheduler import MOST_SUBMISSIONS, Scheduler
+from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.scheduling.sequence import SELF, Sequence, sequences_of
+from lightllmd.engine.scheduling.submissions import MOST_SUBMISSIONS
 from lightllmd.engine.step import Step, StepResult
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
@@ -216,8 +217,8 @@ def test_a_suspect_that_produced_a_token_is_a_normal_request_again() -> None:
     assert engine.scheduler.quarantined == 0
     engine.step()
     assert [row.branch for row in engine.last.rows] == [0]
-    assert not engine.scheduler.suspects
-    assert [sequence.branch for sequence in engine.scheduler.paused] == [1, 2]
+    assert not engine.scheduler.queues.suspects
+    assert [sequence.branch for sequence in engine.scheduler.queues.paused] == [1, 2]
     assert engine.prefills() == [[(1, 1), (1, 2), (2, 0)]]
 
 
@@ -251,11 +252,11 @@ def test_a_dead_api_workers_requests_end_and_its_late_ones_are_dropped() -> None
     engine.put(submit(1), other)
     engine.scheduler.api_gone(0, 1)
     assert engine.put(submit(2)) == [None]
-    assert [sequence.request for sequence in engine.scheduler.waiting] == [9]
+    assert [sequence.request for sequence in engine.scheduler.queues.waiting] == [9]
     reborn = submit(10)
     reborn.epoch = 2
     engine.put(reborn)
-    assert [sequence.request for sequence in engine.scheduler.waiting] == [9, 10]
+    assert [sequence.request for sequence in engine.scheduler.queues.waiting] == [9, 10]
 
 
 def test_a_dead_replacement_silences_no_process_that_serves() -> None:
@@ -268,7 +269,7 @@ def test_a_dead_replacement_silences_no_process_that_serves() -> None:
     late = submit(3)
     late.epoch = 2
     engine.put(late)
-    assert [sequence.request for sequence in engine.scheduler.waiting] == [1, 2]
+    assert [sequence.request for sequence in engine.scheduler.queues.waiting] == [1, 2]
 
 
 def test_a_full_queue_turns_away_new_ones_but_no_replayed_one() -> None:
@@ -311,7 +312,7 @@ def test_however_many_bodies_come_few_are_remembered() -> None:
     for number in range(1, MOST_SUBMISSIONS + 10):
         engine.put(submit(number))
         engine.scheduler.abort(number)
-    assert len(engine.scheduler._submissions) == MOST_SUBMISSIONS
+    assert len(engine.scheduler.submissions) == MOST_SUBMISSIONS
 
 
 def test_a_request_that_was_turned_away_finds_room_when_it_comes_again() -> None:

@@ -39,7 +39,7 @@ def test_branches_that_draw_for_themselves_have_one_prefill() -> None:
     engine = Steps(submit(1, 50, 4, params={"n": 4, "do_sample": True, "seed": 3}), diverse_mode=True)
     step = engine.turn()
     assert fed(step) == [(1, 0, 0, 50), (1, 1, 50, 0), (1, 2, 50, 0), (1, 3, 50, 0)]
-    assert [(row.twin_of, row.past) for row in step.rows[1:]] == [(0, step.rows[0].slots)] * 3
+    assert [(row.sibling_of, row.past) for row in step.rows[1:]] == [(0, step.rows[0].slots)] * 3
     assert engine.scheduler.keys.used == 50
     following = engine.turn()
     assert len(set(following.decode.slots)) == 4, "from here on each has slots of its own"

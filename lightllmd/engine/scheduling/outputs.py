@@ -1,0 +1,41 @@
+"""What the api workers are told of a completed step."""
+
+from __future__ import annotations
+
+from lightllmd.engine.scheduling.sequence import Owner, Sequence
+from lightllmd.engine.step import Alternatives
+from lightllmd.ipc.messages import StepOutput
+
+
+class Outputs(dict[Owner, StepOutput]):
+    """One for each api worker that is told something."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__()
+        self._generation = generation
+
+    def __missing__(self, owner: Owner) -> StepOutput:
+        output = self[owner] = StepOutput(self._generation, [], [], [], [], [], [])
+        return output
+
+
+def append_token(
+    output: StepOutput,
+    sequence: Sequence,
+    position: int,
+    token: int,
+    logprob: float,
+    alternatives: Alternatives | None,
+    finish: int,
+) -> None:
+    """A sequence's next token. Alternatives are a column only where some token has any."""
+    output.requests.append(sequence.request)
+    output.branches.append(sequence.branch)
+    output.positions.append(position)
+    output.tokens.append(token)
+    output.logprobs.append(logprob)
+    output.finishes.append(finish)
+    if alternatives is not None and output.alternatives is None:
+        output.alternatives = [None] * (len(output.tokens) - 1)
+    if output.alternatives is not None:
+        output.alternatives.append(alternatives)
