@@ -34,7 +34,7 @@ class FileThreads(Executor):
         if not self._room.acquire(blocking=False):
             raise TryAgain(f"{MOST} files are being read already, and hang")
         future: Future[T] = Future()
-        threading.Thread(target=self._run, args=(future, work, arguments, named), name="aside", daemon=True).start()
+        threading.Thread(target=self._run, args=(future, work, arguments, named), name="files", daemon=True).start()
         return future
 
     def _run(
