@@ -14,8 +14,9 @@ import pytest
 
 from harness import Daemon, Killer, generate_stream, run, wait_for
 from lightllmd.engine.runners.fake_model import fake_token
+from long_run import LONG
 
-STREAMS = 64
+STREAMS = 64 if LONG else 32
 OVERLAP = ("--engine.fake.overlap", "true")
 TOKENS = 200
 FAST_FAKE = ("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1")

@@ -150,10 +150,14 @@ def test_random_kills_leave_no_orphan_and_no_stuck_job(tmp_path: Path, kind: typ
             ),
             what="an idle daemon with every slot free and no job in progress",
         )
-        living = {process.pid for process in daemon.processes()} - {daemon.spare()}
-        orphans = [pid for pid in family - living - {daemon.spare()} if psutil.pid_exists(pid)]
+
+        def living() -> set[int]:
+            return {process.pid for process in daemon.processes()} - {daemon.spare()}
+
+        # Supervisor, two front ends, each with the process that forks its helpers, one engine: all are back.
+        wait_for(lambda: len(living()) == 6, what="six processes beside the spare")
+        orphans = [pid for pid in family - living() - {daemon.spare()} if psutil.pid_exists(pid)]
         assert not orphans
-        assert len(living) == 6, "supervisor, two front ends, each with the process that forks its helpers, one engine"
         assert outcomes["exact"] > 0
         ordered = sorted(asked["latencies"])
         p90, p99 = (ordered[int(len(ordered) * share)] for share in (0.90, 0.99))
