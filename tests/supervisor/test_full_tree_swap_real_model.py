@@ -98,13 +98,16 @@ def learnt(daemon: Daemon, folder: Path, pair: Pair) -> Expected:
     return expected
 
 
-def a_killed_start(operator: Operator, target: str, phase: str, number: int) -> Ran:
-    """A swap whose new engine gets a signal when it has come to `phase`."""
+def a_killed_start(operator: Operator, target: str, phase: str | None, number: int) -> Ran:
+    """A swap whose new engine gets a signal when it has come to `phase`; None: before it has done anything, for which
+    the spare process that will be it is stopped."""
     daemon, sent = operator.daemon, time.monotonic()
+    if phase is None:
+        os.kill(wait_for(daemon.spare, what="a spare engine"), signal.SIGSTOP)
 
     def candidate() -> dict[str, Any] | None:
         found = (worker for worker in daemon.workers("engine") if worker["name"] == "candidate" and worker["pid"])
-        return next((worker for worker in found if worker["phase"] == phase), None)
+        return next((worker for worker in found if phase in (None, worker["phase"])), None)
 
     with background(daemon, "swap", target) as process:
         os.kill(wait_for(candidate, what=f"a candidate in phase {phase}")["pid"], number)
@@ -127,7 +130,7 @@ def swaps_and_reloads(daemon: Daemon, settings: Settings, pair: Pair, expected: 
                     done = operator.swap(target, model=target)
                     taken.append(done.returned - done.sent)
                 case "killed":
-                    a_killed_start(operator, target, "load" if LONG else "boot", signal.SIGKILL)
+                    a_killed_start(operator, target, "load" if LONG else None, signal.SIGKILL)
                 case "hanging":
                     a_killed_start(operator, target, "load", signal.SIGSTOP)
                 case "reload live":

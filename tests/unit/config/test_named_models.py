@@ -63,7 +63,7 @@ eos_id = [7, 8]
         ('[models."a b"]\nmodel_dir = "b"\n', 3, "models.a b", '"a b" is no name of a model: letters, digits'),
         ('[models.""]\nmodel_dir = "b"\n', 3, "models.", "is no name of a model"),
         ('[models."../a"]\nmodel_dir = "b"\n', 3, "models.../a", "is no name of a model"),
-        (f'[models.{"a" * 129}]\nmodel_dir = "b"\n', 3, f"models.{'a' * 129}", "at most 128"),
+        (f'[models.{"a" * 129}]\nmodel_dir = "b"\n', 3, f"models.{'a' * 79}…", "at most 128"),
         ('[models.a]\nmodel_dir = ""\n', 4, "models.a.model_dir", "is empty"),
         ('[models.a]\nmodel_dir = 1\n', 4, "models.a.model_dir", "1 is an integer, expected a string"),
         ('[models.a]\nmodel_dir = "b"\nport = 1\n', 5, "models.a.port", "no parameter of a model (reload: front end)"),
