@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,7 +14,25 @@ from lightllmd.kernels.linear import Embedding, Head, Linear, Norm
 from lightllmd.kernels.schemes import WHOLE, Shard, built
 
 
-class Kernels:
+class Attention(Protocol):
+    """Attention over the KV cache, on one device."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        heads: Heads,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """``qkv [T, (H + 2K) D]``, given away -> ``[T, H D]``: norms of the heads if there are any, rotation, keys and
+        values into the cache, causal attention of each token over its row; ``[R, H D]`` of the `wanted` [R] if any
+        are named."""
+
+
+class Kernels(ABC):
     """Makes what holds weights for one device and dtype, and computes what holds none.
 
     A step's T tokens run as the residual stream ``[T, hidden]``, whose buffer may be written in place.
@@ -23,8 +43,10 @@ class Kernels:
         linears: Mapping[str, Callable[[Tensor, Tensor | None], Linear]],
         heads: Mapping[str, Callable[..., Head]],
         embedding: Callable[[Tensor, float | None], Embedding],
+        attention: Attention,
     ) -> None:
         """Linears and heads by the name of the scheme that they store weights by."""
+        self.attention = attention
         self._linears, self._heads, self._embedding = linears, heads, embedding
 
     def linear(
@@ -54,21 +76,6 @@ class Kernels:
         built."""
         return built("head", scheme, shard, self._heads)(weight, norm, tied=tied, soft_cap=soft_cap)
 
+    @abstractmethod
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         """``x [T, N]`` becomes ``norm(x)``, for N = len(norm.weight); rows may lie apart."""
-        raise NotImplementedError
-
-    def attention(
-        self,
-        qkv: Tensor,
-        cache: LayerCache,
-        batch: Batch,
-        heads: Heads,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """``qkv [T, (H + 2K) D]``, given away -> ``[T, H D]``: norms of the heads if there are any, rotation, keys and
-        values into the cache, causal attention of each token over its row; ``[R, H D]`` of the `wanted` [R] if any
-        are named."""
-        raise NotImplementedError

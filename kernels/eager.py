@@ -35,12 +35,10 @@ class EagerEmbedding(Embedding):
 class EagerKernels(Kernels):
     """Of torch's own operations over rows gathered in groups."""
 
-    attention = staticmethod(attention)
-
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         packs = device.type == "cpu" and PackedLinear.supports(dtype)
         dense = PackedLinear if packs else DenseLinear
-        super().__init__({"dense": dense}, {"dense": partial(EagerHead, dense)}, EagerEmbedding)
+        super().__init__({"dense": dense}, {"dense": partial(EagerHead, dense)}, EagerEmbedding, attention)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         x.copy_(rms_norm(x, norm.weight, norm.eps, norm.offset))

@@ -36,8 +36,8 @@ class FusedKernels(Kernels):
     """`decode_kernel` is one of the documented mode names, or "auto" for what is fastest for a shape."""
 
     def __init__(self, device: torch.device, decode_kernel: str = "auto") -> None:
-        super().__init__({"dense": FusedDenseLinear}, {"dense": FusedDenseHead}, FusedEmbedding)
-        self.attention = FusedAttention(device, decode_kernel)
+        attention = FusedAttention(device, decode_kernel)
+        super().__init__({"dense": FusedDenseLinear}, {"dense": FusedDenseHead}, FusedEmbedding, attention)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         rms_norm(x, norm, x)
