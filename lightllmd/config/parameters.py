@@ -368,7 +368,13 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     use_reward_model: Annotated[
         bool,
-        Setting(doc="Serves a reward model on /get_score.", group=MODEL, needs="reward models"),
+        Setting(
+            doc="The model is a reward model or a classifier: its results are scores of whole prompts, on /get_score. "
+            "Routes that generate refuse their requests. It has to be a model with such a head "
+            "(InternLM2ForRewardModel, Qwen2ForRewardModel, Qwen2ForProcessRewardModel, or "
+            "...ForSequenceClassification of a family that is served).",
+            group=MODEL,
+        ),
     ] = False
     long_truncation_mode: Annotated[
         Literal["head", "center"] | None,

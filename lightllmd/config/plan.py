@@ -38,6 +38,16 @@ class ModelFacts(msgspec.Struct, frozen=True):
         return [stamp for stamp in self.stamps if stamp.path not in self.files or stamp.path == self.path]
 
 
+class Scoring(msgspec.Struct, frozen=True):
+    """What a model gives instead of tokens: vectors, of the hidden states of some tokens of a prompt."""
+
+    labels: list[str]  # of the values of each vector, in their order
+    # "regression" | "single_label_classification" | "multi_label_classification", as the model's config says it.
+    problem_type: str | None = None
+    marker: int | None = None  # a vector is made at each token of this id; None: one, at the last token
+    ending: int | None = None  # a token that ends each conversation
+
+
 class DeviceFacts(msgspec.Struct, frozen=True):
     """Read by the probe child."""
 
@@ -136,6 +146,7 @@ class Plan(msgspec.Struct, frozen=True):
     vocab_size: int
     model_name: str  # what /get_model_name and /v1/models say
     config_file: str | None = None
+    scoring: Scoring | None = None  # None: the model generates
     decode_kernel: str = "auto"  # the decode attention's mode (config.modes.BUILT); "auto": the best for each shape
 
 

@@ -21,7 +21,7 @@ from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
-from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan
+from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan, Scoring
 from lightllmd.config.report import budget_table, report
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -127,9 +127,17 @@ class _Fake(_Maker):
             or name_of(self.config)
             or _last_component(params.model_dir or "fake"),
             config_file=self.config_file,
+            scoring=self._scoring(),
             derived=self.derived,
             budget=Budget([BudgetRow("weights", fake.load_bytes, "pretended")], self.device.memory_free),
         )
+
+    def _scoring(self) -> Scoring | None:
+        fake = self.config.engine.fake
+        if not self.params.use_reward_model:
+            return None
+        marker = None if fake.score_marker < 0 else fake.score_marker
+        return Scoring([f"LABEL_{number}" for number in range(fake.score_labels)], marker=marker)
 
     def _slots(self) -> _Value:
         if self.params.max_total_token_num != "auto":
@@ -212,11 +220,16 @@ class _Real(_Maker):
         self._check_context()
         self._check_prompt_cache()
         self._check_mode()
+        self._check_scoring()
         self.stop_if_problems()
         for head_dim in sorted(self.architecture.spec.head_dims.difference(DEVICE_HEAD_DIMS)):
             if self.device.kind == "cuda":
                 known = ", ".join(map(str, DEVICE_HEAD_DIMS))
                 self.problem(f"{self.model.path}: head_dim {head_dim}: a GPU takes {known}", "model_dir")
+
+    def _check_scoring(self) -> None:
+        if self.params.use_reward_model:
+            self.problem(f"{self.model.path} has no head for scores", "use_reward_model")
 
     def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)

@@ -349,6 +349,18 @@ class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
     load_bytes: Annotated[
         int, Setting(doc="Pretended size of the weights.", unit="bytes", minimum=0, maximum=1 << 50)
     ] = 0
+    score_labels: Annotated[
+        int,
+        Setting(doc="With use_reward_model, how many scores each place of a prompt has.", minimum=1, maximum=4096),
+    ] = 1
+    score_marker: Annotated[
+        int,
+        Setting(
+            doc="With use_reward_model, the token whose every occurrence in a prompt is scored. -1: its last token is.",
+            minimum=-1,
+            maximum=256,
+        ),
+    ] = -1
     poison: Annotated[
         str,
         Setting(

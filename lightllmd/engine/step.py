@@ -24,6 +24,13 @@ class SamplingRow(msgspec.Struct):
     emitted: list[int]  # generated before the row (re)entered: empty for a fresh one
 
 
+class PoolingRow(msgspec.Struct):
+    """Of a row that ends with its prompt: of which hidden states the model's head makes vectors."""
+
+    at: list[int]  # indices among the row's tokens, ascending; may be empty
+    prompt_ids: list[int] | None = None  # set when the row (re)enters, None while it stays
+
+
 class Row(msgspec.Struct):
     """One branch that is fed tokens which the scheduler names. Invariant: ``len(slots) == len(tokens)``, at least one
     unless it is a sibling.
@@ -51,6 +58,12 @@ class Row(msgspec.Struct):
     # For log-probabilities of the prompt: the token behind each fed one, as long as that is the prompt's.
     targets: list[int] | None = None
     top_targets: int = 0  # alternatives reported beside each target
+    pooling: PoolingRow | None = None  # of each row of a request with PoolingParams, which never has `sample`
+
+    @property
+    def enters(self) -> bool:
+        """The runner knows nothing yet of what is under the row's number."""
+        return self.sampling is not None or (self.pooling is not None and self.pooling.prompt_ids is not None)
 
 
 class DecodeRows(msgspec.Struct):
@@ -118,6 +131,8 @@ class StepResult(msgspec.Struct):
     alternatives: list[Alternatives | None]  # None where params.top_logprobs is 0
     candidates: list[list[Candidate] | None]  # None where params.candidates is 0
     targets: list[TargetLogprobs] = []  # one entry per row that has `targets`, in their order
+    # One entry per row that has `pooling`, in their order: a vector for each place, fp32, little-endian.
+    pooled: list[list[bytes]] = []
 
 
 class Runner(Protocol):

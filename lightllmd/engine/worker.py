@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def _goes_on(row: Row) -> bool:
     """It feeds its newest token, as a decode row does."""
-    return row.sampling is None and row.position > 0 and len(row.tokens) == 1
+    return not row.enters and row.position > 0 and len(row.tokens) == 1
 
 
 class EngineWorker:
@@ -128,9 +128,12 @@ class EngineWorker:
         self._get_ready()
 
     def _warm_up(self) -> None:
-        """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens."""
+        """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens, or
+        one prefill real scores."""
         prompt = list(range(min(4, self._plan.vocab_size, self._plan.max_total_token_num - 3)))
-        params = messages.SamplingParams(max_new_tokens=2, ignore_eos=True, use_cache=False)
+        params: messages.RequestParams = messages.SamplingParams(max_new_tokens=2, ignore_eos=True, use_cache=False)
+        if self._plan.scoring is not None:
+            params = messages.PoolingParams(use_cache=False)
         own = messages.Submit(0, *SELF, time.monotonic_ns(), prompt, params, branches=[0], emitted=[[]])
         refused = self._scheduler.submit(own)
         if refused:
@@ -183,11 +186,11 @@ class EngineWorker:
             # Its requests have a token each. Before it is sent, so that no request is suspected whose client has one.
             self._record(step)
         for owner, output in outputs.items():
-            if messages.FINISH_ABORT in output.finishes:
+            if output.broken:
                 log.error("step %d: the model's logits are not numbers (NaN)", step.number)
             if owner != SELF:
                 self._socket.send(*owner, output)
-            elif messages.FINISH_ABORT in output.finishes:
+            elif output.broken:
                 raise errors.EngineError(
                     "the model's logits are not numbers (NaN): this data_type is too narrow for it"
                 )
@@ -195,7 +198,8 @@ class EngineWorker:
         self._progress += 1
         generated = sum(len(output.tokens) for output in outputs.values())
         if SELF not in outputs or self._phase != "ready":
-            self._tokens_out += generated  # served, or made to get ready; an own request has its step for itself
+            # Served, or made to get ready; an own request has its step for itself.
+            self._tokens_out += generated + sum(len(output.pooled) for output in outputs.values())
         self._pace.ran(step, ended, idle=not self._loop.busy)
         # It had the device to itself from the end of the step before it.
         begun = max(self._begun.popleft(), self._completed)
@@ -232,7 +236,7 @@ class EngineWorker:
         self._recorded = flight
 
     def _count(self, step: Step, generated: int, seconds: float, now: float) -> None:
-        begun = sum(row.sampling is not None and not row.position for row in step.rows)
+        begun = sum(row.enters and not row.position for row in step.rows)
         self._metrics.step(step.kind, seconds, begun)
         fed = sum(len(row.tokens) for row in step.rows if not _goes_on(row))
         if self._statistics.count(fed, generated, now):

@@ -11,7 +11,7 @@ A *branch* is one of the ``n`` sequences of a request; `position` counts that br
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
@@ -37,7 +37,7 @@ class TextStops(msgspec.Struct, frozen=True, omit_defaults=True):
     print_eos_token: bool = False
 
 
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampling"):
     """How the next token of each branch is chosen. Already validated; the engine trusts it.
 
     ``do_sample = False`` is greedy: temperature, top_p, top_k and min_p are ignored. The order of application is
@@ -74,6 +74,30 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     candidates: int = 0  # set by the scheduler, of beams: the tokens that each reports to go on with, 0..64
 
 
+class PoolingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="pooling"):
+    """Nothing is generated: the request ends with its prompt, of some of whose hidden states the model's own head makes
+    a vector each. Already validated; the engine trusts it.
+
+    Such a request has one branch, 0, without tokens. What it would have for parameters of generation is said once, so
+    that admission, slots and prompt cache treat it as any other.
+    """
+
+    # Ascending indices of the prompt's tokens that a vector each is made at; None: at the last token.
+    at: list[int] | None = None
+    use_cache: bool = True  # of prompts: False: neither reads nor fills it
+
+    n: ClassVar[int] = 1
+    max_new_tokens: ClassVar[int] = 0
+    min_new_tokens: ClassVar[int] = 0
+    ignore_eos: ClassVar[bool] = True
+    prompt_logprobs: ClassVar[int] = -1
+    top_logprobs: ClassVar[int] = 0
+    healing: ClassVar[bytes] = b""
+
+
+RequestParams: TypeAlias = SamplingParams | PoolingParams
+
+
 class Submit(msgspec.Struct, tag="submit"):
     """A request enters (or, after an engine's death, re-enters) an engine generation."""
 
@@ -82,7 +106,7 @@ class Submit(msgspec.Struct, tag="submit"):
     epoch: int
     arrival_ns: int  # time.monotonic_ns() when the ledger took it; replay goes in this order
     prompt_ids: list[int]
-    params: SamplingParams
+    params: RequestParams
     branches: list[int]  # the branches still unfinished
     emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
     batch: int = 0  # the number of the first of those that came in one body; 0: there is no other
@@ -124,6 +148,14 @@ class PromptLogprobs(msgspec.Struct):
     alternatives: list[list[tuple[int, float]]] | None  # best first
 
 
+class Pooled(msgspec.Struct):
+    """The result of a request with `PoolingParams`, whole: it has ended with it."""
+
+    request: int
+    # fp32, little-endian, one vector for each place that was asked for; None: they are not all finite numbers.
+    vectors: list[bytes] | None
+
+
 class StepOutput(msgspec.Struct, tag="step"):
     """What one step produced for one api worker. Parallel arrays, one entry per branch that moved.
 
@@ -142,6 +174,12 @@ class StepOutput(msgspec.Struct, tag="step"):
     # Only those above zero.
     cached: list[tuple[int, int]] = []
     prompts: list[PromptLogprobs] = []
+    pooled: list[Pooled] = []
+
+    @property
+    def broken(self) -> bool:
+        """What the model computed for some request are no numbers."""
+        return FINISH_ABORT in self.finishes or any(one.vectors is None for one in self.pooled)
 
 
 class Rejected(msgspec.Struct, tag="rejected"):

@@ -138,11 +138,12 @@ class ApiMetrics(_Metrics):
         self._first_token.observe(seconds)
 
     def succeeded(self, seconds: float, inference_seconds: float, generated: list[int]) -> None:
-        """`generated`: tokens of each branch."""
+        """`generated`: tokens of each branch; none where the answer has other things than tokens."""
         self._success.inc()
         self._duration.observe(seconds)
         self._inference.observe(inference_seconds)
-        self._per_token.observe(inference_seconds / max(1, sum(generated)))
+        if generated:
+            self._per_token.observe(inference_seconds / max(1, sum(generated)))
         for tokens in generated:
             self._generated.observe(tokens)
 

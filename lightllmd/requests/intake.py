@@ -5,32 +5,56 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import SamplingParams
+from lightllmd.ipc.messages import RequestParams, SamplingParams
 from lightllmd.requests.asked import Asked, Chat, Prompt
-from lightllmd.requests.branch import TextOptions
+from lightllmd.requests.branch import Branch, TextOptions, open_branches
 from lightllmd.requests.faults import naming
 from lightllmd.requests.limits import Ids, RequestLimits
+from lightllmd.requests.scoring import ScoresAsked, ScoringIntake, ScoringJob
 from lightllmd.requests.text_work import JOB_COST, STOP_COST, TextWork
 from lightllmd.text.healing import roll_back
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopList
 
 
+class Job(Protocol):
+    """One prompt, checked and ready to run: an `AdmittedJob` or a `ScoringJob`."""
+
+    @property
+    def given_ids(self) -> list[int]:
+        """The prompt."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What is run of it."""
+
+    @property
+    def params(self) -> RequestParams:
+        """As the engine gets them."""
+
+    def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
+        """What its tokens go to."""
+
+
 @dataclass(frozen=True)
 class AdmittedJob:
-    """One prompt, checked and ready to run."""
+    """One prompt that is continued, checked and ready to run."""
 
     given_ids: list[int]  # the prompt
     cut: bool  # because it was too long
     prompt_ids: list[int]  # what is run of it; `params.healing` has the text of the rest
     params: SamplingParams  # with the seed
     text: TextOptions
+
+    def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
+        """Without a tokenizer they have no text."""
+        return open_branches(self.params.n, self.prompt_ids, self.text, tokenizer, self.params.healing)
 
 
 class _Fitted(NamedTuple):
@@ -53,9 +77,20 @@ class Intake:
         self._heals = params.token_healing_mode
         self._tokenizer = tokenizer
         self._work = work
+        self._scores = ScoringIntake(plan, self.limits, work)
+
+    async def of(self, asked: Asked | ScoresAsked) -> Sequence[Job]:
+        """One job for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the
+        bound."""
+        return await (self.scores(asked) if isinstance(asked, ScoresAsked) else self.jobs(asked))
+
+    async def scores(self, asked: ScoresAsked) -> list[ScoringJob]:
+        """As `of`."""
+        return await self._scores.jobs(asked)
 
     async def jobs(self, asked: Asked) -> list[AdmittedJob]:
-        """One for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the bound."""
+        """As `of`."""
+        self._scores.refuse_generation()
         with naming(asked.names.subject):
             return await self._checked(asked)
 

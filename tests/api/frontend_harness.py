@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from array import array
 from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import ApiWorker
 from lightllmd.config.keys import KeyDigests, digests
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
-from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
-from lightllmd.engine.runners.fake_model import fake_token
+from lightllmd.config.plan import Budget, DeviceFacts, Plan, Scoring, encode_plan
+from lightllmd.engine.runners.fake_model import fake_score, fake_token
 from lightllmd.ipc import channel, messages
 from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP
@@ -28,8 +29,13 @@ PATIENCE = 20.0  # seconds; a bound, never a measure
 
 
 def make_plan(
-    params: dict[str, Any] | None = None, model: str = "fake-model", names: Iterable[str] = (), **http: Any
+    params: dict[str, Any] | None = None,
+    model: str = "fake-model",
+    names: Iterable[str] = (),
+    scoring: Scoring | None = None,
+    **http: Any,
 ) -> Plan:
+    """`scoring`: of a reward model."""
     settings = HttpSettings(**http)
     read = {setting: digests(path) for setting, path in settings.key_files.items()}
     metrics = read.get("http.metrics_key", []) if settings.metrics_key else None
@@ -54,6 +60,7 @@ def make_plan(
         tokenizer_mode="fast",
         log_stats_interval=10.0,
         vocab_size=257,
+        scoring=scoring,
         model_name=model,
     )
 
@@ -81,6 +88,13 @@ def prompt_parts(submit: messages.Submit, size: int = 3) -> list[messages.Prompt
     return parts
 
 
+def fake_vectors(submit: messages.Submit, labels: int) -> list[bytes]:
+    """As the fake engine's."""
+    prompt, at = submit.prompt_ids, submit.params.at
+    places = [len(prompt) - 1] if at is None else at
+    return [array("f", [fake_score(prompt[: end + 1], label) for label in range(labels)]).tobytes() for end in places]
+
+
 class ScriptedEngine:
     """Speaks a generation's part. `token` chooses each token; nothing moves unless `step` is called or `free_run`."""
 
@@ -102,6 +116,7 @@ class ScriptedEngine:
         self.logprob: Callable[[int, int], float] = lambda branch, position: -0.5
         self.others: Callable[[int], list[tuple[int, float]]] = lambda token: [(token, -0.5), (65, -1.5), (66, -2.5)]
         self.cached = 0  # prompt tokens that each request is said to have found in the prompt cache
+        self.labels = 1  # of each vector, where that is what is asked for
         self._task = asyncio.create_task(self._run())
 
     def __repr__(self) -> str:
@@ -147,6 +162,7 @@ class ScriptedEngine:
         rows: list[tuple[int, int, int, int, float, int]] = []
         prompts: list[messages.PromptLogprobs] = []
         cached: list[tuple[int, int]] = []
+        pooled: list[messages.Pooled] = []
         owner = (0, 1)
         for request, (submit, positions) in list(self.running.items()):
             if only is not None and request not in only:
@@ -155,6 +171,10 @@ class ScriptedEngine:
                 prompts += prompt_parts(submit)
             if self.cached and not any(positions.values()):
                 cached.append((request, self.cached))
+            if isinstance(submit.params, messages.PoolingParams):
+                pooled.append(messages.Pooled(request, fake_vectors(submit, self.labels)))
+                del self.running[request]
+                continue
             for branch in list(positions) * at_once:
                 if (position := positions.get(branch)) is None:
                     continue
@@ -177,7 +197,10 @@ class ScriptedEngine:
             output = messages.StepOutput(self.generation, requests, branches, at, tokens, logprobs, finishes, others)
             output.cached, output.prompts = cached, prompts
             self.socket.send(*owner, output)
-        return len(rows)
+        if pooled:
+            output = messages.StepOutput(self.generation, [], [], [], [], [], [], cached=cached, pooled=pooled)
+            self.socket.send(*owner, output)
+        return len(rows) + len(pooled)
 
     def die(self) -> None:
         if not self.socket.socket.closed:

@@ -23,7 +23,7 @@ from lightllmd.api.web.responses import encoded_response, json_in_parts
 from lightllmd.errors import RequestError
 from lightllmd.requests.asked import Asked
 from lightllmd.requests.fields import Body
-from lightllmd.requests.intake import AdmittedJob
+from lightllmd.requests.scoring import ScoresAsked
 
 Kind = TypeVar("Kind", bound=Body)
 
@@ -50,17 +50,17 @@ class Reply(Protocol):
 
 @dataclass(frozen=True)
 class Translation(Generic[Kind]):
-    """How a route that generates translates: a checked body into what is asked, jobs into their answer."""
+    """How a route that has the engine work translates: a checked body into what is asked, jobs into their answer."""
 
     body: type[Kind]
-    asked: Callable[[Kind], Asked]  # raises InvalidRequest for what the dialect alone can't do
-    reply: Callable[[Revision, Kind, Sequence[AdmittedJob]], Awaitable[Reply]]
+    asked: Callable[[Kind], Asked | ScoresAsked]  # raises InvalidRequest for what the dialect alone can't do
+    reply: Callable[[Revision, Kind, Sequence[Any]], Awaitable[Reply]]  # gets the jobs of what was asked
     streamed: Callable[[Kind], bool]
     error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
 
 
 class Responder:
-    """The way of a request that generates, whatever its dialect."""
+    """The way of a request that the engine works on, whatever its dialect."""
 
     def __init__(self, revisions: Revisions) -> None:
         self._revisions = revisions
@@ -78,13 +78,18 @@ class Responder:
         return await make()
 
     async def _respond(
-        self, request: Request, translation: Translation[Kind], body: Kind, asked: Asked, arrived_at: float
+        self,
+        request: Request,
+        translation: Translation[Kind],
+        body: Kind,
+        asked: Asked | ScoresAsked,
+        arrived_at: float,
     ) -> Response:
         revisions = self._revisions
         with revisions.accounts.admission():
             async with revisions.entered(request.receive) as revision:
                 revisions.check_name(revision, asked.model)
-                jobs = await revision.intake.jobs(asked)
+                jobs = await revision.intake.of(asked)
                 reply = await translation.reply(revision, body, jobs)
                 pending = await revision.open(jobs, arrived_at, revision.tenants.of(request.scope))
         if translation.streamed(body):

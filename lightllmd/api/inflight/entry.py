@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from typing import Protocol
 
 from lightllmd.errors import RequestError
-from lightllmd.ipc.messages import SamplingParams
+from lightllmd.ipc.messages import RequestParams
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.prompt_log import PromptLog
 
@@ -52,6 +53,7 @@ class Entry:
         "suspect",
         "suspect_since",
         "tenant",
+        "vectors",
     )
 
     def __init__(
@@ -59,7 +61,7 @@ class Entry:
         ledger: Owner,
         request: int,
         prompt_ids: list[int],
-        params: SamplingParams,
+        params: RequestParams,
         branches: list[Branch],
         notify: Callable[[], None],
         arrived_at: float,
@@ -77,7 +79,8 @@ class Entry:
         self.prompt_log = PromptLog()
         self.cached = 0  # prompt tokens that the engine that gave the first token found in its prompt cache
         self.params = params
-        self.branches = branches
+        self.branches = branches  # none where nothing is generated
+        self.vectors: list[bytes] = []  # the result of such a request, once it has ended: see `Pooled`
         self.notify = notify
         self.error: RequestError | None = None
         self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
@@ -99,6 +102,12 @@ class Entry:
         return sum(len(branch.ids) for branch in self.branches)
 
     @property
+    def values(self) -> list[list[float]]:
+        """The numbers of `vectors`."""
+        return [array("f", vector).tolist() for vector in self.vectors]
+
+    @property
     def answer_size(self) -> int:
         """Numbers and texts in its answer, about."""
-        return self.prompt_log.size + self.generated * (1 + self.params.top_logprobs)
+        pooled = sum(map(len, self.vectors)) // 4
+        return self.prompt_log.size + self.generated * (1 + self.params.top_logprobs) + pooled

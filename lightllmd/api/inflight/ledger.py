@@ -20,7 +20,7 @@ from lightllmd.api.inflight.quarantine import count_death
 from lightllmd.api.inflight.tally import Tally
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
 from lightllmd.ipc import messages
-from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, SamplingParams, StepOutput, Submit
+from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, RequestParams, StepOutput, Submit
 from lightllmd.requests.branch import Branch
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Ledger:
     def open(
         self,
         prompt_ids: list[int],
-        params: SamplingParams,
+        params: RequestParams,
         branches: list[Branch],
         notify: Callable[[], None],
         *,
@@ -80,7 +80,8 @@ class Ledger:
         batch: int = 0,
         tenant: int = 0,
     ) -> Entry:
-        """Takes a request and sends it to the engine or holds it. `prompt_tokens`:
+        """Takes a request and sends it to the engine or holds it. `branches`: none of one with PoolingParams, whose
+        result is `Entry.vectors`. `prompt_tokens`:
         the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
         opened right before for the first prompt of the same body; 0: this is the first.
 
@@ -216,6 +217,7 @@ class Ledger:
     def _submit(self, entry: Entry) -> None:
         assert self._link is not None
         unfinished = [branch for branch in entry.branches if branch.finish is None]
+        generates = bool(entry.branches)
         self._link.send(
             Submit(
                 entry.request,
@@ -224,8 +226,8 @@ class Ledger:
                 entry.arrival_ns,
                 entry.prompt_ids,
                 entry.params,
-                branches=[branch.index for branch in unfinished],
-                emitted=[branch.ids for branch in unfinished],
+                branches=[branch.index for branch in unfinished] if generates else [0],
+                emitted=[branch.ids for branch in unfinished] if generates else [[]],
                 batch=entry.batch,
                 tenant=entry.tenant,
                 replay=entry.submitted,
@@ -257,6 +259,7 @@ class Ledger:
 
     def _step(self, output: StepOutput) -> None:
         self._prompts(output)
+        self._pooled(output)
         entries, touched, alternatives = self._entries, self._touched, output.alternatives
         rows = zip(
             output.requests,
@@ -311,8 +314,25 @@ class Ledger:
                 log.error("request %d: a part of its prompt's log-probabilities is missing", part.request)
                 self.fail(entry, RequestFailed("the engine broke off this request"))
 
+    def _pooled(self, output: StepOutput) -> None:
+        """Requests that generate nothing end with what they get; a second time there is none of that number."""
+        for result in output.pooled:
+            entry = self._entries.get(result.request)
+            if entry is None:
+                continue
+            if result.vectors is None:
+                self.fail(entry, RequestFailed("the model's scores for this request are not numbers (NaN)"))
+            elif entry.branches:
+                log.error("request %d: vectors instead of tokens", entry.request)
+                self.fail(entry, RequestFailed("the engine broke off this request"))
+            else:
+                self._prove(entry)
+                entry.vectors = result.vectors
+                self._end(entry, "ok")
+                self._touched.add(entry)
+
     def _prove(self, entry: Entry) -> bool:
-        """Its first token of this engine is here. False: what had to come before it is not."""
+        """Its first token of this engine, or its result, is here. False: what had to come before it is not."""
         if entry.params.prompt_logprobs >= 0 and not entry.prompt_log.whole(entry.prompt_ids):
             log.error("request %d: its first token came before its prompt's log-probabilities", entry.request)
             self.fail(entry, RequestFailed("the engine broke off this request"))

@@ -12,9 +12,9 @@ from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.pending import Pending, Signal
 from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
-from lightllmd.ipc.messages import SamplingParams
+from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams
 from lightllmd.requests.branch import TextOptions, open_branches
-from lightllmd.requests.intake import AdmittedJob, Intake
+from lightllmd.requests.intake import Intake, Job
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.text.interface import Tokenizer
 
@@ -41,7 +41,7 @@ class Revision:
         self.successor: Revision | None = None  # gets what is opened here
         self._accounts = accounts
 
-    async def open(self, jobs: Sequence[AdmittedJob], arrived_at: float, tenant: int) -> Pending:
+    async def open(self, jobs: Sequence[Job], arrived_at: float, tenant: int) -> Pending:
         """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock; `tenant`:
         see Submit. Raises NotReady, QueueFull.
 
@@ -71,16 +71,13 @@ class Revision:
             last = last.successor
         return last
 
-    def _enter(
-        self, jobs: Sequence[AdmittedJob], entries: list[Entry], signal: Signal, arrived_at: float, tenant: int
-    ) -> None:
+    def _enter(self, jobs: Sequence[Job], entries: list[Entry], signal: Signal, arrived_at: float, tenant: int) -> None:
         """Adds to `entries`, those of the same body so far."""
         for job in jobs:
-            branches = open_branches(job.params.n, job.prompt_ids, job.text, self.tokenizer, job.params.healing)
             entry = self.ledger.open(
                 job.prompt_ids,
                 job.params,
-                branches,
+                job.branches(self.tokenizer),
                 signal.set,
                 arrived_at=arrived_at,
                 prompt_tokens=len(job.given_ids),
@@ -101,10 +98,15 @@ class Revision:
         return self.ledger.in_flight + self.entering
 
     async def probe(self) -> None:
-        """Has the engine make one token that no client asked for. Raises RequestError when it can't, or dies first."""
+        """Has the engine make one token, or score, that no client asked for. Raises RequestError when it can't, or dies
+        first."""
         signal = Signal()
-        branches = open_branches(1, _PROBE, TextOptions(), self.tokenizer)
-        params = SamplingParams(max_new_tokens=1, ignore_eos=True)
+        params: RequestParams
+        if self.plan.scoring is None:
+            params = SamplingParams(max_new_tokens=1, ignore_eos=True)
+            branches = open_branches(1, _PROBE, TextOptions(), self.tokenizer)
+        else:
+            params, branches = PoolingParams(), []
         entry = self.ledger.open(_PROBE, params, branches, signal.set, private=True)
         while entry.outcome is None:
             await signal.wait()
@@ -112,7 +114,7 @@ class Revision:
             raise entry.error
 
 
-def _parts(jobs: Sequence[AdmittedJob]) -> Iterator[Sequence[AdmittedJob]]:
+def _parts(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
     """Of about the same size each, at least one job."""
     first, size = 0, 0.0
     for index, job in enumerate(jobs):

@@ -58,8 +58,7 @@ class KvCacheManager:
     def find(self, sequence: Sequence, step: int) -> None:
         """Locks the longest prefix of a sequence that steps before `step` computed; `enter` or `cancel` follows."""
         if self._tree is not None and self._reads(sequence):
-            # The last token's logits are needed, so it is fed at least.
-            match = self._tree.match(sequence.key[:-1], step)
+            match = self._tree.match(sequence.key[: sequence.needless], step)
             self._lock(sequence, match.node, match.length)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -72,7 +71,7 @@ class KvCacheManager:
         past = self._tree.slots_of(sequence.node) if self._tree is not None and sequence.node is not None else []
         new = sequence.length - len(past)
         self._make_room(new)
-        room = len(sequence.prompt_ids) + sequence.params.max_new_tokens - 1
+        room = len(sequence.prompt_ids) + max(0, sequence.params.max_new_tokens - 1)
         sequence.slots = past + self.slots.take(new, room - len(past))
         sequence.fed, sequence.target = len(past), sequence.length
 
@@ -81,7 +80,7 @@ class KvCacheManager:
         in `step` itself, and it should wait for that."""
         if self._tree is None or not self._reads(sequence):
             return True
-        match = self._tree.match(sequence.key[:-1], step)
+        match = self._tree.match(sequence.key[: sequence.needless], step)
         if match.fresh >= WORTH_WAITING or (match.fresh and sequence.forks):
             return False
         if match.length > sequence.shared:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -22,13 +23,14 @@ from lightllmd.engine.runners.fake_model import (
     allowed_bits,
     branch_key,
     extended,
+    fake_score,
     fake_target,
     fake_target_alternatives,
     first_allowed,
     ranking,
     token_at,
 )
-from lightllmd.engine.step import Row, SamplingRow, Step, StepResult, TargetLogprobs
+from lightllmd.engine.step import PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
 
 _LAG = 0.02  # seconds that a late loop may catch up
@@ -147,6 +149,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     """A Runner whose tokens are `fake_token`'s, whatever steps they come by: prompts in parts or behind a cached
     prefix, sibling sequences, rows that are fed token by token. The log-probability of each is 0; biases and penalties
     change nothing. Masks leave alternatives as they are, or have "processed" ones; candidates always do as masks say.
+    Its scores are `fake_score`'s.
     """
 
     def __init__(self, settings: FakeSettings) -> None:
@@ -157,6 +160,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         self._vocab: int | None = None  # None: as many as a mask has bits
         self._processed = False  # as [engine] logprobs
         self._branches: dict[int, _Branch] = {}  # by table row
+        self._prompts: dict[int, list[int]] = {}  # of those that generate nothing, by table row
         self._poisoned = False  # a prompt that entered with the step that is made
         self._asleep = False
         self._pending, self._staged = deque(), None
@@ -191,6 +195,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
 
     def _free(self, weights_stay: bool) -> None:
         self._branches.clear()
+        self._prompts.clear()
         self._asleep = True
 
     def _restore_weights(self, staged: KeptWeights, progress: Progress) -> None:
@@ -203,6 +208,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _pack(self, step: Step) -> Step:
         for table_row in step.freed:
             self._branches.pop(table_row, None)
+            self._prompts.pop(table_row, None)
         self._poisoned = False
         return step
 
@@ -217,7 +223,10 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         if params.top_logprobs or params.candidates:
             history, length = extended(EMPTY, prompt + sampling.emitted), len(prompt) + len(sampling.emitted)
         self._branches[row.table_row] = _Branch(key, params.top_logprobs, params.candidates, history, length)
-        self._poisoned |= bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
+        self._poisoned |= self._is_poison(prompt)
+
+    def _is_poison(self, prompt: list[int]) -> bool:
+        return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
 
     def _restrict(self, masks: Mapping[int, bytes]) -> None:
         for table_row, mask in masks.items():
@@ -226,7 +235,8 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _sample(self, step: Step, packed: Step, hidden: None, beat: Beat) -> _Pending:
         decode = step.decode
         for row in step.rows:
-            self._branches[row.table_row].feed(row.start, row.tokens)
+            if row.pooling is None:
+                self._branches[row.table_row].feed(row.start, row.tokens)
         for table_row, start in zip(decode.table_rows, decode.starts, strict=True):
             branch = self._branches[table_row]
             branch.feed(start, [branch.newest])
@@ -242,8 +252,21 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
             result.alternatives.append(ranking(branch.history, top, mask) if top else None)
             ranked = ranking(branch.history, most, branch.mask) if most else []
             result.candidates.append([(token, logprob, logprob) for token, logprob in ranked] or None)
+        result.pooled = [self._pooled(row, row.pooling) for row in step.rows if row.pooling is not None]
         result.targets = [_scored(row, row.targets) for row in step.rows if row.targets is not None]
         return _Pending(result, self._settings.poison_way if self._poisoned else "")
+
+    def _pooled(self, row: Row, pooling: PoolingRow) -> list[bytes]:
+        """A vector for each place; what it depends on is the whole prompt before it."""
+        if pooling.prompt_ids is not None:
+            self._prompts[row.table_row] = pooling.prompt_ids
+            self._poisoned |= self._is_poison(pooling.prompt_ids)
+        prompt, labels = self._prompts[row.table_row], range(self._settings.score_labels)
+        ends = [row.start + at + 1 for at in pooling.at]
+        return [
+            struct.pack(f"<{len(labels)}f", *(fake_score(prompt[:end], label, self._model) for label in labels))
+            for end in ends
+        ]
 
 
 def _scored(row: Row, targets: list[int]) -> TargetLogprobs:

@@ -45,6 +45,17 @@ def fake_target_alternatives(position: int, token: int, count: int) -> Alternati
     return ranking(extended(EMPTY, (position, token)), count, 0)
 
 
+def fake_score(prompt_ids: Sequence[int], label: int = 0, model: str = "") -> float:
+    """The score of a prompt that ends with these ids, for one of the labels: fp32, between -8 and 8, in 1/1000."""
+    key = extended(zlib.crc32(model.encode()), [*prompt_ids, label])
+    return _single((_mixed(key) % 16_001 - 8000) / 1000)
+
+
+def _single(value: float) -> float:
+    """As fp32 has it."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
 # --- what a runner keeps between steps ----------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ BeamResult = tuple[Sequence, float, list[Candidate], Alternatives | None]
 
 def fork(sequences: list[Sequence], eos_ids: frozenset[int], reading: HypothesisText | None = None) -> None:
     """Makes a request's branches the beams of one search. `reading`: where stops end a hypothesis too."""
-    params = sequences[0].params
+    params = sequences[0].sampling
     ends = frozenset[int]() if params.ignore_eos else eos_ids
     beams = Fork(list(sequences), ends=ends, reading=reading)
     candidates = BeamSearch.candidates(len(sequences), ends, reading is not None)
@@ -33,7 +33,7 @@ def fork(sequences: list[Sequence], eos_ids: frozenset[int], reading: Hypothesis
 
 def begin(fork: Fork) -> None:
     """A new search, from the prompt on."""
-    params = fork.members[0].params
+    params = fork.members[0].sampling
     limits = params.max_new_tokens, params.length_penalty
     fork.search = BeamSearch(len(fork.members), fork.ends, *limits, fork.reading)
     for member in fork.members:
@@ -50,7 +50,7 @@ def advance(fork: Fork, results: list[BeamResult], keys: KvCacheManager) -> bool
         return False
     for member in keys.rearrange(fork.members, parents):
         member.stale = True
-    params = fork.members[0].params
+    params = fork.members[0].sampling
     counted = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     live = fork.search.live
     for at, member in enumerate(fork.members):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling.sequence import Sequence
-from lightllmd.engine.step import DecodeRows, Kind, Row, SamplingRow, Step
+from lightllmd.engine.step import DecodeRows, Kind, PoolingRow, Row, SamplingRow, Step
+from lightllmd.ipc.messages import SamplingParams
 
 
 class Composer:
@@ -14,6 +17,7 @@ class Composer:
         self.number = number
         self.named: list[Sequence] = []  # whose tokens the rows make, in their order
         self.targets: list[tuple[Sequence, int]] = []  # whose prompt is told of, from which of its tokens on
+        self.pooled: list[tuple[Sequence, bool]] = []  # whose hidden states become vectors; whether it ends with it
         self.fed = 0  # tokens of prompts
         self.prompts = 0  # their rows
         self._keys = keys
@@ -33,9 +37,12 @@ class Composer:
         if sequence.first and sequence.params.prompt_logprobs >= 0 and not emitted:
             targets = prompt[first + 1 : end + 1]
             self.targets.append((sequence, first + 1))
+        entering = sequence.stale or not sequence.entered
         row = self._row(sequence, first, tokens)
         row.slots = sequence.slots[first:end]
-        row.sample = end == sequence.target
+        row.sample = end == sequence.target and sequence.generates
+        if not sequence.generates:
+            row.pooling = self._pooling(sequence, first, end, entering)
         row.targets, row.top_targets = targets, max(0, sequence.params.prompt_logprobs) if targets is not None else 0
         sequence.fed = end
         self.fed += end - first
@@ -53,6 +60,14 @@ class Composer:
                 self._row(follower, follower.fed, []).sibling_of = at
                 self.named.append(follower)
 
+    def _pooling(self, sequence: Sequence, first: int, end: int, entering: bool) -> PoolingRow:
+        """Of the tokens `first` to `end`. A place before them has its vector from a step before this one."""
+        places, before = sequence.places, sequence.pooled_places
+        sequence.pooled_places = bisect_left(places, end, before)
+        self.pooled.append((sequence, end == sequence.target))
+        at = [place - first for place in places[before : sequence.pooled_places]]
+        return PoolingRow(at, sequence.prompt_ids if entering else None)
+
     def choose(self, sequence: Sequence) -> None:
         """A stepwise one's newest token, which goes to the last of its slots."""
         at = len(sequence.slots) - 1
@@ -63,6 +78,9 @@ class Composer:
     def _row(self, sequence: Sequence, start: int, tokens: list[int]) -> Row:
         entering = sequence.stale or not sequence.entered
         sequence.entered, sequence.stale = True, False
+        sampling = None
+        if entering and isinstance(sequence.params, SamplingParams):
+            sampling = SamplingRow(sequence.params, sequence.prompt_ids, list(sequence.emitted))
         row = Row(
             table_row=sequence.table_row,
             request=sequence.request,
@@ -72,7 +90,7 @@ class Composer:
             slots=[],
             sample=True,
             position=len(sequence.emitted),
-            sampling=SamplingRow(sequence.params, sequence.prompt_ids, list(sequence.emitted)) if entering else None,
+            sampling=sampling,
             prompt_length=len(sequence.prompt_ids),
             past=sequence.slots[:start] if entering and start else None,
         )

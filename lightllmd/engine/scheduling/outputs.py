@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lightllmd.engine.scheduling.sequence import Owner, Sequence
 from lightllmd.engine.step import Alternatives
-from lightllmd.ipc.messages import StepOutput
+from lightllmd.ipc.messages import Pooled, StepOutput
 
 
 class Outputs(dict[Owner, StepOutput]):
@@ -39,3 +41,9 @@ def append_token(
         output.alternatives = [None] * (len(output.tokens) - 1)
     if output.alternatives is not None:
         output.alternatives.append(alternatives)
+
+
+def pooled(sequence: Sequence) -> Pooled:
+    """All that was asked for of a sequence that ended with its prompt."""
+    values = np.frombuffer(b"".join(sequence.vectors), "<f4")
+    return Pooled(sequence.request, sequence.vectors if np.isfinite(values).all() else None)

@@ -26,7 +26,7 @@ from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
-from lightllmd.engine.scheduling.outputs import Outputs, append_token
+from lightllmd.engine.scheduling.outputs import Outputs, append_token, pooled
 from lightllmd.engine.scheduling.queues import Queues, age
 from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, sequences_of
 from lightllmd.engine.scheduling.submissions import RETRY_AFTER, Submissions
@@ -37,8 +37,10 @@ from lightllmd.ipc.messages import (
     FINISH_NONE,
     FINISH_STOP,
     Load,
+    PoolingParams,
     PromptLogprobs,
     Rejected,
+    RequestParams,
     SamplingParams,
     StepOutput,
     Submit,
@@ -57,9 +59,11 @@ def _join(sequence: Sequence, lead: Sequence) -> None:
     sequence.fork = lead.fork
 
 
-def _own_request() -> Submit:
-    """One token behind one token, newer than any other suspect."""
-    params = SamplingParams(max_new_tokens=1, ignore_eos=True, use_cache=False)
+def _own_request(pools: bool) -> Submit:
+    """One token, or vector, of one token, newer than any other suspect."""
+    params: RequestParams = SamplingParams(max_new_tokens=1, ignore_eos=True, use_cache=False)
+    if pools:
+        params = PoolingParams(use_cache=False)
     return Submit(0, *SELF, _NEWEST, [0], params, branches=[0], emitted=[[]], replay=True, suspect=1)
 
 
@@ -68,6 +72,7 @@ class _Sent(NamedTuple):
 
     sequences: list[Sequence]  # whose tokens
     targets: list[tuple[Sequence, int]]  # whose prompt's log-probabilities, from which token on
+    pooled: list[tuple[Sequence, bool]]  # whose vectors, and whether those are the last
 
 
 class Scheduler:
@@ -168,11 +173,12 @@ class Scheduler:
                 composer.feed(sequence, left)
 
     def _round_is_due(self) -> bool:
-        """Always while nothing runs, else every `router_max_wait_tokens` decode steps, which count with and without
-        anyone in line. Suspects don't wait for that, or a long line of them would hold up all others."""
+        """Always while nothing runs, or nothing that runs has further tokens to wait for; else every
+        `router_max_wait_tokens` decode steps, which count with and without anyone in line. Suspects don't wait for
+        that, or a long line of them would hold up all others."""
         if not self.queues:
             return False
-        if not self.running or self.queues.suspect_is_next:
+        if self.limits.pools or not self.running or self.queues.suspect_is_next:
             return True
         return self._admitting < 0 and self._decoded >= self.limits.router_max_wait_tokens
 
@@ -195,7 +201,7 @@ class Scheduler:
                 break
             if sequence.suspect and sequence.owner != SELF and not self._answered:
                 self.keys.cancel(sequence)
-                self.submit(_own_request())  # needs no more room, and is the next of the suspects
+                self.submit(_own_request(self.limits.pools))  # needs no more room, and is the next of the suspects
                 return self._admit()
             if leads is not None:
                 _join(sequence, leads)
@@ -275,8 +281,8 @@ class Scheduler:
         freed, self._freed = self._freed, []
         step = composer.step(going_on, freed)
         sequences = going_on + composer.named
-        self._out.append(_Sent(sequences, composer.targets))
-        last = []
+        self._out.append(_Sent(sequences, composer.targets, composer.pooled))
+        last = [sequence for sequence, ends in composer.pooled if ends]
         for sequence in sequences:
             sequence.pending += 1
             if len(sequence.emitted) + sequence.pending >= sequence.params.max_new_tokens and not sequence.beam:
@@ -302,6 +308,11 @@ class Scheduler:
             if sequence.state is not gone:
                 part = PromptLogprobs(sequence.request, first, told.logprobs, told.alternatives)
                 outputs[sequence.owner].prompts.append(part)
+        for (sequence, ends), vectors in zip(sent.pooled, result.pooled, strict=True):
+            if sequence.state is not gone:
+                sequence.vectors += vectors
+                if ends:
+                    self._answer(sequence, outputs)
         for sequence, token, logprob, alternatives, candidates in zip(
             sent.sequences, result.tokens, result.logprobs, result.alternatives, result.candidates, strict=True
         ):
@@ -309,8 +320,7 @@ class Scheduler:
             if sequence.state is gone:
                 continue
             if sequence.suspect:
-                self._clear_suspect(sequence.request)
-                self._answered = sequence.owner == SELF
+                self._clear_suspect(sequence)
             if sequence.beam:
                 if sequence.state is State.RUNNING:  # else they begin anew
                     found = (sequence, logprob, candidates or [], alternatives)
@@ -330,14 +340,28 @@ class Scheduler:
                 ended.append(sequence)
             output = outputs[sequence.owner]
             if sequence.cached:
-                output.cached.append((sequence.request, sequence.cached))
-                sequence.cached = 0
+                self._tell_cached(sequence, output)
             append_token(output, sequence, position, token, logprob, alternatives, finish)
         for results in searched.values():
             self._search(results, outputs)
         for sequence in ended:
             self._end(sequence)
         return outputs
+
+    @staticmethod
+    def _tell_cached(sequence: Sequence, output: StepOutput) -> None:
+        output.cached.append((sequence.request, sequence.cached))
+        sequence.cached = 0
+
+    def _answer(self, sequence: Sequence, outputs: Outputs) -> None:
+        """One that ends with its prompt has all its vectors."""
+        if sequence.suspect:
+            self._clear_suspect(sequence)
+        output = outputs[sequence.owner]
+        if sequence.cached:
+            self._tell_cached(sequence, output)
+        output.pooled.append(pooled(sequence))
+        self._end(sequence)
 
     def _search(self, results: list[BeamResult], outputs: Outputs) -> None:
         """A step of one request's beams."""
@@ -363,13 +387,13 @@ class Scheduler:
         if isinstance(submission, Rejected):
             return submission
         sequences = sequences_of(message)
-        if self._constraints is not None:
+        if self._constraints is not None and isinstance(message.params, SamplingParams):
             constraint = self._constraints.of(message.params)
             for sequence in sequences:
                 sequence.constraint = constraint
         for sequence in sequences:
             sequence.submission, sequence.since = submission, now
-        if message.params.n > 1:
+        if isinstance(message.params, SamplingParams) and message.params.n > 1:
             for sequence in sequences:
                 sequence.forks = self.limits.beam_mode or self.limits.diverse_mode
             if self.limits.beam_mode:
@@ -432,10 +456,11 @@ class Scheduler:
         """Gauges and counters of the prompt cache in tokens; empty without one."""
         return self.keys.stats()
 
-    def _clear_suspect(self, request: int) -> None:
-        """One branch produced a token: the whole request is a normal one again."""
-        for sequence in self._requests[request].values():
+    def _clear_suspect(self, suspect: Sequence) -> None:
+        """One branch has a token, or all that was asked of it: the whole request is a normal one again."""
+        for sequence in self._requests[suspect.request].values():
             self.queues.clear_suspect(sequence)
+        self._answered = suspect.owner == SELF
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightllmd.engine.kv_cache.radix_tree import Node
 from lightllmd.engine.scheduling.beam_search import BeamSearch, HypothesisText
 from lightllmd.engine.scheduling.constraint import Constraint
-from lightllmd.ipc.messages import SamplingParams, Submit
+from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams, Submit
 
 Owner = tuple[int, int]  # (api worker, its epoch)
 SELF: Owner = (-1, 0)  # the owner of the engine's own requests, which have the number 0
@@ -71,7 +71,7 @@ class Sequence:
     owner: Owner
     order: tuple[int, int, int]  # (arrival, request, branch): older is smaller
     prompt_ids: list[int]
-    params: SamplingParams
+    params: RequestParams
     emitted: list[int]
     state: State
     first: bool = True  # of the branches that its request came with
@@ -99,6 +99,9 @@ class Sequence:
     stepwise: bool = False  # each of its steps waits for the token of the one before
     cached: int = 0  # prompt tokens found in the prompt cache, until the api worker is told
     prompt_key: TokenIds | None = None
+    # --- what is made of its hidden states, where its params are PoolingParams
+    pooled_places: int = 0  # of `places`, from the first: those that steps make vectors at, or made
+    vectors: list[bytes] = field(default_factory=list)  # that are here; a pause does not undo them
 
     @property
     def arrival_ns(self) -> int:
@@ -109,6 +112,32 @@ class Sequence:
     def length(self) -> int:
         """Tokens that a (re)admission feeds; nothing is pending then."""
         return len(self.prompt_ids) + len(self.emitted)
+
+    @property
+    def generates(self) -> bool:
+        """It goes on behind its prompt; else it ends with that."""
+        return self.params.max_new_tokens > 0
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Its params, where it generates."""
+        assert isinstance(self.params, SamplingParams)
+        return self.params
+
+    @property
+    def places(self) -> list[int]:
+        """The tokens whose hidden states become vectors, by index, ascending; none where it generates."""
+        params = self.params
+        if not isinstance(params, PoolingParams):
+            return []
+        return [len(self.prompt_ids) - 1] if params.at is None else params.at
+
+    @property
+    def needless(self) -> int:
+        """Tokens from the first on whose hidden states are not needed, so that their keys and values may come from the
+        prompt cache: all before the last, or before the next of its places."""
+        last, places = self.length - 1, self.places
+        return min(last, places[self.pooled_places]) if self.pooled_places < len(places) else last
 
     @property
     def key(self) -> TokenIds:
@@ -161,8 +190,8 @@ class Sequence:
         emitted, most = len(self.emitted) + pending, self.params.max_new_tokens
         if not (worst_case or self.params.ignore_eos):
             most = min(most, max(int(1.1 * emitted), new_token_len))
-        held = len(self.prompt_ids) + emitted + (self.state is not State.RUNNING)
-        return held, max(0, most - emitted - 1 - (self.state is not State.RUNNING))
+        next_ = self.generates and self.state is not State.RUNNING
+        return len(self.prompt_ids) + emitted + next_, max(0, most - emitted - 1 - next_)
 
 
 def sequences_of(submit: Submit) -> list[Sequence]:

@@ -7,7 +7,7 @@ from collections import deque
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.queues import Queues
 from lightllmd.engine.scheduling.sequence import Owner, Submission
-from lightllmd.ipc.messages import Rejected, Submit
+from lightllmd.ipc.messages import PoolingParams, Rejected, Submit
 
 _GONE_KEPT = 256  # what a dead process still sent arrives long before so many others die
 MOST_SUBMISSIONS = 4096  # that are remembered: between two parts of a body come far fewer others
@@ -64,7 +64,15 @@ class Submissions:
         prompt, params = len(message.prompt_ids), message.params
         if not prompt or not message.branches or len(message.branches) != len(message.emitted):
             return "a request needs a prompt and at least one unfinished branch"
-        if any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
+        if isinstance(params, PoolingParams) != self._limits.pools:
+            return "this engine generates no tokens" if self._limits.pools else "this engine has no head for scores"
+        if isinstance(params, PoolingParams):
+            places = [] if params.at is None else params.at
+            if any(message.emitted) or message.branches != [0]:
+                return "a request that generates nothing has one branch, without tokens"
+            if places and (min(places) < 0 or max(places) >= prompt):
+                return f"places {places[0]} to {places[-1]} are asked for of {prompt} tokens"
+        elif any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
             return f"a branch has its {params.max_new_tokens} tokens already"
         width = params.n if self._limits.beam_mode else 1
         if width > self._limits.running_max_req_size:

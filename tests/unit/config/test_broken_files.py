@@ -127,7 +127,6 @@ NOT_AVAILABLE = {
     "tp": "2",
     "load_way": '"DS"',
     "enable_multimodal": "true",
-    "use_reward_model": "true",
     "use_tgi_api": "true",
     "metric_gateway": '"gateway:9091"',
     "grouping_key": '["a=b"]',

@@ -1,0 +1,174 @@
+"""What is asked of a reward model: vectors of scores of whole prompts instead of text. A dialect uses it so::
+
+    Translation(
+        body=ScoreBody,
+        asked=lambda body: ScoresAsked(
+            [ScoredPrompt(TextPair(body.query, one), f"documents[{at}]") for at, one in enumerate(body.documents)],
+            prompts_field="documents",
+            model=body.model,
+        ),
+        reply=ScoreReply.of,  # async (revision, body, jobs) -> Reply; jobs are the `ScoringJob`s, one a prompt
+        streamed=lambda body: False,
+        error_frame=error_frame,
+    )
+
+and hands that to `Responder.respond`, as routes that generate do. `Reply.whole(pending)` then reads
+``pending.entries``, one for each prompt, in their order:
+
+* ``entry.values``: ``list[list[float]]``, raw logits in fp32: one vector for each place that is scored, which is the
+  prompt's last token, or each token `Scoring.marker` of a process-reward model; a value for each label.
+  ``entry.vectors`` are the same as bytes (fp32, little-endian), for answers in base64;
+* ``entry.prompt_tokens``, ``entry.cached``: tokens of the prompt, and those of them found in the prompt cache.
+
+``revision.plan.scoring`` (`config.plan.Scoring`) has the labels' names in the order of a vector's values, and the
+problem type of the model's config; it is None where the model generates, and then the `Intake` refuses what is asked
+with InvalidRequest (400), as it refuses `Asked` of a reward model.
+
+Tests run it on the fake engine: ``use_reward_model = true``, ``engine.backend = "fake"``; its scores are
+`engine.runners.fake_model.fake_score`'s, of so many labels as ``engine.fake.score_labels`` says, at the last token or
+at each ``engine.fake.score_marker``. In process it is ``stack(folder, plan=make_plan(scoring=Scoring(…)))`` of
+``tests/api/frontend_harness.py``.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lightllmd.config.plan import Plan, Scoring
+from lightllmd.errors import InvalidRequest
+from lightllmd.ipc.messages import PoolingParams
+from lightllmd.requests.asked import Chat
+from lightllmd.requests.branch import Branch
+from lightllmd.requests.limits import Ids, RequestLimits
+from lightllmd.requests.text_work import JOB_COST, TextWork
+from lightllmd.text.interface import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """Two texts in one prompt, such as a query and a document: the tokens of each, with its special tokens."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """One prompt, and the dialect's name of the field that has it."""
+
+    content: str | list[int] | array[int] | Chat | TextPair
+    field: str
+
+
+@dataclass(frozen=True)
+class ScoresAsked:
+    """One body."""
+
+    prompts: Sequence[ScoredPrompt]
+    prompts_field: str  # all prompts of the body, whose number is bounded
+    model: str | None = None  # that shall answer; None: whichever is served
+    add_special_tokens: bool = True  # around texts
+    keep_first: int | None = None  # of a longer prompt the first so many tokens are run
+    keep_last: int | None = None  # the same of the last
+    use_cache: bool = True  # of prompts
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """One prompt, checked and ready to run."""
+
+    given_ids: list[int]  # the prompt
+    cut: bool  # because it was too long
+    prompt_ids: list[int]  # what is run of it
+    params: PoolingParams
+
+    def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
+        """None: nothing is generated."""
+        return []
+
+
+class ScoringIntake:
+    """From what is asked to jobs: every rule that needs the plan, once for all dialects."""
+
+    def __init__(self, plan: Plan, limits: RequestLimits, work: TextWork) -> None:
+        self._scoring, self._limits, self._work = plan.scoring, limits, work
+
+    def refuse_generation(self) -> None:
+        """Raises InvalidRequest where the model is one that only scores."""
+        if self._scoring is not None:
+            raise InvalidRequest(
+                "this server has a reward model (use_reward_model = true), which generates no text; it answers "
+                "/get_score",
+                code="reward_model",
+            )
+
+    async def jobs(self, asked: ScoresAsked) -> list[ScoringJob]:
+        """One for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the bound."""
+        scoring = self._scoring
+        if scoring is None:
+            raise InvalidRequest(
+                "this server's model generates text and gives no scores; those need a reward model "
+                "(use_reward_model = true)",
+                code="no_reward_model",
+            )
+        self._limits.at_once(len(asked.prompts), asked.prompts_field)
+        given = await self._given(asked, scoring)
+        size = sum(map(len, given)) // 4 + len(given) * JOB_COST
+        return await self._work.compute(size, self._checked, asked, scoring, given)
+
+    async def _given(self, asked: ScoresAsked, scoring: Scoring) -> list[Ids]:
+        """The ids of each prompt."""
+        cut = asked.keep_first is not None or asked.keep_last is not None
+        texts: list[str] = []
+        fields: list[str] = []
+        for prompt in asked.prompts:
+            content = prompt.content
+            parts = [content.first, content.second] if isinstance(content, TextPair) else [content]
+            for part in parts:
+                if isinstance(part, str):
+                    texts.append(part)
+                    fields.append(prompt.field)
+        encoded: Iterator[list[int]] = iter(())
+        if texts:
+            special = asked.add_special_tokens
+            encoded = iter(await self._work.encode(texts, fields, add_special_tokens=special, cut=cut))
+        given: list[Ids] = []
+        for prompt in asked.prompts:
+            content = prompt.content
+            if isinstance(content, str):
+                given.append(next(encoded))
+            elif isinstance(content, TextPair):
+                given.append([*next(encoded), *next(encoded)])
+            elif isinstance(content, Chat):
+                given.append(_ended(await self._work.encode_chat(content, prompt.field, cut=cut), scoring))
+            else:
+                given.append(content)
+        return given
+
+    def _checked(self, asked: ScoresAsked, scoring: Scoring, given: Sequence[Ids]) -> list[ScoringJob]:
+        return [self._job(asked, scoring, prompt.field, ids) for prompt, ids in zip(asked.prompts, given, strict=True)]
+
+    def _job(self, asked: ScoresAsked, scoring: Scoring, field: str, given: Ids) -> ScoringJob:
+        kept = given
+        if asked.keep_first is not None:
+            kept = kept[: asked.keep_first]
+        if asked.keep_last is not None:
+            kept = kept[max(0, len(kept) - asked.keep_last) :]
+        ids = [*self._limits.prompt(kept, field)]
+        at = None
+        if scoring.marker is not None:
+            at = [index for index, token in enumerate(ids) if token == scoring.marker]
+            if not at:
+                raise InvalidRequest(
+                    f"{field}: this model scores a prompt at each token {scoring.marker}, of which it has none",
+                    param=field,
+                )
+        return ScoringJob([*given], len(ids) != len(given), ids, PoolingParams(at, asked.use_cache))
+
+
+def _ended(ids: list[int], scoring: Scoring) -> list[int]:
+    """A conversation with the token behind it that the model was trained to be read at."""
+    ending = scoring.ending
+    return ids if ending is None or ids[-1:] == [ending] else [*ids, ending]
