@@ -284,6 +284,7 @@ def _plan(model_dir: str | os.PathLike[str] | None, parameters: Mapping[str, Any
             device=engine.device,
             threads=engine.threads,
             tokenizer_mode=params.tokenizer_mode,
+            trust_remote_code=params.trust_remote_code,
         )
         facts = probe(asked)
         return resolve(config, facts)

@@ -206,8 +206,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: Annotated[
         bool,
         Setting(
-            doc="Allows Python code that a model's directory brings along. Model families and tokenizers are built in "
-            "and run no such code, so that it changes nothing for the models of this version.",
+            doc="Runs Python code that a checkpoint brings along: its settings and its tokenizer, where auto_map in "
+            "config.json or tokenizer_config.json names classes of .py files in the folder. Off, such a checkpoint is "
+            "refused at start. On, the code runs in processes of its own, as the daemon's user and with that user's "
+            "rights; a model whose family is built in is computed by that, whatever modelling code there is.",
             group=MODEL,
         ),
     ] = False

@@ -25,6 +25,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     eos_ids: list[int]  # generation_config, config, chat end of turn; may be empty
     has_tokenizer: bool
     has_chat_template: bool
+    remote_code: dict[str, str] = {}  # what runs of the checkpoint's own code: auto class -> "module.Class"
     stamps: list[Stamp] = []  # of every file that any of this, or a tokenizer, was read from
 
     @property

@@ -23,6 +23,7 @@ class Request(msgspec.Struct, frozen=True):
     threads: int = 0  # 0: the physical cores
     device_only: bool = False  # no model is looked for
     tokenizer_mode: str = "auto"
+    trust_remote_code: bool = False
     others: dict[str, Params] = {}  # models beside that one, by name: what can't be read of them is told, no error
 
 
@@ -38,8 +39,12 @@ def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Fact
     if request.model_dir is None:
         raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
     reading(request.model_dir)
-    dummy = request.load_way == "DUMMY"
-    model = model_facts(request.model_dir, dummy=dummy, tokenizer_mode=request.tokenizer_mode)
+    model = model_facts(
+        request.model_dir,
+        dummy=request.load_way == "DUMMY",
+        tokenizer_mode=request.tokenizer_mode,
+        trust_remote_code=request.trust_remote_code,
+    )
     others = {name: _other(params, reading) for name, params in request.others.items()}
     return Facts(model=model, device=device_facts(request.device, request.threads), others=others)
 
@@ -48,8 +53,13 @@ def _other(params: Params, reading: Callable[[str], None]) -> Other:
     model_dir = params.model_dir or ""
     reading(model_dir)
     try:
-        dummy = params.load_way == "DUMMY"
-        return Other(params, model_facts(model_dir, dummy=dummy, tokenizer_mode=params.tokenizer_mode))
+        facts = model_facts(
+            model_dir,
+            dummy=params.load_way == "DUMMY",
+            tokenizer_mode=params.tokenizer_mode,
+            trust_remote_code=params.trust_remote_code,
+        )
+        return Other(params, facts)
     except ConfigInvalid as invalid:
         return Other(params, fault="; ".join(problem.message for problem in invalid.problems))
     except LightllmdError as error:

@@ -19,6 +19,8 @@ from lightllmd.architecture.rotary import rope_words
 from lightllmd.config.plan import ModelFacts
 from lightllmd.config.stamps import stamp
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
+from lightllmd.remote_code.host import ask
+from lightllmd.remote_code.named import CONFIG, TOKENIZER, code_files, named_code, refusal, require_files
 from lightllmd.weights.gguf_header import (
     END_OF_TURN,
     GGUF_READABLE,
@@ -54,17 +56,22 @@ LARGEST_ENTRY = 96 << 10  # bytes of one entry of the config that is carried on:
 _STRETCHING = ("linear", "dynamic")
 
 
-def model_facts(model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "auto") -> ModelFacts:
-    """`dummy`: weights will be invented, so that no weight file is needed or read.
+def model_facts(
+    model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "auto", trust_remote_code: bool = False
+) -> ModelFacts:
+    """`dummy`: weights will be invented, so that no weight file is needed or read. `trust_remote_code`: what the
+    checkpoint brings along runs, in processes of its own; else one that does is refused.
 
     Raises ConfigInvalid when there is no model to be found or it can't be served, WeightsInvalid when its files are
     damaged; the message names the file.
     """
     path = locate_model(model_dir)
     try:
-        facts = _of_directory(path, dummy) if path.is_dir() else _of_gguf(path, dummy)
+        code = _remote_code(path, tokenizer_mode, trust_remote_code) if path.is_dir() else {}
+        facts = _of_directory(path, dummy, code) if path.is_dir() else _of_gguf(path, dummy)
         facts = _with_tokenizer(facts, tokenizer_mode)
         files = [*facts.files, *(str(file) for file in text_files(path))] if path.is_dir() else [*map(str, facts.files)]
+        files += [str(file) for file in code_files(path)] if code else []
         return msgspec.structs.replace(facts, stamps=[stamp(file) for file in files or [str(path)]])
     except LightllmdError:
         raise
@@ -74,6 +81,28 @@ def model_facts(model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "a
         raise WeightsInvalid(f"{path}: there is not enough memory to read its settings") from None
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise WeightsInvalid(f"{path}: its files are not as their format says: {error!r}") from error
+
+
+# --- code that a checkpoint brings along --------------------------------------------------------------------------
+
+
+def _remote_code(path: Path, tokenizer_mode: str, trusted: bool) -> dict[str, str]:
+    """As `ModelFacts.remote_code`. Raises ConfigInvalid where the checkpoint names any and it isn't trusted."""
+    code = named_code(path, slow_tokenizer=tokenizer_mode == "slow")
+    if code and not trusted:
+        raise refusal(path, code)
+    require_files(path, code)
+    return {one.role: one.reference for one in code}
+
+
+def _own_settings(path: Path, config: dict[str, Any], code: dict[str, str]) -> dict[str, Any]:
+    """config.json as the checkpoint's own class completes it, where it has one. Raises ConfigInvalid."""
+    if CONFIG not in code:
+        return config
+    made = ask("config", str(path), reference=code[CONFIG])
+    if not isinstance(made, dict):
+        raise invalid(f"{path}: {code[CONFIG]} makes no settings")
+    return {**config, **{key: value for key, value in made.items() if value is not None}}
 
 
 # --- what can be served -------------------------------------------------------------------------------------------
@@ -178,8 +207,9 @@ def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
 # --- Hugging Face directory ---------------------------------------------------------------------------------------
 
 
-def _of_directory(path: Path, dummy: bool) -> ModelFacts:
-    config = read_json(path / "config.json", MAX_CONFIG)
+def _of_directory(path: Path, dummy: bool, code: dict[str, str]) -> ModelFacts:
+    """`code`: what runs of its own, as `ModelFacts.remote_code`."""
+    config = _own_settings(path, read_json(path / "config.json", MAX_CONFIG), code)
     architecture = _architecture(config, path / "config.json")
     tensors: list[TensorInfo] = []
     files: list[Path] = []
@@ -192,9 +222,10 @@ def _of_directory(path: Path, dummy: bool) -> ModelFacts:
         tensors = [tensor for name, tensor in stored.items() if not architecture.ignores(name)]
         files = [header.path for header in headers]
     dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, architecture.spec.vocab)
-    return _facts(
+    facts = _facts(
         path, "safetensors", config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy
     )
+    return msgspec.structs.replace(facts, remote_code=code)
 
 
 def _has_tokenizer(path: Path) -> bool:
@@ -245,6 +276,8 @@ def _eos_ids(path: Path, vocab: int) -> list[int]:
 
 def _with_tokenizer(facts: ModelFacts, mode: str) -> ModelFacts:
     """Opened as the api workers will open it. Raises ConfigInvalid, also where a model with weights has none."""
+    if TOKENIZER in facts.remote_code:
+        raise invalid(f"{facts.path}: {facts.remote_code[TOKENIZER]}: tokenizers of a checkpoint are not available yet")
     if facts.format == "dummy" and not facts.has_tokenizer:
         return facts
     from lightllmd.text import open_tokenizer  # which imports more than the rest together

@@ -46,6 +46,7 @@ def request(config: Config, kept: dict[str, Params]) -> dict[str, Any]:
         "model_dir": config.params.model_dir,
         "load_way": config.params.load_way,
         "tokenizer_mode": config.params.tokenizer_mode,
+        "trust_remote_code": config.params.trust_remote_code,
         "backend": config.engine.backend,
         "device": config.engine.device,
         "threads": config.engine.threads,

@@ -79,6 +79,8 @@ def test_a_file_that_says_it_is_empty_is_bounded_too() -> None:
 # Where a path is opened in another way, and why it may be.
 OPENED_OTHERWISE = {
     "lightllmd/api/helpers/process.py": "/proc",
+    "lightllmd/code_host/__main__.py": "/proc",
+    "lightllmd/code_host/host.py": "/proc",
     "lightllmd/config/files.py": "the helper",
     "lightllmd/console.py": "descriptors it was given, and /dev/null",
     "lightllmd/observe/metrics.py": "its own files",

@@ -1,0 +1,38 @@
+"""What a code host can be asked, by name. A task gets the checkpoint's folder and the order's arguments; its result is
+plain data. Where it is a pair, the second is a function of the link and the guard's pid: what the host does from then
+on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Task = Callable[..., Any]
+
+
+def class_of(directory: str, reference: str) -> type[Any]:
+    """`reference`: "module.Class". Executes the module."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    found: type[Any] = get_class_from_dynamic_module(reference, directory, local_files_only=True)
+    return found
+
+
+def config(directory: str, reference: str) -> dict[str, Any]:
+    """The settings that the checkpoint's own class makes of its config.json."""
+    made = class_of(directory, reference).from_pretrained(directory, trust_remote_code=True, local_files_only=True)
+    return _plain(made.to_dict())
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would have it; of anything else the text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, bool | float | str):
+        return value
+    return int(value) if isinstance(value, int) else str(value).removeprefix("torch.")
+
+
+TASKS: dict[str, Task] = {"config": config}
