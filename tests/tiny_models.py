@@ -155,15 +155,20 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> 
 def plan_for(
     model: Path, *, dtype: str = "float32", slots: int = 512, device: str = "cpu", threads: int = 1, **params: Any
 ) -> Plan:
-    """A plan as resolution would make it, for a Hugging Face directory or a .gguf file.
+    """A plan as resolution would make it, for a Hugging Face directory, one of Megatron-DeepSpeed's or a .gguf file.
 
     One thread: what is this small gains nothing from a second, and loses much where cores are busy.
     """
+    from lightllmd.weights.deepspeed import deepspeed_files
     from lightllmd.weights.gguf_header import gguf_hf_config, read_gguf_header
     from lightllmd.weights.headers import safetensors_files
 
     if model.suffix == ".gguf":
         config, files, form = gguf_hf_config(read_gguf_header(model)), [str(model)], "gguf"
+    elif any(model.glob("layer*.pt")):
+        config = json.loads((model / "config.json").read_bytes())
+        parts = deepspeed_files(model, architecture_of(config["model_type"], config))
+        files, form = [str(part) for part in parts], "deepspeed"
     else:
         config = json.loads((model / "config.json").read_bytes())
         files, form = [str(file) for file in safetensors_files(model)], "safetensors"

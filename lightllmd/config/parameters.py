@@ -93,11 +93,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         Literal["HF", "DS", "DUMMY"],
         Setting(
             doc="Layout of the weight files. HF: Hugging Face names in safetensors or GGUF files. DS: "
-            "Megatron-DeepSpeed pipeline checkpoints. DUMMY: random weights of the shapes that config.json says, "
-            "with no weight files; without tokenizer files the text is token ids in decimal.",
+            "Megatron-DeepSpeed pipeline checkpoints of models with Llama's tensor names, "
+            "layer_NN-model_MM-model_states.pt beside config.json and tokenizer. DUMMY: random weights of the shapes "
+            "that config.json says, with no weight files; without tokenizer files the text is token ids in decimal.",
             group=MODEL,
-            needs="Megatron-DeepSpeed checkpoints",
-            unbuilt=("DS",),
         ),
     ] = "HF"
     max_total_token_num: Annotated[

@@ -14,7 +14,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     """Read by the probe child from file headers; no weight was loaded for it."""
 
     path: str  # resolved: a directory, or a .gguf file
-    format: str  # "safetensors" | "gguf" | "dummy": random weights
+    format: str  # "safetensors" | "gguf" | "deepspeed" | "dummy": random weights
     model_type: str  # Hugging Face name, e.g. "llama"
     hf_config: dict[str, Any]  # config.json, or what a GGUF header says in the same words
     files: list[str]  # weight files, absolute, in order; none of "dummy"

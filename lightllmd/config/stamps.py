@@ -16,7 +16,7 @@ from lightllmd.config.files import open_regular
 from lightllmd.errors import ModelChanged
 
 WHOLE = 128 << 20  # bytes up to which a file's whole content is compared
-_HEADER = 1 << 20  # bytes of a larger one that are; then its time of modification counts too
+_HEADER = 1 << 20  # bytes of a larger one that are, at most; then its time of modification counts too
 _CHUNK = 1 << 20
 ABSENT = -1
 
@@ -30,23 +30,31 @@ class Stamp(msgspec.Struct, frozen=True):
     ctime_ns: int = 0
     inode: int = 0
     digest: str = ""
+    most: int = WHOLE  # bytes up to which its whole content is in the digest
 
     @property
     def content(self) -> tuple[str, int, str, int]:
         """Equal for equal files, as far as it is known."""
-        return self.path, self.size, self.digest, self.mtime_ns if self.size > WHOLE else 0
+        return self.path, self.size, self.digest, self.mtime_ns if self.size > self.most else 0
 
 
-def stamp(path: str) -> Stamp:
-    """Raises OSError for what is no file that can be read."""
+def stamps_of(paths: Sequence[str]) -> list[Stamp]:
+    """Of files that are compared together: as many bytes of all of them as otherwise of one. Raises OSError."""
+    return [stamp(path, WHOLE // len(paths)) for path in paths]
+
+
+def stamp(path: str, most: int | None = None) -> Stamp:
+    """`most`: bytes up to which a file's whole content is compared, else WHOLE. Raises OSError for what is no file that
+    can be read."""
+    most = WHOLE if most is None else most
     try:
         fd = open_regular(path)
     except FileNotFoundError:
-        return Stamp(path, ABSENT)
+        return Stamp(path, ABSENT, most=most)
     try:
         found = os.fstat(fd)
-        digest = _digest(fd, found.st_size if found.st_size <= WHOLE else _HEADER)
-        return Stamp(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest)
+        digest = _digest(fd, found.st_size if found.st_size <= most else min(_HEADER, most))
+        return Stamp(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest, most)
     finally:
         os.close(fd)
 
@@ -82,7 +90,7 @@ def changed_files(stamps: Iterable[Stamp]) -> list[str]:
 
 def _same_content(before: Stamp) -> bool:
     try:
-        return stamp(before.path).content == before.content
+        return stamp(before.path, before.most).content == before.content
     except OSError:
         return False
 
@@ -93,7 +101,7 @@ def require_unchanged(stamps: Iterable[Stamp]) -> None:
         if _as_it_was(before):
             continue
         try:
-            now = stamp(before.path)
+            now = stamp(before.path, before.most)
         except OSError as refused:
             raise _changed(before.path, f"it can't be read: {refused.strerror}") from None
         if now.content != before.content:

@@ -17,7 +17,7 @@ class Request(msgspec.Struct, frozen=True):
     """Which model and device the facts are asked of."""
 
     model_dir: str | None = None
-    load_way: str = "HF"  # "DUMMY" needs no weight files
+    load_way: str = "HF"
     backend: str = "torch"  # "fake" has no model
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     threads: int = 0  # 0: the physical cores
@@ -41,7 +41,7 @@ def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Fact
     reading(request.model_dir)
     model = model_facts(
         request.model_dir,
-        dummy=request.load_way == "DUMMY",
+        load_way=request.load_way,
         tokenizer_mode=request.tokenizer_mode,
         trust_remote_code=request.trust_remote_code,
     )
@@ -55,7 +55,7 @@ def _other(params: Params, reading: Callable[[str], None]) -> Other:
     try:
         facts = model_facts(
             model_dir,
-            dummy=params.load_way == "DUMMY",
+            load_way=params.load_way,
             tokenizer_mode=params.tokenizer_mode,
             trust_remote_code=params.trust_remote_code,
         )

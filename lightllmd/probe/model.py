@@ -17,10 +17,12 @@ from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.rotary import rope_words
 from lightllmd.config.plan import ModelFacts
-from lightllmd.config.stamps import stamp
+from lightllmd.config.stamps import stamp, stamps_of
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
 from lightllmd.remote_code.host import ask
 from lightllmd.remote_code.named import CONFIG, TOKENIZER, code_files, named_code, refusal, require_files
+from lightllmd.weights.deepspeed import FORM as DEEPSPEED_FORM
+from lightllmd.weights.deepspeed import deepspeed_files, deepspeed_tensors, is_deepspeed_file
 from lightllmd.weights.gguf_header import (
     END_OF_TURN,
     GGUF_READABLE,
@@ -57,10 +59,11 @@ _STRETCHING = ("linear", "dynamic")
 
 
 def model_facts(
-    model_dir: str, *, dummy: bool = False, tokenizer_mode: str = "auto", trust_remote_code: bool = False
+    model_dir: str, *, load_way: str = "HF", tokenizer_mode: str = "auto", trust_remote_code: bool = False
 ) -> ModelFacts:
-    """`dummy`: weights will be invented, so that no weight file is needed or read. `trust_remote_code`: what the
-    checkpoint brings along runs, in processes of its own; else one that does is refused.
+    """`load_way`, `tokenizer_mode`: as the parameters. With "DUMMY" weights will be invented, so that no weight file is
+    needed or read. `trust_remote_code`: what the checkpoint brings along runs, in processes of its own; else one that
+    does is refused.
 
     Raises ConfigInvalid when there is no model to be found or it can't be served, WeightsInvalid when its files are
     damaged; the message names the file.
@@ -68,11 +71,12 @@ def model_facts(
     path = locate_model(model_dir)
     try:
         code = _remote_code(path, tokenizer_mode, trust_remote_code) if path.is_dir() else {}
-        facts = _of_directory(path, dummy, code) if path.is_dir() else _of_gguf(path, dummy)
+        facts = _of_directory(path, load_way, code) if path.is_dir() else _of_gguf(path, load_way)
         facts = _with_tokenizer(facts, tokenizer_mode)
-        files = [*facts.files, *(str(file) for file in text_files(path))] if path.is_dir() else [*map(str, facts.files)]
-        files += [str(file) for file in code_files(path)] if code else []
-        return msgspec.structs.replace(facts, stamps=[stamp(file) for file in files or [str(path)]])
+        texts = [str(file) for file in text_files(path)] if path.is_dir() else [str(path)]
+        texts += [str(file) for file in code_files(path)] if code else []
+        stamps = [*stamps_of(facts.files), *(stamp(file) for file in texts if file not in facts.files)]
+        return msgspec.structs.replace(facts, stamps=stamps)
     except LightllmdError:
         raise
     except OSError as error:
@@ -189,7 +193,10 @@ def _context_length(config: dict[str, Any]) -> int | None:
 # --- GGUF -------------------------------------------------------------------------------------------------------
 
 
-def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
+def _of_gguf(path: Path, load_way: str) -> ModelFacts:
+    if load_way == "DS":
+        raise invalid(f'{path} is a GGUF file, load_way = "DS" reads a folder of {DEEPSPEED_FORM}')
+    dummy = load_way == "DUMMY"
     header = read_gguf_header(path)
     config = gguf_hf_config(header)
     architecture = _architecture(config, path)
@@ -207,25 +214,34 @@ def _of_gguf(path: Path, dummy: bool) -> ModelFacts:
 # --- Hugging Face directory ---------------------------------------------------------------------------------------
 
 
-def _of_directory(path: Path, dummy: bool, code: dict[str, str]) -> ModelFacts:
+def _of_directory(path: Path, load_way: str, code: dict[str, str]) -> ModelFacts:
     """`code`: what runs of its own, as `ModelFacts.remote_code`."""
     config = _own_settings(path, read_json(path / "config.json", MAX_CONFIG), code)
     architecture = _architecture(config, path / "config.json")
-    tensors: list[TensorInfo] = []
-    files: list[Path] = []
+    form, files, stored = _weights_of_directory(path, load_way, architecture)
+    dummy = form == "dummy"
     if not dummy:
-        headers = read_safetensors_headers(path)
-        if not headers:
-            raise invalid(_no_weights(path))
-        stored = {tensor.name: tensor for header in headers for tensor in header.tensors}
         verify(architecture, stored, SAFETENSORS_READABLE, str(path))
-        tensors = [tensor for name, tensor in stored.items() if not architecture.ignores(name)]
-        files = [header.path for header in headers]
+    tensors = [tensor for name, tensor in stored.items() if not architecture.ignores(name)]
     dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, architecture.spec.vocab)
-    facts = _facts(
-        path, "safetensors", config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy
-    )
+    facts = _facts(path, form, config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
     return msgspec.structs.replace(facts, remote_code=code)
+
+
+def _weights_of_directory(
+    path: Path, load_way: str, architecture: Architecture
+) -> tuple[str, list[Path], dict[str, TensorInfo]]:
+    """(format, files in order, tensors by name). Raises WeightsInvalid, ConfigInvalid."""
+    if load_way == "DUMMY":
+        return "dummy", [], {}
+    if load_way == "DS":
+        parts = deepspeed_files(path, architecture)
+        return "deepspeed", parts, deepspeed_tensors(parts, architecture)
+    headers = read_safetensors_headers(path)
+    if not headers:
+        raise invalid(_no_weights(path))
+    files = [header.path for header in headers]
+    return "safetensors", files, {tensor.name: tensor for header in headers for tensor in header.tensors}
 
 
 def _has_tokenizer(path: Path) -> bool:
@@ -236,6 +252,8 @@ def _has_tokenizer(path: Path) -> bool:
 def _no_weights(path: Path) -> str:
     if any(path.glob("*.bin")):
         return f"{path} has its weights in PyTorch's .bin files, which are not available yet; safetensors are"
+    if any(map(is_deepspeed_file, path.glob("*.pt"))):
+        return f'{path} has no *.safetensors file; load_way = "DS" reads {DEEPSPEED_FORM}'
     return f"{path} has no *.safetensors file"
 
 

@@ -12,7 +12,8 @@ from lightllmd.errors import WeightsInvalid
 
 
 class WeightFile:
-    """One file, open for as long as the context lasts. Any thread may read. Raises WeightsInvalid."""
+    """One file, open for as long as the context lasts, or until it is closed. Any thread may read. Raises
+    WeightsInvalid."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -25,6 +26,10 @@ class WeightFile:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Once, when no thread reads."""
         os.close(self._descriptor)
 
     def read(self, offset: int, into: np.ndarray) -> None:

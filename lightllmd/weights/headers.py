@@ -34,14 +34,17 @@ SAFETENSORS_READABLE = frozenset({"F64", "F32", "F16", "BF16"})  # what a weight
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor in a file, and where it lies there."""
+    """A tensor in a file, and where it lies there; or one that is made of `shards`, each with a place of its own."""
 
     name: str
     shape: tuple[int, ...]  # row-major, as torch says it (a GGUF file stores the dimensions reversed)
     type: str  # "F32", "BF16", … or a GGML block type such as "Q4_1"
-    offset: int  # of the first byte, from the start of the file
-    nbytes: int
-    file: str  # absolute, or as it was named
+    offset: int  # of the first byte, from the start of the file; of the first shard where there are any
+    nbytes: int  # of the elements, without what lies between them
+    file: str  # absolute, or as it was named; of the first shard where there are any
+    strides: tuple[int, ...] = ()  # in elements, of a matrix with gaps or stored by columns; (): row-major, gapless
+    shards: tuple[TensorInfo, ...] = ()  # in the order in which they are joined along `shard_axis`
+    shard_axis: int = 0
 
     @property
     def elements(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from lightllmd.architecture.families import architecture_of
 from lightllmd.config.plan import ModelFacts
 from lightllmd.config.stamps import require_unchanged
 from lightllmd.weights.headers import TensorInfo
@@ -38,6 +40,12 @@ def open_checkpoint(facts: ModelFacts) -> Checkpoint:
         from lightllmd.weights.gguf import GgufCheckpoint
 
         return GgufCheckpoint(facts.files[0])
+    if facts.format == "deepspeed":
+        from lightllmd.weights.deepspeed import deepspeed_tensors
+        from lightllmd.weights.plain import PlainCheckpoint
+
+        architecture = architecture_of(facts.model_type, facts.hf_config)
+        return PlainCheckpoint(deepspeed_tensors([Path(file) for file in facts.files], architecture))
     from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
     return SafetensorsCheckpoint(facts.files)

@@ -69,7 +69,7 @@ def _find_inside(root: Path, shown: str, *, deep: bool) -> Path:
     for folder in folders:
         ggufs = [path for path in sorted(folder.glob("*.gguf")) if _is_first_part(path)]
         # A config.json beside .gguf files and no other weights only describes them.
-        weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        weights = any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pt"))
         if present(folder / "config.json") and (weights or not ggufs):
             candidates.append(folder)
             continue

@@ -11,7 +11,7 @@ from lightllmd.architecture.weights import Part, WeightSpec
 from lightllmd.weights import staged
 from lightllmd.weights.index import Checkpoint
 from lightllmd.weights.loaded import LoadedWeight, Progress, room
-from lightllmd.weights.safetensors import SafetensorsCheckpoint
+from lightllmd.weights.plain import PlainCheckpoint
 
 
 def stream(
@@ -26,7 +26,7 @@ def stream(
     The checkpoint has been verified. Each part is converted to `dtype` on its way into its place. Raises WeightsInvalid
     where a file can't be read to its end.
     """
-    if device.type == "cuda" and isinstance(checkpoint, SafetensorsCheckpoint):
+    if device.type == "cuda" and isinstance(checkpoint, PlainCheckpoint):
         return staged.stream(checkpoint, weights, dtype, device, progress)
     return _read(checkpoint, weights, dtype, device, progress)
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightllmd.architecture.weights import Part, WeightSpec
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.loaded import LoadedWeight, Progress, room
-from lightllmd.weights.safetensors import SafetensorsCheckpoint
+from lightllmd.weights.plain import PlainCheckpoint
 
 PIECE_BYTES = 8 << 20  # a multiple of every item's size; a thread copies it in about a millisecond
 THREADS = 8  # at most; more only wait for the memory
@@ -37,7 +37,13 @@ class Piece:
     read: Callable[[np.ndarray], None]  # fills bytes, in any thread
     nbytes: int
     stored: torch.dtype
-    out: Tensor  # flat, on the device, in the decoder's dtype
+    out: Tensor  # on the device, in the decoder's dtype
+    strides: tuple[int, ...] = (1,)  # of `out`'s elements among those that are read
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the elements themselves: gaps between them are read too."""
+        return self.out.numel() * self.stored.itemsize
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Arrival(Generic[Whole]):
 
 
 def stream(
-    checkpoint: SafetensorsCheckpoint,
+    checkpoint: PlainCheckpoint,
     weights: Sequence[WeightSpec],
     dtype: torch.dtype,
     device: torch.device,
@@ -58,26 +64,52 @@ def stream(
     """As `place.stream`, the tensors made on the device, where parts of another dtype are converted too. What is
     yielded may still be on its way: work that the device is given from then on finds it there.
     """
-    names = [part.name for weight in weights for part in weight.stored]
-    with ExitStack() as opened:
-        files = {
-            file: opened.enter_context(WeightFile(file)) for file in {checkpoint.tensors[name].file for name in names}
-        }
+    files = _OpenFiles([[file for part in one.stored for file in checkpoint.files(part.name)] for one in weights])
 
-        def arrivals() -> Iterator[Arrival[LoadedWeight]]:
-            for weight in weights:
-                tensor = room(weight.parts, dtype, device)
-                bias = room(weight.bias, dtype, device) if weight.bias else None
-                pieces = [*_pieces(checkpoint, files, weight.parts, tensor)]
-                if bias is not None:
-                    pieces += _pieces(checkpoint, files, weight.bias, bias)
-                yield Arrival(LoadedWeight(weight, tensor, bias), pieces)
+    def arrivals() -> Iterator[Arrival[LoadedWeight]]:
+        for weight in weights:
+            tensor = room(weight.parts, dtype, device)
+            bias = room(weight.bias, dtype, device) if weight.bias else None
+            pieces = [*_pieces(checkpoint, files, weight.parts, tensor)]
+            if bias is not None:
+                pieces += _pieces(checkpoint, files, weight.bias, bias)
+            yield Arrival(LoadedWeight(weight, tensor, bias), pieces)
 
-        total = sum(checkpoint.tensors[name].nbytes for name in names)
-        yield from upload(arrivals(), total, device, progress)
+    total = sum(checkpoint.tensors[part.name].nbytes for weight in weights for part in weight.stored)
+    # What is uploaded ends before the files that it reads are closed.
+    with closing(files), closing(upload(arrivals(), total, device, progress)) as arrived:
+        for number, loaded in enumerate(arrived):
+            files.close_read(number)
+            yield loaded
 
 
-def upload(arrivals: Iterable[Arrival[Whole]], total: int, device: torch.device, progress: Progress) -> Iterator[Whole]:
+class _OpenFiles:
+    """The files of a checkpoint, each open from the first weight that lies in it to the last: there may be more than a
+    process may have open."""
+
+    def __init__(self, uses: Sequence[Sequence[str]]) -> None:
+        self._last = {path: number for number, paths in enumerate(uses) for path in paths}
+        self._open: dict[str, WeightFile] = {}
+
+    def __getitem__(self, path: str) -> WeightFile:
+        if path not in self._open:
+            self._open[path] = WeightFile(path)
+        return self._open[path]
+
+    def close_read(self, number: int) -> None:
+        """All that the weights up to `number` needed has been read."""
+        for path in [path for path in self._open if self._last[path] <= number]:
+            self._open.pop(path).close()
+
+    def close(self) -> None:
+        """All of them."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def upload(
+    arrivals: Iterable[Arrival[Whole]], total: int, device: torch.device, progress: Progress
+) -> Generator[Whole, None, None]:
     """Yields them in their order. `total` bytes have been read when the last has come."""
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     done = 0
@@ -92,7 +124,7 @@ def upload(arrivals: Iterable[Arrival[Whole]], total: int, device: torch.device,
             filled.result()
             slot.upload(piece)
             ended += 1
-            done += piece.nbytes
+            done += piece.stored_bytes
             progress(done, total)
 
         for arrival in arrivals:
@@ -112,18 +144,14 @@ def upload(arrivals: Iterable[Arrival[Whole]], total: int, device: torch.device,
 
 
 def _pieces(
-    checkpoint: SafetensorsCheckpoint, files: dict[str, WeightFile], parts: tuple[Part, ...], stacked: Tensor
+    checkpoint: PlainCheckpoint, files: _OpenFiles, parts: tuple[Part, ...], stacked: Tensor
 ) -> Iterator[Piece]:
-    flat, at = stacked.view(-1), 0
+    row = 0
     for part in parts:
-        info, stored = checkpoint.tensors[part.name], checkpoint.dtype(part.name)
-        file = files[info.file]
-        for begin in range(0, info.nbytes, PIECE_BYTES):
-            nbytes = min(PIECE_BYTES, info.nbytes - begin)
-            first = at + begin // stored.itemsize
-            out = flat[first : first + nbytes // stored.itemsize]
-            yield Piece(partial(file.read, info.offset + begin), nbytes, stored, out)
-        at += info.elements
+        out, stored = stacked[row : row + part.shape[0]], checkpoint.dtype(part.name)
+        for run in checkpoint.runs(part.name, out, PIECE_BYTES):
+            yield Piece(partial(files[run.file].read, run.offset), run.nbytes, stored, run.out, run.strides)
+        row += part.shape[0]
 
 
 class Slot:
@@ -153,7 +181,7 @@ class Slot:
         values = self._room[: piece.nbytes].view(piece.stored)
         if piece.stored != piece.out.dtype:
             values = values.to(piece.out.device, non_blocking=True)
-        piece.out.copy_(values, non_blocking=True)
+        piece.out.copy_(values.as_strided(piece.out.shape, piece.strides), non_blocking=True)
         self._copying()
 
     def download(self, source: Tensor) -> None:

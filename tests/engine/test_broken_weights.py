@@ -22,7 +22,7 @@ from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.errors import ModelChanged, WeightsInvalid
 from lightllmd.ipc import channel, flight_record, messages
 from lightllmd.probe.model import model_facts
-from lightllmd.weights import safetensors, staged
+from lightllmd.weights import plain, staged
 from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.loaded import Progress
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
@@ -129,7 +129,7 @@ def test_a_file_cut_off_while_it_is_read_is_no_crash(
 ) -> None:
     """Pages of a mapped file that are beyond its end can't be touched: SIGBUS."""
     monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
-    monkeypatch.setattr(safetensors, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(plain, "CHUNK_BYTES", 1024)
     file = write_model(tmp_path) / FILE
 
     def cut(done: int, total: int) -> None:
@@ -145,7 +145,7 @@ def test_files_that_are_not_the_plans_are_told_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """They may be put back, so nothing is wrong with the plan."""
-    monkeypatch.setattr(safetensors, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(plain, "CHUNK_BYTES", 1024)
     file = write_model(tmp_path) / FILE
     plan = plan_for(tmp_path)
     assert plan.model is not None

@@ -60,7 +60,7 @@ def test_the_config_alone_says_how_many_parameters_there_are(model_type: str, va
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_directory_with_a_config_alone_computes(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": model_type}))
-    facts = model_facts(str(tmp_path), dummy=True)
+    facts = model_facts(str(tmp_path), load_way="DUMMY")
     runner = CpuRunner()
     runner.load(msgspec.structs.replace(plan_for(tmp_path, load_way="DUMMY"), model=facts), lambda done, total: None)
     driver = Driver(runner)

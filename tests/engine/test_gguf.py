@@ -193,7 +193,7 @@ def test_a_family_whose_gguf_files_are_not_understood_is_refused_by_name(tmp_pat
     file = write_gguf(tmp_path / "m.gguf", BASE | {"model_type": model_type, "tie_word_embeddings": True}, Kind.F32)
     for dummy in (False, True):
         with pytest.raises(ConfigInvalid, match=f"GGUF files of models of type {model_type} are not available yet"):
-            model_facts(str(file), dummy=dummy)
+            model_facts(str(file), load_way="DUMMY" if dummy else "HF")
 
 
 def test_a_truncated_or_unreadable_gguf_is_refused_by_tensor(tmp_path: Path) -> None:

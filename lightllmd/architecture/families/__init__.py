@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from lightllmd.architecture.families import llama
 from lightllmd.architecture.family import Architecture, Family
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -28,6 +29,11 @@ def architecture_of(model_type: str, config: Mapping[str, Any]) -> Architecture:
     """Of the model that a Hugging Face config describes. Raises ConfigInvalid."""
     family = family_of(model_type)
     return Architecture(family, family.spec(config))
+
+
+def has_llama_names(family: Family) -> bool:
+    """Whether its checkpoints name their tensors as Llama's do."""
+    return family.names == llama.NAMES
 
 
 def gguf_model_type(architecture: str, experts: bool) -> str:

@@ -125,7 +125,6 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
 # Each is valid and refused by name, because its feature is not built yet.
 NOT_AVAILABLE = {
     "tp": "2",
-    "load_way": '"DS"',
     "enable_multimodal": "true",
     "use_tgi_api": "true",
     "metric_gateway": '"gateway:9091"',

@@ -274,7 +274,7 @@ def test_what_is_harmless_is_taken(tmp_path: Path, case: str) -> None:
 def test_random_weights_are_judged_alike(tmp_path: Path, case: str) -> None:
     name, damage = CASES[case]
     damage(write_folder(tmp_path / "model"))
-    assert name in refusal(tmp_path / "model", dummy=True)
+    assert name in refusal(tmp_path / "model", load_way="DUMMY")
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_a_model_that_cant_be_served_is_refused_by_name(
 ) -> None:
     folder = hf_model(**config)
     with pytest.raises(ConfigInvalid) as refused:
-        model_facts(str(folder), dummy=dummy)
+        model_facts(str(folder), load_way="DUMMY" if dummy else "HF")
     (problem,) = refused.value.problems
     assert problem.key == "model_dir"
     assert problem.message.startswith(f"{folder / 'config.json'}: ")
@@ -239,7 +239,7 @@ def test_a_model_that_cant_be_served_is_refused_by_name(
 def test_random_weights_may_have_a_tokenizer_and_ignore_weight_files(hf_model: Callable[..., Path]) -> None:
     folder = hf_model()
     (folder / "model.safetensors").write_bytes(b"damaged")
-    facts = model_facts(str(folder), dummy=True)
+    facts = model_facts(str(folder), load_way="DUMMY")
     assert (facts.format, facts.files, facts.has_tokenizer) == ("dummy", [], True)
 
 
