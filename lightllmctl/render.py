@@ -93,6 +93,7 @@ def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
         *(("Models", Text(line)) for line in _others(status)),
         *(("Cache", Text(line)) for line in _cache(status)),
         ("Requests", _requests(status.get("requests") or {})),
+        *(("Metrics", line) for line in _pushes(status, now)),
         *_tree(_workers(status, now), "Workers", glyphs),
         *(("Job" if i == 0 else "", job_line(job, now)) for i, job in enumerate(status.get("jobs") or [])),
     ):
@@ -177,6 +178,18 @@ def _cache(status: Json) -> list[str]:
         f"{units.count(cache.get('tokens', 0))} prompt tokens cached   (since the engine's start: {found} of "
         f"{units.count(looked_up or 0)} found, {units.count(cache.get('evicted_tokens', 0))} evicted)"
     ]
+
+
+def _pushes(status: Json, now: float) -> list[Text]:
+    """One line where metrics are pushed to a gateway."""
+    if not (push := status.get("push")):
+        return []
+    at = push.get("pushed_at")
+    last = "not pushed yet" if at is None else f"pushed {units.duration(now - at)} ago"
+    line = Text(last, WARN if push.get("failing") else "")
+    line.append(f" to {short_name(push.get('gateway', '?'))}, job {short_name(push.get('job', '?'))}", "default")
+    failures, pushes = push.get("failures", 0), push.get("pushes", 0)
+    return [line.append(f"   ({failures:,} of {pushes:,} pushes failed)" if failures else "", "default")]
 
 
 def _loaded_bytes(status: Json) -> str:

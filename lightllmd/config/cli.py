@@ -51,7 +51,8 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     named, checked, offline = given.pop("config", None), given.pop("check", None), given.pop("offline", False)
     flags = {field.key: _value(field, given[field.key]) for field in fields(Config) if field.key in given}
     file = _choose_file(checked or named, flags)
-    return Invocation(load(file, flags), file, "run" if checked is None else "check", flags, offline)
+    config = load(file, flags, None if offline else os.environ)
+    return Invocation(config, file, "run" if checked is None else "check", flags, offline)
 
 
 def reload(invocation: Invocation) -> Config:
@@ -62,7 +63,7 @@ def reload(invocation: Invocation) -> Config:
     file = invocation.config_file
     if file is None:
         raise ConfigInvalid([Problem("", "there is no file to read again: lightllmd was started without one")])
-    config = load(file, invocation.flags)
+    config = load(file, invocation.flags, os.environ)
     fixed = [change for change in diff(invocation.config, config) if change.reload == "restart"]
     if fixed:
         why = "can't be changed while lightllmd runs; restart it"

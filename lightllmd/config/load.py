@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.config import check, models, rules
+from lightllmd.config import check, models, push, rules
 from lightllmd.config.document import Document, Given, Unreadable, parse
 from lightllmd.config.keys import KeyDigests, digests, exposed
 from lightllmd.config.parameters import Config
@@ -17,8 +17,11 @@ from lightllmd.errors import ConfigInvalid, Problem
 COMMAND_LINE = 0  # as a line number in Config.places
 
 
-def load(file: str | None, flags: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of `file` (None: none), overridden by `flags` (dotted key -> value). Raises ConfigInvalid."""
+def load(
+    file: str | None, flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+) -> Config:
+    """The configuration of `file` (None: none), overridden by `flags` (dotted key -> value). `environment`: has to hold
+    what the configuration takes from it; None: that is not looked at. Raises ConfigInvalid."""
     document = _read(file) if file is not None else Document("", {}, {})
     problems: list[Problem] = []
     given = dict(_collect(document, document.tree, (), problems))
@@ -46,6 +49,8 @@ def load(file: str | None, flags: Mapping[str, Any] | None = None) -> Config:
     problems += models.contradictions(config, faulty, faulty_named, document.file)
     problems += _missing(config, file, faulty)
     config = _with_keys(config, file, problems)
+    if environment is not None and config.params.enable_monitor_auth:
+        problems += _unauthorized(config, file, environment)
     if problems:
         raise ConfigInvalid(sorted(problems, key=lambda problem: (problem.file is None, problem.line or 0)))
     return config
@@ -64,6 +69,13 @@ def _missing(config: Config, file: str | None, faulty: set[str]) -> Iterator[Pro
     """What has to be there."""
     if config.params.model_dir is None and config.engine.backend != "fake" and "model_dir" not in faulty:
         yield Problem("model_dir", "is missing: which model shall be served?", file)
+
+
+def _unauthorized(config: Config, file: str | None, environment: Mapping[str, str]) -> Iterator[Problem]:
+    try:
+        push.credentials(environment)
+    except ValueError as fault:
+        yield problem_at(config, file, ("enable_monitor_auth",), f"true: {fault}")
 
 
 def _with_keys(config: Config, file: str | None, problems: list[Problem]) -> Config:

@@ -410,34 +410,41 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     metric_gateway: Annotated[
         str | None,
         Setting(
-            doc="host:port of a Prometheus Pushgateway that the metrics are pushed to. /metrics can always be pulled.",
+            doc="host:port of a Prometheus Pushgateway that a process of its own pushes the metrics to. /metrics can "
+            "always be pulled.",
             group=STATISTICS,
+            pattern=r"(\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]|[A-Za-z0-9._-]+):[0-9]{1,5}",
+            form="of the form host:port without scheme and path, an IPv6 address in brackets: [::1]:9091",
             reload="live",
-            needs="pushed metrics",
             example='"pushgateway.example.org:9091"',
         ),
     ] = None
     job_name: Annotated[
         str,
-        Setting(doc="The job that pushed metrics name.", group=STATISTICS, filled=True, reload="live"),
+        Setting(
+            doc="The job label of pushed metrics. With grouping_key it names the group that each push replaces.",
+            group=STATISTICS,
+            filled=True,
+            reload="live",
+        ),
     ] = "lightllm"
     grouping_key: Annotated[
         list[str],
         Setting(
-            doc='Labels of pushed metrics: a list of "key=value" or a table.',
+            doc='Labels of pushed metrics beside the job: a list of "key=value" or a table. Each daemon that pushes to '
+            "one gateway needs a group of its own.",
             group=STATISTICS,
-            pattern=r"[^=]+=[^=]*",
-            form='of the form "key=value"',
+            pattern=r"[a-zA-Z_][a-zA-Z0-9_]*=[\s\S]*",
+            form='of the form "key=value", the key of letters, digits and _ and no digit first',
             pairs=True,
             reload="live",
-            needs="pushed metrics",
             example='["instance=node7"]',
         ),
     ] = []
     push_interval: Annotated[
         int,
         Setting(
-            doc="Time between two pushes of the metrics.",
+            doc="Time between two pushes of the metrics. It grows, up to a minute, while the gateway takes none.",
             group=STATISTICS,
             unit="s",
             minimum=1,
@@ -448,10 +455,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     enable_monitor_auth: Annotated[
         bool,
         Setting(
-            doc="Pushes with HTTP basic authentication; user and password come from the environment.",
+            doc="Pushes with HTTP basic authentication; user and password are those of the environment variables "
+            "USERNAME and PASSWORD of lightllmd.",
             group=STATISTICS,
             reload="live",
-            needs="pushed metrics",
         ),
     ] = False
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_network
 
+from lightllmd.config import push
 from lightllmd.config.features import Feature, pairs
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
@@ -129,6 +130,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("http.trusted_proxies",), _proxies_are_networks),
     Rule(("mode",), _one_decode_mode),
     Rule(("mode", "data_type"), _mode_fits_data_type),
+    Rule(("metric_gateway",), push.gateway_fault),
+    Rule(("job_name",), push.job_fault),
+    Rule(("grouping_key",), push.group_fault),
     _needs_gateway("grouping_key"),
     _needs_gateway("enable_monitor_auth"),
     _pair(

@@ -206,6 +206,8 @@ class Load(msgspec.Struct, tag="load"):
 
 ToApi = StepOutput | Rejected | Load
 
+LAST_PUSH = 2.0  # seconds that the last push of metrics may take
+
 # --- supervisor -> child --------------------------------------------------------------------------------------
 
 
@@ -230,6 +232,26 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     metrics_dir: str
     metrics_id: str  # names its files there; no other living process has it
     revision: int = 1  # the plan's number
+
+
+class PushTarget(msgspec.Struct, tag="push-target"):
+    """To the process that pushes metrics: where to from now on, and how often."""
+
+    gateway: str  # host:port
+    job: str
+    grouping_key: dict[str, str]
+    interval: float  # seconds
+    user: str | None = None  # None: no authentication
+    password: str | None = None
+
+
+class PushConfigure(msgspec.Struct, tag="push-configure"):
+    """First message to the process that pushes metrics."""
+
+    target: PushTarget
+    metrics_dir: str  # what is pushed
+    metrics_id: str  # names its own files there; no other living process has it
+    log_level: str
 
 
 class EngineUp(msgspec.Struct, tag="engine-up"):
@@ -370,12 +392,15 @@ class FlushCache(msgspec.Struct, tag="flush-cache"):
 
 
 class Stop(msgspec.Struct, tag="stop"):
-    """End now in good order: an api worker ends its streams with an error frame; exit 0."""
+    """End now in good order: an api worker ends its streams with an error frame, the process that pushes metrics makes
+    a last push within LAST_PUSH; exit 0."""
 
 
 Down = (
     EngineConfigure
     | ApiConfigure
+    | PushConfigure
+    | PushTarget
     | EngineUp
     | EngineDown
     | Health
@@ -407,7 +432,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     """Sent through the same loop as the work, at least every half second.
 
     A child makes progress when `phase` or `progress` changed since its last heartbeat, or when it is not `busy`.
-    Phases: "boot", "load", "warmup", "ready", "sleep", "asleep" for engines; "boot", "ready" for api workers. "ready"
+    Phases: "boot", "load", "warmup", "ready", "sleep", "asleep" for engines; "boot", "ready" for the others. "ready"
     of an engine means that it has produced a real token. A spare engine sends one, "boot", when all is done that it
     can do without a configuration.
     """

@@ -16,14 +16,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "render", "use_files"]
+__all__ = ["CONTENT_TYPE_LATEST", "ApiMetrics", "EngineMetrics", "PushMetrics", "registry_of", "render", "use_files"]
 
 StepKind = Literal["prefill", "decode", "mixed"]
 
@@ -37,12 +37,13 @@ _BATCH_SIZES = [float(size) for size in range(1, 129)]
 _RATIOS = [i / 10 for i in range(11)]
 
 
-def use_files(metrics_id: str, directory: str) -> None:
-    """Names this process's files in `directory` and takes their room; before any metric is made. Where there is none,
-    what is counted is seen by this process alone, and the log says so."""
+def use_files(metrics_id: str, directory: str, kinds: Iterable[str] = tuple(_ROOM)) -> None:
+    """Names this process's files in `directory`, one for each of the `kinds` of metrics that it makes, and takes their
+    room; before any metric is made. Where there is none, what is counted is seen by this process alone, and the log
+    says so."""
     try:
-        for kind, size in _ROOM.items():
-            _take_room(Path(directory), f"{kind}_{metrics_id}.db", size)
+        for kind in kinds:
+            _take_room(Path(directory), f"{kind}_{metrics_id}.db", _ROOM[kind])
     except OSError as refused:
         log.error("%s: no room for metrics: %s; this process is missing in /metrics", directory, refused.strerror)
         values.ValueClass = values.MutexValue
@@ -213,8 +214,33 @@ class EngineMetrics(_Metrics):
         self._peak.set(peak_tokens)
 
 
-def render(directory: str) -> bytes:
-    """What all processes of `directory` counted, in Prometheus' text format (CONTENT_TYPE_LATEST)."""
+class PushMetrics(_Metrics):
+    """What the process that pushes knows of itself. A push is counted when it begins and a failure at its end, so that
+    what arrives tells the same numbers as /metrics does meanwhile."""
+
+    KINDS = ("counter",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = self._counter("push_count", "Pushes to the gateway that were begun")
+        self._failure = self._counter("push_failure", "Pushes that the gateway did not take")
+
+    def begun(self) -> None:
+        """A push begins; what it sends is read after this."""
+        self._count.inc()
+
+    def failed(self) -> None:
+        """The gateway did not take it."""
+        self._failure.inc()
+
+
+def registry_of(directory: str) -> CollectorRegistry:
+    """What all processes of `directory` count, read anew at each collection."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=directory)
-    return generate_latest(registry)
+    return registry
+
+
+def render(directory: str) -> bytes:
+    """What all processes of `directory` counted, in Prometheus' text format (CONTENT_TYPE_LATEST)."""
+    return generate_latest(registry_of(directory))

@@ -67,6 +67,10 @@ class Commands:
         """Brings files into the page cache and ends; may be killed at any time."""
         return [self.python, "-m", "lightllmd.weights.read_ahead", *files]
 
+    def push(self, channel_fd: int) -> list[str]:
+        """Pushes metrics to a gateway."""
+        return [self.python, "-m", "lightllmd.push", str(channel_fd), str(os.getpid())]
+
     def early(self, plan: Plan) -> Sequence[str]:
         """What a spare engine of this plan imports; nothing: a spare would save too little to be kept."""
         if plan.config.engine.backend == "fake":

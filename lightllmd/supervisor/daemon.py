@@ -21,6 +21,7 @@ from lightllmd.supervisor.host import listeners as http_listeners
 from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.health_monitor import Monitor
+from lightllmd.supervisor.workers.pusher import Pusher
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Daemon:
         self.health: tuple[bool, str] = (False, "")  # as the api workers were last told
         self.front = ApiWorkers(context, context.config.http.workers, self._send_state)
         self.engines = Engines(context, self.front.tell)
-        self.verbs = Verbs(context, self.engines, self.front, settings, self._relisten)
+        self.pusher = Pusher(context)
+        self.verbs = Verbs(context, self.engines, self.front, self.pusher, settings, self._relisten)
         self.monitor = Monitor(context, self.engines, self.front)
         self.crashes = crashes.open_crashes(context.events, os.environ.get("STATE_DIRECTORY", ""))
 
@@ -69,7 +71,7 @@ class Daemon:
 
     def children(self) -> list[Child]:
         """All processes of workers, the spare's and those on their way out included."""
-        return [*self.front.children(), *self.engines.children()]
+        return [*self.front.children(), *self.engines.children(), *self.pusher.children()]
 
     async def call(self, act: Callable[[], Any]) -> Any:
         """Runs `act` inside the single-writer loop and returns (or raises) what it does."""

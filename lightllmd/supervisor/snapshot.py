@@ -65,7 +65,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child process, or the place of one that will be started again."""
 
     name: str  # "api-0", "engine-0": kind and index, stable over restarts; "spare"
-    kind: str  # "api" | "engine" | "spare": an engine that waits to be taken, "running" and "ready" once it can be
+    kind: str  # "api" | "engine" | "push" | "spare": an engine that waits, "running" and "ready" once it can be taken
     index: int  # the api worker's number, the engine's rank
     rank: int | None  # engines only
     pid: int | None  # None: no process now
@@ -126,6 +126,18 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: int
     failed: int
     resumed: int  # went on after an engine's death
+
+
+class Push(msgspec.Struct, frozen=True, kw_only=True):
+    """The pushes of metrics to the gateway in force. They count since the start of the process that makes them."""
+
+    gateway: str
+    job: str
+    grouping_key: dict[str, str]
+    pushed_at: float | None  # when the last push was taken; None: none was
+    pushes: int
+    failures: int
+    failing: bool  # the last push was not taken, or the process that pushes is not there
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,6 +209,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     models: list[KnownModel]  # as `GET /v1/models`
     cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests
+    push: Push | None  # None: no gateway is configured
     workers: list[WorkerStatus]
     jobs: list[JobStatus]  # those in progress
     events: list[Event]  # the last ten, oldest first

@@ -189,6 +189,7 @@ class Supervisor(Daemon):
         if self.plan is not None and not self.verbs.ending:
             self.engines.tick()
             self.front.tick()
+            self.pusher.tick()
 
     def _make_first_plan(self, facts: BackgroundTask[Facts]) -> None:
         if self.verbs.ending:
@@ -209,6 +210,7 @@ class Supervisor(Daemon):
             self.context.log.own("info", line)
         self.front.start()
         self.engines.serving.worker.start()
+        self.pusher.in_force()
 
     def _retire_drained(self) -> None:
         """Ends the engines that have finished what they had before they were replaced."""
@@ -230,6 +232,8 @@ class Supervisor(Daemon):
                 api.became_ready(child)
         elif became_ready and (engine := self.engines.owner(child)):
             self.engines.became_ready(engine)
+        elif became_ready and self.pusher.owns(child):
+            self.pusher.worker.became_ready()
 
     def _on_exit(self, child: Child) -> None:
         ending = child.reap_and_classify(memory_ran_out=memory_kills() > self._memory_kills)
@@ -248,6 +252,10 @@ class Supervisor(Daemon):
                 self.context.events.add("held", f"{held} requests are held for the next generation")
         elif self.engines.spare.owns(child):
             self.engines.spare.died(ending)
+            self._report(child, ending, None, None)
+            return
+        elif self.pusher.owns(child):
+            self.pusher.died(child, ending, again)
             self._report(child, ending, None, None)
             return
         if not ending.changed:  # no crash, and tried again and again: reports of crashes are not to give way to it

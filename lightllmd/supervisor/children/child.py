@@ -203,8 +203,9 @@ class Child:
         self.asked = why
         self._escalate((now, signal.SIGTERM), (now + self._context.config.supervisor.stop_timeout, signal.SIGKILL))
 
-    def stop(self, why: str) -> None:
-        """A `Stop` message, SIGTERM if that is not heard, SIGKILL after stop_timeout.
+    def stop(self, why: str, within: float | None = None) -> None:
+        """A `Stop` message, SIGTERM if that is not heard, SIGKILL after stop_timeout; SIGKILL alone after `within`
+        seconds, where they are given.
 
         A worker that is not in service yet may be too busy to listen and has nothing to end: SIGTERM at once.
         """
@@ -214,7 +215,10 @@ class Child:
         now, timeout = self._context.clock.now, self._context.config.supervisor.stop_timeout
         self.asked = why
         self.send(Stop())
-        self._escalate((now + min(STOP_GRACE, timeout / 2), signal.SIGTERM), (now + timeout, signal.SIGKILL))
+        if within is not None:
+            self._escalate((now + within, signal.SIGKILL))
+        else:
+            self._escalate((now + min(STOP_GRACE, timeout / 2), signal.SIGTERM), (now + timeout, signal.SIGKILL))
 
     def retire(self, why: str) -> None:
         """It finishes by itself (`Retire` was sent); if it doesn't within drain_timeout it is ended."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from lightllmd.config.push import PASSWORD
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc.child_setup import die_with_parent
 from lightllmd.supervisor.host.orphans import kill_group
@@ -18,12 +19,12 @@ from lightllmd.supervisor.journal.output import OutputLines
 FLOOD_PAUSE = 0.01  # seconds between two reads of 64 KiB from a process that prints too much
 MOST_CAPTURED = 256 << 20  # bytes of stdout that are kept; what is cut off is no JSON, and is told as such
 LAST_WORDS = 1 << 20  # bytes read at most of what a dead process left in its pipe
-# Said to us by systemd, not to our children.
-_OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+# Said to us by systemd, not to our children; and the gateway's password, which one of them is told.
+_OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", PASSWORD)
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` less what systemd said to us alone; Python's output in it is not buffered."""
+    """`environment` less what is for us alone; Python's output in it is not buffered."""
     inherited = {name: value for name, value in environment.items() if name not in _OURS_ALONE}
     return {**inherited, "PYTHONUNBUFFERED": "1"}
 

@@ -6,6 +6,7 @@ Reads are answered from the state as it is; mutations are put into the superviso
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -159,7 +160,7 @@ class ControlPlane:
         file = parsing.text(await parsing.body(request, {"file"}), "file")
         if file is None or not file.startswith("/"):
             raise Usage('check needs {"file": an absolute path}')
-        await self._daemon.context.file_threads.run(f"reading {file}", load, file)
+        await self._daemon.context.file_threads.run(f"reading {file}", load, file, None, os.environ)
         return _json(snapshot.Checked(file=file))
 
     async def jobs(self, request: Request) -> Response:

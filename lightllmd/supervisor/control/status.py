@@ -141,10 +141,11 @@ def measured_memory(daemon: Daemon) -> dict[str, int]:
 
 
 def workers(daemon: Daemon) -> list[snapshot.WorkerStatus]:
-    """Api workers, engines, then the spare."""
+    """Api workers, engines, then the spare and what pushes metrics."""
     places = [*(api.worker for api in daemon.front.apis), *(engine.worker for engine in daemon.engines)]
     spare = daemon.engines.spare.snapshot()
-    return [*(worker.snapshot() for worker in places), *([spare] if spare else [])]
+    pusher = [daemon.pusher.worker.snapshot()] if daemon.pusher.snapshot() or daemon.pusher.children() else []
+    return [*(worker.snapshot() for worker in places), *([spare] if spare else []), *pusher]
 
 
 def models(daemon: Daemon) -> list[snapshot.KnownModel]:
@@ -165,7 +166,8 @@ def build(daemon: Daemon) -> snapshot.Status:
     """All of the page."""
     shown = workers(daemon)
     ready, reason = health(daemon)
-    ages = [worker.heartbeat_age_s for worker in shown if worker.heartbeat_age_s is not None]
+    # No request waits for what pushes metrics.
+    ages = [one.heartbeat_age_s for one in shown if one.heartbeat_age_s is not None and one.kind != "push"]
     return snapshot.Status(
         name="lightllmd",
         version=__version__,
@@ -191,6 +193,7 @@ def build(daemon: Daemon) -> snapshot.Status:
         models=models(daemon),
         cache=cache(daemon),
         requests=_requests(daemon),
+        push=daemon.pusher.snapshot(),
         workers=shown,
         jobs=[job.snapshot for job in daemon.verbs.jobs.running()],
         events=daemon.context.events.feed.last(EVENTS_SHOWN),

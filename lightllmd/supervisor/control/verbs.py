@@ -34,6 +34,7 @@ from lightllmd.supervisor.control.jobs import Jobs, RunningJob
 from lightllmd.supervisor.journal.logs import renderer
 from lightllmd.supervisor.workers.api_workers import Api, ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
+from lightllmd.supervisor.workers.pusher import Pusher
 
 DRY_RUN = "dry run"  # the target of such a reload
 
@@ -55,10 +56,11 @@ class Verbs:
         context: Context,
         engines: Engines,
         front: ApiWorkers,
+        pusher: Pusher,
         settings: Settings,
         relisten: Callable[[list[socket.socket]], None],
     ) -> None:
-        self._context, self._engines, self._front = context, engines, front
+        self._context, self._engines, self._front, self._pusher = context, engines, front, pusher
         self._settings, self._relisten = settings, relisten
         self.jobs = Jobs()
         self._steps: dict[int, Steps] = {}  # by job number
@@ -224,8 +226,10 @@ class Verbs:
         self._context.log.configure(config.supervisor.log_lines, config.log.level, render)
         pace = math.inf if config.params.disable_log_stats else serving.plan.log_stats_interval
         tune = Tune(config.log.level, pace, config.supervisor.stop_timeout)
-        for child in (*self._front.children(), *(engine.child for engine in self._engines if engine.child)):
+        engines = [engine.child for engine in self._engines if engine.child]
+        for child in (*self._front.children(), *engines, *self._pusher.children()):
             child.send(tune)
+        self._pusher.in_force()
         self._front.tell(Keys(config.keys.requests, config.keys.metrics))
         self._front.tell(Models(list(config.models)))
 
@@ -277,8 +281,11 @@ class Verbs:
         for child in self._front.children():
             child.stop("stopped")
         self._engines.stop("stopped")
-        while True:
+        while any(self._front.children()) or self._engines.children():
             yield "ending the workers", None
+        while True:
+            self._pusher.stop("stopped", now=self._stop_now)
+            yield "pushing metrics a last time", None
 
     def _refuse_requests(self) -> None:
         self.draining = True

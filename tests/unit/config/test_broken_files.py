@@ -127,9 +127,6 @@ NOT_AVAILABLE = {
     "tp": "2",
     "enable_multimodal": "true",
     "use_tgi_api": "true",
-    "metric_gateway": '"gateway:9091"',
-    "grouping_key": '["a=b"]',
-    "enable_monitor_auth": "true",
     "http.tls_certificate": '"a.pem"',
     "http.tls_key": '"a.key"',
 }

@@ -99,6 +99,17 @@ def test_swapping_daemon_shows_whom_it_waits_for_and_what_else_there_is(
     assert lines(status, now)[1].endswith("the file is bad now: /etc/a.toml:3: port: 70000 is out of bounds)")
 
 
+def test_pushed_metrics_have_a_line_where_there_is_a_gateway(status: dict[str, Any], now: float) -> None:
+    push = {"gateway": "gw:9091", "job": "lightllm", "grouping_key": {}, "pushes": 1, "failures": 0, "failing": False}
+    status["push"] = push | {"pushed_at": None}
+    assert lines(status, now)[8] == "    Metrics: not pushed yet to gw:9091, job lightllm"
+    status["push"] |= {"pushed_at": now - 3.2, "pushes": 1200}
+    assert lines(status, now)[8] == "    Metrics: pushed 3.2 s ago to gw:9091, job lightllm"
+    status["push"] |= {"pushed_at": now - 125, "failures": 7, "failing": True}
+    expected = "    Metrics: pushed 2 min 5 s ago to gw:9091, job lightllm   (7 of 1,200 pushes failed)"
+    assert lines(status, now)[8] == expected
+
+
 def test_the_prompt_cache_has_a_line_where_there_is_one(status: dict[str, Any], now: float) -> None:
     status["cache"] = {"tokens": 123_400, "lookup_tokens": 0, "hit_tokens": 0, "evicted_tokens": 0}
     assert lines(status, now)[7] == (

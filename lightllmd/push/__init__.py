@@ -1,0 +1,1 @@
+"""The process that pushes metrics to a Prometheus Pushgateway."""
