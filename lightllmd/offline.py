@@ -37,6 +37,7 @@ from lightllmd.observe.progress import LoadBar, RequestBar
 from lightllmd.offline_jobs import Generated, OfflineJob, Output, open_jobs
 from lightllmd.probe.facts import Request, probe
 from lightllmd.requests.intake import Intake
+from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.text_work import Inline
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.tokenizer import load_tokenizer
@@ -72,7 +73,8 @@ class LLM:
         self._runner.prepare(_nothing)
         self._scheduler = scheduler_for(self.plan, generation=1)
         self._loop = StepLoop(self._scheduler, self._runner)
-        self._intake = Intake(self.plan, lambda: self.tokenizer, Inline(lambda: self.tokenizer))
+        inline = Inline(lambda: self.tokenizer, RequestLimits.of(self.plan))
+        self._intake = Intake(self.plan, lambda: self.tokenizer, inline)
         self._jobs: dict[int, OfflineJob] = {}  # in the engine now, by request number
         self._numbers = 0  # the newest request's
         self._unusable = ""  # why nothing can be generated any more

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.dialects import native, native_scores, openai, probes, tokenizing
+from lightllmd.api.dialects import native, native_scores, openai, probes, scoring, tokenizing
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
@@ -22,7 +22,14 @@ from lightllmd.api.web.ignored_fields import name_in
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
 from lightllmd.requests.fields import Body
 
-DIALECTS = (native.DIALECT, native_scores.DIALECT, openai.DIALECT, tokenizing.DIALECT)
+DIALECTS = (
+    native.DIALECT,
+    native_scores.DIALECT,
+    openai.DIALECT,
+    tokenizing.DIALECT,
+    scoring.DIALECT,
+    scoring.RERANKING,
+)
 
 
 def error_answers(dialects: Sequence[Dialect] = DIALECTS) -> ErrorAnswers:

@@ -25,6 +25,15 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class TextPair:
+    """Two texts that the model reads together, such as a query and a document."""
+
+    first: str
+    second: str
+    first_field: str  # the dialect's name of the field that has the first; the prompt names that of the second
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt, and the dialect's name of the field that has it."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.text.interface import Tokenizer
 
-_FIRST_LOOK = 1 << 16  # characters of a long text that are tokenised to see whether all of it may fit
+FIRST_LOOK = 1 << 16  # characters of a long text that are tokenised to see whether all of it may fit
 
 
 class Encoder:
@@ -28,9 +28,9 @@ class Encoder:
         self, texts: Sequence[str], fields: Sequence[str], add_special_tokens: bool, cut: bool
     ) -> list[array[int]]:
         """`fields`: the name of each text."""
-        if sum(map(len, texts)) <= _FIRST_LOOK:
+        if sum(map(len, texts)) <= FIRST_LOOK:
             encoded = self._tokenizer.encode_batch(texts, add_special_tokens)
-            return [self._checked(ids, field, cut) for ids, field in zip(encoded, fields, strict=True)]
+            return [self.checked(ids, field, cut) for ids, field in zip(encoded, fields, strict=True)]
         return [self._encode(text, field, add_special_tokens, cut) for text, field in zip(texts, fields, strict=True)]
 
     def encode_chat(
@@ -48,10 +48,13 @@ class Encoder:
         return len(self._tokenizer.encode(text, add_special_tokens))
 
     def _encode(self, text: str, field: str, add_special_tokens: bool, cut: bool) -> array[int]:
+        return self.checked(self.bounded(text, field, add_special_tokens, cut), field, cut)
+
+    def bounded(self, text: str, field: str, add_special_tokens: bool, cut: bool) -> list[int]:
         """A text that can't fit is refused before much time and memory went into it: a token takes about 100 bytes
         while it is made. What the beginning has beyond twice the bound is no artefact of where it was cut."""
         limits, encode = self._limits, self._tokenizer.encode
-        size = max(_FIRST_LOOK, 8 * limits.max_req_input_len)
+        size = max(FIRST_LOOK, 8 * limits.max_req_input_len)
         if len(text) > size and not cut and limits.long_truncation_mode is None:
             longest = self._tokenizer.longest_token
             if longest is not None:
@@ -59,9 +62,10 @@ class Encoder:
             while size < len(text):
                 limits.at_least(len(encode(text[:size], add_special_tokens)) // 2, field)
                 size *= 2
-        return self._checked(encode(text, add_special_tokens), field, cut)
+        return encode(text, add_special_tokens)
 
-    def _checked(self, ids: list[int], field: str, cut: bool) -> array[int]:
+    def checked(self, ids: list[int], field: str, cut: bool) -> array[int]:
+        """Ids that `bounded` gave, of a length that the plan allows."""
         if not cut:
             self._limits.prompt(ids, field)
         return self._limits.ends(array("i", ids))

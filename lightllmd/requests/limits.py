@@ -12,6 +12,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 
 MAX_REPEATED = 1 << 21  # ids of biases, bad words and allowed tokens, times the prompts of the body
+MAX_PAIRED = 1 << 22  # tokens of all pairs of a body, of which a text may stand in each
 MAX_SCORED = 1 << 22  # log-probabilities of prompts that one answer tells
 
 Ids: TypeAlias = "list[int] | array[int]"
@@ -134,6 +135,15 @@ class RequestLimits:
             raise InvalidRequest(
                 f"{field}: {prompt_tokens} tokens with {alternatives + 1} log-probabilities each are {numbers}, "
                 f"more than {MAX_SCORED} in all; send fewer prompts at a time",
+                param=field,
+            )
+
+    def paired(self, tokens: int, field: str) -> None:
+        """Of a body's pairs so far; `field` has the last text."""
+        if tokens > MAX_PAIRED:
+            raise InvalidRequest(
+                f"{field}: with this one the pairs have {tokens} tokens, more than {MAX_PAIRED} in all; send fewer at "
+                "a time",
                 param=field,
             )
 

@@ -3,7 +3,10 @@
     Translation(
         body=ScoreBody,
         asked=lambda body: ScoresAsked(
-            [ScoredPrompt(TextPair(body.query, one), f"documents[{at}]") for at, one in enumerate(body.documents)],
+            [
+                ScoredPrompt(TextPair(body.query, one, "query"), f"documents.{at}")
+                for at, one in enumerate(body.documents)
+            ],
             prompts_field="documents",
             model=body.model,
         ),
@@ -39,24 +42,19 @@ from dataclasses import dataclass
 from lightllmd.config.plan import Plan, Scoring
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import PoolingParams
-from lightllmd.requests.asked import Chat
+from lightllmd.requests.asked import Chat, TextPair
 from lightllmd.requests.branch import Branch
+from lightllmd.requests.faults import naming
 from lightllmd.requests.limits import Ids, RequestLimits
 from lightllmd.requests.text_work import JOB_COST, TextWork
 from lightllmd.text.interface import Tokenizer
-
-
-@dataclass(frozen=True)
-class TextPair:
-    """Two texts in one prompt, such as a query and a document: the tokens of each, with its special tokens."""
-
-    first: str
-    second: str
+from lightllmd.text.pairs import NO_CUT, PairCut
 
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """One prompt, and the dialect's name of the field that has it."""
+    """One prompt, and the dialect's name of the field that has it; of a pair that of its second text. All prompts of a
+    body are pairs, or none is."""
 
     content: str | list[int] | array[int] | Chat | TextPair
     field: str
@@ -69,9 +67,10 @@ class ScoresAsked:
     prompts: Sequence[ScoredPrompt]
     prompts_field: str  # all prompts of the body, whose number is bounded
     model: str | None = None  # that shall answer; None: whichever is served
-    add_special_tokens: bool = True  # around texts
-    keep_first: int | None = None  # of a longer prompt the first so many tokens are run
-    keep_last: int | None = None  # the same of the last
+    add_special_tokens: bool = True  # around texts that are no pairs
+    keep_first: int | None = None  # of a longer prompt the first so many tokens are run; -1: as many as fit
+    keep_last: int | None = None  # the same of the last. Both are for prompts that are no pairs
+    pair_cut: PairCut = NO_CUT  # what is kept of pairs
     use_cache: bool = True  # of prompts
 
 
@@ -100,7 +99,7 @@ class ScoringIntake:
         if self._scoring is not None:
             raise InvalidRequest(
                 "this server has a reward model (use_reward_model = true), which generates no text; it answers "
-                "/get_score",
+                "/get_score, /score, /rerank, /classify and /pooling",
                 code="reward_model",
             )
 
@@ -114,36 +113,36 @@ class ScoringIntake:
                 code="no_reward_model",
             )
         self._limits.at_once(len(asked.prompts), asked.prompts_field)
-        given = await self._given(asked, scoring)
-        size = sum(map(len, given)) // 4 + len(given) * JOB_COST
-        return await self._work.compute(size, self._checked, asked, scoring, given)
+        with naming(asked.prompts_field):
+            given = await self._given(asked, scoring)
+            size = sum(map(len, given)) // 4 + len(given) * JOB_COST
+            return await self._work.compute(size, self._checked, asked, scoring, given)
 
-    async def _given(self, asked: ScoresAsked, scoring: Scoring) -> list[Ids]:
+    async def _given(self, asked: ScoresAsked, scoring: Scoring) -> Sequence[Ids]:
         """The ids of each prompt."""
+        pairs = [prompt.content for prompt in asked.prompts if isinstance(prompt.content, TextPair)]
+        if pairs:
+            return await self._work.encode_pairs(pairs, [prompt.field for prompt in asked.prompts], asked.pair_cut)
         cut = asked.keep_first is not None or asked.keep_last is not None
-        texts: list[str] = []
-        fields: list[str] = []
-        for prompt in asked.prompts:
-            content = prompt.content
-            parts = [content.first, content.second] if isinstance(content, TextPair) else [content]
-            for part in parts:
-                if isinstance(part, str):
-                    texts.append(part)
-                    fields.append(prompt.field)
+        texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str)]
         encoded: Iterator[list[int]] = iter(())
         if texts:
-            special = asked.add_special_tokens
-            encoded = iter(await self._work.encode(texts, fields, add_special_tokens=special, cut=cut))
+            encoded = iter(
+                await self._work.encode(
+                    [str(prompt.content) for prompt in texts],
+                    [prompt.field for prompt in texts],
+                    add_special_tokens=asked.add_special_tokens,
+                    cut=cut,
+                )
+            )
         given: list[Ids] = []
         for prompt in asked.prompts:
             content = prompt.content
             if isinstance(content, str):
                 given.append(next(encoded))
-            elif isinstance(content, TextPair):
-                given.append([*next(encoded), *next(encoded)])
             elif isinstance(content, Chat):
                 given.append(_ended(await self._work.encode_chat(content, prompt.field, cut=cut), scoring))
-            else:
+            elif not isinstance(content, TextPair):
                 given.append(content)
         return given
 
@@ -151,12 +150,7 @@ class ScoringIntake:
         return [self._job(asked, scoring, prompt.field, ids) for prompt, ids in zip(asked.prompts, given, strict=True)]
 
     def _job(self, asked: ScoresAsked, scoring: Scoring, field: str, given: Ids) -> ScoringJob:
-        kept = given
-        if asked.keep_first is not None:
-            kept = kept[: asked.keep_first]
-        if asked.keep_last is not None:
-            kept = kept[max(0, len(kept) - asked.keep_last) :]
-        ids = [*self._limits.prompt(kept, field)]
+        ids = [*self._limits.prompt(self._kept(asked, given), field)]
         at = None
         if scoring.marker is not None:
             at = [index for index, token in enumerate(ids) if token == scoring.marker]
@@ -165,7 +159,14 @@ class ScoringIntake:
                     f"{field}: this model scores a prompt at each token {scoring.marker}, of which it has none",
                     param=field,
                 )
-        return ScoringJob([*given], len(ids) != len(given), ids, PoolingParams(at, asked.use_cache))
+        return ScoringJob(ids, len(ids) != len(given), ids, PoolingParams(at, asked.use_cache))
+
+    def _kept(self, asked: ScoresAsked, ids: Ids) -> Ids:
+        for most, last in ((asked.keep_first, False), (asked.keep_last, True)):
+            if most is not None:
+                kept = min(len(ids), self._limits.max_req_input_len if most < 0 else most)
+                ids = ids[len(ids) - kept :] if last else ids[:kept]
+        return ids
 
 
 def _ended(ids: list[int], scoring: Scoring) -> list[int]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from lightllmd.requests.asked import Chat
+from lightllmd.requests.asked import Chat, TextPair
 from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.pair_encoding import PairEncoder
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.pairs import PairCut
 
 Result = TypeVar("Result")
 
@@ -27,6 +30,9 @@ class TextWork(Protocol):
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
         """As `encode`, and for a conversation that the model's template refuses, or if the model has none."""
 
+    async def encode_pairs(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[list[int]]:
+        """See PairEncoder."""
+
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         """The token sequences that write them."""
 
@@ -37,8 +43,9 @@ class TextWork(Protocol):
 class Inline(TextWork):
     """Everything at once, in the caller's thread. `tokenizer` is called when it is needed."""
 
-    def __init__(self, tokenizer: Callable[[], Tokenizer]) -> None:
+    def __init__(self, tokenizer: Callable[[], Tokenizer], limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
+        self._limits = limits
 
     async def encode(
         self, texts: Sequence[str], fields: Sequence[str], *, add_special_tokens: bool, cut: bool
@@ -47,6 +54,9 @@ class Inline(TextWork):
 
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
         return self._tokenizer().encode_chat(chat.messages, **chat.options)
+
+    async def encode_pairs(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[list[int]]:
+        return [ids.tolist() for ids in PairEncoder(self._tokenizer(), self._limits).encode(pairs, fields, cut)]
 
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         return bad_word_ids(words, field, self._tokenizer()) if words else []

@@ -10,6 +10,7 @@ https://huggingface.co/docs/transformers/chat_templating_writing.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,11 @@ MAX_DEPTH = 64  # of lists and objects inside each other
 MAX_CHARACTERS = 32 << 20  # of the rendered prompt
 MAX_SECONDS = 1.5  # of CPU time; where a client could reach it, the process that renders is bounded, too
 _SYSTEM, _DEVELOPER = "system", "developer"
+_PAIRS = (
+    "score",
+    "rerank",
+)  # names of templates for a query and a document, as vLLM and sentence-transformers write them
+_PAIR_ROLES = (re.compile(r"[\"']query[\"']"), re.compile(r"[\"']document[\"']"))
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -89,8 +95,9 @@ class ChatTemplate:
     """Renders messages. Compiled once; rendering keeps no state, so any thread may call it."""
 
     def __init__(self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
-        """`sources`: the template, or several by name, of which "default" and "tool_use" are used. `special_tokens`:
-        bos_token, eos_token and the like, as templates name them. Raises ValueError on a syntax error."""
+        """`sources`: the template, or several by name, of which "default" and "tool_use" are used, for pairs "score" or
+        "rerank". `special_tokens`: bos_token, eos_token and the like, as templates name them. Raises ValueError on a
+        syntax error."""
         named = {"default": sources} if isinstance(sources, str) else dict(sources)
         environment = _environment()
         self._templates: dict[str, jinja2.Template] = {}
@@ -104,6 +111,35 @@ class ChatTemplate:
         self._knows_developer = {name for name, source in named.items() if _DEVELOPER in source}
         self._special_tokens = dict(special_tokens or {})
         self.source = named.get("default")  # for clients that render by themselves
+        self._for_pairs = _pair_template(named)
+
+    @property
+    def joins_pairs(self) -> bool:
+        """Whether one of the templates is for a query and a document: by its name, or because the default one knows
+        messages with these two roles."""
+        return self._for_pairs is not None
+
+    def render_pair(
+        self,
+        query: str,
+        document: str,
+        *,
+        field: str,
+        variables: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.process_time,
+    ) -> str:
+        """The prompt of a query and a document that are scored together, for which the template gets one message each,
+        with the roles of these names. Only where `joins_pairs`; a refusal names `field`, otherwise as `render`."""
+        assert self._for_pairs is not None
+        names = {
+            **self._special_tokens,
+            "documents": None,
+            **_plain(variables or {}, "chat_template_kwargs"),
+            "messages": [{"role": "query", "content": query}, {"role": "document", "content": document}],
+            "tools": None,
+            "add_generation_prompt": True,
+        }
+        return self._run(self._templates[self._for_pairs], names, clock, field)
 
     def render(
         self,
@@ -146,10 +182,15 @@ class ChatTemplate:
         for name in ("tool_use", "default") if with_tools else ("default",):
             if name in self._templates:
                 return name
-        return next(iter(self._templates))
+        for name in self._templates:
+            if name not in _PAIRS:
+                return name
+        raise InvalidRequest("messages: this model's only chat template is for a query and a document")
 
     @staticmethod
-    def _run(template: jinja2.Template, names: dict[str, Any], clock: Callable[[], float]) -> str:
+    def _run(
+        template: jinja2.Template, names: dict[str, Any], clock: Callable[[], float], field: str = "messages"
+    ) -> str:
         parts: list[str] = []
         length, deadline = 0, clock() + MAX_SECONDS
         try:
@@ -157,17 +198,24 @@ class ChatTemplate:
                 parts.append(part)
                 length += len(part)
                 if length > MAX_CHARACTERS:
-                    raise InvalidRequest(f"messages: the rendered prompt is longer than {MAX_CHARACTERS} characters")
+                    raise InvalidRequest(f"{field}: the rendered prompt is longer than {MAX_CHARACTERS} characters")
                 if clock() > deadline:
-                    raise InvalidRequest(f"messages: rendering the prompt took more than {MAX_SECONDS:g} s of CPU time")
+                    raise InvalidRequest(f"{field}: rendering the prompt took more than {MAX_SECONDS:g} s of CPU time")
         except _TemplateRefusal as error:
-            raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
+            raise InvalidRequest(f"{field}: the model's chat template refuses them: {error}") from None
         except RecursionError:
-            raise InvalidRequest("messages: nested too deeply for the model's chat template") from None
+            raise InvalidRequest(f"{field}: nested too deeply for the model's chat template") from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # what a template does with a message that lacks a key or has another type than it expects
-            raise InvalidRequest(f"messages: they don't suit the model's chat template: {error}") from None
+            raise InvalidRequest(f"{field}: they don't suit the model's chat template: {error}") from None
         return "".join(parts)
+
+
+def _pair_template(named: Mapping[str, str]) -> str | None:
+    known = next((name for name in _PAIRS if name in named), None)
+    if known is None and all(role.search(named.get("default", "")) for role in _PAIR_ROLES):
+        return "default"
+    return known
 
 
 def _message(message: object, where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tokenizers import models
 
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.offsets import NOWHERE, Span
+from lightllmd.text.pairs import NO_FRAME, PairFrame
 from lightllmd.text.vocabulary import (
     BYTEWISE,
     SPACE_MARK,
@@ -75,6 +76,20 @@ class FastTokenizer(Tokenizer):
             return encode_one(self._backend, text, add_special_tokens)
         ids = encode_one(self._backend, text, False)
         return [*self._around[0], *ids, *self._around[1]] if add_special_tokens else ids
+
+    @property
+    def pair_frame(self) -> PairFrame:
+        if self._around is not None:
+            before, after = self._around
+            return PairFrame(before, [*after, *before], after)
+        # The post-processor is asked what it does; texts of one letter are at least a token each.
+        encoding = self._backend.encode("a", "b", add_special_tokens=True)
+        ids, places = encoding.ids, encoding.sequence_ids
+        first = [at for at, text in enumerate(places) if text == 0]
+        second = [at for at, text in enumerate(places) if text == 1]
+        if not first or not second:  # a vocabulary without letters
+            return NO_FRAME
+        return PairFrame(ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :])
 
     def spans(self, text: str, add_special_tokens: bool = True) -> list[Span]:
         around = self._around if add_special_tokens else None

@@ -10,6 +10,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.detokenize import Detokenizing, IncrementalDetokenizer
 from lightllmd.text.offsets import Span
+from lightllmd.text.pairs import NO_FRAME, PairFrame
 from lightllmd.text.vocabulary import Vocabulary
 
 
@@ -84,6 +85,11 @@ class Tokenizer(ABC):
         """The characters of `text` that each token of ``encode(text)`` stands for, white space at their ends perhaps
         left out; None where the tokenizer doesn't know."""
         return None
+
+    @property
+    def pair_frame(self) -> PairFrame:
+        """What encoding two texts together puts around them; each is encoded without special tokens."""
+        return NO_FRAME
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """The ids of a rendered conversation; options as `ChatTemplate.render`. Raises InvalidRequest."""

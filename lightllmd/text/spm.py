@@ -17,6 +17,7 @@ from tokenizers import AddedToken, models
 
 from lightllmd.text.fast import encode_one
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.pairs import PairFrame
 from lightllmd.text.vocabulary import (
     BYTEWISE,
     SPACE_MARK,
@@ -126,6 +127,10 @@ class PieceTokenizer(Tokenizer):
             at = space.end() if space else match.end()
         ids += self._run(text[at:], at == 0)
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
+
+    @property
+    def pair_frame(self) -> PairFrame:
+        return PairFrame(self._before, [*self._after, *self._before], self._after)
 
     def _run(self, text: str, first: bool) -> list[int]:
         return self._encode_run(text, self._model.add_dummy_prefix and (self._every_run or first)) if text else []

@@ -27,7 +27,8 @@ TOKENIZER = ByteTokenizer()
 
 
 def jobs_of(body: CompletionBody | ChatBody) -> list[AdmittedJob]:
-    intake = Intake(make_plan(), lambda: TOKENIZER, Inline(lambda: TOKENIZER))
+    plan = make_plan()
+    intake = Intake(plan, lambda: TOKENIZER, Inline(lambda: TOKENIZER, RequestLimits.of(plan)))
     return without_waiting(intake.jobs(body.asked()))
 
 

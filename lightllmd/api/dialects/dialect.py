@@ -48,6 +48,10 @@ class Reply(Protocol):
         """As they come."""
 
 
+def _nothing(body: Body) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Translation(Generic[Kind]):
     """How a route that has the engine work translates: a checked body into what is asked, jobs into their answer."""
@@ -57,6 +61,7 @@ class Translation(Generic[Kind]):
     reply: Callable[[Revision, Kind, Sequence[Any]], Awaitable[Reply]]  # gets the jobs of what was asked
     streamed: Callable[[Kind], bool]
     error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
+    repeated: Callable[[Kind], int] = _nothing  # characters of the body that an answer in one piece has again
 
 
 class Responder:
@@ -95,5 +100,5 @@ class Responder:
         if translation.streamed(body):
             return EventStream(pending, reply.frames(pending), revisions.streams)
         await pending.finish(request.receive)
-        size = sum(entry.answer_size for entry in pending.entries)
+        size = sum(entry.answer_size for entry in pending.entries) + translation.repeated(body)
         return encoded_response(await off_loop(size, lambda: json_in_parts(reply.whole(pending))))

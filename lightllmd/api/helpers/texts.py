@@ -13,12 +13,14 @@ import msgspec
 from lightllmd.api.helpers.pool import Helpers
 from lightllmd.api.helpers.token_views import TokenViews
 from lightllmd.api.web import bodies
-from lightllmd.requests.asked import Chat
+from lightllmd.requests.asked import Chat, TextPair
 from lightllmd.requests.bad_words import bad_word_ids
 from lightllmd.requests.encoding import Encoder
 from lightllmd.requests.fields import Body
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.pair_encoding import PairEncoder
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.pairs import PairCut
 
 _INLINE = 16 << 10  # characters or numbers; done with in a few milliseconds
 _SHORT = 1 << 10  # characters; tokenised in well under a millisecond
@@ -26,6 +28,7 @@ _LONG = 64 << 10  # characters; what is longer waits its turn among others of it
 _RENDERING = 5.0  # seconds of CPU time for the messages of a long chat
 _BAD_WORD_COST = 16  # characters that are tokenised in the time that one of a bad word takes, in its several ways
 _MANY_MESSAGES = 256
+_MANY_PAIRS = 256
 Result = TypeVar("Result")
 
 
@@ -47,11 +50,13 @@ class TextHelpers:
     def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         encoder, views = Encoder(tokenizer, limits), TokenViews(tokenizer, limits)
         self._tokenizer = tokenizer
+        self._pairs = PairEncoder(tokenizer, limits)
         self.processes = Helpers(
             {
                 "decode": bodies.decode_noting,
                 "encode": encoder.encode,
                 "encode_chat": encoder.encode_chat,
+                "encode_pairs": self._pairs.encode,
                 "render": encoder.render,
                 "count": encoder.count,
                 "tokenize": views.tokenize,
@@ -84,6 +89,19 @@ class TextHelpers:
         text = await self.render(chat)
         (encoded,) = await self.encode([text], [field], add_special_tokens=False, cut=cut)
         return encoded
+
+    async def encode_pairs(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[list[int]]:
+        """See TextWork. Where a template joins them it runs in a helper process, as for a chat."""
+        template = self._tokenizer.chat_template
+        rendered = template is not None and template.joins_pairs
+        joined = sum(len(pair.first) + len(pair.second) for pair in pairs)
+        # Where no template joins them, a first text that stands in all of them is tokenised once.
+        size = joined if rendered else sum(len(pair.second) for pair in pairs) + max(len(pair.first) for pair in pairs)
+        if size <= _SHORT and joined <= _INLINE and not rendered:
+            return _lists(self._pairs.encode(pairs, fields, cut))
+        heavy = size > _LONG or len(pairs) > _MANY_PAIRS
+        ids = await self.processes.run("encode_pairs", pairs, fields, cut, heavy=heavy)
+        return await off_loop(sum(map(len, ids)), _lists, ids)
 
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         """See TextWork."""

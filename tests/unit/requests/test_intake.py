@@ -13,6 +13,7 @@ from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, Chat, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.intake import AdmittedJob, Intake
+from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.text_work import Inline, without_waiting
 from lightllmd.text import ByteTokenizer
 
@@ -26,7 +27,8 @@ def asked(*prompts: Any, params: dict[str, Any] | None = None, **changes: Any) -
 
 
 def jobs(what: Asked, **plan: Any) -> list[AdmittedJob]:
-    intake = Intake(make_plan(plan), lambda: TOKENIZER, Inline(lambda: TOKENIZER))
+    made = make_plan(plan)
+    intake = Intake(made, lambda: TOKENIZER, Inline(lambda: TOKENIZER, RequestLimits.of(made)))
     return without_waiting(intake.jobs(what))
 
 
