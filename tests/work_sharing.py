@@ -1,11 +1,12 @@
-"""How the workers of `pytest -n 2` share the tests: the tests of a file share a worker and its fixtures, and the first
-worker has the trees of processes to itself."""
+"""How the workers of `pytest -n 2` share the tests: those that hold seconds against a bound (real_time/) run first and
+alone; then those of a file share a worker and its fixtures, and the first worker has the trees of processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+_AS_ONE = ("real_time", "systemd")  # folders whose files stay together: alone on the machine, or in one booted machine
 _TREES = frozenset({"test_api_process.py", "test_ctl_real_daemon.py", "test_rolling_replacement.py"})
 _SIMULATED = frozenset({"test_supervisor_model.py"})
 # Those of most seconds of a core, the longest first; the files that are handed out last are to be short.
@@ -26,7 +27,7 @@ _LONG = (
 
 
 def starts_trees(file: str) -> bool:
-    """Whether its tests start the daemon's tree of processes, or look at the clock."""
+    """Whether its tests start the daemon's tree of processes."""
     path = Path(file)
     if path.name in _SIMULATED:
         return False
@@ -36,8 +37,8 @@ def starts_trees(file: str) -> bool:
 def place(file: str) -> int:
     """In the order of all files, which is otherwise that of their names: the longest of each worker's come first."""
     path = Path(file)
-    if path.parent.name == "systemd":
-        return -1
+    if path.parent.name in _AS_ONE:
+        return _AS_ONE.index(path.parent.name) - len(_AS_ONE)
     return _LONG.index(path.name) if path.name in _LONG else len(_LONG)
 
 
@@ -45,17 +46,31 @@ def scheduler(*arguments: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
-        """The first worker takes files that start trees as long as there are any, the others take other files; one
-        that has none of its own left takes what there is. So one tree is on the machine, beside work for one core."""
+        """The first worker takes the tests in real time, while the others wait; then files that start trees as long as
+        there are any, and the others take other files. One that has none of its own left takes what there is. So one
+        tree is on the machine, beside work for one core."""
 
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "systemd" if Path(file).parent.name == "systemd" else file  # one booted machine for all of them
+            folder = Path(file).parent.name
+            return folder if folder in _AS_ONE else file
 
         def _assign_work_unit(self, node: Any) -> None:
+            if any(self._measures(other) for other in self.nodes if other is not node):
+                return
             trees = node is self.nodes[0]
-            scope = min(self.workqueue, key=lambda scope: (scope == "systemd" or starts_trees(scope)) is not trees)
+            scope = min(self.workqueue, key=lambda scope: (scope in _AS_ONE or starts_trees(scope)) is not trees)
             self.workqueue.move_to_end(scope, last=False)
             super()._assign_work_unit(node)
+
+        def _measures(self, node: Any) -> bool:
+            return not all(self.assigned_work[node].get("real_time", {}).values())
+
+        def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+            measured = self._measures(node)
+            super().mark_test_complete(node, item_index, duration)
+            if measured and not self._measures(node):
+                for other in self.nodes * 2:  # each gets two files at first
+                    self._reschedule(other)
 
     return Scheduler(*arguments)

@@ -94,7 +94,7 @@ class ApiServer(server.Server):
         An answer that has begun can't say so any more: its connection stays for one more request.
         """
         if not self.started:
-            self.should_exit = True
+            self.end()
         if self.should_exit or self._settled is not None:
             return
         for acceptor in self.servers:
@@ -122,7 +122,4 @@ class ApiServer(server.Server):
         """
         self.config.timeout_graceful_shutdown = timeout  # type: ignore[assignment]
         self.retire()
-        asyncio.get_running_loop().call_later(_SETTLE if self.started else 0, self._end)
-
-    def _end(self) -> None:
-        self.should_exit = True
+        asyncio.get_running_loop().call_later(_SETTLE if self.started else 0, self.end)

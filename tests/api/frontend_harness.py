@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import msgspec
 
+from lightllmd.api import server
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import ApiWorker
 from lightllmd.config.keys import KeyDigests, digests
@@ -293,8 +295,9 @@ class Stack:
         await self.client.aclose()
         if not self.running.done():
             self.tell(messages.Stop())
-        async with asyncio.timeout(PATIENCE):
-            await self.running
+        with patch.object(server, "_SETTLE", 0.0):  # no connection is on its way
+            async with asyncio.timeout(PATIENCE):
+                await self.running
         self.supervisor.close()
 
     async def generate(self, prompt: str, **parameters: Any) -> httpx.Response:

