@@ -12,34 +12,39 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.dialects import native, native_scores, openai, probes, scoring, tokenizing
+from lightllmd.api.dialects import native, native_scores, openai, probes, scoring, tgi, tokenizing
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
 from lightllmd.api.web.bodies import schemas
-from lightllmd.api.web.errors import ErrorAnswers, MethodNotAllowed
+from lightllmd.api.web.errors import ErrorAnswers, InternalError, MethodNotAllowed
 from lightllmd.api.web.ignored_fields import name_in
-from lightllmd.errors import InvalidRequest, LightllmdError, NotFound, RequestFailed
+from lightllmd.config.plan import Plan
+from lightllmd.errors import InvalidRequest, LightllmdError, NotFound
 from lightllmd.requests.fields import Body
 
-DIALECTS = (
-    native.DIALECT,
-    native_scores.DIALECT,
-    openai.DIALECT,
-    tokenizing.DIALECT,
-    scoring.DIALECT,
-    scoring.RERANKING,
-)
+
+def dialects_of(plan: Plan) -> tuple[Dialect, ...]:
+    """What this plan's front end speaks. To change that takes a new process."""
+    generating = tgi.DIALECT if plan.config.params.use_tgi_api else native.GENERATING
+    return (
+        generating,
+        native.COUNTING,
+        native_scores.DIALECT,
+        openai.DIALECT,
+        tokenizing.DIALECT,
+        scoring.DIALECT,
+        scoring.RERANKING,
+    )
 
 
-def error_answers(dialects: Sequence[Dialect] = DIALECTS) -> ErrorAnswers:
+def error_answers(dialects: Sequence[Dialect]) -> ErrorAnswers:
     """In the dialect of each path."""
-    return ErrorAnswers({path: dialect.error_body for dialect in dialects for path in dialect.paths})
+    shapes = {dialect: (dialect.error_body, dialect.error_status) for dialect in dialects}
+    return ErrorAnswers({path: shape for dialect, shape in shapes.items() for path in dialect.paths})
 
 
-def build_app(
-    revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dialects: Sequence[Dialect] = DIALECTS
-) -> FastAPI:
+def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dialects: Sequence[Dialect]) -> FastAPI:
     """CORS is as the first revision says; to change it takes a new process."""
     http = revisions.current.http
     errors = error_answers(dialects)
@@ -95,4 +100,4 @@ def _answer_errors(app: FastAPI, errors: ErrorAnswers) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         """The traceback goes to the log."""
-        return errors.response(RequestFailed("internal error of the HTTP front end"), request.url.path)
+        return errors.response(InternalError("internal error of the HTTP front end"), request.url.path)

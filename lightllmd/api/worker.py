@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from lightllmd.api.app import build_app, error_answers
+from lightllmd.api.app import build_app, dialects_of, error_answers
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.link import EngineLink
@@ -46,9 +46,10 @@ class ApiWorker:
         )
         self.revisions = Revisions(configure.revision, plan, self._revision, self._tally, self._accounts)
         self._keys = AcceptedKeys(plan.config.keys)
-        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys)
+        dialects = dialects_of(plan)
+        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys, dialects=dialects)
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
-        self._server = ApiServer(app, http, sockets, error_answers())
+        self._server = ApiServer(app, http, sockets, error_answers(dialects))
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
         self._broken: asyncio.Future[None] | None = None  # ends with the first exception in a callback
         self.revisions.current.texts.processes.start()  # last, but before any thread

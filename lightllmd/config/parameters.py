@@ -391,10 +391,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     use_tgi_api: Annotated[
         bool,
         Setting(
-            doc="/generate, /generate_stream and / speak the format of Text Generation Inference.",
+            doc="/generate, /generate_stream and / speak the format of Text Generation Inference (TGI), so that its "
+            "clients work; /info tells what is served. OpenAI's routes are the same.",
             group=SERVING,
             reload="front end",
-            needs="the TGI format",
         ),
     ] = False
     health_monitor: Annotated[

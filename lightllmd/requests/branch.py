@@ -108,6 +108,11 @@ class Branch:
             self.finish = "length" if finish == FINISH_LENGTH else "stop"
         return stop is not None and stop.stopped and finish == FINISH_NONE
 
+    @property
+    def stopped(self) -> bool:
+        """Whether one of its stops ended it, rather than an eos or its length."""
+        return self._stop is not None and self._stop.stopped
+
     def abort(self) -> None:
         """Ends it where it is, if it hasn't ended; text that is held back (see above) stays unsaid."""
         if self.finish is None:

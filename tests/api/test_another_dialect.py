@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.frontend_harness import expected, run, stack
-from lightllmd.api.app import DIALECTS, build_app
+from lightllmd.api.app import build_app, dialects_of
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
@@ -96,7 +96,9 @@ def test_a_further_dialect_needs_no_change_elsewhere(tmp_path):
     async def scenario():
         async with stack(tmp_path) as one:
             keys = AcceptedKeys(KeyDigests([], None))
-            app = build_app(one.worker.revisions, metrics_dir="", keys=keys, dialects=(*DIALECTS, TELEGRAPH))
+            app = build_app(
+                one.worker.revisions, metrics_dir="", keys=keys, dialects=(*dialects_of(one.plan), TELEGRAPH)
+            )
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
 
                 async def send(**body: Any) -> httpx.Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,7 +18,7 @@ from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
-from lightllmd.api.web.errors import ErrorBody
+from lightllmd.api.web.errors import ErrorBody, ErrorStatus, own_status
 from lightllmd.api.web.responses import encoded_response, json_in_parts
 from lightllmd.errors import RequestError
 from lightllmd.requests.asked import Asked
@@ -36,6 +36,7 @@ class Dialect:
     error_body: ErrorBody
     bodies: tuple[type[Body], ...]  # for the OpenAPI document
     router: Callable[[Revisions], APIRouter]
+    error_status: ErrorStatus = own_status
 
 
 class Reply(Protocol):
@@ -62,6 +63,8 @@ class Translation(Generic[Kind]):
     streamed: Callable[[Kind], bool]
     error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
     repeated: Callable[[Kind], int] = _nothing  # characters of the body that an answer in one piece has again
+    # Of the answer, beside the usual ones; called when all have ended or, for a stream, before it begins.
+    headers: Callable[[Any, Pending], Mapping[str, str]] = lambda reply, pending: {}
 
 
 class Responder:
@@ -98,7 +101,9 @@ class Responder:
                 reply = await translation.reply(revision, body, jobs)
                 pending = await revision.open(jobs, arrived_at, revision.tenants.of(request.scope))
         if translation.streamed(body):
-            return EventStream(pending, reply.frames(pending), revisions.streams)
+            return EventStream(pending, reply.frames(pending), revisions.streams, translation.headers(reply, pending))
         await pending.finish(request.receive)
         size = sum(entry.answer_size for entry in pending.entries) + translation.repeated(body)
-        return encoded_response(await off_loop(size, lambda: json_in_parts(reply.whole(pending))))
+        response = encoded_response(await off_loop(size, lambda: json_in_parts(reply.whole(pending))))
+        response.headers.update(translation.headers(reply, pending))
+        return response

@@ -183,10 +183,9 @@ def _translation(body: type[Kind], streamed: Callable[[Kind], bool]) -> Translat
     return Translation(body, lambda one: one.asked(streamed=streamed(one)), GeneratedReply.of, streamed, error_frame)
 
 
-def router(revisions: Revisions) -> APIRouter:
-    """The routes of the native API."""
+def generating(revisions: Revisions) -> APIRouter:
+    """The routes that generate."""
     routes = APIRouter(tags=["lightllm"], route_class=NamingRoute)
-    parse = bodies.parser(revisions.current.http, revisions.decode)
     responder = Responder(revisions)
 
     @routes.post("/generate", openapi_extra=bodies.documented(GenerateBody))
@@ -204,6 +203,14 @@ def router(revisions: Revisions) -> APIRouter:
         """/generate_stream if `stream` is true, else /generate."""
         return await responder.respond(request, _translation(GenerateOrStreamBody, _as_asked))
 
+    return routes
+
+
+def counting(revisions: Revisions) -> APIRouter:
+    """The route that counts a text's tokens."""
+    routes = APIRouter(tags=["lightllm"], route_class=NamingRoute)
+    parse = bodies.parser(revisions.current.http, revisions.decode)
+
     @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:
         """Counts a text's tokens, special ones included."""
@@ -215,4 +222,5 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-DIALECT = Dialect(("/",), native_error, (GenerateBody, GenerateOrStreamBody, TokensBody), router)
+GENERATING = Dialect(("/",), native_error, (GenerateBody, GenerateOrStreamBody), generating)
+COUNTING = Dialect(("/tokens",), native_error, (TokensBody,), counting)

@@ -23,8 +23,8 @@ def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
     @on_each(routes, "/healthz", ["GET", "HEAD"])
     async def health() -> Response:
         """200 when a request would be answered now; passive, runs nothing."""
-        trouble = revisions.trouble
-        return json_response({"message": "Ok"}) if trouble is None else unavailable({"message": trouble})
+        revisions.check_health()
+        return json_response({"message": "Ok"})
 
     @on_each(routes, "/liveness", ["GET", "POST"])
     async def liveness() -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from starlette.responses import Response
@@ -55,9 +55,14 @@ class EventStream(Response):
     finish reason: not in OpenAI's list, but what other servers say too, and "length" would be a lie.
     """
 
-    def __init__(self, pending: Pending, frames: Frames, streams: set[EventStream]) -> None:
+    def __init__(
+        self, pending: Pending, frames: Frames, streams: set[EventStream], headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`headers`: beside the usual ones."""
         self.status_code = 200
         self.raw_headers = list(_HEADERS)
+        if headers:
+            self.raw_headers += [(name.encode(), value.encode()) for name, value in headers.items()]
         self.background = None
         self.body = b""
         self.pending = pending

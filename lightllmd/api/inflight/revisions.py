@@ -16,6 +16,7 @@ from lightllmd.api.inflight.event_stream import EventStream, LateStream
 from lightllmd.api.inflight.gate import Gate
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.tally import Tally
+from lightllmd.api.web.errors import Unhealthy
 from lightllmd.config.plan import Plan, decode_plan
 from lightllmd.errors import NotFound, NotReady, RequestError
 from lightllmd.ipc.messages import EngineDown, EngineUp, Health
@@ -113,6 +114,11 @@ class Revisions:
         if not self.current.ledger.connected:
             return "the engine is being restarted"
         return None
+
+    def check_health(self) -> None:
+        """Raises Unhealthy, see `trouble`."""
+        if (trouble := self.trouble) is not None:
+            raise Unhealthy(trouble, retry_after=self.health.retry_after)
 
     def stats(self) -> dict[str, float]:
         """Totals are those of the process, whatever became of the revisions."""

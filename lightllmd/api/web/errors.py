@@ -18,10 +18,12 @@ from lightllmd.errors import (
     NotFound,
     NotReady,
     QueueFull,
+    RequestFailed,
     Unauthorized,
 )
 
 ErrorBody = Callable[[LightllmdError], dict[str, Any]]
+ErrorStatus = Callable[[LightllmdError], int]
 _OPENAI_TYPES: dict[type[LightllmdError], str] = {
     InvalidRequest: "invalid_request_error",
     BodyTooLarge: "invalid_request_error",
@@ -38,6 +40,19 @@ class MethodNotAllowed(InvalidRequest):
     """The path is there, but not for this method."""
 
     status = 405
+
+
+class InternalError(RequestFailed):
+    """The front end's own fault."""
+
+
+class Unhealthy(NotReady):
+    """What /health says while no request would be answered."""
+
+
+def own_status(error: LightllmdError) -> int:
+    """The error's."""
+    return error.status
 
 
 def openai_error(error: LightllmdError) -> dict[str, Any]:
@@ -60,14 +75,17 @@ def native_error(error: LightllmdError) -> dict[str, Any]:
 class ErrorAnswers:
     """What is answered instead of what was asked for, in the dialect of the path."""
 
-    def __init__(self, by_path: Mapping[str, ErrorBody]) -> None:
+    def __init__(self, by_path: Mapping[str, tuple[ErrorBody, ErrorStatus]]) -> None:
         """By what paths begin with; "/" is among them. The longest that fits counts."""
         self._by_path = sorted(by_path.items(), key=lambda item: -len(item[0]))
 
+    def _shape(self, path: str) -> tuple[ErrorBody, ErrorStatus]:
+        fitting = (shape for beginning, shape in self._by_path if path.startswith(beginning))
+        return next(fitting, (native_error, own_status))
+
     def body(self, error: LightllmdError, path: str) -> bytes:
         """JSON."""
-        shape = next((shape for beginning, shape in self._by_path if path.startswith(beginning)), native_error)
-        return msgspec.json.encode(shape(error))
+        return msgspec.json.encode(self._shape(path)[0](error))
 
     def response(self, error: LightllmdError, path: str) -> Response:
         """The whole answer."""
@@ -76,4 +94,5 @@ class ErrorAnswers:
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
-        return Response(self.body(error, path), error.status, headers, media_type="application/json")
+        status = self._shape(path)[1](error)
+        return Response(self.body(error, path), status, headers, media_type="application/json")

@@ -126,7 +126,6 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
 NOT_AVAILABLE = {
     "tp": "2",
     "enable_multimodal": "true",
-    "use_tgi_api": "true",
     "http.tls_certificate": '"a.pem"',
     "http.tls_key": '"a.key"',
 }
