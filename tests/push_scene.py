@@ -26,10 +26,10 @@ def target(gateway: str, **fields: Any) -> PushTarget:
     return PushTarget(gateway=gateway, **(known | fields))
 
 
-def count_something(directory: Path, value: float) -> None:
+def count_something(directory: Path, value: float, name: str = "test") -> None:
     """As a process that counts in multiprocess mode."""
-    written = MmapedDict(str(directory / "counter_test.db"))
-    written.write_value(mmap_key("lightllm_test", "lightllm_test_total", [], [], "Of a test"), value, 0.0)
+    written = MmapedDict(str(directory / f"counter_{name}.db"))
+    written.write_value(mmap_key(f"lightllm_{name}", f"lightllm_{name}_total", [], [], "Of a test"), value, 0.0)
     written.close()
 
 

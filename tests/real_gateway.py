@@ -29,7 +29,9 @@ def pushgateway(port: int | None = None, *options: str) -> Iterator[str]:
     address = f"127.0.0.1:{port or free_port()}"
     command = [program("LIGHTLLMD_PUSHGATEWAY", "prometheus-pushgateway", "pushgateway")]
     with subprocess.Popen(
-        [*command, f"--web.listen-address={address}", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, f"--web.listen-address={address}", "--persistence.file=", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         try:
             wait_for(lambda: answers(address), what="the gateway")
@@ -59,6 +61,8 @@ def samples(text: bytes | str, without: dict[str, str] | None = None) -> dict[st
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = dict(sample.labels)
+            if "le" in labels:
+                labels["le"] = repr(float(labels["le"]))  # the gateway writes numbers in its own way
             strange = any(labels.pop(name, "") != value for name, value in (without or {}).items())
             if sample.name.startswith("lightllm_") and not strange:
                 said = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 _AS_ONE = ("real_time", "systemd")  # folders whose files stay together: alone on the machine, or in one booted machine
-_TREES = frozenset({"test_api_process.py", "test_ctl_real_daemon.py", "test_rolling_replacement.py"})
+_TREES = frozenset(
+    {"test_api_process.py", "test_ctl_real_daemon.py", "test_real_gateway.py", "test_rolling_replacement.py"}
+)
 _SIMULATED = frozenset({"test_supervisor_model.py"})
 # Those of most seconds of a core, the longest first; the files that are handed out last are to be short.
 _LONG = (

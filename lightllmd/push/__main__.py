@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 
@@ -16,7 +17,8 @@ NICENESS = 10  # its share of a busy core is a tenth of another process's
 
 def main() -> int:
     channel = child.adopt(sys.argv[1:])
-    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox may refuse it
+        os.nice(NICENESS)
     configure = child.first_message(channel)
     if not isinstance(configure, messages.PushConfigure):
         channel.send(messages.Failed("error", f"the first message is {type(configure).__name__}, not PushConfigure"))
