@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -12,7 +14,9 @@ import httpx
 import pytest
 
 from config_file import daemon_of_a_file
+from gateway_stand_in import Gateway
 from harness import Daemon
+from lightllmd.supervisor.workers.pusher import MOST_WAIT
 from stand_ins import StandInDaemon
 
 
@@ -77,3 +81,19 @@ def test_the_demo_configuration_answers_within_thirty_seconds(tmp_path: Path) ->
         assert answer.json()["choices"][0]["message"]["content"].strip()
     print(f"first answer {seconds:.1f} s after the start")
     assert seconds < 30, f"first answer after {seconds:.1f} s"
+
+
+@pytest.mark.parametrize("gateway", ["silent", "stopped"])
+def test_a_stop_waits_no_longer_for_the_last_push_than_is_said(gateway: str, tmp_path: Path) -> None:
+    """`stopped`: it is the process that pushes which hangs."""
+    with Gateway() as silent:
+        silent.behaviour = "silent"
+        with StandInDaemon(tmp_path, "--metric_gateway", silent.address) as daemon:
+            silent.next()
+            daemon.wait_worker("push-0", state="running")
+            if gateway == "stopped":
+                os.kill(daemon.pid("push"), signal.SIGSTOP)
+            begun = time.monotonic()
+            assert daemon.stop() == 0
+            seconds = time.monotonic() - begun
+    assert seconds < MOST_WAIT + 2, "2 s are for the rest of the stop"

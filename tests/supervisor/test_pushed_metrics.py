@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pytest
 from closed_loop import ctl
 from gateway_stand_in import Gateway
 from harness import Daemon, wait_for
-from lightllmd.supervisor.workers.pusher import MOST_WAIT
 from real_gateway import samples
 from stand_ins import StandInDaemon
 
@@ -111,22 +108,6 @@ def test_a_reload_that_lacks_user_and_password_changes_nothing(tmp_path: Path, m
             assert done.code == 6, done
             assert "enable_monitor_auth: true: the environment variables USERNAME and PASSWORD" in done.errors
             assert "Authorization" not in gateway.next().headers
-
-
-@pytest.mark.parametrize("gateway", ["silent", "stopped"])
-def test_a_stop_waits_no_longer_for_the_last_push_than_is_said(gateway: str, tmp_path: Path) -> None:
-    """`stopped`: it is the process that pushes which hangs."""
-    with Gateway() as silent:
-        silent.behaviour = "silent"
-        with StandInDaemon(tmp_path, "--metric_gateway", silent.address) as daemon:
-            silent.next()
-            daemon.wait_worker("push-0", state="running")
-            if gateway == "stopped":
-                os.kill(daemon.pid("push"), signal.SIGSTOP)
-            begun = time.monotonic()
-            assert daemon.stop() == 0
-            seconds = time.monotonic() - begun
-    assert seconds < MOST_WAIT + 5, "5 s are the machine's"
 
 
 def test_a_stop_at_once_waits_for_no_push(tmp_path: Path) -> None:
