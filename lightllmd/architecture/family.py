@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lightllmd.architecture.heads import ScoredModel
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Names, WeightSpec, weights_of
 
@@ -39,11 +40,17 @@ class Architecture:
 
     family: Family
     spec: DecoderSpec
+    scored: ScoredModel | None = None  # None: it generates
 
     @cached_property
     def weights(self) -> tuple[WeightSpec, ...]:
         """In the order in which they are loaded."""
-        return weights_of(self.spec, self.family.names)
+        return weights_of(self.spec, self.names)
+
+    @property
+    def names(self) -> Names:
+        """Of all tensors of a checkpoint."""
+        return self.family.names if self.scored is None else {**self.family.names, **self.scored.names}
 
     @cached_property
     def parameters(self) -> int:
@@ -52,6 +59,6 @@ class Architecture:
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this Hugging Face name may be in a checkpoint and is not needed."""
-        # A tied head may be stored a second time.
-        repeated = self.spec.tied and name == f"{self.family.names['head']}.weight"
+        # A tied head may be stored a second time, and one that scores may have kept the head it was made from.
+        repeated = (self.spec.tied or self.scored is not None) and name == f"{self.family.names['head']}.weight"
         return repeated or re.fullmatch(self.family.ignored, name) is not None

@@ -80,6 +80,16 @@ class GatedMlp:
     bias: bool = False
 
 
+@dataclass(frozen=True)
+class ScoreHead:
+    """What is behind the last norm instead of a language model head: a linear to the values of a vector, in fp32; with
+    `inner` one to so many elements and ReLU before it."""
+
+    values: int
+    inner: int | None = None
+    bias: bool = False
+
+
 Positions = Rotary
 Attention = GroupedQuery
 FeedForward = GatedMlp
@@ -107,6 +117,7 @@ class DecoderSpec:
     tied: bool  # the head's weight is the embedding
     embedding_scale: float | None = None  # of the embedded tokens
     logit_soft_cap: float | None = None  # logits become ``logit_soft_cap * tanh(logits / logit_soft_cap)``
+    scores: ScoreHead | None = None  # None: a language model head
 
     @property
     def norms_results(self) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery, NormPlacement
+from lightllmd.architecture.spec import DecoderSpec, GatedMlp, GroupedQuery, NormPlacement, ScoreHead
 
 # What a weight is for. Those of a layer occur once in each.
 Role = Literal[
@@ -24,6 +24,8 @@ Role = Literal[
     "down",
     "norm",
     "head",
+    "score_inner",
+    "score",
 ]
 
 # Of a layer, in the order in which they are loaded.
@@ -34,7 +36,7 @@ NORMS: dict[NormPlacement, tuple[Role, ...]] = {
 }
 
 # A checkpoint's name of each tensor, by what it is, without ".weight" and ".bias"; {layer} stands for the layer's
-# number. The keys are the roles, but for "q", "k", "v" of qkv and "gate", "up" of gate_up.
+# number. The keys are the roles, but for "q", "k", "v" of qkv (where there is no "qkv") and "gate", "up" of gate_up.
 Names = Mapping[str, str]
 
 
@@ -52,6 +54,9 @@ class Part:
 class WeightSpec:
     """A tensor of the decoder: `parts` stacked along the first dimension, and likewise its bias if it has one.
 
+    With `groups` the checkpoint has its rows as several groups: in each are ``groups[0]`` rows of what comes first in
+    the decoder, then ``groups[1]`` of what comes next, and so on.
+
     Matrices are ``[out, in]``. Tensor parallelism splits each part along `shard_axis` (0: out, and the bias with it;
     1: in, and the bias stays whole on one rank); None: every rank has all of it.
     """
@@ -62,6 +67,7 @@ class WeightSpec:
     bias: tuple[Part, ...] = ()
     shard_axis: Literal[0, 1] | None = None
     quantisable: bool = False
+    groups: tuple[int, ...] = ()
     neutral: float = 0.0  # what random numbers vary around: where it is a norm, what leaves its input as it is
 
     @property
@@ -84,6 +90,8 @@ def weights_of(spec: DecoderSpec, names: Names) -> tuple[WeightSpec, ...]:
     """In the order in which they are loaded: embedding, layer by layer, final norm, head (none where it is tied)."""
     make = _Maker(spec, names)
     weights = [make.table("embed"), *make.layers(), make.norm("norm", None)]
+    if spec.scores is not None:
+        return (*weights, *make.scores(spec.scores))
     return (*weights,) if spec.tied else (*weights, make.table("head"))
 
 
@@ -101,6 +109,16 @@ class _Maker:
         part = self._part(role, layer, (size or self._spec.hidden,))
         return WeightSpec(role, layer, (part,), neutral=1.0 - self._spec.norm.offset)
 
+    def scores(self, head: ScoreHead) -> Iterator[WeightSpec]:
+        """Every rank has all of them."""
+        widths: dict[Role, int] = {"score_inner": head.inner or 0, "score": head.values}
+        columns = self._spec.hidden
+        for role, rows in widths.items():
+            if rows:
+                bias = (self._part(role, None, (rows,), suffix="bias"),) if head.bias else ()
+                yield WeightSpec(role, None, (self._part(role, None, (rows, columns)),), bias)
+                columns = rows
+
     def layers(self) -> Iterator[WeightSpec]:
         for number, layer in enumerate(self._spec.layers):
             for role in NORMS[self._spec.norm_placement]:
@@ -114,8 +132,14 @@ class _Maker:
             whole = spec.qk_norm == "projection"
             yield self.norm("q_norm", layer, spec.q_size if whole else unit)
             yield self.norm("k_norm", layer, spec.kv_size if whole else unit)
-        rows = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
-        yield self._matrix("qkv", layer, rows, hidden, spec.qkv_bias, shard_axis=0, unit=unit)
+        if "qkv" in self._names:
+            groups = spec.q_size // spec.kv_heads, unit, unit
+            rows, group = {"qkv": spec.q_size + 2 * spec.kv_size}, sum(groups)
+            qkv = self._matrix("qkv", layer, rows, hidden, spec.qkv_bias, shard_axis=0, unit=group)
+            yield replace(qkv, groups=groups)
+        else:
+            rows = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
+            yield self._matrix("qkv", layer, rows, hidden, spec.qkv_bias, shard_axis=0, unit=unit)
         out = {"attention_out": hidden}
         yield self._matrix("attention_out", layer, out, spec.q_size, spec.out_bias, shard_axis=1, unit=unit)
 

@@ -9,6 +9,8 @@ from lightllmd.config.parameters import Config, Params
 
 SPARE_WIDTH = 8  # entries of the request table beyond the longest request
 
+POOLED_ROWS = 512  # hidden states that become vectors at a time
+
 # --- on a CPU
 LOGIT_ROWS = 64  # rows whose fp32 logits exist at a time, however many rows a step has
 # Decode rows are read together, padded to at most this many times what they hold; rows of up to SHORT_ROW tokens are

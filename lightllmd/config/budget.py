@@ -140,7 +140,7 @@ def demand(
     rows = [
         _weights(architecture, data_type),
         _activations(spec, batch_max_tokens, item),
-        _logits(spec, item),
+        _logits(spec, item) if spec.scores is None else gpu_budget.scores(spec, spec.scores, item),
         _tables(config, spec),
         _prefix_masks(config, spec, item),
         _short_rows(config, gathered),

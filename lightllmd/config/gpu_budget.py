@@ -6,10 +6,11 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 from __future__ import annotations
 
 from lightllmd.architecture.family import Architecture
-from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.spec import DecoderSpec, ScoreHead
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config.amount import count, size
 from lightllmd.config.bounds import (
+    POOLED_ROWS,
     SPARE_WIDTH,
     SPLIT_LINES,
     decode_parts,
@@ -48,13 +49,21 @@ def rows(
         _activations(spec, item, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),
-        _logits(spec, item, running),
-        _sampling(spec, running),
+        *([_logits(spec, item, running)] if spec.scores is None else [scores(spec, spec.scores, item)]),
+        _sampling(spec, running if spec.scores is None else 0),
         _tables(spec, running, width, batch_max_tokens),
         _graphs(config, spec, item, batch_max_tokens),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
         *_spare_engine(config),
     ]
+
+
+def scores(spec: DecoderSpec, head: ScoreHead, item: int) -> BudgetRow:
+    """The head's fp32 copy of its weights, and of each row its normed hidden state, twice, and what is made of it."""
+    elements = head.values * (head.inner or spec.hidden) + (head.inner or 0) * spec.hidden
+    each = spec.hidden * (item + 4) + 2 * 4 * (head.inner or 0) + 2 * 4 * head.values
+    how = f"the head in fp32, {size(4 * elements)}; {POOLED_ROWS} hidden states at a time x {size(each)}"
+    return BudgetRow("scores", 4 * elements + POOLED_ROWS * each, how)
 
 
 def _spare_engine(config: Config) -> list[BudgetRow]:

@@ -9,6 +9,8 @@ import msgspec
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.stamps import Stamp
 
+STEP = "<extra_0>"  # what process-reward models have behind each step of a solution
+
 
 class ModelFacts(msgspec.Struct, frozen=True):
     """Read by the probe child from file headers; no weight was loaded for it."""
@@ -26,6 +28,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     has_tokenizer: bool
     has_chat_template: bool
     remote_code: dict[str, str] = {}  # what runs of the checkpoint's own code: auto class -> "module.Class"
+    step_token: int | None = None  # of a process-reward model: the tokenizer's id of what stands behind each step
     stamps: list[Stamp] = []  # of every file that any of this, or a tokenizer, was read from
 
     @property

@@ -21,7 +21,7 @@ from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
-from lightllmd.config.plan import Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan, Scoring
+from lightllmd.config.plan import STEP, Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan, Scoring
 from lightllmd.config.report import budget_table, report
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -30,6 +30,7 @@ __all__ = ["budget_table", "located", "report", "resolve"]
 FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where "auto" can't know better
 AUTO_PREFILL = 8192  # tokens
 BUILT_IN_STATS_INTERVAL = 10.0  # seconds
+STEP_ID = 151651  # of STEP in Qwen2.5's vocabulary
 FAKE_VOCABULARY, FAKE_EOS = 257, 256  # bytes, and one id to end with
 
 
@@ -186,6 +187,7 @@ class _Real(_Maker):
             config_file=self.config_file,
             derived=self.derived,
             budget=demand.with_slots(slots.value),
+            scoring=self._scoring(),
             decode_kernel=next(iter(decode_modes(self.params.mode)), "auto"),  # the rules let no two through
         )
 
@@ -228,8 +230,37 @@ class _Real(_Maker):
                 self.problem(f"{self.model.path}: head_dim {head_dim}: a GPU takes {known}", "model_dir")
 
     def _check_scoring(self) -> None:
-        if self.params.use_reward_model:
-            self.problem(f"{self.model.path} has no head for scores", "use_reward_model")
+        """What a model gives is its own; the parameter says what is expected."""
+        named = ", ".join(map(str, self.model.hf_config.get("architectures") or ["...ForCausalLM"]))
+        scored = self.architecture.scored
+        if scored is None and self.params.use_reward_model:
+            self.problem(
+                f"use_reward_model = true, but {self.model.path} is a model that generates ({named}): it has no head "
+                "that scores",
+                "use_reward_model",
+            )
+        if scored is not None and not self.params.use_reward_model:
+            self.problem(
+                f"{self.model.path} is a model that scores ({named}): it can't generate, and is served with "
+                "use_reward_model = true",
+                "model_dir",
+            )
+        if scored is not None and scored.steps and self._marker() is None:
+            self.problem(f"{self.model.path}: its tokenizer has no {STEP}, behind which it scores steps", "model_dir")
+
+    def _marker(self) -> int | None:
+        """The token that a process-reward model is read at."""
+        scored, vocab = self.architecture.scored, self.architecture.spec.vocab
+        if scored is None or not scored.steps:
+            return None
+        known = STEP_ID if self.model.step_token is None and not self.model.has_tokenizer else self.model.step_token
+        return known if known is not None and known < vocab else None
+
+    def _scoring(self) -> Scoring | None:
+        scored = self.architecture.scored
+        if scored is None:
+            return None
+        return Scoring(list(scored.labels), scored.problem_type, self._marker(), scored.ending)
 
     def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)

@@ -15,13 +15,21 @@ from lightllmd.kernels.layout import Batch
 from lightllmd.kernels.linear import Head, Linear, Norm
 from lightllmd.models.layer import DecoderLayer, LayerWeights
 from lightllmd.models.rope import Rope
+from lightllmd.models.scores import ScoreLinear, Scores
 from lightllmd.weights.loaded import LoadedWeight
 
 LINEARS: frozenset[Role] = frozenset({"qkv", "attention_out", "gate_up", "down"})
+SCORES: frozenset[Role] = frozenset({"score_inner", "score"})
 
 
 class Decoder:
-    """Takes over the weights that `weights` yields; each matrix is packed as soon as it has come."""
+    """Takes over the weights that `weights` yields; each matrix is packed as soon as it has come.
+
+    What its hidden states are for is `head`, or `scores` where the specification says so: it has one of the two.
+    """
+
+    head: Head
+    scores: Scores
 
     def __init__(
         self,
@@ -36,8 +44,14 @@ class Decoder:
         linears: list[dict[Role, Linear]] = [{} for _ in spec.layers]
         norms: list[dict[Role, Norm]] = [{} for _ in spec.layers]
         common: dict[Role, Tensor] = {}
+        scores: list[ScoreLinear] = []
         for weight, tensor, bias in weights:
-            if weight.layer is None:
+            if weight.role in SCORES:
+                scores.append(ScoreLinear(tensor.float(), None if bias is None else bias.float()))
+                self._tensors |= {f"{weight.key}.weight": scores[-1].weight}
+                if (in_fp32 := scores[-1].bias) is not None:
+                    self._tensors |= {f"{weight.key}.bias": in_fp32}
+            elif weight.layer is None:
                 common[weight.role] = tensor
             elif weight.role in LINEARS:
                 linear = linears[weight.layer][weight.role] = kernels.linear(weight.role, tensor, bias)
@@ -51,9 +65,12 @@ class Decoder:
             for layer, held in zip(spec.layers, zip(linears, norms, strict=True), strict=True)
         ]
         norm = Norm(common["norm"], spec.norm.eps, spec.norm.offset)
-        rows = common["embed" if spec.tied else "head"]
-        self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
-        self._hold("head", self.head)
+        if spec.scores is not None:
+            self.scores = Scores(kernels, norm, scores)
+        else:
+            rows = common["embed" if spec.tied else "head"]
+            self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
+            self._hold("head", self.head)
         self._tensors |= {"embed": common["embed"], "norm": common["norm"]}
 
     def _hold(self, key: str, owner: Linear | Head) -> None:
@@ -73,7 +90,7 @@ class Decoder:
         wanted: Tensor | None = None,
     ) -> Tensor:
         """Writes the step's keys and values into `caches`, one per layer, and returns the hidden states
-        ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head.logits`. Calls `beat` once per
+        ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head` or `scores`. Calls `beat` once per
         layer."""
         x = self.embedding(batch)
         last = self.layers[-1]

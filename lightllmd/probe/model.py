@@ -15,8 +15,9 @@ import msgspec
 
 from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.heads import scored_model
 from lightllmd.architecture.rotary import rope_words
-from lightllmd.config.plan import ModelFacts
+from lightllmd.config.plan import STEP, ModelFacts
 from lightllmd.config.stamps import stamp, stamps_of
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
 from lightllmd.remote_code.host import ask
@@ -123,14 +124,15 @@ def _architecture(config: dict[str, Any], where: Path) -> Architecture:
 
 
 def _unsupported(config: dict[str, Any]) -> Iterator[str]:
-    kind, architectures = config.get("model_type"), config.get("architectures")
+    kind = config.get("model_type")
     if not isinstance(kind, str):
         yield f"model_type is {'missing' if kind is None else show(kind)}, a name is needed"
     elif kind not in FAMILIES:
         yield f"models of type {show(kind)} are not available yet; supported: {', '.join(FAMILIES)}"
-    named = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    if named and not any(name.endswith("ForCausalLM") for name in named):
-        yield f"the architecture {show(named[0])} is not available yet; ...ForCausalLM is"
+    try:
+        scored_model(config)
+    except ConfigInvalid as refused:
+        yield from (problem.message for problem in refused.problems)
     if config.get("use_sliding_window"):
         yield "use_sliding_window: attention over a sliding window is not available yet"
     if config.get("quantization_config"):
@@ -301,5 +303,9 @@ def _with_tokenizer(facts: ModelFacts, mode: str) -> ModelFacts:
     from lightllmd.text import open_tokenizer  # which imports more than the rest together
 
     tokenizer = open_tokenizer(facts.path, None, "fast" if mode == "auto" else mode, facts.eos_ids)
-    chat = tokenizer.chat_template is not None
-    return msgspec.structs.replace(facts, has_tokenizer=True, has_chat_template=chat)
+    chat, step = tokenizer.chat_template is not None, None
+    scored = scored_model(facts.hf_config)
+    if scored is not None and scored.steps:
+        ids = tokenizer.encode(STEP, add_special_tokens=False)
+        step = ids[0] if len(ids) == 1 and tokenizer.id_to_token(ids[0]) == STEP else None
+    return msgspec.structs.replace(facts, has_tokenizer=True, has_chat_template=chat, step_token=step)

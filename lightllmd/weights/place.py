@@ -27,8 +27,22 @@ def stream(
     where a file can't be read to its end.
     """
     if device.type == "cuda" and isinstance(checkpoint, PlainCheckpoint):
-        return staged.stream(checkpoint, weights, dtype, device, progress)
-    return _read(checkpoint, weights, dtype, device, progress)
+        arriving = staged.stream(checkpoint, weights, dtype, device, progress)
+    else:
+        arriving = _read(checkpoint, weights, dtype, device, progress)
+    for loaded in arriving:
+        yield _in_order(loaded) if loaded.spec.groups else loaded
+
+
+def _in_order(loaded: LoadedWeight) -> LoadedWeight:
+    """One whose rows came in groups (`WeightSpec.groups`)."""
+    groups = loaded.spec.groups
+
+    def ordered(rows: Tensor) -> Tensor:
+        kinds = rows.unflatten(0, (-1, sum(groups))).split(groups, 1)
+        return torch.cat([kind.flatten(0, 1) for kind in kinds])
+
+    return LoadedWeight(loaded.spec, ordered(loaded.tensor), None if loaded.bias is None else ordered(loaded.bias))
 
 
 def _read(

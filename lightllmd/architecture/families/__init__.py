@@ -9,6 +9,7 @@ from typing import Any
 
 from lightllmd.architecture.families import llama
 from lightllmd.architecture.family import Architecture, Family
+from lightllmd.architecture.heads import scored_model
 from lightllmd.errors import ConfigInvalid, Problem
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
@@ -27,8 +28,9 @@ def family_of(model_type: str) -> Family:
 
 def architecture_of(model_type: str, config: Mapping[str, Any]) -> Architecture:
     """Of the model that a Hugging Face config describes. Raises ConfigInvalid."""
-    family = family_of(model_type)
-    return Architecture(family, family.spec(config))
+    family, scored = family_of(model_type), scored_model(config)
+    spec = family.spec(config)
+    return Architecture(family, spec if scored is None else scored.decoder(spec), scored)
 
 
 def has_llama_names(family: Family) -> bool:

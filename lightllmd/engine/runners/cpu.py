@@ -20,7 +20,7 @@ from lightllmd.engine.runners.cpu_batch import SlotTable
 from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
-from lightllmd.engine.step import Alternatives, Row, SamplingRow, Step, StepResult, TargetLogprobs
+from lightllmd.engine.step import Alternatives, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Batch, GatheredRows
@@ -36,6 +36,7 @@ class _Kept:
     tokens: list[int] = field(default_factory=list)  # among the packed ones, ascending
     sampled: list[int] = field(default_factory=list)  # among `tokens`, of each row that samples
     scored: list[int] = field(default_factory=list)  # the same, of each token before a target
+    pooled: list[int] = field(default_factory=list)  # the same, of each token that becomes a vector
 
     @staticmethod
     def of(rows: list[Row], ahead: int) -> _Kept:
@@ -44,6 +45,9 @@ class _Kept:
         lasts: list[int] = []  # of each row among `tokens`
         for row in rows:
             begin, end = end, end + len(row.tokens)
+            if row.pooling is not None:
+                kept.pooled += range(len(kept.tokens), len(kept.tokens) + len(row.pooling.at))
+                kept.tokens += [begin + at for at in row.pooling.at]
             named = range(begin, begin + len(row.targets or ()))
             kept.scored += range(len(kept.tokens), len(kept.tokens) + len(named))
             kept.tokens += named
@@ -146,6 +150,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
     def _sample(self, step: Step, packed: _Packed, hidden: Tensor, beat: Beat) -> ReadyResult:
         rows, kept = packed.rows, packed.kept
         result = self._draw([row for row in rows if row.sample], kept.sampled, hidden, beat)
+        result.pooled = self._pool([row.pooling for row in rows if row.pooling is not None], kept.pooled, hidden)
         result.targets = self._score([row for row in rows if row.targets is not None], kept.scored, hidden, beat)
         self.memory.end_step(packed.begun)
         return ReadyResult(result)
@@ -196,6 +201,13 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
             for begin in range(0, len(named), LOGIT_ROWS):
                 some = named[begin : begin + LOGIT_ROWS]
                 yield [index for index, _ in some], logits[[at for _, at in some]]
+
+    def _pool(self, rows: list[PoolingRow], places: list[int], hidden: Tensor) -> list[list[bytes]]:
+        """`places` among the hidden states of the tokens that the rows name, row by row."""
+        if not places:
+            return [[] for _ in rows]
+        vectors = iter(self.decoder.scores(hidden, torch.tensor(places)))
+        return [[next(vectors).numpy().tobytes() for _ in row.at] for row in rows]
 
     def _score(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Beat) -> list[TargetLogprobs]:
         """`places` among the hidden states of the tokens before the rows' targets, row by row."""

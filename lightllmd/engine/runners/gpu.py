@@ -61,7 +61,9 @@ class _Pending:
     sampler: DeviceSampler
     chunks: list[tuple[list[int], Download]]  # (table rows, what the sampler returned)
     scores: PromptScores | None
-    end: Download | None  # where a step has neither
+    pooled: list[int]  # how many vectors each row has that is asked for any
+    vectors: Download | None  # of all of these; None: there are none
+    end: Download | None  # where a step has nothing of that
 
     def wait(self, beat: Beat) -> StepResult:
         """See `base.PendingResult`."""
@@ -75,6 +77,8 @@ class _Pending:
             result.candidates += candidates
         if self.scores is not None:
             result.targets = self.scores.take(beat)
+        vectors = iter(self.vectors.wait(beat)[0] if self.vectors is not None else ())
+        result.pooled = [[next(vectors).numpy().tobytes() for _ in range(count)] for count in self.pooled]
         if self.end is not None:
             self.end.wait(beat)
         return result
@@ -119,7 +123,8 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             cache.clear(self.slots)
         self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
         processed = plan.config.engine.logprobs == "processed"
-        self._sampler = DeviceSampler(self._rows + 1, spec.vocab, plan.eos_id, device, processed=processed)
+        drawn = self._rows + 1 if spec.scores is None else 1  # rows: none where nothing is drawn
+        self._sampler = DeviceSampler(drawn, spec.vocab, plan.eos_id, device, processed=processed)
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
         most = most_step_tokens(plan.batch_max_tokens, self._rows)
@@ -133,7 +138,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
 
     def prepare(self, beat: Beat) -> None:
         """Captures the graphs, then runs the worst admissible steps beside them. Raises OutOfMemory."""
-        config = self._plan.config
+        config, spec = self._plan.config, self.decoder.spec
         begun = time.monotonic()
         captured = graph_sizes(config) if self._device.type == "cuda" else []
         with self._computing():
@@ -143,7 +148,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             for shape in self._shapes:
                 packed = self._packer.pack(blank, shape, self._shapes.rows(shape.decode_tokens))
                 hidden = self._warm_and_capture(packed, bool(captured) and shape.decode_tokens <= captured[-1])
-                if not shape.prefill_tokens and shape.decode_tokens <= DEVICE_LOGIT_ROWS:
+                if spec.scores is None and not shape.prefill_tokens and shape.decode_tokens <= DEVICE_LOGIT_ROWS:
                     self.decoder.head.logits(hidden)
                 beat()
             # No batch has these sizes, but a step of few named tokens may, and products have a kernel for each.
@@ -214,7 +219,12 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             at_once = scored_rows(self._rows)
             where = packed.targets, packed.before
             scores = PromptScores(step.rows, *where, self.decoder.head, hidden, at_once)
-        return _Pending(self._sampler, chunks, scores, None if chunks or scores else Download([], self._device))
+        vectors = None
+        if packed.pooled is not None:
+            vectors = Download([self.decoder.scores(hidden, packed.pooled)], self._device)
+        pooled = [len(row.pooling.at) for row in step.rows if row.pooling is not None]
+        end = None if chunks or scores or vectors else Download([], self._device)
+        return _Pending(self._sampler, chunks, scores, pooled, vectors, end)
 
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:

@@ -37,11 +37,12 @@ class Packed:
     generated: Tensor  # [R] int32, positions of the tokens to come
     targets: Tensor | None = None  # [N] int32, row by row; None: no row has `Row.targets`, or all are empty
     before: Tensor | None = None  # [N] int32, the fed token before each target
+    pooled: Tensor | None = None  # [P] int32, the fed tokens that become vectors, row by row; None: there are none
 
     @property
     def whole(self) -> bool:
-        """The hidden states of all tokens are asked for: by a graph, which has no others, or for targets."""
-        return self.shape.padded or self.targets is not None
+        """The hidden states of all tokens are asked for: by a graph, which has no others, for targets or vectors."""
+        return self.shape.padded or self.targets is not None or self.pooled is not None
 
 
 class Packer:
@@ -153,13 +154,23 @@ class Packer:
         if scored:
             self._put([row.targets or () for row, _ in scored])
             self._put([np.arange(first, first + len(row.targets or ())) for row, first in scored])
+        pooled = [(row.pooling.at, first) for row, first in zip(rows, firsts, strict=True) if row.pooling is not None]
+        pooled = [(at, first) for at, first in pooled if at]
+        if pooled:
+            self._put([_ints(at) + first for at, first in pooled])
         sent = iter(self._upload.send())
         tokens = [next(sent) for _ in range(5 if self._rope.by_length else 4)]
         prefill = None
         if shape.prefill_tokens:
             flat, *others = (next(sent) for _ in range(6))
             prefill = PrefillTiles(flat.view(-1, 2), *others, pairs, segments, whole=list(whole.values()))
-        return Packed(shape, self._batch(tokens, shape.decode_tokens, prefill), *sent)
+        batch = self._batch(tokens, shape.decode_tokens, prefill)
+        packed = Packed(shape, batch, next(sent), next(sent), next(sent))
+        if scored:
+            packed.targets, packed.before = next(sent), next(sent)
+        if pooled:
+            packed.pooled = next(sent)
+        return packed
 
     def _put_tiles(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightllmd.config.plan import Plan
 from lightllmd.engine.sampling.gpu_sampler import MOST_CANDIDATES
-from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step, no_decode
+from lightllmd.engine.step import DecodeRows, PoolingRow, Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
 PLAIN = SamplingParams()
@@ -29,14 +29,18 @@ BEAM = SamplingParams(top_logprobs=20, candidates=MOST_CANDIDATES, repetition_pe
 
 def worst_steps(plan: Plan) -> Iterator[Step]:
     """From one token to the most that a step may feed, then that beside decode rows, then the most rows that may be
-    sampled in one."""
+    sampled in one. Where results are vectors, one at each token, and none is sampled."""
     params = plan.config.params
     longest, widest = params.max_req_total_len, params.running_max_req_size
     most = min(plan.batch_max_tokens, plan.max_total_token_num, widest * longest)
     tokens = 1
     while tokens < most:
-        yield _step(tokens, longest, PLAIN)
+        step = _step(tokens, longest, PLAIN)
+        yield step if plan.scoring is None else _pooled(step)
         tokens = 2 * tokens + (tokens > 1)  # 1, 2, 5, 11 …: between the powers of two that kernels are made for
+    if plan.scoring is not None:
+        yield _pooled(_step(most, longest, PLAIN))
+        return
     scored = _step(most, longest, EVERYTHING)
     for row in scored.rows:
         row.targets, row.top_targets = row.tokens, 20
@@ -58,6 +62,14 @@ def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
         slots = list(range(first, min(first + longest, tokens)))
         rows.append(Row(number, 0, 0, 0, [1] * len(slots), slots, True, 0, SamplingRow(params, [], [])))
     return Step(0, "prefill", no_decode(), rows, [])
+
+
+def _pooled(step: Step) -> Step:
+    """Its rows ask for a vector at each of their tokens."""
+    for row in step.rows:
+        row.sample, row.sampling = False, None
+        row.pooling = PoolingRow(list(range(len(row.tokens))), row.tokens)
+    return step
 
 
 def _beside_decode_rows(step: Step, widest: int) -> Step:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightllmd.config import budget, modes
 from lightllmd.config.load import load
-from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan, decode_plan, encode_plan
+from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan, Scoring, decode_plan, encode_plan
 from lightllmd.config.resolve import budget_table, located, report, resolve
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -356,3 +356,47 @@ def test_the_fake_engine_has_sensible_values_without_a_model() -> None:
     assert long.max_total_token_num == 9001
     written = made({"engine.backend": "fake", "max_total_token_num": 4000, "eos_id": [3]}, model=None)
     assert (written.max_total_token_num, written.batch_max_tokens, written.eos_id) == (4000, 3072, [3])
+
+
+# --- models that score ------------------------------------------------------------------------------------------------
+
+REWARD = SMOLLM2 | {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}}
+STEPS = SMOLLM2 | {"architectures": ["Qwen2ForProcessRewardModel"], "model_type": "qwen2", "vocab_size": 151_665}
+
+
+def test_what_a_model_scores_is_in_the_plan() -> None:
+    plan = made({"use_reward_model": True}, hf_config=REWARD | {"problem_type": "regression"})
+    assert decode_plan(encode_plan(plan)).scoring == Scoring(["bad", "good"], "regression")
+    assert made().scoring is None
+
+
+@pytest.mark.parametrize(("config", "switch"), [(REWARD, False), (SMOLLM2, True)])
+def test_the_other_kind_of_model_is_refused_by_name(config: dict[str, Any], switch: bool) -> None:
+    (problem,) = refused({"use_reward_model": switch}, hf_config=config)
+    assert "use_reward_model = true" in problem.message
+    assert config["architectures"][0] in problem.message
+
+
+@pytest.mark.parametrize(
+    ("facts", "marker"),
+    [({"step_token": 77}, 77), ({"has_tokenizer": False}, 151_651), ({"has_tokenizer": True}, None)],
+)
+def test_steps_are_read_at_the_tokenizers_own_token(facts: dict[str, Any], marker: int | None) -> None:
+    flags = {"use_reward_model": True}
+    if marker is None:
+        (problem,) = refused(flags, hf_config=STEPS, model_type="qwen2", **facts)
+        assert "<extra_0>" in problem.message
+    else:
+        assert made(flags, hf_config=STEPS, model_type="qwen2", **facts).scoring.marker == marker
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_model_that_scores_has_room_for_its_head_and_none_for_logits(device: DeviceFacts) -> None:
+    generates = {row.name: row.bytes for row in made(device=device).budget.rows}
+    flags = {"use_reward_model": True}
+    scores = {row.name: row.bytes for row in made(flags, device, hf_config=REWARD).budget.rows}
+    assert "logits" in generates
+    assert "logits" not in scores
+    assert scores["scores"] >= 4 * 2 * 576
+    inner = made(flags, device, hf_config=STEPS, model_type="qwen2", step_token=1).budget.row("scores")
+    assert inner >= 4 * (576 * 576 + 2 * 576)
