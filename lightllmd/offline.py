@@ -34,7 +34,7 @@ from lightllmd.engine.loop import StepLoop
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
-from lightllmd.offline_jobs import Generated, OfflineJob, Output, open_jobs
+from lightllmd.offline_jobs import Generated, OfflineJob, Output, Scored, ScoreJob, open_jobs, score_jobs
 from lightllmd.probe.facts import Request, probe
 from lightllmd.requests.intake import Intake
 from lightllmd.requests.limits import RequestLimits
@@ -42,7 +42,7 @@ from lightllmd.requests.text_work import Inline
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.tokenizer import load_tokenizer
 
-__all__ = ["LLM", "Generated", "Output"]
+__all__ = ["LLM", "Generated", "Output", "Scored"]
 
 PLACE = "LLM"  # where problems of the parameters are said to be
 OWNER = (0, 1)  # api worker and epoch in the scheduler's books: there is only this one
@@ -75,7 +75,7 @@ class LLM:
         self._loop = StepLoop(self._scheduler, self._runner)
         inline = Inline(lambda: self.tokenizer, RequestLimits.of(self.plan))
         self._intake = Intake(self.plan, lambda: self.tokenizer, inline)
-        self._jobs: dict[int, OfflineJob] = {}  # in the engine now, by request number
+        self._jobs: dict[int, OfflineJob | ScoreJob] = {}  # in the engine now, by request number
         self._numbers = 0  # the newest request's
         self._unusable = ""  # why nothing can be generated any more
 
@@ -123,17 +123,41 @@ class LLM:
         jobs = open_jobs(
             self._intake, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize
         )
+        self._run_all(jobs, progress, max_running)
+        return [job.output() for job in jobs]
+
+    def score(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        add_special_tokens: bool = True,
+        use_cache: bool = True,
+        progress: bool = True,
+        max_running: int | None = None,
+    ) -> list[Scored]:
+        """What a model that scores (``use_reward_model=True``) makes of every prompt, in the prompts' order.
+
+        `prompts` (text, with what a chat template puts into it) or `prompt_token_ids`, one of the two.
+        `add_special_tokens`: around texts. `use_cache`: of prompts, where use_dynamic_prompt_cache is on. `progress`,
+        `max_running` and what is raised are as `generate` has them.
+        """
+        self._check_usable()
+        jobs = score_jobs(self._intake, prompts, prompt_token_ids, add_special_tokens, use_cache)
+        self._run_all(jobs, progress, max_running)
+        return [job.output() for job in jobs]
+
+    def _run_all(self, jobs: Sequence[OfflineJob | ScoreJob], progress: bool, max_running: int | None) -> None:
         with self._limited(max_running), RequestBar(len(jobs), progress) as bar, _deferred_interrupt() as check:
             try:
                 self._run(jobs, bar, check)
             except BaseException:
                 self._abandon()
                 raise
-        return [job.output() for job in jobs]
 
-    def _run(self, jobs: list[OfflineJob], bar: RequestBar, check: Callable[[], None]) -> None:
+    def _run(self, jobs: Sequence[OfflineJob | ScoreJob], bar: RequestBar, check: Callable[[], None]) -> None:
         """Until all have ended. `check` raises KeyboardInterrupt when one is due."""
-        line = jobs[::-1]  # the next one is last
+        line = [*reversed(jobs)]  # the next one is last
         while line or self._loop.busy:
             while line and self._submit(line[-1]):
                 line.pop()
@@ -142,10 +166,10 @@ class LLM:
                 bar.advance(ended, len(output.tokens))
             check()
 
-    def _submit(self, job: OfflineJob) -> bool:
+    def _submit(self, job: OfflineJob | ScoreJob) -> bool:
         """False: the queue is full."""
         number = self._numbers + 1
-        branches = len(job.branches)
+        branches = job.width
         # The number stands for the time of arrival: it orders requests as a clock would.
         rejected = self._scheduler.submit(
             Submit(number, *OWNER, number, job.prompt_ids, job.params, list(range(branches)), [[]] * branches)
@@ -158,13 +182,20 @@ class LLM:
         return rejected is None
 
     def _deliver(self, output: StepOutput) -> int:
-        """Gives each branch its token. Returns how many requests ended."""
+        """Gives each branch its token, each prompt that is scored its vectors. Returns how many requests ended."""
         jobs, before = self._jobs, len(self._jobs)
         for number, cached in output.cached:
             if number in jobs:
                 jobs[number].cached = cached
+        for result in output.pooled:
+            if result.vectors is None:
+                raise EngineError("the model's scores are not numbers (NaN): this data_type is too narrow for it")
+            scored = jobs.pop(result.request)
+            assert isinstance(scored, ScoreJob)
+            scored.vectors = result.vectors
         for part in output.prompts:
-            if part.request in jobs and not jobs[part.request].prompt_log.take(part):
+            told = jobs.get(part.request)
+            if isinstance(told, OfflineJob) and not told.prompt_log.take(part):
                 raise EngineError(f"request {part.request}: a part of its prompt's log-probabilities is missing")
         rows = zip(
             output.requests,
@@ -177,7 +208,7 @@ class LLM:
         )
         for number, branch, token, logprob, finish, alternatives in rows:
             job = jobs.get(number)
-            if job is None:
+            if not isinstance(job, OfflineJob):
                 continue  # all its branches found their stop while this step was out
             if job.take(branch, token, logprob, alternatives, finish):
                 self._scheduler.abort(number, [branch])

@@ -1,10 +1,11 @@
-"""The requests of one call of `LLM.generate`: checked together before anything begins, and what became of them.
+"""The requests of one call of `LLM`: checked together before anything begins, and what became of them.
 
 Names, bounds and messages are the native HTTP API's, because it is the same declaration.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import msgspec
 from pydantic import Field, ValidationError
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import FINISH_ABORT, SamplingParams
+from lightllmd.ipc.messages import FINISH_ABORT, PoolingParams, SamplingParams
 from lightllmd.requests.asked import FieldNames, Prompt
 from lightllmd.requests.branch import Branch, open_branches
 from lightllmd.requests.faults import from_validation, shown
@@ -21,6 +22,7 @@ from lightllmd.requests.fields import MAX_LOGPROBS
 from lightllmd.requests.intake import AdmittedJob, Intake
 from lightllmd.requests.parameters import Parameters
 from lightllmd.requests.prompt_log import PromptLog
+from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked, ScoringJob
 from lightllmd.requests.text_work import without_waiting
 from lightllmd.text.interface import Tokenizer
 
@@ -64,6 +66,22 @@ class Output:
         return self.branches[0].token_ids
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a model that scores made of one prompt."""
+
+    prompt_token_ids: list[int]  # as they were run: cut where they were too long
+    # fp32 logits: a vector for each place that the model is read at, the prompt's last token or the end of each step;
+    # a value for each label.
+    values: list[list[float]]
+    cached: int  # tokens of the prompt that were found in the prompt cache
+
+    @property
+    def score(self) -> float:
+        """The first value of the last place: of a reward model, the reward."""
+        return self.values[-1][0]
+
+
 class Fields(Parameters):
     """`parameters` of the native API, and what only OpenAI's routes have there."""
 
@@ -87,6 +105,11 @@ class OfflineJob:
         self.prompt_log = PromptLog()
         self.cached = 0  # prompt tokens that were found in the prompt cache
         self.left = len(self.branches)
+
+    @property
+    def width(self) -> int:
+        """Branches that the engine runs."""
+        return len(self.branches)
 
     @property
     def params(self) -> SamplingParams:
@@ -128,6 +151,63 @@ class OfflineJob:
         return Generated(branch.ids, text, branch.logprobs, tops, branch.finish or "abort")
 
 
+class ScoreJob:
+    """A prompt on its way to be scored."""
+
+    __slots__ = ("_checked", "cached", "vectors")
+    width = 1  # branches that the engine runs
+
+    def __init__(self, checked: ScoringJob) -> None:
+        self._checked = checked
+        self.cached = 0  # prompt tokens that were found in the prompt cache
+        self.vectors: list[bytes] = []  # see `Pooled`
+
+    @property
+    def params(self) -> PoolingParams:
+        """As the engine gets them."""
+        return self._checked.params
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """As they are run."""
+        return self._checked.prompt_ids
+
+    def output(self) -> Scored:
+        """Once it has ended."""
+        return Scored(self.prompt_ids, [array("f", vector).tolist() for vector in self.vectors], self.cached)
+
+
+def score_jobs(
+    intake: Intake,
+    prompts: str | Sequence[str] | None,
+    prompt_token_ids: Sequence[Sequence[int]] | None,
+    add_special_tokens: bool,
+    use_cache: bool,
+) -> list[ScoreJob]:
+    """One per prompt. Raises InvalidRequest."""
+    field, given = _one_of(prompts, prompt_token_ids)
+    if prompt_token_ids is not None:
+        given = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(given)]
+    jobs = []
+    for number, one in enumerate(given):
+        if prompt_token_ids is None and not isinstance(one, str):
+            raise InvalidRequest(f"prompts[{number}]: should be a string; got {shown(one)}")
+        prompt = ScoredPrompt(one, f"{field}[{number}]")
+        asked = ScoresAsked([prompt], field, add_special_tokens=add_special_tokens, use_cache=use_cache)
+        jobs += without_waiting(intake.scores(asked))
+    return [ScoreJob(job) for job in jobs]
+
+
+def _one_of(
+    prompts: str | Sequence[str] | None, prompt_token_ids: Sequence[Sequence[int]] | None
+) -> tuple[str, Sequence[Any]]:
+    """The name of the one that is given, and what it is. Raises InvalidRequest."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if (texts is None) == (prompt_token_ids is None):
+        raise InvalidRequest("prompts, prompt_token_ids: one of the two is needed; got " + ("both", "none")[not texts])
+    return ("prompts", texts) if texts is not None else ("prompt_token_ids", prompt_token_ids or [])
+
+
 def open_jobs(
     intake: Intake,
     tokenizer: Callable[[], Tokenizer],
@@ -138,18 +218,15 @@ def open_jobs(
     detokenize: bool,
 ) -> list[OfflineJob]:
     """One per prompt. `tokenizer` is called when text is read or written. Raises InvalidRequest."""
-    field, texts = "prompts", [prompts] if isinstance(prompts, str) else prompts
-    if (texts is None) == (prompt_token_ids is None):
-        raise InvalidRequest("prompts, prompt_token_ids: one of the two is needed; got " + ("both", "none")[not texts])
+    field, given = _one_of(prompts, prompt_token_ids)
     if prompt_token_ids is not None:
-        field = "prompt_token_ids"
-        ids = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(prompt_token_ids)]
+        ids = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(given)]
     else:
-        ids = _encode(texts or [], tokenizer)
+        ids = _encode(given, tokenizer)
     jobs = []
     settings = _settings(len(ids), parameters, sampling)
     for number, (one, (place, fields)) in enumerate(zip(ids, settings, strict=True)):
-        prompt = Prompt(one, f"{field}[{number}]", continued=texts is not None)
+        prompt = Prompt(one, f"{field}[{number}]", continued=prompt_token_ids is None)
         asked = fields.asked([prompt], _names(place, prompt), shows_prompt=True)
         if asked.stop_texts and not detokenize:
             got = shown(asked.stop_texts)
