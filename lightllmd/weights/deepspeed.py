@@ -156,26 +156,26 @@ def _joined(name: str, shards: Sequence[TensorInfo], joint: tuple[Part, WeightSp
     """One tensor of all ranks. Norms, and biases of what is split along its inputs, are the same on all ranks, and the
     last one's are taken; so are embedding and head where each rank has them whole."""
     first, last = shards[0], shards[-1]
+    shown = show(name).strip('"')
     for one in shards:
         if one.type != first.type:
-            raise WeightsInvalid(f"{one.file}: tensor {name} is {one.type} here and {first.type} in {first.file}")
+            raise WeightsInvalid(f"{one.file}: tensor {shown} is {one.type} here and {first.type} in {first.file}")
     whole = replace(last, name=name)
     if joint is None or len(shards) == 1:
         return whole
     part, weight = joint
     axis = weight.shard_axis if part in weight.parts or weight.shard_axis == 0 else None
-    same = all(one.shape == last.shape for one in shards)
-    if same and (axis is None or (weight.layer is None and last.shape == part.shape)):
+    same, is_table = all(one.shape == last.shape for one in shards), weight.layer is None
+    if same and (axis is None or (is_table and last.shape == part.shape)):
         return whole
+    shapes = ", ".join(str(list(one.shape)) for one in shards[:_SHOWN]) + (", …" if len(shards) > _SHOWN else "")
+    held = f"{first.file}: tensor {shown} has shapes {shapes} on {len(shards)} model-parallel ranks"
     fitting = axis is not None and all(_fits(one.shape, part.shape, axis) for one in shards)
     if axis is None or not fitting or sum(one.shape[axis] for one in shards) != part.shape[axis]:
-        shapes = ", ".join(str(list(one.shape)) for one in shards[:_SHOWN])
-        more = ", …" if len(shards) > _SHOWN else ""
         how = f"joined along dimension {axis}" if axis is not None else "the same on all ranks"
-        raise WeightsInvalid(
-            f"{first.file}: tensor {name} has shapes {shapes}{more} on {len(shards)} model-parallel ranks, which {how} "
-            f"don't make the config's {list(part.shape)}"
-        )
+        raise WeightsInvalid(f"{held}, which {how} don't make the config's {list(part.shape)}")
+    if is_table and first.checksum and all(one.checksum == first.checksum for one in shards):
+        raise WeightsInvalid(f"{held} with the same values on each, not parts of the config's {list(part.shape)}")
     nbytes = sum(one.nbytes for one in shards)
     return TensorInfo(
         name, part.shape, first.type, first.offset, nbytes, first.file, shards=tuple(shards), shard_axis=axis

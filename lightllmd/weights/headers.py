@@ -45,6 +45,7 @@ class TensorInfo:
     strides: tuple[int, ...] = ()  # in elements, of a matrix with gaps or stored by columns; (): row-major, gapless
     shards: tuple[TensorInfo, ...] = ()  # in the order in which they are joined along `shard_axis`
     shard_axis: int = 0
+    checksum: int = 0  # of its bytes, where the file tells one; 0: none
 
     @property
     def elements(self) -> int:

@@ -133,7 +133,14 @@ class _Archive:
             )
         strides = _gaps(name, shape, tensor.strides)
         return TensorInfo(
-            name, shape, tensor.type, begin + tensor.offset * item, elements * item, str(self._path), strides
+            name,
+            shape,
+            tensor.type,
+            begin + tensor.offset * item,
+            elements * item,
+            str(self._path),
+            strides,
+            checksum=self._records[record].CRC if elements * item == size else 0,
         )
 
     def _read(self, name: str, limit: int) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.weights import Part, WeightSpec
-from lightllmd.errors import WeightsInvalid
+from lightllmd.errors import WeightsInvalid, show
 from lightllmd.weights.headers import TensorInfo
 
 
@@ -35,8 +35,9 @@ def verify(
     if extra:
         found = tensors[extra[0]]
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        shown = show(extra[0]).strip('"')  # a file may call it anything
         raise WeightsInvalid(
-            f"{found.file}: tensor {extra[0]} {list(found.shape)}{more} is in the checkpoint, "
+            f"{found.file}: tensor {shown} {list(found.shape)}{more} is in the checkpoint, "
             "but the config has no place for it"
         )
 
