@@ -76,7 +76,7 @@ class PushWorker:
         if why:
             self._metrics.failed()
             self._failures += 1
-        elif why is not None:
+        elif why is not None and target is self._target:
             self._pushed_at = time.time()
         self._heartbeat()
         return why
@@ -172,6 +172,7 @@ class PushWorker:
         before, after = group_name(self._target), group_name(target)
         if before != after:
             log.info("metrics are pushed to %s from now on; at %s they stay as they were pushed last", after, before)
+            self._pushed_at = None
         self._target, self._pace = target, PushPace(target.interval)
         self._told.set()
 

@@ -27,7 +27,7 @@ from roff import Page, bold, escape, italic, prose  # noqa: E402
 
 from lightllmctl.__main__ import cli as ctl  # noqa: E402
 from lightllmd import __version__, errors  # noqa: E402
-from lightllmd.config import cli, features, models, reference  # noqa: E402
+from lightllmd.config import cli, features, models, push, reference  # noqa: E402
 from lightllmd.config.parameters import Config  # noqa: E402
 from lightllmd.config.setting import Field, tables  # noqa: E402
 
@@ -141,6 +141,12 @@ def daemon() -> str:
             ),
             ("TRITON_CACHE_DIR", "Where they are kept instead, whatever the others say."),
             ("CUDA_VISIBLE_DEVICES", "Which GPUs the engine may use."),
+            (
+                ", ".join((push.USER, push.PASSWORD)),
+                "With `enable_monitor_auth`: user and password for the gateway of metrics. The password "
+                "is left out of the environment of all workers.",
+            ),
+            ("http_proxy, no_proxy", "Whether metrics are pushed to `metric_gateway` through a proxy."),
         )
     )
     made.section("FILES")

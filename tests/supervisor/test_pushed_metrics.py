@@ -110,6 +110,28 @@ def test_a_reload_that_lacks_user_and_password_changes_nothing(tmp_path: Path, m
             assert "Authorization" not in gateway.next().headers
 
 
+def test_what_pushes_may_not_come_up_at_all(tmp_path: Path) -> None:
+    with Gateway() as gateway:
+        slow = ("--supervisor.backoff_initial", "60", "--supervisor.backoff_max", "60")
+        daemon = StandInDaemon(tmp_path, "--metric_gateway", gateway.address, *slow)
+        daemon.order("push")
+        with daemon.start():
+            broken = daemon.wait_worker("push-0", state="backoff", restarts=1)
+            assert broken["last_exit"]["cause"] == "ended by itself with exit 1"
+            status = daemon.status()
+            assert (status["state"], status["health"], status["ready"]) == ("serving", "ready", True)
+            assert (status["push"]["failing"], status["push"]["pushed_at"]) == (True, None)
+            (daemon.home / "push.json").unlink()
+            assert daemon.wait_job(daemon.ask("restart", {"worker": "push-0"}))["message"] == "push-0 was replaced"
+            assert gateway.next().group == {"job": "lightllm"}
+            daemon.order("push")
+            daemon.kill("push")
+            daemon.wait_worker("push-0", state="backoff")
+            (daemon.home / "push.json").unlink()
+            daemon.wait_job(daemon.ask("reset-failed"))
+            daemon.wait_worker("push-0", state="running")
+
+
 def test_a_stop_at_once_waits_for_no_push(tmp_path: Path) -> None:
     with Gateway() as gateway:
         with StandInDaemon(tmp_path, "--metric_gateway", gateway.address, "--push_interval", "3600") as daemon:

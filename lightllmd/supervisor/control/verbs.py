@@ -17,7 +17,6 @@ from lightllmd.errors import (
     ConfigInvalid,
     ControlError,
     LightllmdError,
-    NoSuchWorker,
     PromptCacheOff,
     RolledBack,
     StaleGeneration,
@@ -31,8 +30,9 @@ from lightllmd.supervisor.children.crashes import words
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.control.jobs import Jobs, RunningJob
+from lightllmd.supervisor.control.targets import Targets
 from lightllmd.supervisor.journal.logs import renderer
-from lightllmd.supervisor.workers.api_workers import Api, ApiWorkers
+from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.pusher import Pusher
 
@@ -75,8 +75,7 @@ class Verbs:
         """A new process for the engine and for each api worker, or for `target`. Raises NoSuchWorker."""
         self._gate(asked)
         self._check_planned()
-        engine, apis = self._targets(target)
-        return self._open("restart", asked, self._restart(engine, apis), target)
+        return self._open("restart", asked, self._restart(self._targets(target)), target)
 
     def reload(self, asked: Caller, dry_run: bool = False) -> RunningJob:
         """Takes up the configuration file and the model's files, or tells what that would change."""
@@ -126,9 +125,7 @@ class Verbs:
         """Also while a restart or a drain waits: for the very worker, perhaps, whose failures are to be forgotten."""
         self._gate(asked, overrides=("restart", "drain"))
         self._check_planned()
-        engine, apis = self._targets(target)
-        workers = [api.worker for api in apis] + ([self._engines.serving.worker] if engine else [])
-        return self._open("reset-failed", asked, self._reset_failed(workers), target)
+        return self._open("reset-failed", asked, self._reset_failed(self._targets(target).workers), target)
 
     def flush_cache(self, asked: Caller) -> RunningJob:
         """Empties the prompt cache of what no request uses. Raises PromptCacheOff, TryAgain."""
@@ -163,19 +160,19 @@ class Verbs:
                 self._step(self.jobs.get(number))
 
     # --- what they do ------------------------------------------------------------------------------------------
-    def _restart(self, engine: bool, apis: list[Api]) -> Steps:
+    def _restart(self, targets: Targets) -> Steps:
         done = []
-        if engine:
-            worker = self._engines.serving.worker
+        if targets.engine is not None:
+            worker = targets.engine.worker
             old = worker.number
-            self._engines.serving.restart()
+            targets.engine.restart()
             while worker.number == old:
                 yield f"ending generation {worker.number}", None
             while not worker.ready:
                 self._fail_if_given_up(worker)
                 yield f"starting generation {worker.number}: {describe(worker)}", fraction(worker)
             done.append(f"generation {worker.number} is ready")
-        for api in apis:
+        for api in targets.apis:
             api.roll()
             while api.rolling:
                 self._fail_if_given_up(api.worker)
@@ -185,6 +182,14 @@ class Verbs:
                     f"the replacement of {api.worker.name} failed, the old one goes on: {api.roll_failure}"
                 )
             done.append(f"{api.worker.name} was replaced")
+        if targets.pusher is not None:
+            worker = targets.pusher.worker
+            old = worker.number
+            targets.pusher.restart()
+            while worker.number == old or not worker.ready:
+                self._fail_if_given_up(worker)
+                yield f"replacing {worker.name}", None
+            done.append(f"{worker.name} was replaced")
         return "; ".join(done)
 
     def _switch(self, config: Config, terms: Terms, details: dict[str, Any]) -> Switch:
@@ -354,17 +359,10 @@ class Verbs:
         if not self._context.plan:
             raise TryAgain("the plan is not made yet: nothing has been started")
 
-    def _targets(self, target: str) -> tuple[bool, list[Api]]:
-        apis = self._front.apis
-        if target == "":
-            return True, apis
-        if target in ("engine", self._engines.serving.worker.name):
-            return True, []
-        chosen = [api for api in apis if target in ("api", api.worker.name)]
-        if chosen:
-            return False, chosen
-        names = [self._engines.serving.worker.name, *(api.worker.name for api in apis)]
-        raise NoSuchWorker(f"no worker {target!r}: there are {', '.join(names)}", worker=target, candidates=names)
+    def _targets(self, target: str) -> Targets:
+        """Empty: all. Raises NoSuchWorker."""
+        pusher = self._pusher if self._pusher.snapshot() is not None else None
+        return Targets(self._engines.serving, self._front.apis, pusher).named(target)
 
     @staticmethod
     def _fail_if_given_up(worker: Worker) -> None:

@@ -60,6 +60,12 @@ class Pusher:
         else:
             child.send(self._target)
 
+    def restart(self) -> None:
+        """Ends its process, if one lives; another follows."""
+        self.worker.reset_failures()
+        for child in self.children():
+            child.terminate("restart requested")
+
     def tick(self) -> None:
         """Starts what is due."""
         if self._wanted:
