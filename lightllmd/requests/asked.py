@@ -25,12 +25,38 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class TextPair:
-    """Two texts that the model reads together, such as a query and a document."""
+class FieldOfTexts:
+    """A field of a body that has texts: a list, or a single one."""
 
-    first: str
-    second: str
-    first_field: str  # the dialect's name of the field that has the first; the prompt names that of the second
+    name: str  # in the dialect
+    texts: Sequence[str]
+    listed: bool = True
+
+    def of(self, at: int) -> str:
+        """The name of one text, for a refusal."""
+        return f"{self.name}.{at}" if self.listed else self.name
+
+
+@dataclass(frozen=True)
+class TextPairs:
+    """Texts that the model reads two by two, such as a query and each of its documents. They may be thousands, so that
+    no object is made for each."""
+
+    first: FieldOfTexts  # one text for all of the second ones, or one for each
+    second: FieldOfTexts
+
+    def __len__(self) -> int:
+        return len(self.second.texts)
+
+    def first_at(self, at: int) -> int:
+        """The index of the first text of a pair."""
+        return 0 if len(self.first.texts) == 1 else at
+
+    @property
+    def size(self) -> int:
+        """Characters of all pairs, of which a text may stand in each."""
+        firsts, seconds = sum(map(len, self.first.texts)), sum(map(len, self.second.texts))
+        return seconds + firsts * (len(self) if len(self.first.texts) == 1 else 1)
 
 
 @dataclass(frozen=True)

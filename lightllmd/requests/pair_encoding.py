@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Generic, TypeVar
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.requests.asked import TextPair
+from lightllmd.requests.asked import FieldOfTexts, TextPairs
 from lightllmd.requests.encoding import FIRST_LOOK, Encoder
 from lightllmd.requests.faults import naming
 from lightllmd.requests.limits import RequestLimits
@@ -26,38 +26,39 @@ class PairEncoder:
         self._limits = limits
         self._encoder = Encoder(tokenizer, limits)
 
-    def encode(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[array[int]]:
-        """`fields`: the name of each pair's second text. By the model's template for pairs where it has one, which says
-        all that is around the texts; else as transformers encodes a text and its pair. Raises InvalidRequest, which
-        names the field, for what is no valid Unicode, too long, or too much in all."""
+    def encode(self, pairs: TextPairs, cut: PairCut) -> list[array[int]]:
+        """The ids of each pair. By the model's template for pairs where it has one, which says all that is around the
+        texts; else as transformers encodes a text and its pair. Raises InvalidRequest, which names the field, for what
+        is no valid Unicode, too long, or too much in all."""
         template = self._tokenizer.chat_template
         joined = self._templated if template is not None and template.joins_pairs else self._framed
         if cut.both is not None and cut.both < 0:
             cut = replace(cut, both=self._limits.max_req_input_len)
         encoded, total = [], 0
-        for ids, field in zip(joined(pairs, fields, cut), fields, strict=True):
+        for at, ids in enumerate(joined(pairs, cut)):
+            field = pairs.second.of(at)
             encoded.append(self._encoder.checked(ids, field, False))
             total += len(ids)
             self._limits.paired(total, field)
         return encoded
 
-    def _framed(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> Iterator[list[int]]:
+    def _framed(self, pairs: TextPairs, cut: PairCut) -> Iterator[list[int]]:
         frame = self._tokenizer.pair_frame
-        first = _Once(lambda pair: self._ids(pair.first, pair.first_field, cut.cuts))
-        for some in _in_parts(pairs):
-            seconds = self._batch([pairs[at].second for at in some], [fields[at] for at in some], cut.cuts)
-            for at, second in zip(some, seconds, strict=True):
-                yield frame.join(*cut.apply(first(pairs[at]), second, frame.size))
+        first = _Once(pairs, lambda text, field: self._ids(text, field, cut.cuts))
+        for some in _in_parts(pairs.second.texts):
+            for at, second in zip(some, self._batch(pairs.second, some, cut.cuts), strict=True):
+                yield frame.join(*cut.apply(first(at), second, frame.size))
 
-    def _templated(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> Iterator[list[int]]:
+    def _templated(self, pairs: TextPairs, cut: PairCut) -> Iterator[list[int]]:
         template = self._tokenizer.chat_template
         assert template is not None
-        first = _Once(lambda pair: self._shortened(pair.first, pair.first_field, cut, cut.first))
-        for pair, field in zip(pairs, fields, strict=True):
-            second = self._shortened(pair.second, field, cut, cut.second)
+        first = _Once(pairs, lambda text, field: self._shortened(text, field, cut, cut.first))
+        for at, text in enumerate(pairs.second.texts):
+            field = pairs.second.of(at)
+            second = self._shortened(text, field, cut, cut.second)
             with naming(field):
-                text = template.render_pair(first(pair), second, field=field)
-            yield [*cut.kept(self._ids(text, field, cut.both is not None), cut.both)]
+                prompt = template.render_pair(first(at), second, field=field)
+            yield [*cut.kept(self._ids(prompt, field, cut.both is not None), cut.both)]
 
     def _shortened(self, text: str, field: str, cut: PairCut, most: int | None) -> str:
         """`most` tokens of a text, as text."""
@@ -73,35 +74,40 @@ class PairEncoder:
         with naming(field):
             return self._encoder.bounded(text, field, False, cut)
 
-    def _batch(self, texts: Sequence[str], fields: Sequence[str], cut: bool) -> list[list[int]]:
+    def _batch(self, field: FieldOfTexts, some: range, cut: bool) -> list[list[int]]:
+        texts = field.texts[some.start : some.stop]
         if sum(map(len, texts)) <= FIRST_LOOK:
             try:
                 return self._tokenizer.encode_batch(texts, add_special_tokens=False)
             except InvalidRequest:
                 pass  # one by one it is told which
-        return [self._ids(text, field, cut) for text, field in zip(texts, fields, strict=True)]
+        return [self._ids(text, field.of(at), cut) for at, text in zip(some, texts, strict=True)]
 
 
 class _Once(Generic[Result]):
-    """Work on a pair's first text that is not done again while the next pairs have the same."""
+    """Work on the first text of a pair that is not done again for the next one where it is the same text."""
 
-    def __init__(self, work: Callable[[TextPair], Result]) -> None:
+    def __init__(self, pairs: TextPairs, work: Callable[[str, str], Result]) -> None:
+        """`work`: on a text and its field's name."""
+        self._pairs = pairs
         self._work = work
-        self._last: tuple[str, Result] | None = None
+        self._last: tuple[int, Result] | None = None
 
-    def __call__(self, pair: TextPair) -> Result:
-        if self._last is None or self._last[0] != pair.first:
-            self._last = pair.first, self._work(pair)
+    def __call__(self, at: int) -> Result:
+        first = self._pairs.first_at(at)
+        if self._last is None or self._last[0] != first:
+            field = self._pairs.first
+            self._last = first, self._work(field.texts[first], field.of(first))
         return self._last[1]
 
 
-def _in_parts(pairs: Sequence[TextPair]) -> Iterator[range]:
-    """Indices of pairs whose second texts are tokenised at once: few enough that their tokens take little memory."""
+def _in_parts(texts: Sequence[str]) -> Iterator[range]:
+    """Indices of texts that are tokenised at once: few enough that their tokens take little memory."""
     first, size = 0, 0
-    for at, pair in enumerate(pairs):
-        if at > first and size + len(pair.second) > FIRST_LOOK:
+    for at, text in enumerate(texts):
+        if at > first and size + len(text) > FIRST_LOOK:
             yield range(first, at)
             first, size = at, 0
-        size += len(pair.second)
-    if pairs:
-        yield range(first, len(pairs))
+        size += len(text)
+    if texts:
+        yield range(first, len(texts))

@@ -3,10 +3,7 @@
     Translation(
         body=ScoreBody,
         asked=lambda body: ScoresAsked(
-            [
-                ScoredPrompt(TextPair(body.query, one, "query"), f"documents.{at}")
-                for at, one in enumerate(body.documents)
-            ],
+            TextPairs(FieldOfTexts("query", [body.query], listed=False), FieldOfTexts("documents", body.documents)),
             prompts_field="documents",
             model=body.model,
         ),
@@ -42,7 +39,7 @@ from dataclasses import dataclass
 from lightllmd.config.plan import Plan, Scoring
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import PoolingParams
-from lightllmd.requests.asked import Chat, TextPair
+from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.faults import naming
 from lightllmd.requests.limits import Ids, RequestLimits
@@ -53,10 +50,9 @@ from lightllmd.text.pairs import NO_CUT, PairCut
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """One prompt, and the dialect's name of the field that has it; of a pair that of its second text. All prompts of a
-    body are pairs, or none is."""
+    """One prompt, and the dialect's name of the field that has it."""
 
-    content: str | list[int] | array[int] | Chat | TextPair
+    content: str | list[int] | array[int] | Chat
     field: str
 
 
@@ -64,7 +60,7 @@ class ScoredPrompt:
 class ScoresAsked:
     """One body."""
 
-    prompts: Sequence[ScoredPrompt]
+    prompts: Sequence[ScoredPrompt] | TextPairs
     prompts_field: str  # all prompts of the body, whose number is bounded
     model: str | None = None  # that shall answer; None: whichever is served
     add_special_tokens: bool = True  # around texts that are no pairs
@@ -120,9 +116,8 @@ class ScoringIntake:
 
     async def _given(self, asked: ScoresAsked, scoring: Scoring) -> Sequence[Ids]:
         """The ids of each prompt."""
-        pairs = [prompt.content for prompt in asked.prompts if isinstance(prompt.content, TextPair)]
-        if pairs:
-            return await self._work.encode_pairs(pairs, [prompt.field for prompt in asked.prompts], asked.pair_cut)
+        if isinstance(asked.prompts, TextPairs):
+            return await self._work.encode_pairs(asked.prompts, asked.pair_cut)
         cut = asked.keep_first is not None or asked.keep_last is not None
         texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str)]
         encoded: Iterator[list[int]] = iter(())
@@ -142,12 +137,18 @@ class ScoringIntake:
                 given.append(next(encoded))
             elif isinstance(content, Chat):
                 given.append(_ended(await self._work.encode_chat(content, prompt.field, cut=cut), scoring))
-            elif not isinstance(content, TextPair):
+            else:
                 given.append(content)
         return given
 
     def _checked(self, asked: ScoresAsked, scoring: Scoring, given: Sequence[Ids]) -> list[ScoringJob]:
-        return [self._job(asked, scoring, prompt.field, ids) for prompt, ids in zip(asked.prompts, given, strict=True)]
+        prompts = asked.prompts
+        fields = (
+            map(prompts.second.of, range(len(prompts)))
+            if isinstance(prompts, TextPairs)
+            else (prompt.field for prompt in prompts)
+        )
+        return [self._job(asked, scoring, field, ids) for field, ids in zip(fields, given, strict=True)]
 
     def _job(self, asked: ScoresAsked, scoring: Scoring, field: str, given: Ids) -> ScoringJob:
         ids = [*self._limits.prompt(self._kept(asked, given), field)]

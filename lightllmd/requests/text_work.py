@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from lightllmd.requests.asked import Chat, TextPair
+from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.bad_words import bad_word_ids
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
@@ -30,7 +30,7 @@ class TextWork(Protocol):
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
         """As `encode`, and for a conversation that the model's template refuses, or if the model has none."""
 
-    async def encode_pairs(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[list[int]]:
+    async def encode_pairs(self, pairs: TextPairs, cut: PairCut) -> list[list[int]]:
         """See PairEncoder."""
 
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
@@ -55,8 +55,8 @@ class Inline(TextWork):
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
         return self._tokenizer().encode_chat(chat.messages, **chat.options)
 
-    async def encode_pairs(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[list[int]]:
-        return [ids.tolist() for ids in PairEncoder(self._tokenizer(), self._limits).encode(pairs, fields, cut)]
+    async def encode_pairs(self, pairs: TextPairs, cut: PairCut) -> list[list[int]]:
+        return [ids.tolist() for ids in PairEncoder(self._tokenizer(), self._limits).encode(pairs, cut)]
 
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         return bad_word_ids(words, field, self._tokenizer()) if words else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from lightllmd.api.dialects.conversation import Conversation, Messages
 from lightllmd.api.dialects.openai_bodies import MAX_PROMPTS, PromptIds
 from lightllmd.errors import InvalidRequest
-from lightllmd.requests.asked import Chat, TextPair
+from lightllmd.requests.asked import Chat, FieldOfTexts, TextPairs
 from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import MAX_COUNT, Body
 from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked
@@ -96,26 +96,24 @@ class PairsBody(ScoringBody):
     max_tokens_per_query: Cut = Field(default=0, description="what is kept of each first text; 0: all of it")
     max_tokens_per_doc: Cut = Field(default=0, description="what is kept of each second text; 0: all of it")
 
-    def _pairs(self, firsts: list[tuple[str, str]], seconds: list[tuple[str, str]], field: str) -> ScoresAsked:
-        """`firsts`, `seconds`: each text with the name of its field; one first for all seconds, or one for each."""
-        every = firsts * len(seconds) if len(firsts) == 1 else firsts
-        prompts = [
-            ScoredPrompt(TextPair(first, second, first_field), second_field)
-            for (first, first_field), (second, second_field) in zip(every, seconds, strict=True)
-        ]
+    def _pairs(self, first: FieldOfTexts, second: FieldOfTexts) -> ScoresAsked:
         cut = PairCut(
             self.max_tokens_per_query or None,
             self.max_tokens_per_doc or None,
             self.truncate_prompt_tokens,
             self.truncation_side == "left",
         )
-        return ScoresAsked(prompts, field, self.model, pair_cut=cut)
+        return ScoresAsked(TextPairs(first, second), second.name, self.model, pair_cut=cut)
 
 
-def _listed(texts: Texts, field: str) -> list[tuple[str, str]]:
-    if isinstance(texts, list):
-        return [(text_of(text, f"{field}.{index}"), f"{field}.{index}") for index, text in enumerate(texts)]
-    return [(text_of(texts, field), field)]
+def _field(name: str, texts: Texts, keys: Sequence[str] = ("text",)) -> FieldOfTexts:
+    """`keys`: see `text_of`."""
+    if not isinstance(texts, list):
+        return FieldOfTexts(name, [text_of(texts, name, keys)], listed=False)
+    found = [
+        text if isinstance(text, str) else text_of(text, f"{name}.{index}", keys) for index, text in enumerate(texts)
+    ]
+    return FieldOfTexts(name, found)
 
 
 class ScorePairsBody(PairsBody):
@@ -162,7 +160,7 @@ class ScorePairsBody(PairsBody):
     def asked(self) -> ScoresAsked:
         """See `Translation`."""
         firsts, seconds = self._chosen()
-        return self._pairs(_listed(getattr(self, firsts), firsts), _listed(getattr(self, seconds), seconds), seconds)
+        return self._pairs(_field(firsts, getattr(self, firsts)), _field(seconds, getattr(self, seconds)))
 
 
 class RerankBody(PairsBody):
@@ -180,16 +178,8 @@ class RerankBody(PairsBody):
 
     def asked(self) -> ScoresAsked:
         """See `Translation`."""
-        seconds = [
-            (text_of(document, field, self.rank_fields or ("text",)), field) for document, field in self._documents()
-        ]
-        return self._pairs([(text_of(self.query, "query"), "query")], seconds, "documents")
-
-    def _documents(self) -> Iterator[tuple[Text, str]]:
-        if isinstance(self.documents, list):
-            yield from ((document, f"documents.{index}") for index, document in enumerate(self.documents))
-        else:
-            yield self.documents, "documents"
+        documents = _field("documents", self.documents, self.rank_fields or ("text",))
+        return self._pairs(_field("query", self.query), documents)
 
     def document(self, index: int) -> dict[str, Any]:
         """As an answer shows it: an object as it was given, a text as an object of its own."""
@@ -201,9 +191,10 @@ class RerankBody(PairsBody):
         """Characters of its documents that the answer may repeat, about."""
         if not self.return_documents:
             return 0
+        documents = self.documents if isinstance(self.documents, list) else [self.documents]
         return sum(
             len(document) if isinstance(document, str) else sum(map(len, filter(_sized, document.values())))
-            for document, _ in self._documents()
+            for document in documents
         )
 
 

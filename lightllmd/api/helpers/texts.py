@@ -13,7 +13,7 @@ import msgspec
 from lightllmd.api.helpers.pool import Helpers
 from lightllmd.api.helpers.token_views import TokenViews
 from lightllmd.api.web import bodies
-from lightllmd.requests.asked import Chat, TextPair
+from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.bad_words import bad_word_ids
 from lightllmd.requests.encoding import Encoder
 from lightllmd.requests.fields import Body
@@ -90,17 +90,16 @@ class TextHelpers:
         (encoded,) = await self.encode([text], [field], add_special_tokens=False, cut=cut)
         return encoded
 
-    async def encode_pairs(self, pairs: Sequence[TextPair], fields: Sequence[str], cut: PairCut) -> list[list[int]]:
+    async def encode_pairs(self, pairs: TextPairs, cut: PairCut) -> list[list[int]]:
         """See TextWork. Where a template joins them it runs in a helper process, as for a chat."""
         template = self._tokenizer.chat_template
         rendered = template is not None and template.joins_pairs
-        joined = sum(len(pair.first) + len(pair.second) for pair in pairs)
-        # Where no template joins them, a first text that stands in all of them is tokenised once.
-        size = joined if rendered else sum(len(pair.second) for pair in pairs) + max(len(pair.first) for pair in pairs)
-        if size <= _SHORT and joined <= _INLINE and not rendered:
-            return _lists(self._pairs.encode(pairs, fields, cut))
-        heavy = size > _LONG or len(pairs) > _MANY_PAIRS
-        ids = await self.processes.run("encode_pairs", pairs, fields, cut, heavy=heavy)
+        # Where no template joins them, a text that stands in all of them is tokenised once.
+        texts = sum(map(len, pairs.first.texts)) + sum(map(len, pairs.second.texts))
+        if not rendered and texts <= _SHORT and pairs.size <= _INLINE:
+            return _lists(self._pairs.encode(pairs, cut))
+        heavy = (pairs.size if rendered else texts) > _LONG or len(pairs) > _MANY_PAIRS
+        ids = await self.processes.run("encode_pairs", pairs, cut, heavy=heavy)
         return await off_loop(sum(map(len, ids)), _lists, ids)
 
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:

@@ -7,7 +7,7 @@ import pytest
 from api.frontend_harness import make_plan
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests import limits
-from lightllmd.requests.asked import TextPair
+from lightllmd.requests.asked import FieldOfTexts, TextPairs
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
 from lightllmd.text import ByteTokenizer, ChatTemplate
@@ -28,13 +28,14 @@ class Counting(ByteTokenizer):
         return super()._encode(text, add_special_tokens)
 
 
-def pairs(*texts: tuple[str, str]) -> tuple[list[TextPair], list[str]]:
-    return [TextPair(first, second, "q") for first, second in texts], [f"d.{index}" for index in range(len(texts))]
-
-
 def joined(tokenizer: ByteTokenizer, *texts: tuple[str, str], cut: PairCut = NO_CUT, **plan: object) -> list[bytes]:
     encoder = PairEncoder(tokenizer, RequestLimits.of(make_plan(plan)))
-    return [bytes(ids.tolist()) for ids in encoder.encode(*pairs(*texts), cut)]
+    firsts, seconds = ([pair[at] for pair in texts] for at in (0, 1))
+    pairs = TextPairs(
+        FieldOfTexts("q", firsts[:1] if len({*firsts}) == 1 else firsts, listed=len({*firsts}) > 1),
+        FieldOfTexts("d", seconds),
+    )
+    return [bytes(ids.tolist()) for ids in encoder.encode(pairs, cut)]
 
 
 def test_a_text_of_many_pairs_is_tokenised_once():
