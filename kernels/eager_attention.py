@@ -30,7 +30,8 @@ def attention(
     if q_norm is not None and k_norm is not None:
         q.copy_(rms_norm(q, q_norm, heads.norm_eps))
         k.copy_(rms_norm(k, k_norm, heads.norm_eps))
-    rotate_(qkv[:, : heads.query + heads.kv], rows.cos, rows.sin)
+    if rows.cos is not None and rows.sin is not None:
+        rotate_(qkv[:, : heads.query + heads.kv], rows.cos, rows.sin)
     cache.store(batch.slots, qkv[:, heads.query :])
     if len(rows.decode) == 1 and rows.decode[0].tokens is None:
         attended = decode_attention(q, cache, heads, rows.decode[0])

@@ -66,8 +66,8 @@ class PrefillRow:
 class GatheredRows:
     """Metadata of torch's own attention: what is gathered from the cache, and each token's rotation."""
 
-    cos: Tensor  # [T, 1, D]
-    sin: Tensor  # [T, 1, D], the first half negated
+    cos: Tensor | None  # [T, 1, D]; None: the model has its positions elsewhere
+    sin: Tensor | None  # [T, 1, D], the first half negated
     decode: list[DecodeGroup]
     prefill: list[PrefillRow]
 

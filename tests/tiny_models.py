@@ -181,7 +181,7 @@ def plan_for(
         weight_elements=0,
         weight_bytes=0,
         checkpoint_dtype=None,
-        context_length=config["max_position_embeddings"],
+        context_length=config.get("max_position_embeddings"),
         eos_ids=[2],
         has_tokenizer=False,
         has_chat_template=False,

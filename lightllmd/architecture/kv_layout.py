@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
-from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.spec import GroupedQuery
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,8 @@ class KvLayout:
     layers: tuple[LayerKvLayout, ...]
 
     @classmethod
-    def of(cls, spec: DecoderSpec, dtype: str) -> KvLayout:
-        """Of a model that stores elements of `dtype`, by torch's name."""
-        attention = (layer.attention for layer in spec.layers)
+    def of(cls, attention: Iterable[GroupedQuery], dtype: str) -> KvLayout:
+        """Of a model with such attention, layer by layer, that stores elements of `dtype`, by torch's name."""
         return cls(tuple(LayerKvLayout(each.kv_heads, each.head_dim, dtype) for each in attention))
 
     @property

@@ -125,6 +125,6 @@ class DecoderSpec:
         return self.norm_placement != "pre"
 
     @property
-    def head_dims(self) -> set[int]:
-        """Every size that a head has in some layer."""
-        return {layer.attention.head_dim for layer in self.layers}
+    def attention(self) -> tuple[Attention, ...]:
+        """Of each layer."""
+        return tuple(layer.attention for layer in self.layers)

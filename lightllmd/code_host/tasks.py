@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 Task = Callable[..., Any]
 
 
@@ -35,4 +37,12 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, int) else str(value).removeprefix("torch.")
 
 
-TASKS: dict[str, Task] = {"config": config}
+def outline(directory: str, trust: bool) -> Any:
+    """An `architecture.outline.Outlined` of what transformers makes of the checkpoint's config. `trust`: by its own
+    code, too."""
+    from lightllmd.models.hf.dry_run import outlined
+
+    return msgspec.to_builtins(outlined(directory, trust))
+
+
+TASKS: dict[str, Task] = {"config": config, "outline": outline}

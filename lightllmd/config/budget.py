@@ -5,11 +5,13 @@ All sizes in bytes, for one device. The engine measures what it really took; thi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.kv_layout import KvLayout
+from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.spec import DecoderSpec, GroupedQuery
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config import gpu_budget
@@ -120,26 +122,27 @@ class CoResident:
 
 def demand(
     config: Config,
-    architecture: Architecture,
+    architecture: Architecture | Outline,
     device: DeviceFacts,
     data_type: str,
     batch_max_tokens: int,
     co_residents: tuple[CoResident, ...] = (),
 ) -> Demand:
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
-    spec, item = architecture.spec, ITEM_BYTES[data_type]
+    spec = architecture if isinstance(architecture, Outline) else architecture.spec
+    item = ITEM_BYTES[data_type]
     available = int(device.memory_free * config.engine.memory_fraction)
-    kv = KvLayout.of(spec, data_type)
+    kv = KvLayout.of(spec.attention, data_type)
     margin = BudgetRow(
         "margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
     )
     if device.kind == "cuda":
         rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens)
         return Demand([*rows, margin], available, kv.slot_bytes, spare_slots=1, co_residents=co_residents)
-    gathered = gathered_bytes(spec, kv)
+    gathered = gathered_bytes(spec.attention, kv)
     rows = [
         _weights(architecture, data_type),
-        _activations(spec, batch_max_tokens, item),
+        _activations(spec, batch_max_tokens, data_type),
         _logits(spec, item) if spec.scores is None else gpu_budget.scores(spec, spec.scores, item),
         _tables(config, spec),
         _prefix_masks(config, spec, item),
@@ -154,7 +157,7 @@ def demand(
 # --- on a CPU -----------------------------------------------------------------------------------------------------
 
 
-def gathered_bytes(spec: DecoderSpec, kv: KvLayout) -> int:
+def gathered_bytes(attention: Iterable[GroupedQuery], kv: KvLayout) -> int:
     """What attention takes of one gathered token, in the layer where that is most: its keys and values; where scores
     are capped also those of one key/value head in fp32, and twice the fp32 scores of that head's group."""
 
@@ -163,12 +166,14 @@ def gathered_bytes(spec: DecoderSpec, kv: KvLayout) -> int:
             return 0
         return CAPPED_BYTES * (attention.head_dim + attention.heads // attention.kv_heads)
 
-    layers = zip(kv.layers, spec.layers, strict=True)
-    return max(stored.slot_bytes + capped(layer.attention) for stored, layer in layers)
+    return max(stored.slot_bytes + capped(each) for stored, each in zip(kv.layers, attention, strict=True))
 
 
-def _weights(architecture: Architecture, data_type: str) -> BudgetRow:
-    weights, how = architecture.weights, f"{count(architecture.parameters)} parameters in {data_type}"
+def _weights(architecture: Architecture | Outline, data_type: str) -> BudgetRow:
+    how = f"{count(architecture.parameters)} parameters in {data_type}"
+    if isinstance(architecture, Outline):
+        return BudgetRow("weights", architecture.weight_bytes(ITEM_BYTES[data_type]), how)
+    weights = architecture.weights
     if architecture.spec.tied and data_type != "float16":
         weights += tuple(weight for weight in weights if weight.role == "embed")
         how += ", the tied embedding once more as packed head"
@@ -182,17 +187,23 @@ def _short_rows(config: Config, gathered: int) -> BudgetRow:
     return BudgetRow("short rows", rows * SHORT_ROW * gathered, how)
 
 
-def _activations(spec: DecoderSpec, tokens: int, item: int) -> BudgetRow:
+def _activations(spec: DecoderSpec | Outline, tokens: int, data_type: str) -> BudgetRow:
     """The largest prefill step: residual and norm, then either attention or the MLP's two halves and their product;
     where a norm stands behind a block, the block's result and that norm of it."""
-    attention = max(4 * layer.attention.q_size + 3 * layer.attention.kv_size for layer in spec.layers)
+    item = ITEM_BYTES[data_type]
+    attention = max(4 * each.q_size + 3 * each.kv_size for each in spec.attention)
+    if isinstance(spec, Outline):
+        step = spec.step[data_type]
+        per_token = step.each + attention * item
+        how = f"prefill of {tokens} tokens x {size(per_token)}, as a run without weights had them"
+        return BudgetRow("activations", step.fixed + tokens * per_token, how)
     inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
     hidden = 4 if spec.norms_results else 2
     per_token = (hidden * spec.hidden + max(attention, inner) + 2 * spec.positions.dim) * item
     return BudgetRow("activations", tokens * per_token, f"prefill of {tokens} tokens x {size(per_token)}")
 
 
-def _logits(spec: DecoderSpec, item: int) -> BudgetRow:
+def _logits(spec: DecoderSpec | Outline, item: int) -> BudgetRow:
     return BudgetRow(
         "logits",
         LOGIT_ROWS * spec.vocab * (BYTES_PER_LOGIT + item),
@@ -200,7 +211,7 @@ def _logits(spec: DecoderSpec, item: int) -> BudgetRow:
     )
 
 
-def _tables(config: Config, spec: DecoderSpec) -> BudgetRow:
+def _tables(config: Config, spec: DecoderSpec | Outline) -> BudgetRow:
     """request->slot table and penalty history, 32 bits an entry; each row's mask, one bit for each token."""
     rows, width = config.params.running_max_req_size + 1, config.params.max_req_total_len + SPARE_WIDTH
     words = -(-spec.vocab // 32)
@@ -208,10 +219,10 @@ def _tables(config: Config, spec: DecoderSpec) -> BudgetRow:
     return BudgetRow("tables", rows * (2 * width + words) * 4, how)
 
 
-def _prefix_masks(config: Config, spec: DecoderSpec, item: int) -> BudgetRow:
+def _prefix_masks(config: Config, spec: DecoderSpec | Outline, item: int) -> BudgetRow:
     """Which tokens are seen by those that are fed behind a prefix, or as a later part of a prompt; where scores are
     capped, the scores of so many queries, too."""
     width = config.params.max_req_total_len
-    each = item + (CAPPED_BYTES if any(layer.attention.soft_cap is not None for layer in spec.layers) else 0)
+    each = item + (CAPPED_BYTES if any(each.soft_cap is not None for each in spec.attention) else 0)
     how = f"tokens fed behind others, {MASK_ROWS} at a time x {width} x {each} B"
     return BudgetRow("prefix masks", MASK_ROWS * width * each, how)

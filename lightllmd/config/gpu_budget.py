@@ -5,7 +5,9 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 
 from __future__ import annotations
 
+from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.spec import DecoderSpec, ScoreHead
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config.amount import count, size
@@ -38,27 +40,28 @@ STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles
 
 
 def rows(
-    config: Config, architecture: Architecture, data_type: str, item: int, batch_max_tokens: int
+    config: Config, architecture: Architecture | Outline, data_type: str, item: int, batch_max_tokens: int
 ) -> list[BudgetRow]:
     """The rows of the budget that do not depend on the number of slots, weights first, `item` bytes an element."""
-    running, spec = config.params.running_max_req_size, architecture.spec
+    running = config.params.running_max_req_size
+    spec = architecture if isinstance(architecture, Outline) else architecture.spec
     width = config.params.max_req_total_len + SPARE_WIDTH
     parameters = f"{count(architecture.parameters)} parameters in {data_type}"
     return [
-        BudgetRow("weights", weight_bytes(architecture.weights, item), parameters),
-        _activations(spec, item, batch_max_tokens, running),
+        BudgetRow("weights", _weights(architecture, item), parameters),
+        _activations(spec, data_type, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),
         *([_logits(spec, item, running)] if spec.scores is None else [scores(spec, spec.scores, item)]),
         _sampling(spec, running if spec.scores is None else 0),
         _tables(spec, running, width, batch_max_tokens),
-        _graphs(config, spec, item, batch_max_tokens),
+        _graphs(config, spec, data_type, batch_max_tokens),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
         *_spare_engine(config),
     ]
 
 
-def scores(spec: DecoderSpec, head: ScoreHead, item: int) -> BudgetRow:
+def scores(spec: DecoderSpec | Outline, head: ScoreHead, item: int) -> BudgetRow:
     """The head's fp32 copy of its weights, and of each row its normed hidden state, twice, and what is made of it."""
     elements = head.values * (head.inner or spec.hidden) + (head.inner or 0) * spec.hidden
     each = spec.hidden * (item + 4) + 2 * 4 * (head.inner or 0) + 2 * 4 * head.values
@@ -72,66 +75,78 @@ def _spare_engine(config: Config) -> list[BudgetRow]:
     return [BudgetRow(SPARE_ROW, SPARE_CONTEXT, "its CUDA context; none with supervisor.spare_engine = false")]
 
 
-def _token_bytes(spec: DecoderSpec, item: int) -> int:
+def _weights(architecture: Architecture | Outline, item: int) -> int:
+    if isinstance(architecture, Outline):
+        return architecture.weight_bytes(item)
+    return weight_bytes(architecture.weights, item)
+
+
+def _token_bytes(spec: DecoderSpec | Outline, data_type: str) -> int:
     """One token's share of a step: residual, its normed copy, q, k and v, attention, the MLP's two halves and their
     product, the result of a block where a norm stands behind it, and fp32 cosines and sines."""
-    attention = max(2 * layer.attention.q_size + 2 * layer.attention.kv_size for layer in spec.layers)
+    item, attention = ITEM_BYTES[data_type], max(2 * each.q_size + 2 * each.kv_size for each in spec.attention)
+    if isinstance(spec, Outline):
+        return spec.step[data_type].each + attention * item
     inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
     hidden = 3 if spec.norms_results else 2
     return (hidden * spec.hidden + attention + inner) * item + 4 * spec.positions.dim
 
 
-def _activations(spec: DecoderSpec, item: int, batch_max_tokens: int, running: int) -> BudgetRow:
+def _activations(spec: DecoderSpec | Outline, data_type: str, batch_max_tokens: int, running: int) -> BudgetRow:
     """The largest step that admission allows: a full prefill, and all other rows going on beside it."""
-    tokens, each = most_step_tokens(batch_max_tokens, running), _token_bytes(spec, item)
+    tokens, each = most_step_tokens(batch_max_tokens, running), _token_bytes(spec, data_type)
     how = f"a step of {batch_max_tokens} + {running} tokens x {size(each)}, and {size(CUBLAS_WORKSPACE)} for cuBLAS"
-    return BudgetRow("activations", tokens * each + CUBLAS_WORKSPACE, how)
+    fixed = spec.step[data_type].fixed if isinstance(spec, Outline) else 0
+    return BudgetRow("activations", fixed + tokens * each + CUBLAS_WORKSPACE, how)
 
 
-def _decode_workspace(spec: DecoderSpec, running: int) -> BudgetRow:
+def _decode_workspace(spec: DecoderSpec | Outline, running: int) -> BudgetRow:
     """Partial results of decode attention, fp32 ``[rows, heads, segments, head_dim + 1]`` at the worst row count."""
-    parts = decode_parts(running, min(layer.attention.kv_heads for layer in spec.layers))
-    each = max(layer.attention.q_size + layer.attention.heads for layer in spec.layers) * 4
+    parts = decode_parts(running, min(each.kv_heads for each in spec.attention))
+    each = max(each.q_size + each.heads for each in spec.attention) * 4
     return BudgetRow("decode workspace", parts * each, f"{parts} segments of rows x {size(each)}")
 
 
-def _split_workspace(config: Config, spec: DecoderSpec) -> list[BudgetRow]:
+def _split_workspace(config: Config, spec: DecoderSpec | Outline) -> list[BudgetRow]:
     """Partial results of prefill attention beside rows that go on, fp32 ``[lines, head_dim + 1]``."""
     if not mixed_shapes(config.params):
         return []
-    each = (max(spec.head_dims) + 1) * 4
+    each = (max(each.head_dim for each in spec.attention) + 1) * 4
     return [BudgetRow("prefill workspace", SPLIT_LINES * each, f"{SPLIT_LINES} parts of heads x {size(each)}")]
 
 
-def _logits(spec: DecoderSpec, item: int, running: int) -> BudgetRow:
+def _logits(spec: DecoderSpec | Outline, item: int, running: int) -> BudgetRow:
     chunk, each = scored_rows(running), 4 + item + RANKING_BYTES
     return BudgetRow("logits", chunk * spec.vocab * each, f"{chunk} rows at a time x {spec.vocab} x {each} B")
 
 
-def _sampling(spec: DecoderSpec, running: int) -> BudgetRow:
+def _sampling(spec: DecoderSpec | Outline, running: int) -> BudgetRow:
     """A mask is there once more while it is brought."""
     each = spec.vocab * COUNT_BYTES + 2 * 4 * -(-spec.vocab // 32) + ROW_PARAMETERS
     how = f"counts of {running + 1} rows x {spec.vocab} x {COUNT_BYTES} B, their masks and parameters"
     return BudgetRow("sampling tables", (running + 1) * each, how)
 
 
-def _tables(spec: DecoderSpec, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
-    requests, rope = (running + 1) * width * 4, width * spec.positions.dim * 4
+def _tables(spec: DecoderSpec | Outline, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
+    rotated = spec.attention[0].head_dim if isinstance(spec, Outline) else spec.positions.dim
+    requests, rope = (running + 1) * width * 4, width * rotated * 4
     numbers = (batch_max_tokens + 2 * running) * STEP_NUMBERS
     how = f"slots of {running + 1} rows x {width} x 4 B, rotations of {width} positions, a step's numbers"
     return BudgetRow("tables", requests + rope + numbers, how)
 
 
-def _graphs(config: Config, spec: DecoderSpec, item: int, batch_max_tokens: int) -> BudgetRow:
+def _graphs(config: Config, spec: DecoderSpec | Outline, data_type: str, batch_max_tokens: int) -> BudgetRow:
     """Each keeps the hidden states that it ends with; all else that one computes is another's room too."""
     decode = graph_sizes(config)
+    if isinstance(spec, Outline):
+        return BudgetRow("graphs", 0, "none: transformers' modules are launched operation by operation")
     if not decode:
         return BudgetRow("graphs", 0, "none: cuda_graphs = false")
     shapes = mixed_shapes(config.params)
     mixed = [decode_tokens + prefill_tokens for decode_tokens, prefill_tokens in shapes if decode_tokens in decode]
     tokens = [*decode, *prefill_sizes(batch_max_tokens), *mixed]
-    each, kept = len(spec.layers) * GRAPH_BYTES_PER_LAYER, sum(tokens) * spec.hidden * item
-    pool = max(tokens) * _token_bytes(spec, item) + _decode_workspace(spec, decode[-1]).bytes + kept
+    each, kept = len(spec.layers) * GRAPH_BYTES_PER_LAYER, sum(tokens) * spec.hidden * ITEM_BYTES[data_type]
+    pool = max(tokens) * _token_bytes(spec, data_type) + _decode_workspace(spec, decode[-1]).bytes + kept
     if mixed:
         pool += sum(row.bytes for row in _split_workspace(config, spec))
     both = f", {len(mixed)} of both" if mixed else ""

@@ -6,6 +6,9 @@ from typing import Any
 
 import msgspec
 
+from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.outline import Outline
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.stamps import Stamp
 
@@ -30,6 +33,12 @@ class ModelFacts(msgspec.Struct, frozen=True):
     remote_code: dict[str, str] = {}  # what runs of the checkpoint's own code: auto class -> "module.Class"
     step_token: int | None = None  # of a process-reward model: the tokenizer's id of what stands behind each step
     stamps: list[Stamp] = []  # of every file that any of this, or a tokenizer, was read from
+    outline: Outline | None = None  # of a model that transformers' modules compute; None: one of our families
+
+    @property
+    def architecture(self) -> Architecture | Outline:
+        """What the model is made of. Raises ConfigInvalid."""
+        return self.outline or architecture_of(self.model_type, self.hf_config)
 
     @property
     def weight_stamps(self) -> list[Stamp]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.config import budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
@@ -157,13 +158,20 @@ class _Real(_Maker):
         self.co_residents: tuple[CoResident, ...] = ()
 
     @cached_property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> Architecture | Outline:
+        """As this device computes it. Raises ConfigInvalid."""
+        made = self.model.architecture
+        return made.padded(DEVICE_HEAD_DIMS) if isinstance(made, Outline) and self.device.kind == "cuda" else made
+
+    @property
+    def spec(self) -> DecoderSpec | Outline:
         """Raises ConfigInvalid."""
-        return architecture_of(self.model.model_type, self.model.hf_config)
+        return self.architecture if isinstance(self.architecture, Outline) else self.architecture.spec
 
     def plan(self) -> Plan:
         self._check()
-        vocab = self.architecture.spec.vocab
+        vocab = self.spec.vocab
+        self.derive("backend", self._backend())
         self.derive("device", self._device())
         data_type = self.derive("data_type", self._data_type())
         eos_id = self.derive("eos_id", self._eos_id(vocab))
@@ -220,14 +228,21 @@ class _Real(_Maker):
         """What the probe lets through can be served by itself; here it's whether this configuration can. Raises
         ConfigInvalid where it can't, whatever memory there is."""
         self._check_context()
-        self._check_prompt_cache()
+        self._check_rotations()
         self._check_mode()
         self._check_scoring()
         self.stop_if_problems()
-        for head_dim in sorted(self.architecture.spec.head_dims.difference(DEVICE_HEAD_DIMS)):
-            if self.device.kind == "cuda":
-                known = ", ".join(map(str, DEVICE_HEAD_DIMS))
-                self.problem(f"{self.model.path}: head_dim {head_dim}: a GPU takes {known}", "model_dir")
+        if self.device.kind == "cuda":
+            self._check_heads()
+
+    def _check_heads(self) -> None:
+        """What the kernels of a GPU are made for."""
+        attention = self.spec.attention
+        for head_dim in sorted({each.head_dim for each in attention}.difference(DEVICE_HEAD_DIMS)):
+            known = ", ".join(map(str, DEVICE_HEAD_DIMS))
+            self.problem(f"{self.model.path}: head_dim {head_dim}: a GPU takes {known}", "model_dir")
+        if len({(each.heads, each.kv_heads, each.head_dim) for each in attention}) > 1:
+            self.problem(f"{self.model.path}: layers with heads of different shapes: a GPU takes one", "model_dir")
 
     def _check_scoring(self) -> None:
         """What a model gives is its own; the parameter says what is expected."""
@@ -250,7 +265,7 @@ class _Real(_Maker):
 
     def _marker(self) -> int | None:
         """The token that a process-reward model is read at."""
-        scored, vocab = self.architecture.scored, self.architecture.spec.vocab
+        scored, vocab = self.architecture.scored, self.spec.vocab
         if scored is None or not scored.steps:
             return None
         known = STEP_ID if self.model.step_token is None and not self.model.has_tokenizer else self.model.step_token
@@ -279,12 +294,22 @@ class _Real(_Maker):
             )
         self.derive("context", _Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
 
-    def _check_prompt_cache(self) -> None:
-        """Keys that were rotated for one prompt's length are wrong for another's."""
-        positions, total = self.architecture.spec.positions, self.params.max_req_total_len
-        if not self.params.use_dynamic_prompt_cache or positions.kind != "dynamic":
+    def _check_rotations(self) -> None:
+        """Keys that were rotated for one prompt's length are wrong for another's; transformers' modules would rotate
+        all sequences of a step for the longest."""
+        spec, total = self.spec, self.params.max_req_total_len
+        if isinstance(spec, Outline):
+            if spec.longest is not None and total > spec.longest:
+                self.problem(
+                    f"max_req_total_len = {total}: beyond {spec.longest} tokens the rotary angles of this model depend "
+                    "on a sequence's length, which the transformers back end does not compute; max_req_total_len = "
+                    f"{spec.longest} or less works",
+                    "max_req_total_len",
+                )
             return
-        context = positions.original_context
+        if not self.params.use_dynamic_prompt_cache or spec.positions.kind != "dynamic":
+            return
+        context = spec.positions.original_context
         if total > context:
             self.problem(
                 "use_dynamic_prompt_cache: this model's rope scaling is dynamic: beyond "
@@ -292,6 +317,14 @@ class _Real(_Maker):
                 f"max_req_total_len = {context} or less works",
                 "use_dynamic_prompt_cache",
             )
+
+    def _backend(self) -> _Value:
+        written, outline = self.config.engine.backend, self.model.outline
+        if written != "auto" or outline is None:
+            return _Value(written)
+        kind = self.model.model_type
+        why = "brings its own code" if self.model.remote_code else f"is of no family that lightllmd computes: {kind}"
+        return _Value("transformers", f"{outline.architecture}; the model {why}")
 
     def _device(self) -> _Value:
         if self.config.engine.device != "auto":

@@ -390,9 +390,14 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The engine: what computes tokens."""
 
     backend: Annotated[
-        Literal["torch", "fake"],
-        Setting(doc="torch runs the model; fake invents deterministic tokens without one (see [engine.fake])."),
-    ] = "torch"
+        Literal["auto", "lightllmd", "transformers", "fake"],
+        Setting(
+            doc="What computes the model. lightllmd: its own decoder and kernels, for the families that it knows. "
+            "transformers: the modules of that library, or those that the model brings along (trust_remote_code), "
+            "over the same KV cache, scheduler and sampling, more slowly. auto: lightllmd where a family fits, else "
+            "transformers. fake invents deterministic tokens without a model (see [engine.fake]).",
+        ),
+    ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         Setting(doc="Where the model runs. auto: a GPU where there is a usable one, else the CPU."),

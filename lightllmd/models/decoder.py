@@ -11,7 +11,7 @@ from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.kv_cache import LayerCache
-from lightllmd.kernels.layout import Batch
+from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Head, Linear, Norm
 from lightllmd.models.layer import DecoderLayer, LayerWeights
 from lightllmd.models.rope import Rope
@@ -23,11 +23,12 @@ SCORES: frozenset[Role] = frozenset({"score_inner", "score"})
 
 
 class Decoder:
-    """Takes over the weights that `weights` yields; each matrix is packed as soon as it has come.
+    """A `LanguageModel`. Takes over the weights that `weights` yields; each matrix is packed as soon as it has come.
 
     What its hidden states are for is `head`, or `scores` where the specification says so: it has one of the two.
     """
 
+    capturable = True
     head: Head
     scores: Scores
 
@@ -72,6 +73,11 @@ class Decoder:
             self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
             self._hold("head", self.head)
         self._tensors |= {"embed": common["embed"], "norm": common["norm"]}
+
+    @property
+    def heads(self) -> list[Heads]:
+        """Of the attention of each layer."""
+        return [layer.attention.heads for layer in self.layers]
 
     def _hold(self, key: str, owner: Linear | Head) -> None:
         self._tensors |= {f"{key}.{name}": tensor for name, tensor in owner.tensors().items()}

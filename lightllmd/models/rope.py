@@ -40,6 +40,20 @@ class Rope:
         return torch.cat([half.cos(), half.sin()], -1)
 
 
+class NoRope:
+    """Angles of 0, for a model that has its positions elsewhere: heads are stored as they are."""
+
+    by_length = False
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+
+    def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """As `Rope.cos_sin`."""
+        half = torch.ones((len(positions), self._dim // 2), device=positions.device)
+        return torch.cat([half, torch.zeros_like(half)], -1)
+
+
 def _frequencies(spec: Rotary, exponents: Tensor) -> Tensor:
     plain = 1.0 / spec.base**exponents
     if spec.kind == "linear":

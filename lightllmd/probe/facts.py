@@ -18,7 +18,7 @@ class Request(msgspec.Struct, frozen=True):
 
     model_dir: str | None = None
     load_way: str = "HF"
-    backend: str = "torch"  # "fake" has no model
+    backend: str = "auto"  # as [engine] backend; "fake" has no model
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     threads: int = 0  # 0: the physical cores
     device_only: bool = False  # no model is looked for
@@ -44,12 +44,13 @@ def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Fact
         load_way=request.load_way,
         tokenizer_mode=request.tokenizer_mode,
         trust_remote_code=request.trust_remote_code,
+        backend=request.backend,
     )
-    others = {name: _other(params, reading) for name, params in request.others.items()}
+    others = {name: _other(params, request.backend, reading) for name, params in request.others.items()}
     return Facts(model=model, device=device_facts(request.device, request.threads), others=others)
 
 
-def _other(params: Params, reading: Callable[[str], None]) -> Other:
+def _other(params: Params, backend: str, reading: Callable[[str], None]) -> Other:
     model_dir = params.model_dir or ""
     reading(model_dir)
     try:
@@ -58,6 +59,7 @@ def _other(params: Params, reading: Callable[[str], None]) -> Other:
             load_way=params.load_way,
             tokenizer_mode=params.tokenizer_mode,
             trust_remote_code=params.trust_remote_code,
+            backend=backend,
         )
         return Other(params, facts)
     except ConfigInvalid as invalid:

@@ -16,12 +16,14 @@ import msgspec
 from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.heads import scored_model
+from lightllmd.architecture.outline import Outline, Outlined
 from lightllmd.architecture.rotary import rope_words
 from lightllmd.config.plan import STEP, ModelFacts
 from lightllmd.config.stamps import stamp, stamps_of
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
+from lightllmd.probe.transformers_table import causal_language_models
 from lightllmd.remote_code.host import ask
-from lightllmd.remote_code.named import CONFIG, TOKENIZER, code_files, named_code, refusal, require_files
+from lightllmd.remote_code.named import CAUSAL_LM, CONFIG, TOKENIZER, code_files, named_code, refusal, require_files
 from lightllmd.weights.deepspeed import FORM as DEEPSPEED_FORM
 from lightllmd.weights.deepspeed import deepspeed_files, deepspeed_tensors, is_deepspeed_file
 from lightllmd.weights.gguf_header import (
@@ -55,16 +57,22 @@ from lightllmd.weights.verify import verify
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 LARGEST_ENTRY = 96 << 10  # bytes of one entry of the config that is carried on: a name for each of the most layers
+CAUSAL_LMS = ("ForCausalLM", "LMHeadModel")  # how names of such classes end
 # Rotations whose config.json says the context before stretching.
 _STRETCHING = ("linear", "dynamic")
 
 
 def model_facts(
-    model_dir: str, *, load_way: str = "HF", tokenizer_mode: str = "auto", trust_remote_code: bool = False
+    model_dir: str,
+    *,
+    load_way: str = "HF",
+    tokenizer_mode: str = "auto",
+    trust_remote_code: bool = False,
+    backend: str = "auto",
 ) -> ModelFacts:
-    """`load_way`, `tokenizer_mode`: as the parameters. With "DUMMY" weights will be invented, so that no weight file is
-    needed or read. `trust_remote_code`: what the checkpoint brings along runs, in processes of its own; else one that
-    does is refused.
+    """`load_way`, `tokenizer_mode`: as the parameters; `backend`: as [engine] has it. With "DUMMY" weights will be
+    invented, so that no weight file is needed or read. `trust_remote_code`: what the checkpoint brings along runs, in
+    processes of its own; else one that does is refused.
 
     Raises ConfigInvalid when there is no model to be found or it can't be served, WeightsInvalid when its files are
     damaged; the message names the file.
@@ -72,7 +80,12 @@ def model_facts(
     path = locate_model(model_dir)
     try:
         code = _remote_code(path, tokenizer_mode, trust_remote_code) if path.is_dir() else {}
-        facts = _of_directory(path, load_way, code) if path.is_dir() else _of_gguf(path, load_way)
+        if path.is_dir():
+            facts = _of_directory(path, load_way, code, backend)
+        elif backend == "transformers":
+            raise invalid(f"{path}: [engine] backend = {show(backend)} takes Hugging Face directories, no GGUF files")
+        else:
+            facts = _of_gguf(path, load_way)
         facts = _with_tokenizer(facts, tokenizer_mode)
         texts = [str(file) for file in text_files(path)] if path.is_dir() else [str(path)]
         texts += [str(file) for file in code_files(path)] if code else []
@@ -123,6 +136,31 @@ def _architecture(config: dict[str, Any], where: Path) -> Architecture:
         raise ConfigInvalid([Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]) from None
 
 
+def _no_family(config: dict[str, Any]) -> bool:
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind not in FAMILIES
+
+
+def _outline(path: Path, config: dict[str, Any], code: dict[str, str]) -> Outline:
+    """What transformers' modules make of it, in a process of their own: importing them alone takes seconds, and where
+    there is `code` of the checkpoint they run it. Raises ConfigInvalid."""
+    where, kind, known = path / "config.json", config.get("model_type"), causal_language_models()
+    if CAUSAL_LM not in code and known and kind not in known:
+        neither = f"neither lightllmd ({', '.join(FAMILIES)}) nor transformers has a causal language model of it"
+        raise invalid(f"{where}: models of type {show(kind)} are not available yet: {neither}")
+    if config.get("quantization_config"):
+        raise invalid(f"{where}: pre-quantised Hugging Face checkpoints are not available yet")
+    answered = msgspec.convert(ask("outline", str(path), trust=bool(code)), Outlined)
+    if answered.outline is None:
+        raise invalid(f"{where}: {answered.refused}")
+    made, named = answered.outline.architecture, _named_architectures(config)
+    if named and made not in named and not any(name.endswith(CAUSAL_LMS) for name in named):
+        raise invalid(
+            f"{where}: the architecture {show(named[0])} is not available yet; transformers makes {made} of it"
+        )
+    return answered.outline
+
+
 def _unsupported(config: dict[str, Any]) -> Iterator[str]:
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -139,6 +177,11 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
         yield "pre-quantised Hugging Face checkpoints are not available yet"
 
 
+def _named_architectures(config: dict[str, Any]) -> list[str]:
+    named = config.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
 def _require_in_vocabulary(ids: list[int], vocab: int, where: Path) -> None:
     for number in ids:
         if not 0 <= number < vocab:
@@ -149,7 +192,7 @@ def _facts(
     path: Path,
     form: str,
     config: dict[str, Any],
-    architecture: Architecture,
+    architecture: Architecture | Outline,
     tensors: list[TensorInfo],
     files: list[Path],
     dtype: str | None,
@@ -157,19 +200,21 @@ def _facts(
     has_tokenizer: bool,
     dummy: bool,
 ) -> ModelFacts:
+    outline = architecture if isinstance(architecture, Outline) else None
     return ModelFacts(
         path=str(path),
         format="dummy" if dummy else form,
-        model_type=architecture.family.model_type,
+        model_type=str(config.get("model_type")),
         hf_config={key: value for key, value in config.items() if _is_small({key: value})},
         files=[] if dummy else [str(file) for file in files],
         weight_elements=architecture.parameters,
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
         checkpoint_dtype=dtype,
-        context_length=_context_length(config),
+        context_length=outline.context if outline else _context_length(config),
         eos_ids=eos_ids,
         has_tokenizer=has_tokenizer,
         has_chat_template=False,
+        outline=outline,
     )
 
 
@@ -216,27 +261,37 @@ def _of_gguf(path: Path, load_way: str) -> ModelFacts:
 # --- Hugging Face directory ---------------------------------------------------------------------------------------
 
 
-def _of_directory(path: Path, load_way: str, code: dict[str, str]) -> ModelFacts:
+def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str) -> ModelFacts:
     """`code`: what runs of its own, as `ModelFacts.remote_code`."""
     config = _own_settings(path, read_json(path / "config.json", MAX_CONFIG), code)
-    architecture = _architecture(config, path / "config.json")
+    architecture: Architecture | Outline
+    if backend == "transformers" or (backend == "auto" and _no_family(config)):
+        architecture = _outline(path, config, code)
+    else:
+        architecture = _architecture(config, path / "config.json")
     form, files, stored = _weights_of_directory(path, load_way, architecture)
-    dummy = form == "dummy"
-    if not dummy:
-        verify(architecture, stored, SAFETENSORS_READABLE, str(path))
-    tensors = [tensor for name, tensor in stored.items() if not architecture.ignores(name)]
-    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, architecture.spec.vocab)
+    dummy, tensors = form == "dummy", [*stored.values()]
+    if isinstance(architecture, Outline):
+        vocab = architecture.vocab
+    else:
+        vocab = architecture.spec.vocab
+        if not dummy:
+            verify(architecture, stored, SAFETENSORS_READABLE, str(path))
+        tensors = [tensor for tensor in tensors if not architecture.ignores(tensor.name)]
+    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, vocab)
     facts = _facts(path, form, config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
     return msgspec.structs.replace(facts, remote_code=code)
 
 
 def _weights_of_directory(
-    path: Path, load_way: str, architecture: Architecture
+    path: Path, load_way: str, architecture: Architecture | Outline
 ) -> tuple[str, list[Path], dict[str, TensorInfo]]:
     """(format, files in order, tensors by name). Raises WeightsInvalid, ConfigInvalid."""
     if load_way == "DUMMY":
         return "dummy", [], {}
     if load_way == "DS":
+        if isinstance(architecture, Outline):
+            raise invalid(f"{path}: load_way = {show(load_way)} is not available for models that transformers computes")
         parts = deepspeed_files(path, architecture)
         return "deepspeed", parts, deepspeed_tensors(parts, architecture)
     headers = read_safetensors_headers(path)

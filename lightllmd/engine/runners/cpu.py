@@ -17,14 +17,14 @@ from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.engine.runners.base import BaseRunner, Beat, KeptWeights, Progress, ReadyResult
 from lightllmd.engine.runners.cpu_batch import SlotTable
-from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
+from lightllmd.engine.runners.loading import load_model, memory_errors
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
 from lightllmd.engine.step import Alternatives, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Batch, GatheredRows
-from lightllmd.models.decoder import Decoder
+from lightllmd.models.language_model import LanguageModel
 
 _CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
 
     overlaps = False
     slots: int
-    decoder: Decoder
+    decoder: LanguageModel
     caches: list[LayerCache]  # one per layer
     table: SlotTable
     sampler: Sampler
@@ -95,13 +95,12 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
 
     def _load_weights(self, progress: Progress) -> None:
         dtype = getattr(torch, self._plan.data_type)
-        weights = stored_weights(self._plan, _CPU, dtype, progress)
-        self.decoder = build_decoder(self._plan, kernels_for(_CPU, dtype), weights, _CPU)
+        self.decoder = load_model(self._plan, kernels_for(_CPU, dtype), _CPU, dtype, progress)
 
     def _allocate(self) -> None:
         plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params
         dtype = getattr(torch, plan.data_type)
-        self.caches = allocate(KvLayout.of(spec, plan.data_type), self.slots, _CPU)
+        self.caches = allocate(KvLayout.of(spec.attention, plan.data_type), self.slots, _CPU)
         rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
         self.table = SlotTable(rows, width, self.slots, _CPU, dtype)
         processed = plan.config.engine.logprobs == "processed"

@@ -25,7 +25,7 @@ class SlotTable:
         self._most_gathered = GATHER_PADDING * total
         self._device, self._dtype = device, dtype
 
-    def pack(self, rows: list[Row], rope: Rope) -> Batch[GatheredRows]:
+    def pack(self, rows: list[Row], rope: Rope | None) -> Batch[GatheredRows]:
         """Enters the rows' slots into the table and lays their tokens out, in the order of the rows. A row without
         tokens, a sibling, is entered only."""
         for row in rows:
@@ -54,7 +54,11 @@ class SlotTable:
             metadata=GatheredRows(*self._rotations(rows, rope, positions), decode, prefill),
         )
 
-    def _rotations(self, rows: list[Row], rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotations(
+        self, rows: list[Row], rope: Rope | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if rope is None:
+            return None, None
         lengths = [length for row in rows for length in rope_lengths(row)] if rope.by_length else None
         angles = rope.cos_sin(positions, None if lengths is None else self._to_device(lengths))
         cos, sin = angles.unsqueeze(1).chunk(2, -1)

@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import (
+    DEVICE_HEAD_DIMS,
     DEVICE_LOGIT_ROWS,
     FEW_ROWS,
     SPARE_WIDTH,
@@ -34,7 +35,7 @@ from lightllmd.config.bounds import (
 from lightllmd.engine.runners.base import BaseRunner, Beat, Progress
 from lightllmd.engine.runners.gpu_batch import Packed, Packer
 from lightllmd.engine.runners.graphs import StepGraphs
-from lightllmd.engine.runners.loading import build_decoder, memory_errors, stored_weights
+from lightllmd.engine.runners.loading import load_model, memory_errors
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.runners.step_shapes import StepShape, StepShapes, first_tokens
 from lightllmd.engine.runners.transfers import Download
@@ -48,7 +49,7 @@ from lightllmd.kernels.devices import fused_kernels
 from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Heads
-from lightllmd.models.decoder import Decoder
+from lightllmd.models.language_model import LanguageModel
 from lightllmd.weights.host_copy import HostCopy, free_storage
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
     """The `Runner` of a GPU. All launches come from one thread."""
 
     slots: int
-    decoder: Decoder
+    decoder: LanguageModel
     caches: list[LayerCache]  # one per layer; the last slot is padding's
     memory: MemoryMeter
 
@@ -109,16 +110,15 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         kernels = fused_kernels(self._device, self._plan.decode_kernel)
         with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
             loaded = beside.submit(_load_libraries, self._device, self._dtype)
-            weights = stored_weights(self._plan, self._device, self._dtype, progress)
-            self.decoder = build_decoder(self._plan, kernels, weights, self._device)
+            self.decoder = load_model(self._plan, kernels, self._device, self._dtype, progress, DEVICE_HEAD_DIMS)
             loaded.result()
 
     def _allocate(self) -> None:
         """But for the graphs."""
         plan, device, params = self._plan, self._device, self._plan.config.params
         spec = self.decoder.spec
-        heads = self.decoder.layers[0].attention.heads
-        self.caches = allocate(KvLayout.of(spec, plan.data_type), self.slots + 1, device)
+        heads = self.decoder.heads[0]
+        self.caches = allocate(KvLayout.of(spec.attention, plan.data_type), self.slots + 1, device)
         for cache in self.caches:
             cache.clear(self.slots)
         self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
@@ -140,7 +140,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         """Captures the graphs, then runs the worst admissible steps beside them. Raises OutOfMemory."""
         config, spec = self._plan.config, self.decoder.spec
         begun = time.monotonic()
-        captured = graph_sizes(config) if self._device.type == "cuda" else []
+        captured = graph_sizes(config) if self._device.type == "cuda" and self.decoder.capturable else []
         with self._computing():
             if captured:
                 self._graphs = StepGraphs()
@@ -159,8 +159,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             self.memory.mark_graphs()
             captured_at = time.monotonic()
             longest = min(config.params.max_req_total_len, self._plan.batch_max_tokens)
-            heads = [layer.attention.heads for layer in self.decoder.layers]
-            self._packer.longest_whole = whole_prompts.plan(heads, self._dtype, self._device, longest)
+            self._packer.longest_whole = whole_prompts.plan(self.decoder.heads, self._dtype, self._device, longest)
             for step in worst_steps(self._plan):
                 self.run(step, beat)
             self.memory.mark_worst_steps()

@@ -23,7 +23,7 @@ from lightllmd.kernels import split_prefill
 from lightllmd.kernels.layout import Batch, Heads, PrefillTiles, TableRows
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
 from lightllmd.kernels.whole_prompts import spans
-from lightllmd.models.rope import Rope
+from lightllmd.models.rope import NoRope, Rope
 
 
 @dataclass
@@ -48,13 +48,16 @@ class Packed:
 class Packer:
     """`table` ``[rows + 1, width]`` and `last` ``[rows + 1]`` are the runner's; their last row is padding's."""
 
-    def __init__(self, table: Tensor, last: Tensor, pad_slot: int, rope: Rope, heads: Heads, tokens: int) -> None:
-        """`tokens`: the most that a step feeds."""
+    def __init__(
+        self, table: Tensor, last: Tensor, pad_slot: int, rope: Rope | None, heads: Heads, tokens: int
+    ) -> None:
+        """`tokens`: the most that a step feeds. Without `rope` heads are turned by no angle."""
         device, (rows, width) = table.device, table.shape
         self._table, self._last = table, last
         self._pad_row, self._pad_slot = rows - 1, pad_slot
         group = heads.query // heads.kv
-        self._rope, self._group, self._kv_heads = rope, group, heads.kv
+        self._rope = rope if rope is not None else NoRope(heads.dim)
+        self._group, self._kv_heads = group, heads.kv
         self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
         # Of a token: id, table row, position, slot, length, target and place before it; of a row: three of what is
         # sampled, four of its tiles; of a step: how many tiles it has.
@@ -63,9 +66,9 @@ class Packer:
         self._newest = np.full(max(rows, FEW_ROWS), -1, np.int32)
         self._counting = torch.arange(tokens, dtype=torch.int32, device=device)
         # The angles of all positions or, where they depend on lengths too, of the step's tokens.
-        angles = torch.arange(1 if rope.by_length else width, device=device)
-        self._cos_sin = rope.cos_sin(angles, angles if rope.by_length else None)
-        if rope.by_length:
+        angles = torch.arange(1 if self._rope.by_length else width, device=device)
+        self._cos_sin = self._rope.cos_sin(angles, angles if self._rope.by_length else None)
+        if self._rope.by_length:
             self._cos_sin = self._cos_sin.repeat(tokens, 1)
 
     def pack(self, step: Step, shape: StepShape, sampled: int) -> Packed:

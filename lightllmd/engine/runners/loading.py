@@ -1,36 +1,81 @@
-"""From a plan to a decoder with its weights on the device."""
+"""From a plan to a model with its weights on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.outline import Outline
 from lightllmd.config.plan import ModelFacts, Plan
 from lightllmd.config.stamps import require_unchanged
 from lightllmd.errors import EngineError, OutOfMemory, WeightsInvalid
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
+from lightllmd.models.language_model import LanguageModel
 from lightllmd.weights import dummy, place
 from lightllmd.weights.index import open_checkpoint
-from lightllmd.weights.loaded import LoadedWeight
+from lightllmd.weights.loaded import LoadedWeight, Progress
+from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from lightllmd.weights.verify import verify
 
 
-def stored_weights(
-    plan: Plan, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]
+def load_model(
+    plan: Plan,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    head_dims: Sequence[int] = (),
+) -> LanguageModel:
+    """The plan's model with the weights of its checkpoint, or with random ones of DUMMY. `head_dims`: sizes of heads
+    that `kernels` are made for; empty: all. Raises ModelChanged, WeightsInvalid, ConfigInvalid, OutOfMemory."""
+    if plan.model is None:
+        raise EngineError("the plan names no model")
+    architecture = plan.model.architecture
+    if isinstance(architecture, Outline):
+        return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
+    weights = _stored_weights(plan, plan.model, architecture, device, dtype, progress)
+    return Decoder(architecture.spec, kernels, weights, device)
+
+
+def _stored_weights(
+    plan: Plan,
+    model: ModelFacts,
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> Iterator[LoadedWeight]:
     """What the plan's checkpoint holds, checked as a whole before the first is yielded; random numbers of DUMMY. Its
-    files are closed again at the end. Raises ModelChanged, WeightsInvalid, ConfigInvalid, OutOfMemory."""
-    architecture = _architecture(plan)
+    files are closed again at the end."""
     if plan.config.params.load_way == "DUMMY":
         return dummy.stream(architecture.weights, dtype, device, progress)
-    checkpoint = open_checkpoint(_model(plan))
-    verify(architecture, checkpoint.tensors, checkpoint.readable, _model(plan).path)
-    return _of_these_files(place.stream(checkpoint, architecture.weights, dtype, device, progress), _model(plan))
+    checkpoint = open_checkpoint(model)
+    verify(architecture, checkpoint.tensors, checkpoint.readable, model.path)
+    return _of_these_files(place.stream(checkpoint, architecture.weights, dtype, device, progress), model)
+
+
+def _of_transformers(
+    plan: Plan,
+    model: ModelFacts,
+    outline: Outline,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> LanguageModel:
+    from lightllmd.models.hf.loading import load  # which imports transformers
+    from lightllmd.models.hf.model import TransformersModel
+
+    dummy_weights = plan.config.params.load_way == "DUMMY"
+    require_unchanged(model.stamps)
+    checkpoint = None if dummy_weights else SafetensorsCheckpoint(model.files)
+    module = load(model.path, checkpoint, bool(model.remote_code), dtype, device, progress)
+    require_unchanged(model.stamps)
+    return TransformersModel(outline, module, kernels.attention)
 
 
 def _of_these_files(weights: Iterator[LoadedWeight], model: ModelFacts) -> Iterator[LoadedWeight]:
@@ -41,21 +86,6 @@ def _of_these_files(weights: Iterator[LoadedWeight], model: ModelFacts) -> Itera
         require_unchanged(model.weight_stamps)
         raise
     require_unchanged(model.weight_stamps)
-
-
-def build_decoder(plan: Plan, kernels: Kernels, weights: Iterable[LoadedWeight], device: torch.device) -> Decoder:
-    """Takes over what `weights` yields. Raises ConfigInvalid."""
-    return Decoder(_architecture(plan).spec, kernels, weights, device)
-
-
-def _architecture(plan: Plan) -> Architecture:
-    return architecture_of(_model(plan).model_type, _model(plan).hf_config)
-
-
-def _model(plan: Plan) -> ModelFacts:
-    if plan.model is None:
-        raise EngineError("the plan names no model")
-    return plan.model
 
 
 @contextmanager

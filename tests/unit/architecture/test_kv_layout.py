@@ -33,15 +33,15 @@ def spec() -> DecoderSpec:
 
 @pytest.mark.parametrize(("dtype", "item"), [("bfloat16", 2), ("float32", 4)])
 def test_a_slot_has_the_keys_and_values_of_each_layer(dtype: str, item: int, spec: DecoderSpec) -> None:
-    layout = KvLayout.of(spec, dtype)
+    layout = KvLayout.of(spec.attention, dtype)
     assert [layer.shape for layer in layout.layers] == [(8, 32), (4, 16), (8, 32)]
     assert layout.slot_bytes == (8 * 32 + 4 * 16 + 8 * 32) * item
 
 
 def test_attention_gathers_the_largest_layer_and_more_where_scores_are_capped(spec: DecoderSpec) -> None:
-    layout = KvLayout.of(spec, "bfloat16")
-    assert gathered_bytes(spec, layout) == 8 * 32 * 2
-    first, *others = spec.layers
+    layout = KvLayout.of(spec.attention, "bfloat16")
+    assert gathered_bytes(spec.attention, layout) == 8 * 32 * 2
+    first = spec.layers[0]
     capped = replace(first, attention=replace(first.attention, soft_cap=50.0))
     # Keys and values of a head in fp32, and two fp32 numbers for each of the two query heads that share it.
-    assert gathered_bytes(replace(spec, layers=(capped, *others)), layout) == 8 * 32 * 2 + 2 * 32 * 4 + 2 * 2 * 4
+    assert gathered_bytes([capped.attention, *spec.attention[1:]], layout) == 8 * 32 * 2 + 2 * 32 * 4 + 2 * 2 * 4

@@ -88,6 +88,7 @@ OPENED_OTHERWISE = {
     "lightllmd/supervisor/children/process.py": "/proc",
     "lightllmd/supervisor/host/runtime_directory.py": "the lock, ours",
     "lightllmd/supervisor/journal/report_store.py": "crash reports, ours",
+    "lightllmd/probe/transformers_table.py": "transformers' source",
     "lightllmd/weights/device_facts.py": "/proc and /sys",
     "lightllmd/weights/read_ahead.py": "/dev/null; files by open_regular",
     "lightllmctl/__main__.py": "/dev/null",

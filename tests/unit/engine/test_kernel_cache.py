@@ -17,7 +17,7 @@ from lightllmd.engine import kernel_cache
 CARD = "NVIDIA H100 80GB HBM3"
 
 
-def plan(kind: str = "cuda", backend: str = "torch") -> Plan:
+def plan(kind: str = "cuda", backend: str = "auto") -> Plan:
     return Plan(
         config=Config(engine=EngineSettings(backend=backend)),
         model=None,

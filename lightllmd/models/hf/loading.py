@@ -1,0 +1,193 @@
+"""From a checkpoint to transformers' modules with their weights.
+
+transformers knows which tensor of a checkpoint goes where, and what has to be renamed, fused or cut apart on the way,
+so `from_pretrained` does it. The tensors that it asks for are read by us: with pread, so that a file that is cut off
+meanwhile is an error and not SIGBUS, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightllmd.architecture.entries import invalid
+from lightllmd.errors import LightllmdError, WeightsInvalid
+from lightllmd.models.hf.attention import NAME, said
+from lightllmd.weights.loaded import Progress
+from lightllmd.weights.safetensors import SafetensorsCheckpoint
+
+log = logging.getLogger(__name__)
+
+TELL = 0.05  # seconds between two signs of progress
+DUMMY_SEED = 0
+WORDS = {"experts_implementation": "eager"}
+
+
+def config_of(directory: str, trust: bool) -> Any:
+    """`trust`: the checkpoint's own code may be executed. Raises ConfigInvalid."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust, local_files_only=True)
+    except Exception as error:  # whatever a class of settings makes of what a file says
+        raise invalid(f"{directory}: transformers makes no config of it: {said(error)}") from None
+
+
+def model_of(config: Any, dtype: torch.dtype, attention: str, trust: bool) -> nn.Module:
+    """On the default device, with the weights that its classes begin with. Raises ConfigInvalid."""
+    try:
+        made = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust, attn_implementation=attention, **WORDS
+        )
+    except Exception as error:
+        raise invalid(f"transformers makes no causal language model of it: {said(error)}") from None
+    implementation = made.config._attn_implementation
+    if implementation != attention:
+        raise invalid(
+            f"{type(made).__name__} does not go through transformers' attention interface (it stays with "
+            f"{implementation!r} attention), so it can't run on our KV slots"
+        )
+    return made.eval()
+
+
+def load(
+    directory: str,
+    checkpoint: SafetensorsCheckpoint | None,
+    trust: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> nn.Module:
+    """The model with the weights of `checkpoint`, or without one the weights that its classes begin with, on `device`.
+    They pass through host memory. Raises ConfigInvalid, WeightsInvalid."""
+    config = config_of(directory, trust)
+    with torch.device("meta"):
+        kind = type(model_of(config, dtype, NAME, trust))
+    stored = _Stored(checkpoint)
+    with ThreadPoolExecutor(1, "load") as beside:
+        made = beside.submit(_made, kind, config, stored, dtype, directory)
+        try:
+            while not made.done():
+                progress(stored.done, stored.total)
+                wait([made], TELL)
+        except BaseException:
+            stored.cancelled = True
+            raise
+        module = made.result()
+    _move(module, device, progress)
+    return module
+
+
+def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DUMMY_SEED)
+        try:
+            module, found = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=stored.tensors(),
+                dtype=dtype,
+                attn_implementation=NAME,
+                output_loading_info=True,
+                **WORDS,
+            )
+        except (MemoryError, torch.OutOfMemoryError, LightllmdError):
+            raise
+        except Exception as error:
+            if "DefaultCPUAllocator" in str(error):
+                raise
+            raise stored.failure or WeightsInvalid(f"{directory}: transformers can't load it: {said(error)}") from None
+    if stored.failure:
+        raise stored.failure
+    if stored.total:
+        _require_whole(found, directory)
+    return module.eval().requires_grad_(False)
+
+
+def _require_whole(found: Mapping[str, Any], directory: str) -> None:
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise WeightsInvalid(f"{directory}: tensor {missing[0]}{more} is missing")
+    if found["mismatched_keys"] or found["error_msgs"]:
+        wrong = " ".join(str([*found["mismatched_keys"], *found["error_msgs"]][0]).split())
+        raise WeightsInvalid(f"{directory}: its tensors are not those of its config: {wrong[:300]}")
+    if unexpected:
+        log.warning("%s: %d tensors are not used, such as %s", directory, len(unexpected), unexpected[0])
+
+
+def _move(module: nn.Module, device: torch.device, progress: Progress) -> None:
+    """Each tensor into memory of its own on `device`; tied ones stay tied."""
+    moved: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    tensors = [*module.parameters(), *module.buffers()]
+    total = sum(tensor.nbytes for tensor in tensors)
+    done = 0
+    for tensor in tensors:
+        key = tensor.data_ptr(), tensor.shape, tensor.stride()
+        there = moved.get(key) if tensor.numel() else None
+        if there is None:
+            alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            there = tensor.data.to(device) if device.type != tensor.device.type or alone else tensor.data.clone()
+            moved[key] = there
+        tensor.data = there.contiguous()
+        done += tensor.nbytes
+        if device.type != "cpu":
+            progress(done, total)
+
+
+# --- what transformers asks for -----------------------------------------------------------------------------------
+
+
+class _Stored:
+    """The tensors of a checkpoint as they are asked for, by any thread."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint | None) -> None:
+        self.done = 0  # bytes
+        self.failure: LightllmdError | None = None
+        self.cancelled = False
+        self._checkpoint = checkpoint
+        self._infos = {
+            name: info
+            for name, info in (checkpoint.tensors.items() if checkpoint is not None else ())
+            if checkpoint is not None and info.type in checkpoint.readable
+        }
+        self.total = sum(info.nbytes for info in self._infos.values())
+
+    def tensors(self) -> dict[str, _Unread]:
+        """By the checkpoint's names."""
+        return {name: _Unread(self, name, list(info.shape)) for name, info in self._infos.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Raises WeightsInvalid."""
+        assert self._checkpoint is not None
+        out = torch.empty(self._infos[name].shape, dtype=self._checkpoint.dtype(name))
+        try:
+            for count in self._checkpoint.read(name, out):
+                self.done += count
+                if self.cancelled:
+                    raise InterruptedError(name)
+        except LightllmdError as error:
+            self.failure = error
+            raise
+        return out
+
+
+class _Unread:
+    """A tensor as safetensors' slices are: read when it is indexed."""
+
+    def __init__(self, stored: _Stored, name: str, shape: list[int]) -> None:
+        self._stored, self._name, self._shape = stored, name, shape
+
+    def get_shape(self) -> list[int]:
+        """Elements by dimension."""
+        return self._shape
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._stored.read(self._name)[index]
