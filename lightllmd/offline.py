@@ -250,6 +250,8 @@ class LLM:
     def close(self) -> None:
         """Frees weights and KV cache. Nothing can be generated afterwards; a second call does nothing."""
         self._unusable = self._unusable or "it is closed"
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.close()
         for name in ("_loop", "_scheduler", "_runner"):
             self.__dict__.pop(name, None)
         gc.collect()

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import zmq
 
 from lightllmd.api.app import build_app, dialects_of, error_answers
@@ -25,6 +26,7 @@ from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages
 from lightllmd.ipc.channel import Channel
 from lightllmd.observe.metrics import ApiMetrics
+from lightllmd.requests.limits import RequestLimits
 from lightllmd.text import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class ApiWorker:
 
     def _revision(self, plan: Plan) -> Revision:
         """May run in a thread."""
-        tokenizer = load_tokenizer(plan)
+        tokenizer = load_tokenizer(plan, limits=msgspec.to_builtins(RequestLimits.of(plan)))
         for warning in tokenizer.warnings:
             log.warning("tokenizer: %s", warning)
         api, epoch, http = self._tally.api, self._tally.epoch, plan.config.http

@@ -9,15 +9,9 @@ from typing import Any
 
 import msgspec
 
-Task = Callable[..., Any]
+from lightllmd.code_host.classes import class_of
 
-
-def class_of(directory: str, reference: str) -> type[Any]:
-    """`reference`: "module.Class". Executes the module."""
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    found: type[Any] = get_class_from_dynamic_module(reference, directory, local_files_only=True)
-    return found
+HostTask = Callable[..., Any]
 
 
 def config(directory: str, reference: str) -> dict[str, Any]:
@@ -45,4 +39,11 @@ def outline(directory: str, trust: bool) -> Any:
     return msgspec.to_builtins(outlined(directory, trust))
 
 
-TASKS: dict[str, Task] = {"config": config, "outline": outline}
+def tokenizer(directory: str, reference: str, limits: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """See `code_host.tokenizer.serve`."""
+    from lightllmd.code_host.tokenizer import serve
+
+    return serve(directory, reference, limits)
+
+
+TASKS: dict[str, HostTask] = {"config": config, "outline": outline, "tokenizer": tokenizer}

@@ -361,6 +361,9 @@ class _Real(_Maker):
     def _tokenizer_mode(self) -> _Value:
         if not self.model.has_tokenizer:
             return _Value("fast", "no tokenizer files: text is token ids in decimal")
+        if own := self.model.remote_code.get("AutoTokenizer"):
+            mode = "slow" if self.params.tokenizer_mode == "slow" else "fast"
+            return _Value(mode, f"the checkpoint's own {own}, in a process of its own (trust_remote_code)")
         if self.params.tokenizer_mode != "auto":
             return _Value(self.params.tokenizer_mode)
         return _Value("fast", "auto: exact, and the faster one")

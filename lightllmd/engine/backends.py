@@ -32,10 +32,10 @@ def runner_for(plan: Plan) -> Runner:
 def scheduler_for(plan: Plan, generation: int) -> Scheduler:
     """Under token_healing_mode the tokens' bytes are read now; else not before a request that was healed is replayed
     from a generation that did. Under beam_mode the tokenizer is. Raises ConfigInvalid."""
-    constraints = Constraints(plan.vocab_size, plan.eos_id, lambda: writable(load_tokenizer(plan)))
+    constraints = Constraints(plan.vocab_size, plan.eos_id, lambda: writable(load_tokenizer(plan, encodes=False)))
     if plan.config.params.token_healing_mode:
         constraints.load()
-    readings = HypothesisTexts(lambda: load_tokenizer(plan))
+    readings = HypothesisTexts(lambda: load_tokenizer(plan, encodes=False))
     if plan.config.params.beam_mode:
         readings.prepare()
     return Scheduler(SchedulerLimits.of(plan), generation, constraints, readings)

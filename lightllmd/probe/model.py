@@ -351,12 +351,15 @@ def _eos_ids(path: Path, vocab: int) -> list[int]:
 
 def _with_tokenizer(facts: ModelFacts, mode: str) -> ModelFacts:
     """Opened as the api workers will open it. Raises ConfigInvalid, also where a model with weights has none."""
-    if TOKENIZER in facts.remote_code:
-        raise invalid(f"{facts.path}: {facts.remote_code[TOKENIZER]}: tokenizers of a checkpoint are not available yet")
+    from lightllmd.text.remote import RemoteTokenizer  # text imports more than the rest together
+    from lightllmd.text.tokenizer import open_tokenizer
+
+    if reference := facts.remote_code.get(TOKENIZER):
+        own = RemoteTokenizer(facts.path, reference, eos_ids=facts.eos_ids)
+        own.close()
+        return msgspec.structs.replace(facts, has_tokenizer=True, has_chat_template=own.chat_template is not None)
     if facts.format == "dummy" and not facts.has_tokenizer:
         return facts
-    from lightllmd.text import open_tokenizer  # which imports more than the rest together
-
     tokenizer = open_tokenizer(facts.path, None, "fast" if mode == "auto" else mode, facts.eos_ids)
     chat, step = tokenizer.chat_template is not None, None
     scored = scored_model(facts.hf_config)

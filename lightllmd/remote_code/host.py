@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -127,6 +128,12 @@ class Host:
         watch = select.poll()
         watch.register(self.link, select.POLLRDHUP)
         return not watch.poll(0)
+
+    def let_go(self) -> None:
+        """As `end`, which a thread waits for. Ends an `answer` that another thread waits for."""
+        with contextlib.suppress(OSError):
+            self.link.shutdown(socket.SHUT_RDWR)
+        threading.Thread(target=self.end, daemon=True).start()
 
     def end(self) -> None:
         """It ends with all that it started, as it does when this process ends. Waits for that."""

@@ -10,6 +10,7 @@ import msgspec
 
 HEAD = struct.Struct("<Q")  # the length of the message that follows
 MOST = 1 << 30  # bytes of an answer
+LIGHT, HEAVY = b"l", b"h"  # what a process that forks helpers is told with the socket of a new one
 
 
 class Order(msgspec.Struct, frozen=True):

@@ -33,6 +33,9 @@ class Tokenizer(ABC):
         self.warnings = list(warnings)  # for the caller to log
         self._detokenizing: dict[tuple[bool | None, ...], Detokenizing] = {}  # by its options, of which few sets exist
 
+    def close(self) -> None:  # noqa: B027
+        """Ends what it runs outside this process, if anything; it starts again where that is needed."""
+
     @property
     def vocab_size(self) -> int:
         """Ids of the tokenizer; the model's embedding may have more rows."""

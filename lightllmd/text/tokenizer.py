@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightllmd.config.plan import Plan
 from lightllmd.config.stamps import require_unchanged
 from lightllmd.errors import ConfigInvalid, Problem, WeightsInvalid
+from lightllmd.remote_code.named import TOKENIZER
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.interface import Tokenizer
+from lightllmd.text.remote import RemoteTokenizer
 from lightllmd.text.vocabulary import Vocabulary, split_texts
 from lightllmd.weights.model_files import usable
 
@@ -42,12 +45,20 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode())
 
 
-def load_tokenizer(plan: Plan) -> Tokenizer:
-    """The tokenizer of the model that a generation serves. Raises ConfigInvalid, and ModelChanged where its files are
-    not those of the plan. The caller logs its `warnings`."""
+def load_tokenizer(plan: Plan, *, encodes: bool = True, limits: dict[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer of the model that a generation serves. The caller logs its `warnings`, and closes it.
+
+    `encodes`: False where only ids are made text. `limits`: as `RemoteTokenizer`. Raises ConfigInvalid, and
+    ModelChanged where its files are not those of the plan."""
     if plan.model is None:
         return ByteTokenizer(plan.eos_id)
     require_unchanged(plan.model.text_stamps)
+    if reference := plan.model.remote_code.get(TOKENIZER):
+        stamps = plan.model.text_stamps
+        own = RemoteTokenizer(plan.model.path, reference, stamps=stamps, eos_ids=plan.eos_id, limits=limits)
+        if not encodes:
+            own.close()
+        return own
     if plan.model.format == "dummy" and not plan.model.has_tokenizer:
         return IdTokenizer(plan.vocab_size)
     return open_tokenizer(plan.model.path, None, plan.tokenizer_mode, plan.eos_id)

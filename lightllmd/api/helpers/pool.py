@@ -14,18 +14,21 @@ import pickle
 import signal
 import socket
 import warnings
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from lightllmd import errors
-from lightllmd.api.helpers.process import HEAD, HEAVY, LIGHT, MEMORY, Task, zygote
+from lightllmd.api.helpers.process import MEMORY, Task, zygote
 from lightllmd.errors import InvalidRequest, LightllmdError, NotReady
+from lightllmd.remote_code.orders import HEAD, HEAVY, LIGHT
+from lightllmd.text.remote import Forking, RemoteTokenizer, start_failure
 
 log = logging.getLogger(__name__)
 
 CPU_SECONDS = {LIGHT: 2.0, HEAVY: 30.0}  # that a task may take
 _PATIENCE = 10  # times as long by the clock: cores may be busy with other things
+_TRY_AGAIN = 5.0  # seconds in which a process that could not be started isn't tried again
 
 
 class HelperDied(Exception):
@@ -46,7 +49,7 @@ class Helpers:
     def __init__(self, tasks: Mapping[str, Task], *, light: int | None = None, heavy: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0))
         self._tasks = tasks
-        self._zygote: _Zygote | None = None
+        self._zygote: Forking | None = None
         self._room = {
             LIGHT: asyncio.Semaphore(light or max(2, min(4, cores))),
             HEAVY: asyncio.Semaphore(heavy or max(1, min(4, cores // 2))),
@@ -57,11 +60,20 @@ class Helpers:
     def start(self) -> None:
         """Forks the zygote now, which otherwise the first task does. Best while there are no other threads. Raises
         NotReady after `stop`, OSError when there can be no process."""
-        if self._stopped:
-            raise NotReady("the model that this request was for is not served any more")
+        self._require_wanted()
         if self._zygote is None or not self._zygote.alive:
             self._end()
             self._zygote = _Zygote(self._tasks)
+
+    def _require_wanted(self) -> None:
+        if self._stopped:
+            raise NotReady("the model that this request was for is not served any more")
+
+    async def _ready(self) -> Forking:
+        """Raises what `start` raises."""
+        self.start()
+        assert self._zygote is not None
+        return self._zygote
 
     def stop(self) -> None:
         """Ends all of them, at once and for good."""
@@ -84,20 +96,16 @@ class Helpers:
         kind = HEAVY if heavy else LIGHT
         limit = seconds or CPU_SECONDS[kind]
         async with self._room[kind]:
-            answer = await self._try_twice(kind, pickle.dumps((name, limit, arguments), protocol=5), limit)
-        done, *result = pickle.loads(answer)
-        if done:
-            return result[0]
-        kind_of_error, message, parameters = result
-        failure: type[LightllmdError] = getattr(errors, kind_of_error)
-        raise failure(message, **parameters)
+            return await self._try_twice(kind, name, pickle.dumps((name, limit, arguments), protocol=5), limit)
 
-    async def _try_twice(self, kind: bytes, request: bytes, limit: float) -> bytearray:
+    async def _try_twice(self, kind: bytes, name: str, request: bytes, limit: float) -> Any:
         """A helper that was killed from outside is replaced once; what took too long is not tried again."""
         for _ in range(2):
             try:
                 async with self._helper(kind) as helper:
-                    return await helper.ask(request, limit * _PATIENCE)
+                    answer = await helper.ask(request, limit * _PATIENCE)
+                    unpack = helper.unpack
+                return unpack(name, answer)
             except HelperDied as death:
                 log.warning("%s in the middle of a task", death)
                 if death.spent >= limit:
@@ -114,9 +122,8 @@ class Helpers:
         """One that is free. It is kept if it is a light one and its task came to an end."""
         helper, self._idle = (self._idle, None) if kind == LIGHT else (None, self._idle)
         if helper is None:
-            self.start()
-            assert self._zygote is not None
-            helper = self._zygote.fork(kind)
+            forking = await self._ready()
+            helper = _Helper(forking.fork(kind), forking.unpack)
         try:
             yield helper
         except BaseException:
@@ -128,7 +135,56 @@ class Helpers:
             helper.close()
 
 
-class _Zygote:
+class HostedHelpers(Helpers):
+    """Forked by the process of a checkpoint's own tokenizer. One that has died is started again, which takes seconds:
+    requests wait for it, and the event loop does not."""
+
+    def __init__(self, tokenizer: RemoteTokenizer, *, light: int | None = None, heavy: int | None = None) -> None:
+        """The tokenizer's process is used and ended here from now on."""
+        super().__init__({}, light=light, heavy=heavy)
+        self._tokenizer = tokenizer
+        self._zygote = tokenizer.take_process()
+        self._starting: asyncio.Task[Forking] | None = None
+        self._failed: tuple[float, LightllmdError] | None = None  # the last attempt: when (loop's clock), and how
+
+    def start(self) -> None:
+        self._require_wanted()
+
+    def stop(self) -> None:
+        super().stop()
+        self._tokenizer.close()  # also one that is being started
+
+    async def _ready(self) -> Forking:
+        self._require_wanted()
+        if self._zygote is not None and self._zygote.alive:
+            return self._zygote
+        if self._starting is None:
+            self._end()
+            self._starting = asyncio.create_task(self._start_again())
+        return await asyncio.shield(self._starting)  # a client that leaves doesn't end it
+
+    async def _start_again(self) -> Forking:
+        loop = asyncio.get_running_loop()
+        try:
+            if self._failed is not None and loop.time() < self._failed[0] + _TRY_AGAIN:
+                raise self._failed[1]
+            log.warning("the process of the model's own tokenizer is gone; starting it again")
+            try:
+                started = await loop.run_in_executor(None, self._tokenizer.take_process)
+            except Exception as failure:
+                self._failed = loop.time(), start_failure(failure)
+                log.error("%s", self._failed[1].message)
+                raise self._failed[1] from None
+            if self._stopped:
+                started.end()
+                self._require_wanted()
+            self._zygote = started
+            return started
+        finally:
+            self._starting = None
+
+
+class _Zygote(Forking):
     """Raises OSError when there can be no process."""
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
@@ -153,7 +209,7 @@ class _Zygote:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         return False
 
-    def fork(self, kind: bytes) -> _Helper:
+    def fork(self, kind: bytes) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with theirs:
@@ -161,10 +217,17 @@ class _Zygote:
         except OSError:
             ours.close()
             raise
-        return _Helper(ours)
+        return ours
+
+    def unpack(self, name: str, answer: bytes | bytearray) -> Any:
+        done, *result = pickle.loads(answer)
+        if done:
+            return result[0]
+        kind, message, parameters = result
+        failure: type[LightllmdError] = getattr(errors, kind)
+        raise failure(message, **parameters)
 
     def end(self) -> None:
-        """Its helpers end with it."""
         self._orders.close()
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.pid, signal.SIGKILL)
@@ -172,9 +235,10 @@ class _Zygote:
 
 
 class _Helper:
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, unpack: Callable[[str, bytearray], Any]) -> None:
         link.setblocking(False)
         self._link = link
+        self.unpack = unpack
 
     async def ask(self, request: bytes, timeout: float) -> bytearray:
         """Raises HelperDied, also when there is no answer in `timeout` seconds."""

@@ -1,9 +1,10 @@
 """The far side of `pool`: processes that do what a client could make slow, huge or endless.
 
-A *zygote* is forked from the api worker once its tokenizer is loaded, which the two share copy-on-write. All it does is
-fork: for each socket that it is handed, the process that serves it. Such a helper takes one task after the other. It
-ends when its socket is closed, when a task takes more CPU time or memory than it may (the kernel ends it then, whatever
-code is running), and with the api worker.
+A *zygote* is forked from the api worker once its tokenizer is loaded, which the two share copy-on-write; or it is the
+process of a tokenizer whose code the checkpoint brings along (`code_host`). All it does is fork: for each socket that
+it is handed, the process that serves it. Such a helper takes one task after the other. It ends when a task takes more
+CPU time or memory than it may (the kernel ends it then, whatever code is running), when its socket is closed (the
+zygote ends it, whatever it waits for), and with the zygote.
 """
 
 from __future__ import annotations
@@ -15,50 +16,97 @@ import logging
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from lightllmd.errors import InvalidRequest, LightllmdError, RequestFailed
 from lightllmd.ipc.child_setup import die_with_parent
+from lightllmd.remote_code.orders import HEAD, HEAVY
 
 log = logging.getLogger(__name__)
 
-HEAD = struct.Struct("<Q")  # the length of the pickle that follows
-LIGHT, HEAVY = b"l", b"h"  # what the zygote is told with a socket
 MEMORY = 512 << 20  # bytes of address space beyond what the api worker had
+
+_DEFAULT = (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Task = Callable[..., Any]
 
 
-def zygote(tasks: Mapping[str, Task], orders: socket.socket, parent: int) -> NoReturn:
-    """Never returns. To be called in the child of a fork, with the socket on which orders come."""
+def _pickled(answer: tuple[Any, ...]) -> bytes:
+    return pickle.dumps(answer, protocol=5)
+
+
+def zygote(
+    tasks: Mapping[str, Task], orders: socket.socket, parent: int, pack: Callable[[tuple[Any, ...]], bytes] = _pickled
+) -> NoReturn:
+    """Never returns. To be called in the child of a fork, with the socket on which orders come. `pack` makes the bytes
+    of an answer, which is (True, result) or (False, name of the error's class, message, parameters)."""
     die_with_parent(parent)
     _forget_parent(keep=orders.fileno())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    own, watch = os.getpid(), select.poll()
+    watch.register(orders, select.POLLIN)
+    helpers: dict[int, _Watched] = {}  # by either descriptor
     while True:
+        ready = [fd for fd, _ in watch.poll()]
+        for fd in ready:
+            if fd in helpers:
+                helpers[fd].end(watch, helpers)
+        if orders.fileno() not in ready:
+            continue
         order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
         if not order:
             os._exit(0)
-        own = os.getpid()
+        link = socket.socket(fileno=descriptors[0])
         try:
             pid = os.fork()
         except OSError:  # closing the socket says it
-            pid = -1
+            link.close()
+            continue
         if pid == 0:
             orders.close()
+            for fd in helpers:
+                os.close(fd)
             die_with_parent(own)
-            _serve(tasks, socket.socket(fileno=descriptors[0]), heavy=order == HEAVY)
-        os.close(descriptors[0])
+            _serve(tasks, link, pack, heavy=order == HEAVY)
+        _Watched(pid, link, watch, helpers)
+
+
+class _Watched:
+    """A helper, of which the zygote keeps a pidfd and its end of the socket, to see when the other end is closed."""
+
+    def __init__(self, pid: int, link: socket.socket, watch: select.poll, helpers: dict[int, _Watched]) -> None:
+        self._link, self._pidfd = link.detach(), -1
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:  # it has ended already, or there is no descriptor left
+            os.close(self._link)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        helpers[self._link] = helpers[self._pidfd] = self
+        watch.register(self._link, select.POLLRDHUP)
+        watch.register(self._pidfd, select.POLLIN)
+
+    def end(self, watch: select.poll, helpers: dict[int, _Watched]) -> None:
+        """It has ended, or isn't wanted any more."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        for fd in (self._link, self._pidfd):
+            watch.unregister(fd)
+            del helpers[fd]
+            os.close(fd)
 
 
 def _forget_parent(keep: int) -> None:
     """Lets go of its descriptors (listeners among them), signal handlers and objects."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _DEFAULT:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _DEFAULT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.disable()
     for name in os.listdir("/proc/self/fd"):
@@ -69,7 +117,9 @@ def _forget_parent(keep: int) -> None:
     gc.freeze()
 
 
-def _serve(tasks: Mapping[str, Task], link: socket.socket, *, heavy: bool) -> NoReturn:
+def _serve(
+    tasks: Mapping[str, Task], link: socket.socket, pack: Callable[[tuple[Any, ...]], bytes], *, heavy: bool
+) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     bound = _address_space() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
@@ -85,7 +135,7 @@ def _serve(tasks: Mapping[str, Task], link: socket.socket, *, heavy: bool) -> No
             del request
             # SIGPROF ends the process, in the middle of any code.
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            answer = _run(tasks[name], arguments)
+            answer = _run(tasks[name], arguments, pack)
             signal.setitimer(signal.ITIMER_PROF, 0)
             send(link, answer)
     except (OSError, EOFError):
@@ -94,10 +144,9 @@ def _serve(tasks: Mapping[str, Task], link: socket.socket, *, heavy: bool) -> No
         os._exit(0)
 
 
-def _run(task: Task, arguments: tuple[Any, ...]) -> bytes:
-    """A pickled (True, result), or (False, name of the error's class, message, parameters)."""
+def _run(task: Task, arguments: tuple[Any, ...], pack: Callable[[tuple[Any, ...]], bytes]) -> bytes:
     try:
-        return pickle.dumps((True, task(*arguments)), protocol=5)
+        return pack((True, task(*arguments)))
     except MemoryError:
         failure: LightllmdError = InvalidRequest(f"reading the request takes more than {MEMORY >> 20} MB of memory")
     except LightllmdError as error:
@@ -105,7 +154,7 @@ def _run(task: Task, arguments: tuple[Any, ...]) -> bytes:
     except Exception:
         log.exception("a helper's task failed")
         failure = RequestFailed("internal error of the HTTP front end")
-    return pickle.dumps((False, failure.name, failure.message, failure.parameters), protocol=5)
+    return pack((False, failure.name, failure.message, failure.parameters))
 
 
 def _address_space() -> int:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
-from lightllmd.api.helpers.pool import Helpers
+from lightllmd.api.helpers.pool import Helpers, HostedHelpers
+from lightllmd.api.helpers.process import Task
+from lightllmd.api.helpers.tasks import encoding_tasks
 from lightllmd.api.helpers.token_views import TokenViews
 from lightllmd.api.web import bodies
 from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.bad_words import bad_word_ids
-from lightllmd.requests.encoding import Encoder
 from lightllmd.requests.fields import Body
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.pairs import PairCut
+from lightllmd.text.remote import RemoteTokenizer
 
 _INLINE = 16 << 10  # characters or numbers; done with in a few milliseconds
 _SHORT = 1 << 10  # characters; tokenised in well under a millisecond
@@ -48,22 +49,21 @@ class TextHelpers:
     """A `TextWork`, and what routes about texts alone need. All methods raise InvalidRequest."""
 
     def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
-        encoder, views = Encoder(tokenizer, limits), TokenViews(tokenizer, limits)
+        encoding = encoding_tasks(tokenizer, limits)
+        others: dict[str, Task] = {
+            "decode": bodies.decode_noting,
+            "detokenize": TokenViews(tokenizer, limits).detokenize,
+        }
         self._tokenizer = tokenizer
         self._pairs = PairEncoder(tokenizer, limits)
-        self.processes = Helpers(
-            {
-                "decode": bodies.decode_noting,
-                "encode": encoder.encode,
-                "encode_chat": encoder.encode_chat,
-                "encode_pairs": self._pairs.encode,
-                "render": encoder.render,
-                "count": encoder.count,
-                "tokenize": views.tokenize,
-                "detokenize": views.detokenize,
-                "bad_words": partial(bad_word_ids, tokenizer=tokenizer),
-            }
-        )
+        self._hosted = isinstance(tokenizer, RemoteTokenizer)  # it encodes nothing in this process
+        self.processes = Helpers(others if self._hosted else others | encoding)
+        self.encoders = HostedHelpers(tokenizer) if isinstance(tokenizer, RemoteTokenizer) else self.processes
+
+    def stop(self) -> None:
+        """Ends all processes, for good."""
+        self.processes.stop()
+        self.encoders.stop()
 
     # --- as TextWork ----------------------------------------------------------------------------------------------
 
@@ -72,9 +72,9 @@ class TextHelpers:
     ) -> list[list[int]]:
         """See TextWork."""
         size = sum(map(len, texts))
-        if size <= _SHORT:
+        if size <= _SHORT and not self._hosted:
             return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
-        ids = await self.processes.run("encode", texts, fields, add_special_tokens, cut, heavy=size > _LONG)
+        ids = await self.encoders.run("encode", texts, fields, add_special_tokens, cut, heavy=size > _LONG)
         return await off_loop(sum(map(len, ids)), _lists, ids)
 
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool = False) -> list[int]:
@@ -84,7 +84,7 @@ class TextHelpers:
         if chat.options.get("variables"):
             size += len(msgspec.json.encode(chat.options))
         if size <= _LONG and len(chat.messages) <= _MANY_MESSAGES:
-            ids = await self.processes.run("encode_chat", chat.messages, chat.options, field, cut, heavy=False)
+            ids = await self.encoders.run("encode_chat", chat.messages, chat.options, field, cut, heavy=False)
             return ids.tolist()
         text = await self.render(chat)
         (encoded,) = await self.encode([text], [field], add_special_tokens=False, cut=cut)
@@ -96,18 +96,20 @@ class TextHelpers:
         rendered = template is not None and template.joins_pairs
         # Where no template joins them, a text that stands in all of them is tokenised once.
         texts = sum(map(len, pairs.first.texts)) + sum(map(len, pairs.second.texts))
-        if not rendered and texts <= _SHORT and pairs.size <= _INLINE:
+        if not rendered and not self._hosted and texts <= _SHORT and pairs.size <= _INLINE:
             return _lists(self._pairs.encode(pairs, cut))
         heavy = (pairs.size if rendered else texts) > _LONG or len(pairs) > _MANY_PAIRS
-        ids = await self.processes.run("encode_pairs", pairs, cut, heavy=heavy)
+        ids = await self.encoders.run("encode_pairs", pairs, cut, heavy=heavy)
         return await off_loop(sum(map(len, ids)), _lists, ids)
 
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         """See TextWork."""
+        if not words:
+            return []
         size = sum(map(len, words)) * _BAD_WORD_COST
-        if size <= _SHORT:
+        if size <= _SHORT and not self._hosted:
             return bad_word_ids(words, field, self._tokenizer)
-        return await self.processes.run("bad_words", words, field, heavy=size > _LONG)
+        return await self.encoders.run("bad_words", words, field, heavy=size > _LONG)
 
     async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         """See TextWork and `off_loop`."""
@@ -121,17 +123,17 @@ class TextHelpers:
 
     async def render(self, chat: Chat) -> str:
         """The text that the model's chat template makes of a conversation."""
-        return await self.processes.run("render", chat.messages, chat.options, heavy=True, seconds=_RENDERING)
+        return await self.encoders.run("render", chat.messages, chat.options, heavy=True, seconds=_RENDERING)
 
     async def count(self, text: str, *, add_special_tokens: bool = True) -> int:
         """Tokens of a text of any length."""
-        if len(text) <= _SHORT:
+        if len(text) <= _SHORT and not self._hosted:
             return len(self._tokenizer.encode(text, add_special_tokens))
-        return await self.processes.run("count", text, add_special_tokens, heavy=len(text) > _LONG)
+        return await self.encoders.run("count", text, add_special_tokens, heavy=len(text) > _LONG)
 
     async def tokenized(self, text: str, *, add_special_tokens: bool, strings: bool) -> bytes:
         """See TokenViews."""
-        return await self.processes.run("tokenize", text, add_special_tokens, strings, heavy=len(text) > _LONG)
+        return await self.encoders.run("tokenize", text, add_special_tokens, strings, heavy=len(text) > _LONG)
 
     async def detokenized(self, ids: Sequence[int]) -> bytes:
         """See TokenViews."""

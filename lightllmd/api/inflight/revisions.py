@@ -97,7 +97,7 @@ class Revisions:
     def stop_helpers(self) -> None:
         """When the worker ends."""
         for revision in self._revisions.values():
-            revision.texts.processes.stop()
+            revision.texts.stop()
 
     def fail_all(self, error: RequestError) -> None:
         """Ends all requests in flight with `error`."""
@@ -165,8 +165,10 @@ class Revisions:
             self._coming.pop(number, None)
             return f"{type(failure).__name__}: {failure}"
         if number in self._revisions:
+            revision.texts.stop()
             return ""  # it was asked for twice
         if number not in self._coming:
+            revision.texts.stop()
             return "it was given up meanwhile"
         up = self._coming.pop(number)
         revision.ledger.refuse(self.gate.refusal)
@@ -201,7 +203,7 @@ class Revisions:
         revision = self._revisions.pop(number, None)
         if revision is not None:
             revision.ledger.abandon(reason)
-            revision.texts.processes.stop()
+            revision.texts.stop()
 
     def engine_up(self, message: EngineUp) -> None:
         """A generation of its revision's engine is ready."""
