@@ -172,8 +172,9 @@ def _joined(name: str, shards: Sequence[TensorInfo], joint: tuple[Part, WeightSp
     held = f"{first.file}: tensor {shown} has shapes {shapes} on {len(shards)} model-parallel ranks"
     fitting = axis is not None and all(_fits(one.shape, part.shape, axis) for one in shards)
     if axis is None or not fitting or sum(one.shape[axis] for one in shards) != part.shape[axis]:
-        how = f"joined along dimension {axis}" if axis is not None else "the same on all ranks"
-        raise WeightsInvalid(f"{held}, which {how} don't make the config's {list(part.shape)}")
+        joined = f"joined along dimension {axis} they don't make the config's {list(part.shape)}"
+        alike = f"the config's {list(part.shape)} is needed on each"
+        raise WeightsInvalid(f"{held}; {alike if axis is None else joined}")
     if is_table and first.checksum and all(one.checksum == first.checksum for one in shards):
         raise WeightsInvalid(f"{held} with the same values on each, not parts of the config's {list(part.shape)}")
     nbytes = sum(one.nbytes for one in shards)

@@ -110,7 +110,10 @@ class _Archive:
             order = self._read(f"{top}byteorder", 16)
             if order != b"little":
                 raise ValueError(f"its byte order is {show(order.decode('latin-1'))}, little-endian is needed")
-        state = read_state(self._read(pickles[0], MAX_PICKLE))
+        try:
+            state = read_state(self._read(pickles[0], MAX_PICKLE))
+        except ValueError as fault:
+            raise ValueError(f"its pickle can't be read: {fault}") from None
         found = [self._tensor(name, tensor, f"{top}data/{tensor.storage.key}") for name, tensor in state.items()]
         self._require_apart()
         return found

@@ -32,7 +32,13 @@ _DTYPES = {
 }  # fmt: skip
 _UNTYPED = "U8"
 _KINDS = {"dict": "a dict", "list": "a list", "tuple": "a tuple", "str": "a string", "int": "an integer"}
-_KINDS |= {"float": "a number", "bool": "a boolean", "NoneType": "None"}
+_KINDS |= {
+    "StoredTensor": "a tensor",
+    "Storage": "a storage",
+    "float": "a number",
+    "bool": "a boolean",
+    "NoneType": "None",
+}
 
 
 @dataclass(frozen=True, slots=True)
