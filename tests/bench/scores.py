@@ -96,11 +96,14 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="prompts of a dozen tokens")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
     parser.add_argument("--ours-only", action="store_true")
     given = parser.parse_args()
     with folder_of(given.model) as folder:
         limits = {"max_req_input_len": 1023, "max_req_total_len": 1024, "max_total_token_num": 30_000}
-        llm = LLM(folder, use_reward_model=True, device="cpu", data_type=given.dtype, progress=False, **limits)
+        limits |= {"threads": given.threads, "progress": False}
+        threads = given.threads or torch.get_num_threads()
+        llm = LLM(folder, use_reward_model=True, device="cpu", data_type=given.dtype, **limits)
         asked = prompts(llm.tokenizer, given.count, given.turns)
         if given.short:
             asked = [prompt[:12] for prompt in asked]
@@ -108,7 +111,7 @@ def main() -> None:
             "ours": lambda: [one.values[0][0] for one in llm.score(prompt_token_ids=asked, progress=False)]
         }
         if not given.ours_only:
-            theirs = Transformers(folder, given.dtype, llm.plan.device.cpu_threads, given.batch)
+            theirs = Transformers(folder, given.dtype, threads, given.batch)
             ways["transformers"] = lambda: theirs.score(asked, False)
             ways["sorted"] = lambda: theirs.score(asked, True)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -123,7 +126,7 @@ def main() -> None:
         rates = {name: given.count / statistics.median(took) for name, took in seconds.items()}
         report = {
             "dtype": given.dtype,
-            "threads": llm.plan.device.cpu_threads,
+            "threads": threads,
             "prompts": given.count,
             "tokens": tokens,
             "longest": max(map(len, asked)),

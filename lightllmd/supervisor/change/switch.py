@@ -299,10 +299,10 @@ def goes_on(old: Plan | None, new: Plan) -> bool:
 
 
 def _identity(plan: Plan) -> tuple[Any, ...]:
-    """What makes tokens mean the same."""
+    """What makes tokens, or scores, mean the same."""
     model = plan.model
     where = (model.path, *(stamp.content for stamp in model.stamps)) if model else plan.config.params.model_dir
-    return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode, plan.config.params.beam_mode
+    return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode, plan.config.params.beam_mode, plan.scoring
 
 
 def fraction(worker: Worker) -> float | None:
