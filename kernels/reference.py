@@ -158,21 +158,43 @@ def shape(
     return x * inverse_temperature
 
 
-def kept(x: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
+def kept(x: Tensor, top_p: float, top_k: int, min_p: float, typical_p: float = 1.0) -> Tensor:
     """Which tokens of ``x [V]`` are drawn from. They are ranked by logit, equal ones by id: those whose preceding mass
     exceeds `top_p` (above 1: none) go, those at rank `top_k` and beyond, and those of less than `min_p` times the
-    highest probability (Nguyen et al. 2024)."""
+    highest probability (Nguyen et al. 2024). Of those that stay typical_p (1: off) keeps the ones that `typical`
+    keeps of all tokens; where that leaves none, it does not count."""
     values, ids = x.double().softmax(-1).sort(descending=True, stable=True)
     stays = ((values.cumsum(-1) - values) <= top_p) & (torch.arange(len(x), device=x.device) < top_k)
     stays &= values >= min_p * values[0]
-    return torch.zeros_like(stays).scatter_(0, ids, stays)
+    ranked = torch.zeros_like(stays).scatter_(0, ids, stays)
+    both = ranked & typical(x, typical_p) if typical_p < 1 else ranked
+    return both if bool(both.any()) else ranked
+
+
+def typical(x: Tensor, mass: float) -> Tensor:
+    """Which tokens of ``x [V]`` locally typical sampling draws from (Meister et al. 2023): ordered by how far their
+    surprise, the negative log-probability, is from the distribution's entropy, the fewest that have the `mass`, and
+    what is as far as the last of them."""
+    logprobs = x.double().log_softmax(-1)
+    probabilities = logprobs.exp()
+    entropy = -(probabilities * logprobs).nansum()
+    distances = (-logprobs - entropy).abs()
+    ordered, ids = distances.sort(stable=True)
+    last = int((probabilities[ids].cumsum(-1) < mass).sum().clamp(max=len(x) - 1))
+    return (distances <= ordered[last]) & (probabilities > 0)
 
 
 def choose(
-    x: Tensor, top_p: float, top_k: int, min_p: float, noise: Tensor | None, told: Tensor | None = None
+    x: Tensor,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    noise: Tensor | None,
+    told: Tensor | None = None,
+    typical_p: float = 1.0,
 ) -> tuple[int, float]:
     """One row's token and its log-probability among all tokens of ``told [V]``, which is `x` unless given: the highest
     of ``x [V]``, or of ``x + noise`` among the kept; the lowest id among equals."""
-    key = x if noise is None else (x + noise).masked_fill(~kept(x, top_p, top_k, min_p), float("-inf"))
+    key = x if noise is None else (x + noise).masked_fill(~kept(x, top_p, top_k, min_p, typical_p), float("-inf"))
     token = int(key.argmax())
     return token, float((x if told is None else told).double().log_softmax(-1)[token])

@@ -12,6 +12,10 @@ best of those high enough. For top-p and top-k one reading decides: count and ma
 is not kept, nothing behind it is either, and the next candidate is the best of those before it. The reading tries three
 higher borders as well, so that few readings are needed where the kept tokens have little mass.
 
+Typical-p keeps the first so many tokens of another ranking: by how far their surprise is from the distribution's
+entropy (Meister et al. 2023). A kernel of its own, which runs where some row has it, goes on from the token that the
+others left: if that is not kept, the next candidate is the best of those before it in the ranking that it failed.
+
 Sums are formed chunk by chunk or by one program, in an order that depends on nothing but the vocabulary: a row's token
 and log-probability do not depend on the rows beside it.
 """
@@ -71,6 +75,7 @@ ENDING = tl.constexpr(4)  # the logits of eos are changed, at some positions at 
 LIMITED = tl.constexpr(8)  # top-p, top-k or min-p
 ALTERNATIVES = tl.constexpr(16)  # the best tokens are asked for beside the one that is chosen
 CANDIDATES = tl.constexpr(32)  # the best tokens of the shaped logits are, which a beam search goes on from
+TYPICAL = tl.constexpr(64)  # typical-p; such a row is LIMITED, too, whatever other limits it has
 
 MOST_COUNT = tl.constexpr(32767)
 MOST_LOGIT = tl.constexpr(1e30)  # penalties and decay make none larger: an infinite one has no probability
@@ -398,6 +403,139 @@ def _choose(
     tl.store(last + row, token)
 
 
+@triton.jit
+def _distance(y, whole, entropy):
+    """Of the surprise of tokens with scaled logits `y` from the entropy; infinite for what is not there."""
+    return tl.abs(whole - y - entropy)
+
+
+@triton.jit
+def _entropy(logits, inverse, whole, VOCAB: tl.constexpr):
+    """Of the distribution, in nats, and its highest scaled logit."""
+    total, top = tl.zeros((RUN,), tl.float32), tl.full((RUN,), float("-inf"), tl.float32)
+    for first in range(0, VOCAB, RUN):
+        token = first + tl.arange(0, RUN)
+        y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
+        surprise = tl.where(y == float("-inf"), 0.0, whole - y)
+        total += tl.exp(y - whole) * surprise
+        top = tl.maximum(top, y)
+    return tl.sum(total, 0), tl.max(top, 0)
+
+
+@triton.jit
+def _standing(logits, inverse, whole, entropy, x, limit, VOCAB: tl.constexpr):
+    """Of token `limit` with the scaled logit `x`: count and mass of the tokens before it in the ranking by logit, and
+    the mass of those whose surprise is nearer to the entropy."""
+    count, before_mass = tl.zeros((RUN,), tl.int32), tl.zeros((RUN,), tl.float32)
+    nearer_mass = before_mass
+    own = _distance(x, whole, entropy)
+    for first in range(0, VOCAB, RUN):
+        token = first + tl.arange(0, RUN)
+        y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
+        mass = tl.exp(y - whole)
+        before = (y > x) | ((y == x) & (token < limit))
+        count += before.to(tl.int32)
+        before_mass += tl.where(before, mass, 0.0)
+        nearer_mass += tl.where(_distance(y, whole, entropy) < own, mass, 0.0)
+    return tl.sum(count, 0), tl.sum(before_mass, 0), tl.sum(nearer_mass, 0)
+
+
+@triton.jit
+def _compete_within(
+    logits, token, word, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB: tl.constexpr
+):
+    """As `_compete`, of the tokens that are nearer to the entropy than `distance` besides."""
+    y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
+    within = ((y > x) | ((y == x) & (token < limit))) & (_distance(y, whole, entropy) < distance)
+    return _better(key, best, best_x, tl.where(within, y + _gumbel(word), float("-inf")), token, y)
+
+
+@triton.jit
+def _redraw_within(logits, parameters, position, inverse, whole, entropy, x, limit, distance, VOCAB: tl.constexpr):
+    """As `_redraw`, and the key, which is -inf where no token is left."""
+    key, best = tl.full((RUN,), float("-inf"), tl.float32), tl.full((RUN,), 0, tl.int32)
+    best_x = key
+    for first in range(0, VOCAB, CHUNK):
+        token = first + tl.arange(0, RUN)
+        w0, w1, w2, w3 = _noise(parameters, position, first // 4 + tl.arange(0, RUN))
+        key, best, best_x = _compete_within(
+            logits, token, w0, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
+        )
+        key, best, best_x = _compete_within(
+            logits, token + RUN, w1, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
+        )
+        key, best, best_x = _compete_within(
+            logits, token + 2 * RUN, w2, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
+        )
+        key, best, best_x = _compete_within(
+            logits, token + 3 * RUN, w3, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
+        )
+    return _best(key, best, best_x, VOCAB)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "generated"])
+def _typical(
+    logits,
+    stride,
+    ranked,
+    ranked_stride,
+    parameters,
+    rows,
+    generated,
+    typical,
+    counts,
+    last,
+    tokens,
+    logprobs,
+    totals,
+    shaped_totals,
+    VOCAB: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + at).to(tl.int64)
+    parameters += row * COLUMNS
+    flags, whole = tl.load(parameters), tl.load(shaped_totals + at)
+    if ((flags & TYPICAL) != 0) & (tl.abs(whole) < float("inf")):
+        ranked += at * ranked_stride
+        position, inverse = tl.load(generated + at), _real(parameters + INVERSE_TEMPERATURE)
+        top_p, top_k, mass = _real(parameters + TOP_P), tl.load(parameters + TOP_K), tl.load(typical + row)
+        entropy, top = _entropy(ranked, inverse, whole, VOCAB)
+        least = top + tl.log(_real(parameters + MIN_P))
+        drawn = tl.load(tokens + at)
+        drawn_x = tl.load(ranked + drawn) * inverse
+        token, x = drawn, drawn_x
+        # What no candidate may be at or behind, in either ranking.
+        border, limit, distance = whole - float("inf"), drawn * 0, whole * 0 + float("inf")
+        searching = mass < 1
+        while searching:
+            count, before, nearer = _standing(ranked, inverse, whole, entropy, x, token, VOCAB)
+            behind = (count > 0) & ((count >= top_k) | (before > top_p) | (x < least))
+            far = nearer >= mass
+            searching = behind | far
+            if searching:
+                distance = tl.where(far, _distance(x, whole, entropy), distance)
+                border = tl.where(behind, x, border)
+                limit = tl.where(behind, token, limit)
+                key, token, x = _redraw_within(
+                    ranked, parameters, position, inverse, whole, entropy, border, limit, distance, VOCAB
+                )
+                # Where the limits have no token in common, this one does not count.
+                searching = key > float("-inf")
+                token, x = tl.where(searching, token, drawn), tl.where(searching, x, drawn_x)
+        if token != drawn:
+            if (flags & PENALISED) != 0:
+                counts += row * VOCAB
+                wrong, right = tl.load(counts + drawn), tl.load(counts + token).to(tl.int32)
+                tl.store(counts + drawn, tl.where(wrong < MOST_COUNT, wrong - 1, wrong).to(tl.int16))
+                tl.store(counts + token, tl.minimum(right + 1, MOST_COUNT).to(tl.int16))
+            if RAW:
+                x = tl.load(logits + at * stride + token)
+            tl.store(tokens + at, token)
+            tl.store(logprobs + at, x - tl.load(totals + at))
+            tl.store(last + row, token)
+
+
 def sample(
     logits: Tensor,
     parameters: Tensor,
@@ -413,6 +551,7 @@ def sample(
     biased: Tensor | None = None,
     shaped: Tensor | None = None,
     raw: bool = True,
+    typical: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens ``[B]`` int32, their log-probabilities ``[B]``, and each row's log of the sum of exponentials ``[B]`` of
     what log-probabilities are of and of the shaped logits.
@@ -425,6 +564,7 @@ def sample(
     `biased`, and can be left out where no such row shapes them but by its temperature.
     `plain`: no row has a flag, and there are neither masks nor biases. `search`: some row has a limit.
     `raw`: log-probabilities are of `logits`; else of the shaped ones.
+    ``typical [R]`` fp32 is the mass that typical-p keeps of TYPICAL rows; None: no row is one.
     Where the shaped logits of a row have no softmax, its log-probability is NaN and its token any.
     """
     batch, vocab = logits.shape
@@ -488,4 +628,25 @@ def sample(
         num_warps=8,
         enable_fp_fusion=False,
     )
+    if typical is not None:
+        _typical[(batch,)](
+            logits,
+            logits.stride(0),
+            ranked,
+            ranked.stride(0),
+            parameters,
+            rows,
+            generated,
+            typical,
+            counts,
+            last,
+            tokens,
+            logprobs,
+            totals,
+            shaped_totals,
+            VOCAB=vocab,
+            RAW=raw,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
     return tokens, logprobs, totals, shaped_totals

@@ -40,9 +40,10 @@ class TextStops(msgspec.Struct, frozen=True, omit_defaults=True):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampling"):
     """How the next token of each branch is chosen. Already validated; the engine trusts it.
 
-    ``do_sample = False`` is greedy: temperature, top_p, top_k and min_p are ignored. The order of application is
-    penalties, eos decay, eos mask below ``min_new_tokens``, temperature, softmax, then top_p, top_k and min_p together:
-    each looks at the whole softmax, and a token is kept if all three keep it.
+    ``do_sample = False`` is greedy: temperature, top_p, top_k, min_p and typical_p are ignored. The order of
+    application is penalties, eos decay, eos mask below ``min_new_tokens``, temperature, softmax, then top_p, top_k,
+    min_p and typical_p together: each looks at the whole softmax, and a token is kept if all of them keep it; where
+    there is none such, typical_p doesn't count.
     """
 
     n: int = 1  # branches, each numbered 0..n-1
@@ -51,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampl
     top_p: float = 1.0  # (0, 1]
     top_k: int = -1  # -1: off
     min_p: float = 0.0  # [0, 1], least probability in units of the highest one; 0: off
+    typical_p: float = 1.0  # (0, 1], mass of the tokens whose surprise is nearest to the entropy; 1: off
     presence_penalty: float = 0.0  # subtracted once from each token that occurred
     frequency_penalty: float = 0.0  # subtracted per occurrence
     repetition_penalty: float = 1.0  # logit > 0: divided, else multiplied

@@ -118,6 +118,11 @@ class CommonFields(Body):
         "and within one, there with and without a space before it; not as other tokens that happen to spell it, nor "
         "in other upper and lower case",
     )
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="locally typical sampling: of what is drawn from, the tokens whose surprise is nearest to the "
+        "entropy, up to this mass; absent or 1: off",
+    )
     prompt_logprobs: int | None = Field(
         default=None,
         ge=0,
@@ -144,6 +149,7 @@ class CommonFields(Body):
             "logit_bias": self.logit_bias or {},
             "allowed_token_ids": self.allowed_token_ids,
             "bad_words": [word for word in self.bad_words or () if not isinstance(word, str)],
+            "typical_p": 1.0 if self.typical_p is None else self.typical_p,
             "prompt_logprobs": -1 if self.prompt_logprobs is None else self.prompt_logprobs,
             "use_cache": not self.disable_prompt_cache,
             "length_penalty": self.length_penalty,

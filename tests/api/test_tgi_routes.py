@@ -203,6 +203,7 @@ SAMPLING = {
     "top_k": 7,
     "top_p": 0.5,
     "min_p": 0.0625,
+    "typical_p": 0.25,
     "seed": 3,
 }
 
@@ -236,6 +237,7 @@ DRAWN: list[tuple[dict[str, Any], bool]] = [
     ({"temperature": 0.5}, True),
     ({"top_k": 3}, True),
     ({"top_p": 0.5}, True),
+    ({"typical_p": 0.5}, True),
 ]
 
 
@@ -260,6 +262,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"frequency_penalty": 3}, f"{BOUND}frequency_penalty: should be less than or equal to 2; got 3"),
     ("/generate", {"top_k": 0}, f"{BOUND}top_k: should be greater than 0; got 0"),
     ("/generate", {"top_p": 1.0}, f"{BOUND}top_p: should be less than 1; got 1.0"),
+    ("/generate", {"typical_p": 1.0}, f"{BOUND}typical_p: should be less than 1; got 1.0"),
     ("/generate", {"max_new_tokens": 0}, f"{BOUND}max_new_tokens: should be greater than or equal to 1; got 0"),
     ("/generate", {"truncate": 0}, f"{BOUND}truncate: should be greater than 0; got 0"),
     ("/generate", {"seed": -1}, f"{BOUND}seed: should be greater than or equal to 0; got -1"),

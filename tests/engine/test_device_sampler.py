@@ -99,7 +99,48 @@ def test_greedy_rows_agree_with_the_sampler_of_a_cpu_step_by_step(processed: boo
             positions[row] += 1
 
 
-@pytest.mark.parametrize("limit", [{"top_p": 0.95}, {"min_p": 0.3}, {"top_p": 0.95, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("processed", [False, True])
+def test_typical_rows_beside_others_agree_with_the_sampler_of_a_cpu_step_by_step(processed: bool) -> None:
+    """Also where they leave and another takes their place, with penalties that count what they drew."""
+    draw = random.Random(2)
+    device = Device(processed=processed)
+    cpu = Sampler(ROWS, 64, VOCAB, EOS, torch.device("cpu"), processed=processed)
+    changed = 0
+    for step in range(10):
+        for row in range(ROWS):
+            if step == 0 or draw.random() < 0.2:
+                params = SamplingParams(
+                    do_sample=draw.random() < 0.9,
+                    temperature=draw.choice([1.0, 0.6, 2.0]),
+                    typical_p=draw.choice([1.0, 0.1, 0.4, 0.8]),
+                    top_p=draw.choice([1.0, 0.8]),
+                    top_k=draw.choice([-1, 30]),
+                    presence_penalty=draw.choice([0.0, 1.5]),
+                    logit_bias=draw.choice([{}, {}, {9: 3.0}]),
+                    top_logprobs=draw.choice([0, 3]),
+                    seed=draw.getrandbits(63),
+                )
+                device.enter(row, params)
+                cpu.enter(row, SamplingRow(params, [], []), 0)
+        rows = draw.sample(range(ROWS), k=6)
+        logits = normal(7, VOCAB, seed=step) * 3
+        tokens, logprobs, alternatives = device.sample(logits, rows, [step] * 6)
+        truth = cpu.sample(logits[:6].clone(), rows, [step] * 6)
+        assert tokens == truth.tokens.tolist(), step
+        assert logprobs == pytest.approx(truth.logprobs.tolist(), rel=1e-4, abs=1e-4)
+        assert [None if one is None else [token for token, _ in one] for one in alternatives] == [
+            None if one is None else [token for token, _ in one] for one in truth.alternatives
+        ]
+        assert device.last[rows].tolist() == tokens
+        cpu.record(rows, tokens)
+        changed += tokens != logits[:6].argmax(-1).tolist()
+    assert changed
+
+
+LIMITS = [{"top_p": 0.95}, {"min_p": 0.3}, {"top_p": 0.95, "min_p": 0.1}, {"typical_p": 0.6}]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
 def test_a_row_that_enters_again_with_what_it_emitted_goes_on_as_if_it_had_stayed(limit: dict[str, float]) -> None:
     params = SamplingParams(do_sample=True, seed=9, input_penalty=True, **limit, **PENALTIES)
     stayed, prompt, emitted = Device(), [9, 9, 12], []

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TypicalLogitsWarper
 
-from lightllmd.engine.sampling.cpu_sampler import Sampler, draw
+from lightllmd.engine.sampling.cpu_sampler import Sampler, draw, typical
 from lightllmd.engine.step import SamplingRow
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels import reference
 from lightllmd.kernels.philox import gumbel
 
 VOCAB, EOS = 97, [2, 5]
@@ -69,9 +71,23 @@ def brute(
             break
         kept.append(token)
         mass += probability
+    typical = typical_tokens([value - total for value in row], params.typical_p)
+    kept = [token for token in kept if token in typical] or kept
     noise = gumbel(params.seed, branch, position, len(row)).tolist()
     token = max(kept, key=lambda one: row[one] + noise[one])
     return token, told[token]
+
+
+def typical_tokens(logprobs: list[float], mass: float) -> set[int]:
+    """Meister et al. 2023, "Locally typical sampling"."""
+    entropy = -sum(math.exp(logprob) * logprob for logprob in logprobs if logprob > -math.inf)
+    kept, total = set(), 0.0
+    for token in sorted(range(len(logprobs)), key=lambda token: abs(-logprobs[token] - entropy)):
+        if total >= mass:
+            break
+        kept.add(token)
+        total += math.exp(logprobs[token])
+    return kept
 
 
 def random_params(draw_: random.Random) -> SamplingParams:
@@ -82,6 +98,7 @@ def random_params(draw_: random.Random) -> SamplingParams:
         "top_p": draw_.choice([1.0, 0.1, 0.5, 0.9]),
         "top_k": draw_.choice([-1, 1, 3, 40, 200]),
         "min_p": draw_.choice([0.0, 0.0, 0.03, 0.4]),
+        "typical_p": draw_.choice([1.0, 1.0, 0.1, 0.5, 0.9]),
         "presence_penalty": draw_.choice([0.0, 0.0, 1.5]),
         "frequency_penalty": draw_.choice([0.0, 0.0, 0.4]),
         "repetition_penalty": draw_.choice([1.0, 1.0, 1.7]),
@@ -316,6 +333,27 @@ def test_frequencies_are_those_of_the_truncated_distribution(limits: dict[str, A
     chi_square = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum().item()
     freedom = int(seen.sum()) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom), (chi_square, freedom)
+
+
+@pytest.mark.parametrize("mass", [0.05, 0.2, 0.5, 0.95, 0.999])
+def test_typical_p_keeps_what_transformers_keeps(mass: float) -> None:
+    logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 6, 20)[:, None]
+    theirs = TypicalLogitsWarper(mass=mass)(torch.zeros(20, 1, dtype=torch.long), logits.clone()) > float("-inf")
+    assert torch.equal(typical(logits.log_softmax(-1), torch.full((20,), mass)), theirs)
+    for row, kept in zip(logits, theirs, strict=True):
+        assert torch.equal(reference.typical(row, mass), kept)
+
+
+def test_typical_p_does_not_count_where_the_other_limits_leave_no_typical_token() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3] = 4.0  # a third of the mass: the others are the typical ones
+    one = sampler()
+    for row, top_k in enumerate((1, 2, -1)):
+        params = SamplingParams(do_sample=True, seed=5, typical_p=0.3, top_k=top_k)
+        one.enter(row, SamplingRow(params, [], []), 0)
+    for row, kept in ((0, {3}), (1, {0}), (2, set(range(VOCAB)) - {3})):
+        tokens = one.sample(logits.expand(60, -1).clone(), [row] * 60, list(range(60)))[0]
+        assert set(tokens.tolist()) <= kept
 
 
 def test_min_p_of_one_keeps_the_most_probable_token_and_its_equals_as_they_are_ranked() -> None:

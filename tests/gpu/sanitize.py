@@ -194,6 +194,7 @@ def sampling() -> None:
         SamplingParams(min_new_tokens=4, exponential_decay_length_penalty=(1, 1.5)),
         SamplingParams(candidates=64, top_logprobs=3, presence_penalty=0.5),
         SamplingParams(do_sample=True, min_p=0.1, logit_bias={7: 2.0}, seed=3),
+        SamplingParams(do_sample=True, typical_p=0.4, presence_penalty=0.5, seed=4),
     ]
     sampler = DeviceSampler(len(kinds) + 1, vocab, [2, 5], torch.device(DEVICE))
     for row, params in enumerate(kinds):

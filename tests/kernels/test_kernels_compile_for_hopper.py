@@ -87,7 +87,9 @@ def gathers(dtype: torch.dtype, offset: int = 0, scale: float | None = None) -> 
     gather_rows(x, numbers(offset), x.clone())
 
 
-def sampling(plain: bool, search: bool, masked: bool = False, offset: int = 0, raw: bool = True) -> None:
+def sampling(
+    plain: bool, search: bool, masked: bool = False, offset: int = 0, raw: bool = True, typical: bool = False
+) -> None:
     from lightllmd.kernels.sampling import sample
 
     vocab, table = 128256, torch.zeros(5, 16, dtype=torch.int32)
@@ -96,7 +98,7 @@ def sampling(plain: bool, search: bool, masked: bool = False, offset: int = 0, r
     rows, last = numbers(offset), torch.zeros(5, dtype=torch.int32)
     logits = torch.empty(4, vocab)
     for shaped in (None, torch.empty(4, vocab)) if search else (None,):
-        more = {"biased": shaped, "shaped": shaped, "raw": raw}
+        more = {"biased": shaped, "shaped": shaped, "raw": raw, "typical": torch.ones(5) if typical else None}
         sample(logits, table, rows, numbers(offset), counts, eos, masks, last, plain, search, **more)
 
 
@@ -110,7 +112,7 @@ def at_another_offset() -> None:
     for offset in (1, 2):
         rotation(BF16, True, offset)
         gathers(BF16, offset)
-        sampling(False, True, offset=offset)
+        sampling(False, True, offset=offset, typical=True)
         decode_attention(BF16, 128, 16, offset=offset)
         prefill_attention(BF16, 128, 8192, offset=offset)
         prefill_attention(BF16, 128, 256, 2, offset=offset)
@@ -178,6 +180,7 @@ CASES: dict[str, Callable[[], None]] = {
     "sampling, limited": partial(sampling, False, True),
     "sampling, masked": partial(sampling, False, True, True),
     "sampling, processed log-probabilities": partial(sampling, False, True, raw=False),
+    "sampling, typical": partial(sampling, False, True, typical=True),
     "gathers bf16": partial(gathers, BF16),
     "gathers bf16, scaled": partial(gathers, BF16, scale=59.75),
     "soft cap": soft_cap,

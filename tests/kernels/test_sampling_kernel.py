@@ -16,30 +16,12 @@ pytest.importorskip("triton")
 from covering import ALL, covering
 from lightllmd.kernels import reference, sampling
 from lightllmd.kernels.philox import gumbel
+from sampling_rows import DEVICE, DRAWN, LIMITED, PENALISED, normal, packed
 
 # numpy, which interprets, tells of each infinity that is dealt with later.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS = [2, 5]
-DRAWN, LIMITED, PENALISED = sampling.DRAWN.value, sampling.LIMITED.value, sampling.PENALISED.value
-ENDING = sampling.ENDING.value
 NAN, INF = float("nan"), float("inf")
-
-
-def packed(vocab: int, **settings: Any) -> np.ndarray:
-    """A plain greedy row with some settings changed; the flags follow from them, except `drawn`."""
-    row = np.zeros((), sampling.PARAMETERS)
-    row["inverse_temperature"], row["top_p"], row["top_k"], row["repetition"], row["decay_factor"] = 1, 2, vocab, 1, 1
-    drawn = settings.pop("drawn", False)
-    for name, value in settings.items():
-        row[name] = value
-    row["flags"] = (
-        DRAWN * drawn
-        | LIMITED * bool(drawn and (row["top_p"] < 1 or row["top_k"] < vocab or row["min_p"] > 0))
-        | PENALISED * bool(row["repetition"] != 1 or row["presence"] != 0 or row["frequency"] != 0)
-        | ENDING * bool(row["decay_factor"] != 1 or row["min_new"] > 1)
-    )
-    return row[()]
 
 
 def sample(
@@ -108,10 +90,6 @@ def bits(allowed: Tensor) -> Tensor:
     wide[:, :vocab] = allowed
     words = (wide.view(rows, -1, 32) << torch.arange(32)).sum(-1)
     return words.where(words < 2**31, words - 2**32).int()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_row(draw: random.Random, vocab: int) -> np.ndarray:

@@ -28,7 +28,6 @@ MAX_BEST_OF = 8
 DEFAULT_MAX_NEW_TOKENS = 100
 
 _REFUSED = {
-    "typical_p": "not available yet",
     "watermark": "the output is not watermarked here",
     "grammar": "not available yet",
     "adapter_id": "not available yet",
@@ -60,7 +59,10 @@ class TgiParameters(CommonFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     top_k: Annotated[int, Field(gt=0, le=MAX_COUNT)] | None = None
     top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
-    typical_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="locally typical sampling: the tokens whose surprise is nearest to the entropy, up to this mass",
+    )
     do_sample: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = Field(
         default=None, description=f"absent: {DEFAULT_MAX_NEW_TOKENS}, or fewer where no more fit"

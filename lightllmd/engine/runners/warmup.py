@@ -16,6 +16,7 @@ EVERYTHING = SamplingParams(
     do_sample=True,
     top_p=0.9,
     top_k=40,
+    typical_p=0.9,
     presence_penalty=0.1,
     frequency_penalty=0.1,
     repetition_penalty=1.1,

@@ -2,8 +2,8 @@
 and its masks where the others end:
 
 logit bias; repetition, frequency and presence penalties; exponential decay on the eos logits; eos mask below
-min_new_tokens; the row's mask; temperature; softmax; top-p, top-k and min-p; draw. Log-probabilities are of the softmax
-of the logits before all that, or, as LightLLM's, of the one before truncation.
+min_new_tokens; the row's mask; temperature; softmax; top-p, top-k, min-p and typical-p; draw. Log-probabilities
+are of the softmax of the logits before all that, or, as LightLLM's, of the one before truncation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ GREEDY_BELOW = 1e-5  # temperature
 CANDIDATES = 1024  # tokens that are sorted first; rows whose nucleus is larger are sorted whole
 
 # Columns of the parameter table.
-(GREEDY, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR, MIN_NEW,
- ALTERNATIVES, CANDIDATES) = range(13)  # fmt: skip
+(GREEDY, TEMPERATURE, TOP_P, TOP_K, MIN_P, TYPICAL_P, PRESENCE, FREQUENCY, REPETITION, DECAY_START, DECAY_FACTOR,
+ MIN_NEW, ALTERNATIVES, CANDIDATES) = range(14)  # fmt: skip
 
 
 class Sampled(NamedTuple):
@@ -50,7 +50,7 @@ class Sampler:
         """`processed`: log-probabilities are of the distribution that is drawn from, before truncation; else of the
         model's."""
         self.device, self.vocab, self._processed = device, vocab, processed
-        self._parameters = torch.zeros((rows, 13), dtype=torch.float64)
+        self._parameters = torch.zeros((rows, 14), dtype=torch.float64)
         self._seeds = torch.zeros((rows, 2), dtype=torch.int64)  # seed, branch
         self._plain = [True] * rows  # greedy, and nothing changes or asks for more than the highest logit
         self._history = torch.zeros((rows, width), dtype=torch.int32)  # tokens that the penalties count
@@ -83,6 +83,7 @@ class Sampler:
                 params.top_p,
                 params.top_k if params.top_k > 0 else self.vocab,
                 params.min_p,
+                params.typical_p,
                 params.presence_penalty,
                 params.frequency_penalty,
                 params.repetition_penalty,
@@ -140,7 +141,9 @@ class Sampler:
             at = drawn.to(self.device)
             limits = table[drawn].to(self.device)
             logprobs, noises = shaped[at] - shaped_total[at], torch.stack(noise).to(self.device)
-            tokens[at] = draw(logprobs, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], noises)
+            tokens[at] = draw(
+                logprobs, limits[:, TOP_P], limits[:, TOP_K], limits[:, MIN_P], noises, limits[:, TYPICAL_P]
+            )
         told, total = (shaped, shaped_total) if self._processed else (logits, logits.logsumexp(-1, keepdim=True))
         chosen = (told.gather(-1, tokens[:, None]) - total)[:, 0]
         chosen[~shaped_total[:, 0].isfinite()] = float("nan")
@@ -202,17 +205,26 @@ class Sampler:
         logits[index, self._eos] = grown.masked_fill(masked[at].to(self.device)[:, None], EOS_MASKED)
 
 
-def draw(logprobs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor) -> Tensor:
+def draw(
+    logprobs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor, typical_p: Tensor | None = None
+) -> Tensor:
     """One token of each row of ``logprobs [B, V]``: the highest sum with its Gumbel ``noise [B, V]``, which is a draw
     from the softmax (Gumbel 1954, "Gumbel-max trick"). Rounding changes it only where two sums are as good as equal, so
     a sequence that is replayed goes on as it would have.
 
     Tokens are ranked by probability, equal ones by id; those whose preceding mass exceeds top_p go, those at rank
-    top_k and beyond, and those of less than min_p times the highest probability (Nguyen et al. 2024).
+    top_k and beyond, and those of less than min_p times the highest probability (Nguyen et al. 2024). Of the rest
+    typical_p (below 1) keeps those that `typical` keeps of all tokens, if there are such.
     """
     vocab = logprobs.shape[1]
     limited = (top_p < 1) | (top_k < vocab) | (min_p > 0)
     tokens = (logprobs + noise).argmax(-1)
+    if typical_p is not None and len(rows := (typical_p < 1).nonzero()[:, 0]):
+        limited[rows] = False
+        kept = _all_kept(logprobs[rows], top_p[rows], top_k[rows], min_p[rows])
+        both = kept & typical(logprobs[rows], typical_p[rows])
+        kept = torch.where(both.any(-1, keepdim=True), both, kept)
+        tokens[rows] = (logprobs[rows] + noise[rows]).masked_fill(~kept, float("-inf")).argmax(-1)
     left = limited.nonzero()[:, 0]
     for width in (min(CANDIDATES, vocab), vocab):
         if not len(left):
@@ -229,6 +241,28 @@ def draw(logprobs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: T
         tokens[left[done]] = ids[done].gather(-1, sums.argmax(-1, keepdim=True))[:, 0]
         left = left[~sure]
     return tokens
+
+
+def _all_kept(logprobs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
+    """Which tokens of ``logprobs [B, V]`` the three limits keep."""
+    values, ids = _ranked(logprobs.exp(), logprobs.shape[1])
+    before = values.double().cumsum(-1) - values.double()
+    rank = torch.arange(values.shape[1], device=values.device)
+    kept = (before <= top_p[:, None]) & (rank < top_k[:, None]) & (values >= min_p[:, None] * values[:, :1])
+    return torch.zeros_like(kept).scatter_(1, ids, kept)
+
+
+def typical(logprobs: Tensor, mass: Tensor) -> Tensor:
+    """Which tokens of ``logprobs [B, V]`` locally typical sampling draws from (Meister et al. 2023): ordered by how far
+    their surprise, the negative log-probability, is from the distribution's entropy, the fewest that have the
+    ``mass [B]``, and what is as far as the last of them."""
+    probabilities = logprobs.exp()
+    entropy = -(probabilities * logprobs).nansum(-1, keepdim=True)
+    distances = (-logprobs - entropy).abs()
+    ordered, ids = distances.sort(dim=-1)
+    masses = probabilities.gather(-1, ids).double().cumsum(-1)
+    last = (masses < mass[:, None]).sum(-1, keepdim=True).clamp_(max=logprobs.shape[1] - 1)
+    return (distances <= ordered.gather(-1, last)) & (probabilities > 0)
 
 
 def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:

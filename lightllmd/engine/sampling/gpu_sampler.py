@@ -23,7 +23,7 @@ LEAST_REAL = 1e-30
 
 DRAWN, PENALISED, ENDING = sampling.DRAWN.value, sampling.PENALISED.value, sampling.ENDING.value
 LIMITED, ALTERNATIVES = sampling.LIMITED.value, sampling.ALTERNATIVES.value
-CANDIDATES = sampling.CANDIDATES.value
+CANDIDATES, TYPICAL = sampling.CANDIDATES.value, sampling.TYPICAL.value
 MASKED, BIASED = 1 << 8, 1 << 9  # of the host's copy alone: what they ask for is launched where some row has it
 
 
@@ -45,10 +45,12 @@ class DeviceSampler:
         unentered = np.zeros(rows, sampling.PARAMETERS)
         unentered["inverse_temperature"] = 1
         self._parameters = torch.from_numpy(unentered.view(np.int32).reshape(rows, -1)).to(device)
+        self._typical = torch.ones(rows, dtype=torch.float32, device=device)  # of rows that are TYPICAL
         self._counts = torch.zeros((rows, vocab), dtype=torch.int16, device=device)
         eos = sorted({eos for eos in eos_ids if 0 <= eos < vocab})
         self._eos = torch.tensor(eos, dtype=torch.int32, device=device)
         self._entered: dict[int, tuple[np.void, list[int]]] = {}  # since the last flush
+        self._typical_entered: dict[int, float] = {}  # likewise; few rows have it
         words = -(-vocab // 32)
         self._free = np.full(words, -1, np.int32)  # the mask that allows all
         self._masks = torch.full((rows, words), -1, dtype=torch.int32, device=device)
@@ -68,6 +70,8 @@ class DeviceSampler:
             ids = np.fromiter(params.logit_bias, np.int64, len(added))
             self._biases[row] = ids, added.clip(-MOST_REAL, MOST_REAL).astype(np.float32)
         history = sampling_row.prompt_ids + sampling_row.emitted if params.input_penalty else sampling_row.emitted
+        if flags & TYPICAL:
+            self._typical_entered[row] = params.typical_p
         self._entered[row] = packed, history if flags & PENALISED else []
 
     def restrict(self, row: int, mask: bytes) -> None:
@@ -93,6 +97,7 @@ class DeviceSampler:
         penalised = rows[(parameters["flags"] & PENALISED) != 0]
         words = parameters.view(np.int64)
         there = self._upload(rows, words, penalised)
+        self._send_typical()
         self._parameters.index_copy_(0, there[0], there[1].view(torch.int32).view(len(rows), -1))
         if len(penalised):
             self._counts.index_fill_(0, there[2], 0)
@@ -134,6 +139,7 @@ class DeviceSampler:
             biased=biased,
             shaped=shaped,
             raw=not self._processed,
+            typical=self._typical if flags & TYPICAL else None,
         )
         found = [tokens, logprobs]
         if not flags & (ALTERNATIVES | CANDIDATES):
@@ -221,6 +227,13 @@ class DeviceSampler:
             at, counted = self._upload(place[part], number[part])
             self._counts.view(-1).index_copy_(0, at, counted.short())
 
+    def _send_typical(self) -> None:
+        if self._typical_entered:
+            rows = np.fromiter(self._typical_entered, np.int64, len(self._typical_entered))
+            masses = np.fromiter(self._typical_entered.values(), np.float32, len(rows))
+            self._typical.index_copy_(0, send(rows, self._device), send(masses, self._device))
+            self._typical_entered.clear()
+
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
         """int64 arrays in one copy."""
         return list(send(np.concatenate(arrays), self._device).split([len(array) for array in arrays]))
@@ -232,14 +245,16 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
     top_k = params.top_k if params.top_k > 0 else vocab
     drawn = hot and top_k > 1  # one kept token is the highest
     start, factor = params.exponential_decay_length_penalty
+    typical = drawn and params.typical_p < 1
     penalised = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
     flags = (
         DRAWN * drawn
         | PENALISED * penalised
         | ENDING * (factor != 1 or params.min_new_tokens > 1)
-        | LIMITED * (drawn and (params.top_p < 1 or top_k < vocab or params.min_p > 0))
+        | LIMITED * (typical or (drawn and (params.top_p < 1 or top_k < vocab or params.min_p > 0)))
         | ALTERNATIVES * (params.top_logprobs > 0)
         | CANDIDATES * (params.candidates > 0)
+        | TYPICAL * typical
     )
     packed = np.zeros((), sampling.PARAMETERS)
     packed["flags"] = flags
