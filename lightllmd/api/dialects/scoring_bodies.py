@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -90,20 +91,26 @@ class ScoringBody(Body):
         return {name: value for name, value in body.items() if name not in dropped}
 
 
-class PairsBody(ScoringBody):
+class PairsBody(ScoringBody, ABC):
     """Texts that are scored two by two."""
 
     max_tokens_per_query: Cut = Field(default=0, description="what is kept of each first text; 0: all of it")
     max_tokens_per_doc: Cut = Field(default=0, description="what is kept of each second text; 0: all of it")
 
-    def _pairs(self, first: FieldOfTexts, second: FieldOfTexts) -> ScoresAsked:
+    @abstractmethod
+    def pairs(self) -> TextPairs:
+        """Those that are asked for. Raises InvalidRequest."""
+
+    def asked(self) -> ScoresAsked:
+        """See `Translation`."""
+        pairs = self.pairs()
         cut = PairCut(
             self.max_tokens_per_query or None,
             self.max_tokens_per_doc or None,
             self.truncate_prompt_tokens,
             self.truncation_side == "left",
         )
-        return ScoresAsked(TextPairs(first, second), second.name, self.model, pair_cut=cut)
+        return ScoresAsked(pairs, pairs.second.name, self.model, pair_cut=cut)
 
 
 def _field(name: str, texts: Texts, keys: Sequence[str] = ("text",)) -> FieldOfTexts:
@@ -157,10 +164,9 @@ class ScorePairsBody(PairsBody):
             )
         return firsts, seconds
 
-    def asked(self) -> ScoresAsked:
-        """See `Translation`."""
+    def pairs(self) -> TextPairs:
         firsts, seconds = self._chosen()
-        return self._pairs(_field(firsts, getattr(self, firsts)), _field(seconds, getattr(self, seconds)))
+        return TextPairs(_field(firsts, getattr(self, firsts)), _field(seconds, getattr(self, seconds)))
 
 
 class RerankBody(PairsBody):
@@ -176,10 +182,9 @@ class RerankBody(PairsBody):
         default=None, description="of documents that are objects the fields that are read; absent: text"
     )
 
-    def asked(self) -> ScoresAsked:
-        """See `Translation`."""
+    def pairs(self) -> TextPairs:
         documents = _field("documents", self.documents, self.rank_fields or ("text",))
-        return self._pairs(_field("query", self.query), documents)
+        return TextPairs(_field("query", self.query), documents)
 
     def document(self, index: int) -> dict[str, Any]:
         """As an answer shows it: an object as it was given, a text as an object of its own."""

@@ -11,7 +11,14 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from lightllmd.api.dialects.activation import Activation, identity, of_classifier, sigmoid
 from lightllmd.api.dialects.choices import usage
-from lightllmd.api.dialects.scoring_bodies import ClassifyBody, PoolingBody, RerankBody, ScorePairsBody, ScoringBody
+from lightllmd.api.dialects.scoring_bodies import (
+    ClassifyBody,
+    PairsBody,
+    PoolingBody,
+    RerankBody,
+    ScorePairsBody,
+    ScoringBody,
+)
 from lightllmd.api.dialects.vectors import base64_of
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.event_stream import Frames
@@ -23,6 +30,7 @@ from lightllmd.requests.faults import shown
 from lightllmd.requests.scoring import ScoringJob
 
 Kind = TypeVar("Kind", bound=ScoringBody)
+Pairs = TypeVar("Pairs", bound=PairsBody)
 
 
 @dataclass(frozen=True)
@@ -71,20 +79,27 @@ class ScoringReply(ABC, Generic[Kind]):
         }
 
 
-class PairsReply(ScoringReply[Kind]):
+class PairsReply(ScoringReply[Pairs]):
     """Of two texts each: how well they fit."""
 
     @classmethod
-    def check(cls, body: Kind, scoring: Scoring) -> None:
+    def check(cls, body: Pairs, scoring: Scoring) -> None:
         super().check(body, scoring)
         labels = len(scoring.labels)
         if labels != 1:
             raise InvalidRequest(f"/{cls.name} needs a model with one label, and this one has {labels}; see /classify")
 
     def scores(self, entries: Sequence[Entry]) -> list[float]:
-        """By themselves they are probabilities, as sentence-transformers' cross encoders and vLLM tell them."""
+        """By themselves they are probabilities, as sentence-transformers' cross encoders and vLLM tell them. Texts that
+        are the same have the same, whatever the steps that they were in made of the last digits."""
         activation = identity if self.body.use_activation is False else sigmoid
-        return [activation(entry.values[0])[0] for entry in entries]
+        pairs = self.body.pairs()
+        firsts, seconds = pairs.first.texts, pairs.second.texts
+        told: dict[tuple[str, str], float] = {}
+        return [
+            told.setdefault((firsts[pairs.first_at(at)], seconds[at]), activation(entry.values[0])[0])
+            for at, entry in enumerate(entries)
+        ]
 
 
 class ScorePairsReply(PairsReply[ScorePairsBody]):
