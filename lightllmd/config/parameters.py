@@ -188,6 +188,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             group=SERVING,
             minimum=1,
             maximum=65535,
+            needs="tensor parallelism",
         ),
     ] = 28765
     mode: Annotated[
@@ -337,6 +338,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             unit="images",
             minimum=1,
             maximum=1_000_000,
+            needs="vision-language models",
         ),
     ] = 200
     cache_reserved_ratio: Annotated[
@@ -346,6 +348,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             group=IMAGES,
             minimum=0,
             maximum=1,
+            needs="vision-language models",
         ),
     ] = 0.5
     data_type: Annotated[

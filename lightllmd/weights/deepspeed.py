@@ -42,6 +42,8 @@ def deepspeed_files(directory: Path, architecture: Architecture) -> list[Path]:
         known = ", ".join(name for name, one in FAMILIES.items() if has_llama_names(one))
         fault = f"reads tensors with the names of Llama's ({known}), not {family.model_type}"
         raise invalid(f'{directory}: load_way = "DS" {fault}')
+    if architecture.scored is not None:
+        raise invalid(f'{directory}: load_way = "DS" has no place for the head of a model that scores')
     paths = sorted(path for path in directory.iterdir() if is_deepspeed_file(path))
     if not paths:
         below = next((path.parent for path in sorted(directory.glob("*/layer*.pt"))), None)

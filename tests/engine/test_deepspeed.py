@@ -72,6 +72,12 @@ def test_families_with_other_names_are_refused_by_name(tmp_path: Path, variant: 
         model_facts(str(folder), load_way="DS")
 
 
+def test_a_model_that_scores_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_deepspeed(tmp_path, {"architectures": ["LlamaForSequenceClassification"]})
+    with pytest.raises(ConfigInvalid, match='"DS" has no place for the head of a model that scores'):
+        model_facts(str(folder), load_way="DS")
+
+
 def test_embedding_and_head_may_be_split_by_vocabulary(tmp_path: Path) -> None:
     split = write_deepspeed(tmp_path / "ds", split_vocabulary=True)
     assert tuple(torch.load(split / file_of(1, 0))["weight"].shape) == (64, 64)
@@ -196,6 +202,32 @@ def test_hundreds_of_files_need_few_descriptors(tmp_path: Path) -> None:
         most = max(most, len(os.listdir("/proc/self/fd")))
     assert most - before < 30
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_run_is_longer_than_it_may_be(tmp_path: Path) -> None:
+    """So that reading takes little memory, whatever a tensor has and however it lies."""
+    checkpoint, seen = opened(write_deepspeed(tmp_path, {"vocab_size": 1000})), 0
+    for name, info in checkpoint.tensors.items():
+        runs = list(checkpoint.runs(name, torch.empty(info.shape), 1000))
+        assert max(run.nbytes for run in runs) <= 1000
+        assert sum(run.out.numel() for run in runs) == info.elements
+        seen += len(runs)
+    assert seen > 300
+
+
+def test_who_slept_and_woke_reads_it_again(tmp_path: Path) -> None:
+    folder = write_deepspeed(tmp_path)
+    runner = load(folder)
+    expected = Driver(runner).logits(Driver(runner).row(0, IDS))
+    runner.release(lambda done, total: None)
+    seen: list[tuple[int, int]] = []
+    runner.restore(lambda *at: seen.append(at))
+    assert torch.equal(Driver(runner).logits(Driver(runner).row(0, IDS))[0], expected[0])
+    assert seen[-1] == (sum(tensor.nbytes for tensor in tensors_of(BASE).values()),) * 2
+    runner.release(lambda done, total: None)
+    os.truncate(folder / file_of(4, 1), 1000)
+    with pytest.raises(WeightsInvalid, match=rf"{file_of(4, 1)}: truncated"):
+        runner.restore(lambda done, total: None)
 
 
 # --- files that change, loading that fails ----------------------------------------------------------------------------

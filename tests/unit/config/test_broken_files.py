@@ -125,7 +125,10 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
 # Each is valid and refused by name, because its feature is not built yet.
 NOT_AVAILABLE = {
     "tp": "2",
+    "nccl_port": "28766",
     "enable_multimodal": "true",
+    "cache_capacity": "100",
+    "cache_reserved_ratio": "0.25",
     "http.tls_certificate": '"a.pem"',
     "http.tls_key": '"a.key"',
 }
@@ -230,7 +233,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         MODEL,
         MODEL + 'long_truncation_mode = "None"\n',
         MODEL + "grouping_key = []\n",
-        MODEL + "splitfuse_block_size = 128\ncache_capacity = 3\npush_interval = 5\njob_name = 'x'\n",
+        MODEL + "splitfuse_block_size = 128\npush_interval = 5\njob_name = 'x'\n",
         MODEL + "load_way = 'DUMMY'\n",
         MODEL + "mode = ['triton_flashdecoding']\n",
         MODEL + "mode = ['ppl_fp16', 'ppl_fp16']\ndata_type = 'fp16'\n",
