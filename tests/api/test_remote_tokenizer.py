@@ -4,6 +4,7 @@ request that made it do so."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -28,8 +29,12 @@ def plan_of(folder: Path, **params: Any) -> Plan:
 
 def hosts(one: Stack) -> list[psutil.Process]:
     """The processes that have loaded the tokenizer, and the helpers that they forked."""
-    guards = [p for p in psutil.Process().children() if "lightllmd.code_host" in " ".join(p.cmdline())]
-    return [child for guard in guards for child in guard.children(recursive=True)]
+    found = []
+    for guard in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "lightllmd.code_host" in guard.cmdline():
+                found += guard.children(recursive=True)
+    return found
 
 
 def chat(text: str) -> dict[str, Any]:

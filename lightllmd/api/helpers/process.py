@@ -138,6 +138,8 @@ def _serve(
             answer = _run(tasks[name], arguments, pack)
             signal.setitimer(signal.ITIMER_PROF, 0)
             send(link, answer)
+            if _has_children():
+                break  # what a tokenizer's code forked is ended as an orphan, by the guard of its host
     except (OSError, EOFError):
         pass  # the api worker does not want it any more
     finally:
@@ -155,6 +157,13 @@ def _run(task: Task, arguments: tuple[Any, ...], pack: Callable[[tuple[Any, ...]
         log.exception("a helper's task failed")
         failure = RequestFailed("internal error of the HTTP front end")
     return pack((False, failure.name, failure.message, failure.parameters))
+
+
+def _has_children() -> bool:
+    try:
+        return os.waitpid(-1, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
 
 
 def _address_space() -> int:
