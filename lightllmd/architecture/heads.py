@@ -11,7 +11,7 @@ from lightllmd.architecture.spec import DecoderSpec, ScoreHead
 from lightllmd.architecture.weights import Names
 from lightllmd.errors import show
 
-MOST_LABELS = 4096
+MOST_LABELS, MOST_LABEL_BYTES = 4096, 40_000  # the latter in all: plans have them
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 LABEL = "LABEL_{}"  # what transformers calls those that a config doesn't name
 
@@ -93,6 +93,9 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(named, Mapping) and named:
         labels = tuple(named.get(str(index)) for index in range(min(len(named), MOST_LABELS)))
         if len(labels) == len(named) and all(isinstance(label, str) for label in labels):
+            size = sum(len(str(label).encode(errors="replace")) for label in labels)
+            if size > MOST_LABEL_BYTES:
+                raise invalid(f"id2label has names of {size} bytes in all, at most {MOST_LABEL_BYTES} are carried")
             return labels  # type: ignore[return-value]
         raise invalid(f"id2label is {show(named)}, a name for each of 0 to {len(named) - 1} is needed")
     count = 2 if count is None else count

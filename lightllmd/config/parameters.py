@@ -373,10 +373,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     use_reward_model: Annotated[
         bool,
         Setting(
-            doc="The model is a reward model or a classifier: its results are scores of whole prompts, on /get_score. "
-            "Routes that generate refuse their requests. It has to be a model with such a head "
-            "(InternLM2ForRewardModel, Qwen2ForRewardModel, Qwen2ForProcessRewardModel, or "
-            "...ForSequenceClassification of a family that is served).",
+            doc="The model is a reward model or a classifier: its results are scores of whole prompts, on "
+            "/get_score, /score, /rerank, /classify and /pooling. Routes that generate refuse their requests. It has "
+            "to be a model with such a head (InternLM2ForRewardModel, Qwen2ForRewardModel, Qwen2ForProcessRewardModel, "
+            "or ...ForSequenceClassification of a family that is served).",
             group=MODEL,
         ),
     ] = False

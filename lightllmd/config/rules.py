@@ -135,10 +135,14 @@ RULES: tuple[Rule, ...] = (
     Rule(("grouping_key",), push.group_fault),
     _needs_gateway("grouping_key"),
     _needs_gateway("enable_monitor_auth"),
-    _pair(
-        Feature("use_reward_model"),
-        Feature("return_all_prompt_logprobs"),
-        "a reward model has no next-token probabilities",
+    *(
+        _pair(Feature("use_reward_model"), Feature(key), reason)
+        for key, reason in {
+            "return_all_prompt_logprobs": "a reward model has no next-token probabilities",
+            "beam_mode": "a reward model generates nothing, so that there is nothing to search",
+            "diverse_mode": "a reward model generates nothing, so that best_of has no meaning",
+            "token_healing_mode": "a reward model reads a prompt as it is",
+        }.items()
     ),
     *(_pair(first, second, declared.reason) for first, second, declared in pairs() if declared.reason),
 )

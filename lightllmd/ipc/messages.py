@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
-PROTOCOL = 1  # raised when a message changes its meaning; both ends must agree
+PROTOCOL = 2  # raised when a message changes its meaning; both ends must agree
 
 
 def request_id(api: int, epoch: int, sequence: int) -> int:

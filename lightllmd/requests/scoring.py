@@ -151,7 +151,10 @@ class ScoringIntake:
         return [self._job(asked, scoring, field, ids) for field, ids in zip(fields, given, strict=True)]
 
     def _job(self, asked: ScoresAsked, scoring: Scoring, field: str, given: Ids) -> ScoringJob:
-        ids = [*self._limits.prompt(self._kept(asked, given), field)]
+        kept, ending = self._kept(asked, given), scoring.ending
+        if ending is not None and given[-1:] != kept[-1:] and given[-1] == ending:
+            kept = [*kept[:-1], ending]  # where the model is read stays the end
+        ids = [*self._limits.prompt(kept, field)]
         at = None
         if scoring.marker is not None:
             at = [index for index, token in enumerate(ids) if token == scoring.marker]

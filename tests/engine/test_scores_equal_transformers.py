@@ -122,6 +122,21 @@ def test_the_runner_of_gpus_has_them_too(head: str, tmp_path: Path) -> None:
     close(engine.ask(asked), [truth.vectors(prompt) for prompt in asked], 2e-4)
 
 
+@pytest.mark.parametrize("kind", [CpuRunner, GpuRunner], ids=["cpu", "device"])
+@pytest.mark.parametrize("stage", [True, False], ids=["staged", "from files"])
+def test_who_slept_and_woke_has_the_same(kind: type[CpuRunner] | type[GpuRunner], stage: bool, tmp_path: Path) -> None:
+    folder = write_scored(tmp_path, HEADS["qwen2 process reward"])
+    runner, device = kind(), "cpu" if kind is CpuRunner else DEVICE
+    plan = scored_plan(folder, device=device, slots=80, running_max_req_size=3)
+    runner.load(plan, lambda done, total: None)
+    before = Engine(plan, runner).ask(prompts(2)[1:])
+    if stage:
+        runner.stage()
+    runner.release(lambda done, total: None)
+    runner.restore(lambda done, total: None)
+    assert Engine(plan, runner).ask(prompts(2)[1:]) == before
+
+
 def test_internlm2_generates_as_the_llama_that_it_is(tmp_path: Path) -> None:
     """Its queries, keys and values are one tensor, in groups."""
     from safetensors.torch import load_file

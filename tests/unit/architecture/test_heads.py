@@ -51,6 +51,7 @@ def test_a_causal_model_has_none(named: Any) -> None:
         ({"num_labels": True}, "num_labels is true"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label is .*a name for each of 0 to 1"),
         ({"id2label": {"0": 1}}, "id2label is"),
+        ({"id2label": {"0": "x" * 40_001}}, "id2label has names of 40001 bytes in all, at most 40000"),
         ({"problem_type": 3}, "problem_type is 3, a name is needed"),
         ({"architectures": ["InternLM2ForRewardModel"], "reward_token_id": 128}, "reward_token_id is 128"),
     ],

@@ -88,6 +88,12 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
         "supervisor.control_socket",
         "108 bytes",
     ),
+    "a-mode-of-generation-of-a-reward-model": (
+        MODEL + "use_reward_model = true\nbeam_mode = true\n",
+        3,
+        "beam_mode",
+        "use_reward_model and beam_mode exclude each other: a reward model generates nothing",
+    ),
     "two-modes-of-generation": (
         MODEL + "beam_mode = true\ndiverse_mode = true\n",
         3,
