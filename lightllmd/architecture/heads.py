@@ -26,6 +26,7 @@ class ScoredModel:
     problem_type: str | None = None  # as transformers has it
     steps: bool = False
     ending: int | None = None  # the token that a conversation ends with
+    raw_pairs: bool = False  # how well two texts fit is told as the logit; else as its sigmoid
 
     def decoder(self, spec: DecoderSpec) -> DecoderSpec:
         """A causal model's, with this head instead of its own."""
@@ -56,7 +57,20 @@ def _classifier(config: Mapping[str, Any]) -> ScoredModel:
     labels, kind = _labels(config), config.get("problem_type")
     if kind is not None and not isinstance(kind, str):
         raise invalid(f"problem_type is {show(kind)}, a name is needed")
-    return ScoredModel(ScoreHead(len(labels)), {"score": "score"}, labels, kind)
+    return ScoredModel(ScoreHead(len(labels)), {"score": "score"}, labels, kind, raw_pairs=_raw_pairs(config))
+
+
+def _raw_pairs(config: Mapping[str, Any]) -> bool:
+    """As sentence-transformers' cross encoders write the function that scores of pairs go through."""
+    ours = config.get("sentence_transformers")
+    named = ours.get("activation_fn") if isinstance(ours, Mapping) else None
+    named = config.get("sbert_ce_default_activation_function") if named is None else named
+    match named:
+        case None | "torch.nn.modules.activation.Sigmoid":
+            return False
+        case "torch.nn.modules.linear.Identity":
+            return True
+    raise invalid(f"its scores of pairs go through {show(named)}; Sigmoid and Identity of torch.nn.modules are built")
 
 
 def _internlm2(config: Mapping[str, Any]) -> ScoredModel:

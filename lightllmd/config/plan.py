@@ -59,6 +59,7 @@ class Scoring(msgspec.Struct, frozen=True):
     problem_type: str | None = None
     marker: int | None = None  # a vector is made at each token of this id; None: one, at the last token
     ending: int | None = None  # a token that ends each conversation
+    raw_pairs: bool = False  # /score and /rerank tell the logit; else its sigmoid
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):

@@ -275,7 +275,7 @@ class _Real(_Maker):
         scored = self.architecture.scored
         if scored is None:
             return None
-        return Scoring(list(scored.labels), scored.problem_type, self._marker(), scored.ending)
+        return Scoring(list(scored.labels), scored.problem_type, self._marker(), scored.ending, scored.raw_pairs)
 
     def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)

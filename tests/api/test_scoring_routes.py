@@ -74,20 +74,23 @@ def posting(folder: Path, how: Scoring | None, *posts: tuple[str, dict[str, Any]
 # --- /score -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/score", "/v1/score"])
-@pytest.mark.parametrize(
-    "names", [("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items")]
-)
-def test_pairs_are_scored_under_each_of_vllms_names(tmp_path, path, names):
-    first, second = names
-    answers = posting(
-        tmp_path,
-        ONE,
-        (path, {"model": "any", first: "q", second: "d"}),
-        (path, {first: ["q"], second: ["d1", {"text": "d2"}], "encoding_format": "float", "user": "me"}),
-        (path, {first: ["q1", "q2"], second: ["d1", {"content": [{"type": "text", "text": "d2"}]}]}),
-    )
-    for answer, texts in zip(answers, (["qd"], ["qd1", "qd2"], ["q1d1", "q2d2"]), strict=True):
+def test_pairs_are_scored_under_each_of_vllms_names(tmp_path):
+    cases = []
+    for path in ("/score", "/v1/score"):
+        for first, second in (
+            ("text_1", "text_2"),
+            ("data_1", "data_2"),
+            ("queries", "documents"),
+            ("queries", "items"),
+        ):
+            for firsts, seconds, more, texts in (
+                ("q", "d", {"model": "any"}, ["qd"]),
+                (["q"], ["d1", {"text": "d2"}], {"encoding_format": "float", "user": "me"}, ["qd1", "qd2"]),
+                (["q1", "q2"], ["d1", {"content": [{"type": "text", "text": "d2"}]}], {}, ["q1d1", "q2d2"]),
+            ):
+                cases.append((path, {first: firsts, second: seconds} | more, texts))
+    answers = posting(tmp_path, ONE, *[(path, body) for path, body, _ in cases])
+    for answer, (_, _, texts) in zip(answers, cases, strict=True):
         assert told(answer) == {
             "id": "score",
             "object": "list",
@@ -106,40 +109,47 @@ def test_the_logits_themselves_are_told_without_activation(tmp_path):
     assert [answer.json()["data"][0]["score"] for answer in answers] == [logit("qd"), logit("qd"), score("qd")]
 
 
+def test_a_model_may_say_that_pairs_are_told_as_logits(tmp_path):
+    body = {"text_1": "q", "text_2": "d"}
+    for answer in posting(
+        tmp_path, Scoring(["fits"], raw_pairs=True), ("/score", body), ("/score", body | {"use_activation": True})
+    ):
+        assert answer.json()["data"][0]["score"] == logit("qd")
+
+
 # --- /rerank ------------------------------------------------------------------------------------------------------
 
 DOCUMENTS = ["one", "two", "three", "two", ""]
 RANKED = sorted(range(5), key=lambda index: (-score("q" + DOCUMENTS[index]), index))
 
 
-@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
-def test_documents_are_ranked_and_equal_ones_stay_in_their_order(tmp_path, path):
-    (answer,) = posting(tmp_path, ONE, (path, {"model": "any", "query": "q", "documents": DOCUMENTS, "unknown": 1}))
+def test_documents_are_ranked_and_equal_ones_stay_in_their_order(tmp_path):
+    body = {"model": "any", "query": "q", "documents": DOCUMENTS, "unknown": 1}
     usage = used(*("q" + text for text in DOCUMENTS))
-    assert told(answer) == {
-        "id": "rerank",
-        "model": "fake-model",
-        "results": [
-            {"index": at, "relevance_score": score("q" + DOCUMENTS[at]), "document": {"text": DOCUMENTS[at]}}
-            for at in RANKED
-        ],
-        "usage": usage,
-        "meta": {"tokens": {"input_tokens": usage["prompt_tokens"], "output_tokens": 0}},
-    }
     assert RANKED.index(1) + 1 == RANKED.index(3)
-    assert answer.headers["x-lightllmd-ignored"] == "unknown"
+    for answer in posting(tmp_path, ONE, *[(path, body) for path in ("/rerank", "/v1/rerank", "/v2/rerank")]):
+        assert told(answer) == {
+            "id": "rerank",
+            "model": "fake-model",
+            "results": [
+                {"index": at, "relevance_score": score("q" + DOCUMENTS[at]), "document": {"text": DOCUMENTS[at]}}
+                for at in RANKED
+            ],
+            "usage": usage,
+            "meta": {"tokens": {"input_tokens": usage["prompt_tokens"], "output_tokens": 0}},
+        }
+        assert answer.headers["x-lightllmd-ignored"] == "unknown"
 
 
-@pytest.mark.parametrize(
-    ("top_n", "shown"), [(None, 5), (0, 5), (-1, 5), (1, 1), (4, 4), (5, 5), (6, 5), (2**31 - 1, 5)]
-)
-def test_top_n_bounds_the_results(tmp_path, top_n, shown):
-    body = {"query": "q", "documents": DOCUMENTS, "top_n": top_n, "return_documents": False}
-    (answer,) = posting(tmp_path, ONE, ("/rerank", body))
-    assert answer.json()["results"] == [
-        {"index": at, "relevance_score": score("q" + DOCUMENTS[at])} for at in RANKED[:shown]
-    ]
-    assert answer.json()["usage"]["total_tokens"] == sum(len("q" + text) for text in DOCUMENTS)
+def test_top_n_bounds_the_results(tmp_path):
+    shown = {None: 5, 0: 5, -1: 5, 1: 1, 4: 4, 5: 5, 6: 5, 2**31 - 1: 5}
+    body = {"query": "q", "documents": DOCUMENTS, "return_documents": False}
+    answers = posting(tmp_path, ONE, *[("/rerank", body | {"top_n": most}) for most in shown])
+    for answer, count in zip(answers, shown.values(), strict=True):
+        assert answer.json()["results"] == [
+            {"index": at, "relevance_score": score("q" + DOCUMENTS[at])} for at in RANKED[:count]
+        ]
+        assert answer.json()["usage"]["total_tokens"] == sum(len("q" + text) for text in DOCUMENTS)
 
 
 def test_documents_may_be_objects_of_which_some_fields_are_read(tmp_path):
@@ -247,32 +257,32 @@ def test_pooling_tells_logits_as_they_are(tmp_path):
     assert steps.json()["data"][0]["data"] == [[logit(text, label) for label in (0, 1)] for text in ("a#", "a#b#")]
 
 
-@pytest.mark.parametrize(("endianness", "form"), [("big", ">"), ("little", "<"), ("native", "=")])
-@pytest.mark.parametrize(("dtype", "letter"), [("float32", "f"), ("float16", "e")])
-def test_pooling_in_base64_has_the_type_and_byte_order_that_were_asked_for(tmp_path, endianness, form, dtype, letter):
-    body = {"input": "a#b#", "encoding_format": "base64", "embed_dtype": dtype, "endianness": endianness}
-    (answer,) = posting(tmp_path, STEPS, ("/pooling", body))
-    numbers = struct.unpack(f"{form}4{letter}", b64decode(answer.json()["data"][0]["data"]))
-    expected = [logit(text, label) for text in ("a#", "a#b#") for label in (0, 1)]
-    assert numbers == pytest.approx(expected, rel=1e-7 if letter == "f" else 1e-3)
-
-
-@pytest.mark.parametrize("path", ["/classify", "/pooling"])
-def test_prompts_are_cut_at_the_side_that_was_asked_for(tmp_path, path):
-    body = {"input": ["abcdef", "ab"], "truncate_prompt_tokens": 3}
-    right, left, fitting = posting(
-        tmp_path,
-        ONE,
-        (path, body),
-        (path, body | {"truncation_side": "left"}),
-        (path, body | {"input": "x" * 100, "truncate_prompt_tokens": -1}),
-        params={"max_req_input_len": 20},
+def test_pooling_in_base64_has_the_type_and_byte_order_that_were_asked_for(tmp_path):
+    forms = {"big": ">", "little": "<", "native": "="}
+    cases = [(order, dtype) for order in forms for dtype in ("float32", "float16")]
+    body = {"input": "a#b#", "encoding_format": "base64"}
+    answers = posting(
+        tmp_path, STEPS, *[("/pooling", body | {"embed_dtype": dtype, "endianness": order}) for order, dtype in cases]
     )
-    key = "probs" if path == "/classify" else "data"
-    for answer, texts in ((right, ["abc", "ab"]), (left, ["def", "ab"]), (fitting, ["x" * 20])):
-        shown = [[score(text) if path == "/classify" else logit(text)] for text in texts]
-        assert [one[key] for one in answer.json()["data"]] == shown
-        assert answer.json()["usage"] == used(*texts)
+    expected = [logit(text, label) for text in ("a#", "a#b#") for label in (0, 1)]
+    for answer, (order, dtype) in zip(answers, cases, strict=True):
+        letter, near = ("f", 1e-7) if dtype == "float32" else ("e", 1e-3)
+        numbers = struct.unpack(f"{forms[order]}4{letter}", b64decode(answer.json()["data"][0]["data"]))
+        assert numbers == pytest.approx(expected, rel=near)
+
+
+def test_prompts_are_cut_at_the_side_that_was_asked_for(tmp_path):
+    body = {"input": ["abcdef", "ab"], "truncate_prompt_tokens": 3}
+    cases = [
+        (body, ["abc", "ab"]),
+        (body | {"truncation_side": "left"}, ["def", "ab"]),
+        (body | {"input": "x" * 100, "truncate_prompt_tokens": -1}, ["x" * 20]),
+    ]
+    for path, key, number in (("/classify", "probs", score), ("/pooling", "data", logit)):
+        answers = posting(tmp_path, ONE, *[(path, asked) for asked, _ in cases], params={"max_req_input_len": 20})
+        for answer, (_, texts) in zip(answers, cases, strict=True):
+            assert [one[key] for one in answer.json()["data"]] == [[number(text)] for text in texts]
+            assert answer.json()["usage"] == used(*texts)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -367,29 +377,43 @@ def test_rerank_errors_are_told_as_each_client_reads_them(tmp_path):
         assert body["message"] == body["detail"] == body["error"]["message"] == "query: required; documents: required"
 
 
+BODIES = {
+    "/score": {"text_1": "q", "text_2": "#"},
+    "/v2/rerank": {"query": "q", "documents": ["#"]},
+    "/rerank": {"query": "q", "documents": ["#"]},
+    "/classify": {"input": "a#"},
+    "/pooling": {"input": "a#"},
+}
+
+
 @pytest.mark.parametrize(
-    ("how", "path", "says"),
+    ("how", "refused"),
     [
-        (THREE, "/score", "/score needs a model with one label, and this one has 3; see /classify"),
-        (THREE, "/rerank", "/rerank needs a model with one label, and this one has 3; see /classify"),
-        (STEPS, "/score", "this model scores the steps of a prompt, which /pooling tells; /score can't"),
-        (STEPS, "/rerank", "this model scores the steps of a prompt, which /pooling tells; /rerank can't"),
-        (STEPS, "/classify", "this model scores the steps of a prompt, which /pooling tells; /classify can't"),
-        (None, "/score", "use_reward_model = true"),
-        (None, "/v2/rerank", "use_reward_model = true"),
-        (None, "/classify", "use_reward_model = true"),
-        (None, "/pooling", "use_reward_model = true"),
+        (
+            THREE,
+            {
+                "/score": "/score needs a model with one label, and this one has 3; see /classify",
+                "/rerank": "/rerank needs a model with one label, and this one has 3; see /classify",
+            },
+        ),
+        (
+            STEPS,
+            {
+                "/score": "this model scores the steps of a prompt, which /pooling tells; /score can't",
+                "/rerank": "this model scores the steps of a prompt, which /pooling tells; /rerank can't",
+                "/classify": "this model scores the steps of a prompt, which /pooling tells; /classify can't",
+            },
+        ),
+        (None, dict.fromkeys(BODIES, "use_reward_model = true")),
     ],
 )
-def test_a_model_without_such_results_refuses_by_name(tmp_path, how, path, says):
-    body = {"input": "a#"} | ({"query": "q", "documents": ["#"]} if "rerank" in path else {})
-    body |= {"text_1": "q", "text_2": "#"} if "score" in path else {}
-
+def test_a_model_without_such_results_refuses_by_name(tmp_path, how, refused):
     async def scenario():
         async with scoring(tmp_path, how) as one:
-            answer = await one.client.post(path, json=body)
-            assert answer.status_code == 400
-            assert says in answer.json()["error"]["message"]
+            for path, says in refused.items():
+                answer = await one.client.post(path, json=BODIES[path])
+                assert answer.status_code == 400
+                assert says in answer.json()["error"]["message"]
             assert not one.engine.submits
 
     run(scenario())

@@ -90,9 +90,10 @@ class PairsReply(ScoringReply[Pairs]):
             raise InvalidRequest(f"/{cls.name} needs a model with one label, and this one has {labels}; see /classify")
 
     def scores(self, entries: Sequence[Entry]) -> list[float]:
-        """By themselves they are probabilities, as sentence-transformers' cross encoders and vLLM tell them. Texts that
-        are the same have the same, whatever the steps that they were in made of the last digits."""
-        activation = identity if self.body.use_activation is False else sigmoid
+        """They are probabilities if the model's config doesn't say otherwise, as sentence-transformers' cross encoders
+        and vLLM tell them. Texts that are the same have the same, whatever the steps that they were in made of the last
+        digits."""
+        activation = identity if self.body.use_activation is False or self.scoring.raw_pairs else sigmoid
         pairs = self.body.pairs()
         firsts, seconds = pairs.first.texts, pairs.second.texts
         told: dict[tuple[str, str], float] = {}

@@ -54,11 +54,36 @@ def test_a_causal_model_has_none(named: Any) -> None:
         ({"id2label": {"0": "x" * 40_001}}, "id2label has names of 40001 bytes in all, at most 40000"),
         ({"problem_type": 3}, "problem_type is 3, a name is needed"),
         ({"architectures": ["InternLM2ForRewardModel"], "reward_token_id": 128}, "reward_token_id is 128"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}}, "go through .*Tanh"),
+        ({"sbert_ce_default_activation_function": 3}, "go through 3; Sigmoid and Identity"),
     ],
 )
 def test_what_it_cannot_be_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigInvalid, match=words):
         scored_model(LLAMA | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "raw"),
+    [
+        ({}, False),
+        ({"sentence_transformers": {"activation_fn": None, "version": "5"}}, False),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, False),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, True),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, True),
+        (
+            {
+                "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"},
+                "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+            },
+            False,
+        ),
+    ],
+)
+def test_how_pairs_are_told_is_as_sentence_transformers_writes_it(changes: dict[str, Any], raw: bool) -> None:
+    found = scored_model(LLAMA | changes)
+    assert found is not None
+    assert found.raw_pairs is raw
 
 
 def test_heads_of_reward_models() -> None:
