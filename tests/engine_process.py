@@ -131,8 +131,11 @@ class Api:
                         found.append(token)
         return found
 
+    def loads(self) -> list[Load]:
+        return [message for message in self.heard if isinstance(message, Load)]
+
     def load(self) -> Load | None:
-        return next((message for message in reversed(self.heard) if isinstance(message, Load)), None)
+        return next(reversed(self.loads()), None)
 
 
 Start = Callable[..., EngineProcess]

@@ -92,10 +92,16 @@ def twin_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- tiny models ---------------------------------------------------------------------------------------------------
 
 
+def write_tiny_model(folder: Path, positions: int = 512) -> Path:
+    """A random one of half a MB, with a tokenizer of bytes and a chat template: ``folder/tiny``."""
+    model = write_model(folder / "tiny", {"max_position_embeddings": positions, "vocab_size": 259})
+    _write_byte_tokenizer(model)
+    return model
+
+
 def write_tiny_models(folder: Path) -> tuple[Path, Path]:
-    """A random model of half a MB and its twin, with a tokenizer of bytes and a chat template."""
-    first = write_model(folder / "tiny", {"max_position_embeddings": 512, "vocab_size": 259})
-    _write_byte_tokenizer(first)
+    """The tiny one and its twin."""
+    first = write_tiny_model(folder)
     second = folder / "tiny-twin"
     shutil.copytree(first, second)
     save_file(twin_of(load_file(first / "model.safetensors")), second / "model.safetensors", metadata={"format": "pt"})

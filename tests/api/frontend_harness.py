@@ -277,6 +277,10 @@ class Stack:
         self.tell(messages.Prepare(revision, encode_plan(plan)))
         assert (await self.answer(messages.Prepared, revision)).error == ""
 
+    async def token(self) -> None:
+        """Returns when a running request has one."""
+        await until(lambda: any(branch.ids for entry in self.ledger.entries for branch in entry.branches))
+
     @property
     def healthy(self) -> bool:
         return self.worker.revisions.health.ready

@@ -336,7 +336,7 @@ def test_a_healed_request_goes_on_in_the_next_engine(tmp_path):
             answer = asyncio.create_task(one.generate("hello wor", max_new_tokens=8))
             await engine.submitted(1)
             engine.step()
-            await asyncio.sleep(0.05)
+            await one.token()
             await one.kill()
             engine = await one.up(token=lambda submit, branch, position: text[position])
             engine.free_run = True

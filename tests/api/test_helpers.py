@@ -52,12 +52,20 @@ def nap(seconds: float) -> int:
     return os.getpid()
 
 
+def nap_once(begun: str) -> int:
+    """Never ends the first time."""
+    if not os.path.exists(begun):
+        Path(begun).touch()
+        time.sleep(600)
+    return os.getpid()
+
+
 def fall() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    task.__name__: task for task in (echo, refuse, spin, power, hoard, pid, nap, fall)
+    task.__name__: task for task in (echo, refuse, spin, power, hoard, pid, nap, nap_once, fall)
 }
 
 
@@ -149,12 +157,12 @@ def test_no_more_helpers_than_there_is_room_for() -> None:
     run(scene())
 
 
-def test_a_helper_or_zygote_that_is_killed_is_replaced_and_the_task_done() -> None:
+def test_a_helper_or_zygote_that_is_killed_is_replaced_and_the_task_done(tmp_path: Path) -> None:
     async def scene() -> None:
         async with started() as one:
             number = await one.run("pid", heavy=False)
-            task = asyncio.create_task(one.run("nap", 0.2, heavy=False))
-            await asyncio.sleep(0.05)
+            task = asyncio.create_task(one.run("nap_once", str(tmp_path / "begun"), heavy=False))
+            await until((tmp_path / "begun").exists)
             os.kill(number, signal.SIGKILL)
             assert await task != number
             assert one._zygote is not None
@@ -191,11 +199,11 @@ def test_a_helper_that_was_stopped_does_not_hold_a_client_for_ever(monkeypatch: 
     run(scene())
 
 
-def test_a_cancelled_task_ends_its_helper() -> None:
+def test_a_cancelled_task_ends_its_helper(tmp_path: Path) -> None:
     async def scene() -> None:
         async with started() as one:
-            task = asyncio.create_task(one.run("spin", heavy=True, seconds=0.2))
-            await asyncio.sleep(0.05)
+            task = asyncio.create_task(one.run("nap_once", str(tmp_path / "begun"), heavy=True))
+            await until((tmp_path / "begun").exists)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -178,7 +178,7 @@ def test_they_outlive_the_engine_that_told_them(tmp_path):
             answer = asyncio.create_task(one.generate("abcdefgh", max_new_tokens=3, prompt_logprobs=1))
             await engine.submitted(1)
             engine.step()
-            await asyncio.sleep(0.05)
+            await one.token()
             await one.kill()
             engine = await one.up()
             engine.free_run = True

@@ -70,7 +70,7 @@ def main() -> None:
         turns += 1
         age = time.monotonic() - born
         live = orders("live")
-        loading = age < told.get("load_seconds", 0)
+        loading = age < told.get("load_seconds", 0) and not live.get("loaded")
         phase = "load" if loading else "asleep" if asleep else told.get("phase", "ready")
         hangs = live.get("hang") == kind or told.get("hang_in") == phase
         stats = {key: float(value) for key, value in live.get(kind, {}).items()}

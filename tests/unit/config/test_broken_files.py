@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lightllmd.__main__ import main
 from lightllmd.config.document import MAX_FILE_BYTES
 from lightllmd.config.load import load
 from lightllmd.errors import EXIT_CONFIG, ConfigInvalid, Problem
@@ -152,20 +154,30 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
     return file
 
 
-def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lightllmd", "--check", *arguments, "--offline"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def checked_by_a_process(file: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "lightllmd", "--check", str(file), "--offline"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+
+Check = Callable[[Path], "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """As `checked_by_a_process`, in this one."""
+
+    def checked(file: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["lightllmd", "--check", str(file), "--offline"])
+        return subprocess.CompletedProcess(sys.argv, main(), *capsys.readouterr())
+
+    return checked
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_exits_78_with_line_and_key(name: str, tmp_path: Path) -> None:
+def test_a_broken_file_exits_78_with_line_and_key(name: str, tmp_path: Path, check: Check) -> None:
     text, line, key, part = BROKEN[name]
     file = write(tmp_path, text)
-    done = check(str(file))
+    done = check(file)
     assert done.returncode == EXIT_CONFIG, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -220,7 +232,7 @@ def test_invalid_utf8_names_byte_and_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.toml", "folder"])
 def test_a_file_that_cant_be_read_is_a_problem(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    done = check(str(tmp_path / name))
+    done = checked_by_a_process(tmp_path / name)
     assert done.returncode == EXIT_CONFIG
     assert f"{tmp_path / name}: can't be read: " in done.stderr
 
@@ -250,9 +262,9 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         "engine.backend = 'fake'\nengine.fake.poison = 'x'\n",
     ],
 )
-def test_a_valid_file_passes(text: str, tmp_path: Path) -> None:
+def test_a_valid_file_passes(text: str, tmp_path: Path, check: Check) -> None:
     file = write(tmp_path, text)
-    done = check(str(file))
+    done = check(file)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}: valid\n", "")
 
 
