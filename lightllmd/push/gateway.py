@@ -45,7 +45,7 @@ class Attempt(threading.Thread):
     def _push(self) -> str:
         try:
             push_to_gateway(
-                f"http://{self._target.gateway}",
+                f"http://{self._target.gateway.replace('%', '%25')}",  # before the zone of an IPv6 address (RFC 6874)
                 self._target.job,
                 self._registry,
                 self._target.grouping_key,

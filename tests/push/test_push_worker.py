@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import queue
 import socket
 import threading
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_a_gateway_may_have_an_ipv6_address(tmp_path: Path) -> None:
         pytest.skip(f"no IPv6 here: {refused}")
     with gateway, PushScene(tmp_path, gateway.address):
         assert gateway.next().headers["Host"] == gateway.address
+
+
+@pytest.mark.parametrize("zone", ["10", "eb0", "eth0"])
+def test_the_zone_of_an_address_stays_as_it_is(zone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: queue.Queue[tuple[str, int]] = queue.Queue()
+
+    def resolve(host: str, port: int, *_: Any) -> Any:
+        asked.put((host, port))
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with PushScene(tmp_path, f"[fe80::1%{zone}]:9091"):
+        assert asked.get(timeout=TIMEOUT) == (f"fe80::1%{zone}", 9091)
 
 
 def test_user_and_password_are_told_where_they_are_set(tmp_path: Path) -> None:
