@@ -146,7 +146,7 @@ class SimulatedProcess:
         self.stopped = self.hung = False  # by SIGSTOP; by itself
         self.link: Link | None = None
         self.ledger: list[Any] = []  # all that it was told
-        self.program: Api | Engine | Probe | Reader
+        self.program: Api | Engine | Probe | Push | Reader
         if self.kind == "probe":
             self.program = Probe(self, msgspec.json.decode(stdin or b"{}"))
         elif self.kind == "reader":
@@ -154,7 +154,12 @@ class SimulatedProcess:
         else:
             self.link = links[int(command[1])]
             self.link.process = self
-            self.program = Api(self) if self.kind == "api" else Engine(self, command[2:])
+            kinds: dict[str, Callable[[], Api | Engine | Push]] = {
+                "api": lambda: Api(self),
+                "engine": lambda: Engine(self, command[2:]),
+                "push": lambda: Push(self),
+            }
+            self.program = kinds[self.kind]()
 
     # --- as the supervisor sees it
     def reap(self) -> int | None:
@@ -401,3 +406,47 @@ class Reader:
 
     def hear(self, message: Any) -> None:
         raise TypeError(f"a reader has no channel: {message}")
+
+
+class Push:
+    """As `lightllmd.push`; a last push takes a while."""
+
+    last_breath = 0
+    memory = 0
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self.process = process
+        self.configured: messages.PushConfigure | None = None
+        self.phase = "boot"
+        self.left = process.world.duration()
+        self.stopping = False
+        self.fate = process.world.fate("push")
+
+    def __repr__(self) -> str:
+        return self.phase
+
+    def work(self) -> None:
+        if self.configured is None:
+            return
+        self.left -= 1
+        if self.left <= 0 and self.stopping:
+            self.process.die(0)
+            return
+        fate, self.fate = self.fate, None
+        if fate is not None and fate.what not in ("slow", "stall"):
+            self.process.suffer(fate)
+            return
+        if self.left <= 0:
+            self.phase = "ready"
+        self.process.say(messages.Heartbeat(self.phase, 0, busy=False))
+
+    def hear(self, message: Any) -> None:
+        match message:
+            case messages.PushConfigure():
+                self.configured = message
+            case messages.Stop():
+                self.stopping, self.left = True, self.process.world.duration()
+            case messages.PushTarget() | messages.Tune():
+                pass
+            case _:
+                self.process.world.violated(f"{self.process} was told {message}")

@@ -187,6 +187,9 @@ class SimulatedCommands(Commands):
     def read_ahead(self, files: Sequence[str]) -> list[str]:
         return ["reader"]
 
+    def push(self, channel_fd: int) -> list[str]:
+        return ["push", str(channel_fd)]
+
 
 class Systemd(Notifier):
     """What systemd would be told."""
@@ -234,7 +237,7 @@ class Simulation:
         self.links: dict[int, Link] = {}
         self.processes: list[SimulatedProcess] = []
         self.listeners: list[Listener] = []
-        self.fates: dict[str, deque[Fate]] = {"api": deque(), "engine": deque(), "probe": deque()}
+        self.fates: dict[str, deque[Fate]] = {"api": deque(), "engine": deque(), "probe": deque(), "push": deque()}
         self.violations: list[str] = []
         self.file: Config | None = config
         self.stopping = False  # it was told to, or gave up

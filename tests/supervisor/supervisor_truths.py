@@ -31,6 +31,7 @@ class Truths:
                 self._engines,
                 self._processes,
                 self._told,
+                self._told_to_push,
                 self._requests,
                 self._shown,
                 self._heard,
@@ -143,6 +144,18 @@ class Truths:
         for child in supervisor.front.children():
             if child.channel.their_end:  # type: ignore[attr-defined]
                 yield from self._told_one(child)
+
+    def _told_to_push(self) -> Iterator[str]:
+        """What pushes knows of the settings in force, and of no others."""
+        params = self.simulation.context.config.params
+        for child in self.simulation.supervisor.pusher.children():
+            ledger = child.process.ledger  # type: ignore[attr-defined]
+            told = [m.target if isinstance(m, messages.PushConfigure) else m for m in ledger]
+            targets = [m for m in told if isinstance(m, messages.PushTarget)]
+            if child.asked is not None or not child.channel.their_end:  # type: ignore[attr-defined]
+                continue
+            if (targets[-1].gateway, targets[-1].job) != (params.metric_gateway, params.job_name):
+                yield f"{child.worker} was told {targets[-1]}, in force are {params}"
 
     def _told_one(self, child: Child) -> Iterator[str]:
         supervisor = self.simulation.supervisor

@@ -40,7 +40,8 @@ ENGINE_FATES = [
 ]
 API_FATES = [("api", Fate(phase, what)) for phase in ("boot", "prepare") for what in _ENDS]
 PROBE_FATES = [("probe", Fate("probe", what)) for what in (*_ENDS, "device")]
-FATES = st.sampled_from([*ENGINE_FATES, *API_FATES * 2, *PROBE_FATES])
+PUSH_FATES = [("push", Fate("boot", what)) for what in ("exit", "fault", "hang", "stall")]
+FATES = st.sampled_from([*ENGINE_FATES, *API_FATES * 2, *PROBE_FATES, *PUSH_FATES])
 ORDERS = st.integers(0, 1 << 16)
 RARELY = st.integers(0, 15).map(lambda n: n == 7)  # what ends a run
 
@@ -59,6 +60,10 @@ EDITS = {
     ),
     "spare": lambda config: edited(config, "supervisor", spare_engine=not config.supervisor.spare_engine),
     "monitor": lambda config: edited(config, "params", health_monitor=not config.params.health_monitor),
+    "gateway": lambda config: edited(
+        config, "params", metric_gateway=None if config.params.metric_gateway else "gateway:9091"
+    ),
+    "job": lambda config: edited(config, "params", job_name=config.params.job_name[-9:] + "m"),
     "cors": lambda config: edited(config, "http", cors_origins=[*config.http.cors_origins, "*"][:3]),
     "more workers": lambda config: edited(config, "http", workers=min(config.http.workers + 1, 3)),
     "fewer workers": lambda config: edited(config, "http", workers=max(config.http.workers - 1, 1)),
@@ -84,6 +89,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         swap=st.sampled_from(["auto", "auto", "beside", "after"]),
         workers=st.integers(1, 2),
         monitor=st.booleans(),
+        gateway=st.booleans(),
         serving=st.booleans(),
         faults=st.sampled_from([True, True, True, False]),
         traffic=st.sampled_from([0.0, 0.2, 0.8]),
@@ -95,6 +101,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         swap: str,
         workers: int,
         monitor: bool,
+        gateway: bool,
         serving: bool,
         faults: bool,
         traffic: float,
@@ -104,6 +111,8 @@ class SupervisorMachine(RuleBasedStateMachine):
         """`serving`: it comes to serve before anything is done to it. `faults`: of host and children, not of models.
         `share`: of the device's memory, that a plan may use."""
         flags = {"supervisor.swap": swap, "http.workers": workers, "engine.memory_fraction": share}
+        if gateway:
+            flags["metric_gateway"] = "gateway:9091"
         self.simulation = Simulation(configuration(health_monitor=monitor, **flags), traffic, pace)
         self.truths = Truths(self.simulation)
         self.order = random.Random(0)
@@ -246,7 +255,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     @rule(
         verb=st.sampled_from(["restart", "restart", "reset_failed", "drain", "resume"]),
-        who=st.sampled_from(["", "engine", "api", "api-0", "api-1", "nobody"]),
+        who=st.sampled_from(["", "engine", "api", "api-0", "api-1", "push", "nobody"]),
     )
     def other_verb(self, verb: str, who: str) -> None:
         self.ask(verb, *([who] if verb in ("restart", "reset_failed") else []))
@@ -366,6 +375,9 @@ class SupervisorMachine(RuleBasedStateMachine):
             return False
         if self.kept_a_bad_one and workers[0].limited:
             workers.pop(0)  # it is tried again for ever
+        pushing, wanted = supervisor.pusher.worker, supervisor.context.config.params.metric_gateway is not None
+        if pushing.ready != wanted or any(child.asked is not None for child in supervisor.pusher.children()):
+            return False
         return all(worker.fatal is not None or worker.ready for worker in workers)
 
     @property
@@ -411,6 +423,9 @@ class SupervisorMachine(RuleBasedStateMachine):
         expected = {serving.child.process, *apis}
         if supervisor.engines.spare.child is not None:
             expected.add(supervisor.engines.spare.child.process)
+        pushing = supervisor.pusher.children()
+        assert bool(pushing) == (simulation.context.config.params.metric_gateway is not None), story
+        expected |= {child.process for child in pushing}
         assert set(simulation.processes) == expected, story
         for process in apis:
             api = process.program
