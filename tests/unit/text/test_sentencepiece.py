@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -17,35 +16,10 @@ from lightllmd.errors import ConfigInvalid
 from lightllmd.text import Tokenizer, open_tokenizer
 from lightllmd.text.gguf_vocab import open_metadata
 from lightllmd.text.spm import PieceModel, read_model
+from piece_models import train
 from text_samples import SAMPLES, TEXTS
 
-SENTENCE = "the quick brown fox jumps over the lazy dog while naïve cafés in 北京 sell 你好 tea for 12345 + 67 yen"
-WORDS = SENTENCE.split()
 CONTROL = ("<s>", "</s>", "<unk>")
-
-
-def train(path: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
-    sentences = [" ".join(WORDS[start:] + WORDS[:start]) for start in range(len(WORDS))] * 4
-    sentences += ["def f(x):", "    return x**2", "a  b   c", "[INST] hi [/INST]"] * 6
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        minloglevel=2,
-        num_threads=1,
-        **{
-            "vocab_size": 460,
-            "model_type": "bpe",
-            "byte_fallback": True,
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "allow_whitespace_only_pieces": True,
-            "hard_vocab_limit": False,
-            **options,
-        },
-    )
-    path.write_bytes(model.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 @pytest.fixture(scope="module")
