@@ -75,6 +75,15 @@ def invalid(message: str) -> ConfigInvalid:
     return ConfigInvalid([Problem("model_dir", message)])
 
 
+class NotBuilt(ConfigInvalid):
+    """A config that makes sense asks for what no family of ours computes."""
+
+
+def not_built(message: str) -> NotBuilt:
+    """As `invalid`, of a model that something else may compute."""
+    return NotBuilt([Problem("model_dir", message)])
+
+
 def _wrong(key: str, value: Any, wanted: str) -> ConfigInvalid:
     state = "missing" if value is None else show(value)
     return invalid(f"{key} is {state}, {wanted} is needed")

@@ -68,3 +68,4 @@ class Outlined:
 
     outline: Outline | None = None
     refused: str = ""
+    damaged: bool = False  # what is refused are the tensors of its files

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from lightllmd.architecture.entries import dimension, invalid, number, table
+from lightllmd.architecture.entries import dimension, invalid, not_built, number, table
 from lightllmd.architecture.spec import Rotary
 from lightllmd.errors import show
 
@@ -27,7 +27,7 @@ def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     context = dimension(config, "max_position_embeddings", 2048)
     for given in (words, config):
         if number(given, "partial_rotary_factor", 1.0) != 1.0:
-            raise invalid(f"partial_rotary_factor {given['partial_rotary_factor']} is not available yet")
+            raise not_built(f"partial_rotary_factor {given['partial_rotary_factor']} is not available yet")
     scaling = partial(number, words, within="rope_scaling")
     if kind == "default":
         return Rotary("default", head_dim, base)
@@ -48,4 +48,4 @@ def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     if constant and isinstance(divisors, list) and len(divisors) == head_dim // 2:
         factors = tuple(number({"long_factor": one}, "long_factor", within="rope_scaling") for one in divisors)
         return Rotary("divided", head_dim, base, divisors=factors)
-    raise invalid(f"rope type {show(kind)} is not available yet (default, linear, dynamic and llama3 are)")
+    raise not_built(f"rope type {show(kind)} is not available yet (default, linear, dynamic and llama3 are)")

@@ -31,12 +31,12 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, int) else str(value).removeprefix("torch.")
 
 
-def outline(directory: str, trust: bool) -> Any:
+def outline(directory: str, trust: bool, weights: bool) -> Any:
     """An `architecture.outline.Outlined` of what transformers makes of the checkpoint's config. `trust`: by its own
-    code, too."""
+    code, too. `weights`: its files have to hold them."""
     from lightllmd.models.hf.dry_run import outlined
 
-    return msgspec.to_builtins(outlined(directory, trust))
+    return msgspec.to_builtins(outlined(directory, trust, weights=weights))
 
 
 def tokenizer(directory: str, reference: str, limits: dict[str, Any] | None = None) -> tuple[Any, Any]:

@@ -18,6 +18,8 @@ def runner_for(plan: Plan) -> Runner:
     """A runner that has loaded nothing yet. Imports torch unless the back end is the fake one."""
     if plan.config.engine.backend == "fake":
         return fake.FakeRunner(plan.config.engine.fake)
+    if plan.model is not None and plan.model.outline is not None:
+        kernel_cache.settle_modules()
     if plan.device.kind == "cuda":
         kernel_cache.settle(plan)
         from lightllmd.engine.runners.gpu import GpuRunner

@@ -1,6 +1,8 @@
-"""Where compiled kernels are kept from one start to the next. Imports neither torch nor triton: it comes before them.
+"""Where libraries keep from one start to the next what they make: compiled kernels, and transformers its copies of a
+checkpoint's own modules. Imports none of them: it comes before them.
 
-The folder carries the versions of both and the card's name, so that an update starts with an empty one.
+The folder of kernels carries the versions of triton and torch and the card's name, so that an update starts with an
+empty one.
 """
 
 from __future__ import annotations
@@ -17,26 +19,38 @@ from pathlib import Path
 
 from lightllmd.config.plan import Plan
 
-VARIABLE = "TRITON_CACHE_DIR"
+VARIABLE, MODULES = "TRITON_CACHE_DIR", "HF_MODULES_CACHE"
 
 log = logging.getLogger(__name__)
 
 
 def settle(plan: Plan) -> None:
     """Before the first import of triton. Leaves alone what the environment says, and a plan that needs no kernels."""
-    if plan.device.kind != "cuda" or plan.config.engine.backend == "fake" or os.environ.get(VARIABLE):
+    if plan.device.kind == "cuda" and plan.config.engine.backend != "fake":
+        _settle(VARIABLE, "kernels", key(plan.device.name))
+
+
+def settle_modules() -> None:
+    """Before the first import of transformers, which fetches nothing from then on. Leaves alone what the environment
+    says."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _settle(MODULES, "modules")
+
+
+def _settle(variable: str, *place: str) -> None:
+    if os.environ.get(variable):
         return
     root = cache_root(os.environ)
-    folder = None if root is None else root / "kernels" / key(plan.device.name)
+    folder = None if root is None else root.joinpath(*place)
     try:
         if folder is None:
             raise OSError("there is no home directory")
         _prepare(folder)
     except OSError as refused:
-        folder = Path(tempfile.mkdtemp(prefix="lightllmd-kernels-"))
+        folder = Path(tempfile.mkdtemp(prefix=f"lightllmd-{place[0]}-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        log.warning("compiled kernels can't be kept, the next start compiles them again: %s", refused)
-    os.environ[VARIABLE] = str(folder)
+        log.warning("%s can't be kept, the next start makes them again: %s", place[0], refused)
+    os.environ[variable] = str(folder)
 
 
 def cache_root(environment: Mapping[str, str]) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from lightllmd.architecture.entries import NotBuilt, not_built
 from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.heads import scored_model
@@ -22,7 +23,7 @@ from lightllmd.config.plan import STEP, ModelFacts
 from lightllmd.config.stamps import stamp, stamps_of
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
 from lightllmd.probe.transformers_table import causal_language_models
-from lightllmd.remote_code.host import ask
+from lightllmd.remote_code.host import RUNNING, ask
 from lightllmd.remote_code.named import CAUSAL_LM, CONFIG, TOKENIZER, code_files, named_code, refusal, require_files
 from lightllmd.weights.deepspeed import FORM as DEEPSPEED_FORM
 from lightllmd.weights.deepspeed import deepspeed_files, deepspeed_tensors, is_deepspeed_file
@@ -131,9 +132,29 @@ def _architecture(config: dict[str, Any], where: Path) -> Architecture:
     if faults := list(_unsupported(config)):
         raise ConfigInvalid([Problem("model_dir", f"{where}: {fault}") for fault in faults])
     try:
+        if config.get("use_sliding_window"):
+            raise not_built("use_sliding_window: attention over a sliding window is not available yet")
         return architecture_of(config["model_type"], config)
     except ConfigInvalid as refused:
-        raise ConfigInvalid([Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]) from None
+        problems = [Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]
+        raise type(refused)(problems) from None
+
+
+def _computed(
+    path: Path, config: dict[str, Any], code: dict[str, str], load_way: str, backend: str
+) -> Architecture | Outline:
+    """By a family of ours, or by transformers; by whom, `backend` says. Raises ConfigInvalid, WeightsInvalid."""
+    if backend == "transformers" or (backend == "auto" and _no_family(config)):
+        return _outline(path, config, code, load_way)
+    try:
+        return _architecture(config, path / "config.json")
+    except NotBuilt as refused:
+        if backend != "auto" or load_way == "DS":
+            raise
+        try:
+            return _outline(path, config, code, load_way)
+        except ConfigInvalid:
+            raise refused from None
 
 
 def _no_family(config: dict[str, Any]) -> bool:
@@ -141,7 +162,7 @@ def _no_family(config: dict[str, Any]) -> bool:
     return isinstance(kind, str) and kind not in FAMILIES
 
 
-def _outline(path: Path, config: dict[str, Any], code: dict[str, str]) -> Outline:
+def _outline(path: Path, config: dict[str, Any], code: dict[str, str], load_way: str) -> Outline:
     """What transformers' modules make of it, in a process of their own: importing them alone takes seconds, and where
     there is `code` of the checkpoint they run it. Raises ConfigInvalid."""
     where, kind, known = path / "config.json", config.get("model_type"), causal_language_models()
@@ -150,7 +171,14 @@ def _outline(path: Path, config: dict[str, Any], code: dict[str, str]) -> Outlin
         raise invalid(f"{where}: models of type {show(kind)} are not available yet: {neither}")
     if config.get("quantization_config"):
         raise invalid(f"{where}: pre-quantised Hugging Face checkpoints are not available yet")
-    answered = msgspec.convert(ask("outline", str(path), trust=bool(code)), Outlined)
+    if load_way == "DS":
+        raise invalid(f"{path}: load_way = {show(load_way)} is not available for models that transformers computes")
+    if (whole := load_way != "DUMMY") and not read_safetensors_headers(path):
+        raise invalid(_no_weights(path))
+    doing = RUNNING if code else "looking at what transformers makes of it"
+    answered = msgspec.convert(ask("outline", str(path), trust=bool(code), weights=whole, doing=doing), Outlined)
+    if answered.damaged:
+        raise WeightsInvalid(f"{path}: {answered.refused}")
     if answered.outline is None:
         raise invalid(f"{where}: {answered.refused}")
     made, named = answered.outline.architecture, _named_architectures(config)
@@ -171,8 +199,6 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
         scored_model(config)
     except ConfigInvalid as refused:
         yield from (problem.message for problem in refused.problems)
-    if config.get("use_sliding_window"):
-        yield "use_sliding_window: attention over a sliding window is not available yet"
     if config.get("quantization_config"):
         yield "pre-quantised Hugging Face checkpoints are not available yet"
 
@@ -264,11 +290,7 @@ def _of_gguf(path: Path, load_way: str) -> ModelFacts:
 def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str) -> ModelFacts:
     """`code`: what runs of its own, as `ModelFacts.remote_code`."""
     config = _own_settings(path, read_json(path / "config.json", MAX_CONFIG), code)
-    architecture: Architecture | Outline
-    if backend == "transformers" or (backend == "auto" and _no_family(config)):
-        architecture = _outline(path, config, code)
-    else:
-        architecture = _architecture(config, path / "config.json")
+    architecture = _computed(path, config, code, load_way, backend)
     form, files, stored = _weights_of_directory(path, load_way, architecture)
     dummy, tensors = form == "dummy", [*stored.values()]
     if isinstance(architecture, Outline):
@@ -289,9 +311,7 @@ def _weights_of_directory(
     """(format, files in order, tensors by name). Raises WeightsInvalid, ConfigInvalid."""
     if load_way == "DUMMY":
         return "dummy", [], {}
-    if load_way == "DS":
-        if isinstance(architecture, Outline):
-            raise invalid(f"{path}: load_way = {show(load_way)} is not available for models that transformers computes")
+    if load_way == "DS" and not isinstance(architecture, Outline):
         parts = deepspeed_files(path, architecture)
         return "deepspeed", parts, deepspeed_tensors(parts, architecture)
     headers = read_safetensors_headers(path)

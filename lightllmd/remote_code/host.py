@@ -33,6 +33,7 @@ from lightllmd.remote_code.orders import Answered, Order, receive, send
 from lightllmd.weights.model_files import invalid
 
 SECONDS = 40.0  # by the clock, for imports (transformers takes 5), the code and its files; less than the probe's
+RUNNING = "running the code that it brings"
 MEMORY = 4 << 30  # bytes of data
 _PATIENCE = 5.0  # seconds until a host that was let go is killed
 # What a host gets of the environment: where programs and libraries are, and the language. No secrets.
@@ -75,8 +76,9 @@ class Host:
     Raises OSError when there can be no process.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.directory = order.directory
+    def __init__(self, order: Order, doing: str = RUNNING) -> None:
+        """`doing`: what it is for, in errors."""
+        self.directory, self._doing = order.directory, doing
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with theirs:
@@ -112,7 +114,7 @@ class Host:
         return answered.result
 
     def _refused(self, why: str) -> ConfigInvalid:
-        return invalid(f"{self.directory}: running the code that it brings failed: {why}")
+        return invalid(f"{self.directory}: {self._doing} failed: {why}")
 
     def _ended(self, deadline: float) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -145,10 +147,12 @@ class Host:
             self._process.wait()
 
 
-def ask(task: str, directory: str, *, seconds: float = SECONDS, memory: int = MEMORY, **arguments: Any) -> Any:
+def ask(
+    task: str, directory: str, *, seconds: float = SECONDS, memory: int = MEMORY, doing: str = RUNNING, **arguments: Any
+) -> Any:
     """The result of one task (see the head of this file). Raises ConfigInvalid."""
     try:
-        host = Host(Order(task, directory, memory, arguments))
+        host = Host(Order(task, directory, memory, arguments), doing)
     except OSError as failure:
         raise invalid(f"{directory}: no process can be started to run its code: {failure.strerror}") from None
     try:

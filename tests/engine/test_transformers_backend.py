@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightllmd import LLM
 from lightllmd.config.plan import Plan
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.scheduler import Scheduler
+from lightllmd.errors import WeightsInvalid
 from lightllmd.ipc.messages import SamplingParams, Submit
 from lightllmd.models.hf.dry_run import outlined
-from tiny_causal_lms import CONFIGS, write_causal_lm
+from tiny_causal_lms import CONFIGS, GROUPED, write_causal_lm
 from tiny_models import Driver, plan_for, transformers_model
 
 TOLERANCE = 1e-4
@@ -126,3 +133,140 @@ def test_greedy_streams_are_theirs_through_a_kill_and_replay(case: Case) -> None
         engine.turn()
     for number, prompt in prompts.items():
         assert emitted[number] + engine.told[number] == case.greedy(prompt, NEW)
+
+
+# --- features -----------------------------------------------------------------------------------------------------
+
+QUIET = {"device": "cpu", "threads": 1, "progress": False}
+LIMITS = {"max_req_input_len": 63, "max_req_total_len": 64, "max_total_token_num": 320, "running_max_req_size": 6}
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny mixtral. It is looked at in this process, which has the imports done."""
+
+    def here(task: str, directory: str, *, trust: bool, weights: bool, doing: str) -> Any:
+        return msgspec.to_builtins(outlined(directory, trust, weights=weights))
+
+    monkeypatch.setattr("lightllmd.probe.model.ask", here)
+    return write_causal_lm(tmp_path / "mixtral", "mixtral")
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, prompt: list[int], told: list[int]) -> list[float]:
+    """Of the tokens that were told, one after the other."""
+    ids = torch.tensor([prompt + told])
+    truth = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return truth[len(prompt) - 1 :].tolist()
+
+
+def test_cache_blocks_branches_and_prompt_log_probabilities_are_as_for_a_family(served: Path) -> None:
+    draw = random.Random(3)
+    prefix = draw.choices(range(3, 96), k=20)
+    prompts = [prefix + draw.choices(range(3, 96), k=4) for _ in range(2)]
+    model = transformers_model(served)
+    asked = {"max_new_tokens": 8, "ignore_eos": True}
+    blocks = {"use_dynamic_prompt_cache": True, "splitfuse_mode": True, "splitfuse_block_size": 8}
+    with LLM(str(served), data_type="float32", **blocks, **QUIET, **LIMITS) as llm:
+        [first] = llm.generate(prompt_token_ids=prompts[:1], **asked)
+        [second] = llm.generate(prompt_token_ids=prompts[1:], do_sample=True, seed=5, n=3, **asked)
+        [scored] = llm.generate(prompt_token_ids=prompts[:1], prompt_logprobs=1, **asked)
+    assert (first.cached, second.cached) == (0, len(prefix))
+    assert scored.token_ids == first.token_ids
+    truth = log_probabilities(model, prompts[0][:1], prompts[0][1:])
+    assert scored.prompt_logprobs == pytest.approx(truth, abs=TOLERANCE)
+    for prompt, output in zip(prompts, (first, second), strict=True):
+        for branch in output.branches:
+            truth = log_probabilities(model, prompt, branch.token_ids)
+            assert branch.logprobs == pytest.approx(truth, abs=TOLERANCE)
+    assert len({tuple(branch.token_ids) for branch in second.branches}) > 1
+
+
+def test_beams_and_sixteen_bits_work(served: Path) -> None:
+    prompt, model = random.Random(4).choices(range(3, 96), k=12), transformers_model(served)
+    with LLM(str(served), data_type="float32", beam_mode=True, **QUIET, **LIMITS) as llm:
+        [output] = llm.generate(prompt_token_ids=[prompt], n=3, max_new_tokens=6, ignore_eos=True)
+    sums = [sum(log_probabilities(model, prompt, branch.token_ids)) for branch in output.branches]
+    assert sums == sorted(sums, reverse=True)
+    assert [sum(branch.logprobs or []) for branch in output.branches] == pytest.approx(sums, abs=TOLERANCE)
+    with LLM(str(served), data_type="bfloat16", **QUIET, **LIMITS) as llm:
+        [output] = llm.generate(prompt_token_ids=[prompt], max_new_tokens=6, ignore_eos=True)
+    [branch] = output.branches
+    truth = log_probabilities(model, prompt, branch.token_ids)
+    assert branch.logprobs == pytest.approx(truth, abs=0.3)
+
+
+# --- what can't be served -----------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A tiny mixtral with other tensors."""
+    write_causal_lm(folder, "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def renamed(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in sorted(tensors) if "experts.2" in name and "layers.1" in name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (lambda tensors: tensors.pop(renamed(tensors)), "layers.1"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(33)}),
+            "tensor model.norm.weight has shape [33]",
+        ),
+    ],
+    ids=["a norm is missing", "an expert is missing", "a norm of another size"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(
+    change: Callable[[dict[str, Tensor]], object], said: str, tmp_path: Path
+) -> None:
+    found = outlined(str(saved(tmp_path, change)), trust=False)
+    assert found.damaged
+    assert said in found.refused
+
+
+def test_a_file_that_is_cut_off_after_the_plan_is_named(tmp_path: Path) -> None:
+    plan = plan_of(write_causal_lm(tmp_path, "mixtral"))
+    file = tmp_path / "model.safetensors"
+    whole = file.stat().st_size
+    runner = CpuRunner()
+
+    def progress(done: int, total: int) -> None:
+        os.truncate(file, whole // 2)
+
+    with pytest.raises(WeightsInvalid, match=re.escape(str(file))):
+        runner.load(plan, progress)
+
+
+def test_a_model_whose_attention_ignores_the_interface_is_refused_by_its_class(tmp_path: Path) -> None:
+    for kind in ("bloom", "mpt"):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": kind, "hidden_size": 32, "n_layer": 2, "n_head": 4})
+        )
+        refused = outlined(str(tmp_path), trust=False, weights=False).refused
+        assert refused.startswith(f"{kind.title()}ForCausalLM computes attention by itself"), refused
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt_oss"}, "GptOssForCausalLM: attention with s_aux"),
+        ({"model_type": "llama4_text", "layer_types": None}, "Llama4ForCausalLM: attention with a mask of its own"),
+        ({"model_type": "bart"}, "BartForCausalLM takes no positions from its caller"),
+        ({"model_type": "mamba"}, "MambaForCausalLM computes attention, or a state of another kind, by itself"),
+        ({"model_type": "bert"}, "BertLMHeadModel: attention that is neither causal"),
+        ({"model_type": "t5"}, "transformers makes no causal language model of it"),
+    ],
+    ids=lambda one: one["model_type"] if isinstance(one, dict) else "",
+)
+def test_what_our_attention_has_not_is_refused_by_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**GROUPED, **config}))
+    refused = outlined(str(tmp_path), trust=False, weights=False).refused
+    assert refused.startswith(said), refused

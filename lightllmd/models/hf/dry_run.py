@@ -21,7 +21,9 @@ from lightllmd.architecture.outline import Outline, Outlined, StepBytes
 from lightllmd.architecture.spec import GroupedQuery
 from lightllmd.errors import ConfigInvalid, LightllmdError
 from lightllmd.models.hf.attention import DRY, received, said
+from lightllmd.models.hf.fit import misfit
 from lightllmd.models.hf.loading import config_of, model_of
+from lightllmd.weights.headers import read_safetensors_headers
 
 FEW, MANY = 8, 40  # tokens of the two runs that tell what a step takes
 ASIDE = "not through transformers' attention interface, so it can't run on our KV slots"
@@ -33,14 +35,20 @@ HARMLESS = frozenset(
 )
 
 
-def outlined(directory: str, trust: bool) -> Outlined:
-    """Of the model that a checkpoint's config describes. `trust`: its own code may be executed."""
+def outlined(directory: str, trust: bool, *, weights: bool = True) -> Outlined:
+    """Of the model that a checkpoint's config describes. `trust`: its own code may be executed. `weights`: the tensors
+    of its files have to be those of the model."""
     try:
         config = config_of(directory, trust)
 
         with torch.device("meta"):
             module = model_of(config, torch.float32, DRY, trust)
-        return Outlined(outline_of(module))
+        found = Outlined(outline_of(module))
+        if weights:
+            files = read_safetensors_headers(directory)
+            if wrong := misfit(module, [tensor for file in files for tensor in file.tensors]):
+                return Outlined(refused=wrong, damaged=True)
+        return found
     except ConfigInvalid as invalid:
         return Outlined(refused=invalid.problems[0].message)
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightllmd.architecture.entries import invalid
 from lightllmd.errors import LightllmdError, WeightsInvalid
 from lightllmd.models.hf.attention import NAME, said
+from lightllmd.models.hf.fit import unfit
 from lightllmd.weights.loaded import Progress
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
@@ -112,14 +113,9 @@ def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory
 
 
 def _require_whole(found: Mapping[str, Any], directory: str) -> None:
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise WeightsInvalid(f"{directory}: tensor {missing[0]}{more} is missing")
-    if found["mismatched_keys"] or found["error_msgs"]:
-        wrong = " ".join(str([*found["mismatched_keys"], *found["error_msgs"]][0]).split())
-        raise WeightsInvalid(f"{directory}: its tensors are not those of its config: {wrong[:300]}")
-    if unexpected:
+    if wrong := unfit(found["missing_keys"], found["mismatched_keys"], found["error_msgs"]):
+        raise WeightsInvalid(f"{directory}: {wrong}")
+    if unexpected := sorted(found["unexpected_keys"]):
         log.warning("%s: %d tensors are not used, such as %s", directory, len(unexpected), unexpected[0])
 
 

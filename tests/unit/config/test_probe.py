@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from lightllmd.architecture.families import FAMILIES
 from lightllmd.config.plan import Facts
 from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, ConfigInvalid
 from lightllmd.probe.model import model_facts
@@ -214,8 +215,7 @@ def test_random_weights_need_nothing_but_a_config(hf_model: Callable[..., Path])
 @pytest.mark.parametrize(
     ("config", "part"),
     [
-        ({"model_type": "bloom"}, "BloomForCausalLM computes attention by itself, not through transformers' attention"),
-        ({"model_type": "no such"}, 'models of type "no such" are not available yet: neither lightllmd ('),
+        ({"model_type": "bloom"}, 'models of type "bloom" are not available yet; supported: ' + ", ".join(FAMILIES)),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"architectures": ["LlamaForTokenClassification"]}, "not available yet"),
         ({"quantization_config": {"quant_method": "awq"}}, "pre-quantised"),
@@ -229,11 +229,36 @@ def test_a_model_that_cant_be_served_is_refused_by_name(
 ) -> None:
     folder = hf_model(**config)
     with pytest.raises(ConfigInvalid) as refused:
-        model_facts(str(folder), load_way="DUMMY" if dummy else "HF")
+        model_facts(str(folder), load_way="DUMMY" if dummy else "HF", backend="lightllmd")
     (problem,) = refused.value.problems
     assert problem.key == "model_dir"
     assert problem.message.startswith(f"{folder / 'config.json'}: ")
     assert part in problem.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("bloom", "BloomForCausalLM computes attention by itself, not through transformers' attention interface"),
+        ("no such", 'models of type "no such" are not available yet: neither lightllmd ('),
+    ],
+)
+def test_what_transformers_can_not_compute_either_is_refused_by_name(
+    kind: str, part: str, hf_model: Callable[..., Path]
+) -> None:
+    folder = hf_model(model_type=kind)
+    with pytest.raises(ConfigInvalid) as refused:
+        model_facts(str(folder), load_way="DUMMY")
+    (problem,) = refused.value.problems
+    assert problem.message.startswith(f"{folder / 'config.json'}: {part}")
+
+
+def test_a_family_that_lacks_what_a_config_asks_for_leaves_it_to_transformers(hf_model: Callable[..., Path]) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}
+    model = model_facts(str(hf_model(rope_scaling=rope)))
+    assert model.outline is not None
+    assert (model.outline.architecture, model.outline.base) == ("LlamaForCausalLM", "model")
+    assert model.outline.vocab == model.hf_config["vocab_size"]
 
 
 def test_random_weights_may_have_a_tokenizer_and_ignore_weight_files(hf_model: Callable[..., Path]) -> None:
