@@ -206,10 +206,11 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: Annotated[
         bool,
         Setting(
-            doc="Runs Python code that a checkpoint brings along: its settings and its tokenizer, where auto_map in "
-            "config.json or tokenizer_config.json names classes of .py files in the folder. Off, such a checkpoint is "
-            "refused at start. On, the code runs in processes of its own, as the daemon's user and with that user's "
-            "rights; a model whose family is built in is computed by that, whatever modelling code there is.",
+            doc="Runs Python code that a checkpoint brings along: classes of .py files in the folder that auto_map in "
+            "config.json, tokenizer_config.json or another settings file names. Off, such a checkpoint is refused at "
+            "start. On, its config and its tokenizer run in processes of their own, as the daemon's user and with that "
+            "user's rights; a model whose family is built in is computed by that, whatever modelling code there is, "
+            "any other in the engine, with transformers.",
             group=MODEL,
         ),
     ] = False

@@ -172,6 +172,7 @@ class _Real(_Maker):
         self._check()
         vocab = self.spec.vocab
         self.derive("backend", self._backend())
+        self._derive_remote_code()
         self.derive("device", self._device())
         data_type = self.derive("data_type", self._data_type())
         eos_id = self.derive("eos_id", self._eos_id(vocab))
@@ -326,6 +327,19 @@ class _Real(_Maker):
         why = "brings its own code" if self.model.remote_code else f"is of no family that lightllmd computes: {kind}"
         return _Value("transformers", f"{outline.architecture}; the model {why}")
 
+    def _derive_remote_code(self) -> None:
+        """What becomes of the code that the checkpoint names; of its tokenizer `_tokenizer_mode` tells."""
+        for role, reference in self.model.remote_code.items():
+            if role == "AutoConfig":
+                self.derive(role, _Value(reference, "completes config.json, in a process of its own"))
+            elif role == "custom_generate":
+                self.derive(role, _Value(reference, "is not used: tokens are drawn as requests say"))
+            elif role == "AutoModelForCausalLM" and self.model.outline is not None:
+                self.derive(role, _Value(reference, "runs in the engine"))
+            elif role != "AutoTokenizer":
+                why = "" if self.model.outline else f": {self.model.model_type} is built in"
+                self.derive(role, _Value(reference, f"is not used{why}"))
+
     def _device(self) -> _Value:
         if self.config.engine.device != "auto":
             return _Value(self.config.engine.device)
@@ -363,7 +377,7 @@ class _Real(_Maker):
             return _Value("fast", "no tokenizer files: text is token ids in decimal")
         if own := self.model.remote_code.get("AutoTokenizer"):
             mode = "slow" if self.params.tokenizer_mode == "slow" else "fast"
-            return _Value(mode, f"the checkpoint's own {own}, in a process of its own (trust_remote_code)")
+            return _Value(mode, f"the checkpoint's own {own}, in a process of its own")
         if self.params.tokenizer_mode != "auto":
             return _Value(self.params.tokenizer_mode)
         return _Value("fast", "auto: exact, and the faster one")
