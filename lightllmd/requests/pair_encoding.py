@@ -15,6 +15,7 @@ from lightllmd.requests.limits import RequestLimits
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.pairs import PairCut
 
+_SPARE = 64  # tokens
 Result = TypeVar("Result")
 
 
@@ -44,9 +45,9 @@ class PairEncoder:
 
     def _framed(self, pairs: TextPairs, cut: PairCut) -> Iterator[list[int]]:
         frame = self._tokenizer.pair_frame
-        first = _Once(pairs, lambda text, field: self._ids(text, field, cut.cuts))
+        first = _Once(pairs, lambda text, field: self._ids(text, field, cut, cut.most(cut.first)))
         for some in _in_parts(pairs.second.texts):
-            for at, second in zip(some, self._batch(pairs.second, some, cut.cuts), strict=True):
+            for at, second in zip(some, self._batch(pairs.second, some, cut), strict=True):
                 yield frame.join(*cut.apply(first(at), second, frame.size))
 
     def _templated(self, pairs: TextPairs, cut: PairCut) -> Iterator[list[int]]:
@@ -58,30 +59,43 @@ class PairEncoder:
             second = self._shortened(text, field, cut, cut.second)
             with naming(field):
                 prompt = template.render_pair(first(at), second, field=field)
-            yield [*cut.kept(self._ids(prompt, field, cut.both is not None), cut.both)]
+            yield [*cut.kept(self._ids(prompt, field, cut, cut.both), cut.both)]
 
     def _shortened(self, text: str, field: str, cut: PairCut, most: int | None) -> str:
         """`most` tokens of a text, as text."""
-        if most is None or len(ids := self._ids(text, field, True)) <= most:
+        if most is None:
+            return text
+        text = self._end(text, cut, most)
+        ids = self._ids(text, field, cut, most)
+        if len(ids) <= most:
             return text
         spans = self._tokenizer.spans(text, add_special_tokens=False)
         if spans is None or most == 0:
             return self._tokenizer.decode(cut.kept(ids, most), skip_special_tokens=False)
         return text[spans[-most][0] :] if cut.from_left else text[: spans[most - 1][1]]
 
-    def _ids(self, text: str, field: str, cut: bool) -> list[int]:
-        """Without special tokens."""
+    def _ids(self, text: str, field: str, cut: PairCut, most: int | None) -> list[int]:
+        """Without special tokens; at least `most` of those that are kept of a longer text. None: all."""
         with naming(field):
-            return self._encoder.bounded(text, field, False, cut)
+            if most is None:
+                return self._encoder.bounded(text, field, False, False)
+            return self._encoder.bounded(self._end(text, cut, most), field, False, True)
 
-    def _batch(self, field: FieldOfTexts, some: range, cut: bool) -> list[list[int]]:
+    def _end(self, text: str, cut: PairCut, most: int) -> str:
+        """What has so many tokens of a long text, and some more, as the last ones depend on what is behind them."""
+        longest = self._tokenizer.longest_token
+        size = len(text) if longest is None else max(FIRST_LOOK, (most + _SPARE) * longest)
+        return text[-size:] if cut.from_left else text[:size]
+
+    def _batch(self, field: FieldOfTexts, some: range, cut: PairCut) -> list[list[int]]:
         texts = field.texts[some.start : some.stop]
         if sum(map(len, texts)) <= FIRST_LOOK:
             try:
                 return self._tokenizer.encode_batch(texts, add_special_tokens=False)
             except InvalidRequest:
                 pass  # one by one it is told which
-        return [self._ids(text, field.of(at), cut) for at, text in zip(some, texts, strict=True)]
+        most = cut.most(cut.second)
+        return [self._ids(text, field.of(at), cut, most) for at, text in zip(some, texts, strict=True)]
 
 
 class _Once(Generic[Result]):

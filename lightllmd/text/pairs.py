@@ -36,10 +36,10 @@ class PairCut:
     both: int | None = None  # tokens of the prompt, the frame's among them; -1: as many as a prompt may have
     from_left: bool = False  # the first tokens of a text are left out, instead of the last ones
 
-    @property
-    def cuts(self) -> bool:
-        """Whether any text may be cut."""
-        return self.first is not None or self.second is not None or self.both is not None
+    def most(self, own: int | None) -> int | None:
+        """Tokens that are kept of a text whose own bound is `own`; None: all."""
+        bounds = [bound for bound in (own, self.both) if bound is not None]
+        return min(bounds) if bounds else None
 
     def kept(self, ids: Sequence[int], most: int | None) -> Sequence[int]:
         """`most` tokens of a text; None: all of them."""

@@ -81,6 +81,20 @@ def test_cuts_apply_to_each_text_and_to_both():
     assert joined(ByteTokenizer(), ("abcd", "efgh"), cut=PairCut(first=1, second=2, from_left=True)) == [b"dgh"]
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}{{ messages[1].content }}"])
+@pytest.mark.parametrize("from_left", [False, True])
+def test_of_a_long_text_no_more_is_tokenised_than_may_be_kept(template, from_left):
+    tokenizer = Counting(template)
+    text = "a" * 5 + "x" * 10_000_000 + "b" * 5
+    cut = PairCut(second=5, from_left=from_left)
+    assert joined(tokenizer, ("q", text), cut=cut) == [b"qbbbbb" if from_left else b"qaaaaa"]
+    cut = PairCut(both=6, from_left=from_left)
+    # A template's prompt is cut as a whole.
+    kept = (b"xbbbbb" if template else b"qbbbbb") if from_left else b"qaaaaa"
+    assert joined(tokenizer, ("q", text), cut=cut) == [kept]
+    assert max(map(len, tokenizer.encoded)) <= 1 << 16
+
+
 def test_the_models_template_joins_pairs():
     tokenizer = Counting("<{{ messages[0].content }}|{{ messages[1].content }}>")
     assert joined(tokenizer, ("abc", "def"), ("abc", "")) == [b"<abc|def>", b"<abc|>"]

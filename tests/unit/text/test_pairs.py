@@ -48,7 +48,7 @@ def test_each_text_is_cut_by_itself():
     assert PairCut(first=0, second=0).apply(first, second, 0) == ([], [])
     assert PairCut(first=2, both=4).apply(first, second, 1) == ([1], [4, 5])
     assert PairFrame([9], [8], [7]).join([1], []) == [9, 1, 8, 7]
-    assert not PairCut().cuts
+    assert (PairCut().most(None), PairCut(both=4).most(None), PairCut(both=4).most(3)) == (None, 4, 3)
     assert ByteTokenizer().pair_frame.size == 0
 
 
