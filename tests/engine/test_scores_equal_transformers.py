@@ -95,9 +95,9 @@ def test_replayed_on_another_engine(case: Case) -> None:
     close(engine.ask(prompts(), replay=True, suspect=1), case.truth)
 
 
-@pytest.mark.parametrize("head", ["llama, three labels", "internlm2 reward", "qwen2 process reward"])
-def test_the_runner_of_gpus_has_them_too(head: str, tmp_path: Path) -> None:
-    """In blocks, once it has run its worst steps."""
+@pytest.mark.parametrize(("head", "prepared"), [("llama, three labels", False), ("qwen2 process reward", True)])
+def test_the_runner_of_gpus_has_them_too(head: str, prepared: bool, tmp_path: Path) -> None:
+    """In blocks, perhaps once it has run its worst steps."""
     pytest.importorskip("triton")
     folder = write_scored(tmp_path, HEADS[head])
     truth = Truth(folder)
@@ -111,19 +111,19 @@ def test_the_runner_of_gpus_has_them_too(head: str, tmp_path: Path) -> None:
         max_req_total_len=70,
         max_req_input_len=69,
     )
-    plan = msgspec.structs.replace(plan, batch_max_tokens=100)
+    plan = msgspec.structs.replace(plan, batch_max_tokens=70)
     runner = GpuRunner()
     runner.load(plan, lambda done, total: None)
     runner._shapes = StepShapes(5, [16], [])  # in the interpreter each takes seconds
-    runner.prepare(lambda: None)
+    if prepared:
+        runner.prepare(lambda: None)
     engine = Engine(plan, runner)
     engine.scheduler.limits = engine.scheduler.limits._replace(batch_max_tokens=64)
-    asked = prompts(4)
+    asked = prompts(3)
     close(engine.ask(asked), [truth.vectors(prompt) for prompt in asked], 2e-4)
 
 
-@pytest.mark.parametrize("kind", [CpuRunner, GpuRunner], ids=["cpu", "device"])
-@pytest.mark.parametrize("stage", [True, False], ids=["staged", "from files"])
+@pytest.mark.parametrize(("kind", "stage"), [(CpuRunner, True), (CpuRunner, False), (GpuRunner, True)])
 def test_who_slept_and_woke_has_the_same(kind: type[CpuRunner] | type[GpuRunner], stage: bool, tmp_path: Path) -> None:
     folder = write_scored(tmp_path, HEADS["qwen2 process reward"])
     runner, device = kind(), "cpu" if kind is CpuRunner else DEVICE

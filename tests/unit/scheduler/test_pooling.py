@@ -137,3 +137,70 @@ def test_aborted_on_its_way_it_leaves_nothing() -> None:
         assert not any(output.pooled for output in loop.turn(lambda: None).values())
     assert scheduler.keys.used == 0
     scheduler.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_comes_and_goes_each_gets_its_vectors_once_or_none(seed: int) -> None:
+    """Requests, aborts, deaths of api workers and replayed suspects at any moment, in a cache that is too small."""
+    drawn = random.Random(seed)
+    cache, block, overlap = drawn.random() < 0.5, drawn.choice([0, 8, 32]), drawn.random() < 0.5
+    scheduler = Scheduler(
+        limits(
+            pools=True,
+            max_total_token_num=300,
+            batch_max_tokens=100,
+            running_max_req_size=5,
+            use_dynamic_prompt_cache=cache,
+            splitfuse_block_size=block,
+        ),
+        1,
+    )
+    loop = StepLoop(scheduler, FakeRunner(FakeSettings(overlap=overlap)))
+    asked: dict[int, Submit] = {}
+    got: dict[int, Pooled] = {}
+    ended: set[int] = set()
+    epochs = {0: 1, 1: 1}
+
+    def told() -> None:
+        for owner, output in loop.turn(lambda: None).items():
+            for one in output.pooled:
+                if one.request:
+                    assert one.request not in got
+                    assert one.request not in ended
+                    assert (asked[one.request].api, asked[one.request].epoch) == owner
+                    got[one.request] = one
+        scheduler.check()
+
+    for number in range(1, 400):
+        dice = drawn.random()
+        if dice < 0.55:
+            prompt = drawn.choices([1, 2, MARK], k=drawn.randrange(1, 120))
+            marks = [index for index, token in enumerate(prompt) if token == MARK]
+            api, suspect = drawn.randrange(2), drawn.random() < 0.1
+            submit = pooled(number, prompt, marks if marks and drawn.random() < 0.5 else None)
+            submit.api, submit.epoch, submit.tenant = api, epochs[api], drawn.randrange(3)
+            submit.replay, submit.suspect = suspect or drawn.random() < 0.2, int(suspect)
+            asked[number] = submit
+            if scheduler.submit(submit) is not None:
+                ended.add(number)
+        elif dice < 0.65 and asked:
+            request = drawn.choice(list(asked))
+            scheduler.abort(request)
+            ended.add(request)
+        elif dice < 0.66:
+            api = drawn.randrange(2)
+            scheduler.api_gone(api, epochs[api])
+            ended |= {number for number, submit in asked.items() if submit.api == api}
+            epochs[api] += 1
+        elif dice < 0.67:
+            scheduler.flush_cache()
+        else:
+            told()
+        ended -= got.keys()
+    while loop.busy:
+        told()
+    assert got.keys() | ended == asked.keys()
+    assert len(got) > 50
+    for number, one in got.items():
+        assert one.vectors == expected(asked[number].prompt_ids, asked[number].params.at)
+    assert scheduler.keys.used == 0
