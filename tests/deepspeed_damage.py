@@ -351,9 +351,9 @@ def twice(folder: Path) -> None:
 
 
 def bomb(folder: Path) -> None:
-    """A pickle of 1 GiB in a megabyte."""
+    """A pickle of 128 MiB in 128 KiB."""
     with zipfile.ZipFile(folder / LAYER, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/data.pkl", "w") as file:
-        for _ in range(1024):
+        for _ in range(128):
             file.write(bytes(1 << 20))
 
 
@@ -590,7 +590,7 @@ def pickle_cases() -> Iterator[tuple[str, Case]]:
         "a key twice": entry + b"K\x01s" + text("a") + b"K\x02s.",
         "a key that is a number": b"\x80\x02}K\x01K\x02s.",
         "a dict in itself": b"\x80\x02}q\x00" + text("a") + b"h\x00s.",
-        "150,000 levels": b"\x80\x02)" + b"\x85" * 150_000 + b".",
+        "50,000 levels": b"\x80\x02)" + b"\x85" * 50_000 + b".",
         "300,000 opcodes": b"\x80\x02" + b"K\x01\x85q\x00h\x00" * 75_000 + b".",
         "20,000 values at a time": b"\x80\x02" + b"K\x01" * 20_000 + b".",
         "a storage that is a text": b"\x80\x02" + text("storage") + b"Q.",

@@ -25,6 +25,7 @@ from lightllmd.weights.plain import PlainCheckpoint
 from tiny_models import BASE, VARIANTS, Driver, load, plan_for, tensors_of, write_model, write_tensors
 
 IDS = [3, 14, 15, 92, 65, 35]
+TINY = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
 FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4}  # heads for four ranks
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -93,6 +94,14 @@ def test_of_what_is_the_same_on_all_ranks_the_last_ones_counts(tmp_path: Path) -
     assert torch.equal(logits(folder), logits(write_model(tmp_path / "hf")))
 
 
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    folder = write_deepspeed(tmp_path / "ds")
+    for number, rank in ((3, 0), (3, 1), (4, 0), (4, 1)):
+        state = torch.load(folder / file_of(number, rank))
+        torch.save({**state, "self_attn.rotary_emb.inv_freq": torch.ones(8)}, folder / file_of(number, rank))
+    assert torch.equal(logits(folder), logits(write_model(tmp_path / "hf")))
+
+
 def test_modules_without_weights_are_not_looked_at(tmp_path: Path) -> None:
     folder = write_deepspeed(tmp_path / "ds")
     for number in (0, 2, 5):
@@ -146,13 +155,13 @@ def test_views_offsets_and_parameters_are_read_as_torch_reads_them(
 ) -> None:
     monkeypatch.setattr(plain, "CHUNK_BYTES", most)
     monkeypatch.setattr(staged, "PIECE_BYTES", max(64, most))
-    folder, whole = write_deepspeed(tmp_path / "ds"), tensors_of(BASE)
+    folder, whole = write_deepspeed(tmp_path / "ds", TINY), tensors_of(BASE | TINY)
     for rank in (0, 1):
         state = torch.load(folder / file_of(3, rank))
         for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
             state[name] = views(whole[f"model.layers.0.{name}"], rank, kind)
         torch.save(state, folder / file_of(3, rank))
-    checkpoint, weights = opened(folder), architecture_of("llama", BASE).weights
+    checkpoint, weights = opened(folder), architecture_of("llama", BASE | TINY).weights
     seen: list[tuple[int, int]] = []
     for stream in (place.stream, staged.stream):
         seen.clear()
