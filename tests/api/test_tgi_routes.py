@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from api.frontend_harness import EOS, expected, run, stack
+from api.frontend_harness import EOS, expected, frames, make_plan, run, stack
 from lightllmd import __version__
 
 TGI = {"use_tgi_api": True}
@@ -460,6 +460,43 @@ def test_prompt_log_probabilities_of_the_server_s_mode_are_details(tmp_path):
     body["parameters"]["details"] = True
     answer = answered(tmp_path, "/generate", body, params=params).json()
     assert answer["details"]["prefill"] == PREFILL
+
+
+def test_openai_s_answers_have_a_fingerprint_and_streams_of_the_model_tgi_are_tgi_s(tmp_path):
+    """Whom `text-generation` asks for by the name of tgi must have a role and tool calls in every delta, and stumbles
+    over [DONE]."""
+    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0}
+    text = expected("user: x\nassistant: ", 2)
+    params, names = {"use_tgi_api": True}, ["small"]
+
+    async def scenario():
+        async with stack(tmp_path, plan=make_plan(params, "small", names)) as one:
+            chat = "/v1/chat/completions"
+            whole = (await one.client.post(chat, json=asked)).json()
+            assert whole["system_fingerprint"] == f"{__version__}-lightllmd"
+            usual = (await one.client.post(chat, json=asked | {"stream": True})).text
+            assert usual.endswith("data: [DONE]\n\n")
+            told = frames(usual)
+            assert [one["system_fingerprint"] for one in told] == [whole["system_fingerprint"]] * len(told)
+            assert told[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+            assert told[-1]["choices"][0]["delta"] == {}
+            theirs = await one.client.post(chat, json=asked | {"stream": True, "model": "tgi"})
+            assert theirs.status_code == 200, "whichever model is served"
+            deltas = [one["choices"][0]["delta"] for one in frames(theirs.text)]
+            assert all(delta["role"] == "assistant" and delta["tool_calls"] is None for delta in deltas)
+            assert "".join(delta["content"] for delta in deltas) == text
+            assert "[DONE]" not in theirs.text
+            assert (await one.client.post(chat, json=asked | {"model": "other"})).status_code == 404
+
+    run(scenario())
+
+    async def without():
+        async with stack(tmp_path) as one:
+            assert "system_fingerprint" not in (await one.client.post("/v1/chat/completions", json=asked)).json()
+            streamed = await one.client.post("/v1/chat/completions", json=asked | {"stream": True, "model": "tgi"})
+            assert "[DONE]" in streamed.text
+
+    run(without())
 
 
 def test_without_the_switch_the_routes_are_lightllm_s(tmp_path):

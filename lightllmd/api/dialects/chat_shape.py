@@ -48,10 +48,11 @@ class ChatShape(Shape):
             choice.finished = True
             yield self._delta(choice, {}, finish=branch.finish)
 
-    @staticmethod
     def _delta(
-        choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
+        self, choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
     ) -> dict[str, Any]:
+        if self._details.as_tgi:
+            delta = {"role": "assistant", "content": "", "tool_calls": None} | delta
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, branch: Branch, first: int, end: int) -> dict[str, Any] | None:

@@ -65,6 +65,8 @@ class Details:
     scores_prompt: bool  # an answer in one piece has the prompt's log-probabilities, in a field of their own
     token_ids: bool = False
     numbered: bool = False  # log-probabilities call tokens by their ids
+    fingerprint: str | None = None  # the `system_fingerprint`; None: there is none
+    as_tgi: bool = False  # a stream is as that of TGI: every delta has a role and tool calls, no [DONE] ends it
 
 
 class Shape(ABC):
@@ -84,13 +86,21 @@ class Shape(ABC):
     def answer(self, choices: Sequence[Choice], entries: Sequence[Entry]) -> dict[str, Any]:
         """In one piece."""
         return {
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
+            **self.head(self.object),
             "choices": [self.whole(choice) for choice in choices],
             "usage": usage(entries, _generated(entries)),
         }
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What an answer or a chunk begins with. `kind`: its `object`."""
+        told = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        fingerprint = self._details.fingerprint
+        return told if fingerprint is None else told | {"system_fingerprint": fingerprint}
+
+    @property
+    def done(self) -> bytes:
+        """What a stream ends with."""
+        return b"" if self._details.as_tgi else DONE
 
     @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -147,7 +157,7 @@ class Chunks(Frames):
         self._choices = choices
         self._entries = entries
         self._told = told
-        head = {"id": shape.id, "object": shape.chunk_object, "created": shape.created, "model": shape.model}
+        head = shape.head(shape.chunk_object)
         self._head = _opened(head)
         self._first_head = _opened(head | shape.first_chunk(entries))  # of the first chunk
         self._begun = False
@@ -177,8 +187,8 @@ class Chunks(Frames):
 
     def end(self) -> bytes:
         if self._told is UsageTold.NEVER:
-            return DONE
-        return self._head + self._usage(_generated(self._entries)) + DONE
+            return self._shape.done
+        return self._head + self._usage(_generated(self._entries)) + self._shape.done
 
     def error(self, error: RequestError) -> bytes:
         return error_frame(error)

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lightllmd import __version__
 from lightllmd.api.dialects.chat_shape import ChatShape
 from lightllmd.api.dialects.choices import Choice, Chunks, Details, Shape, error_frame
 from lightllmd.api.dialects.completion_shape import CompletionShape, PromptText, prompt_text
@@ -20,7 +21,7 @@ from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody, OpenA
 from lightllmd.api.helpers.texts import off_loop
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
-from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.inflight.revisions import TGI_MODEL, Revisions
 from lightllmd.api.web import bodies
 from lightllmd.api.web.errors import openai_error
 from lightllmd.api.web.ignored_fields import NamingRoute
@@ -160,7 +161,15 @@ def _new_id(prefix: str) -> str:
 
 def _details(revision: Revision, body: OpenAIBody) -> Details:
     scores_prompt = body.prompt_logprobs is not None or revision.intake.scores_prompts
-    return Details(body.alternatives, scores_prompt, body.return_token_ids, body.return_tokens_as_token_ids)
+    tgi = revision.plan.config.params.use_tgi_api
+    return Details(
+        body.alternatives,
+        scores_prompt,
+        body.return_token_ids,
+        body.return_tokens_as_token_ids,
+        fingerprint=f"{__version__}-lightllmd" if tgi else None,
+        as_tgi=tgi and body.model == TGI_MODEL,
+    )
 
 
 DIALECT = Dialect(("/v1/",), openai_error, (CompletionBody, ChatBody), router)

@@ -25,6 +25,8 @@ from lightllmd.requests.fields import Body
 
 log = logging.getLogger(__name__)
 
+TGI_MODEL = "tgi"  # what clients of Text Generation Inference call the model, whichever it is
+
 
 class Revisions:
     """A request belongs to the revision that is in force when it passes the gate. Changed by the supervisor's messages
@@ -140,6 +142,8 @@ class Revisions:
     def check_name(self, revision: Revision, name: str | None) -> None:
         """Any will do where [models] names none. Raises NotFound, NotReady."""
         if name is None or not self.names or name == revision.model_name:
+            return
+        if name == TGI_MODEL and revision.plan.config.params.use_tgi_api:
             return
         if name in self.names:
             message = f"model: {shown(name)} is not served now; {revision.model_name!r} is"
