@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightllmd.ipc.messages import SamplingParams
@@ -44,6 +44,8 @@ class TextPairs:
 
     first: FieldOfTexts  # one text for all of the second ones, or one for each
     second: FieldOfTexts
+    variables: Mapping[str, Any] = field(default_factory=dict)  # further names for the template that joins them
+    variables_field: str = "chat_template_kwargs"  # the dialect's name of the field that has them
 
     def __len__(self) -> int:
         return len(self.second.texts)

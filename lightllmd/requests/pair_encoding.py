@@ -32,7 +32,11 @@ class PairEncoder:
         texts; else as transformers encodes a text and its pair. Raises InvalidRequest, which names the field, for what
         is no valid Unicode, too long, or too much in all."""
         template = self._tokenizer.chat_template
-        joined = self._templated if template is not None and template.joins_pairs else self._framed
+        templated = template is not None and template.joins_pairs
+        if pairs.variables and not templated:
+            field = pairs.variables_field
+            raise InvalidRequest(f"{field}: this model has no chat template for pairs, which it is for", param=field)
+        joined = self._templated if templated else self._framed
         if cut.both is not None and cut.both < 0:
             cut = replace(cut, both=self._limits.max_req_input_len)
         encoded, total = [], 0
@@ -58,7 +62,7 @@ class PairEncoder:
             field = pairs.second.of(at)
             second = self._shortened(text, field, cut, cut.second)
             with naming(field):
-                prompt = template.render_pair(first(at), second, field=field)
+                prompt = template.render_pair(first(at), second, field=field, variables=pairs.variables)
             yield [*cut.kept(self._ids(prompt, field, cut, cut.both), cut.both)]
 
     def _shortened(self, text: str, field: str, cut: PairCut, most: int | None) -> str:

@@ -172,15 +172,20 @@ def test_texts_and_conversations_have_transformers_labels(tmp_path):
 def test_the_models_own_template_for_pairs_says_what_is_read(tmp_path):
     model = Model(tmp_path, ONE)
     (tmp_path / "additional_chat_templates").mkdir()
-    template = "{{ messages[1].content }} fits {{ messages[0].content }}?"
+    template = "{{ messages[1].content }} {{ instruction | default('fits') }} {{ messages[0].content }}?"
     (tmp_path / "additional_chat_templates" / "score.jinja").write_text(template)
     texts = [f"{document} fits {QUERY}?" for document in DOCUMENTS]
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     async def scenario(one: Stack) -> None:
         model.up(one, 1).free_run = True
-        told = await posted(one, "/score", text_1=QUERY, text_2=DOCUMENTS, use_activation=False)
         expected = [model.logits(each)[0] for each in ids]
-        assert [each["score"] for each in told["data"]] == pytest.approx(expected, abs=1e-4)
+        for more in (
+            {},
+            {"instruction": "fits"},
+            {"chat_template_kwargs": {"instruction": "fits"}, "instruction": "x"},
+        ):
+            told = await posted(one, "/score", text_1=QUERY, text_2=DOCUMENTS, use_activation=False, **more)
+            assert [each["score"] for each in told["data"]] == pytest.approx(expected, abs=1e-4)
 
     serving(model, scenario)

@@ -310,6 +310,8 @@ REFUSED = [
     ("/score", PAIRS | {"truncation_side": "middle"}, "truncation_side", "'left' or 'right'; got 'middle'"),
     ("/score", PAIRS | {"max_tokens_per_doc": -1}, "max_tokens_per_doc", "greater than or equal to 0"),
     ("/score", PAIRS | {"chat_template": "{{ 1 }}"}, "chat_template", "not available yet"),
+    ("/score", PAIRS | {"instruction": "i"}, "instruction", "instruction: this model has no chat template for pairs"),
+    ("/score", PAIRS | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "no chat template for pairs"),
     ("/rerank", {"documents": ["d"]}, "query", "query: required"),
     ("/rerank", {"query": "q"}, "documents", "documents: required"),
     ("/rerank", {"query": "q", "documents": []}, "documents", "at least 1"),

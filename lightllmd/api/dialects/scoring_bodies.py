@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -97,6 +98,11 @@ class PairsBody(ScoringBody, ABC):
     max_tokens_per_query: Cut = Field(default=0, description="what is kept of each first text; 0: all of it")
     max_tokens_per_doc: Cut = Field(default=0, description="what is kept of each second text; 0: all of it")
 
+    instruction: str | None = Field(default=None, description="as `instruction` in chat_template_kwargs")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="further names for the model's chat template for pairs"
+    )
+
     @abstractmethod
     def pairs(self) -> TextPairs:
         """Those that are asked for. Raises InvalidRequest."""
@@ -104,6 +110,12 @@ class PairsBody(ScoringBody, ABC):
     def asked(self) -> ScoresAsked:
         """See `Translation`."""
         pairs = self.pairs()
+        if self.chat_template_kwargs:
+            pairs = replace(pairs, variables=self.chat_template_kwargs)
+        if self.instruction is not None:
+            named = pairs.variables_field if pairs.variables else "instruction"
+            variables = {"instruction": self.instruction, **pairs.variables}
+            pairs = replace(pairs, variables=variables, variables_field=named)
         cut = PairCut(
             self.max_tokens_per_query or None,
             self.max_tokens_per_doc or None,

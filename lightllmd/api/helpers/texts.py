@@ -98,7 +98,7 @@ class TextHelpers:
         texts = sum(map(len, pairs.first.texts)) + sum(map(len, pairs.second.texts))
         if not rendered and not self._hosted and texts <= _SHORT and pairs.size <= _INLINE:
             return _lists(self._pairs.encode(pairs, cut))
-        heavy = (pairs.size if rendered else texts) > _LONG or len(pairs) > _MANY_PAIRS
+        heavy = (pairs.size if rendered else texts) > _LONG or len(pairs) > _MANY_PAIRS or bool(pairs.variables)
         ids = await self.encoders.run("encode_pairs", pairs, cut, heavy=heavy)
         return await off_loop(sum(map(len, ids)), _lists, ids)
 

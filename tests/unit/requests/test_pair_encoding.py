@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from api.frontend_harness import make_plan
@@ -108,3 +110,22 @@ def test_a_template_that_refuses_names_the_document():
     with pytest.raises(InvalidRequest, match=r"d\.1: the model's chat template refuses them: empty") as refused:
         joined(tokenizer, ("a", "b"), ("a", ""))
     assert refused.value.parameters["param"] == "d.1"
+
+
+def test_a_template_that_vllm_has_for_qwen3_takes_an_instruction():
+    """Roles are selected, and an instruction that is not there is replaced."""
+    source = (
+        "{{ instruction | default('fits?', true) }} "
+        "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}: "
+        "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    )
+    tokenizer = Counting()
+    tokenizer.chat_template = ChatTemplate(source)
+    encoder = PairEncoder(tokenizer, RequestLimits.of(make_plan()))
+    pairs = TextPairs(FieldOfTexts("q", ["a"], listed=False), FieldOfTexts("d", ["b"]))
+    assert [bytes(ids.tolist()) for ids in encoder.encode(pairs, NO_CUT)] == [b"fits? a: b"]
+    pairs = replace(pairs, variables={"instruction": "rhymes?"}, variables_field="instruction")
+    assert [bytes(ids.tolist()) for ids in encoder.encode(pairs, NO_CUT)] == [b"rhymes? a: b"]
+    tokenizer.chat_template = None
+    with pytest.raises(InvalidRequest, match="instruction: this model has no chat template for pairs"):
+        encoder.encode(pairs, NO_CUT)
