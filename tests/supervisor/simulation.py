@@ -8,27 +8,22 @@ next one all of them have happened.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import signal
-import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import msgspec
 
-from lightllmd.architecture.families import architecture_of
 from lightllmd.config.cli import Invocation
-from lightllmd.config.load import load
 from lightllmd.config.parameters import Config, Params
-from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Other
+from lightllmd.config.plan import DeviceFacts, Facts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
 from lightllmd.supervisor import supervisor
@@ -36,189 +31,21 @@ from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.children import child, probing, read_ahead
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.hang_rule import RunningClock
-from lightllmd.supervisor.context import Commands, Context
+from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.host import listeners as sockets
 from lightllmd.supervisor.host.fd_store import FdStore
-from lightllmd.supervisor.host.notify import Notifier
 from lightllmd.supervisor.host.runtime_directory import RuntimeDirectory
 from lightllmd.supervisor.journal import logs
 from lightllmd.supervisor.workers import memory_gate as memory
 from lightllmd.supervisor.workers import spare
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Engine, Fate, Link, SimulatedProcess, TheirEnd
+from supervisor.simulated_host import Listener, Loop, NoControlServer, SimulatedCommands, Systemd
+from supervisor.simulated_models import model_facts
 
 TICK = 0.5  # virtual seconds; the most that one turn of the supervisor counts
 DEVICE = 10 * 10**9  # bytes
-GOOD = ("first", "second", "large")  # "large" does not fit beside another
-BAD = ("broken", "crashing", "hanging", "untokenized")  # found out by starting it
-UNPLANNABLE = ("huge", "missing")
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
-_DEEP = {"hidden_size": 4096, "intermediate_size": 6144, "num_key_value_heads": 2}
-_SHAPES = {  # of about 6 and 40 GB
-    "/models/large": SHAPE | _DEEP | {"num_hidden_layers": 32},
-    "/models/huge": SHAPE | _DEEP | {"num_hidden_layers": 234},
-}
-_FLAGS = {
-    "model_dir": "/models/first",
-    "load_way": "DUMMY",
-    "max_total_token_num": 8192,
-    "engine.cuda_graphs": False,
-    "running_max_req_size": 16,
-    "max_req_total_len": 1024,
-    "max_req_input_len": 512,
-    "batch_max_tokens": 2048,
-    "http.workers": 2,
-    "supervisor.hang_timeout": 3,
-    "supervisor.boot_timeout": 6,
-    "supervisor.load_timeout": 6,
-    "supervisor.warmup_timeout": 6,
-    "supervisor.abort_grace": 1,
-    "supervisor.stop_timeout": 4,
-    "supervisor.drain_timeout": 20,
-    "supervisor.memory_timeout": 5,
-    "supervisor.backoff_max": 4,
-    "supervisor.start_limit_burst": 3,
-    "supervisor.retry_interval": 8,
-    "supervisor.health_interval": 5,
-    "supervisor.health_timeout": 5,
-}
-
-
-def configuration(**flags: Any) -> Config:
-    config = load(None, _FLAGS | {key.replace("__", "."): value for key, value in flags.items()})
-    named = {name: {"model_dir": f"/models/{name}"} for name in (*GOOD, *BAD, *UNPLANNABLE)}
-    return msgspec.structs.replace(config, models=named)
-
-
-class Loop(asyncio.BaseEventLoop):
-    """Runs what is ready and never waits; `now` is set from outside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self._selector = self  # asyncio's own loop asks it for events, and how long it may wait
-        self.readers: dict[int, Callable[[], object]] = {}
-        self.signals: dict[int, Callable[[], object]] = {}
-        self.threads: list[Callable[[], None]] = []  # what threads are doing; called, it is done
-
-    def time(self) -> float:
-        return self.now
-
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None or timeout > 0:
-            self.stop()
-        return []
-
-    def _process_events(self, events: list[Any]) -> None: ...
-
-    def _write_to_self(self) -> None: ...
-
-    def add_reader(self, fd: int, callback: Callable[..., object], *arguments: Any) -> None:
-        self.readers[fd] = partial(callback, *arguments)
-
-    def remove_reader(self, fd: int) -> bool:
-        return self.readers.pop(fd, None) is not None
-
-    def remove_writer(self, fd: int) -> bool:
-        return False
-
-    def add_signal_handler(self, number: int, callback: Callable[..., object], *arguments: Any) -> None:
-        self.signals[number] = partial(callback, *arguments)
-
-    def run_in_executor(  # type: ignore[override]
-        self, executor: Executor | None, work: Callable[..., Any], *arguments: Any
-    ) -> asyncio.Future[Any]:
-        future = self.create_future()
-
-        def end() -> None:
-            if future.cancelled():
-                return
-            try:
-                future.set_result(work(*arguments))
-            except Exception as failure:
-                future.set_exception(failure)
-
-        self.threads.append(end)
-        return future
-
-
-class Listener:
-    """Stands for a listening socket."""
-
-    family = socket.AF_INET
-
-    def __init__(self, simulation: Simulation, port: int) -> None:
-        self.port, self.closed = port, False
-        simulation.listeners.append(self)
-
-    def fileno(self) -> int:
-        return 1_000_000 + self.port
-
-    def getsockname(self) -> tuple[str, int]:
-        return "127.0.0.1", self.port
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class SimulatedCommands(Commands):
-    def probe(self) -> list[str]:
-        return ["probe"]
-
-    def api(self, channel_fd: int) -> list[str]:
-        return ["api", str(channel_fd)]
-
-    def engine(
-        self, channel_fd: int, flight_fd: int, early: Sequence[str] = (), context_on: str | None = None
-    ) -> list[str]:
-        return ["engine", str(channel_fd), *early, *([context_on] if context_on else [])]
-
-    def read_ahead(self, files: Sequence[str]) -> list[str]:
-        return ["reader"]
-
-    def push(self, channel_fd: int) -> list[str]:
-        return ["push", str(channel_fd)]
-
-
-class Systemd(Notifier):
-    """What systemd would be told."""
-
-    def __init__(self) -> None:
-        super().__init__({}, 1)
-        self.watchdog_interval = 1.0
-        self.said: dict[str, str | int] = {}  # the last of each
-        self.stored: dict[str, int] = {}  # descriptors in its store, by name
-
-    @property
-    def active(self) -> bool:
-        return True
-
-    def send(self, *, fds: Sequence[int] = (), **assignments: str | int) -> bool:
-        self.said |= assignments
-        if "FDSTORE" in assignments:
-            self.stored[str(assignments["FDNAME"])] = fds[0]
-        if "FDSTOREREMOVE" in assignments:
-            del self.stored[str(assignments["FDNAME"])]
-        return True
-
-
-class NoControlServer:
-    def __init__(self, supervisor: Any) -> None: ...
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
 
 
 class Simulation:
@@ -258,7 +85,7 @@ class Simulation:
             events=logs.EventBook(log),
             runtime=RuntimeDirectory(Path(folder) / "control.sock"),
             commands=SimulatedCommands(),
-            listeners=[Listener(self, 8000)],  # type: ignore[list-item]
+            listeners=[Listener(self.listeners, 8000)],  # type: ignore[list-item]
             fd_store=FdStore(self.systemd),
             random=random.Random(0),
         )
@@ -326,7 +153,7 @@ class Simulation:
         fitting = [listener for listener in kept if listener.port == port]
         if self.refuse_ports and not fitting:
             raise SystemFailure(f"{host}:{port} is in use by somebody else")
-        return fitting or [Listener(self, port)]
+        return fitting or [Listener(self.listeners, port)]
 
     def _reread(self) -> Config:
         if self.file is None:
@@ -350,13 +177,13 @@ class Simulation:
         if path == "/models/missing":
             return f"{path} does not exist"
         others = {name: self._other(params) for name, params in request.get("others", {}).items()}
-        return Facts(None if request.get("device_only") else _model(path), device, others)
+        return Facts(None if request.get("device_only") else model_facts(path), device, others)
 
     def _other(self, told: dict[str, Any]) -> Other:
         params = msgspec.convert(told, Params)
         path = params.model_dir or ""
         if path in self.readable_others:
-            return Other(params, _model(path))
+            return Other(params, model_facts(path))
         return Other(params, fault=f"{path} can't be read")
 
     def may_end(self, revision: int) -> bool:
@@ -529,13 +356,6 @@ class Simulation:
         program = one.process.program  # type: ignore[attr-defined]
         assert isinstance(program, Api | Engine)
         return program
-
-
-@cache
-def _model(path: str) -> ModelFacts:
-    shape = _SHAPES.get(path, SHAPE)
-    size = architecture_of("llama", shape).parameters
-    return ModelFacts(path, "dummy", "llama", shape, [], size, 0, "bfloat16", 4096, [2], False, False)
 
 
 def _generation(program: object) -> int | None:

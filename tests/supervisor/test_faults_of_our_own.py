@@ -19,7 +19,8 @@ from lightllmd.supervisor.control.verbs import Caller, Verbs
 from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.generation import Engine
-from supervisor.simulation import Simulation, configuration
+from supervisor.simulated_models import configuration
+from supervisor.simulation import Simulation
 from supervisor.supervisor_truths import Truths
 from supervisor.test_supervisor_model import EDITS
 

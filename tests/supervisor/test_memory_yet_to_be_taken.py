@@ -12,7 +12,8 @@ from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
 from supervisor import simulation
 from supervisor.simulated_api import Api
-from supervisor.simulation import Simulation, configuration
+from supervisor.simulated_models import configuration
+from supervisor.simulation import Simulation
 
 
 class World:

@@ -16,7 +16,8 @@ from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
 from supervisor import simulation
-from supervisor.simulation import DEVICE, Simulation, configuration
+from supervisor.simulated_models import configuration
+from supervisor.simulation import DEVICE, Simulation
 
 MODELS = {
     "first": {},

@@ -16,7 +16,8 @@ from lightllmd.supervisor.change.switch import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
 from supervisor.simulated_children import CONTEXT, KEPT_ASLEEP, Engine
-from supervisor.simulation import DEVICE, Simulation, configuration
+from supervisor.simulated_models import configuration
+from supervisor.simulation import DEVICE, Simulation
 
 
 class World:

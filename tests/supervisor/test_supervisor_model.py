@@ -27,7 +27,8 @@ from lightllmd.supervisor.control.verbs import Caller
 from long_run import LONG
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Fate, SimulatedProcess
-from supervisor.simulation import BAD, GOOD, TICK, UNPLANNABLE, Simulation, configuration
+from supervisor.simulated_models import BAD, GOOD, UNPLANNABLE, configuration
+from supervisor.simulation import TICK, Simulation
 from supervisor.supervisor_truths import Truths
 
 pytestmark = pytest.mark.timeout(3600 if LONG else 300)
