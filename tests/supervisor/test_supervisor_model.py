@@ -254,6 +254,10 @@ class SupervisorMachine(RuleBasedStateMachine):
         else:
             self.ask("reload", dry_run)
 
+    @rule(edit=st.sampled_from(["gateway", "job"]))
+    def push_elsewhere(self, edit: str) -> None:
+        self.reload([edit], valid=True, dry_run=False, by_signal=False)
+
     @rule(
         verb=st.sampled_from(["restart", "restart", "reset_failed", "drain", "resume"]),
         who=st.sampled_from(["", "engine", "api", "api-0", "api-1", "push", "nobody"]),
