@@ -114,15 +114,16 @@ class _Exporter:
         return piece if isinstance(piece, str | bytes) else None
 
     def _special_ids(self) -> set[int]:
-        """Those that `decode` leaves out when it is told to."""
+        """Added tokens that say so, and those that `decode` leaves out when it is told to."""
         made, pieces = self._made, self._pieces
         asked = {number for number, piece in enumerate(pieces) if piece is not None and _looks_special(piece)}
         asked |= {*made.all_special_ids, *self._added}
+        marked = {number for number, token in self._added.items() if getattr(token, "special", False)}
         return {
             number
             for number in asked
             if isinstance(number, int) and 0 <= number < len(pieces) and pieces[number] is not None
-            if not self._decode([number], skip=True) and self._decode([number])
+            if number in marked or (not self._decode([number], skip=True) and self._decode([number]))
         }
 
     def _decode(self, ids: Sequence[int], *, skip: bool = False) -> str:
@@ -159,6 +160,7 @@ class _Exporter:
             if found is None:
                 continue
             texts, fragments = found
+            tried = [*samples, *((ids, self._decode(ids)) for ids in _incomplete(sorted(fragments), plain))]
             for lead, byte_errors in product(LeadingSpace, ("replace", BYTEWISE)):
                 made = Vocabulary(
                     names,
@@ -169,7 +171,7 @@ class _Exporter:
                     byte_errors=byte_errors,
                     leading_space=lead,
                 )
-                differing = _first_difference(made, samples)
+                differing = _first_difference(made, tried)
                 if differing is None:
                     return made
                 wrong = wrong or differing
@@ -181,13 +183,17 @@ class _Exporter:
         )
 
     def _samples(self, plain: list[int]) -> Iterator[list[int]]:
-        allowed = set(plain)
+        allowed, failures = set(plain), []
         for text in _TEXTS:
             try:
                 ids = [int(number) for number in self._made.encode(text, add_special_tokens=False)]
-            except Exception:  # a text that it can't say; requests are told
+                self._made.encode(text)
+            except Exception as failure:  # a text that it can't say; requests are told
+                failures.append(failure)
                 continue
             yield [number for number in ids if number in allowed]
+        if len(failures) == len(_TEXTS):
+            raise failures[0]
         draw = random.Random(0)
         for _ in range(_RANDOM):
             yield draw.choices(plain, k=draw.randint(1, _LONGEST))
@@ -272,6 +278,14 @@ def _find(some: list[int], ids: list[int], start: int) -> int:
     """Where they stand together, from `start` on; -1: nowhere."""
     places = range(start, len(ids) - len(some) + 1) if some else ()
     return next((at for at in places if ids[at : at + len(some)] == some), -1)
+
+
+def _incomplete(fragments: list[int], plain: list[int]) -> Iterator[list[int]]:
+    """Bytes that make no character, beside each other and among other tokens."""
+    draw = random.Random(1)
+    for _ in range(_RANDOM if fragments else 0):
+        some = draw.choices(fragments, k=draw.randint(1, _LONGEST))
+        yield [*some, draw.choice(plain), *draw.choices(fragments, k=draw.randint(0, 2))]
 
 
 def _name(piece: str | bytes) -> str:

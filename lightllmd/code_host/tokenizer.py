@@ -13,7 +13,7 @@ import msgspec
 
 from lightllmd.api.helpers.process import Task, zygote
 from lightllmd.api.helpers.tasks import encoding_tasks
-from lightllmd.code_host.classes import class_of
+from lightllmd.code_host.classes import tokenizer_of
 from lightllmd.code_host.exporting import export
 from lightllmd.errors import InvalidRequest, LightllmdError, RequestFailed
 from lightllmd.requests.limits import RequestLimits
@@ -83,7 +83,7 @@ def serve(directory: str, reference: str, limits: dict[str, Any] | None = None) 
     """What the tokenizer is like (`Export`); from then on its process forks those that do tasks with it.
 
     `limits` as RequestLimits, for the tasks of api workers."""
-    made = class_of(directory, reference).from_pretrained(directory, trust_remote_code=True, local_files_only=True)
+    made = tokenizer_of(directory, reference)
     exported = msgspec.structs.replace(export(made), pid=os.getpid())
     own = OwnTokenizer(made, exported)
     tasks: dict[str, Task] = {"encode_batch": _encode_batch(own), "render_chat": _render_chat(own)}

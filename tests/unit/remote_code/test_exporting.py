@@ -12,6 +12,7 @@ from lightllmd.code_host.exporting import NotConcatenating, export
 from lightllmd.code_host.tokenizer import OwnTokenizer
 from lightllmd.errors import InvalidRequest, RequestFailed
 from lightllmd.text.pairs import PairFrame
+from lightllmd.text.vocabulary import BYTEWISE
 
 BYTES = [bytes([number]) for number in range(256)]
 WORDS = [b" the", " größe".encode(), "世".encode(), "👩".encode()[:3], b"ab", b"\xff\xfe"]
@@ -164,6 +165,9 @@ def test_special_tokens_that_the_class_keeps_to_itself_are_found() -> None:
     class Own(Table):
         table = [*BYTES, "<|im_start|>", "<|im_end|>"]
 
+        def _tokenize(self, text: str, **_: Any) -> list[Any]:
+            return [bytes([byte]) for byte in text.encode()]
+
         def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **_: Any) -> str:
             kept = [number for number in token_ids if number < 256 or not skip_special_tokens]
             return self.convert_tokens_to_string([self.table[number] for number in kept])
@@ -258,3 +262,30 @@ def test_what_stands_around_two_texts_is_found() -> None:
     assert made("a", "b")["input_ids"] == [bos, 97, eos, eos, 98, eos]
     assert own(made).pair_frame == PairFrame([bos], [eos, eos], [eos])
     assert own(Table()).pair_frame == PairFrame([], [], [])
+
+
+def test_one_that_encodes_no_text_at_all_is_refused() -> None:
+    class Deaf(Table):
+        def _tokenize(self, text: str, **_: Any) -> list[Any]:
+            raise KeyError("deaf")
+
+    with pytest.raises(KeyError, match="deaf"):
+        export(Deaf())
+
+
+def test_bytes_that_make_no_character_read_as_the_class_decodes_them() -> None:
+    """sentencepiece has a replacement for each byte, Python's decoder one for each character that is cut."""
+    assert export(Table()).byte_errors == "replace"
+
+    class Bytewise(Pieces):
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            text, run = "", b""
+            for token in [*tokens, ""]:
+                if token.startswith("<0x"):
+                    run += bytes([int(token[3:5], 16)])
+                    continue
+                text += run.decode(errors=BYTEWISE) + token.replace("▁", " ")
+                run = b""
+            return text.removeprefix(" ") if tokens and not tokens[0].startswith("<0x") else text
+
+    assert export(Bytewise()).byte_errors == BYTEWISE
