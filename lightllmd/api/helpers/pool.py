@@ -43,18 +43,21 @@ class Helpers:
     """Those of one revision. Tasks are named functions, known when the first is asked for.
 
     All calls come from the thread of the event loop. Processes start when they are needed, at most `light` and `heavy`
-    at a time; one light one stays, a heavy one lives for one task, so that its memory is free afterwards.
+    at a time; one light one stays (of a hosted tokenizer all), a heavy one lives for one task, so that its memory is
+    free afterwards.
     """
 
     def __init__(self, tasks: Mapping[str, Task], *, light: int | None = None, heavy: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0))
         self._tasks = tasks
+        self._light = light or max(2, min(4, cores))
         self._zygote: Forking | None = None
         self._room = {
-            LIGHT: asyncio.Semaphore(light or max(2, min(4, cores))),
+            LIGHT: asyncio.Semaphore(self._light),
             HEAVY: asyncio.Semaphore(heavy or max(1, min(4, cores // 2))),
         }
-        self._idle: _Helper | None = None
+        self._idle: list[_Helper] = []
+        self._kept = 1  # of them at most
         self._stopped = False
 
     def start(self) -> None:
@@ -81,12 +84,15 @@ class Helpers:
         self._end()
 
     def _end(self) -> None:
-        if self._idle is not None:
-            self._idle.close()
-            self._idle = None
+        self._close_idle()
         if self._zygote is not None:
             self._zygote.end()
             self._zygote = None
+
+    def _close_idle(self) -> None:
+        for helper in self._idle:
+            helper.close()
+        self._idle.clear()
 
     async def run(self, name: str, *arguments: Any, heavy: bool, seconds: float | None = None) -> Any:
         """The task's result; it may take `seconds` of CPU time, or what is usual for its kind.
@@ -108,6 +114,7 @@ class Helpers:
                 return unpack(name, answer)
             except HelperDied as death:
                 log.warning("%s in the middle of a task", death)
+                self._close_idle()  # their zygote may be gone
                 if death.spent >= limit:
                     break
             except OSError as failure:
@@ -120,7 +127,7 @@ class Helpers:
     @asynccontextmanager
     async def _helper(self, kind: bytes) -> AsyncIterator[_Helper]:
         """One that is free. It is kept if it is a light one and its task came to an end."""
-        helper, self._idle = (self._idle, None) if kind == LIGHT else (None, self._idle)
+        helper = self._idle.pop() if kind == LIGHT and self._idle else None
         if helper is None:
             forking = await self._ready()
             helper = _Helper(forking.fork(kind), forking.unpack)
@@ -129,8 +136,8 @@ class Helpers:
         except BaseException:
             helper.close()
             raise
-        if kind == LIGHT and self._idle is None and not self._stopped:
-            self._idle = helper
+        if kind == LIGHT and len(self._idle) < self._kept and not self._stopped:
+            self._idle.append(helper)
         else:
             helper.close()
 
@@ -142,6 +149,7 @@ class HostedHelpers(Helpers):
     def __init__(self, tokenizer: RemoteTokenizer, *, light: int | None = None, heavy: int | None = None) -> None:
         """The tokenizer's process is used and ended here from now on."""
         super().__init__({}, light=light, heavy=heavy)
+        self._kept = self._light  # every text needs one, and forking takes milliseconds
         self._tokenizer = tokenizer
         self._zygote = tokenizer.take_process()
         self._starting: asyncio.Task[Forking] | None = None
