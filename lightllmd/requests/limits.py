@@ -13,7 +13,7 @@ from lightllmd.ipc.messages import SamplingParams
 
 MAX_REPEATED = 1 << 21  # ids of biases, bad words and allowed tokens, times the prompts of the body
 MAX_PAIRED = 1 << 22  # tokens of all pairs of a body, of which a text may stand in each
-MAX_SCORED = 1 << 22  # log-probabilities of prompts that one answer tells
+MAX_SCORED = 1 << 22  # log-probabilities of prompts, or scores, that one answer tells
 
 Ids: TypeAlias = "list[int] | array[int]"
 
@@ -144,6 +144,15 @@ class RequestLimits:
             raise InvalidRequest(
                 f"{field}: with this one the pairs have {tokens} tokens, more than {MAX_PAIRED} in all; send fewer at "
                 "a time",
+                param=field,
+            )
+
+    def vectors(self, places: int, labels: int, field: str) -> None:
+        """All of a body's prompts, which are scored at so many places."""
+        if places * labels > MAX_SCORED:
+            raise InvalidRequest(
+                f"{field}: {places} places with {labels} scores each are {places * labels}, more than {MAX_SCORED} in "
+                "all; send fewer prompts at a time",
                 param=field,
             )
 

@@ -148,7 +148,10 @@ class ScoringIntake:
             if isinstance(prompts, TextPairs)
             else (prompt.field for prompt in prompts)
         )
-        return [self._job(asked, scoring, field, ids) for field, ids in zip(fields, given, strict=True)]
+        jobs = [self._job(asked, scoring, field, ids) for field, ids in zip(fields, given, strict=True)]
+        places = sum(1 if job.params.at is None else len(job.params.at) for job in jobs)
+        self._limits.vectors(places, len(scoring.labels), asked.prompts_field)
+        return jobs
 
     def _job(self, asked: ScoresAsked, scoring: Scoring, field: str, given: Ids) -> ScoringJob:
         kept, ending = self._kept(asked, given), scoring.ending

@@ -373,6 +373,30 @@ def test_what_is_wrong_is_told_by_name(tmp_path):
         assert (error["type"], error["param"]) == ("invalid_request_error", param), (path, str(body)[:200], error)
 
 
+def test_the_scores_of_all_prompts_are_bounded(tmp_path):
+    many = Scoring([str(number) for number in range(4096)])
+    (answer,) = posting(tmp_path, many, ("/classify", {"input": ["a"] * 1025}))
+    says = "input: 1025 places with 4096 scores each are 4198400, more than 4194304 in all"
+    assert (answer.status_code, says in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_unknown_fields_are_refused_where_the_settings_say_so_and_keys_are_asked_for(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    keys.chmod(0o600)
+
+    async def scenario():
+        async with scoring(tmp_path, api_keys_file=str(keys), unknown_fields="refuse") as one:
+            for path, body in BODIES.items():
+                assert (await one.client.post(path, json=body)).status_code == 401
+                key = {"Authorization": "Bearer secret"}
+                assert (await one.client.post(path, json=body, headers=key)).status_code == 200
+                refused = await one.client.post(path, json=body | {"text_3": "x"}, headers=key)
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text_3")
+
+    run(scenario())
+
+
 def test_rerank_errors_are_told_as_each_client_reads_them(tmp_path):
     for answer in posting(tmp_path, ONE, *[(path, {}) for path in ("/rerank", "/v1/rerank", "/v2/rerank")]):
         body = answer.json()

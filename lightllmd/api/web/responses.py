@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 _json = msgspec.json.Encoder()
 _DEEP = 4  # levels of an answer: choices, one of them, its logprobs, their list
-_AT_ONCE = 64  # elements of a list below them
+_AT_ONCE = 64  # elements of a list below them, or numbers
 
 
 def json_response(body: Any, status: int = 200) -> Response:
@@ -37,7 +37,7 @@ def _parts(value: Any, depth: int) -> Iterator[bytes]:
             yield from _parts(item, depth + 1)
             before = b","
         yield b"}"
-    elif depth < _DEEP and isinstance(value, list) and value:
+    elif depth < _DEEP and isinstance(value, list) and value and not isinstance(value[0], (int, float)):
         before = b"["
         for item in value:
             yield before
