@@ -48,7 +48,7 @@ def read_torch_header(path: str | os.PathLike[str]) -> list[TensorInfo]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
     return text if len(text) <= 300 else f"{text[:299]}…"
 
 
@@ -110,8 +110,9 @@ class _Archive:
             order = self._read(f"{top}byteorder", 16)
             if order != b"little":
                 raise ValueError(f"its byte order is {show(order.decode('latin-1'))}, little-endian is needed")
+        pickle = self._read(pickles[0], MAX_PICKLE)
         try:
-            state = read_state(self._read(pickles[0], MAX_PICKLE))
+            state = read_state(pickle)
         except ValueError as fault:
             raise ValueError(f"its pickle can't be read: {fault}") from None
         found = [self._tensor(name, tensor, f"{top}data/{tensor.storage.key}") for name, tensor in state.items()]

@@ -4,16 +4,20 @@ sentence with the file's name, soon and in little memory; nothing that they name
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from deepspeed_damage import CASES, write_sound
-from lightllmd.errors import EXIT_CONFIG, LightllmdError
+from deepspeed_damage import CASES, LAYER, records_of, write_sound
+from lightllmd.errors import EXIT_CONFIG, LightllmdError, WeightsInvalid
 from lightllmd.probe.model import model_facts
+from lightllmd.weights.torch_header import read_torch_header
+from lightllmd.weights.torch_pickle import read_state
 from long_run import LONG
 
 SECONDS = 10
@@ -62,6 +66,33 @@ def test_a_damaged_checkpoint_is_refused_by_its_files_name(
     assert message.isprintable()
     assert len(message) < 1000
     assert not (folder / "hacked").exists()
+
+
+def mutated(body: bytes, first: int, drawn: random.Random) -> bytes:
+    """Some bytes behind the first ones changed, gone, put in or repeated."""
+    made = bytearray(body)
+    for _ in range(drawn.choice([1, 1, 2, 8])):
+        at, other = (drawn.randrange(first, len(made) - 8) for _ in range(2))
+        change = drawn.choice([b"", drawn.randbytes(1), drawn.randbytes(9), made[other : other + 8]])
+        made[at : at + drawn.randrange(9)] = change
+    return bytes(made)
+
+
+def test_a_file_with_any_bytes_is_read_or_refused(sound: Path, tmp_path: Path) -> None:
+    drawn, body = random.Random(4), (sound / LAYER).read_bytes()
+    told: list[str] = []
+    pickle = next(one for name, one in records_of(sound / LAYER).items() if name.endswith("data.pkl"))
+    directory = body.index(b"PK\x01\x02")
+    for _ in range(20_000 if LONG else 300):
+        with suppress(ValueError):
+            read_state(mutated(pickle, 0, drawn))
+        (tmp_path / LAYER).write_bytes(mutated(body, drawn.choice([0, directory, directory]), drawn))
+        try:
+            read_torch_header(tmp_path / LAYER)
+        except WeightsInvalid as fault:
+            told.append(fault.message)
+    assert len(told) > 100
+    assert all(LAYER in message and message.isprintable() and len(message) < 1000 for message in told)
 
 
 def ask(folder: Path) -> tuple[subprocess.CompletedProcess[bytes], float, int]:
