@@ -18,6 +18,7 @@ FIELDS = {
     "allowed_token_ids": [66, 65, 66, EOS],
     "bad_words": [[65], [65, 66]],
     "disable_prompt_cache": True,
+    "typical_p": 0.25,
 }
 ROUTES = {
     "generate": ("/generate", lambda fields: {"inputs": "x", "parameters": fields | {"max_new_tokens": 2}}),
@@ -52,6 +53,7 @@ def test_they_reach_the_engine_and_the_one_after_it(tmp_path, route):
                 assert params.logit_bias == {65: -100.0, 66: 2.5}
                 assert params.allowed_token_ids == [65, 66, EOS]
                 assert params.bad_words == [[65], [65, 66]]
+                assert params.typical_p == 0.25
                 assert (params.use_cache, params.prompt_logprobs, params.length_penalty) == (False, -1, 1.0)
                 await one.kill()
                 engine = await one.up()

@@ -372,6 +372,33 @@ def test_errors_before_the_engine_have_tgi_s_body(tmp_path):
     run(scenario())
 
 
+def test_what_is_no_request_is_told_in_tgi_s_shape_too(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, TGI) as one:
+            reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+            writer.write(b"nonsense\r\n\r\n")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert head.startswith(b"HTTP/1.1 400 ")
+            assert json.loads(body).keys() == {"error", "error_type"}
+
+    run(scenario())
+
+
+def test_a_large_body_is_read_in_a_helper_and_cut_where_that_is_asked(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, TGI) as one:
+            body = {"inputs": "hello " * 20_000 + "hello", "parameters": {"max_new_tokens": 3}}
+            refused = await one.client.post("/generate", json=body)
+            assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
+            body["parameters"] |= {"truncate": 5, "return_full_text": True, "watermark": None, "novelty": 1}
+            answer = await one.client.post("/generate", json=body)
+            assert answer.json() == {"generated_text": body["inputs"] + TEXT}
+            assert answer.headers["x-lightllmd-ignored"] == "novelty"
+
+    run(scenario())
+
+
 def test_a_key_that_is_missing_is_told_in_tgi_s_shape(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("one\n")

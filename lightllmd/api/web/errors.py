@@ -76,12 +76,13 @@ class ErrorAnswers:
     """What is answered instead of what was asked for, in the dialect of the path."""
 
     def __init__(self, by_path: Mapping[str, tuple[ErrorBody, ErrorStatus]]) -> None:
-        """By what paths begin with; "/" is among them. The longest that fits counts."""
+        """By what paths begin with. The longest that fits counts, and "/" where there is no path."""
         self._by_path = sorted(by_path.items(), key=lambda item: -len(item[0]))
+        self._default = by_path.get("/", (native_error, own_status))
 
     def _shape(self, path: str) -> tuple[ErrorBody, ErrorStatus]:
         fitting = (shape for beginning, shape in self._by_path if path.startswith(beginning))
-        return next(fitting, (native_error, own_status))
+        return next(fitting, self._default)
 
     def body(self, error: LightllmdError, path: str) -> bytes:
         """JSON."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from cases.timing import Deadline, Report, copies_for, median_us
 
-from lightllmd.kernels.sampling import DRAWN, LIMITED, PARAMETERS, sample
+from lightllmd.kernels.sampling import DRAWN, LIMITED, PARAMETERS, TYPICAL, sample
 
 VOCAB = 128256
 ROWS = (1, 64, 256)
@@ -14,6 +14,7 @@ CASES = {
     "greedy": (0, 1.0, 2.0, VOCAB),
     "temperature 0.8": (DRAWN.value, 1 / 0.8, 2.0, VOCAB),
     "top-p 0.9, top-k 50": (DRAWN.value + LIMITED.value, 1.0, 0.9, 50),
+    "typical-p 0.9": (DRAWN.value + LIMITED.value + TYPICAL.value, 1.0, 2.0, VOCAB),
 }
 
 
@@ -40,9 +41,11 @@ def run(name: str, rows: int, flags: int, inverse: float, top_p: float, top_k: i
     eos = torch.zeros(1, device="cuda", dtype=torch.int32)
     last = torch.full((rows,), -1, device="cuda", dtype=torch.int32)
 
+    typical = torch.full((rows,), 0.9, device="cuda") if flags & TYPICAL.value else None
+
     def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         plain, search = flags == 0, bool(flags & LIMITED.value)
-        return sample(x, parameters, index, index, counts, eos, None, last, plain, search)
+        return sample(x, parameters, index, index, counts, eos, None, last, plain, search, typical=typical)
 
     truth = logits[0].clone()
     tokens, logprobs, *_ = call(logits[0])
