@@ -143,7 +143,7 @@ def _architecture(config: dict[str, Any], where: Path) -> Architecture:
 def _computed(
     path: Path, config: dict[str, Any], code: dict[str, str], load_way: str, backend: str
 ) -> Architecture | Outline:
-    """By a family of ours, or by transformers; by whom, `backend` says. Raises ConfigInvalid, WeightsInvalid."""
+    """By a family of ours, or by transformers, as `backend` says. Raises ConfigInvalid, WeightsInvalid."""
     if backend == "transformers" or (backend == "auto" and _no_family(config)):
         return _outline(path, config, code, load_way)
     try:

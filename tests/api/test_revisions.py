@@ -52,11 +52,11 @@ class Slow:
     go: threading.Event
     calls: int = 0
 
-    def __call__(self, plan: Any) -> Any:
+    def __call__(self, plan: Any, **options: Any) -> Any:
         self.calls += 1
         if self.calls > 1:
             assert self.go.wait(20)
-        return load_tokenizer(plan)
+        return load_tokenizer(plan, **options)
 
 
 @pytest.fixture
