@@ -58,7 +58,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_neox": COMMON,
-    "gptj": {**GPT2, "rotary_dim": 4},
     "opt": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "gemma": {**GROUPED, "head_dim": 16},
     "gemma3_text": {**GROUPED, **ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 24},
@@ -72,7 +71,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron": GROUPED,
     "smollm3": GROUPED,
     "diffllama": GROUPED,
-    "codegen": {**GPT2, "rotary_dim": 4},
 }
 
 

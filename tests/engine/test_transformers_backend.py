@@ -23,11 +23,11 @@ from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.scheduler import Scheduler
-from lightllmd.errors import WeightsInvalid
+from lightllmd.errors import ConfigInvalid, WeightsInvalid
 from lightllmd.ipc.messages import SamplingParams, Submit
 from lightllmd.models.hf.dry_run import outlined
 from tiny_causal_lms import CONFIGS, GROUPED, write_causal_lm
-from tiny_models import Driver, plan_for, transformers_model
+from tiny_models import DEVICE, Driver, plan_for, transformers_model
 
 TOLERANCE = 1e-4
 PROMPT, NEW = 21, 7  # tokens
@@ -194,6 +194,57 @@ def test_beams_and_sixteen_bits_work(served: Path) -> None:
     [branch] = output.branches
     truth = log_probabilities(model, prompt, branch.token_ids)
     assert branch.logprobs == pytest.approx(truth, abs=0.3)
+
+
+def test_random_weights_need_no_file_and_are_the_same_each_time(served: Path) -> None:
+    (served / "model.safetensors").unlink()
+    told = []
+    for _ in range(2):
+        with LLM(str(served), load_way="DUMMY", data_type="float32", **QUIET, **LIMITS) as llm:
+            [output] = llm.generate(prompt_token_ids=[[5, 6, 7, 8]], max_new_tokens=6, ignore_eos=True)
+        told.append((output.token_ids, output.branches[0].logprobs))
+    assert told[0] == told[1]
+
+
+def test_a_length_that_rotary_angles_would_depend_on_is_refused_with_the_one_that_works(served: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [4.0, 5.0, 6.0, 7.0]}
+    folder = write_causal_lm(served.parent / "phi3", "phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    with pytest.raises(ConfigInvalid, match="max_req_total_len = 32 or less works"):
+        LLM(str(folder), max_req_total_len=33, max_req_input_len=16, device="cpu")
+    prompt, model = [5, 6, 7, 8], transformers_model(folder)
+    limits = {**LIMITS, "max_req_input_len": 16, "max_req_total_len": 32}
+    with LLM(str(folder), data_type="float32", **QUIET, **limits) as llm:
+        [output] = llm.generate(prompt_token_ids=[prompt], max_new_tokens=20, ignore_eos=True)
+    truth = log_probabilities(model, prompt, output.token_ids)
+    assert output.branches[0].logprobs == pytest.approx(truth, abs=TOLERANCE)
+
+
+# --- a GPU's kernels ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mistral", "deepseek_v2"])
+def test_the_kernels_of_a_gpu_give_the_same_logits_before_and_after_a_sleep(kind: str, tmp_path: Path) -> None:
+    """Heads of 8 and 12 elements are padded to 16; keys of one of them are longer than its values."""
+    pytest.importorskip("triton")
+    from lightllmd.engine.runners.gpu import GpuRunner
+
+    runner = GpuRunner()
+    runner.load(plan_of(write_causal_lm(tmp_path, kind), slots=255, device=DEVICE), lambda done, total: None)
+    assert {heads.dim for heads in runner.decoder.heads} == {16}
+    ids = random.Random(1).choices(range(3, 96), k=17)
+    with torch.inference_mode():
+        truth = transformers_model(tmp_path)(torch.tensor([ids])).logits[0]
+    driver = Driver(runner, scattered=True, poisoned=True)
+    first = driver.logits(driver.row(3, ids[:5]), driver.row(0, ids[:13]))[1]
+    rest = driver.logits(driver.row(0, ids[13:16]))[0]
+    last = driver.logits(driver.row(0, ids[16:17], 1), driver.row(3, [7], 1))[0]
+    close(torch.cat([first, rest, last]).cpu(), truth)
+    runner.stage()
+    runner.release(lambda done, total: None)
+    runner.restore(lambda done, total: None)
+    driver = Driver(runner)
+    close(driver.logits(driver.row(0, ids[:13]))[0].cpu(), truth[:13])
 
 
 # --- what can't be served -----------------------------------------------------------------------------------------
