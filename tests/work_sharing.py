@@ -1,4 +1,4 @@
-"""How the workers of `pytest -n 2` share the tests: those that hold seconds against a bound (real_time/) run first and
+"""How the workers of `pytest -n 3` share the tests: those that hold seconds against a bound (real_time/) run first and
 alone; then those of a file share a worker and its fixtures, and the first worker has the trees of processes."""
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ _SIMULATED = frozenset({"test_supervisor_model.py"})
 # Those of most seconds of a core, the longest first; the files that are handed out last are to be short.
 _LONG = (
     "test_supervisor_model.py",
-    "test_scheduler_fuzz.py",
-    "test_device_runner.py",
-    "test_device_steps.py",
     "test_kernels_compile_for_hopper.py",
     "test_beams_equal_transformers.py",
+    "test_scheduler_fuzz.py",
+    "test_device_steps.py",
+    "test_device_runner.py",
     "test_offline.py",
     "test_branches_and_scores.py",
-    "test_sampling_kernel.py",
-    "test_demo_model.py",
+    "test_sleep.py",
     "test_fake_engine.py",
+    "test_demo_model.py",
+    "test_sampling_kernel.py",
+    "test_sampler.py",
     "test_feature_pairs.py",
 )
 
@@ -49,8 +51,8 @@ def scheduler(*arguments: Any) -> Any:
 
     class Scheduler(LoadScopeScheduling):
         """The first worker takes the tests in real time, while the others wait; then files that start trees as long as
-        there are any, and the others take other files. One that has none of its own left takes what there is. So one
-        tree is on the machine, beside work for one core."""
+        there are any, and the others take other files. One that has none of its own left takes what there is. So few
+        trees are on the machine at a time, beside work for its cores."""
 
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
