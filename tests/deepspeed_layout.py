@@ -1,4 +1,5 @@
-"""Writes a checkpoint as Megatron-DeepSpeed's pipeline module does: one file for each module and rank."""
+"""Writes a checkpoint as Megatron-DeepSpeed's pipeline module does: one file for each module and rank, which the stage
+writes that runs the module."""
 
 from __future__ import annotations
 
@@ -49,6 +50,7 @@ def write_deepspeed(
     changes: dict[str, Any] | None = None,
     *,
     ranks: int | None = 2,
+    stages: int = 1,
     dtype: torch.dtype = torch.float32,
     split_vocabulary: bool = False,
     seed: int = 0,
@@ -58,7 +60,12 @@ def write_deepspeed(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(config, seed).items()}
-    write_modules(folder, modules_of(tensors, config["num_hidden_layers"]), ranks, split_vocabulary=split_vocabulary)
+    modules = modules_of(tensors, config["num_hidden_layers"])
+    numbers, split = max(modules) + 1, split_vocabulary
+    for stage in range(stages):
+        own = range(numbers * stage // stages, numbers * (stage + 1) // stages)
+        part = {number: modules[number] for number in own if number in modules}
+        write_modules(folder, part, ranks, split_vocabulary=split)
     return folder
 
 

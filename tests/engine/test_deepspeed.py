@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 import torch
 
+from deepspeed_damage import records_of
 from deepspeed_layout import COLUMNS, ROWS, file_of, modules_of, write_deepspeed
 from lightllmd.architecture.families import architecture_of
 from lightllmd.config.stamps import stamps_of
@@ -26,7 +28,7 @@ from tiny_models import BASE, VARIANTS, Driver, load, plan_for, tensors_of, writ
 
 IDS = [3, 14, 15, 92, 65, 35]
 TINY = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
-FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4}  # heads for four ranks
+FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}  # for four ranks and four stages
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -48,12 +50,12 @@ def opened(folder: Path) -> PlainCheckpoint:
     return PlainCheckpoint(deepspeed_tensors(deepspeed_files(folder, architecture), architecture))
 
 
-@pytest.mark.parametrize("ranks", [None, 1, 2, 4])
+@pytest.mark.parametrize(("ranks", "stages"), [(None, 1), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_its_logits_are_those_of_the_hugging_face_directory(
-    tmp_path: Path, ranks: int | None, dtype: torch.dtype
+    tmp_path: Path, ranks: int | None, stages: int, dtype: torch.dtype
 ) -> None:
-    theirs = write_deepspeed(tmp_path / "ds", FOUR, ranks=ranks, dtype=dtype)
+    theirs = write_deepspeed(tmp_path / "ds", FOUR, ranks=ranks, stages=stages, dtype=dtype)
     ours = hugging_face(tmp_path / "hf", FOUR, dtype)
     for computed in ("float32", "bfloat16"):
         assert torch.equal(logits(theirs, computed), logits(ours, computed))
@@ -193,6 +195,28 @@ def test_each_pickle_protocol_is_read_as_torch_reads_it(tmp_path: Path, protocol
         assert torch.equal(read.view(tensor.shape), value), name
 
 
+def test_records_whose_sizes_are_in_64_bits_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of 4 GiB and more are."""
+    folder = write_deepspeed(tmp_path / "ds")
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    for path in folder.glob("layer*"):
+        records = records_of(path)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, body in records.items():
+                with archive.open(name, "w", force_zip64=True) as file:
+                    file.write(body)
+    assert torch.equal(logits(folder), logits(write_model(tmp_path / "hf")))
+
+
+def test_files_may_be_links(tmp_path: Path) -> None:
+    """As in the cache of Hugging Face's hub."""
+    folder = write_deepspeed(tmp_path / "ds")
+    (tmp_path / "blobs").mkdir()
+    for path in folder.glob("layer*"):
+        path.symlink_to(path.rename(tmp_path / "blobs" / path.stem))
+    assert torch.equal(logits(folder), logits(write_model(tmp_path / "hf")))
+
+
 def test_the_ranks_of_a_matrix_are_found_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     changes = {**FOUR, "hidden_size": 96, "intermediate_size": 132, "head_dim": 8, "num_attention_heads": 12}
     changes |= {"num_key_value_heads": 12, "num_hidden_layers": 1}
@@ -202,9 +226,9 @@ def test_the_ranks_of_a_matrix_are_found_in_the_order_of_their_numbers(tmp_path:
 
 def test_hundreds_of_files_need_few_descriptors(tmp_path: Path) -> None:
     """Of layers times ranks there may be more than a process may have open."""
-    theirs = write_deepspeed(tmp_path, {**FOUR, "num_hidden_layers": 12}, ranks=4)
+    theirs = write_deepspeed(tmp_path, FOUR | {"num_hidden_layers": 12}, ranks=4)
     checkpoint = opened(theirs)
-    weights = architecture_of("llama", {**BASE, **FOUR, "num_hidden_layers": 12}).weights
+    weights = architecture_of("llama", BASE | FOUR | {"num_hidden_layers": 12}).weights
     before = len(os.listdir("/proc/self/fd"))
     most = 0
     for _ in staged.stream(checkpoint, weights, torch.float32, DEVICE, lambda *at: None):
