@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from lightllmd.errors import ConfigInvalid, Problem, show
-from lightllmd.weights.model_files import MAX_CONFIG, invalid, present, read_json, read_text
+from lightllmd.weights.model_files import MAX_CONFIG, invalid, present, read_file, read_json, read_text
 
 CONFIG, TOKENIZER, GENERATE = "AutoConfig", "AutoTokenizer", "custom_generate"
 CAUSAL_LM = "AutoModelForCausalLM"
@@ -91,22 +91,25 @@ def refusal(directory: Path, code: list[NamedCode]) -> ConfigInvalid:
 
 
 def require_files(directory: Path, code: list[NamedCode]) -> None:
-    """Raises ConfigInvalid, naming what is not there."""
+    """Of what runs whatever the model is, config and tokenizer. Raises ConfigInvalid, naming what is not there."""
     for one in code:
-        if not present(directory / one.file):
+        if one.role in (CONFIG, TOKENIZER) and not present(directory / one.file):
             raise invalid(
                 f"{directory / one.said_by}: {one.role} is {one.class_name} of {one.file}, which is not in the folder"
             )
 
 
 def code_files(directory: Path) -> list[Path]:
-    """Every .py file of the checkpoint: any may be imported by another. Raises ConfigInvalid where there are too
-    many."""
+    """The .py files of the checkpoint and of its packages: any may be imported by another. Raises ConfigInvalid where
+    there are too many."""
     files = []
-    for path in directory.rglob("*.py"):
-        files.append(path)
-        if len(files) > MOST_FILES:
-            raise invalid(f"{directory} holds more than {MOST_FILES} .py files")
+    for form in ("*.py", "*/*.py"):
+        for path in directory.glob(form):
+            if path.is_dir():
+                continue
+            files.append(path)
+            if len(files) > MOST_FILES:
+                raise invalid(f"{directory} holds more than {MOST_FILES} .py files")
     return sorted(files)
 
 
@@ -154,12 +157,20 @@ def _own_tokenizer_class(directory: Path, settings: dict[str, dict[str, Any]]) -
         wanted = settings.get(name, {}).get("tokenizer_class")
         if not isinstance(wanted, str) or not wanted.isidentifier():
             continue
-        defined = re.compile(rf"^class[ \t]+{re.escape(wanted)}\b", re.MULTILINE)
         for path in sorted(directory.glob("*.py")):
-            if defined.search(read_text(path, _MAX_SOURCE)) and not _in_transformers(wanted):
+            if _defines(path, wanted) and not _in_transformers(wanted):
                 return NamedCode(name, TOKENIZER, f"{path.stem}.{wanted}")
         return None
     return None
+
+
+def _defines(path: Path, class_name: str) -> bool:
+    """Of a file that nothing names: one that can't be read defines nothing."""
+    try:
+        source = read_file(path, _MAX_SOURCE).decode("utf-8", "replace")
+    except ConfigInvalid:
+        return False
+    return re.search(rf"^class[ \t]+{re.escape(class_name)}\b", source, re.MULTILINE) is not None
 
 
 def _in_transformers(class_name: str) -> bool:

@@ -98,6 +98,9 @@ def test_what_has_no_form_is_refused_by_name(tmp_path: Path, entries: dict[str, 
 
 
 def test_a_file_that_is_named_and_missing_is_refused_by_name(tmp_path: Path) -> None:
+    unused = {"AutoModelForCausalLM": "modeling_odd.OddLM"}
+    folder = write_code(tmp_path / "m", {}, config={"auto_map": unused})
+    assert model_facts(str(folder), trust_remote_code=True).remote_code == unused  # the family is built in
     folder = write_code(tmp_path / "m", {}, config={"auto_map": {"AutoConfig": "configuration_odd.OddConfig"}})
     with pytest.raises(ConfigInvalid, match=r"AutoConfig is OddConfig of configuration_odd\.py, which is not in"):
         model_facts(str(folder), trust_remote_code=True)
@@ -110,6 +113,15 @@ def test_a_file_that_is_named_and_missing_is_refused_by_name(tmp_path: Path) -> 
 )
 def test_files_that_nothing_names_are_no_code_of_the_checkpoint(tmp_path: Path, entries: dict[str, Any]) -> None:
     folder = write_code(tmp_path / "m", {"convert.py": FATAL}, config=entries, tokenizer_config=entries)
+    assert model_facts(str(folder)).remote_code == {}
+
+
+def test_a_file_that_nothing_names_may_be_anything(tmp_path: Path) -> None:
+    folder = write_code(tmp_path / "m", {}, tokenizer_config={"tokenizer_class": "OddTokenizer"})
+    (folder / "latin.py").write_bytes("# größe\nclass Other:\n    pass".encode("latin-1"))
+    (folder / "pointer.py").write_text("version https://git-lfs.github.com/spec/v1\nclass OddTokenizer:\n")
+    (folder / "gone.py").symlink_to("nowhere")
+    (folder / "folder.py").mkdir()
     assert model_facts(str(folder)).remote_code == {}
 
 
@@ -162,6 +174,23 @@ def test_the_probe_ends_with_the_exit_code_of_a_wrong_configuration(tmp_path: Pa
     assert "trust_remote_code" in json.loads(done.stdout.splitlines()[-1])["message"]
 
 
-def test_a_gguf_file_names_no_code(tmp_path: Path) -> None:
-    """Nor does a folder without settings."""
+def test_the_files_that_may_be_imported_are_stamped(tmp_path: Path) -> None:
+    files = {"a.py": "", "package/b.py": "", "package/deeper/c.py": ""}
+    (tmp_path / "m" / "package" / "deeper").mkdir(parents=True)
+    folder = write_code(tmp_path / "m", files, config={"auto_map": {"AutoModel": "a.Own"}})
+    (folder / "folder.py").mkdir()
+    facts = model_facts(str(folder), trust_remote_code=True)
+    assert {one.path for one in facts.stamps if one.path.endswith(".py")} == {
+        str(folder / "a.py"),
+        str(folder / "package/b.py"),
+    }
+    assert str(folder / "a.py") in {one.path for one in facts.text_stamps}
+    for number in range(300):
+        (folder / f"{number}.py").touch()
+    with pytest.raises(ConfigInvalid, match=r"more than 256 \.py files"):
+        model_facts(str(folder), trust_remote_code=True)
+
+
+def test_a_folder_without_names_of_code_has_none(tmp_path: Path) -> None:
+
     assert named_code(write_folder(tmp_path / "m")) == []
