@@ -62,7 +62,8 @@ class Translation(Generic[Kind]):
     reply: Callable[[Revision, Kind, Sequence[Any]], Awaitable[Reply]]  # gets the jobs of what was asked
     streamed: Callable[[Kind], bool]
     error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
-    repeated: Callable[[Kind], int] = _nothing  # characters of the body that an answer in one piece has again
+    # Of an answer in one piece, beside what its entries have: characters, as `off_loop` counts them.
+    answer_size: Callable[[Kind], int] = _nothing
     # Of the answer, beside the usual ones; called when all have ended or, for a stream, before it begins.
     headers: Callable[[Any, Pending], Mapping[str, str]] = lambda reply, pending: {}
 
@@ -103,7 +104,7 @@ class Responder:
         if translation.streamed(body):
             return EventStream(pending, reply.frames(pending), revisions.streams, translation.headers(reply, pending))
         await pending.finish(request.receive)
-        size = sum(entry.answer_size for entry in pending.entries) + translation.repeated(body)
+        size = sum(entry.answer_size for entry in pending.entries) + translation.answer_size(body)
         response = encoded_response(await off_loop(size, lambda: json_in_parts(reply.whole(pending))))
         response.headers.update(translation.headers(reply, pending))
         return response

@@ -27,14 +27,14 @@ def _never(body: ScoringBody) -> bool:
     return False
 
 
-def _repeated(body: RerankBody) -> int:
-    return body.repeated
+def _size(body: ScoringBody) -> int:
+    return body.answer_size
 
 
-SCORE = Translation(ScorePairsBody, ScorePairsBody.asked, ScorePairsReply.of, _never, error_frame)
-RERANK = Translation(RerankBody, RerankBody.asked, RerankReply.of, _never, error_frame, _repeated)
-CLASSIFY = Translation(ClassifyBody, ClassifyBody.asked, ClassifyReply.of, _never, error_frame)
-POOLING = Translation(PoolingBody, PoolingBody.asked, PoolingReply.of, _never, error_frame)
+SCORE = Translation(ScorePairsBody, ScorePairsBody.asked, ScorePairsReply.of, _never, error_frame, _size)
+RERANK = Translation(RerankBody, RerankBody.asked, RerankReply.of, _never, error_frame, _size)
+CLASSIFY = Translation(ClassifyBody, ClassifyBody.asked, ClassifyReply.of, _never, error_frame, _size)
+POOLING = Translation(PoolingBody, PoolingBody.asked, PoolingReply.of, _never, error_frame, _size)
 
 
 def rerank_error(error: LightllmdError) -> dict[str, Any]:

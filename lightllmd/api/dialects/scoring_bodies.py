@@ -21,6 +21,7 @@ from lightllmd.text.pairs import PairCut
 
 MAX_DOCUMENTS = 10_000  # Cohere's bound, too
 MAX_RANK_FIELDS = 64
+RESULT_SIZE = 64  # characters of an answer for one prompt, about
 
 # Accepted without effect: they change nothing that a client could see here.
 _HARMLESS = frozenset({"user", "encoding_format"})
@@ -63,7 +64,7 @@ def _part(part: Any, field: str) -> str:
     return text
 
 
-class ScoringBody(Body):
+class ScoringBody(Body, ABC):
     """What all of them share."""
 
     lenient = True
@@ -91,8 +92,13 @@ class ScoringBody(Body):
         dropped = (_HARMLESS - cls.model_fields.keys()) | {*_NOT_YET, *_EARLIER_NAMES}
         return {name: value for name, value in body.items() if name not in dropped}
 
+    @property
+    @abstractmethod
+    def answer_size(self) -> int:
+        """See `Translation`."""
 
-class PairsBody(ScoringBody, ABC):
+
+class PairsBody(ScoringBody):
     """Texts that are scored two by two."""
 
     max_tokens_per_query: Cut = Field(default=0, description="what is kept of each first text; 0: all of it")
@@ -176,6 +182,10 @@ class ScorePairsBody(PairsBody):
             )
         return firsts, seconds
 
+    @property
+    def answer_size(self) -> int:
+        return len(self.pairs()) * RESULT_SIZE
+
     def pairs(self) -> TextPairs:
         firsts, seconds = self._chosen()
         return TextPairs(_field(firsts, getattr(self, firsts)), _field(seconds, getattr(self, seconds)))
@@ -204,13 +214,13 @@ class RerankBody(PairsBody):
         return {"text": found} if isinstance(found, str) else found
 
     @property
-    def repeated(self) -> int:
-        """Characters of its documents that the answer may repeat, about."""
-        if not self.return_documents:
-            return 0
+    def answer_size(self) -> int:
         documents = self.documents if isinstance(self.documents, list) else [self.documents]
+        if not self.return_documents:
+            return len(documents) * RESULT_SIZE
         return sum(
-            len(document) if isinstance(document, str) else sum(map(len, filter(_sized, document.values())))
+            RESULT_SIZE
+            + (len(document) if isinstance(document, str) else sum(map(len, filter(_sized, document.values()))))
             for document in documents
         )
 
@@ -256,6 +266,10 @@ class PromptsBody(Conversation, ScoringBody):
             keep_first=self.truncate_prompt_tokens if right else None,
             keep_last=None if right else self.truncate_prompt_tokens,
         )
+
+    @property
+    def answer_size(self) -> int:
+        return (len(self.input) if isinstance(self.input, list) else 1) * RESULT_SIZE
 
     def _prompts(self) -> list[ScoredPrompt]:
         if self.messages is not None:

@@ -96,7 +96,9 @@ def _translation(kind: type[Kind], streamed: Callable[[Kind], bool], *, listed: 
         reply,
         streamed,
         error_frame,
-        repeated=lambda body: len(body.inputs) * body.parameters.sequences if body.parameters.return_full_text else 0,
+        answer_size=lambda body: (
+            len(body.inputs) * body.parameters.sequences if body.parameters.return_full_text else 0
+        ),
         headers=TgiReply.headers,
     )
 

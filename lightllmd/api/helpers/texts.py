@@ -29,7 +29,7 @@ _LONG = 64 << 10  # characters; what is longer waits its turn among others of it
 _RENDERING = 5.0  # seconds of CPU time for the messages of a long chat
 _BAD_WORD_COST = 16  # characters that are tokenised in the time that one of a bad word takes, in its several ways
 _MANY_MESSAGES = 256
-_MANY_PAIRS = 256
+_FEW_PAIRS, _MANY_PAIRS = 64, 256
 Result = TypeVar("Result")
 
 
@@ -96,7 +96,8 @@ class TextHelpers:
         rendered = template is not None and template.joins_pairs
         # Where no template joins them, a text that stands in all of them is tokenised once.
         texts = sum(map(len, pairs.first.texts)) + sum(map(len, pairs.second.texts))
-        if not rendered and not self._hosted and texts <= _SHORT and pairs.size <= _INLINE:
+        few = len(pairs) <= _FEW_PAIRS and texts <= _SHORT and pairs.size <= _INLINE
+        if few and not rendered and not self._hosted:
             return _lists(self._pairs.encode(pairs, cut))
         heavy = (pairs.size if rendered else texts) > _LONG or len(pairs) > _MANY_PAIRS or bool(pairs.variables)
         ids = await self.encoders.run("encode_pairs", pairs, cut, heavy=heavy)
