@@ -124,7 +124,9 @@ class PushWorker:
                 log.info("metrics are pushed to %s again, after %d failures in %.0f s", where, failures, seconds)
         elif self._pace.failed(now):
             longest = max(LONGEST_WAIT, self._target.interval)
-            log.warning("metrics can't be pushed to %s: %s; it is tried again, each %g s at least", where, why, longest)
+            log.warning(
+                "metrics can't be pushed to %s: %s; it is tried again, at least every %g s", where, why, longest
+            )
         else:
             log.debug("metrics can't be pushed to %s: %s", where, why)
 

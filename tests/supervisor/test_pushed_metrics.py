@@ -74,6 +74,9 @@ def test_all_five_are_live_and_what_pushes_may_die_without_harm(
             for name, pid in serving(daemon):
                 assert "PASSWORD" not in psutil.Process(pid).environ(), name
 
+            # it yields to those that serve
+            assert all(psutil.Process(daemon.pid("push")).nice() > psutil.Process(pid).nice() for _, pid in before)
+
             # killed: counted, started again, and health does not change
             pushes = samples(pushed.body)["lightllm_push_count_total"]
             pid = daemon.kill("push")
