@@ -325,6 +325,7 @@ REFUSED = [
     ("/rerank", RERANK | {"rank_fields": ["title"]}, None, None),
     ("/rerank", {"query": "q", "documents": [{"a": 1}], "rank_fields": ["a"]}, "documents.0.a", "got 1"),
     ("/rerank", {"query": "q", "documents": [{"a": ""}], "rank_fields": []}, "rank_fields", "at least 1"),
+    ("/rerank", RERANK | {"rank_fields": ["x" * 257]}, "rank_fields.0", "at most 256 characters"),
     ("/rerank", {"query": "q", "documents": [{"image": "http://x"}]}, "documents.0.image", "not available yet"),
     (
         "/rerank",

@@ -22,6 +22,7 @@ from lightllmd.text.pairs import PairCut
 MAX_DOCUMENTS = 10_000  # Cohere's bound, too
 MAX_RANK_FIELDS = 64
 RESULT_SIZE = 64  # characters of an answer for one prompt, about
+_NESTED = 1 << 16  # characters
 
 # Accepted without effect: they change nothing that a client could see here.
 _HARMLESS = frozenset({"user", "encoding_format"})
@@ -32,6 +33,7 @@ _EARLIER_NAMES = ("activation", "softmax")  # of use_activation, in vLLM's relea
 Text = str | dict[str, Any]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
 Cut = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+RankField = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def text_of(value: Text, field: str, keys: Sequence[str] = ("text",)) -> str:
@@ -200,7 +202,7 @@ class RerankBody(PairsBody):
     documents: Texts
     top_n: int = Field(default=0, ge=-1, le=MAX_COUNT, description="results that are told; 0 or -1: all of them")
     return_documents: bool = Field(default=True, description="each result has its document")
-    rank_fields: Annotated[list[str], Field(min_length=1, max_length=MAX_RANK_FIELDS)] | None = Field(
+    rank_fields: Annotated[list[RankField], Field(min_length=1, max_length=MAX_RANK_FIELDS)] | None = Field(
         default=None, description="of documents that are objects the fields that are read; absent: text"
     )
 
@@ -218,15 +220,14 @@ class RerankBody(PairsBody):
         documents = self.documents if isinstance(self.documents, list) else [self.documents]
         if not self.return_documents:
             return len(documents) * RESULT_SIZE
-        return sum(
-            RESULT_SIZE
-            + (len(document) if isinstance(document, str) else sum(map(len, filter(_sized, document.values()))))
-            for document in documents
-        )
+        return sum(RESULT_SIZE + _size(document) for document in documents)
 
 
-def _sized(value: Any) -> bool:
-    return isinstance(value, (str, list, dict))
+def _size(document: Text) -> int:
+    """Characters, at least; what is nested deeper is taken for long."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(value) if isinstance(value, str) else _NESTED for value in document.values() if value)
 
 
 class PromptsBody(Conversation, ScoringBody):
