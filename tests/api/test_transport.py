@@ -97,7 +97,10 @@ def test_a_client_that_closed_its_sending_side_alone_gets_its_whole_answer(tmp_p
             reader, writer = await opened(one, post(path, body))
             await engine.submitted(1)
             writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
-            await asyncio.sleep(0.6)  # the server looks for a reader twice a second
+            connections = one.worker._server.traffic.connections
+            await until(lambda: any(connection._half_closed for connection in connections))
+            for connection in list(connections):  # the server looks for a reader twice a second
+                connection.check(asyncio.get_running_loop().time() + 1)
             assert one.stats["in_flight"] == 1
             engine.free_run = True
             answer = await whole(reader)
