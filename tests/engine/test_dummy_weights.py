@@ -48,7 +48,7 @@ def test_matrices_are_around_0_and_norms_around_1_and_no_two_are_alike() -> None
     assert not torch.equal(q[:32], k)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"internlm2"}))  # which transformers has not
 @pytest.mark.parametrize("variant", ["plain", "biases", "tied", "head_dim given", "three heads"])
 def test_the_config_alone_says_how_many_parameters_there_are(model_type: str, variant: str) -> None:
     config = {**BASE, "head_dim": 16, **VARIANTS[variant], "model_type": model_type}
