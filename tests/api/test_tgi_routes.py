@@ -161,6 +161,19 @@ def test_the_likeliest_of_several_is_the_answer_and_the_others_are_told(tmp_path
     run(scenario())
 
 
+def test_beams_stay_in_their_order_and_have_no_seed(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, TGI | {"beam_mode": True}) as one:
+            one.engine.logprob = lambda branch, position: (-0.5, -0.25)[branch]
+            asked = {"inputs": "hello", "parameters": {"best_of": 2, "do_sample": True, "max_new_tokens": 3}}
+            asked["parameters"]["details"] = True
+            details = (await one.client.post("/generate", json=asked)).json()["details"]
+            assert [one["logprob"] for one in details["tokens"]] == [-0.5] * 3
+            assert (details["seed"], details["best_of_sequences"][0]["seed"]) == (None, None)
+
+    run(scenario())
+
+
 def test_an_eos_is_shown_as_a_special_token_and_not_in_the_text(tmp_path):
     async def scenario():
         async with stack(tmp_path, TGI, engine=False) as one:
