@@ -67,10 +67,10 @@ def expected(logits: Tensor, row: np.ndarray, typical_p: float, counts: Tensor, 
     return reference.choose(x, *limits, noise, logits if raw else x, typical_p)
 
 
-@pytest.mark.parametrize("vocab", [5000, 50])
+@pytest.mark.parametrize("vocab", [3000, 50])
 def test_typical_p_beside_every_other_limit_chooses_what_the_reference_does(vocab: int) -> None:
     draw = random.Random(vocab)
-    for trial in range(3):
+    for trial in range(2):
         raw = trial == 0
         masses = [draw.choice([1.0, 0.05, 0.2, 0.5, 0.9, 0.99]) for _ in range(10)]
         rows = [
@@ -104,11 +104,11 @@ def test_where_the_limits_have_no_token_in_common_typical_p_does_not_count() -> 
     vocab = 3000
     logits = torch.zeros(1, vocab)
     logits[0, 7] = 6.0
-    rows = [typical_row(vocab, 0.3, top_k=top_k, seed=seed) for top_k in (1, 2, vocab) for seed in range(6)]
-    tokens, _, _ = sample(logits.expand(18, -1), rows, [0.3] * 18)
-    assert tokens[:6] == [7] * 6
-    assert tokens[6:12] == [0] * 6
-    assert 7 not in tokens[12:]
+    rows = [typical_row(vocab, 0.3, top_k=top_k, seed=seed) for top_k in (1, 2, vocab) for seed in range(4)]
+    tokens, _, _ = sample(logits.expand(12, -1), rows, [0.3] * 12)
+    assert tokens[:4] == [7] * 4
+    assert tokens[4:8] == [0] * 4
+    assert 7 not in tokens[8:]
 
 
 def test_equal_and_impossible_tokens_end_the_search() -> None:

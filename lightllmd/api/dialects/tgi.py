@@ -58,6 +58,7 @@ class TgiReply:
         (entry,) = pending.entries
         if entry.ended_at is None:
             return told
+        generated = len(self.shown.ranked(entry)[0].ids)
         total = entry.ended_at - entry.arrived_at
         inference = entry.ended_at - entry.started_at
         return told | {
@@ -65,9 +66,9 @@ class TgiReply:
             "x-total-time": _milliseconds(total),
             "x-validation-time": _milliseconds(entry.started_at - entry.arrived_at),
             "x-inference-time": _milliseconds(inference),
-            "x-time-per-token": _milliseconds(inference / max(1, len(entry.branches[0].ids))),
+            "x-time-per-token": _milliseconds(inference / max(1, generated)),
             "x-prompt-tokens": str(entry.prompt_tokens),
-            "x-generated-tokens": str(len(entry.branches[0].ids)),
+            "x-generated-tokens": str(generated),
         }
 
 

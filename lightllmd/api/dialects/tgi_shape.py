@@ -69,17 +69,19 @@ class Shown:
 
     def answer(self, entry: Entry) -> dict[str, Any]:
         """In one piece: the likeliest sequence per token; the others are told in its details."""
-        best, *others = self._ranked(entry)
+        best, *others = self.ranked(entry)
         answer: dict[str, Any] = self._text_of(best)
         if self.detailed:
-            answer["details"] = details = self._sequence(entry, best)
+            prefill = self._prefill(entry)
+            answer["details"] = details = self._sequence(best, prefill)
             if others:
                 details["best_of_sequences"] = [
-                    self._text_of(branch) | self._sequence(entry, branch) for branch in others
+                    self._text_of(branch) | self._sequence(branch, prefill) for branch in others
                 ]
         return answer
 
-    def _ranked(self, entry: Entry) -> list[Branch]:
+    def ranked(self, entry: Entry) -> list[Branch]:
+        """The best one, then the others in their order."""
         branches = list(entry.branches)
         if not self.beams:  # which are in their order
             means = [branch.cumulative_logprob / max(1, len(branch.ids)) for branch in branches]
@@ -89,14 +91,14 @@ class Shown:
     def _text_of(self, branch: Branch) -> dict[str, Any]:
         return {"generated_text": self.prompt + branch.text}
 
-    def _sequence(self, entry: Entry, branch: Branch) -> dict[str, Any]:
+    def _sequence(self, branch: Branch, prefill: list[PrefillToken]) -> dict[str, Any]:
         """What `details` and each of `best_of_sequences` tell."""
         count = len(branch.ids)
         told = {
             "finish_reason": finish_reason(branch),
             "generated_tokens": count,
             "seed": self.seed_of(branch),
-            "prefill": self._prefill(entry),
+            "prefill": prefill,
             "tokens": [self.token(branch, index) for index in range(count)],
         }
         if self.top_tokens:
