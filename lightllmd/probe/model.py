@@ -118,7 +118,7 @@ def _own_settings(path: Path, config: dict[str, Any], code: dict[str, str]) -> d
     """config.json as the checkpoint's own class completes it, where it has one. Raises ConfigInvalid."""
     if CONFIG not in code:
         return config
-    made = ask("config", str(path), reference=code[CONFIG])
+    made = ask("config", str(path), doing=f"{RUNNING}, {code[CONFIG]},", reference=code[CONFIG])
     if not isinstance(made, dict):
         raise invalid(f"{path}: {code[CONFIG]} makes no settings")
     return {**config, **{key: value for key, value in made.items() if value is not None}}

@@ -35,6 +35,7 @@ from lightllmd.weights.model_files import invalid
 SECONDS = 40.0  # by the clock, for imports (transformers takes 5), the code and its files; less than the probe's
 RUNNING = "running the code that it brings"
 MEMORY = 4 << 30  # bytes of data
+_SIGNALS = {int(number) for number in signal.Signals}
 _PATIENCE = 5.0  # seconds until a host that was let go is killed
 # What a host gets of the environment: where programs and libraries are, and the language. No secrets.
 _PASSED = (
@@ -119,7 +120,7 @@ class Host:
     def _ended(self, deadline: float) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(max(0.1, deadline - time.monotonic()))
-            if code > 128:  # as the host's guard passes a signal on
+            if code - 128 in _SIGNALS:  # as the host's guard passes one on
                 return f"its process was ended by {signal.Signals(code - 128).name}"
             return f"its process ended with status {code}"
         return "its process gave no answer"

@@ -22,7 +22,7 @@ import msgspec
 from lightllmd import errors
 from lightllmd.config.stamps import Stamp, require_unchanged
 from lightllmd.errors import InvalidRequest, LightllmdError, NotReady, RequestFailed
-from lightllmd.remote_code.host import MEMORY, SECONDS, Host
+from lightllmd.remote_code.host import MEMORY, RUNNING, SECONDS, Host
 from lightllmd.remote_code.orders import HEAD, LIGHT, Order, receive
 from lightllmd.text.chat_template import ChatTemplate
 from lightllmd.text.interface import Tokenizer
@@ -210,7 +210,7 @@ class RemoteTokenizer(Tokenizer):
     def _open(self) -> tuple[HostedTasks, Export]:
         require_unchanged(self._stamps)
         try:
-            host = self._opening = Host(self._order)
+            host = self._opening = Host(self._order, f"{RUNNING}, {self.reference},")
             try:
                 answer = host.answer(self._seconds)
                 try:

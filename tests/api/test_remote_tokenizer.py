@@ -162,7 +162,7 @@ def test_a_revision_whose_tokenizer_can_not_be_loaded_is_not_prepared(tmp_path: 
         async with stack(tmp_path) as one:
             one.tell(messages.Prepare(2, encode_plan(plan_of(folder))))
             prepared = await one.answer(messages.Prepared, 2)
-            assert "running the code that it brings failed" in prepared.error
+            assert "running the code that it brings, tokenization_odd.OddTokenizer, failed" in prepared.error
             await until(lambda: not hosts(one))
             assert (await one.generate("p", max_new_tokens=2)).json()["generated_text"] == [expected("p", 2)]
 

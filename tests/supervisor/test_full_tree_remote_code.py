@@ -130,7 +130,10 @@ def test_changed_code_that_is_worse_is_refused_by_a_reload_and_better_is_taken(d
     good = code.read_text()
     code.write_text(f"import os; os._exit(7)\n{good}")
     refused = operator.reload(code=CTL_CONFIG_INVALID)
-    assert "running the code that it brings failed: its process ended with status 7" in str(refused)
+    assert (
+        "running the code that it brings, tokenization_odd.OddTokenizer, failed: its process ended with status 7"
+        in str(refused)
+    )
     assert httpx.post(f"{daemon.url}/generate", json={"inputs": "ab"}, timeout=60).status_code == 200
     if LONG:
         code.write_text(good.replace("for letter in text]", "for letter in text * 2]"))

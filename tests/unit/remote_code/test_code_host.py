@@ -25,6 +25,7 @@ HOSTILE = {
     "sleeps for ever": ("import time\ntime.sleep(10**6)", "it takes more than 2 s"),
     "computes for ever": ("while True:\n    pass", "it takes more than 2 s"),
     "ends its process": ("import os\nos._exit(0)", "its process ended with status 0"),
+    "ends with an odd status": ("import os\nos._exit(250)", "its process ended with status 250"),
     "leaves": ("raise SystemExit(3)", "SystemExit: 3"),
     "raises": ("raise RuntimeError('no\\nway ' + 'x' * 10**6)", "RuntimeError: no way xxx"),
     "raises what it will": ("class Own(BaseException):\n    pass\nraise Own", "failed: Own"),
