@@ -35,6 +35,15 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+# Wheels of compiled code are for one Python: dpkg shall refuse another one before pip does.
+minor=
+if [ -n "$wheelhouse" ]; then
+    minor=$(find "$wheelhouse" -maxdepth 1 -name '*.whl' | sed -n 's/.*-cp3[0-9]*-cp3\([0-9]*\)-.*/\1/p' | sort -u)
+    case $minor in
+        *[!0-9]*) die "$wheelhouse has wheels for more than one Python: $(echo "3.$minor" | tr '\n' ' ')" ;;
+    esac
+fi
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT
@@ -69,13 +78,7 @@ if [ -n "$wheelhouse" ]; then
     mkdir "$tree/usr/share/lightllmd/wheelhouse"
     cp "$wheelhouse"/*.whl "$tree/usr/share/lightllmd/wheelhouse/"
     rm -f "$tree/usr/share/lightllmd/wheelhouse"/lightllmd-*.whl
-    # Wheels of compiled code are for one Python: dpkg shall refuse another one before pip does.
-    minor=$(find "$tree/usr/share/lightllmd/wheelhouse" | sed -n 's/.*-cp3[0-9]*-cp3\([0-9]*\)-.*/\1/p' | sort -u)
-    case $minor in
-        '') ;;
-        *[!0-9]*) die "$wheelhouse has wheels for more than one Python: $(echo "3.$minor" | tr '\n' ' ')" ;;
-        *) depends="python3 (>= 3.$minor), python3 (<< 3.$((minor + 1))~), python3-venv" ;;
-    esac
+    [ -z "$minor" ] || depends="python3 (>= 3.$minor), python3 (<< 3.$((minor + 1))~), python3-venv"
     architecture=$(dpkg --print-architecture)
     # All that is needed is there, or we hear of it now.
     PIP_CONFIG_FILE=/dev/null "$python" -m pip install --isolated --quiet --disable-pip-version-check --dry-run \
