@@ -92,8 +92,8 @@ class OwnForCausalLM(OwnPreTrainedModel):
 """
 
 
-def write_own_model(folder: Path, *, interface: bool = True, **config: Any) -> Path:
-    """`interface`: attention goes through transformers' attention interface."""
+def write_own_model(folder: Path, *, interface: bool = True, sink: bool = False, **config: Any) -> Path:
+    """`interface`: attention goes through transformers' attention interface. `sink`: to a key before the first, too."""
     from safetensors.torch import save_file
 
     from model_folders import TOKENIZER
@@ -105,7 +105,9 @@ def write_own_model(folder: Path, *, interface: bool = True, **config: Any) -> P
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "configuration_own.py").write_text(CONFIGURATION)
     name = "self.config._attn_implementation" if interface else '"eager"'
-    (folder / "modeling_own.py").write_text(MODELING.replace("INTERFACE", name))
+    keys = "torch.cat([k[:, :, :1] * 0, k], 2), torch.cat([v[:, :, :1] * 0, v], 2)" if sink else "k, v"
+    modeling = MODELING.replace("INTERFACE", name).replace("(self, q, k, v, None", f"(self, q, {keys}, None")
+    (folder / "modeling_own.py").write_text(modeling)
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         "model.tokens.weight": (96, 32),

@@ -44,3 +44,9 @@ def test_own_code_that_ignores_the_attention_interface_is_refused_by_its_class(t
     (problem,) = refused.value.problems
     assert problem.message.startswith(f"{folder / 'config.json'}: OwnForCausalLM computes attention")
     assert "transformers' attention interface" in problem.message
+
+
+def test_own_code_that_attends_to_more_than_its_tokens_is_refused_by_its_class(tmp_path: Path) -> None:
+    folder = write_own_model(tmp_path / "m", sink=True)
+    with pytest.raises(ConfigInvalid, match="OwnForCausalLM: attention to others than the tokens of its sequence"):
+        model_facts(str(folder), trust_remote_code=True)

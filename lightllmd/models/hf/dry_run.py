@@ -122,7 +122,7 @@ class _Run:
         self.positioned = False  # what attention is given depends on the positions
         self.base: str | None = None
         self.peak = self.hidden = self.vocab = 0
-        self._name = type(module).__name__
+        self._name, self._tokens = type(module).__name__, tokens
         self._names = {child: name for name, child in module.named_modules()}
         self._context = getattr(_config(module), "max_position_embeddings", None) or FARTHEST
         self._path: list[nn.Module] = []  # whose forwards have begun and not ended
@@ -185,6 +185,8 @@ class _Run:
         else:
             raise invalid(f"{self._name}: attention with a mask of its own making is not available yet")
         self.positioned |= self._meter.depends(query) or self._meter.depends(key)
+        if not query.shape[2] == key.shape[2] == value.shape[2] == self._tokens:
+            raise invalid(f"{self._name}: attention to others than the tokens of its sequence is not available yet")
         heads, kv_heads = query.shape[1], key.shape[1]
         if heads % kv_heads or value.shape[1] != kv_heads or query.shape[-1] != key.shape[-1]:
             raise invalid(f"{self._name}: attention of such heads is not available yet")
