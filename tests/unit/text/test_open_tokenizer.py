@@ -64,7 +64,7 @@ def test_files_that_are_not_the_plans_are_refused(tmp_path):
     """Or one api worker that starts again would disagree with the others."""
     write_model(tmp_path)
     stamps = [stamp(str(file)) for file in text_files(tmp_path)]
-    facts = ModelFacts(str(tmp_path), "safetensors", "llama", {}, [], 0, 0, None, None, [], True, False, stamps)
+    facts = ModelFacts(str(tmp_path), "safetensors", "llama", {}, [], 0, 0, None, None, [], True, False, stamps=stamps)
     assert load_tokenizer(plan(facts, [2])).chat_template is None
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ModelChanged, match=r"chat_template\.jinja changed since .*it was not there"):
