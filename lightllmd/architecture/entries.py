@@ -61,6 +61,14 @@ def switch(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return value
 
 
+def word(config: Mapping[str, Any], key: str) -> str | None:
+    """A name. None where the config has none. Raises ConfigInvalid naming the key where it is something else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(key, value, "a name")
+    return value
+
+
 def table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """An object inside the config; empty where it is missing. Raises ConfigInvalid where it is something else."""
     value = config.get(key)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from lightllmd.architecture.entries import dimension, invalid, not_built, number, table
+from lightllmd.architecture.entries import dimension, invalid, not_built, number, table, word
 from lightllmd.architecture.spec import Rotary
 from lightllmd.errors import show
 
@@ -23,7 +23,7 @@ def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     base = number(words if words.get("rope_theta") is not None else config, "rope_theta", 10000.0)
     if base <= 1:
         raise invalid(f"rope_theta is {base:g}, a number above 1 is needed")
-    kind = words.get("rope_type") or words.get("type") or "default"
+    kind = word(words, "rope_type") or word(words, "type") or "default"
     context = dimension(config, "max_position_embeddings", 2048)
     for given in (words, config):
         if number(given, "partial_rotary_factor", 1.0) != 1.0:

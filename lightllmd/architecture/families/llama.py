@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightllmd.architecture.entries import dimension, invalid, not_built, number, switch
+from lightllmd.architecture.entries import dimension, invalid, not_built, number, switch, word
 from lightllmd.architecture.family import Family, Gguf
 from lightllmd.architecture.rotary import rotary
 from lightllmd.architecture.spec import Activation, DecoderSpec, GatedMlp, GroupedQuery, LayerSpec, RmsNorm
@@ -69,8 +69,8 @@ def attention(config: Mapping[str, Any]) -> GroupedQuery:
 
 def feed_forward(config: Mapping[str, Any], activation_key: str = "hidden_act") -> GatedMlp:
     """`activation_key` names the config's entry of the activation. Raises ConfigInvalid."""
-    activation = config.get(activation_key) or "silu"
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+    activation = word(config, activation_key) or "silu"
+    if activation not in ACTIVATIONS:
         raise not_built(f"{activation_key} {show(activation)} is not available yet ({', '.join(ACTIVATIONS)} are)")
     inner = dimension(config, "intermediate_size")
     return GatedMlp(inner, ACTIVATIONS[activation], switch(config, "mlp_bias"))

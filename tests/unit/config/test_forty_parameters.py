@@ -203,7 +203,7 @@ def trust_remote_code(folder: Path) -> None:
     write_code(folder / "model", {"configuration_odd.py": CONFIG_CODE}, config=code)
     assert "OddConfig of configuration_odd.py" in refused_as("trust_remote_code", folder)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(model, "ask", lambda task, directory, *, reference: {"hidden_size": 16 * len(task)})
+        patched.setattr(model, "ask", lambda task, directory, **_: {"hidden_size": 16 * len(task)})
         plan = start(folder, trust_remote_code=True)
     assert plan.model is not None
     assert plan.model.hf_config["hidden_size"] == 16 * len("config")

@@ -120,13 +120,11 @@ CASES: dict[str, tuple[str, Damage]] = {
     "rope_theta 10^400": writes("config.json", json.dumps(LLAMA)[:-1] + ', "rope_theta": 1' + "0" * 400 + "}"),
     "a number of 10,000 digits": writes("config.json", json.dumps(LLAMA)[:-1] + ', "x": ' + "1" * 10_000 + "}"),
     "rope_scaling a list": config(rope_scaling=[1]),
-    "rope type unknown": config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
     "rope type a list": config(rope_scaling={"rope_type": ["linear"]}),
     "rope factor NaN": config(rope_scaling={"rope_type": "linear", "factor": float("nan")}),
     "rope factor missing": config(rope_scaling={"rope_type": "dynamic"}),
     "rope factor a text": config(rope_scaling={"rope_type": "linear", "factor": "2"}),
     "llama3 without its frequencies": config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
-    "partial rotary": config(partial_rotary_factor=0.5),
     "longrope with texts": config(
         rope_scaling={
             "rope_type": "longrope",
@@ -135,7 +133,6 @@ CASES: dict[str, tuple[str, Damage]] = {
             "attention_factor": 1,
         }
     ),
-    "activation unknown": config(hidden_act="mish"),
     "activation an object": config(hidden_act={"name": "silu"}),
     "tied neither true nor false": config(tie_word_embeddings="false"),
     "biased neither true nor false": config(attention_bias=1),
@@ -242,6 +239,24 @@ def test_a_hostile_folder_is_refused_by_its_files_name(tmp_path: Path, case: str
     message = refusal(tmp_path / "model")
     assert name in message
     assert str(tmp_path / "model") in message
+
+
+# What transformers computes where it may, and our family does not.
+NOT_BUILT = {
+    "rope type": config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+    "rope type of no one": config(rope_scaling={"rope_type": "x" * 1000}),
+    "partial rotary": config(partial_rotary_factor=0.5),
+    "activation": config(hidden_act="mish"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_BUILT)
+def test_what_the_family_lacks_is_refused_by_its_files_name(tmp_path: Path, case: str) -> None:
+    name, damage = NOT_BUILT[case]
+    damage(write_folder(tmp_path / "model"))
+    message = refusal(tmp_path / "model", backend="lightllmd")
+    assert str(tmp_path / "model" / name) in message
+    assert "not available yet" in message
 
 
 # What is odd and harmless, and may stay so.

@@ -80,7 +80,7 @@ def test_a_cache_that_cant_be_written_is_replaced_and_told(
     folder = Path(os.environ[kernel_cache.VARIABLE])
     assert folder.parent == tmp_path
     assert folder.is_dir()
-    assert "compiles them again" in caplog.text
+    assert "makes them again" in caplog.text
 
 
 def test_what_the_operator_set_stays_and_a_cpu_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
