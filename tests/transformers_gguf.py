@@ -60,9 +60,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
         vocab_size=len(state["model.embed_tokens.weight"]),
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config)
-    left = model.load_state_dict(state, strict=False)
-    assert not left.unexpected_keys
-    assert left.missing_keys == (["lm_head.weight"] if tied else [])
-    model.tie_weights()
-    return model.to(dtype).eval()
+    model, loaded = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    assert not any(loaded[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()

@@ -1,4 +1,4 @@
-"""How the workers of `pytest -n 3` share the tests: those that hold seconds against a bound (real_time/) run first and
+"""How the workers of `pytest -n 4` share the tests: those that hold seconds against a bound (real_time/) run first and
 alone; then those of a file share a worker and its fixtures, and the first worker has the trees of processes."""
 
 from __future__ import annotations

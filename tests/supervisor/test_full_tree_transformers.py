@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
 from harness import Daemon, Killer, generate_stream, run
+from long_run import LONG
 from tiny_causal_lms import write_causal_lm
 
 LIMITS = ("--max_req_total_len", "96", "--max_req_input_len", "32", "--max_total_token_num", "800")
 STREAMS, TOKENS = 4, 60
 
 
+@pytest.mark.skipif(not LONG, reason="LIGHTLLMD_LONG_TESTS=1 runs it; in one process: test_transformers_backend.py")
 def test_streams_of_a_model_of_transformers_survive_a_killed_engine(tmp_path: Path) -> None:
     model = write_causal_lm(tmp_path / "mixtral", "mixtral")
     flags = ("--model_dir", str(model), "--engine.threads", "1", "--running_max_req_size", "8", *LIMITS)
