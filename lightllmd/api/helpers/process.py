@@ -139,7 +139,10 @@ def _serve(
             signal.setitimer(signal.ITIMER_PROF, 0)
             send(link, answer)
             if _has_children():
-                break  # what a tokenizer's code forked is ended as an orphan, by the guard of its host
+                # What a tokenizer's code forked is ended as an orphan, by the guard of its host, and holds the socket
+                # until then: the other end is to see at once that no task is taken any more.
+                link.shutdown(socket.SHUT_RDWR)
+                break
     except (OSError, EOFError):
         pass  # the api worker does not want it any more
     finally:
