@@ -175,7 +175,7 @@ def test_without_a_state_directory_or_the_right_to_it_reports_stay_in_memory(tmp
 
 
 def test_a_disk_that_takes_nothing_never_stops_the_loop_and_is_told(tmp_path: Path) -> None:
-    """A FIFO in the place of the temporary file: whoever opens it for writing waits for a reader, which comes last."""
+    """A FIFO in the place of the temporary file: opening it for writing waits for a reader, which comes last."""
     told: list[str] = []
 
     async def scenario() -> None:

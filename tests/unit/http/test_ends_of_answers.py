@@ -1,4 +1,4 @@
-"""How requests and their answers end, whoever closes what, and however their bytes were cut."""
+"""How requests and their answers end, whichever side closes, and however their bytes were cut."""
 
 from __future__ import annotations
 
