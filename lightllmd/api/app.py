@@ -40,8 +40,10 @@ def dialects_of(plan: Plan) -> tuple[Dialect, ...]:
 
 def error_answers(dialects: Sequence[Dialect]) -> ErrorAnswers:
     """In the dialect of each path."""
-    shapes = {dialect: (dialect.error_body, dialect.error_status) for dialect in dialects}
-    return ErrorAnswers({path: shape for dialect, shape in shapes.items() for path in dialect.paths})
+    return ErrorAnswers(
+        {path: dialect.errors for dialect in dialects for path in dialect.paths},
+        {dialect.header: dialect.errors for dialect in dialects if dialect.header},
+    )
 
 
 def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dialects: Sequence[Dialect]) -> FastAPI:
@@ -83,21 +85,21 @@ def _document(app: FastAPI, bodies: list[type[Body]]) -> None:
 def _answer_errors(app: FastAPI, errors: ErrorAnswers) -> None:
     @app.exception_handler(LightllmdError)
     async def known(request: Request, error: LightllmdError) -> Response:
-        return name_in(errors.response(error, request.url.path), request.scope)
+        return name_in(errors.response(error, request.scope), request.scope)
 
     @app.exception_handler(HTTPException)
     async def by_framework(request: Request, error: HTTPException) -> Response:
         """A route or method that does not exist."""
         path, method = request.url.path, request.method
         if error.status_code == 404:
-            return errors.response(NotFound(f"there is no {path}; see /docs"), path)
+            return errors.response(NotFound(f"there is no {path}; see /docs"), request.scope)
         if error.status_code == 405:
-            response = errors.response(MethodNotAllowed(f"{path} does not take {method}; see /docs"), path)
+            response = errors.response(MethodNotAllowed(f"{path} does not take {method}; see /docs"), request.scope)
             response.headers.update(error.headers or {})
             return response
-        return errors.response(InvalidRequest(str(error.detail)), path)
+        return errors.response(InvalidRequest(str(error.detail)), request.scope)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         """The traceback goes to the log."""
-        return errors.response(InternalError("internal error of the HTTP front end"), request.url.path)
+        return errors.response(InternalError("internal error of the HTTP front end"), request.scope)

@@ -301,3 +301,9 @@ def release_body(scope: Scope) -> None:
     exchange: Any = scope.get("lightllmd.exchange")
     if exchange is not None:
         exchange.release_body()
+
+
+def id_of(scope: Scope) -> str:
+    """What the request is called, in its answer's `x-request-id` too where this server answers it."""
+    exchange: Any = scope.get("lightllmd.exchange")
+    return (request_id(b"") if exchange is None else exchange.id).decode()

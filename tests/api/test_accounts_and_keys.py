@@ -69,7 +69,7 @@ def test_counts_balance_whatever_becomes_of_a_request(tmp_path):
 
 
 def asked(config: Config, path: str, key: str | None) -> int:
-    """The status that a request for `path` gets."""
+    """The status that a request for `path` gets, in whichever header the key is."""
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -77,9 +77,11 @@ def asked(config: Config, path: str, key: str | None) -> int:
 
     async def ask() -> int:
         transport = httpx.ASGITransport(BearerKeys(app, AcceptedKeys(config.keys), ErrorAnswers({})))
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        forms = [{}] if key is None else [{"Authorization": f"Bearer {key}"}, {"X-Api-Key": key}]
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return (await client.get(path, headers=headers)).status_code
+            statuses = {(await client.get(path, headers=headers)).status_code for headers in forms}
+        assert len(statuses) == 1
+        return statuses.pop()
 
     return asyncio.run(ask())
 

@@ -418,7 +418,7 @@ def test_a_key_that_is_missing_is_told_in_tgi_s_shape(tmp_path):
     answer = answered(tmp_path, "/generate", {"inputs": "x"}, api_keys_file=str(keys))
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert answer.json() == {
-        "error": "a valid API key is required: Authorization: Bearer KEY",
+        "error": "a valid API key is required: Authorization: Bearer KEY or x-api-key: KEY",
         "error_type": "unauthorized",
     }
 

@@ -18,7 +18,7 @@ from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
-from lightllmd.api.web.errors import ErrorBody, ErrorStatus, own_status
+from lightllmd.api.web.errors import ErrorBody, ErrorShape, ErrorStatus, own_status
 from lightllmd.api.web.responses import encoded_response, json_in_parts
 from lightllmd.errors import RequestError
 from lightllmd.requests.asked import Asked
@@ -37,6 +37,13 @@ class Dialect:
     bodies: tuple[type[Body], ...]  # for the OpenAPI document
     router: Callable[[Revisions], APIRouter]
     error_status: ErrorStatus = own_status
+    header: bytes = b""  # a request with this one is told errors in this dialect, whatever its path
+    names_requests: bool = False  # see ErrorShape
+
+    @property
+    def errors(self) -> ErrorShape:
+        """How they are told."""
+        return ErrorShape(self.error_body, self.error_status, self.names_requests)
 
 
 class Reply(Protocol):

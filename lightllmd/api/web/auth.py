@@ -44,18 +44,24 @@ class BearerKeys:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._admits(scope):
             await self.app(scope, receive, send)
             return
-        error = Unauthorized("a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
-        await self._errors.response(error, scope["path"])(scope, receive, send)
+        error = Unauthorized(
+            "a valid API key is required: Authorization: Bearer KEY or x-api-key: KEY", code="invalid_api_key"
+        )
+        await self._errors.response(error, scope)(scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         digests = self._keys.of(scope["path"])
         if not digests:
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        digest = hashlib.sha256(key.strip()).digest()
+        digest = hashlib.sha256(_given_key(scope)).digest()
         matches = [hmac.compare_digest(digest, known) for known in digests]
         scope[KEY] = digest
         return any(matches)
+
+
+def _given_key(scope: Scope) -> bytes:
+    """That of `Authorization: Bearer KEY` or, as Anthropic's clients send it, of `x-api-key: KEY`; empty: there is
+    none, which no digest is of."""
+    headers = dict(reversed(scope["headers"]))  # the first of a name counts
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return (key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")).strip()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Scope
 
 from lightllmd.errors import (
     BodyTooLarge,
@@ -21,6 +23,7 @@ from lightllmd.errors import (
     RequestFailed,
     Unauthorized,
 )
+from lightllmd.http.exchange import id_of
 
 ErrorBody = Callable[[LightllmdError], dict[str, Any]]
 ErrorStatus = Callable[[LightllmdError], int]
@@ -72,28 +75,45 @@ def native_error(error: LightllmdError) -> dict[str, Any]:
     return {"message": error.message}
 
 
+@dataclass(frozen=True)
+class ErrorShape:
+    """How a dialect tells an error."""
+
+    body: ErrorBody
+    status: ErrorStatus = own_status
+    names_request: bool = False  # by its id: `request_id` in the body, and a header `request-id`
+
+
 class ErrorAnswers:
-    """What is answered instead of what was asked for, in the dialect of the path."""
+    """What is answered instead of what was asked for, in the dialect of the request."""
 
-    def __init__(self, by_path: Mapping[str, tuple[ErrorBody, ErrorStatus]]) -> None:
-        """By what paths begin with. The longest that fits counts, and "/" where there is no path."""
+    def __init__(self, by_path: Mapping[str, ErrorShape], by_header: Mapping[bytes, ErrorShape] | None = None) -> None:
+        """By what paths begin with: the longest that fits counts, and "/" where there is no path. `by_header`: by the
+        name of a header that tells what the client speaks, whatever the path."""
         self._by_path = sorted(by_path.items(), key=lambda item: -len(item[0]))
-        self._default = by_path.get("/", (native_error, own_status))
+        self._by_header = by_header or {}
+        self._default = by_path.get("/", ErrorShape(native_error))
 
-    def _shape(self, path: str) -> tuple[ErrorBody, ErrorStatus]:
+    def _at(self, path: str) -> ErrorShape:
         fitting = (shape for beginning, shape in self._by_path if path.startswith(beginning))
         return next(fitting, self._default)
 
-    def body(self, error: LightllmdError, path: str) -> bytes:
-        """JSON."""
-        return msgspec.json.encode(self._shape(path)[0](error))
+    def _of(self, scope: Scope) -> ErrorShape:
+        spoken = (self._by_header[name] for name, _ in scope["headers"] if name in self._by_header)
+        return next(spoken, None) or self._at(scope["path"])
 
-    def response(self, error: LightllmdError, path: str) -> Response:
-        """The whole answer."""
-        headers = {}
+    def body(self, error: LightllmdError, path: str) -> bytes:
+        """JSON. Of a request of which no more than its path is known."""
+        return msgspec.json.encode(self._at(path).body(error))
+
+    def response(self, error: LightllmdError, scope: Scope) -> Response:
+        """The whole answer to the request of `scope`."""
+        shape = self._of(scope)
+        body, headers = shape.body(error), {}
         if error.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
-        status = self._shape(path)[1](error)
-        return Response(self.body(error, path), status, headers, media_type="application/json")
+        if shape.names_request:
+            headers["request-id"] = body["request_id"] = id_of(scope)
+        return Response(msgspec.json.encode(body), shape.status(error), headers, media_type="application/json")
