@@ -106,19 +106,15 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class OpenAIBody(CommonFields, ABC):
-    """What both routes share."""
+class SamplingFields(CommonFields):
+    """How tokens are drawn and what ends them, with OpenAI's names."""
 
     lenient = True
 
     model: str | None = None
-    n: int | None = Field(default=None, ge=1, le=MAX_N)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)] | None = (
         None
     )
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_PENALTY)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -137,6 +133,45 @@ class OpenAIBody(CommonFields, ABC):
         default=None, description="tokens that end the answer"
     )
     include_stop_str_in_output: bool = Field(default=False, description="the answer shows what ended it")
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def wrapped_seed(self) -> int | None:
+        """OpenAI's may be negative, ours have 63 bits."""
+        return None if self.seed is None else self.seed & MAX_SEED
+
+    def drawn(self, max_new_tokens: int, *, n: int = 1, top_logprobs: int = 0) -> SamplingParams:
+        """For the engine. `max_new_tokens`: a bound where each prompt has a number of its own."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return SamplingParams(
+            n=n,
+            do_sample=self.do_sample is not False and temperature >= 1e-5,
+            temperature=temperature if temperature >= 1e-5 else 1.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or -1,  # vLLM's clients send 0 for off
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            ignore_eos=self.ignore_eos,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max(1, min(self.min_tokens, max_new_tokens)),
+            top_logprobs=top_logprobs,
+            **self.common_sampling(),
+        )
+
+
+class OpenAIBody(SamplingFields, ABC):
+    """What both routes share."""
+
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     return_token_ids: bool = Field(default=False, description="the ids of prompt and answer, too")
     return_tokens_as_token_ids: bool = Field(
         default=False, description="log-probabilities call tokens token_id:N instead of by their text"
@@ -195,30 +230,9 @@ class OpenAIBody(CommonFields, ABC):
             return UsageTold.NEVER
         return UsageTold.ALWAYS if options.continuous_usage_stats else UsageTold.AT_END
 
-    @property
-    def stops(self) -> list[str]:
-        """Texts that end the answer."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
     def sampling(self, max_new_tokens: int) -> SamplingParams:
         """For the engine. `max_new_tokens`: a bound where each prompt has a number of its own."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return SamplingParams(
-            n=self.branches,
-            do_sample=self.do_sample is not False and temperature >= 1e-5,
-            temperature=temperature if temperature >= 1e-5 else 1.0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or -1,  # vLLM's clients send 0 for off
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty,
-            ignore_eos=self.ignore_eos,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=max(1, min(self.min_tokens, max_new_tokens)),
-            top_logprobs=self.alternatives or 0,
-            **self.common_sampling(),
-        )
+        return self.drawn(max_new_tokens, n=self.branches, top_logprobs=self.alternatives or 0)
 
     def _asked(
         self,
@@ -244,7 +258,7 @@ class OpenAIBody(CommonFields, ABC):
             self.model,
             self.asked_tokens,
             default_new_tokens,
-            seed=None if self.seed is None else self.seed & MAX_SEED,  # OpenAI's may be negative, ours have 63 bits
+            seed=self.wrapped_seed,
             stop_texts=self.stops,
             stop_tokens=self.stop_token_ids or (),
             bad_texts=self.bad_texts,
