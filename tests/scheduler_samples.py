@@ -6,7 +6,7 @@ from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
-from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import Step
 from lightllmd.ipc.messages import SamplingParams, StepOutput, Submit
@@ -40,7 +40,7 @@ class Steps:
 
     def __init__(self, *messages: Submit, overlap: bool = False, **changes: object) -> None:
         changed = limits(**changes)
-        self.scheduler = Scheduler(changed, 1, Constraints(256, changed.eos_ids, None))
+        self.scheduler = Scheduler(changed, 1, Restrictions(256, changed.eos_ids, None))
         self._loop = StepLoop(self.scheduler, FakeRunner(FakeSettings(overlap=overlap)), self._launched)
         self.launched: list[Step] = []
         self.told: list[StepOutput] = []

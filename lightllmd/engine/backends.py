@@ -6,10 +6,12 @@ from lightllmd.config.plan import Plan
 from lightllmd.engine import kernel_cache, openmp
 from lightllmd.engine.runners import fake
 from lightllmd.engine.scheduling.admission import SchedulerLimits
-from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
 from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import Runner
+from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.text.healing import writable
 from lightllmd.text.tokenizer import load_tokenizer
 
@@ -34,10 +36,15 @@ def runner_for(plan: Plan) -> Runner:
 def scheduler_for(plan: Plan, generation: int) -> Scheduler:
     """Under token_healing_mode the tokens' bytes are read now; else not before a request that was healed is replayed
     from a generation that did. Under beam_mode the tokenizer is. Raises ConfigInvalid."""
-    constraints = Constraints(plan.vocab_size, plan.eos_id, lambda: writable(load_tokenizer(plan, encodes=False)))
+
+    def vocabulary() -> list[bytes | None]:
+        return writable(load_tokenizer(plan, encodes=False))
+
+    grammars = CompiledGrammars(lambda: GrammarCompiler(vocabulary(), plan.vocab_size, plan.eos_id))
+    restrictions = Restrictions(plan.vocab_size, plan.eos_id, vocabulary, grammars)
     if plan.config.params.token_healing_mode:
-        constraints.load()
+        restrictions.load()
     readings = HypothesisTexts(lambda: load_tokenizer(plan, encodes=False))
     if plan.config.params.beam_mode:
         readings.prepare()
-    return Scheduler(SchedulerLimits.of(plan), generation, constraints, readings)
+    return Scheduler(SchedulerLimits.of(plan), generation, restrictions, readings)

@@ -11,7 +11,7 @@ A *branch* is one of the ``n`` sequences of a request; `position` counts that br
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
@@ -35,6 +35,16 @@ class TextStops(msgspec.Struct, frozen=True, omit_defaults=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     print_eos_token: bool = False
+
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "choice", "structural_tag"]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the text of a sequence has to be; see `requests.constraint`. It has been compiled once, within bounds."""
+
+    kind: GrammarKind
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampling"):
@@ -67,6 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampl
     # No other is generated, eos included, but for those that write what `healing` took back. None: all are allowed.
     allowed_token_ids: list[int] | None = None
     bad_words: list[list[int]] = []  # token sequences that are never completed
+    grammar: Grammar | None = None  # the text keeps to it, and ends where it does
     healing: bytes = b""  # the text begins with these bytes, which were taken back from the prompt
     prompt_logprobs: int = -1  # alternatives reported beside each prompt token's log-probability, 0..20; -1: neither
     use_cache: bool = True  # of prompts: False: neither reads nor fills it

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.branch import TextOptions
+from lightllmd.requests.constraint import Constraint
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Asked:
     stop_sequences: Sequence[Sequence[int]] = ()  # of token ids
     stop_tokens: Sequence[int] = ()
     bad_texts: Sequence[str] = ()
+    constraint: Constraint | None = None  # what the output has to be
     add_special_tokens: bool = True  # around prompts that are texts
     keep_last: int | None = None  # of a longer prompt the last so many tokens are run; -1: as many as fit
     beams: bool | None = None  # whether a beam search is expected; None: the server's mode decides

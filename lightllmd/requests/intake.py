@@ -14,6 +14,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import RequestParams, SamplingParams
 from lightllmd.requests.asked import Asked, Chat, Prompt
 from lightllmd.requests.branch import Branch, TextOptions, open_branches
+from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import naming
 from lightllmd.requests.limits import Ids, RequestLimits
 from lightllmd.requests.scoring import ScoresAsked, ScoringIntake, ScoringJob
@@ -126,6 +127,9 @@ class Intake:
         bad_words = await self._work.bad_words(asked.bad_texts, f"{prefix}bad_words")
         if bad_words:
             params = msgspec.structs.replace(params, bad_words=[*params.bad_words, *bad_words])
+        if asked.constraint is not None:
+            self._unhealed(asked, asked.constraint)
+            params = msgspec.structs.replace(params, grammar=await self._work.grammar(asked.constraint))
         self.limits.constraints(params, prefix)
         self.limits.repeated(params, len(asked.prompts), prefix)
         if params.length_penalty != 1.0 and not self.beams:
@@ -134,6 +138,15 @@ class Intake:
                 param=f"{prefix}length_penalty",
             )
         return params
+
+    def _unhealed(self, asked: Asked, constraint: Constraint) -> None:
+        """Which tokens heal a prompt is not the grammar's, whose first token begins the output."""
+        if self._heals and any(prompt.continued for prompt in asked.prompts):
+            raise InvalidRequest(
+                f"{constraint.field}: the server's token_healing_mode is on, which takes back the end of a prompt, and "
+                f"a grammar begins behind it; got {constraint.kind}",
+                param=constraint.field,
+            )
 
     async def _text(self, asked: Asked) -> TextOptions:
         names = asked.names

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
+from lightllmd.grammar.check import GrammarCheck
+from lightllmd.grammar.compiler import GrammarCompiler
+from lightllmd.ipc.messages import Grammar
 from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
+from lightllmd.text.healing import writable
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.pairs import PairCut
 
@@ -36,6 +41,9 @@ class TextWork(Protocol):
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         """The token sequences that write them."""
 
+    async def grammar(self, constraint: Constraint) -> Grammar:
+        """What the engine gets of a constraint that can be compiled, within bounds of time and memory."""
+
     async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         """Work on `size` characters or numbers."""
 
@@ -46,6 +54,7 @@ class Inline(TextWork):
     def __init__(self, tokenizer: Callable[[], Tokenizer], limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = grammar_check(tokenizer, limits)
 
     async def encode(
         self, texts: Sequence[str], fields: Sequence[str], *, add_special_tokens: bool, cut: bool
@@ -61,8 +70,17 @@ class Inline(TextWork):
     async def bad_words(self, words: Sequence[str], field: str) -> list[list[int]]:
         return bad_word_ids(words, field, self._tokenizer()) if words else []
 
+    async def grammar(self, constraint: Constraint) -> Grammar:
+        self._grammars.check(constraint.grammar, constraint.field)
+        return constraint.grammar
+
     async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         return work(*arguments)
+
+
+def grammar_check(tokenizer: Callable[[], Tokenizer], limits: RequestLimits) -> GrammarCheck:
+    """By the vocabulary as an engine has it."""
+    return GrammarCheck(lambda: GrammarCompiler(writable(tokenizer()), limits.vocab_size, limits.eos_ids))
 
 
 def without_waiting(work: Coroutine[Any, Any, Result]) -> Result:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cut_words import CUT_WORDS
 from lightllmd import LLM
-from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.offline import Output
 from lightllmd.text.healing import roll_back, writable
@@ -75,15 +75,15 @@ def _hidden(output: Output, prompt: str, tokenizer: Tokenizer) -> int:
 def _times(tokenizer: Tokenizer, prompts: list[str]) -> tuple[float, float]:
     """Seconds: (to read the vocabulary, to a request's first mask at most)."""
     begun = time.perf_counter()
-    constraints = Constraints(tokenizer.vocab_size, tokenizer.eos_ids, lambda: writable(tokenizer))
-    constraints.load()
+    restrictions = Restrictions(tokenizer.vocab_size, tokenizer.eos_ids, lambda: writable(tokenizer))
+    restrictions.load()
     read, longest = time.perf_counter() - begun, 0.0
     for prompt in prompts:
         _, taken = roll_back(tokenizer.encode(prompt), tokenizer)
         begun = time.perf_counter()
-        constraint = constraints.of(SamplingParams(healing=taken))
-        if constraint is not None:
-            constraint.mask([])
+        restriction = restrictions.of(SamplingParams(healing=taken))
+        if restriction is not None:
+            restriction.mask([])
         longest = max(longest, time.perf_counter() - begun)
     return read, longest
 

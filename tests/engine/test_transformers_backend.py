@@ -21,7 +21,7 @@ from lightllmd.config.plan import Plan
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.scheduling.admission import SchedulerLimits
-from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.errors import ConfigInvalid, WeightsInvalid
 from lightllmd.ipc.messages import SamplingParams, Submit
@@ -102,7 +102,7 @@ class Engine:
 
     def __init__(self, case: Case, number: int, runner: CpuRunner) -> None:
         plan = case.plan
-        self.scheduler = Scheduler(SchedulerLimits.of(plan), number, Constraints(plan.vocab_size, [], None))
+        self.scheduler = Scheduler(SchedulerLimits.of(plan), number, Restrictions(plan.vocab_size, [], None))
         self.loop = StepLoop(self.scheduler, runner, lambda step: None)
         self.told: dict[int, list[int]] = {}
 

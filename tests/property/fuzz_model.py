@@ -17,7 +17,7 @@ from lightllmd.engine.step import Row, Step
 from lightllmd.ipc.messages import SamplingParams
 from property.fuzz_clients import Clients, Ledger
 from property.fuzz_device import Branch, Device
-from property.fuzz_reference import CONSTRAINTS, READINGS
+from property.fuzz_reference import READINGS, RESTRICTIONS
 
 OWN: Branch = (0, 0)  # the engine's own request
 
@@ -46,7 +46,7 @@ class Model(Clients):
 
     def start(self) -> None:
         self.generation += 1
-        self.scheduler = Scheduler(self.limits, self.generation, CONSTRAINTS, READINGS)
+        self.scheduler = Scheduler(self.limits, self.generation, RESTRICTIONS, READINGS)
         runner = Device(self.limits.max_total_token_num, self.depth, self.seen)
         self.loop = StepLoop(self.scheduler, runner, self.launching)
         self.out: deque[Launched] = deque()
@@ -256,8 +256,8 @@ class Model(Clients):
 
     def waits(self, sequence: Sequence) -> bool:
         """It can't go on before its token is here."""
-        constraint = CONSTRAINTS.of(sequence.params)
-        stepwise = sequence.beam or (constraint is not None and constraint.stepwise)
+        restriction = RESTRICTIONS.of(sequence.params)
+        stepwise = sequence.beam or (restriction is not None and restriction.stepwise)
         return stepwise and self.pending[key(sequence)] > 0
 
     def newly_paused(self) -> list[Sequence]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from lightllmd.engine.runners.fake_model import fake_alternatives, fake_token
 from lightllmd.engine.scheduling.beam_search import MOST_CANDIDATES
-from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.hypothesis_text import DetokenizedHypothesis, HypothesisTexts
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.step import Alternatives
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SamplingParams
 from lightllmd.text import ByteTokenizer
@@ -15,7 +15,7 @@ from lightllmd.text import ByteTokenizer
 EOS = ord("e")  # a byte that fake tokens do hit, so that generations end by eos too
 # Bytes, and behind them tokens of several, so that prompts have something to heal.
 VOCABULARY = [bytes([byte]) for byte in range(128)] + [b"ab", b"abc", b"bc", b"cab", b"aa"]
-CONSTRAINTS = Constraints(len(VOCABULARY), [EOS], lambda: VOCABULARY)
+RESTRICTIONS = Restrictions(len(VOCABULARY), [EOS], lambda: VOCABULARY)
 READINGS = HypothesisTexts(ByteTokenizer)
 
 
@@ -40,8 +40,8 @@ def outputs(prompt: list[int], params: SamplingParams, beams: bool) -> list[Outp
 
 
 def _mask(params: SamplingParams, tokens: list[int]) -> bytes:
-    constraint = CONSTRAINTS.of(params)
-    return constraint.mask(tokens) if constraint is not None else b""
+    restriction = RESTRICTIONS.of(params)
+    return restriction.mask(tokens) if restriction is not None else b""
 
 
 def _drawn(prompt: list[int], params: SamplingParams, branch: int) -> Output:

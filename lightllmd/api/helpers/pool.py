@@ -94,17 +94,26 @@ class Helpers:
             helper.close()
         self._idle.clear()
 
-    async def run(self, name: str, *arguments: Any, heavy: bool, seconds: float | None = None) -> Any:
-        """The task's result; it may take `seconds` of CPU time, or what is usual for its kind.
+    async def run(
+        self,
+        name: str,
+        *arguments: Any,
+        heavy: bool,
+        seconds: float | None = None,
+        subject: str = "reading the request",
+    ) -> Any:
+        """The task's result; it may take `seconds` of CPU time, or what is usual for its kind. `subject` of a refusal
+        that says so.
 
         Raises what it raised of this project's errors, InvalidRequest when it took more than it may, NotReady when
         there can be no helper."""
         kind = HEAVY if heavy else LIGHT
         limit = seconds or CPU_SECONDS[kind]
         async with self._room[kind]:
-            return await self._try_twice(kind, name, pickle.dumps((name, limit, arguments), protocol=5), limit)
+            request = pickle.dumps((name, limit, arguments), protocol=5)
+            return await self._try_twice(kind, name, request, limit, subject)
 
-    async def _try_twice(self, kind: bytes, name: str, request: bytes, limit: float) -> Any:
+    async def _try_twice(self, kind: bytes, name: str, request: bytes, limit: float, subject: str) -> Any:
         """A helper that was killed from outside is replaced once; what took too long is not tried again."""
         for _ in range(2):
             try:
@@ -120,9 +129,7 @@ class Helpers:
             except OSError as failure:
                 log.error("no helper process can be started: %s", failure)
                 raise NotReady("the server can't start a process to read this request with") from None
-        raise InvalidRequest(
-            f"reading the request takes more than {limit:g} s of CPU time or {MEMORY >> 20} MB of memory"
-        )
+        raise InvalidRequest(f"{subject} takes more than {limit:g} s of CPU time or {MEMORY >> 20} MB of memory")
 
     @asynccontextmanager
     async def _helper(self, kind: bytes) -> AsyncIterator[_Helper]:

@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from lightllmd.api.helpers.grammars import CheckedGrammars
 from lightllmd.api.helpers.pool import Helpers, HostedHelpers
 from lightllmd.api.helpers.process import Task
 from lightllmd.api.helpers.tasks import encoding_tasks
 from lightllmd.api.helpers.token_views import TokenViews
 from lightllmd.api.web import bodies
+from lightllmd.ipc.messages import Grammar
 from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.bad_words import bad_word_ids
+from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.fields import Body
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
@@ -59,10 +62,12 @@ class TextHelpers:
         self._hosted = isinstance(tokenizer, RemoteTokenizer)  # it encodes nothing in this process
         self.processes = Helpers(others if self._hosted else others | encoding)
         self.encoders = HostedHelpers(tokenizer) if isinstance(tokenizer, RemoteTokenizer) else self.processes
+        self._grammars = CheckedGrammars(tokenizer, limits)
 
     def stop(self) -> None:
         """Ends all processes, for good."""
         self.processes.stop()
+        self._grammars.stop()
         self.encoders.stop()
 
     # --- as TextWork ----------------------------------------------------------------------------------------------
@@ -111,6 +116,11 @@ class TextHelpers:
         if size <= _SHORT and not self._hosted:
             return bad_word_ids(words, field, self._tokenizer)
         return await self.encoders.run("bad_words", words, field, heavy=size > _LONG)
+
+    async def grammar(self, constraint: Constraint) -> Grammar:
+        """See TextWork."""
+        await self._grammars.check(constraint.grammar, constraint.field)
+        return constraint.grammar
 
     async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         """See TextWork and `off_loop`."""

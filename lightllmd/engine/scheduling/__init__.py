@@ -1,1 +1,1 @@
-"""What runs in the next step: admission, queues, beam search, constraints. Pure Python, no torch."""
+"""What runs in the next step: admission, queues, beam search, restrictions. Pure Python, no torch."""

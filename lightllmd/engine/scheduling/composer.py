@@ -95,13 +95,13 @@ class Composer:
             past=sequence.slots[:start] if entering and start else None,
         )
         self.rows.append(row)
-        constraint = sequence.constraint
-        if constraint is not None and (entering or sequence.stepwise):
-            mask = constraint.mask(sequence.emitted)
+        restriction = sequence.restriction
+        if restriction is not None and (entering or sequence.stepwise):
+            mask = restriction.mask(sequence.emitted)
             if mask or not entering:
                 self._masks[sequence.table_row] = mask
             if not sequence.beam:
-                sequence.stepwise = constraint.stepwise and not constraint.settled(sequence.emitted)
+                sequence.stepwise = restriction.stepwise and not restriction.settled(sequence.emitted)
         return row
 
     def step(self, going_on: list[Sequence], freed: list[int]) -> Step:

@@ -24,10 +24,10 @@ from lightllmd.engine.scheduling import beam_sequences as beams
 from lightllmd.engine.scheduling.admission import Admission, SchedulerLimits
 from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
-from lightllmd.engine.scheduling.constraint import Constraints
 from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
 from lightllmd.engine.scheduling.outputs import Outputs, append_token, pooled
 from lightllmd.engine.scheduling.queues import Queues, age
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, sequences_of
 from lightllmd.engine.scheduling.submissions import RETRY_AFTER, Submissions
 from lightllmd.engine.step import Step, StepResult
@@ -82,10 +82,10 @@ class Scheduler:
         self,
         limits: SchedulerLimits,
         generation: int,
-        constraints: Constraints | None = None,
+        restrictions: Restrictions | None = None,
         readings: HypothesisTexts | None = None,
     ) -> None:
-        """`constraints` None: what requests restrict is not heeded. `readings` None: no stop ends a hypothesis."""
+        """`restrictions` None: what requests restrict is not heeded. `readings` None: no stop ends a hypothesis."""
         self.limits = limits
         self.generation = generation
         self.keys = KvCacheManager(
@@ -95,7 +95,7 @@ class Scheduler:
         self.queues = Queues()
         self.submissions = Submissions(limits, generation, self.queues)
         self.first_admitted: list[int] = []  # arrival_ns of those that the newest step admitted for the first time
-        self._constraints, self._readings = constraints, readings
+        self._restrictions, self._readings = restrictions, readings
         self._requests: dict[int, dict[int, Sequence]] = {}  # request -> branch -> what has not ended
         self._rows = list(range(limits.running_max_req_size - 1, -1, -1))  # free table rows, lowest last
         self._freed: list[int] = []  # rows released since the last step
@@ -387,10 +387,10 @@ class Scheduler:
         if isinstance(submission, Rejected):
             return submission
         sequences = sequences_of(message)
-        if self._constraints is not None and isinstance(message.params, SamplingParams):
-            constraint = self._constraints.of(message.params)
+        if self._restrictions is not None and isinstance(message.params, SamplingParams):
+            restriction = self._restrictions.of(message.params)
             for sequence in sequences:
-                sequence.constraint = constraint
+                sequence.restriction = restriction and restriction.for_sequence()
         for sequence in sequences:
             sequence.submission, sequence.since = submission, now
         if isinstance(message.params, SamplingParams) and message.params.n > 1:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lightllmd.engine.kv_cache.radix_tree import Node
 from lightllmd.engine.scheduling.beam_search import BeamSearch, HypothesisText
-from lightllmd.engine.scheduling.constraint import Constraint
+from lightllmd.engine.scheduling.restriction import Restriction
 from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams, Submit
 
 Owner = tuple[int, int]  # (api worker, its epoch)
@@ -95,7 +95,7 @@ class Sequence:
     # --- how its tokens are chosen
     forks: bool = False  # the branches of its request share its prompt
     fork: Fork | None = None
-    constraint: Constraint | None = None
+    restriction: Restriction | None = None
     stepwise: bool = False  # each of its steps waits for the token of the one before
     cached: int = 0  # prompt tokens found in the prompt cache, until the api worker is told
     prompt_key: TokenIds | None = None
@@ -174,9 +174,9 @@ class Sequence:
     @property
     def lags(self) -> bool:
         """Not each step takes it on: its next waits until the token of the one before is here."""
-        if self.entered or self.constraint is None:
+        if self.entered or self.restriction is None:
             return self.stepwise or self.beam
-        return self.beam or self.constraint.stepwise
+        return self.beam or self.restriction.stepwise
 
     def estimate(self, worst_case: bool, new_token_len: int) -> tuple[int, int]:
         """(tokens held after its next step, tokens still to come after that), as the admission rule counts them;

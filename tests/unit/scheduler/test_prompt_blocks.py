@@ -8,7 +8,7 @@ from lightllmd.config.bounds import PREFILL_ROWS, mixed_shapes, most_step_tokens
 from lightllmd.config.load import load
 from lightllmd.engine.runners.step_shapes import StepShapes
 from lightllmd.engine.scheduling.admission import Admission
-from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.sequence import Sequence, sequences_of
 from lightllmd.engine.step import Step
 from lightllmd.ipc.messages import Submit
@@ -115,7 +115,7 @@ def test_no_suspect_is_admitted_beside_one_whose_blocks_are_not_all_fed() -> Non
 
 def candidate(message: Submit) -> Sequence:
     (sequence,) = sequences_of(message)
-    sequence.constraint = Constraints(256, [], None).of(message.params)
+    sequence.restriction = Restrictions(256, [], None).of(message.params)
     return sequence
 
 

@@ -12,7 +12,7 @@ import pytest
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
-from lightllmd.engine.scheduling.constraint import Constraints
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step
 from lightllmd.ipc.messages import SamplingParams, StepOutput, TextStops
@@ -55,7 +55,7 @@ def test_a_step_holds_all_that_a_rank_needs_and_nothing_of_the_scheduler(asked: 
     told: list[list[StepOutput]] = []
     for made in (FakeRunner, Rank):
         changed = limits(splitfuse_block_size=block, router_max_wait_tokens=0, **modes)
-        scheduler = Scheduler(changed, 1, Constraints(256, changed.eos_ids, None))
+        scheduler = Scheduler(changed, 1, Restrictions(256, changed.eos_ids, None))
         steps: list[Step] = []
         loop = StepLoop(scheduler, made(FakeSettings(overlap=True)), steps.append)
         outputs = []

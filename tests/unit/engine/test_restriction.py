@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightllmd.engine.scheduling.constraint import Constraint, Constraints
+from lightllmd.engine.scheduling.restriction import Restriction, Restrictions
 from lightllmd.ipc.messages import SamplingParams
 
 EOS = 2
@@ -26,34 +26,34 @@ def allowed(mask: bytes, size: int) -> set[int]:
     return found
 
 
-def made(params: SamplingParams, size: int = 70, vocabulary: list[bytes | None] | None = None) -> Constraint:
+def made(params: SamplingParams, size: int = 70, vocabulary: list[bytes | None] | None = None) -> Restriction:
     reader = None if vocabulary is None else lambda: vocabulary
-    constraint = Constraints(size, [EOS], reader).of(params)
-    assert constraint is not None
-    return constraint
+    restriction = Restrictions(size, [EOS], reader).of(params)
+    assert restriction is not None
+    return restriction
 
 
 # --- allowed ids and bad words --------------------------------------------------------------------------------------
 
 
 def test_nothing_restricts_a_plain_request():
-    assert Constraints(70, [EOS], None).of(SamplingParams()) is None
+    assert Restrictions(70, [EOS], None).of(SamplingParams()) is None
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 70, 128])
 def test_allowed_ids_are_all_that_is_allowed(size):
     ids = random.Random(size).sample(range(size), (size + 1) // 2)
-    constraint = made(SamplingParams(allowed_token_ids=ids), size)
-    assert allowed(constraint.mask([]), size) == set(ids)
-    assert constraint.mask([ids[0]]) == constraint.mask([])
-    assert not constraint.stepwise
-    assert constraint.settled([])
+    restriction = made(SamplingParams(allowed_token_ids=ids), size)
+    assert allowed(restriction.mask([]), size) == set(ids)
+    assert restriction.mask([ids[0]]) == restriction.mask([])
+    assert not restriction.stepwise
+    assert restriction.settled([])
 
 
 def test_a_word_of_one_token_is_masked_always_and_a_longer_one_where_it_would_end():
     everything = set(range(70))
-    constraint = made(SamplingParams(bad_words=[[7], [8, 9], [9, 8, 10], [8, 8, 10]]))
-    assert constraint.stepwise
+    restriction = made(SamplingParams(bad_words=[[7], [8, 9], [9, 8, 10], [8, 8, 10]]))
+    assert restriction.stepwise
     for emitted, masked in [
         ([], {7}),
         ([8], {7, 9}),
@@ -63,14 +63,14 @@ def test_a_word_of_one_token_is_masked_always_and_a_longer_one_where_it_would_en
         ([9, 8, 1], {7}),
         ([1, 9, 8, 8], {7, 9, 10}),
     ]:
-        assert allowed(constraint.mask(emitted), 70) == everything - masked, emitted
-        assert not constraint.settled(emitted)
+        assert allowed(restriction.mask(emitted), 70) == everything - masked, emitted
+        assert not restriction.settled(emitted)
 
 
 def test_words_of_one_token_alone_are_no_reason_to_wait_for_tokens():
-    constraint = made(SamplingParams(bad_words=[[7], [9]]))
-    assert not constraint.stepwise
-    assert allowed(constraint.mask([]), 70) == set(range(70)) - {7, 9}
+    restriction = made(SamplingParams(bad_words=[[7], [9]]))
+    assert not restriction.stepwise
+    assert allowed(restriction.mask([]), 70) == set(range(70)) - {7, 9}
 
 
 @settings(max_examples=100, deadline=None)
@@ -80,27 +80,27 @@ def test_words_of_one_token_alone_are_no_reason_to_wait_for_tokens():
     st.lists(st.integers(0, 5), max_size=8),
 )
 def test_a_token_is_allowed_if_it_is_listed_and_completes_no_bad_word(words, ids, emitted):
-    constraint = made(SamplingParams(bad_words=words, allowed_token_ids=ids), 6)
+    restriction = made(SamplingParams(bad_words=words, allowed_token_ids=ids), 6)
 
     def good(token):
         ends = [*emitted, token]
         return (ids is None or token in ids) and not any(ends[-len(word) :] == word for word in words)
 
-    assert allowed(constraint.mask(emitted), 6) == ({token for token in range(6) if good(token)} or {EOS})
+    assert allowed(restriction.mask(emitted), 6) == ({token for token in range(6) if good(token)} or {EOS})
 
 
 def test_where_the_rules_leave_nothing_the_generation_can_end():
     assert allowed(made(SamplingParams(allowed_token_ids=[5], bad_words=[[5]])).mask([]), 70) == {EOS}
-    constraint = made(SamplingParams(allowed_token_ids=[5], bad_words=[[5, 5]]))
-    assert [allowed(constraint.mask([5] * count), 70) for count in range(2)] == [{5}, {EOS}]
-    without = Constraints(70, [], None).of(SamplingParams(allowed_token_ids=[5], bad_words=[[5]]))
+    restriction = made(SamplingParams(allowed_token_ids=[5], bad_words=[[5, 5]]))
+    assert [allowed(restriction.mask([5] * count), 70) for count in range(2)] == [{5}, {EOS}]
+    without = Restrictions(70, [], None).of(SamplingParams(allowed_token_ids=[5], bad_words=[[5]]))
     assert without is not None
     assert without.mask([]) == b""
 
 
 def test_ids_that_the_model_does_not_have_are_passed_over():
-    constraint = made(SamplingParams(allowed_token_ids=[5, 700], bad_words=[[701], [5, 702]]))
-    assert allowed(constraint.mask([5]), 70) == {5}
+    restriction = made(SamplingParams(allowed_token_ids=[5, 700], bad_words=[[701], [5, 702]]))
+    assert allowed(restriction.mask([5]), 70) == {5}
 
 
 # --- healing --------------------------------------------------------------------------------------------------------
@@ -132,33 +132,33 @@ def fewest(text: bytes) -> int:
 @settings(max_examples=150, deadline=None)
 @given(st.text("abc", min_size=1, max_size=5).map(str.encode), st.randoms())
 def test_healing_allows_what_covers_the_text_in_as_many_tokens_as_writing_it_takes(text, chance):
-    constraint = made(SamplingParams(healing=text), 20, LETTERS)
-    assert constraint.stepwise
+    restriction = made(SamplingParams(healing=text), 20, LETTERS)
+    assert restriction.stepwise
     ways = writings(text, fewest(text))
     emitted: list[int] = []
-    while not constraint.settled(emitted):
+    while not restriction.settled(emitted):
         here = {way[len(emitted)] for way in ways if way[: len(emitted)] == emitted and len(way) > len(emitted)}
-        assert allowed(constraint.mask(emitted), 20) == here
+        assert allowed(restriction.mask(emitted), 20) == here
         emitted.append(chance.choice(sorted(here)))
     assert b"".join(LETTERS[token] or b"" for token in emitted).startswith(text)
-    assert constraint.mask(emitted) == constraint.mask([*emitted, EOS, 13]) == b""
-    assert constraint.settled([*emitted, 0])
+    assert restriction.mask(emitted) == restriction.mask([*emitted, EOS, 13]) == b""
+    assert restriction.settled([*emitted, 0])
 
 
 def test_special_tokens_the_end_and_rows_that_are_no_token_are_not_allowed_before_the_text_is_covered():
     vocabulary = [b"x", None, b"xy", b"x", b""]
-    constraint = made(SamplingParams(healing=b"x"), 9, vocabulary)  # 2 ends a generation; 5 … 8 are rows of no token
-    assert allowed(constraint.mask([]), 9) == {0, 3}
+    restriction = made(SamplingParams(healing=b"x"), 9, vocabulary)  # 2 ends a generation; 5 … 8 are rows of no token
+    assert allowed(restriction.mask([]), 9) == {0, 3}
 
 
 def test_bytes_of_a_character_are_covered_one_by_one_where_there_is_no_token_for_it():
     fallback: list[bytes | None] = [bytes([byte]) for byte in range(256)] + [" ü".encode()]
-    constraint = Constraints(257, [], lambda: fallback).of(SamplingParams(healing=" é".encode()))
-    assert constraint is not None
-    assert [allowed(constraint.mask(list(" é".encode()[:count])), 257) for count in range(3)] == [{32}, {0xC3}, {0xA9}]
-    constraint = Constraints(257, [], lambda: fallback).of(SamplingParams(healing=b" \xc3"))
-    assert constraint is not None
-    assert allowed(constraint.mask([]), 257) == {32, 256}  # the prompt ended inside a character
+    restriction = Restrictions(257, [], lambda: fallback).of(SamplingParams(healing=" é".encode()))
+    assert restriction is not None
+    assert [allowed(restriction.mask(list(" é".encode()[:count])), 257) for count in range(3)] == [{32}, {0xC3}, {0xA9}]
+    restriction = Restrictions(257, [], lambda: fallback).of(SamplingParams(healing=b" \xc3"))
+    assert restriction is not None
+    assert allowed(restriction.mask([]), 257) == {32, 256}  # the prompt ended inside a character
 
 
 def test_other_rules_hold_beyond_the_prompt_alone():
@@ -179,9 +179,9 @@ def test_text_that_no_token_can_write_ends_the_generation():
 
 
 def test_without_a_vocabulary_nothing_is_healed():
-    constraints = Constraints(20, [EOS], None)
-    constraints.load()
-    assert constraints.of(SamplingParams(healing=b"ab")) is None
+    restrictions = Restrictions(20, [EOS], None)
+    restrictions.load()
+    assert restrictions.of(SamplingParams(healing=b"ab")) is None
 
 
 def test_the_vocabulary_is_read_once():
@@ -191,17 +191,17 @@ def test_the_vocabulary_is_read_once():
         reads.append(None)
         return LETTERS
 
-    constraints = Constraints(20, [EOS], vocabulary)
+    restrictions = Restrictions(20, [EOS], vocabulary)
     assert not reads
-    constraints.load()
+    restrictions.load()
     for _ in range(2):
-        assert constraints.of(SamplingParams(healing=b"ab")) is not None
+        assert restrictions.of(SamplingParams(healing=b"ab")) is not None
     assert len(reads) == 1
 
 
 def test_branches_do_not_disturb_each_other():
-    """A constraint is shared by all branches of a request."""
-    constraint = made(SamplingParams(healing=b"abb", bad_words=[[9, 9]]), 20, LETTERS)
-    before = constraint.mask([])
-    assert constraint.mask([3]) != before
-    assert constraint.mask([]) == before
+    """A restriction is shared by all branches of a request."""
+    restriction = made(SamplingParams(healing=b"abb", bad_words=[[9, 9]]), 20, LETTERS)
+    before = restriction.mask([])
+    assert restriction.mask([3]) != before
+    assert restriction.mask([]) == before

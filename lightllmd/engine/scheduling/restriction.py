@@ -1,4 +1,5 @@
-"""Which tokens a request may generate next: its allowed ids, its bad words, and what was taken back from its prompt.
+"""Which tokens a request may generate next: its allowed ids, its bad words, its grammar, and what was taken back from
+its prompt.
 
 An allowed set may never be empty, or there would be nothing to draw: where the rules together leave no token, the ids
 that end a generation are allowed, and where a model has none of those, everything is.
@@ -14,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars, GrammarRow
 from lightllmd.ipc.messages import SamplingParams
 
 Allowed = NDArray[np.bool_]  # [vocab]
@@ -22,10 +24,13 @@ Ids = NDArray[np.int64]
 _NONE: Ids = np.zeros(0, dtype=np.int64)
 
 
-class Constraint(Protocol):
-    """Of one request. It holds no state of a sequence, so all branches share it."""
+class Restriction(Protocol):
+    """Of one sequence."""
 
     stepwise: bool  # its mask depends on the tokens generated so far
+
+    def for_sequence(self) -> Restriction:
+        """Of another branch of the request: the same one where it keeps nothing of a sequence."""
 
     def mask(self, emitted: Sequence[int]) -> bytes:
         """What the token behind `emitted` may be, in the form of `Step.masks`; b"": anything."""
@@ -34,18 +39,22 @@ class Constraint(Protocol):
         """From here on the mask stays what it is, whatever is generated."""
 
 
-class Constraints:
-    """Makes the constraints of an engine's requests."""
+class Restrictions:
+    """Makes the restrictions of an engine's requests."""
 
     def __init__(
-        self, vocab_size: int, eos_ids: Iterable[int], vocabulary: Callable[[], Sequence[bytes | None]] | None
+        self,
+        vocab_size: int,
+        eos_ids: Iterable[int],
+        vocabulary: Callable[[], Sequence[bytes | None]] | None,
+        grammars: CompiledGrammars | None = None,
     ) -> None:
         """`vocab_size`: logits of the model. `vocabulary`: the bytes of each token by id, None (or no entry) for one
         that no text is made of; called once, by `load` or for the first request that needs it. Without it the bytes
-        taken back from a prompt restrict nothing."""
+        taken back from a prompt restrict nothing, without `grammars` no grammar does."""
         self._size = vocab_size
         self._eos = _within([*eos_ids], vocab_size)
-        self._vocabulary = vocabulary
+        self._vocabulary, self._grammars = vocabulary, grammars
         self._everything = np.ones(vocab_size, dtype=np.bool_)
 
     def load(self) -> None:
@@ -63,8 +72,14 @@ class Constraints:
                 vocabulary[number] = None
         return ByteIndex(vocabulary)
 
-    def of(self, params: SamplingParams) -> Constraint | None:
+    def of(self, params: SamplingParams) -> Restriction | None:
         """None: nothing restricts the request."""
+        others = self._of_ids(params)
+        if params.grammar is None or self._grammars is None:
+            return others
+        return _Grammatical(self._grammars.row(params), others, self._eos)
+
+    def _of_ids(self, params: SamplingParams) -> Restriction | None:
         heals = bool(params.healing) and self._vocabulary is not None
         if params.allowed_token_ids is None and not params.bad_words and not heals:
             return None
@@ -89,6 +104,9 @@ class _Fixed:
 
     def __init__(self, mask: bytes) -> None:
         self._mask = mask
+
+    def for_sequence(self) -> Restriction:
+        return self
 
     def mask(self, emitted: Sequence[int]) -> bytes:
         return self._mask
@@ -117,6 +135,9 @@ class _Stepwise:
         self._prefix = prefix
         self._eos = eos
 
+    def for_sequence(self) -> Restriction:
+        return self
+
     def mask(self, emitted: Sequence[int]) -> bytes:
         ends = self._word_ends(emitted)
         healing = None if self._prefix is None else self._prefix.next(emitted)
@@ -138,6 +159,29 @@ class _Stepwise:
         """The tokens that would complete a bad word."""
         found = self._words.get(emitted[-1], []) if emitted else []
         return [word[-1] for word in found if list(emitted[1 - len(word) :]) == list(word[:-1])]
+
+
+class _Grammatical:
+    """A grammar, and what the other rules leave of it."""
+
+    stepwise = True
+
+    def __init__(self, row: GrammarRow, others: Restriction | None, eos: Ids) -> None:
+        self._row, self._others, self._eos = row, others, eos
+
+    def for_sequence(self) -> Restriction:
+        return _Grammatical(self._row.fork(), self._others, self._eos)
+
+    def mask(self, emitted: Sequence[int]) -> bytes:
+        mask = self._row.mask(emitted)
+        others = b"" if self._others is None else self._others.mask(emitted)
+        if others:
+            both = np.frombuffer(mask, np.uint8) & np.frombuffer(others, np.uint8)
+            mask = both.tobytes() if both.any() else _bits(self._eos, len(mask))
+        return mask
+
+    def settled(self, emitted: Sequence[int]) -> bool:
+        return False
 
 
 class ByteIndex:
@@ -247,6 +291,13 @@ class Prefix:
 def _within(ids: Sequence[int], size: int) -> Ids:
     numbers = np.array(ids, dtype=np.int64)
     return numbers[(numbers >= 0) & (numbers < size)]
+
+
+def _bits(ids: Ids, size: int) -> bytes:
+    """The mask of `size` bytes that allows these tokens alone."""
+    allowed = np.zeros(8 * size, np.bool_)
+    allowed[ids] = True
+    return np.packbits(allowed, bitorder="little").tobytes()
 
 
 def _pack(allowed: Allowed, eos: Ids) -> bytes:
