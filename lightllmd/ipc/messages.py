@@ -35,6 +35,7 @@ class TextStops(msgspec.Struct, frozen=True, omit_defaults=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     print_eos_token: bool = False
+    marks: tuple[str, ...] = ()  # see Tokenizer.detokenizing
 
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "choice", "structural_tag"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightllmd.dialogue.tools import Dialogue
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.constraint import Constraint
@@ -21,8 +22,16 @@ class Chat:
 
     @property
     def size(self) -> int:
-        """Characters."""
-        return sum(len(message.get("content") or "") for message in self.messages)
+        """Characters of the messages."""
+        return sum(map(_characters, self.messages))
+
+
+def _characters(message: dict[str, Any]) -> int:
+    content = message.get("content") or ""
+    size = len(content) if isinstance(content, str) else sum(len(part.get("text") or "") for part in content)
+    for call in message.get("tool_calls") or ():
+        size += len(call["function"]["arguments"])
+    return size + len(message.get("reasoning_content") or "")
 
 
 @dataclass(frozen=True)
@@ -107,4 +116,5 @@ class Asked:
     keep_last: int | None = None  # of a longer prompt the last so many tokens are run; -1: as many as fit
     beams: bool | None = None  # whether a beam search is expected; None: the server's mode decides
     shows_prompt: bool = True  # the answer has room for log-probabilities of the prompt
+    dialogue: Dialogue | None = None  # tools and reasoning of the only prompt, a chat; None: all output is text
     prompts_first: bool = False  # of several faults one in a prompt is told before one in another field

@@ -22,6 +22,7 @@ class TextOptions:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     print_eos_token: bool = False
+    marks: frozenset[str] = frozenset()  # tokens by their text that are shown even where they are special
     min_tokens: int = 1  # before so many no stop ends it
     prompt_only: bool = False  # it ends without a token: the prompt's log-probabilities are what was asked for
 
@@ -36,6 +37,7 @@ class TextOptions:
             self.skip_special_tokens,
             self.spaces_between_special_tokens,
             self.print_eos_token,
+            tuple(sorted(self.marks)),
         )
 
 
@@ -157,6 +159,7 @@ def open_branches(
             skip_special_tokens=options.skip_special_tokens,
             spaces_between_special_tokens=options.spaces_between_special_tokens,
             print_eos_token=options.print_eos_token,
+            marks=options.marks,
         )
     branches = []
     for index in range(count):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from lightllmd.config.plan import Plan
+from lightllmd.dialogue.conventions import Conventions, PreparedChat
+from lightllmd.dialogue.parser import Parser
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import RequestParams, SamplingParams
 from lightllmd.requests.asked import Asked, Chat, Prompt
@@ -22,6 +25,8 @@ from lightllmd.requests.text_work import JOB_COST, STOP_COST, TextWork
 from lightllmd.text.healing import roll_back
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopList
+
+_PROMPT_END = 16  # tokens, in which the mark stands that reasoning begins with, if the prompt ends so
 
 
 class Job(Protocol):
@@ -52,6 +57,7 @@ class AdmittedJob:
     prompt_ids: list[int]  # what is run of it; `params.healing` has the text of the rest
     params: SamplingParams  # with the seed
     text: TextOptions
+    parsers: Callable[[], Parser] | None = None  # makes one for each sequence; None: all output is content
 
     def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
         """Without a tokenizer they have no text."""
@@ -95,7 +101,28 @@ class Intake:
         with naming(asked.names.subject):
             return await self._checked(asked)
 
+    @cached_property
+    def conventions(self) -> Conventions:
+        """How the model writes calls and reasoning."""
+        return Conventions(self._tokenizer().chat_template)
+
     async def _checked(self, asked: Asked) -> list[AdmittedJob]:
+        if asked.dialogue is None:
+            return await self._admitted(asked)
+        (prompt,) = asked.prompts
+        assert isinstance(prompt.content, Chat)
+        prepared = self.conventions.prepare(prompt.content.messages, prompt.content.options, asked.dialogue)
+        chat = Chat(prepared.messages, prepared.options)
+        asked = replace(asked, prompts=[replace(prompt, content=chat)], text=replace(asked.text, marks=prepared.marks))
+        jobs = await self._admitted(asked)
+        return [replace(job, parsers=self._parsers(prepared, job)) for job in jobs]
+
+    def _parsers(self, prepared: PreparedChat, job: AdmittedJob) -> Callable[[], Parser] | None:
+        if prepared.opening is None:
+            return None
+        return prepared.parsers(self._tokenizer().decode(job.prompt_ids[-_PROMPT_END:], skip_special_tokens=False))
+
+    async def _admitted(self, asked: Asked) -> list[AdmittedJob]:
         names, sequences = asked.names, asked.params.n
         if names.prompts is not None:
             self.limits.at_once(len(asked.prompts) * sequences, names.prompts)

@@ -25,6 +25,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from lightllmd.errors import InvalidRequest
+from lightllmd.text.tool_messages import described
 
 MAX_MESSAGES = 4096
 MAX_DEPTH = 64  # of lists and objects inside each other
@@ -35,6 +36,8 @@ _PAIRS = (
     "score",
     "rerank",
 )  # names of templates for a query and a document, as vLLM and sentence-transformers write them
+_TOOLS = re.compile(r"\btools\b")
+_NO_SYSTEM = re.compile(r"[Ss]ystem role not supported")
 _PAIR_ROLES = (re.compile(r"[\"']query[\"']"), re.compile(r"[\"']document[\"']"))
 
 
@@ -111,7 +114,12 @@ class ChatTemplate:
         self._knows_developer = {name for name, source in named.items() if _DEVELOPER in source}
         self._special_tokens = dict(special_tokens or {})
         self.source = named.get("default")  # for clients that render by themselves
+        self.text = "\n".join(
+            source for name, source in named.items() if name not in _PAIRS
+        )  # of all that render chats
         self._for_pairs = _pair_template(named)
+        self.takes_tools = _TOOLS.search(self.text) is not None  # else they are described in a message
+        self._takes_system = not _NO_SYSTEM.search(self.text)
 
     @property
     def joins_pairs(self) -> bool:
@@ -157,12 +165,15 @@ class ChatTemplate:
         template as they are. The role ``developer`` is ``system`` to a template that doesn't know it. `variables` are
         further names that the template may know, such as ``enable_thinking``. With `continue_final_message` the prompt
         ends where the last message's content does, so that the answer goes on with it.
+        A template that knows no `tools` is told of them, and of calls and their results, in messages.
         Raises InvalidRequest with the template's own words when it refuses the conversation.
         """
         if len(messages) > MAX_MESSAGES:
             raise InvalidRequest(f"messages: {len(messages)} messages, at most {MAX_MESSAGES}")
         name = self._choose(bool(tools))
         plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if not self.takes_tools:
+            plain = described(plain, tools or (), takes_system=self._takes_system)
         if name not in self._knows_developer:
             for message in plain:
                 message["role"] = _SYSTEM if message["role"] == _DEVELOPER else message["role"]

@@ -31,7 +31,7 @@ class Tokenizer(ABC):
         self.eos_ids = list(eos_ids)
         self.chat_template = chat_template
         self.warnings = list(warnings)  # for the caller to log
-        self._detokenizing: dict[tuple[bool | None, ...], Detokenizing] = {}  # by its options, of which few sets exist
+        self._detokenizing: dict[tuple[Any, ...], Detokenizing] = {}  # by its options, of which few sets exist
 
     def close(self) -> None:  # noqa: B027
         """Ends what it runs outside this process, if anything; it starts again where that is needed."""
@@ -115,18 +115,22 @@ class Tokenizer(ABC):
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         print_eos_token: bool | None = False,
+        marks: frozenset[str] = frozenset(),
     ) -> Detokenizing:
         """What opens detokenizers; one object for each set of options.
 
         `spaces_between_special_tokens` puts a space between an added token that is shown and the tokens beside it.
         `print_eos_token`: True shows the ids that end a generation, False hides them, None treats them as any other.
+        `marks`: tokens, by their text, that are shown whatever the others say: a reader needs them.
         """
-        options = (skip_special_tokens, spaces_between_special_tokens, print_eos_token)
+        options = (skip_special_tokens, spaces_between_special_tokens, print_eos_token, marks)
         made = self._detokenizing.get(options)
         if made is None:
             left_out = self.special_ids if skip_special_tokens else frozenset()
             if print_eos_token is not None:
                 left_out = left_out.difference(self.eos_ids) if print_eos_token else left_out.union(self.eos_ids)
+            if marks:
+                left_out = frozenset(number for number in left_out if self.id_to_token(number) not in marks)
             made = Detokenizing(self.vocabulary, left_out, separate_added=spaces_between_special_tokens)
             self._detokenizing[options] = made
         return made

@@ -160,6 +160,10 @@ def _m(**fields) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "x"}]} | fields).encode()
 
 
+def _tool(name: str, parameters: dict | None = None) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters or {"type": "object"}}}
+
+
 OPENAI: list[tuple[str, str, bytes, str]] = [
     ("empty", "completions", b"", "empty"),
     ("no JSON", "chat/completions", b"{", "not JSON"),
@@ -172,7 +176,61 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
     ("prompt id negative", "completions", b'{"prompt": [-1]}', "prompt"),
     ("second prompt too long", "completions", json.dumps({"prompt": ["x", "y" * 3000]}).encode(), "prompt.1"),
     ("suffix", "completions", _c(suffix="x"), "suffix: not available yet"),
-    ("tools", "chat/completions", _m(tools=[{"type": "function"}]), "tools: not available yet"),
+    ("tool without function", "chat/completions", _m(tools=[{"type": "function"}]), "tools.0.function: required"),
+    ("custom tool", "chat/completions", _m(tools=[{"type": "custom"}]), "tools.0.type: should be 'function'"),
+    ("tool's name", "chat/completions", _m(tools=[_tool("a b")]), "tools.0.function.name: String should match pattern"),
+    ("tool's name too long", "chat/completions", _m(tools=[_tool("x" * 65)]), "{1,64}"),
+    (
+        "tools too many",
+        "chat/completions",
+        _m(tools=[_tool(f"f{n}") for n in range(129)]),
+        "at most 128 items",
+    ),
+    (
+        "tools with one name",
+        "chat/completions",
+        _m(tools=[_tool("f"), _tool("f")]),
+        "tools.1.function.name: 'f' is the name of tools.0.function, too",
+    ),
+    (
+        "tool's schema too large",
+        "chat/completions",
+        _m(tools=[_tool("f", {"x": "y" * 70_000})]),
+        "tools.0.function.parameters: at most 65536 bytes of JSON; got 70008",
+    ),
+    ("tool_choice word", "chat/completions", _m(tools=[_tool("f")], tool_choice="always"), "tool_choice"),
+    ("tool_choice alone", "chat/completions", _m(tool_choice="required"), "tool_choice: 'required' needs tools"),
+    (
+        "tool_choice of another",
+        "chat/completions",
+        _m(tools=[_tool("f")], tool_choice={"type": "function", "function": {"name": "g"}}),
+        "tool_choice: 'g' is no tool of this request; known are f",
+    ),
+    (
+        "allowed tools of another",
+        "chat/completions",
+        _m(
+            tools=[_tool("f")],
+            tool_choice={
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]},
+            },
+        ),
+        "tool_choice: 'g' is no tool of this request; known are f",
+    ),
+    (
+        "functions and tools",
+        "chat/completions",
+        _m(tools=[_tool("f")], functions=[{"name": "g"}]),
+        "functions: it is the older form of tools",
+    ),
+    (
+        "function_call of another",
+        "chat/completions",
+        _m(functions=[{"name": "f"}], function_call={"name": "g"}),
+        "function_call: 'g' is no tool",
+    ),
+    ("effort", "chat/completions", _m(reasoning_effort="huge"), "reasoning_effort: should be 'none', 'minimal'"),
     ("response_format", "chat/completions", _m(response_format={"type": "json_object"}), "not available yet"),
     ("guided", "chat/completions", _m(guided_json={}), "guided_json: not available yet"),
     (
@@ -187,7 +245,31 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
         "tool role",
         "chat/completions",
         json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(),
-        "not available yet",
+        "messages.0: tool_call_id is required for the role 'tool'",
+    ),
+    (
+        "result of no call",
+        "chat/completions",
+        json.dumps({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c1"}]}).encode(),
+        "messages.0.tool_call_id: no message before it made the call 'c1'",
+    ),
+    (
+        "result of no function call",
+        "chat/completions",
+        json.dumps({"messages": [{"role": "function", "content": "x", "name": "f"}]}).encode(),
+        "messages.0.name: no message before it made the call 'f'",
+    ),
+    (
+        "a user's call",
+        "chat/completions",
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "x", "tool_calls": [{"id": "c", "function": {"name": "f"}}]},
+                ]
+            }
+        ).encode(),
+        "messages.0: tool_calls: only an assistant calls; the role is 'user'",
     ),
     ("no messages", "chat/completions", b'{"messages": []}', "messages"),
     ("message no object", "chat/completions", b'{"messages": ["x"]}', "messages.0"),

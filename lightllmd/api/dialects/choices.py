@@ -37,6 +37,10 @@ class Choice:
         self.finished = False
 
 
+def _generated(entries: Sequence[Entry]) -> int:
+    return sum(entry.generated for entry in entries)
+
+
 def usage(entries: Sequence[Entry], completion: int) -> dict[str, Any]:
     """`completion`: tokens generated for them, as far as the client knows of them."""
     prompt = sum(entry.prompt_tokens for entry in entries)
@@ -46,10 +50,6 @@ def usage(entries: Sequence[Entry], completion: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(entry.cached for entry in entries)},
     }
-
-
-def _generated(entries: Sequence[Entry]) -> int:
-    return sum(entry.generated for entry in entries)
 
 
 def numbered(token: int) -> str:
@@ -88,8 +88,12 @@ class Shape(ABC):
         return {
             **self.head(self.object),
             "choices": [self.whole(choice) for choice in choices],
-            "usage": usage(entries, _generated(entries)),
+            "usage": self.usage(entries, _generated(entries)),
         }
+
+    def usage(self, entries: Sequence[Entry], completion: int) -> dict[str, Any]:
+        """See the function of this name."""
+        return usage(entries, completion)
 
     def head(self, kind: str) -> dict[str, Any]:
         """What an answer or a chunk begins with. `kind`: its `object`."""
@@ -183,7 +187,7 @@ class Chunks(Frames):
         return self._usage(sum(choice.sent for choice in self._choices))
 
     def _usage(self, completion: int) -> bytes:
-        return b'],"usage":%b}\n\n' % _json.encode(usage(self._entries, completion))
+        return b'],"usage":%b}\n\n' % _json.encode(self._shape.usage(self._entries, completion))
 
     def end(self) -> bytes:
         if self._told is UsageTold.NEVER:

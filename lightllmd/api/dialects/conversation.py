@@ -13,6 +13,7 @@ from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import Body
 
 MAX_MESSAGES = 4096
+MAX_CALLS = 128  # of one message
 
 
 class TextPart(Body):
@@ -37,38 +38,95 @@ class RefusalPart(Body):
 Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
+class CalledFunction(Body):
+    """What an assistant called, and with what."""
+
+    lenient = True
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str = "{}"
+
+
+class ToolCall(Body):
+    """One call of an assistant's message."""
+
+    lenient = True
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One of a conversation."""
 
     lenient = True
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
+        default=None, description="of an assistant: what it called"
+    )
+    tool_call_id: str | None = Field(default=None, description="of a tool: the call that this is the result of")
+    function_call: CalledFunction | None = Field(default=None, description="the older form of tool_calls")
+    reasoning_content: str | None = Field(
+        default=None, description="of an assistant: what it thought, for templates that show it again"
+    )
+    reasoning: str | None = Field(default=None, description="another name of reasoning_content")
 
     # What an assistant's earlier answer may carry when a client sends it back, and hints for caches.
-    _harmless: ClassVar[frozenset[str]] = frozenset({"name", "refusal", "annotations", "cache_control"})
-    _not_yet: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_calls": (None, []),
-        "function_call": (None,),
-        "audio": (None,),
-    }
+    _harmless: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations", "cache_control"})
+    _not_yet: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (None,)}
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.role == "assistant":
-            return self
+        if self.role != "assistant":
+            self._has_content()
+            for field in ("tool_calls", "function_call"):
+                if getattr(self, field):
+                    raise contradiction(field, f"{field}: only an assistant calls; the role is {self.role!r}")
+        if self.role == "tool" and not self.tool_call_id:
+            raise contradiction("tool_call_id", "tool_call_id is required for the role 'tool'; it is missing or empty")
+        if self.role == "function" and not self.name:
+            raise contradiction("name", "name is required for the role 'function'; it is missing or empty")
+        return self
+
+    def _has_content(self) -> None:
         if self.content is None:
             raise contradiction("content", f"content is required for the role {self.role!r}; it is missing or null")
         if not isinstance(self.content, str) and any(isinstance(part, RefusalPart) for part in self.content):
             raise contradiction("content", f"content: only an assistant refuses; the role is {self.role!r}")
-        return self
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """Those of an assistant, in either form; the older one has no ids."""
+        if self.function_call is not None and not self.tool_calls:
+            return [ToolCall(id=f"call_{self.function_call.name}", function=self.function_call)]
+        return self.tool_calls or []
+
+    @property
+    def answers(self) -> str | None:
+        """The id of the call that this is the result of."""
+        return f"call_{self.name}" if self.role == "function" else self.tool_call_id
 
     def plain(self) -> dict[str, Any]:
-        """As a chat template takes it. An answer without content (it refused, or called a tool) is empty."""
+        """As a chat template takes it. An answer without content is empty, but null where it called a tool."""
         content: Any = self.content
         if isinstance(content, list):
             content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
-        return {"role": self.role, "content": content or ""}
+        calls = self.calls
+        plain: dict[str, Any] = {"role": self.role, "content": content or (None if calls else "")}
+        if calls:
+            plain["tool_calls"] = [call.model_dump() for call in calls]
+        if self.role in ("tool", "function"):
+            plain |= {"role": "tool", "tool_call_id": self.answers}
+        if self.role in ("tool", "function") and self.name:
+            plain["name"] = self.name
+        thought = self.reasoning_content or self.reasoning
+        if thought and self.role == "assistant":
+            plain["reasoning_content"] = thought
+        return plain
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -114,14 +172,24 @@ class Conversation(Body):
         return Chat([message.plain() for message in messages], options)
 
 
+def check_answers(messages: Sequence[Message], field: str = "messages") -> None:
+    """Raises InvalidRequest for the result of a call that no message before it made."""
+    called: set[str] = set()
+    for index, message in enumerate(messages):
+        called.update(call.id for call in message.calls)
+        if (answered := message.answers) is not None and message.role in ("tool", "function"):
+            path = f"{field}.{index}.{'name' if message.role == 'function' else 'tool_call_id'}"
+            if answered not in called:
+                told = answered.removeprefix("call_") if message.role == "function" else answered
+                raise InvalidRequest(f"{path}: no message before it made the call {told[:80]!r}", param=path)
+
+
 def _message(message: Any, path: str) -> Any:
     if not isinstance(message, dict):
         return message
     for name, idle in Message._not_yet.items():
         if name in message and message[name] not in idle:
             raise InvalidRequest(f"{path}.{name}: not available yet", param=f"{path}.{name}")
-    if message.get("role") in ("tool", "function"):
-        raise InvalidRequest(f"{path}.role: {message['role']!r} is not available yet", param=f"{path}.role")
     if isinstance(message.get("content"), list):
         for part in message["content"]:
             kind = part.get("type") if isinstance(part, dict) else None

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.dialects.chat_shape import ChatShape
+from lightllmd.api.dialects.chat_shape import ChatShape, Speech
 from lightllmd.api.dialects.choices import Choice, Chunks, Details, Shape, error_frame
 from lightllmd.api.dialects.completion_shape import CompletionShape, PromptText, prompt_text
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
@@ -97,7 +97,8 @@ async def completion_reply(revision: Revision, body: CompletionBody, jobs: Seque
 
 async def chat_reply(revision: Revision, body: ChatBody, jobs: Sequence[AdmittedJob]) -> OpenAIReply:
     """See `Translation`."""
-    shape = ChatShape(_new_id("chatcmpl"), revision.model_name, revision.tokenizer, _details(revision, body))
+    speech = Speech(jobs[0].parsers, body.include_reasoning, body.as_functions)
+    shape = ChatShape(_new_id("chatcmpl"), revision.model_name, revision.tokenizer, _details(revision, body), speech)
     return OpenAIReply(shape, body, revision.intake.beams)
 
 

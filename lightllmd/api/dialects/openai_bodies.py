@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Annotated, Any, Self
 
 import msgspec
 from pydantic import AfterValidator, Field, model_validator
 
-from lightllmd.api.dialects.conversation import Conversation, Messages
+from lightllmd.api.dialects.chat_tools import DialogueFields
+from lightllmd.api.dialects.conversation import Conversation, Messages, check_answers
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
@@ -78,12 +80,14 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unbuilt(body: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """`body` without the fields that have no effect. Raises InvalidRequest for one that asks for a missing feature."""
+def refuse_unbuilt(body: dict[str, Any], path: str = "", built: Container[str] = ()) -> dict[str, Any]:
+    """`body` without the fields that have no effect. Raises InvalidRequest for one that asks for a missing feature.
+    `built`: fields that do something here, whatever they do elsewhere."""
     for name, idle in _NOT_YET.items():
-        if name in body and body[name] not in idle:
+        if name not in built and name in body and body[name] not in idle:
             raise InvalidRequest(f"{path}{name}: not available yet", param=f"{path}{name}")
-    return {name: value for name, value in body.items() if name not in _HARMLESS and name not in _NOT_YET}
+    dropped = _HARMLESS | _NOT_YET.keys()
+    return {name: value for name, value in body.items() if name not in dropped or name in built}
 
 
 class UsageTold(Enum):
@@ -185,7 +189,7 @@ class OpenAIBody(SamplingFields, ABC):
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        return refuse_unbuilt(body)
+        return refuse_unbuilt(body, built=cls.model_fields)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -340,7 +344,7 @@ class CompletionBody(OpenAIBody):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class ChatBody(Conversation, OpenAIBody):
+class ChatBody(Conversation, DialogueFields, OpenAIBody):
     """The body of /v1/chat/completions."""
 
     messages: Messages
@@ -352,6 +356,11 @@ class ChatBody(Conversation, OpenAIBody):
     def _logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise contradiction("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+        return self
+
+    @model_validator(mode="after")
+    def _results_of_calls(self) -> Self:
+        check_answers(self.messages)
         return self
 
     @property
@@ -370,4 +379,4 @@ class ChatBody(Conversation, OpenAIBody):
     def asked(self) -> Asked:
         """What fits is generated at most, if the body doesn't say."""
         prompt = Prompt(self.chat(self.messages), "messages", self.continue_final_message)
-        return self._asked([prompt], self._names("messages"))
+        return replace(self._asked([prompt], self._names("messages")), dialogue=self.dialogue)

@@ -86,7 +86,7 @@ class TextHelpers:
         """See TextWork. The template runs in a helper process, however short the messages are: its loops are its
         own."""
         size = chat.size
-        if chat.options.get("variables"):
+        if chat.options.get("variables") or chat.options.get("tools"):
             size += len(msgspec.json.encode(chat.options))
         if size <= _LONG and len(chat.messages) <= _MANY_MESSAGES:
             ids = await self.encoders.run("encode_chat", chat.messages, chat.options, field, cut, heavy=False)

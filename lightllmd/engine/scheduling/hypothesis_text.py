@@ -89,5 +89,6 @@ class HypothesisTexts:
             skip_special_tokens=stops.skip_special_tokens,
             spaces_between_special_tokens=stops.spaces_between_special_tokens,
             print_eos_token=stops.print_eos_token,
+            marks=frozenset(stops.marks),
         )
         return DetokenizedHypothesis(detokenizing.open(prompt_ids), matcher, detokenizing.unshown)
