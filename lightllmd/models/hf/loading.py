@@ -47,7 +47,11 @@ def model_of(config: Any, dtype: torch.dtype, attention: str, trust: bool) -> nn
         made = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust, attn_implementation=attention, **WORDS
         )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise
         raise invalid(f"transformers makes no causal language model of it: {said(error)}") from None
     implementation = made.config._attn_implementation
     if implementation != attention:
@@ -66,14 +70,17 @@ def load(
     device: torch.device,
     progress: Progress,
 ) -> nn.Module:
-    """The model with the weights of `checkpoint`, or without one the weights that its classes begin with, on `device`.
-    They pass through host memory. Raises ConfigInvalid, WeightsInvalid."""
+    """The model with the weights of `checkpoint`, which pass through host memory, or without one the weights that its
+    classes begin with, on `device`. Raises ConfigInvalid, WeightsInvalid."""
     config = config_of(directory, trust)
     with torch.device("meta"):
         kind = type(model_of(config, dtype, NAME, trust))
     stored = _Stored(checkpoint)
     with ThreadPoolExecutor(1, "load") as beside:
-        made = beside.submit(_made, kind, config, stored, dtype, directory)
+        if checkpoint is None:
+            made = beside.submit(_dummy, config, dtype, device, trust)
+        else:
+            made = beside.submit(_made, kind, config, stored, dtype, directory)
         try:
             while not made.done():
                 progress(stored.done, stored.total)
@@ -86,29 +93,33 @@ def load(
     return module
 
 
-def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+def _dummy(config: Any, dtype: torch.dtype, device: torch.device, trust: bool) -> nn.Module:
+    """Drawn where they stay: a GPU draws the numbers of a large model in a second, a CPU in minutes."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.device(device):
         torch.manual_seed(DUMMY_SEED)
-        try:
-            module, found = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=stored.tensors(),
-                dtype=dtype,
-                attn_implementation=NAME,
-                output_loading_info=True,
-                **WORDS,
-            )
-        except (MemoryError, torch.OutOfMemoryError, LightllmdError):
+        return model_of(config, dtype, NAME, trust).requires_grad_(False)
+
+
+def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory: str) -> nn.Module:
+    try:
+        module, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored.tensors(),
+            dtype=dtype,
+            attn_implementation=NAME,
+            output_loading_info=True,
+            **WORDS,
+        )
+    except (MemoryError, torch.OutOfMemoryError, LightllmdError):
+        raise
+    except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
             raise
-        except Exception as error:
-            if "DefaultCPUAllocator" in str(error):
-                raise
-            raise stored.failure or WeightsInvalid(f"{directory}: transformers can't load it: {said(error)}") from None
+        raise stored.failure or WeightsInvalid(f"{directory}: transformers can't load it: {said(error)}") from None
     if stored.failure:
         raise stored.failure
-    if stored.total:
-        _require_whole(found, directory)
+    _require_whole(found, directory)
     return module.eval().requires_grad_(False)
 
 
