@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.scheduling.sequence import Owner
-from lightllmd.engine.step import Runner, Step
+from lightllmd.engine.step import Masks, Runner, Step
 from lightllmd.ipc.messages import StepOutput
 
 
@@ -16,7 +16,9 @@ def _nothing(_: Step) -> None:
 
 
 class StepLoop:
-    """Launches the next step while the one before it computes, so what a step made is noticed one step late.
+    """Launches the next step while the one before it computes, so what a step made is noticed one step late. Where the
+    tokens of the step before restrict those of the next, it is completed once the forward of the next is launched, and
+    sampling waits for masks that are made while that computes.
 
     With a runner that does not overlap each step ends before the next is scheduled. Between turns the scheduler may be
     told things (submit, abort, api_gone), whatever is out::
@@ -47,15 +49,26 @@ class StepLoop:
         `beat` is called as work goes on, `waiting` (unset: `beat`) while the device is waited for. Raises OutOfMemory.
         """
         self.completed = None
+        waiting = waiting or beat
         step = self._scheduler.next_step()
-        if step is not None:
-            self.out.append(step)
-            self._before(step)
-            self._runner.launch(step, beat)
-            if len(self.out) <= self._runner.overlaps:
-                return {}
-        if not self.out:
-            return {}
-        result = self._runner.collect(waiting or beat)
+        if step is None:
+            return self._complete(waiting) if self.out else {}
+        self.out.append(step)
+        self._before(step)
+        outputs: dict[Owner, StepOutput] = {}
+
+        def masks() -> Masks:
+            if len(self.out) > 1:
+                outputs.update(self._complete(waiting))
+            return self._scheduler.late_masks()
+
+        self._runner.launch(step, beat, masks if self._scheduler.masks_late else None)
+        if self.completed is not None or len(self.out) <= self._runner.overlaps:
+            return outputs
+        return self._complete(waiting)
+
+    def _complete(self, waiting: Callable[[], None]) -> dict[Owner, StepOutput]:
+        """The oldest step."""
+        result = self._runner.collect(waiting)
         self.completed = self.out.popleft()
         return self._scheduler.complete(result)

@@ -16,6 +16,11 @@ from lightllmd.ipc.messages import SamplingParams
 Kind = Literal["prefill", "decode", "mixed"]
 
 
+# Table row -> the tokens that it may sample from now on: bit t % 32 of little-endian word t // 32 allows token t,
+# ceil(vocab / 32) words; empty: all.
+Masks = dict[int, bytes]
+
+
 class SamplingRow(msgspec.Struct):
     """What the runner needs to (re)build a row's sampling state, penalty counts included."""
 
@@ -87,9 +92,7 @@ class Step(msgspec.Struct):
     decode: DecodeRows
     rows: list[Row]
     freed: list[int]  # table rows released since the last step
-    # Table row -> the tokens that it may sample from now on: bit t % 32 of little-endian word t // 32 allows token t,
-    # ceil(vocab / 32) words; empty: all. A row that enters is free until its mask comes, perhaps in the same step.
-    masks: dict[int, bytes] = {}
+    masks: Masks = {}  # those that are known when the step is made. A row that enters is free until its mask comes
 
     @property
     def size(self) -> int:
@@ -153,9 +156,10 @@ class Runner(Protocol):
         """After `load`, before the first step: whatever makes later steps fast, and the worst admissible one, so that
         none of them can run out of memory. Raises OutOfMemory."""
 
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
+    def launch(self, step: Step, beat: Callable[[], None], masks: Callable[[], Masks] | None = None) -> None:
         """Begins one step; a runner that does not overlap computes it here and calls `beat` between layers, which
-        keeps heartbeats going. Raises OutOfMemory."""
+        keeps heartbeats going. `masks`, called when the forward is launched, returns those of the step that could not
+        be known before; it may collect the step before this one. Raises OutOfMemory."""
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
         """Waits for the oldest step that is out. Raises OutOfMemory."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.runners.fake import FakeRunner
-from lightllmd.engine.step import Row, Step, StepResult
+from lightllmd.engine.step import Masks, Row, Step, StepResult
 
 Branch = tuple[int, int]  # (request, its branch)
 NOTHING = 0  # the key of no tokens, and of a slot that was never written
@@ -44,17 +44,17 @@ class Device(FakeRunner):
     def __init__(self, slots: int, depth: int, seen: Counter[str]) -> None:
         super().__init__(FakeSettings())
         self.overlaps = depth  # steps that stay out while the next is scheduled
-        self._launched: deque[Step] = deque()
+        self._launched: deque[tuple[Step, Masks]] = deque()
         self._holds = [NOTHING] * slots
         self._writers: list[tuple[int, bool]] = [(0, True)] * slots  # (request, it may use the prompt cache)
         self._residents: dict[int, Resident] = {}  # by table row
         self._seen = seen
 
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
-        self._launched.append(step)
+    def launch(self, step: Step, beat: Callable[[], None], masks: Callable[[], Masks] | None = None) -> None:
+        self._launched.append((step, {} if masks is None else masks()))
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
-        step = self._launched.popleft()
+        step, late = self._launched.popleft()
         for table_row in step.freed:
             del self._residents[table_row]
         computing, writes = [], []
@@ -74,7 +74,7 @@ class Device(FakeRunner):
             self._holds[slot], self._writers[slot] = key, (resident.owner[0], resident.cached)
         for resident in computing:
             self._reads(resident, len(resident.slots))
-        super().launch(step, beat)
+        super().launch(step, beat, lambda: late)
         return super().collect(beat)
 
     def _resident(self, row: Row, before: list[Resident]) -> Resident:

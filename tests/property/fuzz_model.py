@@ -256,9 +256,7 @@ class Model(Clients):
 
     def waits(self, sequence: Sequence) -> bool:
         """It can't go on before its token is here."""
-        restriction = RESTRICTIONS.of(sequence.params)
-        stepwise = sequence.beam or (restriction is not None and restriction.stepwise)
-        return stepwise and self.pending[key(sequence)] > 0
+        return sequence.beam and self.pending[key(sequence)] > 0
 
     def newly_paused(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.state is State.PAUSED]

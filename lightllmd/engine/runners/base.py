@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine.step import Row, SamplingRow, Step, StepResult
+from lightllmd.engine.step import Masks, Row, SamplingRow, Step, StepResult
 
 Beat = Callable[[], None]  # called as work goes on, which keeps heartbeats going
 Progress = Callable[[int, int], None]  # (done, total) in bytes, several times a second
@@ -138,7 +138,7 @@ class BaseRunner(ABC, Generic[Packed, Hidden, Staged]):
         return stats
 
     # --- steps --------------------------------------------------------------------------------------------------------
-    def launch(self, step: Step, beat: Beat) -> None:
+    def launch(self, step: Step, beat: Beat, masks: Callable[[], Masks] | None = None) -> None:
         """See `Runner.launch`. A row whose logits are not numbers gets a log-probability that is none either."""
         with self._computing():
             packed = self._pack(step)
@@ -148,6 +148,8 @@ class BaseRunner(ABC, Generic[Packed, Hidden, Staged]):
                 if row.sampling is not None:
                     self._enter(row, row.sampling)
             self._restrict(step.masks)
+            if masks is not None:
+                self._restrict(masks())
             self._pending.append(self._sample(step, packed, hidden, beat))
 
     def collect(self, beat: Beat) -> StepResult:
@@ -206,8 +208,8 @@ class BaseRunner(ABC, Generic[Packed, Hidden, Staged]):
         """Sets a row's sampling state."""
 
     @abstractmethod
-    def _restrict(self, masks: Mapping[int, bytes]) -> None:
-        """Sets the masks of table rows, as `Step.masks` has them."""
+    def _restrict(self, masks: Masks) -> None:
+        """Sets the masks of table rows."""
 
     @abstractmethod
     def _sample(self, step: Step, packed: Packed, hidden: Hidden, beat: Beat) -> PendingResult:

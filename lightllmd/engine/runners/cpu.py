@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,7 +20,7 @@ from lightllmd.engine.runners.cpu_batch import SlotTable
 from lightllmd.engine.runners.loading import load_model, memory_errors
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
-from lightllmd.engine.step import Alternatives, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
+from lightllmd.engine.step import Alternatives, Masks, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Batch, GatheredRows
@@ -143,7 +143,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
     def _enter(self, row: Row, sampling: SamplingRow) -> None:
         self.sampler.enter(row.table_row, sampling, row.branch)
 
-    def _restrict(self, masks: Mapping[int, bytes]) -> None:
+    def _restrict(self, masks: Masks) -> None:
         self.sampler.restrict(masks)
 
     def _sample(self, step: Step, packed: _Packed, hidden: Tensor, beat: Beat) -> ReadyResult:

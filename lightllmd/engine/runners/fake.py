@@ -11,7 +11,6 @@ import signal
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -30,7 +29,7 @@ from lightllmd.engine.runners.fake_model import (
     ranking,
     token_at,
 )
-from lightllmd.engine.step import PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
+from lightllmd.engine.step import Masks, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
 
 _LAG = 0.02  # seconds that a late loop may catch up
@@ -228,7 +227,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _is_poison(self, prompt: list[int]) -> bool:
         return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
 
-    def _restrict(self, masks: Mapping[int, bytes]) -> None:
+    def _restrict(self, masks: Masks) -> None:
         for table_row, mask in masks.items():
             self._branches[table_row].mask = allowed_bits(mask, self._vocab)
 

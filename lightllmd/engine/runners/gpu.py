@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from lightllmd.engine.runners.transfers import Download
 from lightllmd.engine.runners.warmup import worst_steps
 from lightllmd.engine.sampling.gpu_sampler import DeviceSampler
 from lightllmd.engine.sampling.prompt_logprobs import PromptScores
-from lightllmd.engine.step import Row, SamplingRow, Step, StepResult, no_decode
+from lightllmd.engine.step import Masks, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
 from lightllmd.kernels.devices import fused_kernels
@@ -205,7 +205,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
     def _enter(self, row: Row, sampling: SamplingRow) -> None:
         self._sampler.enter(row.table_row, sampling, row.branch)
 
-    def _restrict(self, masks: Mapping[int, bytes]) -> None:
+    def _restrict(self, masks: Masks) -> None:
         for table_row, mask in masks.items():
             self._sampler.restrict(table_row, mask)
 

@@ -4,7 +4,7 @@ All sequences are taken to run on in lockstep until done. With the estimates (a,
 descending, the i longest are still running when the i-th ends, so the most slots ever held at once are
 ``max_i(i * b_i + a_1 + … + a_i)``. A candidate is admitted while that peak stays below the number of slots.
 
-Some fall behind the others: a prompt that is fed in blocks beside them, or one whose every step waits for the token
+Some fall behind the others: a prompt that is fed in blocks beside them, or beams, whose every step waits for the tokens
 before. They take n >= b steps for their b tokens, and hold at most ``a + min(b, t)`` after t of them. So the peak is
 the maximum over all ends T = n_j of the sum of ``a_i + min(b_i, T)`` over those with n_i >= T; where n = b for all,
 that is the formula above.
@@ -188,7 +188,7 @@ class Admission:
         """`feeds`: tokens of its prompt that are still to be fed, or to be followed."""
         held, to_come = sequence.estimate(self._worst_case, self._limits.router_max_new_token_len)
         # A step with a token, one that waits for it; one more for each end.
-        steps = 2 * (to_come + 2) if sequence.lags else to_come
+        steps = 2 * (to_come + 2) if sequence.beam else to_come
         block = least_prefill_budget(self._limits.splitfuse_block_size)
         if block and (feeds or sequence.state is not State.RUNNING):
             if sequence.fork_lead in (None, sequence):

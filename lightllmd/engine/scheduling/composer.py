@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling.sequence import Sequence
-from lightllmd.engine.step import DecodeRows, Kind, PoolingRow, Row, SamplingRow, Step
+from lightllmd.engine.step import DecodeRows, Kind, Masks, PoolingRow, Row, SamplingRow, Step
 from lightllmd.ipc.messages import SamplingParams
 
 
@@ -22,7 +22,10 @@ class Composer:
         self.prompts = 0  # their rows
         self._keys = keys
         self.rows: list[Row] = []
-        self._masks: dict[int, bytes] = {}
+        self.late: list[
+            tuple[int, Sequence]
+        ] = []  # table rows, and whose they are, whose masks need tokens that are out
+        self._masks: Masks = {}
 
     def feed(self, sequence: Sequence, most: int) -> None:
         """The next part of a prompt, of at most `most` tokens, if it need not wait for another one's."""
@@ -69,7 +72,7 @@ class Composer:
         return PoolingRow(at, sequence.prompt_ids if entering else None)
 
     def choose(self, sequence: Sequence) -> None:
-        """A stepwise one's newest token, which goes to the last of its slots."""
+        """A beam's newest token, which goes to the last of its slots."""
         at = len(sequence.slots) - 1
         row = self._row(sequence, at, [sequence.emitted[-1]])
         row.slots = [sequence.slots[at]]
@@ -95,17 +98,17 @@ class Composer:
             past=sequence.slots[:start] if entering and start else None,
         )
         self.rows.append(row)
-        restriction = sequence.restriction
-        if restriction is not None and (entering or sequence.stepwise):
-            mask = restriction.mask(sequence.emitted)
+        if entering:
+            sequence.masked = False
+        if sequence.restricted:
+            mask = sequence.next_mask()
             if mask or not entering:
                 self._masks[sequence.table_row] = mask
-            if not sequence.beam:
-                sequence.stepwise = restriction.stepwise and not restriction.settled(sequence.emitted)
         return row
 
     def step(self, going_on: list[Sequence], freed: list[int]) -> Step:
         """`going_on` feed their newest tokens, which go to the last of their slots."""
+        self.late = [(sequence.table_row, sequence) for sequence in going_on if sequence.restricted]
         decode = DecodeRows(
             table_rows=[sequence.table_row for sequence in going_on],
             starts=[len(sequence.slots) - 1 for sequence in going_on],

@@ -27,8 +27,6 @@ _NONE: Ids = np.zeros(0, dtype=np.int64)
 class Restriction(Protocol):
     """Of one sequence."""
 
-    stepwise: bool  # its mask depends on the tokens generated so far
-
     def for_sequence(self) -> Restriction:
         """Of another branch of the request: the same one where it keeps nothing of a sequence."""
 
@@ -95,13 +93,11 @@ class Restrictions:
         prefix = Prefix(params.healing, self._index) if heals else None
         if words or prefix is not None:
             unrestricted = params.allowed_token_ids is None and not single
-            return _Stepwise(base, b"" if unrestricted else _pack(base, self._eos), words, prefix, self._eos)
+            return _Changing(base, b"" if unrestricted else _pack(base, self._eos), words, prefix, self._eos)
         return _Fixed(_pack(base, self._eos))
 
 
 class _Fixed:
-    stepwise = False
-
     def __init__(self, mask: bytes) -> None:
         self._mask = mask
 
@@ -115,14 +111,12 @@ class _Fixed:
         return True
 
 
-class _Stepwise:
+class _Changing:
     """Bad words of several tokens, and a prefix.
 
     Tokens that lie wholly in the prefix are the prompt's own text, so the other rules don't concern them: they rule
     those that reach beyond it.
     """
-
-    stepwise = True
 
     def __init__(
         self, base: Allowed, usual: bytes, words: Iterable[Sequence[int]], prefix: Prefix | None, eos: Ids
@@ -163,8 +157,6 @@ class _Stepwise:
 
 class _Grammatical:
     """A grammar, and what the other rules leave of it."""
-
-    stepwise = True
 
     def __init__(self, row: GrammarRow, others: Restriction | None, eos: Ids) -> None:
         self._row, self._others, self._eos = row, others, eos

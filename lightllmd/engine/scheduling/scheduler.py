@@ -9,8 +9,9 @@ Sequences wait in `Queues`. Right before a suspect runs, alone, the engine answe
 tells of the suspect.
 
 A running sequence is *prefilling* until the last part of its prompt is in a step. From then on it goes on by itself,
-its newest token known to the runner alone, unless it is *stepwise*: then each of its steps waits until the token before
-is here, because it decides what the next may be (a mask), or because the scheduler chooses it (beams).
+its newest token known to the runner alone, unless it is a beam: then each of its steps waits until the scheduler has
+chosen the token before. Where the tokens before decide what the next may be, the step is launched without them, and its
+mask follows when they are here (`late_masks`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lightllmd.engine.scheduling.queues import Queues, age
 from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.sequence import SELF, Fork, Owner, Sequence, State, sequences_of
 from lightllmd.engine.scheduling.submissions import RETRY_AFTER, Submissions
-from lightllmd.engine.step import Step, StepResult
+from lightllmd.engine.step import Masks, Step, StepResult
 from lightllmd.ipc.messages import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -73,6 +74,7 @@ class _Sent(NamedTuple):
     sequences: list[Sequence]  # whose tokens
     targets: list[tuple[Sequence, int]]  # whose prompt's log-probabilities, from which token on
     pooled: list[tuple[Sequence, bool]]  # whose vectors, and whether those are the last
+    late: list[tuple[int, Sequence]]  # table rows, and whose they were, whose masks come after the launch
 
 
 class Scheduler:
@@ -149,7 +151,7 @@ class Scheduler:
             for sequence in self.running:
                 if sequence.fed < sequence.target:
                     continue
-                if not sequence.stepwise:
+                if not sequence.beam:
                     going_on.append(sequence)
                 elif not sequence.pending:
                     chosen.append(sequence)
@@ -250,7 +252,6 @@ class Scheduler:
             self._quarantine.append(sequence)
         sequence.state = State.RUNNING
         sequence.table_row = self._rows.pop()
-        sequence.stepwise = sequence.beam
         if sequence.fork_lead in (None, sequence):
             self.keys.enter(sequence)
         else:
@@ -281,7 +282,7 @@ class Scheduler:
         freed, self._freed = self._freed, []
         step = composer.step(going_on, freed)
         sequences = going_on + composer.named
-        self._out.append(_Sent(sequences, composer.targets, composer.pooled))
+        self._out.append(_Sent(sequences, composer.targets, composer.pooled, composer.late))
         last = [sequence for sequence, ends in composer.pooled if ends]
         for sequence in sequences:
             sequence.pending += 1
@@ -293,6 +294,16 @@ class Scheduler:
         if last:
             self.running = [sequence for sequence in self.running if sequence.state is State.RUNNING]
         return step
+
+    @property
+    def masks_late(self) -> bool:
+        """The newest step needs `late_masks`."""
+        return bool(self._out) and bool(self._out[-1].late)
+
+    def late_masks(self) -> Masks:
+        """Of the newest step, when the ones before it are completed. The token of a sequence that ended with those is
+        dropped, whatever it is."""
+        return {row: sequence.next_mask() for row, sequence in self._out[-1].late if sequence.state is not State.ENDED}
 
     def complete(self, result: StepResult) -> dict[Owner, StepOutput]:
         """Takes what the runner made of the oldest step that is out; what each api worker is to be told.

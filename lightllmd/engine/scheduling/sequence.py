@@ -96,7 +96,7 @@ class Sequence:
     forks: bool = False  # the branches of its request share its prompt
     fork: Fork | None = None
     restriction: Restriction | None = None
-    stepwise: bool = False  # each of its steps waits for the token of the one before
+    masked: bool = False  # the runner has a mask of it that stays what it is
     cached: int = 0  # prompt tokens found in the prompt cache, until the api worker is told
     prompt_key: TokenIds | None = None
     # --- what is made of its hidden states, where its params are PoolingParams
@@ -172,11 +172,15 @@ class Sequence:
         return self.fed < self.target and self.fork_lead in (None, self)
 
     @property
-    def lags(self) -> bool:
-        """Not each step takes it on: its next waits until the token of the one before is here."""
-        if self.entered or self.restriction is None:
-            return self.stepwise or self.beam
-        return self.beam or self.restriction.stepwise
+    def restricted(self) -> bool:
+        """Its next token needs a mask that the runner does not have."""
+        return self.restriction is not None and not self.masked
+
+    def next_mask(self) -> bytes:
+        """That mask; all tokens before are here."""
+        assert self.restriction is not None
+        self.masked = self.restriction.settled(self.emitted)
+        return self.restriction.mask(self.emitted)
 
     def estimate(self, worst_case: bool, new_token_len: int) -> tuple[int, int]:
         """(tokens held after its next step, tokens still to come after that), as the admission rule counts them;

@@ -46,14 +46,13 @@ def test_allowed_ids_are_all_that_is_allowed(size):
     restriction = made(SamplingParams(allowed_token_ids=ids), size)
     assert allowed(restriction.mask([]), size) == set(ids)
     assert restriction.mask([ids[0]]) == restriction.mask([])
-    assert not restriction.stepwise
     assert restriction.settled([])
 
 
 def test_a_word_of_one_token_is_masked_always_and_a_longer_one_where_it_would_end():
     everything = set(range(70))
     restriction = made(SamplingParams(bad_words=[[7], [8, 9], [9, 8, 10], [8, 8, 10]]))
-    assert restriction.stepwise
+    assert not restriction.settled([])
     for emitted, masked in [
         ([], {7}),
         ([8], {7, 9}),
@@ -69,7 +68,7 @@ def test_a_word_of_one_token_is_masked_always_and_a_longer_one_where_it_would_en
 
 def test_words_of_one_token_alone_are_no_reason_to_wait_for_tokens():
     restriction = made(SamplingParams(bad_words=[[7], [9]]))
-    assert not restriction.stepwise
+    assert restriction.settled([])
     assert allowed(restriction.mask([]), 70) == set(range(70)) - {7, 9}
 
 
@@ -133,7 +132,7 @@ def fewest(text: bytes) -> int:
 @given(st.text("abc", min_size=1, max_size=5).map(str.encode), st.randoms())
 def test_healing_allows_what_covers_the_text_in_as_many_tokens_as_writing_it_takes(text, chance):
     restriction = made(SamplingParams(healing=text), 20, LETTERS)
-    assert restriction.stepwise
+    assert not restriction.settled([])
     ways = writings(text, fewest(text))
     emitted: list[int] = []
     while not restriction.settled(emitted):

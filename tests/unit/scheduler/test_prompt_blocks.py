@@ -8,13 +8,13 @@ from lightllmd.config.bounds import PREFILL_ROWS, mixed_shapes, most_step_tokens
 from lightllmd.config.load import load
 from lightllmd.engine.runners.step_shapes import StepShapes
 from lightllmd.engine.scheduling.admission import Admission
-from lightllmd.engine.scheduling.restriction import Restrictions
+from lightllmd.engine.scheduling.beam_sequences import fork
 from lightllmd.engine.scheduling.sequence import Sequence, sequences_of
 from lightllmd.engine.step import Step
 from lightllmd.ipc.messages import Submit
 from scheduler_samples import Steps, limits, submit
 
-STEPWISE = {"bad_words": [[5, 6]]}  # its steps wait for the token before
+RESTRICTED = {"bad_words": [[5, 6]]}  # what is generated decides what may come next
 
 
 def prompt_tokens(step: Step) -> int:
@@ -66,7 +66,7 @@ def test_a_full_block_beside_any_number_of_decode_rows_has_a_captured_shape_and_
             max_queue=1000,
         )
         if streams >= 7:
-            engine.put(submit(2, 1, 50, params=STEPWISE | {"n": streams // 7}))
+            engine.put(submit(2, 1, 50, params=RESTRICTED | {"n": streams // 7}))
         assert any(decode_rows(step) == streams for step in iter(engine.turn, None))
         engine.put(*[submit(10, 3, 2), submit(11, 1, 2), submit(12, 2 * block, 2)][streams - most :])
         step = next(step for step in iter(engine.turn, None) if any(row.request >= 10 for row in step.rows))
@@ -86,8 +86,9 @@ def test_no_more_prompts_than_a_padded_step_has_room_for_go_beside_a_decode_row(
     assert counts == [0, PREFILL_ROWS, 5]
 
 
-def test_a_stream_that_waits_for_its_own_token_holds_prompts_to_a_block_too() -> None:
-    engine = Steps(submit(1, 10, 30, params=STEPWISE), overlap=True, splitfuse_block_size=16, router_max_wait_tokens=0)
+def test_a_stream_whose_tokens_restrict_the_next_is_in_each_step() -> None:
+    message = submit(1, 10, 30, params=RESTRICTED)
+    engine = Steps(message, overlap=True, splitfuse_block_size=16, router_max_wait_tokens=0)
     for _ in range(4):
         engine.turn()
     engine.put(submit(2, 300, 2))
@@ -95,9 +96,8 @@ def test_a_stream_that_waits_for_its_own_token_holds_prompts_to_a_block_too() ->
     for _ in range(10):
         engine.turn()
     steps = engine.launched[before:]
-    assert {prompt_tokens(step) for step in steps} == {8, 16}
-    rows = [sum(row.request == 1 for row in step.rows) for step in steps]
-    assert rows in ([1, 0] * 5, [0, 1] * 5), "it takes part in each step but those that its token is awaited in"
+    assert {prompt_tokens(step) for step in steps} == {8}
+    assert [decode_rows(step) for step in steps] == [1] * 10
 
 
 def test_while_nobody_goes_on_prompts_come_as_in_a_prefill() -> None:
@@ -114,15 +114,17 @@ def test_no_suspect_is_admitted_beside_one_whose_blocks_are_not_all_fed() -> Non
 
 
 def candidate(message: Submit) -> Sequence:
-    (sequence,) = sequences_of(message)
-    sequence.restriction = Restrictions(256, [], None).of(message.params)
-    return sequence
+    """The first of the beams, if there are several."""
+    sequences = sequences_of(message)
+    if len(sequences) > 1:
+        fork(sequences, frozenset())
+    return sequences[0]
 
 
 @pytest.mark.parametrize(
     ("block", "length", "most", "params"),
-    [(1, 10, 2, {}), (0, 10, 4, STEPWISE)],
-    ids=["in blocks", "stepwise"],
+    [(1, 10, 2, {}), (0, 10, 4, {"n": 2})],
+    ids=["in blocks", "a beam"],
 )
 def test_slots_are_reserved_for_as_long_as_one_takes_that_falls_behind(
     block: int, length: int, most: int, params: dict[str, object]
@@ -140,4 +142,4 @@ def test_slots_are_reserved_for_as_long_as_one_takes_that_falls_behind(
 
 def test_whoever_falls_behind_is_admitted_alone_if_it_fits_at_all() -> None:
     admission = Admission(limits(max_total_token_num=18, splitfuse_block_size=1), [], used=0)
-    assert admission.fits([candidate(submit(1, 10, 7, params=STEPWISE))])
+    assert admission.fits([candidate(submit(1, 10, 7, params=RESTRICTED))])

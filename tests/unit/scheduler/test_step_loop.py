@@ -10,8 +10,9 @@ from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
 from lightllmd.engine.runners.fake_model import fake_token
+from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
-from lightllmd.engine.step import Step, StepResult
+from lightllmd.engine.step import Masks, Step, StepResult
 from scheduler_samples import limits, submit
 
 
@@ -25,9 +26,14 @@ class Noting(FakeRunner):
     def before(self, step: Step) -> None:
         self.calls.append(f"before {step.number}")
 
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
+    def launch(self, step: Step, beat: Callable[[], None], masks: Callable[[], Masks] | None = None) -> None:
+        def noting() -> Masks:
+            late = masks() if masks is not None else {}
+            self.calls.append("masks")
+            return late
+
         self.calls.append(f"launch {step.number}")
-        super().launch(step, beat)
+        super().launch(step, beat, noting if masks is not None else None)
 
     def collect(self, beat: Callable[[], None]) -> StepResult:
         self.calls.append("collect")
@@ -53,6 +59,27 @@ def test_with_overlap_the_next_step_is_launched_before_one_is_collected() -> Non
     assert " ".join(calls) == "before 1 launch 1 before 2 launch 2 collect before 3 launch 3 collect collect"
     assert out == [1, 1, 1, 0]
     assert tokens == [fake_token([1] * 10, 0, 0, position) for position in range(3)]
+
+
+def test_what_tokens_restrict_is_told_between_forward_and_sampling_and_costs_no_step() -> None:
+    """Each second token can't be what the two before would make a bad word of: masks need the token that is out."""
+    free = [fake_token([1] * 10, 0, 0, position) for position in range(6)]
+    runs = []
+    for overlap in (False, True):
+        changed = limits()
+        scheduler, runner = Scheduler(changed, 1, Restrictions(256, changed.eos_ids, None)), Noting(overlap)
+        loop = StepLoop(scheduler, runner, runner.before)
+        words = [[free[at], free[at + 1]] for at in range(0, 6, 2)]
+        scheduler.submit(submit(1, most=6, params={"bad_words": words}))
+        tokens = []
+        while loop.busy:
+            for output in loop.turn(lambda: None).values():
+                tokens += output.tokens
+        runs.append((tokens, " ".join(runner.calls)))
+    assert runs[0][0] == runs[1][0]
+    assert [token == other for token, other in zip(tokens, free, strict=True)] == [True, False] * 3
+    assert "before 2 launch 2 collect masks before 3 launch 3 collect masks before 4" in runs[1][1]
+    assert [calls.count("launch") for _, calls in runs] == [6, 6]
 
 
 def test_without_overlap_each_step_ends_before_the_next_is_scheduled() -> None:

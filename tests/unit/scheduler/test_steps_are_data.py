@@ -14,7 +14,7 @@ from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
 from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
-from lightllmd.engine.step import DecodeRows, Row, SamplingRow, Step
+from lightllmd.engine.step import DecodeRows, Masks, Row, SamplingRow, Step
 from lightllmd.ipc.messages import SamplingParams, StepOutput, TextStops
 from scheduler_samples import limits, submit
 
@@ -32,8 +32,8 @@ REQUESTS = {
 class Rank(FakeRunner):
     """Takes steps as another process would get them."""
 
-    def launch(self, step: Step, beat: Callable[[], None]) -> None:
-        super().launch(msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=Step), beat)
+    def launch(self, step: Step, beat: Callable[[], None], masks: Callable[[], Masks] | None = None) -> None:
+        super().launch(msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=Step), beat, masks)
 
 
 def reached(step: Step) -> set[type]:
