@@ -115,6 +115,12 @@ class Branch:
         """Whether one of its stops ended it, rather than an eos or its length."""
         return self._stop is not None and self._stop.stopped
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop text that ended it; None: none did."""
+        found = None if self._stop is None else self._stop.found
+        return found if isinstance(found, str) else None
+
     def abort(self) -> None:
         """Ends it where it is, if it hasn't ended; text that is held back (see above) stays unsaid."""
         if self.finish is None:

@@ -26,14 +26,16 @@ _SHIFT = 32  # bits of a symbol in the key of an edge
 
 class _Automaton:
     """Patterns as a trie with failure links. A state's depth is the length of the longest suffix of what was read
-    that a pattern begins with; `longest[state]` is the length of the longest pattern that ends there, or 0."""
+    that a pattern begins with; `longest[state]` is the length of the longest pattern that ends there, or 0, and
+    `which[state]` that pattern's index."""
 
     def __init__(self, patterns: Iterable[Sequence[int]]) -> None:
         edges = self._edges = dict[int, int]()  # state << 32 | symbol -> state
         self.depth = array("H", [0])
         self.longest = array("H", [0])
+        self.which = array("H", [0])
         parents = array("L", [0])
-        for pattern in patterns:
+        for index, pattern in enumerate(patterns):
             state = 0
             for symbol in pattern:
                 key = state << _SHIFT | symbol
@@ -43,20 +45,22 @@ class _Automaton:
                     parents.append(key)
                     self.depth.append(self.depth[state] + 1)
                     self.longest.append(0)
+                    self.which.append(0)
                 state = following
-            self.longest[state] = len(pattern)
+            self.longest[state], self.which[state] = len(pattern), index
         self._failure = array("L", bytes(8 * len(parents)))
         self._link(parents)
 
     def _link(self, parents: array[int]) -> None:
         """`parents`: the key of the edge that leads to each state."""
-        depth, longest, failure = self.depth, self.longest, self._failure
+        depth, longest, which, failure = self.depth, self.longest, self.which, self._failure
         # Breadth first: a state's failure link is shallower, hence already known.
         for state in sorted(range(1, len(parents)), key=depth.__getitem__):
             parent, symbol = parents[state] >> _SHIFT, parents[state] & ((1 << _SHIFT) - 1)
             if parent:
                 failure[state] = self.step(failure[parent], symbol)
-                longest[state] = longest[state] or longest[failure[state]]
+                if not longest[state]:
+                    longest[state], which[state] = longest[failure[state]], which[failure[state]]
 
     def step(self, state: int, symbol: int) -> int:
         edges, failure = self._edges, self._failure
@@ -121,6 +125,7 @@ class StopMatcher:
     """
 
     def __init__(self, stops: StopList, include_stop: bool = True, min_tokens: int = 1) -> None:
+        self._stops = stops
         self._chars = stops.of_text
         self._ids = stops.of_ids
         self._include = include_stop
@@ -136,6 +141,7 @@ class StopMatcher:
         self._starts: deque[int] = deque(maxlen=stops.longest_ids)
         #   where the text of each of the last tokens begins, in characters from the start
         self.stopped = False
+        self.found: str | Sequence[int] | None = None  # the stop that ended it
         self.tokens = 0  # tokens up to and including the one that completed the stop; those after it don't count
 
     def copy(self) -> StopMatcher:
@@ -177,6 +183,7 @@ class StopMatcher:
         for end, char in enumerate(text, start + 1):
             state = step(state, ord(char))
             if longest[state] and self._may_stop:
+                self.found = self._stops.strings[self._chars.which[state]]
                 return end - longest[state], end
         self._char_state = state
         return None
@@ -191,11 +198,13 @@ class StopMatcher:
             end = start + index + 1
             self._char_state = step(self._char_state, ord(char))
             full = self._full_state = step(self._full_state, ord(char))
-            begins = [end - longest[self._char_state]]
+            begins = [(end - longest[self._char_state], self._char_state)]
             if longest[full]:
-                begins.append(self._place(longest[full], end))
-            if min(begins) < end and self._may_stop:
-                return min(begins), end
+                begins.append((self._place(longest[full], end), full))
+            begin, state = min(begins)
+            if begin < end and self._may_stop:
+                self.found = self._stops.strings[self._chars.which[state]]
+                return begin, end
             if full == self._char_state:
                 self._full_state = None
                 self._unshown.clear()
@@ -211,6 +220,7 @@ class StopMatcher:
             state = self._chars.step(state, ord(char))
         self._unshown.append((end, len(text)))
         if self._chars.longest[state] >= len(text) and self._may_stop:
+            self.found = self._stops.strings[self._chars.which[state]]
             return self._place(self._chars.longest[state], end), end
         if self._chars.depth[state] < len(text):
             state = 0  # no stop begins within such a token
@@ -240,6 +250,7 @@ class StopMatcher:
             self._id_state = self._ids.step(self._id_state, number)
             length = self._ids.longest[self._id_state]
             if length and self._may_stop:
+                self.found = self._stops.ids[self._ids.which[self._id_state]]
                 return self._starts[-length], self._released + len(self._held)
         return None
 

@@ -41,9 +41,11 @@ def test_stop_is_the_one_that_brute_force_finds_on_the_whole_text(tokens, stops,
     if expected is None:
         assert out == text
         assert matcher.tokens == len(tokens)
+        assert matcher.found is None
     else:
         begin, end = expected
         assert out == text[: end if include else begin]
+        assert matcher.found == text[begin:end]
         consumed = next(count for count in range(len(tokens) + 1) if len("".join(tokens[:count])) >= end)
         assert matcher.tokens == consumed
 
@@ -67,11 +69,11 @@ def test_a_stop_that_is_complete_before_min_tokens_is_passed_over(tokens, stops,
 def test_stop_ids_and_stops_of_hidden_tokens_wait_for_min_tokens_too():
     ids = StopMatcher(StopList([], [[7], [8, 9]]), True, 3)
     assert [ids.push("x", [number]) for number in (7, 8, 9)] == ["x"] * 3
-    assert (ids.stopped, ids.tokens) == (True, 3)
+    assert (ids.stopped, ids.tokens, ids.found) == (True, 3, [8, 9])
     hidden = StopMatcher(StopList(["<end>"]), False, 2)
     assert (hidden.push("", [5], "<end>"), hidden.stopped) == ("", False)
     assert (hidden.push("a", [6]), hidden.stopped) == ("a", False)
-    assert (hidden.push("", [5], "<end>"), hidden.stopped) == ("", True)
+    assert (hidden.push("", [5], "<end>"), hidden.stopped, hidden.found) == ("", True, "<end>")
 
 
 @settings(max_examples=200, deadline=None)
