@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from lightllmd import __version__
 from lightllmd.api.dialects import native, native_scores, openai, probes, scoring, tgi, tokenizing
+from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
@@ -31,6 +32,7 @@ def dialects_of(plan: Plan) -> tuple[Dialect, ...]:
         generating,
         native.COUNTING,
         native_scores.DIALECT,
+        anthropic.DIALECT,  # before OpenAI's, whose /v1/models it answers for its own clients
         openai.DIALECT,
         tokenizing.DIALECT,
         scoring.DIALECT,

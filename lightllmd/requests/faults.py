@@ -7,9 +7,11 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lightllmd.errors import InvalidRequest
@@ -130,10 +132,17 @@ def _words(problem: ErrorDetails, known: Iterable[str]) -> str:
     return f"{words}; got {shown(problem['input'])}"
 
 
+@cache
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """By the names that they have in a body."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def _field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[str]]:
     """The field names of `model` and of the models inside it, by dotted path without indices; "" is `model`'s own."""
-    known: dict[str, Iterable[str]] = {path: list(model.model_fields)}
-    for name, field in model.model_fields.items():
+    fields = fields_of(model)
+    known: dict[str, Iterable[str]] = {path: list(fields)}
+    for name, field in fields.items():
         for inner in _models_in(field.annotation):
             known |= _field_names(inner, f"{path}.{name}" if path else name)
     return known

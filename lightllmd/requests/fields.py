@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-from lightllmd.requests.faults import shown
+from lightllmd.requests.faults import fields_of, shown
 from lightllmd.text.stop import MAX_STOP_LENGTH, MAX_STOP_TOTAL
 
 MAX_FIELDS = 1024  # of one object
@@ -50,7 +50,7 @@ class Body(BaseModel):
     def _without_idle_fields(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, dict):
             return given
-        fields, ignored = cls.model_fields, info.context if cls.lenient else None
+        fields, ignored = fields_of(cls), info.context if cls.lenient else None
         kept = {}
         for name, value in given.items():
             field = fields.get(name)

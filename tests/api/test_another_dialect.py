@@ -14,6 +14,7 @@ from starlette.responses import Response
 from api.frontend_harness import expected, run, stack
 from lightllmd.api.app import build_app, dialects_of
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
+from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
@@ -53,7 +54,7 @@ class Reply:
         return Lines(pending)
 
 
-class Lines:
+class Lines(Frames):
     def __init__(self, pending: Pending) -> None:
         self.branch, self.sent = pending.entries[0].branches[0], 0
 

@@ -34,6 +34,10 @@ class Frames(Protocol):
     def error(self, error: RequestError) -> bytes:
         """The last frame of a stream that has started and can't go on."""
 
+    def idle(self, comment: bytes) -> bytes:
+        """What keeps a quiet stream alive, instead of `comment`."""
+        return comment
+
 
 def _start(response: Response) -> Message:
     return {"type": "http.response.start", "status": 200, "headers": response.raw_headers}
@@ -99,8 +103,8 @@ class EventStream(Response):
                     body = frames.error(error) if pending.aborted else body + frames.error(error)
                 elif done:
                     body += frames.end()
-                elif not body:
-                    body = self._comment
+                elif not body and self._comment:
+                    body = frames.idle(self._comment)
                 self._comment = b""
                 last = done or error is not None
                 if not body and not last:
