@@ -147,6 +147,12 @@ class Unauthorized(RequestError):
     status = 401
 
 
+class Forbidden(RequestError):
+    """The API key is known, and not for this route."""
+
+    status = 403
+
+
 class NotFound(RequestError):
     """No such route or model."""
 
@@ -182,6 +188,13 @@ class QueueFull(RequestError):
 
     status = 429
     retry_after = 1.0
+
+
+class RateLimited(RequestError):
+    """The API key has used up one of its limits. Parameter: limit, the field of the key that says so. Without
+    `retry_after` the same request will never pass."""
+
+    status = 429
 
 
 class ClientClosed(RequestError):

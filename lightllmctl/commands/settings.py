@@ -99,10 +99,13 @@ def _print_effective(context: CommandContext, answer: dict[str, Any]) -> None:
         context.console.print("", f"measured: {', '.join(measured)}", sep="\n")
 
 
+NO_SETTINGS = ("params", "top", "places", "held_keys", "warnings")  # of a Config, or said apart
+
+
 def to_toml(config: dict[str, Any]) -> str:
     """The daemon's Config as the file that would say the same: parameters first, then the tables."""
     top = dict(config.get("params") or {})
-    tables = {name: value for name, value in config.items() if name not in ("params", "top", "places")}
+    tables = {name: value for name, value in config.items() if name not in NO_SETTINGS}
     lines = _pairs(top)
     for name, table in tables.items():
         _table(name, table, lines)

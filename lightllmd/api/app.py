@@ -16,10 +16,14 @@ from lightllmd.api.dialects import native, native_scores, openai, probes, scorin
 from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.inflight.revisions import Revisions
-from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
+from lightllmd.api.web.auth import AcceptedKeys, KeyedAccess
 from lightllmd.api.web.bodies import schemas
 from lightllmd.api.web.errors import ErrorAnswers, InternalError, MethodNotAllowed
 from lightllmd.api.web.ignored_fields import name_in
+from lightllmd.api.web.limits import HEADERS as RATE_HEADERS
+from lightllmd.api.web.limits import KeyLimits, Leases
+from lightllmd.api.web.refusals import Refusals
+from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound
 from lightllmd.requests.fields import Body
@@ -48,9 +52,12 @@ def error_answers(dialects: Sequence[Dialect]) -> ErrorAnswers:
     )
 
 
-def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dialects: Sequence[Dialect]) -> FastAPI:
+def build_app(
+    revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, leases: Leases, dialects: Sequence[Dialect]
+) -> FastAPI:
     """CORS is as the first revision says; to change it takes a new process."""
     http = revisions.current.http
+    refusals = Refusals(Tenants(http).address, revisions.accounts.refused)
     errors = error_answers(dialects)
     app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
     for dialect in dialects:
@@ -58,7 +65,8 @@ def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dia
     app.include_router(probes.router(revisions, metrics_dir))
     _document(app, [body for dialect in dialects for body in dialect.bodies])
     _answer_errors(app, errors)
-    app.add_middleware(BearerKeys, keys=keys, errors=errors)
+    app.add_middleware(KeyLimits, leases=leases, errors=errors, refusals=refusals)
+    app.add_middleware(KeyedAccess, keys=keys, errors=errors, refusals=refusals)
     if http.cors_origins:
         # Outermost: a browser's preflight request carries no key.
         app.add_middleware(
@@ -66,7 +74,7 @@ def build_app(revisions: Revisions, *, metrics_dir: str, keys: AcceptedKeys, dia
             allow_origins=http.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
         )
     return app
 

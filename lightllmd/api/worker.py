@@ -21,10 +21,13 @@ from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.inflight.tally import Tally
 from lightllmd.api.server import ApiServer
 from lightllmd.api.web.auth import AcceptedKeys
+from lightllmd.api.web.limits import Leases
+from lightllmd.config import keys
 from lightllmd.config.plan import Plan
 from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages
 from lightllmd.ipc.channel import Channel
+from lightllmd.ipc.quota import Quota
 from lightllmd.observe.metrics import ApiMetrics
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.text import load_tokenizer
@@ -48,8 +51,13 @@ class ApiWorker:
         )
         self.revisions = Revisions(configure.revision, plan, self._revision, self._tally, self._accounts)
         self._keys = AcceptedKeys(plan.config.keys)
+        quota = Quota(configure.quota_fd, configure.column)
+        quota.clear(configure.column)
+        self._leases = Leases(quota)
         dialects = dialects_of(plan)
-        app = build_app(self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys, dialects=dialects)
+        app = build_app(
+            self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys, leases=self._leases, dialects=dialects
+        )
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
         self._server = ApiServer(app, http, sockets, error_answers(dialects))
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
@@ -97,6 +105,7 @@ class ApiWorker:
             self._heartbeat()
             self._context.destroy(linger=0)
             self.revisions.stop_helpers()
+            self._leases.quota.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """A callback that fails ends the worker: with half a message read, streams would wait for ever."""
@@ -114,6 +123,7 @@ class ApiWorker:
         while True:
             self._heartbeat()
             self.revisions.tick(loop.time())
+            self._leases.tick()
             await asyncio.sleep(BEAT)
 
     def _heartbeat(self) -> None:
@@ -161,7 +171,7 @@ class ApiWorker:
                 logging.getLogger().setLevel(message.log_level.upper())
                 self._stop_timeout = message.stop_timeout
             case messages.Keys():
-                self._keys.accept(message.requests, message.metrics)
+                self._keys.accept(keys.decode(message.ring))
             case messages.Health():
                 revisions.health = message
             case messages.Drain():

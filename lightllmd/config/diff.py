@@ -44,9 +44,13 @@ def _keys(old: Config, new: Config, known: set[str]) -> Iterator[Change]:
         ("http.metrics_key", old.keys.metrics, new.keys.metrics),
     ):
         if before != after and setting not in known:
-            came, went = len(set(after or ()) - set(before or ())), len(set(before or ()) - set(after or ()))
-            change = f"{len(after or ())} keys ({came} new, {went} gone)"
-            yield Change(setting, f"{len(before or ())} keys", change, by_key(Config)[setting].setting.reload)
+            was, now = ({key.sha256: key for key in keys or ()} for keys in (before, after))
+            came, went = len(now.keys() - was.keys()), len(was.keys() - now.keys())
+            other = sum(was[one] != now[one] for one in was.keys() & now.keys())
+            counts = f"{came} new, {went} gone" + (f", {other} changed" if other else "")
+            yield Change(
+                setting, f"{len(was)} keys", f"{len(now)} keys ({counts})", by_key(Config)[setting].setting.reload
+            )
 
 
 def _models(old: Config, new: Config) -> Iterator[Change]:

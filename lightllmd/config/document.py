@@ -75,6 +75,11 @@ def parse(file: str) -> Document:
         body = read_bytes(file, MAX_FILE_BYTES)
     except OSError as error:
         raise Unreadable(f"can't be read: {error.strerror}") from None
+    return parse_text(file, body)
+
+
+def parse_text(file: str, body: bytes) -> Document:
+    """Of what was read from `file`. Raises Unreadable."""
     try:
         text = body.decode("utf-8-sig")  # editors on Windows begin with a byte order mark
     except UnicodeDecodeError as error:

@@ -9,7 +9,8 @@ import msgspec
 
 from lightllmd.config import check, models, push, rules
 from lightllmd.config.document import Document, Given, Unreadable, parse
-from lightllmd.config.keys import KeyDigests, digests, exposed
+from lightllmd.config.keys import ApiKey, KeysInvalid, exposed, ring
+from lightllmd.config.keys import read as read_keys
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import by_key, fields, tables
 from lightllmd.errors import ConfigInvalid, Problem
@@ -80,17 +81,18 @@ def _unauthorized(config: Config, file: str | None, environment: Mapping[str, st
 
 def _with_keys(config: Config, file: str | None, problems: list[Problem]) -> Config:
     """With what the key files hold."""
-    read: dict[str, list[str]] = {}
+    found: dict[str, list[ApiKey]] = {}
     warnings = []
     for setting, path in config.http.key_files.items():
         try:
-            read[setting] = digests(path)
-        except ValueError as fault:
-            problems.append(problem_at(config, file, (setting,), str(fault)))
+            found[setting] = read_keys(path)
+        except KeysInvalid as fault:
+            problems += fault.problems or [problem_at(config, file, (setting,), fault.message)]
         if warning := exposed(path):
             warnings.append(f"{setting}: {warning}")
-    metrics = read.get("http.metrics_key", []) if config.http.metrics_key else None
-    held = KeyDigests(read.get("http.api_keys_file", []), metrics)
+        if setting in found and not found[setting]:
+            warnings.append(f"{setting}: {path} has no key yet, so that no client may enter")
+    held = ring(found.get("http.api_keys_file"), found.get("http.metrics_key"), config.http.metrics_key)
     return msgspec.structs.replace(config, held_keys=held, warnings=warnings)
 
 

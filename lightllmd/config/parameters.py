@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lightllmd.config.keys import KeyDigests
+from lightllmd.config.keys import KeyRing
 from lightllmd.config.modes import DECODE_MODES, UNBUILT
 from lightllmd.config.setting import Setting
 from lightllmd.config.tables import (
@@ -479,10 +479,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, dict[str, Any]] = {}  # [models.NAME]: checked values of parameters, model_dir among them
     # where each key that is not a default was set ("models.NAME.key" too): its line in the file, 0: command line
     places: dict[str, int] = {}
-    held_keys: KeyDigests | None = None  # what the key files held when this was loaded; no setting
+    held_keys: KeyRing | None = None  # what the key files held when this was loaded; no setting
     warnings: list[str] = []  # about what is valid and unwise
 
     @property
-    def keys(self) -> KeyDigests:
+    def keys(self) -> KeyRing:
         """What clients must present; empty where no key file is named."""
-        return self.held_keys or KeyDigests()
+        return self.held_keys or KeyRing()

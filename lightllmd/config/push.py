@@ -16,7 +16,7 @@ LONGEST_GROUP = 8192  # bytes of job and grouping key
 LONGEST_HOST, LONGEST_HOST_PART = 253, 63  # characters (RFC 1035)
 PORTS = range(1, 65536)
 # Labels that metrics have by themselves: the gateway would put the group's value in the place of each of theirs.
-METRIC_LABELS = ("le", "method")
+METRIC_LABELS = ("le", "method", "reason")
 
 
 class Credentials(msgspec.Struct, frozen=True):

@@ -116,18 +116,21 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys_file: Annotated[
         str,
         Setting(
-            doc="File with one API key a line, which clients send as 'Authorization: Bearer KEY'. "
-            "Empty: no authentication. What it holds is taken up by a reload, as its name is.",
-            example='"/etc/lightllmd/api_keys"',
+            doc="File of API keys, which clients send as 'Authorization: Bearer KEY', x-api-key or api-key. Empty: no "
+            "authentication. Either a table [keys.NAME] for each key, with its hash, expiry and limits, which "
+            "lightllmctl key makes; or a list of keys, one a line, which may do all. What it holds is taken up by a "
+            "reload, as its name is.",
+            example='"/etc/lightllmd/keys.toml"',
             reload="live",
         ),
     ] = ""
     metrics_key: Annotated[
         str,
         Setting(
-            doc="Who may read /metrics. Empty: every client that may send requests (see api_keys_file). none: every "
-            "client, without a key; the numbers tell how much is asked of the server, nothing of what. A file, with "
-            "one key a line: a client that sends one of these; the keys of api_keys_file don't do then.",
+            doc="Who may read /metrics. Empty: operators, whose key in api_keys_file has admin = true (those of a list "
+            "have); where there are no keys, every client. none: every client, without a key; the numbers tell how "
+            "much is asked of the server, nothing of what. A file of keys: a client that sends one of these; those of "
+            "api_keys_file don't do then.",
             example='"/etc/lightllmd/metrics_keys"',
             pattern=r"(none|.*/.*)?",
             form='empty, "none", or the path of a key file',

@@ -125,6 +125,7 @@ class Submit(msgspec.Struct, tag="submit"):
     emitted: list[list[int]]  # per entry of `branches`: tokens already given to the client
     batch: int = 0  # the number of the first of those that came in one body; 0: there is no other
     tenant: int = 0  # whose it is, as far as admission is fair between several: any number
+    weight: float = 1.0  # the tenant's share of admission, in units of the others'; above 0
     replay: bool = False  # an engine had it: it is never turned away, and goes ahead of the queue if it has a token
     # Engines that died of it, perhaps: deaths since its last token with a part of its prompt in a step that was out.
     # If there are any, it runs alone, see Scheduler.
@@ -246,6 +247,8 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     metrics_dir: str
     metrics_id: str  # names its files there; no other living process has it
     revision: int = 1  # the plan's number
+    quota_fd: int | None = None  # inherited: the memory of `quota.Quota`; None: limits of keys are this process's own
+    column: int = 0  # where this process counts there; no other living api worker has it
 
 
 class PushTarget(msgspec.Struct, tag="push-target"):
@@ -378,10 +381,9 @@ class Tune(msgspec.Struct, tag="tune"):
 
 
 class Keys(msgspec.Struct, tag="keys"):
-    """To an api worker: the API keys in force from now on, as `config.keys.KeyDigests` has them."""
+    """To an api worker: the API keys in force from now on."""
 
-    requests: list[str]
-    metrics: list[str] | None
+    ring: bytes  # a config.keys.KeyRing in MessagePack
 
 
 class Stage(msgspec.Struct, tag="stage"):

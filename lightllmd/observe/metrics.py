@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _ROOM = {"counter": 1 << 14, "gauge_livesum": 1 << 14, "histogram": 1 << 18}
 _SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
 _BATCH_SIZES = [float(size) for size in range(1, 129)]
+KEY_REFUSALS = ("unauthorized", "forbidden", "requests_per_minute", "tokens_per_minute", "max_concurrent")
 _RATIOS = [i / 10 for i in range(11)]
 
 
@@ -111,6 +112,8 @@ class ApiMetrics(_Metrics):
         self._generated = histogram("request_generated_tokens", "Generated tokens of a branch", totals)
         self._cache_length = histogram("cache_length", "Prompt tokens found in the prompt cache", inputs)
         self._cache_ratio = histogram("cache_ratio", "Their share of the prompt", _RATIOS)
+        keys = counter("key_refusal", "Requests refused because of their API key, or for want of one", "reason")
+        self._refused = {reason: keys.labels(reason) for reason in KEY_REFUSALS}
 
         self._settle()
 
@@ -127,6 +130,10 @@ class ApiMetrics(_Metrics):
     def entered(self) -> None:
         """A request has come in."""
         self._count.inc()
+
+    def refused(self, reason: str) -> None:
+        """One of KEY_REFUSALS: because of its API key, or for want of one."""
+        self._refused[reason].inc()
 
     def submitted(self, seconds: float, input_length: int, max_new_tokens: int) -> None:
         """It is valid and tokenised, and on its way to the engine `seconds` after its arrival."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
+from lightllmd.ipc.quota import Quota
 from lightllmd.supervisor.children.hang_rule import RunningClock
 from lightllmd.supervisor.host.fd_store import FdStore
 from lightllmd.supervisor.host.file_threads import FileThreads
@@ -96,6 +97,7 @@ class Context:
     report_fault: Callable[[str, BaseException], None] = _unreported  # makes a crash report of an unforeseen exception
     file_threads: FileThreads = field(default_factory=FileThreads)  # where files are read
     random: random.Random = field(default_factory=random.Random)
+    quota: Quota = field(default_factory=Quota)  # what API keys have used of their limits
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number
     background_tasks: set[asyncio.Task[Any]] = field(default_factory=set)  # that run

@@ -18,7 +18,7 @@ import msgspec
 from lightllmd.api import server
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import ApiWorker
-from lightllmd.config.keys import KeyDigests, digests
+from lightllmd.config import keys
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
 from lightllmd.config.plan import Budget, DeviceFacts, Plan, Scoring, encode_plan
 from lightllmd.engine.runners.fake_model import fake_score, fake_token
@@ -39,10 +39,10 @@ def make_plan(
 ) -> Plan:
     """`scoring`: of a reward model."""
     settings = HttpSettings(**http)
-    read = {setting: digests(path) for setting, path in settings.key_files.items()}
-    metrics = read.get("http.metrics_key", []) if settings.metrics_key else None
+    read = {setting: keys.read(path) for setting, path in settings.key_files.items()}
+    ring = keys.ring(read.get("http.api_keys_file"), read.get("http.metrics_key"), settings.metrics_key)
     config = Config(
-        held_keys=KeyDigests(read.get("http.api_keys_file", []), metrics),
+        held_keys=ring,
         models={name: {} for name in names},
         params=Params(**({"max_total_token_num": 6000} | (params or {}))),
         http=settings,

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from api.frontend_harness import run, stack, until
-from lightllmd.api.web.auth import AcceptedKeys, BearerKeys
+from lightllmd.api.web.auth import AcceptedKeys, KeyedAccess
 from lightllmd.api.web.errors import ErrorAnswers
+from lightllmd.api.web.refusals import Refusals
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config
 from lightllmd.errors import ConfigInvalid, RequestFailed
@@ -68,6 +69,9 @@ def test_counts_balance_whatever_becomes_of_a_request(tmp_path):
     run(scenario())
 
 
+UNNOTED = Refusals(lambda scope: "", lambda reason: None)
+
+
 def asked(config: Config, path: str, key: str | None) -> int:
     """The status that a request for `path` gets, in whichever header the key is."""
 
@@ -76,8 +80,8 @@ def asked(config: Config, path: str, key: str | None) -> int:
         await send({"type": "http.response.body", "body": b""})
 
     async def ask() -> int:
-        transport = httpx.ASGITransport(BearerKeys(app, AcceptedKeys(config.keys), ErrorAnswers({})))
-        forms = [{}] if key is None else [{"Authorization": f"Bearer {key}"}, {"X-Api-Key": key}]
+        transport = httpx.ASGITransport(KeyedAccess(app, AcceptedKeys(config.keys), ErrorAnswers({}), UNNOTED))
+        forms = [{}] if key is None else [{"Authorization": f"Bearer {key}"}, {"X-Api-Key": key}, {"api-key": key}]
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             statuses = {(await client.get(path, headers=headers)).status_code for headers in forms}
         assert len(statuses) == 1

@@ -20,9 +20,11 @@ from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
 from lightllmd.api.web.auth import AcceptedKeys
-from lightllmd.config.keys import KeyDigests
+from lightllmd.api.web.limits import Leases
+from lightllmd.config.keys import KeyRing
 from lightllmd.errors import LightllmdError, RequestError
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.ipc.quota import Quota
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.fields import Body
@@ -96,9 +98,13 @@ TELEGRAPH = Dialect(("/telegraph/",), told, (Telegram,), router)
 def test_a_further_dialect_needs_no_change_elsewhere(tmp_path):
     async def scenario():
         async with stack(tmp_path) as one:
-            keys = AcceptedKeys(KeyDigests([], None))
+            keys = AcceptedKeys(KeyRing())
             app = build_app(
-                one.worker.revisions, metrics_dir="", keys=keys, dialects=(*dialects_of(one.plan), TELEGRAPH)
+                one.worker.revisions,
+                metrics_dir="",
+                keys=keys,
+                leases=Leases(Quota()),
+                dialects=(*dialects_of(one.plan), TELEGRAPH),
             )
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
 

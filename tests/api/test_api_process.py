@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from api.frontend_harness import ScriptedEngine, expected, frames, make_plan, run, until
-from lightllmd.config.keys import digests
+from lightllmd.config import keys
 from lightllmd.config.plan import encode_plan
 from lightllmd.errors import EXIT_CONFIG
 from lightllmd.ipc import channel, messages
@@ -259,12 +259,12 @@ def test_a_worker_reads_no_key_file_and_takes_others_at_once(tmp_path):
                 return answer.status_code
 
             assert [await status(key) for key in ("old", "new")] == [200, 401]
-            one.tell(messages.Keys(digests(str(file)), None))
+            one.tell(messages.Keys(keys.encode(keys.KeyRing(keys.read(str(file))))))
             deadline = time.monotonic() + 10
             while await status("old") == 200:
                 assert time.monotonic() < deadline
             assert await status("new") == 200
-            one.tell(messages.Keys([], None))
+            one.tell(messages.Keys(keys.encode(keys.KeyRing())))
             while await status("old") == 401:
                 assert time.monotonic() < deadline
             engine.die()
@@ -273,11 +273,11 @@ def test_a_worker_reads_no_key_file_and_takes_others_at_once(tmp_path):
 
 
 def test_keys_are_required_on_all_but_the_health_routes(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("# ours\nfirst-key\n\nsecond-key\n")
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst-key\n\nsecond-key\n")
 
     async def scenario():
-        async with process(tmp_path, make_plan(api_keys_file=str(keys))) as one:
+        async with process(tmp_path, make_plan(api_keys_file=str(file))) as one:
             engine = await one.engine()
             engine.free_run = True
             for path in ("/health", "/healthz", "/liveness", "/readiness"):
@@ -310,11 +310,11 @@ def test_keys_are_required_on_all_but_the_health_routes(tmp_path):
 
 
 def test_browsers_of_allowed_origins_may_ask_without_a_key_what_they_may_send(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("k\n")
+    file = tmp_path / "keys"
+    file.write_text("k\n")
 
     async def scenario():
-        async with process(tmp_path, make_plan(api_keys_file=str(keys), cors_origins=["https://a.example"])) as one:
+        async with process(tmp_path, make_plan(api_keys_file=str(file), cors_origins=["https://a.example"])) as one:
             ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
             answer = await one.client.options("/v1/completions", headers=ask)
             assert answer.headers["access-control-allow-origin"] == "https://a.example"

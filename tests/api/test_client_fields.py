@@ -13,6 +13,8 @@ from api.frontend_harness import expected, frames, run, stack
 from lightllmd.api.dialects.openai_bodies import ChatBody
 from lightllmd.api.web import bodies
 from lightllmd.api.web.ignored_fields import IgnoredFields, listed
+from lightllmd.api.web.tenants import KEY
+from lightllmd.config.keys import ApiKey
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.faults import naming
 from lightllmd.requests.fields import MAX_IGNORED
@@ -78,16 +80,16 @@ def test_answers_that_stream_or_fail_or_wait_name_ignored_fields_too(tmp_path):
 def test_ignored_fields_are_logged_once_for_each_client(caplog):
     told = IgnoredFields()
     with caplog.at_level(logging.INFO, logger="lightllmd"):
-        for address, key in [("10.0.0.1", b""), ("10.0.0.2", b""), ("10.0.0.1", b"Bearer secret")]:
-            headers = [(b"authorization", key)] if key else []
+        for address, key in [("10.0.0.1", None), ("10.0.0.2", None), ("10.0.0.1", ApiKey(name="alice"))]:
+            known = {} if key is None else {KEY: key}
             for names in ({"a"}, {"a", "b"}, {"b"}):
-                told.note({"path": "/x", "client": (address, 1), "headers": headers}, names)
+                told.note({"path": "/x", "client": (address, 1), "headers": []} | known, names)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 6
     assert lines[0].startswith("client 10.0.0.1: ")
     assert lines[0].endswith(" are ignored: a")
     assert lines[1].endswith(" are ignored: b")
-    assert not any("secret" in line for line in lines)
+    assert lines[5].startswith("client 10.0.0.1 (key alice): ")
 
 
 def test_however_many_clients_and_names_their_memory_is_bounded():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lightllmd.api.web.tenants import KEY, Tenants
+from lightllmd.config.keys import ApiKey
 from lightllmd.config.parameters import HttpSettings
 
 
 def tenant(address: str, *forwarded: str, key: bytes | None = None, **settings: object) -> int:
     scope = {"client": (address, 1), "headers": [(b"x-forwarded-for", value.encode()) for value in forwarded]}
-    return Tenants(HttpSettings(**settings)).of(scope if key is None else scope | {KEY: key})
+    return Tenants(HttpSettings(**settings)).of(scope if key is None else scope | {KEY: ApiKey(sha256=key.hex())})
 
 
 def test_a_key_is_a_client_wherever_it_comes_from() -> None:

@@ -17,7 +17,7 @@ from lightllmd.api.inflight.event_stream import EventStream, Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
-from lightllmd.api.web import bodies
+from lightllmd.api.web import bodies, limits
 from lightllmd.api.web.errors import ErrorBody, ErrorShape, ErrorStatus, own_status
 from lightllmd.api.web.responses import encoded_response, json_in_parts
 from lightllmd.errors import RequestError
@@ -106,8 +106,11 @@ class Responder:
             async with revisions.entered(request.receive) as revision:
                 revisions.check_name(revision, asked.model)
                 jobs = await revision.intake.of(asked)
+                limits.take_prompts(request.scope, sum(len(job.given_ids) for job in jobs))
                 reply = await translation.reply(revision, body, jobs)
-                pending = await revision.open(jobs, arrived_at, revision.tenants.of(request.scope))
+                tenants, scope = revision.tenants, request.scope
+                pending = await revision.open(jobs, arrived_at, tenants.of(scope), tenants.weight(scope))
+                limits.follow(scope, pending.entries)
         if translation.streamed(body):
             return EventStream(pending, reply.frames(pending), revisions.streams, translation.headers(reply, pending))
         await pending.finish(request.receive)

@@ -31,6 +31,10 @@ class Accounts:
             self._metrics.failed()
             raise
 
+    def refused(self, reason: str) -> None:
+        """A request was refused because of its API key, or for want of one, before it entered."""
+        self._metrics.refused(reason)
+
     def submitted(self, entry: Entry) -> None:
         """In the ledger now."""
         self._metrics.entered()

@@ -54,6 +54,7 @@ class Entry:
         "suspect_since",
         "tenant",
         "vectors",
+        "weight",
     )
 
     def __init__(
@@ -73,6 +74,7 @@ class Entry:
         self.request = request
         self.batch = request  # the request that the first prompt of the same body became
         self.tenant = 0  # see Tenants
+        self.weight = 1.0  # the same
         self.arrival_ns = time.monotonic_ns()
         self.prompt_ids = prompt_ids
         self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back

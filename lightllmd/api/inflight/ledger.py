@@ -79,6 +79,7 @@ class Ledger:
         prompt_tokens: int | None = None,
         batch: int = 0,
         tenant: int = 0,
+        weight: float = 1.0,
     ) -> Entry:
         """Takes a request and sends it to the engine or holds it. `branches`: none of one with PoolingParams, whose
         result is `Entry.vectors`. `prompt_tokens`:
@@ -99,7 +100,7 @@ class Ledger:
         arrived_at = now if arrived_at is None else arrived_at
         prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
         entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens)
-        entry.batch, entry.tenant = batch or number, tenant
+        entry.batch, entry.tenant, entry.weight = batch or number, tenant, weight
         if self._link is None:
             entry.held_since = now
         else:
@@ -230,6 +231,7 @@ class Ledger:
                 emitted=[branch.ids for branch in unfinished] if generates else [[]],
                 batch=entry.batch,
                 tenant=entry.tenant,
+                weight=entry.weight,
                 replay=entry.submitted,
                 suspect=entry.suspect,
             )

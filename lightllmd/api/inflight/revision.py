@@ -41,9 +41,9 @@ class Revision:
         self.successor: Revision | None = None  # gets what is opened here
         self._accounts = accounts
 
-    async def open(self, jobs: Sequence[Job], arrived_at: float, tenant: int) -> Pending:
-        """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock; `tenant`:
-        see Submit. Raises NotReady, QueueFull.
+    async def open(self, jobs: Sequence[Job], arrived_at: float, tenant: int, weight: float = 1.0) -> Pending:
+        """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock; `tenant`
+        and `weight`: see Submit. Raises NotReady, QueueFull.
 
         A body of many jobs is entered in parts, between which the event loop has its turn. Other bodies may be entered
         then, the engine may go or come, and the revision may be migrated; the client's leaving is noticed afterwards.
@@ -56,7 +56,7 @@ class Revision:
                     await asyncio.sleep(0)
                     if any(entry.error is not None for entry in entries):
                         break  # the others would be for nothing; `Pending` has the error
-                self._last._enter(part, entries, signal, arrived_at, tenant)
+                self._last._enter(part, entries, signal, arrived_at, tenant, weight)
         except BaseException:
             for entry in entries:
                 entry.ledger.cancel(entry)
@@ -71,7 +71,15 @@ class Revision:
             last = last.successor
         return last
 
-    def _enter(self, jobs: Sequence[Job], entries: list[Entry], signal: Signal, arrived_at: float, tenant: int) -> None:
+    def _enter(
+        self,
+        jobs: Sequence[Job],
+        entries: list[Entry],
+        signal: Signal,
+        arrived_at: float,
+        tenant: int,
+        weight: float,
+    ) -> None:
         """Adds to `entries`, those of the same body so far."""
         for job in jobs:
             entry = self.ledger.open(
@@ -83,6 +91,7 @@ class Revision:
                 prompt_tokens=len(job.given_ids),
                 batch=entries[0].request if entries else 0,
                 tenant=tenant,
+                weight=weight,
             )
             entries.append(entry)
             self._accounts.submitted(entry)

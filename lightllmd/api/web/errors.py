@@ -15,11 +15,13 @@ from lightllmd.errors import (
     BodyTooLarge,
     ClientClosed,
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     LightllmdError,
     NotFound,
     NotReady,
     QueueFull,
+    RateLimited,
     RequestFailed,
     Unauthorized,
 )
@@ -32,6 +34,8 @@ _OPENAI_TYPES: dict[type[LightllmdError], str] = {
     BodyTooLarge: "invalid_request_error",
     NotFound: "not_found_error",
     Unauthorized: "authentication_error",
+    Forbidden: "permission_error",
+    RateLimited: "rate_limit_error",
     QueueFull: "rate_limit_error",
     NotReady: "service_unavailable_error",
     DeadlineExceeded: "timeout_error",
@@ -114,6 +118,8 @@ class ErrorAnswers:
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, RateLimited) and error.retry_after is None:
+            headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients try again else
         if shape.names_request:
             headers["request-id"] = body["request_id"] = id_of(scope)
         return Response(msgspec.json.encode(body), shape.status(error), headers, media_type="application/json")

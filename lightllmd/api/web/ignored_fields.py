@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Collection
@@ -11,6 +10,9 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
+
+from lightllmd.api.web.tenants import KEY
+from lightllmd.config.keys import ApiKey
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def _first(names: Collection[str]) -> list[str]:
 
 
 def _client(scope: Scope) -> str:
-    """Its address, and what tells its key from others without giving it away."""
+    """Its address, and the name of its key where it has one."""
     address = (scope.get("client") or ("unknown",))[0]
-    key = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    return f"{address} (key {hashlib.sha256(key).hexdigest()[:8]})" if key else str(address)
+    key: ApiKey | None = scope.get(KEY)
+    return f"{address} (key {key.name})" if key is not None and key.name else str(address)

@@ -7,9 +7,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from starlette.types import Scope
 
+from lightllmd.config.keys import ApiKey
 from lightllmd.config.parameters import HttpSettings
 
-KEY = "lightllmd.key"  # in a scope: the digest of the API key that the request was admitted with
+KEY = "lightllmd.key"  # in a scope: the ApiKey that the request was admitted with
 _PREFIX = 64  # bits of an IPv6 address that one client has for itself
 
 
@@ -24,8 +25,18 @@ class Tenants:
         """0 for all where admission is not fair."""
         if not self._fair:
             return 0
-        key: bytes | None = scope.get(KEY)
-        return _number(b"key:" + key if key is not None else b"address:" + self._client(scope).encode())
+        key: ApiKey | None = scope.get(KEY)
+        return _number(f"key:{key.identity}" if key is not None else f"address:{self._client(scope)}")
+
+    @staticmethod
+    def weight(scope: Scope) -> float:
+        """Its share of admission, in units of the others'."""
+        key: ApiKey | None = scope.get(KEY)
+        return 1.0 if key is None else key.weight
+
+    def address(self, scope: Scope) -> str:
+        """Of the client, in words for a log."""
+        return self._client(scope) or "a local client"
 
     def _client(self, scope: Scope) -> str:
         """The client's address or, in IPv6, its network. X-Forwarded-For is believed as far as trusted proxies wrote
@@ -53,5 +64,5 @@ def _address(written: str) -> IPv4Address | IPv6Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _number(name: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big")
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")

@@ -1,10 +1,11 @@
 """The waiting line: in order of arrival within a tenant, fair between tenants, without a clock.
 
-Fair queueing by finish times (Demers, Keshav and Shenker, SIGCOMM 1989), in tokens. The queue's virtual time is what
-each tenant that waits would have been served, had all tokens been shared evenly. A tenant has a virtual time, too: what
-it was served since it joined, from the queue's on. The next is the tenant whose virtual time will be least once its
-oldest sequence is admitted, so a short prompt passes long ones; while a prompt waits, each other tenant is served about
-as many tokens as the prompt has, at most. Idling saves nothing up.
+Fair queueing by finish times (Demers, Keshav and Shenker, SIGCOMM 1989), in tokens and weighted. The queue's virtual
+time is what each tenant of weight 1 that waits would have been served, had all tokens been shared by weight. A tenant
+has a virtual time, too: what it was served since it joined, over its weight, from the queue's on. The next is the
+tenant whose virtual time will be least once its oldest sequence is admitted, so a short prompt passes long ones; while
+a prompt waits, each other tenant of the same weight is served about as many tokens as the prompt has, at most. Idling
+saves nothing up.
 
 Costs are O(log n) in tenants and sequences in line, but for moves of memory.
 """
@@ -27,12 +28,13 @@ class _Tenant:
     """One that has something in line."""
 
     time: float  # virtual
+    weight: float  # its share, in units of the others'
     line: list[Sequence] = field(default_factory=list)  # ascending by order, never empty
 
     @property
     def key(self) -> _Key:
         """Least is next."""
-        return self.time + _cost(self.line[0]), self.line[0].order
+        return self.time + _cost(self.line[0]) / self.weight, self.line[0].order
 
 
 def _cost(sequence: Sequence) -> int:
@@ -52,6 +54,7 @@ class FairQueue:
         self._left: dict[int, float] = {}  # virtual times of tenants that have nothing in line any more
         self._heap: list[tuple[_Key, int]] = []  # (key, tenant); has each tenant's key, and some that are outdated
         self._time = 0.0  # virtual
+        self._weight = 0.0  # of all tenants that wait
         self._count = 0  # sequences
         self._fresh = False  # several tenants wait, and `charge` has not been called since there was one
 
@@ -87,7 +90,8 @@ class FairQueue:
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
             time = max(self._time, self._left.pop(sequence.tenant, 0.0))
-            tenant = self._tenants[sequence.tenant] = _Tenant(time)
+            tenant = self._tenants[sequence.tenant] = _Tenant(time, sequence.weight)
+            self._weight += tenant.weight
             self._fresh |= len(self._tenants) == 2
         insort(tenant.line, sequence, key=_age)
         self._count += 1
@@ -103,6 +107,7 @@ class FairQueue:
             self._push(sequence.tenant, tenant)
         else:
             del self._tenants[sequence.tenant]
+            self._weight -= tenant.weight
             self._leave(sequence.tenant, tenant.time)
 
     def admit(self, sequence: Sequence) -> None:
@@ -123,14 +128,14 @@ class FairQueue:
                 self._push(number, tenant)
 
     def _serve(self, tenant: _Tenant, tokens: int) -> None:
-        tenant.time += tokens
-        self._time += tokens / len(self._tenants)
+        tenant.time += tokens / tenant.weight
+        self._time += tokens / self._weight
 
     def _leave(self, number: int, time: float) -> None:
         """What it was served beyond its share is remembered until the queue's time has come there, or none waits."""
         if not self._tenants:
             self._left.clear()
-            self._time = 0.0
+            self._time = self._weight = 0.0
         elif time > self._time:
             self._left[number] = time
             if len(self._left) > 2 * len(self._tenants) + _SPARE:

@@ -78,6 +78,7 @@ class Sequence:
     suspect: int = 0  # see Submit; 0 again with its next token
     replayed: bool = False
     tenant: int = 0
+    weight: float = 1.0  # of the tenant
     submission: Submission | None = None
     since: float = 0.0  # when it came, on the clock of `Scheduler.submit`
     charged: int = 0  # of its tokens, told to `FairQueue.charge`
@@ -215,6 +216,7 @@ def sequences_of(submit: Submit) -> list[Sequence]:
             suspect=submit.suspect,
             replayed=submit.replay,
             tenant=submit.tenant,
+            weight=submit.weight,
             charged=len(emitted),
         )
         for index, (branch, emitted) in enumerate(zip(submit.branches, submit.emitted, strict=True))

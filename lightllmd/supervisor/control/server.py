@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from lightllmd import __version__
 from lightllmd.config.load import load
+from lightllmd.config.parameters import Config
 from lightllmd.config.report import report
 from lightllmd.errors import LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
 from lightllmd.http import server as http
@@ -139,13 +140,13 @@ class ControlPlane:
     async def config(self, request: Request) -> Response:
         """`GET /v1/config`, as written, or `Effective`. Raises TryAgain before the plan is made."""
         if not parsing.switch(request, "effective"):
-            return _json(self._daemon.context.config)
+            return _json(_told(self._daemon.context.config))
         plan = self._daemon.plan
         if plan is None:
             raise TryAgain("the plan is not made yet")
         return _json(
             snapshot.Effective(
-                config=msgspec.to_builtins(plan.config),
+                config=msgspec.to_builtins(_told(plan.config)),
                 values={name: getattr(plan, name) for name in VALUES},
                 derived=plan.derived,
                 budget=plan.budget,
@@ -288,6 +289,11 @@ async def _refuse(request: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, LightllmdError)
     headers = {"Retry-After": f"{refusal.retry_after:g}"} if refusal.retry_after is not None else None
     return Response(msgspec.json.encode(refusal.as_dict()), refusal.status, headers, "application/json")
+
+
+def _told(config: Config) -> Config:
+    """Without the hashes of API keys, which are no settings."""
+    return msgspec.structs.replace(config, held_keys=None)
 
 
 def _render(refusal: LightllmdError, path: str) -> bytes:

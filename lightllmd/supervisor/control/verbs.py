@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lightllmd.config import keys
 from lightllmd.config.diff import diff
 from lightllmd.config.parameters import Config
 from lightllmd.config.resolve import resolve
@@ -235,7 +236,7 @@ class Verbs:
         for child in (*self._front.children(), *engines, *self._pusher.children()):
             child.send(tune)
         self._pusher.in_force()
-        self._front.tell(Keys(config.keys.requests, config.keys.metrics))
+        self._front.tell(Keys(keys.encode(config.keys)))
         self._front.tell(Models(list(config.models)))
 
     def _drain(self) -> Steps:

@@ -49,7 +49,7 @@ class Api:
     def _launch(self, epoch: int) -> Child:
         context = self._context
         fds = [sock.fileno() for sock in context.listeners]
-        child = Child(context, self.worker.name, context.commands.api, pass_fds=fds)
+        child = Child(context, self.worker.name, context.commands.api, pass_fds=(*fds, context.quota.fd))
         metrics_id = context.runtime.take_metrics_id("api")
         first = ApiConfigure(
             plan=context.plan,
@@ -59,6 +59,8 @@ class Api:
             metrics_dir=str(context.runtime.metrics),
             metrics_id=metrics_id,
             revision=context.revision,
+            quota_fd=context.quota.fd,
+            column=_column(metrics_id),
         )
         child.configure(self.worker.name, epoch, metrics_id, first)
         self._send_state(child)
@@ -146,6 +148,11 @@ class Api:
             self.worker.start_if_due()
 
 
+def _column(metrics_id: str) -> int:
+    """Where a worker counts in `Quota`: the number in the name of its metrics files, which no other living one has."""
+    return int(metrics_id.rpartition("-")[2])
+
+
 class ApiWorkers:
     """All api workers."""
 
@@ -217,6 +224,7 @@ class ApiWorkers:
         """`child` of `api` is dead and disposed of; its totals are kept. `again`: as for `Api.died`."""
         self._past.update({name: int(child.stats.get(name, 0)) for name in TOTALS})
         self._context.runtime.release_metrics_id(child.metrics_id)
+        self._context.quota.clear(_column(child.metrics_id))
         api.died(child, ending, again and api in self.apis)
         self.dismissed = [place for place in self.dismissed if any(place.children())]
 

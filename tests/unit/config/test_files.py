@@ -82,6 +82,7 @@ OPENED_OTHERWISE = {
     "lightllmd/code_host/__main__.py": "/proc",
     "lightllmd/code_host/host.py": "/proc",
     "lightllmd/config/files.py": "the helper",
+    "lightllmd/config/key_editing.py": "a folder, to lock it",
     "lightllmd/console.py": "descriptors it was given, and /dev/null",
     "lightllmd/observe/metrics.py": "its own files",
     "lightllmd/supervisor/host/procfs.py": "/proc",

@@ -163,7 +163,7 @@ def test_the_content_of_a_key_file_is_configuration(tmp_path: Path) -> None:
     keys.chmod(0o640)
     flags = {"engine.backend": "fake", "http.api_keys_file": str(keys)}
     old = load(None, flags)
-    assert old.keys.requests == [hashlib.sha256(key).hexdigest() for key in (b"one", b"two")]
+    assert [key.sha256 for key in old.keys.requests] == [hashlib.sha256(key).hexdigest() for key in (b"one", b"two")]
     assert old.warnings == []
     assert diff(old, load(None, flags)) == []
     keys.write_text("two\nthree\nfour\n")

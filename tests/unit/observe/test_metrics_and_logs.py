@@ -38,6 +38,7 @@ OUR_COUNTERS = {
     "prompt_cache_hit_tokens",
     "prompt_cache_evicted_tokens",
     "request_cancelled",
+    "key_refusal",
 }
 OUR_GAUGES = {"prompt_cache_tokens", "prompt_cache_evictable_tokens"}
 

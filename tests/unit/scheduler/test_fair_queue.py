@@ -11,9 +11,11 @@ from lightllmd.engine.scheduling.fair_queue import FairQueue
 from lightllmd.engine.scheduling.sequence import Sequence, sequences_of
 from scheduler_samples import Steps, submit
 
+WEIGHTS = (1.0, 2.0, 0.5, 4.0)  # of tenants that have one; their sums are exact
 
-def sequence(number: int, tenant: int = 0, length: int = 10) -> Sequence:
-    (made,) = sequences_of(submit(number, length, tenant=tenant))
+
+def sequence(number: int, tenant: int = 0, length: int = 10, weight: float = 1.0) -> Sequence:
+    (made,) = sequences_of(submit(number, length, tenant=tenant, weight=weight))
     return made
 
 
@@ -46,11 +48,11 @@ class Definition:
     @property
     def head(self) -> Sequence | None:
         heads = [line[0] for line in self.lines.values()]
-        return min(heads, key=lambda one: (self.times[one.tenant] + one.length, one.order), default=None)
+        return min(heads, key=lambda one: (self.times[one.tenant] + one.length / one.weight, one.order), default=None)
 
     def serve(self, tenant: int, tokens: int) -> None:
-        self.times[tenant] += tokens
-        self.time += tokens / len(self.lines)
+        self.times[tenant] += tokens / self.lines[tenant][0].weight
+        self.time += tokens / sum(line[0].weight for line in self.lines.values())
 
     def admit(self, one: Sequence) -> None:
         self.serve(one.tenant, one.length)
@@ -75,11 +77,14 @@ def test_the_queue_does_what_its_definition_says(seed: int) -> None:
     draw = random.Random(seed)
     queue, truth = FairQueue(), Definition()
     tenants = draw.choice([1, 2, 5, 100])
+    weights = WEIGHTS if draw.random() < 0.7 else (1.0,)
     for number in range(1, 3000):
         act = draw.random()
         if act < 0.45:
             # A replayed one may be older than those that wait.
-            one = sequence(draw.randrange(1, 10**6), draw.randrange(tenants), draw.choice([1, 2, 10, 500]))
+            tenant = draw.randrange(tenants)
+            weight = weights[tenant % len(weights)]
+            one = sequence(draw.randrange(1, 10**6), tenant, draw.choice([1, 2, 10, 500]), weight)
             queue.add(one)
             truth.add(one)
         elif act < 0.8 and queue.head is not None:
@@ -119,6 +124,18 @@ def test_a_short_prompt_passes_the_long_ones_of_others() -> None:
         queue.add(sequence(number, tenant=number, length=2000))
     queue.add(sequence(99, tenant=99, length=20))
     assert admit_all(queue) == [99, *range(1, 13)]
+
+
+def test_a_tenant_of_weight_three_is_served_three_times_as_much() -> None:
+    queue = FairQueue()
+    for number in range(400):
+        queue.add(sequence(number, tenant=1, length=10, weight=3.0))
+        queue.add(sequence(1000 + number, tenant=2, length=10))
+    served: Counter[int] = Counter()
+    for _ in range(200):
+        served[queue.head.tenant] += 1
+        queue.admit(queue.head)
+    assert abs(served[1] - 150) <= 1
 
 
 def test_tenants_share_by_tokens() -> None:
