@@ -15,6 +15,7 @@ from lightllmd import __version__
 from lightllmd.api.dialects import native, native_scores, openai, probes, scoring, tgi, tokenizing
 from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
+from lightllmd.api.dialects.responses.routes import dialect as responses_dialect
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web.auth import AcceptedKeys, KeyedAccess
 from lightllmd.api.web.bodies import schemas
@@ -29,8 +30,8 @@ from lightllmd.errors import InvalidRequest, LightllmdError, NotFound
 from lightllmd.requests.fields import Body
 
 
-def dialects_of(plan: Plan) -> tuple[Dialect, ...]:
-    """What this plan's front end speaks. To change that takes a new process."""
+def dialects_of(plan: Plan, store_dir: str = "") -> tuple[Dialect, ...]:
+    """What this plan's front end speaks. To change that takes a new process. `store_dir`: see ApiConfigure."""
     generating = tgi.DIALECT if plan.config.params.use_tgi_api else native.GENERATING
     return (
         generating,
@@ -38,6 +39,7 @@ def dialects_of(plan: Plan) -> tuple[Dialect, ...]:
         native_scores.DIALECT,
         anthropic.DIALECT,  # before OpenAI's, whose /v1/models it answers for its own clients
         openai.DIALECT,
+        responses_dialect(plan.config.http, store_dir),
         tokenizing.DIALECT,
         scoring.DIALECT,
         scoring.RERANKING,

@@ -54,7 +54,8 @@ class ApiWorker:
         quota = Quota(configure.quota_fd, configure.column)
         quota.clear(configure.column)
         self._leases = Leases(quota)
-        dialects = dialects_of(plan)
+        dialects = dialects_of(plan, configure.store_dir)
+        self._closing = [dialect.close for dialect in dialects if dialect.close is not None]
         app = build_app(
             self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys, leases=self._leases, dialects=dialects
         )
@@ -106,6 +107,8 @@ class ApiWorker:
             self._context.destroy(linger=0)
             self.revisions.stop_helpers()
             self._leases.quota.close()
+            for close in self._closing:
+                close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """A callback that fails ends the worker: with half a message read, streams would wait for ever."""

@@ -284,6 +284,33 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="front end",
         ),
     ] = "auto"
+    stored_responses: Annotated[
+        int,
+        Setting(
+            doc="Responses of /v1/responses that are kept for GET and previous_response_id, by all api workers "
+            "together, each for the API key alone that it was made with; those that were used the longest ago make "
+            "room. 0: none, and previous_response_id is refused. They are in the runtime directory until the daemon "
+            "ends.",
+            unit="responses",
+            minimum=0,
+            maximum=1_000_000,
+            reload="front end",
+        ),
+    ] = 4096
+    stored_responses_bytes: Annotated[
+        int,
+        Setting(
+            doc="What all of them may take, each with its own input and output, without those before it in its "
+            "conversation; of one alone that is larger nothing is kept.",
+            unit="bytes",
+            minimum=1 << 16,
+            maximum=1 << 40,
+            reload="front end",
+        ),
+    ] = 64 << 20
+    stored_responses_ttl: Annotated[
+        float, _seconds("How long a response is kept after it was made or last continued.", reload="front end")
+    ] = 86400.0
     cors_origins: Annotated[
         list[str],
         Setting(

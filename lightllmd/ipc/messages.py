@@ -249,6 +249,7 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     revision: int = 1  # the plan's number
     quota_fd: int | None = None  # inherited: the memory of `quota.Quota`; None: limits of keys are this process's own
     column: int = 0  # where this process counts there; no other living api worker has it
+    store_dir: str = ""  # what all api workers share of the responses that are kept; empty: each keeps its own
 
 
 class PushTarget(msgspec.Struct, tag="push-target"):

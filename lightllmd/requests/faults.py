@@ -144,7 +144,8 @@ def _field_names(model: type[BaseModel], path: str = "") -> dict[str, Iterable[s
     known: dict[str, Iterable[str]] = {path: list(fields)}
     for name, field in fields.items():
         for inner in _models_in(field.annotation):
-            known |= _field_names(inner, f"{path}.{name}" if path else name)
+            for place, names in _field_names(inner, f"{path}.{name}" if path else name).items():
+                known[place] = [*dict.fromkeys([*known.get(place, ()), *names])]  # of each alternative of a union
     return known
 
 

@@ -228,6 +228,7 @@ class Stack:
         self.port = self.listener.getsockname()[1]
         self.supervisor, theirs = channel.pair()
         configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder), "api-0")
+        configure.store_dir = str(folder)
         self.worker = ApiWorker(channel.Channel(theirs, messages.decode_down), configure, plan)
         self.running = asyncio.create_task(self.worker.run())
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)

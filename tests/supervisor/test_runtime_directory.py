@@ -40,9 +40,10 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path
     dead, living = dead_pid(), os.getppid()
     (tmp_path / "ipc").mkdir()
     stale = [tmp_path / f".{dead}", tmp_path / "ipc" / f"{dead}-engine-3", tmp_path / f"metrics-{dead}"]
+    stale.append(tmp_path / f"responses-{dead}")
     kept = [tmp_path / "ipc" / f"{living}-engine-1", tmp_path / f"metrics-{living}", tmp_path / "mine.txt"]
     for path in stale + kept:
-        if path.name.startswith("metrics"):
+        if path.name.startswith(("metrics", "responses")):
             path.mkdir()
             (path / "gauge_1.db").touch()
         else:

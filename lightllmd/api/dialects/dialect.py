@@ -39,6 +39,7 @@ class Dialect:
     error_status: ErrorStatus = own_status
     header: bytes = b""  # a request with this one is told errors in this dialect, whatever its path
     names_requests: bool = False  # see ErrorShape
+    close: Callable[[], None] | None = None  # when the worker ends
 
     @property
     def errors(self) -> ErrorShape:
@@ -73,6 +74,8 @@ class Translation(Generic[Kind]):
     answer_size: Callable[[Kind], int] = _nothing
     # Of the answer, beside the usual ones; called when all have ended or, for a stream, before it begins.
     headers: Callable[[Any, Pending], Mapping[str, str]] = lambda reply, pending: {}
+    # Awaited when the answer is complete, before the client has its end.
+    before_end: Callable[[], Awaitable[None]] | None = None
 
 
 class Responder:
@@ -85,8 +88,16 @@ class Responder:
     async def respond(self, request: Request, translation: Translation[Kind]) -> Response:
         """Raises InvalidRequest, NotReady, QueueFull, and whatever ends the request before its answer has begun."""
         arrived_at = time.monotonic()
+        return await self.answer(request, translation, await self.read(request, translation.body), arrived_at)
+
+    async def read(self, request: Request, kind: type[Kind]) -> Kind:
+        """The checked body. Raises what `respond` raises."""
         with self._revisions.accounts.admission():
-            body = await self._parse(request, translation.body)
+            return await self._parse(request, kind)
+
+    async def answer(self, request: Request, translation: Translation[Kind], body: Kind, arrived_at: float) -> Response:
+        """To a body that was read; `arrived_at`: seconds of the monotonic clock. Raises what `respond` raises."""
+        with self._revisions.accounts.admission():
             asked = translation.asked(body)
         make = partial(self._respond, request, translation, body, asked, arrived_at)
         if translation.streamed(body):
@@ -112,9 +123,12 @@ class Responder:
                 pending = await revision.open(jobs, arrived_at, tenants.of(scope), tenants.weight(scope))
                 limits.follow(scope, pending.entries)
         if translation.streamed(body):
-            return EventStream(pending, reply.frames(pending), revisions.streams, translation.headers(reply, pending))
+            headers = translation.headers(reply, pending)
+            return EventStream(pending, reply.frames(pending), revisions.streams, headers, translation.before_end)
         await pending.finish(request.receive)
         size = sum(entry.answer_size for entry in pending.entries) + translation.answer_size(body)
         response = encoded_response(await off_loop(size, lambda: json_in_parts(reply.whole(pending))))
+        if translation.before_end is not None:
+            await translation.before_end()
         response.headers.update(translation.headers(reply, pending))
         return response

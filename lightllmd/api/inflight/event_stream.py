@@ -60,9 +60,14 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, pending: Pending, frames: Frames, streams: set[EventStream], headers: Mapping[str, str] | None = None
+        self,
+        pending: Pending,
+        frames: Frames,
+        streams: set[EventStream],
+        headers: Mapping[str, str] | None = None,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`headers`: beside the usual ones."""
+        """`headers`: beside the usual ones. `before_end`: awaited when all is known and the client wasn't told yet."""
         self.status_code = 200
         self.raw_headers = list(_HEADERS)
         if headers:
@@ -73,6 +78,7 @@ class EventStream(Response):
         self.frames = frames
         self.last_sent = asyncio.get_running_loop().time()
         self._comment = b""
+        self._before_end = before_end
         self.started = False  # the status line is sent
         self._streams = streams  # those that are open, for keep_alive
 
@@ -114,6 +120,8 @@ class EventStream(Response):
                     await send(_start(self))
                 self.last_sent = loop.time()
                 if last:
+                    if self._before_end is not None:
+                        await self._before_end()
                     await _send_last(send, body)
                     return
                 await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -71,6 +71,7 @@ class RuntimeDirectory:
             self.ipc.mkdir(mode=0o700, exist_ok=True)
             self.ipc.chmod(0o700)
             self.metrics.mkdir(mode=0o700)
+            self.responses.mkdir(mode=0o700)
         except OSError as refused:
             os.close(self._lock)
             raise SystemFailure(f"can't use the runtime directory {self.directory}: {refused}") from refused
@@ -84,6 +85,11 @@ class RuntimeDirectory:
     def metrics(self) -> Path:
         """The directory of this daemon's metrics files."""
         return self.directory / f"metrics-{self.pid}"
+
+    @property
+    def responses(self) -> Path:
+        """The directory of the responses that this daemon's api workers keep."""
+        return self.directory / f"responses-{self.pid}"
 
     def endpoint_path(self, generation: int) -> Path:
         """The socket of one engine generation."""
@@ -127,7 +133,8 @@ class RuntimeDirectory:
         """Removes all that is ours, the lock last."""
         for path in self.ipc.glob(f"{self.pid}-*"):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.metrics, ignore_errors=True)
+        for folder in (self.metrics, self.responses):
+            shutil.rmtree(folder, ignore_errors=True)
         self.control_socket.unlink(missing_ok=True)
         try:
             self.ipc.rmdir()
@@ -141,8 +148,8 @@ class RuntimeDirectory:
 
     def _clear_stale(self) -> None:
         """What daemons left behind that are dead (or had our number before us)."""
-        for path in (*self.ipc.glob("*-engine-*"), *self.directory.glob("metrics-*"), *self.directory.glob(".*")):
-            match = re.fullmatch(r"\.(\d+)|metrics-(\d+)|(\d+)-engine-\d+", path.name)
+        for path in (*self.ipc.glob("*-engine-*"), *self.directory.glob("*-*"), *self.directory.glob(".*")):
+            match = re.fullmatch(r"\.(\d+)|(?:metrics|responses)-(\d+)|(\d+)-engine-\d+", path.name)
             if match is None:
                 continue
             owner = int(next(filter(None, match.groups())))

@@ -61,6 +61,7 @@ class Api:
             revision=context.revision,
             quota_fd=context.quota.fd,
             column=_column(metrics_id),
+            store_dir=str(context.runtime.responses),
         )
         child.configure(self.worker.name, epoch, metrics_id, first)
         self._send_state(child)

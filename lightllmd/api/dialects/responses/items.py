@@ -1,0 +1,313 @@
+"""The items of a conversation as the Responses API has them, and the turns that they are to a chat template.
+
+A client's items are checked by the models here and brought into one form, that of OpenAI's answers (`output` and
+`/input_items`): plain dicts with an id. What is stored, told and made a prompt of is always that form.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lightllmd.errors import InvalidRequest
+from lightllmd.requests.fields import Body
+
+MAX_ITEMS = 4096
+MAX_ID = 128  # characters of an item's or a call's id
+_LISTED = 8  # ids that a message repeats
+
+Item = dict[str, Any]
+Turn = dict[str, Any]  # a message as OpenAI's chat route has it
+
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+def new_id(prefix: str) -> str:
+    """Of an item or a response."""
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+class InputText(Body):
+    """A part of a message, or of what a function returned."""
+
+    lenient = True
+
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputText(Body):
+    """A part of an answer."""
+
+    lenient = True
+
+    type: Literal["output_text"]
+    text: str
+
+
+class Refusal(Body):
+    """Of an answer that said no: the model is not shown it again."""
+
+    described = True
+    lenient = True
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+ContentPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
+
+
+class InputMessage(Body):
+    """A message of either side; without a type it is one, too."""
+
+    lenient = True
+
+    type: Literal["message"]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)]
+    id: Identifier | None = None
+    status: Status | None = None
+
+    def item(self) -> Item:
+        """As an answer has it."""
+        mine = self.role == "assistant"
+        given = self.content
+        texts = [given] if isinstance(given, str) else [part.text for part in given if not isinstance(part, Refusal)]
+        content: list[dict[str, Any]] = [
+            {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+            if mine
+            else {"type": "input_text", "text": text}
+            for text in texts
+        ]
+        if not isinstance(given, str):
+            content += [{"type": "refusal", "refusal": part.refusal} for part in given if isinstance(part, Refusal)]
+        return {
+            "id": self.id or new_id("msg"),
+            "type": "message",
+            "status": self.status or "completed",
+            "role": self.role,
+            "content": content,
+        }
+
+
+class FunctionCall(Body):
+    """A call that the model made."""
+
+    lenient = True
+
+    type: Literal["function_call"]
+    call_id: Identifier
+    name: Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+    arguments: str
+    id: Identifier | None = None
+    status: Status | None = None
+
+    def item(self) -> Item:
+        """As an answer has it."""
+        return {
+            "id": self.id or new_id("fc"),
+            "type": "function_call",
+            "status": self.status or "completed",
+            "call_id": self.call_id,
+            "name": self.name,
+            "arguments": self.arguments,
+        }
+
+
+class FunctionCallOutput(Body):
+    """What the function returned."""
+
+    lenient = True
+
+    type: Literal["function_call_output"]
+    call_id: Identifier
+    output: str | Annotated[list[InputText], Field(fail_fast=True)]
+    id: Identifier | None = None
+    status: Status | None = None
+
+    def item(self) -> Item:
+        """As an answer has it."""
+        output = self.output
+        return {
+            "id": self.id or new_id("fco"),
+            "type": "function_call_output",
+            "status": self.status or "completed",
+            "call_id": self.call_id,
+            "output": output
+            if isinstance(output, str)
+            else [{"type": "input_text", "text": part.text} for part in output],
+        }
+
+
+class SummaryText(Body):
+    """A part of a summary."""
+
+    lenient = True
+
+    type: Literal["summary_text"]
+    text: str
+
+
+class ReasoningText(Body):
+    """A part of the reasoning itself."""
+
+    lenient = True
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Body):
+    """What the model said before its answer. `encrypted_content` is passed over: none is made here."""
+
+    described = True
+    lenient = True
+
+    type: Literal["reasoning"]
+    summary: Annotated[list[SummaryText], Field(fail_fast=True)] = []
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
+    encrypted_content: str | None = None
+    id: Identifier | None = None
+    status: Status | None = None
+
+    def item(self) -> Item:
+        """As an answer has it."""
+        return {
+            "id": self.id or new_id("rs"),
+            "type": "reasoning",
+            "status": self.status or "completed",
+            "summary": [{"type": "summary_text", "text": part.text} for part in self.summary],
+            "content": [{"type": "reasoning_text", "text": part.text} for part in self.content or ()],
+        }
+
+
+class ItemReference(Body):
+    """Stands for an item of a stored response."""
+
+    described = True
+    lenient = True
+
+    type: Literal["item_reference"]
+    id: Identifier
+
+    def item(self) -> Item:
+        """Itself: the item is looked up where the store is."""
+        return {"type": "item_reference", "id": self.id}
+
+
+InputItem = Annotated[
+    InputMessage | FunctionCall | FunctionCallOutput | ReasoningItem | ItemReference, Field(discriminator="type")
+]
+Items = Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True)]
+
+_ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning", "item_reference"})
+_PARTS = frozenset({"input_text", "output_text", "refusal"})
+
+
+def prepared(given: Any) -> Any:
+    """The `input` of a body with the type of each item said. Raises InvalidRequest, with its place, for an item or a
+    part that is of a kind of OpenAI's that there is not here."""
+    if not isinstance(given, list):
+        return given
+    return [_prepared(item, f"input.{index}") for index, item in enumerate(given)]
+
+
+def _prepared(item: Any, path: str) -> Any:
+    if not isinstance(item, dict):
+        return item
+    kind = item.get("type")
+    if kind is None and "role" in item:
+        kind = "message"
+    elif kind is None and "id" in item and len(item) == 1:
+        kind = "item_reference"
+    if isinstance(kind, str) and kind not in _ITEMS:
+        raise InvalidRequest(
+            f"{path}.type: {kind[:MAX_ID]!r} is not available here; items are {', '.join(sorted(_ITEMS))}",
+            param=f"{path}.type",
+        )
+    for field in ("content", "output"):
+        parts = item.get(field)
+        for index, part in enumerate(parts if isinstance(parts, list) and kind != "reasoning" else ()):
+            part_kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(part_kind, str) and part_kind not in _PARTS:
+                where = f"{path}.{field}.{index}.type"
+                raise InvalidRequest(f"{where}: {part_kind[:MAX_ID]!r} is not available here; text is", param=where)
+    return item | {"type": kind} if kind is not None else item
+
+
+def resolved(items: Sequence[Item], stored: Callable[[str], Item | None]) -> list[Item]:
+    """With the items that references stand for. Raises InvalidRequest for one that is not stored."""
+    found: list[Item] = []
+    for index, item in enumerate(items):
+        if item["type"] == "item_reference":
+            referred = stored(item["id"])
+            if referred is None:
+                raise InvalidRequest(
+                    f"input.{index}.id: Item with id '{item['id']}' not found.", param=f"input.{index}.id"
+                )
+            item = referred
+        found.append(item)
+    return found
+
+
+def turns(instructions: str | None, items: Iterable[Item]) -> list[Turn]:
+    """The messages of a chat. Reasoning, text and calls that follow each other are one answer of the model.
+
+    Raises InvalidRequest for an output of a call that there is not."""
+    said: list[Turn] = [] if instructions is None else [{"role": "system", "content": instructions}]
+    answer: Turn | None = None  # the model's, while it goes on
+    names: dict[str, str] = {}  # of functions, by the id of the call
+    for item in items:
+        kind = item["type"]
+        if kind == "function_call_output":
+            answer = None
+            said.append(_result(item, names))
+            continue
+        if kind == "message" and item["role"] != "assistant":
+            answer = None
+            text = _texts(item["content"])
+            if instructions is not None and len(said) == 1 and item["role"] != "user":
+                said[0]["content"] += f"\n\n{text}"  # many templates take one system message only
+            else:
+                said.append({"role": item["role"], "content": text})
+            continue
+        if answer is None or not _goes_on(answer, kind):
+            answer = {"role": "assistant", "content": ""}
+            said.append(answer)
+        if kind == "message":
+            answer["content"] = _texts(item["content"])
+        elif kind == "reasoning":
+            answer["reasoning_content"] = "".join(part["text"] for part in item.get("content") or item["summary"])
+        else:
+            names[item["call_id"]] = item["name"]
+            answer["content"] = answer["content"] or None
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            answer.setdefault("tool_calls", []).append(
+                {"id": item["call_id"], "type": "function", "function": function}
+            )
+    return said
+
+
+def _goes_on(answer: Turn, kind: str) -> bool:
+    """Whether an item of that kind belongs to the answer so far: reasoning begins one, text comes before calls."""
+    if kind == "function_call":
+        return True
+    return kind == "message" and not answer["content"] and "tool_calls" not in answer
+
+
+def _result(item: Item, names: dict[str, str]) -> Turn:
+    call = item["call_id"]
+    if call not in names:
+        raise InvalidRequest(f"No tool call found for function call output with call_id {call}.", param="input")
+    output = item["output"]
+    content = output if isinstance(output, str) else _texts(output)
+    return {"role": "tool", "tool_call_id": call, "name": names[call], "content": content}
+
+
+def _texts(parts: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(part["text"] for part in parts if "text" in part)
