@@ -41,7 +41,7 @@ class GrammarCheck:
         size = compiled.memory_size_bytes()
         if size > MAX_COMPILED:
             raise _refusal(field, f"takes {size >> 20} MB compiled, more than {MAX_COMPILED >> 20} MB", grammar)
-        bits = np.zeros((1, -(-self._compiler.vocab_size // 32)), np.int32)
+        bits = np.zeros((1, self._compiler.words), np.int32)
         native().GrammarMatcher(compiled, None, False, -1, None).fill_next_token_bitmask(bits, 0, False)
         if not bits.any():
             raise _refusal(field, "no text that this model can write matches it", grammar)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lightllmd.errors import InvalidRequest
 from lightllmd.grammar.native import native
 from lightllmd.ipc.messages import Grammar
@@ -32,6 +34,13 @@ class GrammarCompiler:
         for number in ends:
             tokens[number] = b""
         self.eos_ids, self.vocab_size = ends, vocab_size
+        self.words = -(-vocab_size // 32)  # int32 of a mask
+        allowed = np.zeros(32 * self.words, np.bool_)
+        self.nothing = np.packbits(allowed, bitorder="little").tobytes()  # the mask that allows no token
+        allowed[ends] = True
+        self.ends = np.packbits(allowed, bitorder="little").tobytes()  # the one that allows what ends a generation
+        words = np.frombuffer(self.ends, np.int32)
+        self.but_ends = [(int(word), ~words[word]) for word in words.nonzero()[0]]  # word of a mask, its other bits
         self._native = native()
         self._tokens = self._native.TokenizerInfo(tokens, _RAW, vocab_size, ends, False)
 

@@ -34,7 +34,7 @@ class CompiledGrammars:
         """Of one sequence of such a request."""
         grammar = params.grammar
         assert grammar is not None
-        return GrammarRow(self.compiled(grammar), self._compiler, params.ignore_eos)
+        return GrammarRow(self.compiled(grammar), self._compiler, params.ignore_eos, beam=False)
 
     def compiled(self, grammar: Grammar) -> Any:
         """xgrammar's CompiledGrammar. Raises InvalidRequest for one that was not checked."""
@@ -51,56 +51,43 @@ class CompiledGrammars:
 
 class GrammarRow:
     """What the grammar of one sequence allows behind the tokens that it has. Nothing of it is stored: it is advanced by
-    the emitted tokens again after a replay, and goes back where beams take another past."""
+    the emitted tokens again after a replay, and goes back where a beam takes another past."""
 
-    def __init__(self, compiled: Any, compiler: GrammarCompiler, ignore_eos: bool) -> None:
-        self._compiled, self._compiler, self._ignore_eos = compiled, compiler, ignore_eos
+    def __init__(self, compiled: Any, compiler: GrammarCompiler, ignore_eos: bool, beam: bool) -> None:
+        """`ignore_eos`: the text goes on as long as the grammar does. `beam`: what was emitted may become other."""
+        self._compiled, self._compiler, self._ignore_eos, self._beam = compiled, compiler, ignore_eos, beam
         self._matcher = native().GrammarMatcher(compiled, None, False, -1, None)
         self._accepted: list[int] = []  # tokens that the matcher has
-        self._bits: NDArray[np.int32] = np.zeros((1, -(-compiler.vocab_size // 32)), np.int32)
+        self._bits: NDArray[np.int32] = np.zeros((1, compiler.words), np.int32)
 
-    def fork(self) -> GrammarRow:
+    def fork(self, beam: bool) -> GrammarRow:
         """Of another sequence with the same grammar, at its beginning."""
-        return GrammarRow(self._compiled, self._compiler, self._ignore_eos)
+        return GrammarRow(self._compiled, self._compiler, self._ignore_eos, beam)
 
     def mask(self, emitted: Sequence[int]) -> bytes:
-        """As `Step.masks`. Where the grammar has ended, or the tokens left it, an end alone is allowed."""
+        """As `Masks`. Where the grammar has ended, or the tokens left it, only what ends a generation is allowed."""
         self._advance(emitted)
-        if len(self._accepted) == len(emitted) and not self._matcher.is_terminated():
-            self._matcher.fill_next_token_bitmask(self._bits, 0, False)
-        else:
-            self._bits[:] = 0
-        ends = self._compiler.eos_ids
-        if self._ignore_eos and self._bits.any():
-            kept = self._bits.copy()
-            _clear(self._bits[0], ends)
-            if not self._bits.any():
-                self._bits = kept
-        elif not self._bits.any():
-            _set(self._bits[0], ends)
-        return self._bits.tobytes()
+        ends, nothing = self._compiler.ends, self._compiler.nothing
+        if len(self._accepted) != len(emitted) or self._matcher.is_terminated():
+            return ends
+        self._matcher.fill_next_token_bitmask(self._bits, 0, False)
+        if self._ignore_eos:
+            for word, others in self._compiler.but_ends:
+                self._bits[0, word] &= others
+        mask = self._bits.tobytes()
+        return ends if mask == nothing else mask
 
     def _advance(self, emitted: Sequence[int]) -> None:
-        accepted = self._accepted
-        common = 0
-        for ours, theirs in zip(accepted, emitted, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        if common < len(accepted):
-            self._matcher.rollback(len(accepted) - common)
-            del accepted[common:]
-        for token in emitted[common:]:
-            if self._matcher.is_terminated() or not self._matcher.accept_token(token, False):
+        accepted, matcher = self._accepted, self._matcher
+        if self._beam:
+            common = next(
+                (at for at, pair in enumerate(zip(accepted, emitted, strict=False)) if pair[0] != pair[1]), None
+            )
+            common = min(len(accepted), len(emitted)) if common is None else common
+            if common < len(accepted):
+                matcher.rollback(len(accepted) - common)
+                del accepted[common:]
+        for token in emitted[len(accepted) :]:
+            if matcher.is_terminated() or not matcher.accept_token(token, False):
                 break
             accepted.append(token)
-
-
-def _set(bits: NDArray[np.int32], tokens: Sequence[int]) -> None:
-    for token in tokens:
-        bits[token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
-
-
-def _clear(bits: NDArray[np.int32], tokens: Sequence[int]) -> None:
-    for token in tokens:
-        bits[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)

@@ -27,8 +27,9 @@ _NONE: Ids = np.zeros(0, dtype=np.int64)
 class Restriction(Protocol):
     """Of one sequence."""
 
-    def for_sequence(self) -> Restriction:
-        """Of another branch of the request: the same one where it keeps nothing of a sequence."""
+    def for_sequence(self, beam: bool) -> Restriction:
+        """Of a branch of the request: the same one where it keeps nothing of a sequence. `beam`: what was emitted may
+        become other."""
 
     def mask(self, emitted: Sequence[int]) -> bytes:
         """What the token behind `emitted` may be, in the form of `Step.masks`; b"": anything."""
@@ -101,7 +102,7 @@ class _Fixed:
     def __init__(self, mask: bytes) -> None:
         self._mask = mask
 
-    def for_sequence(self) -> Restriction:
+    def for_sequence(self, beam: bool) -> Restriction:
         return self
 
     def mask(self, emitted: Sequence[int]) -> bytes:
@@ -129,7 +130,7 @@ class _Changing:
         self._prefix = prefix
         self._eos = eos
 
-    def for_sequence(self) -> Restriction:
+    def for_sequence(self, beam: bool) -> Restriction:
         return self
 
     def mask(self, emitted: Sequence[int]) -> bytes:
@@ -161,8 +162,8 @@ class _Grammatical:
     def __init__(self, row: GrammarRow, others: Restriction | None, eos: Ids) -> None:
         self._row, self._others, self._eos = row, others, eos
 
-    def for_sequence(self) -> Restriction:
-        return _Grammatical(self._row.fork(), self._others, self._eos)
+    def for_sequence(self, beam: bool) -> Restriction:
+        return _Grammatical(self._row.fork(beam), self._others, self._eos)
 
     def mask(self, emitted: Sequence[int]) -> bytes:
         mask = self._row.mask(emitted)

@@ -401,7 +401,9 @@ class Scheduler:
         if self._restrictions is not None and isinstance(message.params, SamplingParams):
             restriction = self._restrictions.of(message.params)
             for sequence in sequences:
-                sequence.restriction = restriction and restriction.for_sequence()
+                sequence.restriction = restriction and restriction.for_sequence(
+                    self.limits.beam_mode and message.params.n > 1
+                )
         for sequence in sequences:
             sequence.submission, sequence.since = submission, now
         if isinstance(message.params, SamplingParams) and message.params.n > 1:
