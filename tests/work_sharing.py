@@ -6,7 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_AS_ONE = ("real_time", "systemd")  # folders whose files stay together: alone on the machine, or in one booted machine
+_AS_ONE = (
+    "real_time",
+    "systemd",
+    "page",
+)  # folders whose files stay together: alone on the machine, or with one fixture
 _TREES = frozenset(
     {"test_api_process.py", "test_ctl_real_daemon.py", "test_real_gateway.py", "test_rolling_replacement.py"}
 )
@@ -35,7 +39,7 @@ def starts_trees(file: str) -> bool:
     path = Path(file)
     if path.name in _SIMULATED:
         return False
-    return path.parent.name in ("supervisor", "systemd") or path.name in _TREES
+    return path.parent.name in ("supervisor", "systemd", "page") or path.name in _TREES
 
 
 def place(file: str) -> int:

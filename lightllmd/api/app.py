@@ -17,6 +17,7 @@ from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.dialects.responses.routes import dialect as responses_dialect
 from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.api.page.routes import Page
 from lightllmd.api.web.auth import AcceptedKeys, KeyedAccess
 from lightllmd.api.web.bodies import schemas
 from lightllmd.api.web.errors import ErrorAnswers, InternalError, MethodNotAllowed
@@ -62,13 +63,19 @@ def build_app(
     refusals = Refusals(Tenants(http).address, revisions.accounts.refused)
     errors = error_answers(dialects)
     app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
+    page = None
+    if http.page:
+        tgi_api = revisions.current.plan.config.params.use_tgi_api
+        page = Page(revisions, lambda: keys.required, shared=tgi_api)
+        app.include_router(page.router())
     for dialect in dialects:
         app.include_router(dialect.router(revisions))
     app.include_router(probes.router(revisions, metrics_dir))
     _document(app, [body for dialect in dialects for body in dialect.bodies])
     _answer_errors(app, errors)
     app.add_middleware(KeyLimits, leases=leases, errors=errors, refusals=refusals)
-    app.add_middleware(KeyedAccess, keys=keys, errors=errors, refusals=refusals)
+    is_open = page.is_open if page else lambda scope: False
+    app.add_middleware(KeyedAccess, keys=keys, errors=errors, refusals=refusals, is_open=is_open)
     if http.cors_origins:
         # Outermost: a browser's preflight request carries no key.
         app.add_middleware(

@@ -177,6 +177,8 @@ class ApiWorker:
                 self._keys.accept(keys.decode(message.ring))
             case messages.Health():
                 revisions.health = message
+            case messages.Overview():
+                revisions.overview = message
             case messages.Drain():
                 revisions.refuse("the server is draining: it takes no new requests")
                 self._heartbeat()

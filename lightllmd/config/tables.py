@@ -311,6 +311,14 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     stored_responses_ttl: Annotated[
         float, _seconds("How long a response is kept after it was made or last continued.", reload="front end")
     ] = 86400.0
+    page: Annotated[
+        bool,
+        Setting(
+            doc="A page for browsers at /, with the daemon's state and a chat. Where API keys are required it tells "
+            "without one what /health tells, and nothing else.",
+            reload="front end",
+        ),
+    ] = True
     cors_origins: Annotated[
         list[str],
         Setting(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightllmd.config.plan import Plan
-from lightllmd.ipc.messages import Drain, Health, Models
+from lightllmd.ipc.messages import Drain, Health, Models, Overview
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.children import crashes
 from lightllmd.supervisor.children.child import Child
@@ -44,6 +44,7 @@ class Daemon:
         self.state = "starting"
         self.served_since: float | None = None  # Unix time of the first readiness
         self.health: tuple[bool, str] = (False, "")  # as the api workers were last told
+        self.overview: Overview | None = None  # as well; None: they show no page
         self.front = ApiWorkers(context, context.config.http.workers, self._send_state)
         self.engines = Engines(context, self.front.tell)
         self.pusher = Pusher(context)
@@ -82,6 +83,8 @@ class Daemon:
     def _send_state(self, child: Child) -> None:
         """Tells a new api worker how things stand."""
         child.send(Health(*self.health))
+        if self.overview is not None:
+            child.send(self.overview)
         if self.verbs.draining:
             child.send(Drain())
         if self.context.config.models:

@@ -29,6 +29,7 @@ from lightllmd.supervisor.children.child import Child, Exited, Readable
 from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.control import server, status
+from lightllmd.supervisor.control.overview import OverviewFeed
 from lightllmd.supervisor.control.verbs import Caller
 from lightllmd.supervisor.daemon import Daemon, Requested
 from lightllmd.supervisor.host import listeners as http_listeners
@@ -65,6 +66,7 @@ class Supervisor(Daemon):
         context.post = self.queue.put_nowait
         context.report_fault = self._report_fault
         self._systemd = SystemdReport(self, notifier)
+        self._overviews = OverviewFeed(self)
         self._first_facts: BackgroundTask[Facts] | None = None
         self._look: BackgroundTask[None] | None = None  # at the files that a reload would take up
         self._exit_code = EXIT_OK
@@ -176,6 +178,7 @@ class Supervisor(Daemon):
             for child in self.children():
                 child.memory = resident(child.pid)
                 child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
+            self._overviews.tell()
             self._look_at_files()
         self._systemd.tick(TICK)
 

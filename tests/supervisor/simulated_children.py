@@ -83,8 +83,8 @@ class Link:
     def fileno(self) -> int:
         return self.number
 
-    def send(self, message: Any) -> bool:
-        if not self.their_end or self.process is None:
+    def send(self, message: Any, *, droppable: bool = False) -> bool:
+        if not self.their_end or self.process is None or (droppable and self.down):
             return False
         self.process.world.told(self.process, message)
         self.down.append(message)

@@ -19,7 +19,7 @@ from lightllmd.api.inflight.tally import Tally
 from lightllmd.api.web.errors import Unhealthy
 from lightllmd.config.plan import Plan, decode_plan
 from lightllmd.errors import NotFound, NotReady, RequestError
-from lightllmd.ipc.messages import EngineDown, EngineUp, Health
+from lightllmd.ipc.messages import EngineDown, EngineUp, Health, Overview
 from lightllmd.requests.faults import shown
 from lightllmd.requests.fields import Body
 
@@ -43,6 +43,7 @@ class Revisions:
         self.gate = Gate()
         self.accounts = accounts
         self.health = Health(False, "the engine is starting")
+        self.overview: Overview | None = None  # what the supervisor last told of the whole daemon, for the page
         self.names = list(plan.config.models)  # of [models]
         self.streams: set[EventStream] = set()  # those that are open
         self._tally = tally

@@ -1,4 +1,4 @@
-"""Who may ask what: API keys on everything but the health routes, and keys of operators on what is theirs."""
+"""Who may ask what: API keys on all but the health routes and the page, and keys of operators on what is theirs."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ class AcceptedKeys:
         self._metrics = None if ring.metrics is None else _Keys(ring.metrics)
         self._open_metrics = ring.open_metrics
 
+    @property
+    def required(self) -> bool:
+        """A request needs one."""
+        return self._requests is not None
+
     def admit(self, scope: Scope) -> ApiKey | None:
         """The key that a request may pass with; None: it needs none. Raises Unauthorized, Forbidden."""
         path = scope["path"]
@@ -90,14 +95,23 @@ class AcceptedKeys:
 class KeyedAccess:
     """Middleware: refuses requests without a key that opens their path."""
 
-    def __init__(self, app: ASGIApp, keys: AcceptedKeys, errors: ErrorAnswers, refusals: Refusals) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: AcceptedKeys,
+        errors: ErrorAnswers,
+        refusals: Refusals,
+        is_open: Callable[[Scope], bool] = lambda scope: False,
+    ) -> None:
+        """`is_open`: whether a request needs no key, beside those for `OPEN_PATHS`."""
         self.app = app
+        self._is_open = is_open
         self._errors = errors
         self._keys = keys
         self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_open(scope):
             try:
                 key = self._keys.admit(scope)
             except RequestError as refusal:

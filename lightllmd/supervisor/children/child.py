@@ -144,6 +144,13 @@ class Child:
                 "warning", f"{self.worker}: {type(message).__name__} could not be sent to pid {self.pid}"
             )
 
+    def keep_told(self, message: Down) -> None:
+        """`send` of what the next message of its kind replaces: dropped while anything waits for the process."""
+        if not self.exited:
+            self.channel.send(message, droppable=True)
+            if self.channel.pending:
+                self._loop.add_writer(self.channel.fileno(), self._writable)
+
     def _writable(self) -> None:
         self.channel.flush()
         if not self.channel.pending:

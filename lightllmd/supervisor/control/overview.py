@@ -1,0 +1,69 @@
+"""What the api workers' page shows of the daemon: told them when it changed, once a second at most."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from lightllmd.ipc.messages import Overview, WorkerSeen
+from lightllmd.supervisor.change.switch import describe
+from lightllmd.supervisor.children.worker import Worker
+from lightllmd.supervisor.control import status
+from lightllmd.supervisor.daemon import Daemon
+
+_LOOKS = 4  # at the engine's count of tokens, one a second, between the first and last of which the rate is taken
+
+
+class OverviewFeed:
+    """Called by the supervisor's loop once a second."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)  # running clock, tokens
+        self._process: int | None = None  # the pid of the engine that they count
+
+    def tell(self) -> None:
+        """Tells the api workers, if there is something new to tell."""
+        daemon = self._daemon
+        if not daemon.context.config.http.page:
+            daemon.overview = None
+            return
+        overview = self._overview()
+        if overview != daemon.overview:
+            daemon.overview = overview
+            for child in daemon.front.children():
+                child.keep_told(overview)
+
+    def _overview(self) -> Overview:
+        daemon = self._daemon
+        front = daemon.front
+        places = [*(api.worker for api in front.apis), *(engine.worker for engine in daemon.engines)]
+        return Overview(
+            started=daemon.started,
+            sentence=status.sentence(daemon),
+            tokens_per_second=self._rate(),
+            in_flight=front.now("in_flight"),
+            held=front.now("held"),
+            ok=front.total("ok"),
+            cancelled=front.total("cancelled"),
+            failed=front.total("failed"),
+            resumed=front.total("resumed"),
+            workers=[_seen(worker) for worker in places],
+        )
+
+    def _rate(self) -> float:
+        """Tokens per second; counts of an engine that is gone are of no use."""
+        child = self._daemon.engines.serving.worker.child
+        if child is None or not child.ready:
+            self._looks.clear()
+            return 0.0
+        if child.pid != self._process:
+            self._looks.clear()
+            self._process = child.pid
+        self._looks.append((self._daemon.context.clock.now, child.stats.get("tokens_out", 0.0)))
+        (first, before), (last, now) = self._looks[0], self._looks[-1]
+        return round((now - before) / (last - first), 1) if last > first else 0.0
+
+
+def _seen(worker: Worker) -> WorkerSeen:
+    said = worker.trouble if worker.state in ("fatal", "backoff") else describe(worker)
+    return WorkerSeen(worker.name, worker.state, said, worker.restarts)
