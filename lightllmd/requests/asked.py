@@ -23,10 +23,11 @@ class Chat:
     @property
     def size(self) -> int:
         """Characters of the messages."""
-        return sum(map(_characters, self.messages))
+        return sum(map(characters, self.messages))
 
 
-def _characters(message: dict[str, Any]) -> int:
+def characters(message: dict[str, Any]) -> int:
+    """Of one message."""
     content = message.get("content") or ""
     size = len(content) if isinstance(content, str) else sum(len(part.get("text") or "") for part in content)
     for call in message.get("tool_calls") or ():
@@ -113,6 +114,7 @@ class Asked:
     bad_texts: Sequence[str] = ()
     constraint: Constraint | None = None  # what the output has to be
     add_special_tokens: bool = True  # around prompts that are texts
+    drops_oldest: bool = False  # a chat that is too long goes without its oldest messages
     keep_last: int | None = None  # of a longer prompt the last so many tokens are run; -1: as many as fit
     beams: bool | None = None  # whether a beam search is expected; None: the server's mode decides
     shows_prompt: bool = True  # the answer has room for log-probabilities of the prompt

@@ -21,11 +21,13 @@ from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import naming
 from lightllmd.requests.limits import Ids, RequestLimits
 from lightllmd.requests.scoring import ScoresAsked, ScoringIntake, ScoringJob
+from lightllmd.requests.shortening import share, without_oldest
 from lightllmd.requests.text_work import JOB_COST, STOP_COST, TextWork
 from lightllmd.text.healing import roll_back
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.stop import StopList
 
+_LONGEST = 16  # characters of a token, about; more of a chat than that is not tokenised to see whether it fits
 _PROMPT_END = 16  # tokens, in which the mark stands that reasoning begins with, if the prompt ends so
 
 
@@ -204,10 +206,28 @@ class Intake:
             if isinstance(prompt.content, str):
                 given.append(next(encoded))
             elif isinstance(prompt.content, Chat):
-                given.append(await self._work.encode_chat(prompt.content, prompt.field, cut=cut))
+                given.append(await self._chat(asked, prompt.content, prompt.field))
             else:
                 given.append(prompt.content)
         return await self._work.compute(_size(given), self._fitted, asked, given)
+
+    async def _chat(self, asked: Asked, chat: Chat, field: str) -> Ids:
+        """Its tokens; without its oldest messages, where those are to go for the others."""
+        if not asked.drops_oldest:
+            return await self._work.encode_chat(chat, field, cut=asked.keep_last is not None)
+        limits = self.limits
+        most = max(1, min(limits.max_req_input_len, limits.room(asked.new_tokens or 1, asked.params.n)))
+        too_many = chat.size - most * _LONGEST
+        while True:
+            if too_many > 0:
+                shorter = without_oldest(chat, too_many)
+                if shorter is None:
+                    return await self._work.encode_chat(chat, field, cut=False)
+                chat = shorter
+            ids = await self._work.encode_chat(chat, field, cut=True)
+            if len(ids) <= most:
+                return ids
+            too_many = share(chat, len(ids), most)
 
     def _fitted(self, asked: Asked, given: Sequence[Ids]) -> list[_Fitted]:
         return [self._fit(asked, prompt, ids) for prompt, ids in zip(asked.prompts, given, strict=True)]

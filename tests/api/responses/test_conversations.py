@@ -192,3 +192,27 @@ def test_a_conversation_larger_than_a_body_is_refused(tmp_path):
             assert "more than 4000" in answer.json()["error"]["message"]
 
     run(scenario())
+
+
+def test_a_conversation_that_is_too_long_goes_without_its_oldest_items_if_it_may(tmp_path):
+    async def scenario():
+        async with stack(tmp_path, engine=False) as one:
+            await speaking(one, "x" * 300)
+            previous = None
+            for number in range(9):
+                body = {"input": f"{number}" * 300, "previous_response_id": previous, "instructions": "be kind"}
+                previous = (await respond(one, **body, truncation="auto", max_output_tokens=900))["id"]
+            last = prompts(one)[-1]
+            assert last.startswith("system: be kind\nuser: 666")
+            assert last.endswith("user: " + "8" * 300 + "\nassistant: ")
+            assert len(last) + 900 <= 3072
+            refused = await one.client.post("/v1/responses", json=body | {"truncation": "disabled"})
+            assert "max_req_input_len = 2048" in refused.json()["error"]["message"]
+            # What stays is the last user's message, which alone may be too long.
+            long = await one.client.post("/v1/responses", json=body | {"truncation": "auto", "input": "y" * 3000})
+            assert "max_req_input_len = 2048" in long.json()["error"]["message"]
+            # All that is kept of the conversation is there still.
+            listed = await one.client.get(f"/v1/responses/{previous}/input_items", params={"limit": 100})
+            assert len(listed.json()["data"]) == 17
+
+    run(scenario())

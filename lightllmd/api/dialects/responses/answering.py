@@ -117,6 +117,7 @@ class Answering:
             stop_tokens=body.stop_token_ids or (),
             bad_texts=body.bad_texts,
             shows_prompt=False,
+            drops_oldest=body.truncation == "auto",
             dialogue=body.dialogue,
             constraint=body.constraint,
         )
