@@ -37,7 +37,7 @@ class PreparedChat:
             return None
         if opening.think is not None and prompt_end.rstrip().endswith(opening.think[0]):
             opening = replace(opening, inside=True)
-        open_parser = partial(self.format.open, opening)
+        open_parser = partial(self.format.parser, opening)
         return open_parser if self.parallel else lambda: OneCall(open_parser())
 
 

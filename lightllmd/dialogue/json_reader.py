@@ -200,7 +200,7 @@ class CallReader:
     def _in_key(self, text: str, at: int) -> int:
         end = self._value.read(text, at)
         self._keep(text[at:end])
-        if self._value.done:
+        if self._value.done and not self.broken:
             key = _loaded("".join(self._raw))
             self._key = key if isinstance(key, str) else ""
             self._held -= sum(map(len, self._raw))

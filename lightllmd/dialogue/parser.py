@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -83,9 +84,9 @@ class Marks:
         self._beginnings = frozenset(mark[:size] for mark in self.marks for size in range(1, len(mark)))
         self._longest = max(map(len, self.marks), default=1)
 
-    def find(self, text: str) -> tuple[int, str] | None:
-        """Where the first one begins, and which it is."""
-        found = self._pattern.search(text) if self._pattern is not None else None
+    def find(self, text: str, end: int = sys.maxsize) -> tuple[int, str] | None:
+        """Where the first one begins that is complete before `end`, and which it is."""
+        found = self._pattern.search(text, 0, end) if self._pattern is not None else None
         return None if found is None else (found.start(), found.group())
 
     def clear(self, text: str) -> int:
@@ -98,7 +99,8 @@ class Marks:
 
 class MarkParser(Parser):
     """Reads texts that marks part. What stands for a state is a method that reads from the beginning of `_held` and
-    says whether there is more to do before further text comes.
+    says whether there is more to do before further text comes. Where it gives up a search it has looked at a number of
+    characters that does not depend on how many there are.
 
     White space around marks is the template's, not the model's: it is no content.
     """

@@ -26,9 +26,10 @@ class TaggedParser(MarkParser):
         inside: bool = False,
         names: Sequence[str] = ("name",),
         arguments: Sequence[str] = ("arguments", "parameters"),
+        others: Sequence[str] = (),
     ) -> None:
-        """`names`, `arguments`: the keys of an object; otherwise see MarkParser."""
-        super().__init__([open], think=think, inside=inside)
+        """`names`, `arguments`: the keys of an object; `others`: further marks; otherwise see MarkParser."""
+        super().__init__([open, *others], think=think, inside=inside)
         self._close = close
         self._keys = (names, arguments)
         self._raw: list[str] = []  # what would be content if it were no call
@@ -65,11 +66,13 @@ class TaggedParser(MarkParser):
         return True
 
     def _skip_spaces(self) -> None:
-        spaces = self._take(len(self._held) - len(self._held.lstrip()))
-        if self._raw:
-            self._hold(spaces)
-            if self._raw_size > MAX_HELD:
-                self._give_back(self._held_raw())
+        spaces = len(self._held) - len(self._held.lstrip())
+        if not self._raw:
+            self._take(spaces)
+        elif self._raw_size < MAX_HELD:
+            self._hold(self._take(min(spaces, MAX_HELD - self._raw_size)))
+        else:
+            self._give_back(self._held_raw())
 
     def _next_call(self) -> None:
         self._reader = CallReader(*self._keys)
@@ -77,13 +80,14 @@ class TaggedParser(MarkParser):
 
     def _in_call(self) -> bool:
         reader = self._reader
-        taken = self._take(reader.read(self._held, 0))
-        if not self._call_open:
-            self._hold(taken)
+        if self._call_open:
+            self._take(reader.read(self._held, 0))
+        else:
+            self._hold(self._take(reader.read(self._held[: MAX_HELD - self._raw_size], 0)))
             if self._begins(reader):
                 self._held_raw()
                 self._begin_call(str(reader.name), self._own_id(reader))
-            elif reader.broken or reader.done or self._raw_size > MAX_HELD:
+            elif reader.broken or reader.done or self._raw_size == MAX_HELD:
                 self._give_back(self._held_raw())
                 return True
             else:
@@ -94,8 +98,7 @@ class TaggedParser(MarkParser):
         if reader.broken or reader.done:
             self._end_call()
             self._state = self._after_call
-            return True
-        return False
+        return bool(self._held)
 
     def _begins(self, reader: CallReader) -> bool:
         """Whether it is certain now that this is a call."""
