@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.dialects import native, native_scores, openai, probes, scoring, tgi, tokenizing
+from lightllmd.api.dialects import embeddings, native, native_scores, openai, probes, scoring, tgi, tokenizing
 from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.dialects.responses.routes import dialect as responses_dialect
@@ -41,6 +41,7 @@ def dialects_of(plan: Plan, store_dir: str = "") -> tuple[Dialect, ...]:
         anthropic.DIALECT,  # before OpenAI's, whose /v1/models it answers for its own clients
         openai.DIALECT,
         responses_dialect(plan.config.http, store_dir),
+        embeddings.DIALECT,
         tokenizing.DIALECT,
         scoring.DIALECT,
         scoring.RERANKING,

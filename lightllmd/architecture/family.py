@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lightllmd.architecture.heads import ScoredModel
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Names, WeightSpec, weights_of
+
+PREFIX = "model."  # of the names of a decoder's tensors beside a head
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class Architecture:
 
     family: Family
     spec: DecoderSpec
-    scored: ScoredModel | None = None  # None: it generates
+    scored: ScoredModel | None = None  # of a model that scores
+    unprefixed: bool = False  # its checkpoint names tensors as the decoder by itself does
+
+    def of_files(self, headless: bool, unprefixed: bool) -> Architecture:
+        """What a checkpoint's files make of it: one of the decoder alone has no head."""
+        spec = replace(self.spec, headless=True, logit_soft_cap=None) if headless else self.spec
+        return replace(self, spec=spec, unprefixed=unprefixed)
 
     @cached_property
     def weights(self) -> tuple[WeightSpec, ...]:
@@ -50,7 +58,8 @@ class Architecture:
     @property
     def names(self) -> Names:
         """Of all tensors of a checkpoint."""
-        return self.family.names if self.scored is None else {**self.family.names, **self.scored.names}
+        names = self.family.names if self.scored is None else {**self.family.names, **self.scored.names}
+        return {kind: name.removeprefix(PREFIX) for kind, name in names.items()} if self.unprefixed else names
 
     @cached_property
     def parameters(self) -> int:

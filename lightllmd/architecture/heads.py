@@ -12,7 +12,7 @@ from lightllmd.architecture.weights import Names
 from lightllmd.errors import show
 
 MOST_LABELS, MOST_LABEL_BYTES = 4096, 40_000  # the latter in all: plans have them
-CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+CAUSAL, CLASSIFIER, BASE = "ForCausalLM", "ForSequenceClassification", "Model"
 LABEL = "LABEL_{}"  # what transformers calls those that a config doesn't name
 
 
@@ -34,22 +34,30 @@ class ScoredModel:
 
 
 def scored_model(config: Mapping[str, Any]) -> ScoredModel | None:
-    """None: it has a language model head, as one has whose config names no architecture. Raises ConfigInvalid for
+    """None: it generates or embeds, as one does whose config names no architecture. Raises ConfigInvalid for
     others that are not built."""
     named = config.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    if not names or any(name.endswith(CAUSAL) for name in names):
+    if not names or any(name.endswith(CAUSAL) for name in names) or is_base_model(config):
         return None
     if make := REWARD_MODELS.get(names[0]):
         return make(config)
     # Not by the ending alone: some have the decoder of their family with attention to later tokens.
     if names[0].lower() == f"{config.get('model_type')}{CLASSIFIER}".lower():
         return _classifier(config)
-    known = ", ".join(f"...{ending}" for ending in (CAUSAL, CLASSIFIER))
+    known = ", ".join(f"...{ending}" for ending in (CAUSAL, CLASSIFIER, BASE))
     raise invalid(
         f"the architecture {show(names[0])} is not available yet; {known} of a family that is built and "
         f"{', '.join(REWARD_MODELS)} are"
     )
+
+
+def is_base_model(config: Mapping[str, Any]) -> bool:
+    """Whether it names the decoder of its type by itself, such as "Qwen3Model": embedding models are such. Others that
+    end so may be decoders with attention to later tokens."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return isinstance(first, str) and first.lower() == f"{config.get('model_type')}{BASE}".lower()
 
 
 def _classifier(config: Mapping[str, Any]) -> ScoredModel:

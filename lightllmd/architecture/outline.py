@@ -43,7 +43,8 @@ class Outline:
     longest: int | None = None
     context: int | None = None  # tokens that the model was made for, where its config says so
 
-    scores: ClassVar[ScoreHead | None] = None  # it generates
+    generates: ClassVar[bool] = True
+    scores: ClassVar[ScoreHead | None] = None
     scored: ClassVar[ScoredModel | None] = None
 
     def weight_bytes(self, item: int) -> int:

@@ -117,7 +117,13 @@ class DecoderSpec:
     tied: bool  # the head's weight is the embedding
     embedding_scale: float | None = None  # of the embedded tokens
     logit_soft_cap: float | None = None  # logits become ``logit_soft_cap * tanh(logits / logit_soft_cap)``
-    scores: ScoreHead | None = None  # None: a language model head
+    scores: ScoreHead | None = None  # what it ends in instead of a language model head
+    headless: bool = False  # it ends in its last norm: what is wanted of it are its hidden states
+
+    @property
+    def generates(self) -> bool:
+        """It ends in logits."""
+        return self.scores is None and not self.headless
 
     @property
     def norms_results(self) -> bool:

@@ -92,7 +92,7 @@ def weights_of(spec: DecoderSpec, names: Names) -> tuple[WeightSpec, ...]:
     weights = [make.table("embed"), *make.layers(), make.norm("norm", None)]
     if spec.scores is not None:
         return (*weights, *make.scores(spec.scores))
-    return (*weights,) if spec.tied else (*weights, make.table("head"))
+    return (*weights,) if spec.tied or spec.headless else (*weights, make.table("head"))
 
 
 class _Maker:

@@ -143,7 +143,10 @@ def demand(
     rows = [
         _weights(architecture, data_type),
         _activations(spec, batch_max_tokens, data_type),
-        _logits(spec, item) if spec.scores is None else gpu_budget.scores(spec, spec.scores, item),
+        *([_logits(spec, item)] if spec.generates else []),
+        gpu_budget.embeddings(spec, item, config.params.running_max_req_size)
+        if spec.scores is None
+        else gpu_budget.scores(spec, spec.scores, item),
         _tables(config, spec),
         _prefix_masks(config, spec, item),
         _short_rows(config, gathered),

@@ -52,8 +52,9 @@ def rows(
         _activations(spec, data_type, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),
-        *([_logits(spec, item, running)] if spec.scores is None else [scores(spec, spec.scores, item)]),
-        _sampling(spec, running if spec.scores is None else 0),
+        *([_logits(spec, item, running)] if spec.generates else []),
+        embeddings(spec, item, running) if spec.scores is None else scores(spec, spec.scores, item),
+        _sampling(spec, running if spec.generates else 0),
         _tables(spec, running, width, batch_max_tokens),
         _graphs(config, spec, data_type, batch_max_tokens),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
@@ -67,6 +68,13 @@ def scores(spec: DecoderSpec | Outline, head: ScoreHead, item: int) -> BudgetRow
     each = spec.hidden * (item + 4) + 2 * 4 * (head.inner or 0) + 2 * 4 * head.values
     how = f"the head in fp32, {size(4 * elements)}; {POOLED_ROWS} hidden states at a time x {size(each)}"
     return BudgetRow("scores", 4 * elements + POOLED_ROWS * each, how)
+
+
+def embeddings(spec: DecoderSpec | Outline, item: int, running: int) -> BudgetRow:
+    """Of each hidden state that is pooled it and its normed fp32 copy, which sums it is in, and fp32 results."""
+    each, results = spec.hidden * (item + 4) + 2 * 4 * POOLED_ROWS, 2 * 4 * max(running, POOLED_ROWS) * spec.hidden
+    how = f"{POOLED_ROWS} hidden states at a time x {size(each)}, and {size(results)} for their sums"
+    return BudgetRow("embeddings", POOLED_ROWS * each + results, how)
 
 
 def _spare_engine(config: Config) -> list[BudgetRow]:

@@ -15,6 +15,13 @@ from lightllmd.config.stamps import Stamp
 STEP = "<extra_0>"  # what process-reward models have behind each step of a solution
 
 
+class Pooling(msgspec.Struct, frozen=True):
+    """How a checkpoint makes an embedding of a prompt's last hidden states."""
+
+    kind: str  # "last" | "mean" | "cls": of the last token, of all, of the first one
+    unit: bool  # each vector is divided by its length
+
+
 class ModelFacts(msgspec.Struct, frozen=True):
     """Read by the probe child from file headers; no weight was loaded for it."""
 
@@ -34,11 +41,15 @@ class ModelFacts(msgspec.Struct, frozen=True):
     step_token: int | None = None  # of a process-reward model: the tokenizer's id of what stands behind each step
     stamps: list[Stamp] = []  # of every file that any of this, or a tokenizer, was read from
     outline: Outline | None = None  # of a model that transformers' modules compute; None: one of our families
+    headless: bool = False  # its files hold no language model head
+    unprefixed: bool = False  # their tensors have the names of the decoder by itself, such as "layers.0.…"
+    pooling: Pooling | None = None  # as sentence-transformers' settings beside it say; None: they don't
+    pooling_refused: str = ""  # why what they say can't be done
 
     @property
     def architecture(self) -> Architecture | Outline:
         """What the model is made of. Raises ConfigInvalid."""
-        return self.outline or architecture_of(self.model_type, self.hf_config)
+        return self.outline or architecture_of(self.model_type, self.hf_config).of_files(self.headless, self.unprefixed)
 
     @property
     def weight_stamps(self) -> list[Stamp]:
@@ -60,6 +71,13 @@ class Scoring(msgspec.Struct, frozen=True):
     marker: int | None = None  # a vector is made at each token of this id; None: one, at the last token
     ending: int | None = None  # a token that ends each conversation
     raw_pairs: bool = False  # /score and /rerank tell the logit; else its sigmoid
+
+
+class PromptEmbedding(msgspec.Struct, frozen=True):
+    """The vectors that a model which doesn't score makes of prompts."""
+
+    pooling: Pooling
+    size: int  # values of a vector: the model's hidden size
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):
@@ -160,8 +178,14 @@ class Plan(msgspec.Struct, frozen=True):
     vocab_size: int
     model_name: str  # what /get_model_name and /v1/models say
     config_file: str | None = None
-    scoring: Scoring | None = None  # None: the model generates
+    scoring: Scoring | None = None  # of a model that scores
+    embedding: PromptEmbedding | None = None  # of any other
     decode_kernel: str = "auto"  # the decode attention's mode (config.modes.BUILT); "auto": the best for each shape
+
+    @property
+    def generates(self) -> bool:
+        """The model makes tokens; else vectors are all that it gives."""
+        return self.scoring is None and not (self.model is not None and self.model.headless)
 
 
 def encode_plan(plan: Plan) -> bytes:

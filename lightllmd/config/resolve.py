@@ -22,7 +22,19 @@ from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
-from lightllmd.config.plan import STEP, Budget, BudgetRow, Derived, Facts, ModelFacts, Other, Plan, Scoring
+from lightllmd.config.plan import (
+    STEP,
+    Budget,
+    BudgetRow,
+    Derived,
+    Facts,
+    ModelFacts,
+    Other,
+    Plan,
+    Pooling,
+    PromptEmbedding,
+    Scoring,
+)
 from lightllmd.config.report import budget_table, report
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -130,6 +142,7 @@ class _Fake(_Maker):
             or _last_component(params.model_dir or "fake"),
             config_file=self.config_file,
             scoring=self._scoring(),
+            embedding=None if params.use_reward_model else PromptEmbedding(self._pooling(), fake.embedding_size),
             derived=self.derived,
             budget=Budget([BudgetRow("weights", fake.load_bytes, "pretended")], self.device.memory_free),
         )
@@ -140,6 +153,10 @@ class _Fake(_Maker):
             return None
         marker = None if fake.score_marker < 0 else fake.score_marker
         return Scoring([f"LABEL_{number}" for number in range(fake.score_labels)], marker=marker)
+
+    def _pooling(self) -> Pooling:
+        written = self.config.engine.pooling
+        return Pooling("last" if written == "auto" else written, unit=True)
 
     def _slots(self) -> _Value:
         if self.params.max_total_token_num != "auto":
@@ -197,6 +214,7 @@ class _Real(_Maker):
             derived=self.derived,
             budget=demand.with_slots(slots.value),
             scoring=self._scoring(),
+            embedding=self._embedding(),
             decode_kernel=next(iter(decode_modes(self.params.mode)), "auto"),  # the rules let no two through
         )
 
@@ -232,6 +250,7 @@ class _Real(_Maker):
         self._check_rotations()
         self._check_mode()
         self._check_scoring()
+        self._check_pooling()
         self.stop_if_problems()
         if self.device.kind == "cuda":
             self._check_heads()
@@ -277,6 +296,23 @@ class _Real(_Maker):
         if scored is None:
             return None
         return Scoring(list(scored.labels), scored.problem_type, self._marker(), scored.ending, scored.raw_pairs)
+
+    def _embedding(self) -> PromptEmbedding | None:
+        if self.architecture.scored is not None:
+            return None
+        written, own = self.config.engine.pooling, self.model.pooling
+        unit = own is None or own.unit
+        kind = "last" if written == "auto" else written
+        if written == "auto" and own is not None:
+            kind = self.derive("engine.pooling", _Value(own.kind, "the model's own settings for embeddings"))
+        return PromptEmbedding(Pooling(kind, unit), self.spec.hidden)
+
+    def _check_pooling(self) -> None:
+        if self.model.pooling_refused and self.config.engine.pooling == "auto" and self.architecture.scored is None:
+            self.problem(
+                f'{self.model.pooling_refused}; [engine] pooling = "last", "mean" or "cls" takes no account of that',
+                "model_dir",
+            )
 
     def _check_mode(self) -> None:
         names = decode_modes(self.params.mode)

@@ -399,6 +399,7 @@ class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
             maximum=256,
         ),
     ] = -1
+    embedding_size: Annotated[int, Setting(doc="How many values an embedding has.", minimum=1, maximum=65536)] = 8
     poison: Annotated[
         str,
         Setting(
@@ -486,4 +487,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             "before top-p, top-k and min-p, as LightLLM tells.",
         ),
     ] = "raw"
+    pooling: Annotated[
+        Literal["auto", "last", "mean", "cls"],
+        Setting(
+            doc="What /v1/embeddings tells of a prompt's last hidden states: that of the last token, the mean of all "
+            "(mean), or that of the first token (cls). auto: what the model's settings for sentence-transformers say "
+            "(modules.json), or its GGUF file; where there are none, last. Vectors have the length 1, unless those "
+            "settings have no module that normalises.",
+        ),
+    ] = "auto"
     fake: FakeSettings = FakeSettings()

@@ -30,10 +30,17 @@ class SamplingRow(msgspec.Struct):
 
 
 class PoolingRow(msgspec.Struct):
-    """Of a row that ends with its prompt: of which hidden states the model's head makes vectors."""
+    """Of a row that ends with its prompt: of which hidden states vectors are made, by the head of a model that scores,
+    else by the last norm."""
 
     at: list[int]  # indices among the row's tokens, ascending; may be empty
     prompt_ids: list[int] | None = None  # set when the row (re)enters, None while it stays
+    summed: bool = False  # they are one vector together, their sum, if there are any
+
+    @property
+    def vectors(self) -> int:
+        """That a step makes of it."""
+        return min(1, len(self.at)) if self.summed else len(self.at)
 
 
 class Row(msgspec.Struct):
@@ -134,7 +141,7 @@ class StepResult(msgspec.Struct):
     alternatives: list[Alternatives | None]  # None where params.top_logprobs is 0
     candidates: list[list[Candidate] | None]  # None where params.candidates is 0
     targets: list[TargetLogprobs] = []  # one entry per row that has `targets`, in their order
-    # One entry per row that has `pooling`, in their order: a vector for each place, fp32, little-endian.
+    # One entry per row that has `pooling`, in their order: a vector for each place or their sum, fp32, little-endian.
     pooled: list[list[bytes]] = []
 
 

@@ -129,10 +129,10 @@ class EngineWorker:
 
     def _warm_up(self) -> None:
         """A request of our own, through the scheduler and the runner: one prefill and one decode make real tokens, or
-        one prefill real scores."""
+        one prefill a real vector."""
         prompt = list(range(min(4, self._plan.vocab_size, self._plan.max_total_token_num - 3)))
         params: messages.RequestParams = messages.SamplingParams(max_new_tokens=2, ignore_eos=True, use_cache=False)
-        if self._plan.scoring is not None:
+        if not self._plan.generates:
             params = messages.PoolingParams(use_cache=False)
         own = messages.Submit(0, *SELF, time.monotonic_ns(), prompt, params, branches=[0], emitted=[[]])
         refused = self._scheduler.submit(own)

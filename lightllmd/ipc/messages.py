@@ -89,8 +89,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampl
 
 
 class PoolingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="pooling"):
-    """Nothing is generated: the request ends with its prompt, of some of whose hidden states the model's own head makes
-    a vector each. Already validated; the engine trusts it.
+    """Nothing is generated: the request ends with its prompt, and its result is vectors of some of the hidden states.
+    A model that scores has its own head make one of each; any other has its last norm, which is an embedding of the
+    prompt. Already validated; the engine trusts it.
 
     Such a request has one branch, 0, without tokens. What it would have for parameters of generation is said once, so
     that admission, slots and prompt cache treat it as any other.
@@ -99,6 +100,10 @@ class PoolingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="poolin
     # Ascending indices of the prompt's tokens that a vector each is made at; None: at the last token.
     at: list[int] | None = None
     use_cache: bool = True  # of prompts: False: neither reads nor fills it
+    # Of an embedding: one vector, the mean of those of all tokens of the prompt, which `at` doesn't restrict then.
+    mean: bool = False
+    size: int = 0  # its first so many values are told; 0: all
+    unit: bool = False  # what is told is divided by its Euclidean length
 
     n: ClassVar[int] = 1
     max_new_tokens: ClassVar[int] = 0

@@ -25,7 +25,8 @@ SCORES: frozenset[Role] = frozenset({"score_inner", "score"})
 class Decoder:
     """A `LanguageModel`. Takes over the weights that `weights` yields; each matrix is packed as soon as it has come.
 
-    What its hidden states are for is `head`, or `scores` where the specification says so: it has one of the two.
+    What its hidden states are for is `head`, or `scores` where the specification says so: it has one of the two, or
+    none where its checkpoint has none. Those that have no `scores` have `states`.
     """
 
     capturable = True
@@ -66,9 +67,10 @@ class Decoder:
             for layer, held in zip(spec.layers, zip(linears, norms, strict=True), strict=True)
         ]
         norm = Norm(common["norm"], spec.norm.eps, spec.norm.offset)
+        self._kernels, self._norm = kernels, norm
         if spec.scores is not None:
             self.scores = Scores(kernels, norm, scores)
-        else:
+        elif spec.generates:
             rows = common["embed" if spec.tied else "head"]
             self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
             self._hold("head", self.head)
@@ -87,6 +89,12 @@ class Decoder:
         "3.qkv.weight", "3.qkv.bias", "3.attention_norm", "embed". No two share memory. Between steps their storage may
         be freed and filled again in place."""
         return self._tensors
+
+    def states(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """See `LanguageModel.states`."""
+        x = hidden.index_select(0, places)
+        self._kernels.normalise_(x, self._norm)
+        return x.float()
 
     def forward(
         self,

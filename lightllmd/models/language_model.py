@@ -26,7 +26,11 @@ class Sizes(Protocol):
 
     @property
     def scores(self) -> ScoreHead | None:
-        """What it ends in instead of logits; None: logits."""
+        """The head that scores, if it ends in one."""
+
+    @property
+    def generates(self) -> bool:
+        """It ends in logits."""
 
 
 class Logits(Protocol):
@@ -61,6 +65,10 @@ class LanguageModel(Protocol):
 
     def scores(self, hidden: Tensor, places: Tensor) -> Tensor:
         """fp32 ``[R, values]`` of the rows ``places [R]`` of ``hidden [T, hidden]``, where `spec` has such a head."""
+
+    def states(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """fp32 ``[R, hidden]``: the rows ``places [R]`` of ``hidden [T, hidden]`` behind the last norm, which is what
+        transformers calls the last hidden state. Of a model that does not score."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights on the device in the form in which they are stored there, by names that do not change:

@@ -15,13 +15,14 @@ import msgspec
 
 from lightllmd.architecture.entries import NotBuilt, not_built
 from lightllmd.architecture.families import FAMILIES, architecture_of
-from lightllmd.architecture.family import Architecture
-from lightllmd.architecture.heads import scored_model
+from lightllmd.architecture.family import PREFIX, Architecture
+from lightllmd.architecture.heads import is_base_model, scored_model
 from lightllmd.architecture.outline import Outline, Outlined
 from lightllmd.architecture.rotary import rope_words
-from lightllmd.config.plan import STEP, ModelFacts
+from lightllmd.config.plan import STEP, ModelFacts, Pooling
 from lightllmd.config.stamps import stamp, stamps_of
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
+from lightllmd.probe.embedding import gguf_pooling, pooling_of, settings_files
 from lightllmd.probe.transformers_table import causal_language_models
 from lightllmd.remote_code.host import RUNNING, ask
 from lightllmd.remote_code.named import CAUSAL_LM, CONFIG, TOKENIZER, code_files, named_code, refusal, require_files
@@ -88,7 +89,9 @@ def model_facts(
         else:
             facts = _of_gguf(path, load_way)
         facts = _with_tokenizer(facts, tokenizer_mode)
-        texts = [str(file) for file in text_files(path)] if path.is_dir() else [str(path)]
+        texts = [str(path)]
+        if path.is_dir():
+            texts = [str(file) for file in (*text_files(path), *settings_files(path))]
         texts += [str(file) for file in code_files(path)] if code else []
         stamps = [*stamps_of(facts.files), *(stamp(file) for file in texts if file not in facts.files)]
         return msgspec.structs.replace(facts, stamps=stamps)
@@ -199,6 +202,8 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
         scored_model(config)
     except ConfigInvalid as refused:
         yield from (problem.message for problem in refused.problems)
+    if config.get("is_causal") is False:
+        yield "is_causal = false: attention to later tokens, as encoders have it, is not available yet"
     if config.get("quantization_config"):
         yield "pre-quantised Hugging Face checkpoints are not available yet"
 
@@ -281,7 +286,8 @@ def _of_gguf(path: Path, load_way: str) -> ModelFacts:
     _require_in_vocabulary(eos_ids, architecture.spec.vocab, path)
     has_tokenizer, dtype = "tokenizer.ggml.tokens" in header.metadata, gguf_dtype(header)
     files, weights = list(header.files), [] if dummy else stored
-    return _facts(path, "gguf", config, architecture, weights, files, dtype, eos_ids, has_tokenizer, dummy)
+    facts = _facts(path, "gguf", config, architecture, weights, files, dtype, eos_ids, has_tokenizer, dummy)
+    return _pooled(facts, gguf_pooling(header))
 
 
 # --- Hugging Face directory ---------------------------------------------------------------------------------------
@@ -293,6 +299,8 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
     architecture = _computed(path, config, code, load_way, backend)
     form, files, stored = _weights_of_directory(path, load_way, architecture)
     dummy, tensors = form == "dummy", [*stored.values()]
+    if isinstance(architecture, Architecture):
+        architecture = _as_stored(architecture, stored, is_base_model(config))
     if isinstance(architecture, Outline):
         vocab = architecture.vocab
     else:
@@ -302,7 +310,27 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
         tensors = [tensor for tensor in tensors if not architecture.ignores(tensor.name)]
     dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, vocab)
     facts = _facts(path, form, config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
-    return msgspec.structs.replace(facts, remote_code=code)
+    facts = msgspec.structs.replace(_pooled(facts, pooling_of(path)), remote_code=code)
+    if isinstance(architecture, Outline):
+        return facts
+    return msgspec.structs.replace(facts, headless=architecture.spec.headless, unprefixed=architecture.unprefixed)
+
+
+def _pooled(facts: ModelFacts, found: Pooling | str | None) -> ModelFacts:
+    if isinstance(found, str):
+        return msgspec.structs.replace(facts, pooling_refused=found)
+    return msgspec.structs.replace(facts, pooling=found)
+
+
+def _as_stored(architecture: Architecture, stored: dict[str, TensorInfo], base: bool) -> Architecture:
+    """As its files have it: embedding models are stored without head, most under the names that the decoder has by
+    itself. `base`: the config says that it is one."""
+    if architecture.scored is not None:
+        return architecture
+    names = {role: f"{architecture.family.names[role]}.weight" for role in ("embed", "head")}
+    unprefixed = names["embed"] not in stored and names["embed"].removeprefix(PREFIX) in stored
+    headless = not architecture.spec.tied and names["head"] not in stored and (unprefixed or base)
+    return architecture.of_files(headless, unprefixed)
 
 
 def _weights_of_directory(

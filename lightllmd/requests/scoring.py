@@ -1,4 +1,5 @@
-"""What is asked of a reward model: vectors of scores of whole prompts instead of text. A dialect uses it so::
+"""What is asked of whole prompts: vectors instead of text, scores of a model that scores, embeddings of any other. A
+dialect uses it so::
 
     Translation(
         body=ScoreBody,
@@ -21,8 +22,9 @@ and hands that to `Responder.respond`, as routes that generate do. `Reply.whole(
 * ``entry.prompt_tokens``, ``entry.cached``: tokens of the prompt, and those of them found in the prompt cache.
 
 ``revision.plan.scoring`` (`config.plan.Scoring`) has the labels' names in the order of a vector's values, and the
-problem type of the model's config; it is None where the model generates, and then the `Intake` refuses what is asked
-with InvalidRequest (400), as it refuses `Asked` of a reward model.
+problem type of the model's config; it is None where the model doesn't score, and then the `Intake` refuses what is
+asked with InvalidRequest (400), as it refuses `Asked` of a reward model. With `embeds` what is asked for are
+embeddings, as ``revision.plan.embedding`` says: then ``entry.vectors`` are one, ready to be told.
 
 Tests run it on the fake engine: ``use_reward_model = true``, ``engine.backend = "fake"``; its scores are
 `engine.runners.fake_model.fake_score`'s, of so many labels as ``engine.fake.score_labels`` says, at the last token or
@@ -68,6 +70,9 @@ class ScoresAsked:
     keep_last: int | None = None  # the same of the last. Both are for prompts that are no pairs
     pair_cut: PairCut = NO_CUT  # what is kept of pairs
     use_cache: bool = True  # of prompts
+    embeds: bool = False  # embeddings are asked for, no scores
+    dimensions: int | None = None  # of an embedding its first so many values are told, with the length 1 again
+    unit: bool | None = None  # each embedding gets the length 1; None: as the model's own settings say
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,19 @@ class ScoringIntake:
     """From what is asked to jobs: every rule that needs the plan, once for all dialects."""
 
     def __init__(self, plan: Plan, limits: RequestLimits, work: TextWork) -> None:
-        self._scoring, self._limits, self._work = plan.scoring, limits, work
+        self._scoring, self._embedding, self._generates = plan.scoring, plan.embedding, plan.generates
+        self._limits, self._work = limits, work
+        # Tokens that a prompt which ends with one has at its end, too, where it is cut.
+        ending = None if plan.scoring is None else plan.scoring.ending
+        self._endings = frozenset(plan.eos_id if plan.scoring is None else [] if ending is None else [ending])
 
     def refuse_generation(self) -> None:
-        """Raises InvalidRequest where the model is one that only scores."""
+        """Raises InvalidRequest where the model is one that only scores, or embeds."""
+        if self._scoring is None and not self._generates:
+            raise InvalidRequest(
+                "this server's model has no language model head and generates no text; it answers /v1/embeddings",
+                code="embedding_model",
+            )
         if self._scoring is not None:
             raise InvalidRequest(
                 "this server has a reward model (use_reward_model = true), which generates no text; it answers "
@@ -102,10 +116,11 @@ class ScoringIntake:
     async def jobs(self, asked: ScoresAsked) -> list[ScoringJob]:
         """One for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the bound."""
         scoring = self._scoring
-        if scoring is None:
+        if asked.embeds:
+            self._check_embedding(asked)
+        elif scoring is None:
             raise InvalidRequest(
-                "this server's model generates text and gives no scores; those need a reward model "
-                "(use_reward_model = true)",
+                "this server's model gives no scores; those need a reward model (use_reward_model = true)",
                 code="no_reward_model",
             )
         self._limits.at_once(len(asked.prompts), asked.prompts_field)
@@ -114,7 +129,22 @@ class ScoringIntake:
             size = sum(map(len, given)) // 4 + len(given) * JOB_COST
             return await self._work.compute(size, self._checked, asked, scoring, given)
 
-    async def _given(self, asked: ScoresAsked, scoring: Scoring) -> Sequence[Ids]:
+    def _check_embedding(self, asked: ScoresAsked) -> None:
+        embedding, dimensions = self._embedding, asked.dimensions
+        if embedding is None:
+            raise InvalidRequest(
+                "this server has a reward model (use_reward_model = true), which gives no embeddings; it answers "
+                "/get_score, /score, /rerank, /classify and /pooling",
+                code="reward_model",
+            )
+        if dimensions is not None and dimensions > embedding.size:
+            raise InvalidRequest(
+                f"dimensions: should be at most {embedding.size}, the values that this model's embeddings have; "
+                f"got {dimensions}",
+                param="dimensions",
+            )
+
+    async def _given(self, asked: ScoresAsked, scoring: Scoring | None) -> Sequence[Ids]:
         """The ids of each prompt."""
         if isinstance(asked.prompts, TextPairs):
             return await self._work.encode_pairs(asked.prompts, asked.pair_cut)
@@ -141,7 +171,7 @@ class ScoringIntake:
                 given.append(content)
         return given
 
-    def _checked(self, asked: ScoresAsked, scoring: Scoring, given: Sequence[Ids]) -> list[ScoringJob]:
+    def _checked(self, asked: ScoresAsked, scoring: Scoring | None, given: Sequence[Ids]) -> list[ScoringJob]:
         prompts = asked.prompts
         fields = (
             map(prompts.second.of, range(len(prompts)))
@@ -150,23 +180,43 @@ class ScoringIntake:
         )
         jobs = [self._job(asked, scoring, field, ids) for field, ids in zip(fields, given, strict=True)]
         places = sum(1 if job.params.at is None else len(job.params.at) for job in jobs)
-        self._limits.vectors(places, len(scoring.labels), asked.prompts_field)
+        if scoring is not None:
+            self._limits.vectors(places, len(scoring.labels), asked.prompts_field)
+        elif self._embedding is not None:
+            self._limits.vectors(places, asked.dimensions or self._embedding.size, asked.prompts_field)
         return jobs
 
-    def _job(self, asked: ScoresAsked, scoring: Scoring, field: str, given: Ids) -> ScoringJob:
-        kept, ending = self._kept(asked, given), scoring.ending
-        if ending is not None and given[-1:] != kept[-1:] and given[-1] == ending:
-            kept = [*kept[:-1], ending]  # where the model is read stays the end
+    def _job(self, asked: ScoresAsked, scoring: Scoring | None, field: str, given: Ids) -> ScoringJob:
+        kept = self._kept(asked, given)
+        if kept[-1:] != given[-1:] and given[-1] in self._endings:
+            kept = [*kept[:-1], given[-1]]  # where the model is read stays the end
         ids = [*self._limits.prompt(kept, field)]
-        at = None
-        if scoring.marker is not None:
-            at = [index for index, token in enumerate(ids) if token == scoring.marker]
-            if not at:
-                raise InvalidRequest(
-                    f"{field}: this model scores a prompt at each token {scoring.marker}, of which it has none",
-                    param=field,
-                )
-        return ScoringJob(ids, len(ids) != len(given), ids, PoolingParams(at, asked.use_cache))
+        params = self._embedded(asked) if scoring is None else self._scored(asked, scoring, field, ids)
+        return ScoringJob(ids, len(ids) != len(given), ids, params)
+
+    def _scored(self, asked: ScoresAsked, scoring: Scoring, field: str, ids: list[int]) -> PoolingParams:
+        if scoring.marker is None:
+            return PoolingParams(use_cache=asked.use_cache)
+        at = [index for index, token in enumerate(ids) if token == scoring.marker]
+        if not at:
+            raise InvalidRequest(
+                f"{field}: this model scores a prompt at each token {scoring.marker}, of which it has none",
+                param=field,
+            )
+        return PoolingParams(at, asked.use_cache)
+
+    def _embedded(self, asked: ScoresAsked) -> PoolingParams:
+        """A shortened vector gets its length back, as Matryoshka embeddings are used (Kusupati et al. 2022)."""
+        embedding = self._embedding
+        assert embedding is not None  # or it was refused
+        pooling, size = embedding.pooling, asked.dimensions or 0
+        return PoolingParams(
+            [0] if pooling.kind == "cls" else None,
+            asked.use_cache,
+            mean=pooling.kind == "mean",
+            size=size if size < embedding.size else 0,
+            unit=pooling.unit or 0 < size < embedding.size if asked.unit is None else asked.unit,
+        )
 
     def _kept(self, asked: ScoresAsked, ids: Ids) -> Ids:
         for most, last in ((asked.keep_first, False), (asked.keep_last, True)):
@@ -176,7 +226,7 @@ class ScoringIntake:
         return ids
 
 
-def _ended(ids: list[int], scoring: Scoring) -> list[int]:
+def _ended(ids: list[int], scoring: Scoring | None) -> list[int]:
     """A conversation with the token behind it that the model was trained to be read at."""
-    ending = scoring.ending
+    ending = None if scoring is None else scoring.ending
     return ids if ending is None or ids[-1:] == [ending] else [*ids, ending]

@@ -28,7 +28,7 @@ _NESTED = 1 << 16  # characters
 _HARMLESS = frozenset({"user", "encoding_format"})
 _NOT_YET = ("chat_template", "dimensions", "mm_processor_kwargs")
 _IMAGES = ("image", "image_url", "video_url", "input_audio", "audio_url", "file")
-_EARLIER_NAMES = ("activation", "softmax")  # of use_activation, in vLLM's releases before
+_EARLIER_NAMES = ("activation", "softmax", "normalize")  # of use_activation, in vLLM's releases before
 
 Text = str | dict[str, Any]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
@@ -86,12 +86,12 @@ class ScoringBody(Body, ABC):
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
         body = super().prepare(body)
         for name in _NOT_YET:
-            if body.get(name) is not None:
+            if name not in cls.model_fields and body.get(name) is not None:
                 raise InvalidRequest(f"{name}: not available yet", param=name)
         for name in _EARLIER_NAMES:
             if body.get("use_activation") is None and isinstance(body.get(name), bool):
                 body = body | {"use_activation": body[name]}
-        dropped = (_HARMLESS - cls.model_fields.keys()) | {*_NOT_YET, *_EARLIER_NAMES}
+        dropped = {*_HARMLESS, *_NOT_YET, *_EARLIER_NAMES} - cls.model_fields.keys()
         return {name: value for name, value in body.items() if name not in dropped}
 
     @property

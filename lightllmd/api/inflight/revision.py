@@ -111,7 +111,7 @@ class Revision:
         first."""
         signal = Signal()
         params: RequestParams
-        if self.plan.scoring is None:
+        if self.plan.generates:
             params = SamplingParams(max_new_tokens=1, ignore_eos=True)
             branches = open_branches(1, _PROBE, TextOptions(), self.tokenizer)
         else:

@@ -24,6 +24,7 @@ from lightllmd.engine.step import Alternatives, Masks, PoolingRow, Row, Sampling
 from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Batch, GatheredRows
+from lightllmd.models.embeddings import owners_of, vectors_of
 from lightllmd.models.language_model import LanguageModel
 
 _CPU = torch.device("cpu")
@@ -205,8 +206,14 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
         """`places` among the hidden states of the tokens that the rows name, row by row."""
         if not places:
             return [[] for _ in rows]
-        vectors = iter(self.decoder.scores(hidden, torch.tensor(places)))
-        return [[next(vectors).numpy().tobytes() for _ in row.at] for row in rows]
+        where = torch.tensor(places)
+        if self.decoder.spec.scores is not None:
+            vectors = self.decoder.scores(hidden, where)
+        else:
+            owners = owners_of([(len(row.at), row.summed) for row in rows])
+            vectors = vectors_of(self.decoder, hidden, where, torch.tensor(owners), owners)
+        told = iter(vectors)
+        return [[next(told).numpy().tobytes() for _ in range(row.vectors)] for row in rows]
 
     def _score(self, rows: list[Row], places: list[int], hidden: Tensor, beat: Beat) -> list[TargetLogprobs]:
         """`places` among the hidden states of the tokens before the rows' targets, row by row."""

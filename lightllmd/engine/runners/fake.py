@@ -23,6 +23,7 @@ from lightllmd.engine.runners.fake_model import (
     branch_key,
     extended,
     fake_score,
+    fake_state,
     fake_target,
     fake_target_alternatives,
     first_allowed,
@@ -148,7 +149,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     """A Runner whose tokens are `fake_token`'s, whatever steps they come by: prompts in parts or behind a cached
     prefix, sibling sequences, rows that are fed token by token. The log-probability of each is 0; biases and penalties
     change nothing. Masks leave alternatives as they are, or have "processed" ones; candidates always do as masks say.
-    Its scores are `fake_score`'s.
+    Its scores are `fake_score`'s, its hidden states `fake_state`'s.
     """
 
     def __init__(self, settings: FakeSettings) -> None:
@@ -160,6 +161,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         self._processed = False  # as [engine] logprobs
         self._branches: dict[int, _Branch] = {}  # by table row
         self._prompts: dict[int, list[int]] = {}  # of those that generate nothing, by table row
+        self._embeds = False  # vectors are hidden states, no scores
         self._poisoned = False  # a prompt that entered with the step that is made
         self._asleep = False
         self._pending, self._staged = deque(), None
@@ -167,6 +169,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _open(self) -> None:
         config = self._plan.config
         self._model = config.params.model_dir or ""
+        self._embeds = self._plan.scoring is None
         self._vocab, self._processed = self._plan.vocab_size, config.engine.logprobs == "processed"
 
     def _load_weights(self, progress: Progress) -> None:
@@ -260,12 +263,23 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         if pooling.prompt_ids is not None:
             self._prompts[row.table_row] = pooling.prompt_ids
             self._poisoned |= self._is_poison(pooling.prompt_ids)
+        if self._embeds:
+            return self._states(row, pooling)
         prompt, labels = self._prompts[row.table_row], range(self._settings.score_labels)
         ends = [row.start + at + 1 for at in pooling.at]
         return [
             struct.pack(f"<{len(labels)}f", *(fake_score(prompt[:end], label, self._model) for label in labels))
             for end in ends
         ]
+
+    def _states(self, row: Row, pooling: PoolingRow) -> list[bytes]:
+        size = range(self._settings.embedding_size)
+        vectors = [
+            [fake_state(row.start + at, row.tokens[at], element, self._model) for element in size] for at in pooling.at
+        ]
+        if pooling.summed and vectors:
+            vectors = [[sum(values) for values in zip(*vectors, strict=True)]]
+        return [struct.pack(f"<{len(size)}f", *vector) for vector in vectors]
 
 
 def _scored(row: Row, targets: list[int]) -> TargetLogprobs:

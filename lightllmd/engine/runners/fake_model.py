@@ -51,6 +51,13 @@ def fake_score(prompt_ids: Sequence[int], label: int = 0, model: str = "") -> fl
     return _single((_mixed(key) % 16_001 - 8000) / 1000)
 
 
+def fake_state(position: int, token: int, element: int, model: str = "") -> float:
+    """An element of the hidden state of the `token` at `position` of a prompt, which embeddings are made of: between -1
+    and 1, in 1/1024, so that sums are exact in fp32."""
+    key = extended(zlib.crc32(model.encode()), (position, token, element))
+    return (_mixed(key) % 2049 - 1024) / 1024
+
+
 def _single(value: float) -> float:
     """As fp32 has it."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])

@@ -49,6 +49,7 @@ from lightllmd.kernels.devices import fused_kernels
 from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Heads
+from lightllmd.models.embeddings import vectors_of
 from lightllmd.models.language_model import LanguageModel
 from lightllmd.weights.host_copy import HostCopy, free_storage
 
@@ -123,7 +124,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             cache.clear(self.slots)
         self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
         processed = plan.config.engine.logprobs == "processed"
-        drawn = self._rows + 1 if spec.scores is None else 1  # rows: none where nothing is drawn
+        drawn = self._rows + 1 if spec.generates else 1  # rows: none where nothing is drawn
         self._sampler = DeviceSampler(drawn, spec.vocab, plan.eos_id, device, processed=processed)
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
@@ -148,7 +149,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             for shape in self._shapes:
                 packed = self._packer.pack(blank, shape, self._shapes.rows(shape.decode_tokens))
                 hidden = self._warm_and_capture(packed, bool(captured) and shape.decode_tokens <= captured[-1])
-                if spec.scores is None and not shape.prefill_tokens and shape.decode_tokens <= DEVICE_LOGIT_ROWS:
+                if spec.generates and not shape.prefill_tokens and shape.decode_tokens <= DEVICE_LOGIT_ROWS:
                     self.decoder.head.logits(hidden)
                 beat()
             # No batch has these sizes, but a step of few named tokens may, and products have a kernel for each.
@@ -220,10 +221,19 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             scores = PromptScores(step.rows, *where, self.decoder.head, hidden, at_once)
         vectors = None
         if packed.pooled is not None:
-            vectors = Download([self.decoder.scores(hidden, packed.pooled)], self._device)
-        pooled = [len(row.pooling.at) for row in step.rows if row.pooling is not None]
+            vectors = Download([self._vectors(hidden, packed)], self._device)
+        pooled = [row.pooling.vectors for row in step.rows if row.pooling is not None]
         end = None if chunks or scores or vectors else Download([], self._device)
         return _Pending(self._sampler, chunks, scores, pooled, vectors, end)
+
+    def _vectors(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """fp32 ``[V, values]`` of a step that has some."""
+        places, owners = packed.pooled, packed.owners
+        assert places is not None
+        assert owners is not None
+        if self.decoder.spec.scores is not None:
+            return self.decoder.scores(hidden, places)
+        return vectors_of(self.decoder, hidden, places, owners, packed.owned)
 
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:

@@ -7,7 +7,7 @@ replayed. Padding belongs to a table row and a slot that no sequence owns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from lightllmd.kernels import split_prefill
 from lightllmd.kernels.layout import Batch, Heads, PrefillTiles, TableRows
 from lightllmd.kernels.prefill_attention import pairs_per_tile, tiles_for
 from lightllmd.kernels.whole_prompts import spans
+from lightllmd.models.embeddings import owners_of
 from lightllmd.models.rope import NoRope, Rope
 
 
@@ -38,6 +39,8 @@ class Packed:
     targets: Tensor | None = None  # [N] int32, row by row; None: no row has `Row.targets`, or all are empty
     before: Tensor | None = None  # [N] int32, the fed token before each target
     pooled: Tensor | None = None  # [P] int32, the fed tokens that become vectors, row by row; None: there are none
+    owners: Tensor | None = None  # [P] int32, the vector that each of those is, or is a part of
+    owned: list[int] = field(default_factory=list)  # the same on the host
 
     @property
     def whole(self) -> bool:
@@ -59,7 +62,8 @@ class Packer:
         self._rope = rope if rope is not None else NoRope(heads.dim)
         self._group, self._kv_heads = group, heads.kv
         self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
-        # Of a token: id, table row, position, slot, length, target and place before it; of a row: three of what is
+        # Of a token: id, table row, position, slot, length, and target with the place before it or a vector's place
+        # with its number; of a row: three of what is
         # sampled, four of its tiles; of a step: how many tiles it has.
         most = rows + PREFILL_ROWS + 1
         self._upload = Upload(7 * tokens + 7 * most + 2 * (tokens * group // 64 + most) + 1, device)
@@ -157,10 +161,13 @@ class Packer:
         if scored:
             self._put([row.targets or () for row, _ in scored])
             self._put([np.arange(first, first + len(row.targets or ())) for row, first in scored])
-        pooled = [(row.pooling.at, first) for row, first in zip(rows, firsts, strict=True) if row.pooling is not None]
-        pooled = [(at, first) for at, first in pooled if at]
+        pooled = [(row.pooling, first) for row, first in zip(rows, firsts, strict=True) if row.pooling is not None]
+        pooled = [(pooling, first) for pooling, first in pooled if pooling.at]
+        owned: list[int] = []
         if pooled:
-            self._put([_ints(at) + first for at, first in pooled])
+            self._put([_ints(pooling.at) + first for pooling, first in pooled])
+            owned = owners_of([(len(pooling.at), pooling.summed) for pooling, _ in pooled])
+            self._put([owned])
         sent = iter(self._upload.send())
         tokens = [next(sent) for _ in range(5 if self._rope.by_length else 4)]
         prefill = None
@@ -172,7 +179,7 @@ class Packer:
         if scored:
             packed.targets, packed.before = next(sent), next(sent)
         if pooled:
-            packed.pooled = next(sent)
+            packed.pooled, packed.owners, packed.owned = next(sent), next(sent), owned
         return packed
 
     def _put_tiles(

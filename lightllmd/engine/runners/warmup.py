@@ -30,17 +30,20 @@ BEAM = SamplingParams(top_logprobs=20, candidates=MOST_CANDIDATES, repetition_pe
 
 def worst_steps(plan: Plan) -> Iterator[Step]:
     """From one token to the most that a step may feed, then that beside decode rows, then the most rows that may be
-    sampled in one. Where results are vectors, one at each token, and none is sampled."""
+    sampled in one. Of a model that scores each token becomes a vector; of others the tokens of each prompt become one
+    together, and the last ones of as many prompts as there can be one each."""
     params = plan.config.params
     longest, widest = params.max_req_total_len, params.running_max_req_size
-    most = min(plan.batch_max_tokens, plan.max_total_token_num, widest * longest)
+    most, embeds = min(plan.batch_max_tokens, plan.max_total_token_num, widest * longest), plan.scoring is None
     tokens = 1
     while tokens < most:
         step = _step(tokens, longest, PLAIN)
-        yield step if plan.scoring is None else _pooled(step)
+        yield step if plan.generates else _pooled(step, summed=embeds)
         tokens = 2 * tokens + (tokens > 1)  # 1, 2, 5, 11 …: between the powers of two that kernels are made for
-    if plan.scoring is not None:
-        yield _pooled(_step(most, longest, PLAIN))
+    yield _pooled(_step(most, longest, PLAIN), summed=embeds)
+    if embeds:
+        yield _pooled(_step(min(widest, most), 1, PLAIN))
+    if not plan.generates:
         return
     scored = _step(most, longest, EVERYTHING)
     for row in scored.rows:
@@ -65,11 +68,11 @@ def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
     return Step(0, "prefill", no_decode(), rows, [])
 
 
-def _pooled(step: Step) -> Step:
-    """Its rows ask for a vector at each of their tokens."""
+def _pooled(step: Step, summed: bool = False) -> Step:
+    """Its rows ask for a vector at each of their tokens, or for the sum of these."""
     for row in step.rows:
         row.sample, row.sampling = False, None
-        row.pooling = PoolingRow(list(range(len(row.tokens))), row.tokens)
+        row.pooling = PoolingRow(list(range(len(row.tokens))), row.tokens, summed)
     return step
 
 

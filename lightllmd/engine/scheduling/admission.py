@@ -37,7 +37,7 @@ class SchedulerLimits(NamedTuple):
     splitfuse_block_size: int = 0  # 0: without splitfuse_mode
     beam_mode: bool = False
     diverse_mode: bool = False
-    pools: bool = False  # requests end with their prompts, and results are vectors: `use_reward_model`
+    generates: bool = True  # False: all requests end with their prompts, and results are vectors
 
     @classmethod
     def of(cls, plan: Plan) -> SchedulerLimits:
@@ -57,7 +57,7 @@ class SchedulerLimits(NamedTuple):
             splitfuse_block_size=params.splitfuse_block_size if params.splitfuse_mode else 0,
             beam_mode=params.beam_mode,
             diverse_mode=params.diverse_mode,
-            pools=plan.scoring is not None,
+            generates=plan.generates,
         )
 
     @property

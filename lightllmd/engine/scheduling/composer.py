@@ -7,7 +7,7 @@ from bisect import bisect_left
 from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling.sequence import Sequence
 from lightllmd.engine.step import DecodeRows, Kind, Masks, PoolingRow, Row, SamplingRow, Step
-from lightllmd.ipc.messages import SamplingParams
+from lightllmd.ipc.messages import PoolingParams, SamplingParams
 
 
 class Composer:
@@ -69,7 +69,8 @@ class Composer:
         sequence.pooled_places = bisect_left(places, end, before)
         self.pooled.append((sequence, end == sequence.target))
         at = [place - first for place in places[before : sequence.pooled_places]]
-        return PoolingRow(at, sequence.prompt_ids if entering else None)
+        summed = isinstance(sequence.params, PoolingParams) and sequence.params.mean
+        return PoolingRow(at, sequence.prompt_ids if entering else None, summed)
 
     def choose(self, sequence: Sequence) -> None:
         """A beam's newest token, which goes to the last of its slots."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from lightllmd.engine.scheduling.sequence import Owner, Sequence
 from lightllmd.engine.step import Alternatives
-from lightllmd.ipc.messages import Pooled, StepOutput
+from lightllmd.ipc.messages import Pooled, PoolingParams, StepOutput
 
 
 class Outputs(dict[Owner, StepOutput]):
@@ -45,5 +45,18 @@ def append_token(
 
 def pooled(sequence: Sequence) -> Pooled:
     """All that was asked for of a sequence that ended with its prompt."""
-    values = np.frombuffer(b"".join(sequence.vectors), "<f4")
-    return Pooled(sequence.request, sequence.vectors if np.isfinite(values).all() else None)
+    vectors, params = sequence.vectors, sequence.params
+    assert isinstance(params, PoolingParams)
+    if sequence.total is not None:
+        vectors = [(sequence.total / len(sequence.prompt_ids)).astype("<f4").tobytes()]
+    if params.size or params.unit:
+        vectors = [_shaped(vector, params.size or None, params.unit) for vector in vectors]
+    values = np.frombuffer(b"".join(vectors), "<f4")
+    return Pooled(sequence.request, vectors if np.isfinite(values).all() else None)
+
+
+def _shaped(vector: bytes, size: int | None, unit: bool) -> bytes:
+    """Its beginning, of length 1 if `unit`; a vector of zeros stays what it is."""
+    values = np.frombuffer(vector, "<f4")[:size].astype(np.float64)
+    length = float(np.sqrt(values @ values)) if unit else 1.0
+    return (values / (length or 1.0)).astype("<f4").tobytes()

@@ -60,10 +60,10 @@ def _join(sequence: Sequence, lead: Sequence) -> None:
     sequence.fork = lead.fork
 
 
-def _own_request(pools: bool) -> Submit:
+def _own_request(generates: bool) -> Submit:
     """One token, or vector, of one token, newer than any other suspect."""
     params: RequestParams = SamplingParams(max_new_tokens=1, ignore_eos=True, use_cache=False)
-    if pools:
+    if not generates:
         params = PoolingParams(use_cache=False)
     return Submit(0, *SELF, _NEWEST, [0], params, branches=[0], emitted=[[]], replay=True, suspect=1)
 
@@ -180,7 +180,7 @@ class Scheduler:
         that, or a long line of them would hold up all others."""
         if not self.queues:
             return False
-        if self.limits.pools or not self.running or self.queues.suspect_is_next:
+        if not self.limits.generates or not self.running or self.queues.suspect_is_next:
             return True
         return self._admitting < 0 and self._decoded >= self.limits.router_max_wait_tokens
 
@@ -203,7 +203,7 @@ class Scheduler:
                 break
             if sequence.suspect and sequence.owner != SELF and not self._answered:
                 self.keys.cancel(sequence)
-                self.submit(_own_request(self.limits.pools))  # needs no more room, and is the next of the suspects
+                self.submit(_own_request(self.limits.generates))  # needs no more room, and is the next of the suspects
                 return self._admit()
             if leads is not None:
                 _join(sequence, leads)
@@ -321,7 +321,7 @@ class Scheduler:
                 outputs[sequence.owner].prompts.append(part)
         for (sequence, ends), vectors in zip(sent.pooled, result.pooled, strict=True):
             if sequence.state is not gone:
-                sequence.vectors += vectors
+                sequence.take_vectors(vectors)
                 if ends:
                     self._answer(sequence, outputs)
         for sequence, token, logprob, alternatives, candidates in zip(

@@ -103,6 +103,7 @@ class Sequence:
     # --- what is made of its hidden states, where its params are PoolingParams
     pooled_places: int = 0  # of `places`, from the first: those that steps make vectors at, or made
     vectors: list[bytes] = field(default_factory=list)  # that are here; a pause does not undo them
+    total: NDArray[np.float64] | None = None  # of a mean: the sum of what steps have told, which is no vector yet
 
     @property
     def arrival_ns(self) -> int:
@@ -126,12 +127,23 @@ class Sequence:
         return self.params
 
     @property
-    def places(self) -> list[int]:
+    def places(self) -> list[int] | range:
         """The tokens whose hidden states become vectors, by index, ascending; none where it generates."""
         params = self.params
         if not isinstance(params, PoolingParams):
             return []
+        if params.mean:
+            return range(len(self.prompt_ids))
         return [len(self.prompt_ids) - 1] if params.at is None else params.at
+
+    def take_vectors(self, vectors: list[bytes]) -> None:
+        """Those of a part of its prompt."""
+        if not (isinstance(self.params, PoolingParams) and self.params.mean):
+            self.vectors += vectors
+            return
+        for vector in vectors:
+            part = np.frombuffer(vector, "<f4").astype(np.float64)
+            self.total = part if self.total is None else self.total + part
 
     @property
     def needless(self) -> int:

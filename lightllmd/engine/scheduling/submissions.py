@@ -64,8 +64,8 @@ class Submissions:
         prompt, params = len(message.prompt_ids), message.params
         if not prompt or not message.branches or len(message.branches) != len(message.emitted):
             return "a request needs a prompt and at least one unfinished branch"
-        if isinstance(params, PoolingParams) != self._limits.pools:
-            return "this engine generates no tokens" if self._limits.pools else "this engine has no head for scores"
+        if not (isinstance(params, PoolingParams) or self._limits.generates):
+            return "this engine generates no tokens"
         if isinstance(params, PoolingParams):
             places = [] if params.at is None else params.at
             if any(message.emitted) or message.branches != [0]:

@@ -43,6 +43,10 @@ class TransformersModel:
         """Raises EngineError."""
         raise EngineError("a model of transformers generates, it has no head that scores")
 
+    def states(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """See `LanguageModel.states`: its base ends with the norm."""
+        return hidden.index_select(0, places).float()
+
     def tensors(self) -> dict[str, Tensor]:
         """See `LanguageModel.tensors`."""
         return self._tensors

@@ -64,6 +64,7 @@ def test_the_rows_of_an_8b_model_by_hand() -> None:
         "activations",
         "decode workspace",
         "logits",
+        "embeddings",
         "sampling tables",
         "tables",
         "graphs",
@@ -77,6 +78,8 @@ def test_the_rows_of_an_8b_model_by_hand() -> None:
     assert row(plan, "activations") == (8192 + 1000) * token + 64_000_000
     assert row(plan, "decode workspace") == 1000 * 32 * 129 * 4
     assert row(plan, "logits") == 512 * 128256 * (4 + 2 + 8)
+    pooled = 512 * (4096 * (2 + 4) + 2 * 4 * 512)
+    assert row(plan, "embeddings") == pooled + 2 * 4 * 1000 * 4096
     assert row(plan, "sampling tables") == 1001 * (128256 * 2 + 2 * 4008 * 4 + 512)
     assert row(plan, "tables") == pytest.approx(1001 * 3080 * 4 + 3080 * 128 * 4 + 10192 * 64)
     sizes = [*bounds.batch_sizes(1000), *bounds.PREFILL_SIZES]

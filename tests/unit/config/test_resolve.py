@@ -296,6 +296,7 @@ def test_the_table_adds_up_and_names_its_rows() -> None:
         "attention",
         "activations",
         "logits",
+        "embeddings",
         "tables",
         "prefix masks",
         "short rows",

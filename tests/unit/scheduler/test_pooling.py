@@ -63,7 +63,7 @@ def test_vectors_do_not_depend_on_how_a_prompt_is_computed(overlap: bool, block:
         requests.append(pooled(number, prompt, at if at and number % 2 else None))
     scheduler = Scheduler(
         limits(
-            pools=True,
+            generates=False,
             max_total_token_num=600,
             batch_max_tokens=300,
             use_dynamic_prompt_cache=cache,
@@ -82,7 +82,7 @@ def test_vectors_do_not_depend_on_how_a_prompt_is_computed(overlap: bool, block:
 
 
 def test_a_prompt_that_fills_every_slot_but_one_is_admitted() -> None:
-    scheduler = Scheduler(limits(pools=True, max_total_token_num=40), 1)
+    scheduler = Scheduler(limits(generates=False, max_total_token_num=40), 1)
     prompt = list(range(39))
     got, _ = drive(scheduler, [pooled(1, prompt)], False)
     assert got[1].vectors == expected(prompt, None)
@@ -92,7 +92,7 @@ def test_a_prompt_that_fills_every_slot_but_one_is_admitted() -> None:
 
 
 def test_what_is_computed_again_for_a_mark_is_not_what_the_cache_has_before_it() -> None:
-    scheduler = Scheduler(limits(pools=True, max_total_token_num=600, use_dynamic_prompt_cache=True), 1)
+    scheduler = Scheduler(limits(generates=False, max_total_token_num=600, use_dynamic_prompt_cache=True), 1)
     prompt = [1] * 50 + [MARK] + [2] * 49
     drive(scheduler, [pooled(1, prompt)], False)
     got, steps = drive(scheduler, [pooled(2, prompt, [50])], False)
@@ -102,7 +102,7 @@ def test_what_is_computed_again_for_a_mark_is_not_what_the_cache_has_before_it()
 
 def test_those_that_come_while_blocks_are_computed_join_the_next_step() -> None:
     """No one waits for tokens between, so that nothing is held up by another admission."""
-    scheduler = Scheduler(limits(pools=True, splitfuse_block_size=16, batch_max_tokens=16), 1)
+    scheduler = Scheduler(limits(generates=False, splitfuse_block_size=16, batch_max_tokens=16), 1)
     scheduler.submit(pooled(1, [1] * 64))
     assert [row.request for row in scheduler.next_step().rows] == [1]
     scheduler.submit(pooled(2, [2] * 4))
@@ -112,7 +112,7 @@ def test_those_that_come_while_blocks_are_computed_join_the_next_step() -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_suspect_runs_alone_behind_a_score_of_the_engines_own(overlap: bool) -> None:
-    scheduler = Scheduler(limits(pools=True), 1)
+    scheduler = Scheduler(limits(generates=False), 1)
     requests = [pooled(number, [number] * 9, replay=True, suspect=1) for number in (1, 2)]
     requests.append(pooled(3, [3] * 9))
     got, steps = drive(scheduler, requests, overlap)
@@ -120,14 +120,13 @@ def test_a_suspect_runs_alone_behind_a_score_of_the_engines_own(overlap: bool) -
     assert [[row.request for row in step.rows] for step in steps] == [[0], [2], [0], [1], [3]]
 
 
-def test_the_other_kind_of_request_is_rejected() -> None:
+def test_tokens_of_a_model_without_a_head_for_them_are_rejected() -> None:
     tokens = Submit(1, 0, 1, 1, [1], SamplingParams(), branches=[0], emitted=[[]])
-    assert Scheduler(limits(pools=True), 1).submit(tokens).reason == "invalid"
-    assert Scheduler(limits(), 1).submit(pooled(1, [1])).reason == "invalid"
+    assert Scheduler(limits(generates=False), 1).submit(tokens).reason == "invalid"
 
 
 def test_aborted_on_its_way_it_leaves_nothing() -> None:
-    scheduler = Scheduler(limits(pools=True, splitfuse_block_size=16, batch_max_tokens=16), 1)
+    scheduler = Scheduler(limits(generates=False, splitfuse_block_size=16, batch_max_tokens=16), 1)
     runner = FakeRunner(FakeSettings(overlap=True))
     loop = StepLoop(scheduler, runner)
     scheduler.submit(pooled(1, [1] * 64))
@@ -146,7 +145,7 @@ def test_whatever_comes_and_goes_each_gets_its_vectors_once_or_none(seed: int) -
     cache, block, overlap = drawn.random() < 0.5, drawn.choice([0, 8, 32]), drawn.random() < 0.5
     scheduler = Scheduler(
         limits(
-            pools=True,
+            generates=False,
             max_total_token_num=300,
             batch_max_tokens=100,
             running_max_req_size=5,
