@@ -34,7 +34,7 @@ from lightllmd.engine.loop import StepLoop
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
-from lightllmd.offline_jobs import Generated, OfflineJob, Output, Scored, ScoreJob, open_jobs, score_jobs
+from lightllmd.offline_jobs import Embedded, Generated, OfflineJob, Output, Scored, ScoreJob, open_jobs, pooling_jobs
 from lightllmd.probe.facts import Request, probe
 from lightllmd.requests.intake import Intake
 from lightllmd.requests.limits import RequestLimits
@@ -42,7 +42,7 @@ from lightllmd.requests.text_work import Inline
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.tokenizer import load_tokenizer
 
-__all__ = ["LLM", "Generated", "Output", "Scored"]
+__all__ = ["LLM", "Embedded", "Generated", "Output", "Scored"]
 
 PLACE = "LLM"  # where problems of the parameters are said to be
 OWNER = (0, 1)  # api worker and epoch in the scheduler's books: there is only this one
@@ -143,9 +143,45 @@ class LLM:
         `max_running` and what is raised are as `generate` has them.
         """
         self._check_usable()
-        jobs = score_jobs(self._intake, prompts, prompt_token_ids, add_special_tokens, use_cache)
+        jobs = pooling_jobs(
+            self._intake, prompts, prompt_token_ids, add_special_tokens=add_special_tokens, use_cache=use_cache
+        )
         self._run_all(jobs, progress, max_running)
         return [job.output() for job in jobs]
+
+    def embed(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        add_special_tokens: bool = True,
+        use_cache: bool = True,
+        progress: bool = True,
+        max_running: int | None = None,
+    ) -> list[Embedded]:
+        """A vector of the last hidden states of every prompt, in the prompts' order, by any model that doesn't score.
+
+        How the states are pooled says the model, or ``[engine] pooling`` (``pooling="mean"``). `dimensions`: only so
+        many values, with the length 1. `normalize`: whether vectors get the length 1; None: as the model says. The
+        others are as `score` has them.
+        """
+        self._check_usable()
+        if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+            raise InvalidRequest(f"dimensions: should be a positive integer; got {dimensions!r}", param="dimensions")
+        jobs = pooling_jobs(
+            self._intake,
+            prompts,
+            prompt_token_ids,
+            add_special_tokens=add_special_tokens,
+            use_cache=use_cache,
+            embeds=True,
+            dimensions=dimensions,
+            unit=normalize,
+        )
+        self._run_all(jobs, progress, max_running)
+        return [job.embedded() for job in jobs]
 
     def _run_all(self, jobs: Sequence[OfflineJob | ScoreJob], progress: bool, max_running: int | None) -> None:
         with self._limited(max_running), RequestBar(len(jobs), progress) as bar, _deferred_interrupt() as check:
@@ -189,7 +225,7 @@ class LLM:
                 jobs[number].cached = cached
         for result in output.pooled:
             if result.vectors is None:
-                raise EngineError("the model's scores are not numbers (NaN): this data_type is too narrow for it")
+                raise EngineError("the model's vectors are not numbers (NaN): this data_type is too narrow for it")
             scored = jobs.pop(result.request)
             assert isinstance(scored, ScoreJob)
             scored.vectors = result.vectors

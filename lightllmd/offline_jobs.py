@@ -82,6 +82,15 @@ class Scored:
         return self.values[-1][0]
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What a model that doesn't score made of one prompt."""
+
+    prompt_token_ids: list[int]  # as they were run: cut where they were too long
+    embedding: list[float]  # fp32
+    cached: int  # tokens of the prompt that were found in the prompt cache
+
+
 class Fields(Parameters):
     """`parameters` of the native API, and what only OpenAI's routes have there."""
 
@@ -152,7 +161,7 @@ class OfflineJob:
 
 
 class ScoreJob:
-    """A prompt on its way to be scored."""
+    """A prompt on its way to be scored, or embedded."""
 
     __slots__ = ("_checked", "cached", "vectors")
     width = 1  # branches that the engine runs
@@ -173,18 +182,22 @@ class ScoreJob:
         return self._checked.prompt_ids
 
     def output(self) -> Scored:
-        """Once it has ended."""
+        """Once it has ended and was scored."""
         return Scored(self.prompt_ids, [array("f", vector).tolist() for vector in self.vectors], self.cached)
 
+    def embedded(self) -> Embedded:
+        """Once it has ended and was embedded."""
+        (vector,) = self.vectors
+        return Embedded(self.prompt_ids, array("f", vector).tolist(), self.cached)
 
-def score_jobs(
+
+def pooling_jobs(
     intake: Intake,
     prompts: str | Sequence[str] | None,
     prompt_token_ids: Sequence[Sequence[int]] | None,
-    add_special_tokens: bool,
-    use_cache: bool,
+    **fields: Any,
 ) -> list[ScoreJob]:
-    """One per prompt. Raises InvalidRequest."""
+    """One per prompt; `fields` are those of `ScoresAsked`. Raises InvalidRequest."""
     field, given = _one_of(prompts, prompt_token_ids)
     if prompt_token_ids is not None:
         given = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(given)]
@@ -193,7 +206,7 @@ def score_jobs(
         if prompt_token_ids is None and not isinstance(one, str):
             raise InvalidRequest(f"prompts[{number}]: should be a string; got {shown(one)}")
         prompt = ScoredPrompt(one, f"{field}[{number}]")
-        asked = ScoresAsked([prompt], field, add_special_tokens=add_special_tokens, use_cache=use_cache)
+        asked = ScoresAsked([prompt], field, **fields)
         jobs += without_waiting(intake.scores(asked))
     return [ScoreJob(job) for job in jobs]
 

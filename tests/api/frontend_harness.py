@@ -15,12 +15,13 @@ from unittest.mock import patch
 import httpx
 import msgspec
 
+from fake_embeddings import SIZE, fake_embedding
 from lightllmd.api import server
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import ApiWorker
 from lightllmd.config import keys
 from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
-from lightllmd.config.plan import Budget, DeviceFacts, Plan, Scoring, encode_plan
+from lightllmd.config.plan import Budget, DeviceFacts, Plan, Pooling, PromptEmbedding, Scoring, encode_plan
 from lightllmd.engine.runners.fake_model import fake_score, fake_token
 from lightllmd.ipc import channel, messages
 from lightllmd.ipc.bus import EngineSocket
@@ -35,9 +36,10 @@ def make_plan(
     model: str = "fake-model",
     names: Iterable[str] = (),
     scoring: Scoring | None = None,
+    pooling: Pooling | None = None,
     **http: Any,
 ) -> Plan:
-    """`scoring`: of a reward model."""
+    """`scoring`: of a reward model; `pooling`: of any other, whose embeddings have SIZE values."""
     settings = HttpSettings(**http)
     read = {setting: keys.read(path) for setting, path in settings.key_files.items()}
     ring = keys.ring(read.get("http.api_keys_file"), read.get("http.metrics_key"), settings.metrics_key)
@@ -63,6 +65,7 @@ def make_plan(
         log_stats_interval=10.0,
         vocab_size=257,
         scoring=scoring,
+        embedding=PromptEmbedding(pooling or Pooling("last", unit=True), SIZE) if scoring is None else None,
         model_name=model,
     )
 
@@ -91,8 +94,10 @@ def prompt_parts(submit: messages.Submit, size: int = 3) -> list[messages.Prompt
 
 
 def fake_vectors(submit: messages.Submit, labels: int) -> list[bytes]:
-    """As the fake engine's."""
+    """As the fake engine's: without labels an embedding."""
     prompt, at = submit.prompt_ids, submit.params.at
+    if not labels:
+        return [array("f", fake_embedding(prompt, submit.params)).tobytes()]
     places = [len(prompt) - 1] if at is None else at
     return [array("f", [fake_score(prompt[: end + 1], label) for label in range(labels)]).tobytes() for end in places]
 
@@ -118,7 +123,7 @@ class ScriptedEngine:
         self.logprob: Callable[[int, int], float] = lambda branch, position: -0.5
         self.others: Callable[[int], list[tuple[int, float]]] = lambda token: [(token, -0.5), (65, -1.5), (66, -2.5)]
         self.cached = 0  # prompt tokens that each request is said to have found in the prompt cache
-        self.labels = 1  # of each vector, where that is what is asked for
+        self.labels = 1  # of each vector, where that is what is asked for; 0: embeddings
         self._task = asyncio.create_task(self._run())
 
     def __repr__(self) -> str:

@@ -15,6 +15,8 @@ from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.runners.step_shapes import StepShapes
 from lightllmd.ipc.messages import PoolingParams, SamplingParams, Submit
+from lightllmd.models.hf.dry_run import outlined
+from tiny_causal_lms import write_causal_lm
 from tiny_models import DEVICE, VARIANTS, write_model
 
 TOLERANCE = 1e-4
@@ -144,3 +146,17 @@ def test_one_that_slept_and_woke_has_the_same(tmp_path: Path) -> None:
     engine.loop._runner.restore(lambda done, total: None)
     for ours, theirs in zip(before, engine.ask(prompts(), KINDS["mean"]), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_modules_of_transformers_have_them_too(tmp_path: Path) -> None:
+    folder = write_causal_lm(tmp_path, "mistral")
+    found = outlined(str(folder), trust=False).outline
+    assert found is not None
+    plan = embedding_plan(folder)
+    plan = msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, outline=found))
+    runner = CpuRunner()
+    runner.load(plan, lambda done, total: None)
+    engine, truth = Engine(plan, runner), Truth(folder)
+    given = [[token % 90 for token in prompt] for prompt in prompts()]
+    for params in KINDS.values():
+        close(engine.ask(given, params), [truth.vector(prompt, params) for prompt in given])

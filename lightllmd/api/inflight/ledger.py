@@ -323,7 +323,7 @@ class Ledger:
             if entry is None:
                 continue
             if result.vectors is None:
-                self.fail(entry, RequestFailed("the model's scores for this request are not numbers (NaN)"))
+                self.fail(entry, RequestFailed("the model's vectors for this request are not numbers (NaN)"))
             elif entry.branches:
                 log.error("request %d: vectors instead of tokens", entry.request)
                 self.fail(entry, RequestFailed("the engine broke off this request"))

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import random
 from array import array
-from math import hypot
 
 import pytest
 
+from fake_embeddings import SIZE, fake_embedding
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners.fake import FakeRunner
-from lightllmd.engine.runners.fake_model import fake_state, fake_token
+from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.ipc.messages import PoolingParams, SamplingParams, Submit
 from scheduler_samples import limits
 
-SIZE = 8
 KINDS = {
     "last": PoolingParams(),
     "mean": PoolingParams(mean=True),
     "cls": PoolingParams([0]),
     "short": PoolingParams(mean=True, size=3, unit=True),
 }
-
-
-def truth(prompt: list[int], params: PoolingParams) -> list[float]:
-    """What is to be told of a prompt."""
-    places = range(len(prompt)) if params.mean else params.at or [len(prompt) - 1]
-    rows = [[fake_state(at, prompt[at], element) for element in range(SIZE)] for at in places]
-    vector = [sum(values) / len(rows) for values in zip(*rows, strict=True)][: params.size or SIZE]
-    length = hypot(*vector) if params.unit else 1.0
-    return [value / length for value in vector]
 
 
 class Run:
@@ -83,7 +73,7 @@ def test_neither_depends_on_the_other(overlap: bool, block: int, cache: bool) ->
     for request in requests:
         params = request.params
         if isinstance(params, PoolingParams):
-            assert run.vectors[request.request] == pytest.approx(truth(request.prompt_ids, params), abs=1e-6)
+            assert run.vectors[request.request] == pytest.approx(fake_embedding(request.prompt_ids, params), abs=1e-6)
             assert run.tokens[request.request] == []
         else:
             written = [fake_token(request.prompt_ids, 0, 0, at) for at in range(params.max_new_tokens)]
