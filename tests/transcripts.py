@@ -15,10 +15,11 @@ import httpx
 FOLDER = Path(__file__).parent / "api" / "transcripts"
 _HEADERS = ("content-type", "retry-after", "www-authenticate", "x-lightllmd-ignored")
 _DRAWN = (
-    (re.compile(r"\b(msg|resp|chatcmpl|cmpl|toolu|call)_?-?[0-9a-f]{20,32}\b"), r"\1_ID"),
+    (re.compile(r"\b(msg|resp|rs|fc|fco|chatcmpl|cmpl|toolu|call)_?-?[0-9a-f]{20,32}\b"), r"\1_ID"),
     (re.compile(r'("request_id": ?")[^"]+'), r"\1REQUEST"),
     (re.compile(r'("created": ?)\d+'), r"\1 0"),
     (re.compile(r'("created_at": ?")[^"]+'), r"\1TIME"),
+    (re.compile(r'("(?:created|completed)_at": ?)\d+'), r"\1 0"),
 )
 
 

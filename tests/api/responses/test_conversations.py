@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import httpx
 import pytest
 
 from api.frontend_harness import run, stack
 from api.responses.speech import checked, checked_list, plain, respond, said, streamed
+from lightllmd.api.dialects.responses import answering
 
 
 def prompts(one) -> list[str]:
@@ -214,5 +217,34 @@ def test_a_conversation_that_is_too_long_goes_without_its_oldest_items_if_it_may
             # All that is kept of the conversation is there still.
             listed = await one.client.get(f"/v1/responses/{previous}/input_items", params={"limit": 100})
             assert len(listed.json()["data"]) == 17
+
+    run(scenario())
+
+
+def test_a_large_conversation_is_read_and_kept_off_the_event_loop(tmp_path, monkeypatch):
+    threads: dict[str, set[int]] = {}
+
+    def noting(name: str) -> None:
+        work = getattr(answering, name)
+
+        def noted(*arguments):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return work(*arguments)
+
+        monkeypatch.setattr(answering, name, noted)
+
+    for name in ("conversation", "turns", "json_in_parts", "ResponseShape"):
+        noting(name)
+
+    async def scenario():
+        async with stack(tmp_path, {"long_truncation_mode": "head"}, engine=False) as one:
+            await speaking(one, "yes")
+            text = "x" * 100_000
+            first = await respond(one, input=text, instructions=text, max_output_tokens=5)
+            threads.clear()
+            again = [{"role": "user", "content": text}]
+            await respond(one, input=again, previous_response_id=first["id"], instructions=text)
+            assert len(threads) == 4
+            assert threading.get_ident() not in set.union(*threads.values())
 
     run(scenario())

@@ -18,6 +18,7 @@ from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.web.responses import json_in_parts
+from lightllmd.dialogue.tools import MAX_SCHEMA
 from lightllmd.errors import InvalidRequest, LightllmdError, NotReady, RequestFailed
 from lightllmd.requests.asked import Asked, Chat, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
@@ -26,6 +27,7 @@ from lightllmd.requests.intake import AdmittedJob
 
 log = logging.getLogger(__name__)
 
+_TOOL_COST = MAX_SCHEMA // 16  # what a tool may have, most have much less
 _ITEM_COST = 32  # characters that are copied in the time that an item's place in a prompt is found
 
 
@@ -124,7 +126,7 @@ class Answering:
 
     async def reply(self, revision: Revision, body: ResponsesBody, jobs: Sequence[AdmittedJob]) -> ResponsesReply:
         """See `Translation`."""
-        size = len(body.instructions or "") + sum(len(str(tool.parameters)) for tool in body.tools or ())
+        size = len(body.instructions or "") + len(body.tools or ()) * _TOOL_COST
         shape = await off_loop(size, ResponseShape, self.id, revision.model_name, body)
         return ResponsesReply(self, revision, shape, jobs[0])
 
