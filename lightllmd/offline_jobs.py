@@ -8,16 +8,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import FINISH_ABORT, PoolingParams, SamplingParams
 from lightllmd.requests.asked import FieldNames, Prompt
 from lightllmd.requests.branch import Branch, open_branches
-from lightllmd.requests.faults import from_validation, shown
+from lightllmd.requests.faults import contradiction, from_validation, shown
 from lightllmd.requests.fields import MAX_LOGPROBS
 from lightllmd.requests.intake import AdmittedJob, Intake
 from lightllmd.requests.parameters import Parameters
@@ -95,6 +95,13 @@ class Fields(Parameters):
     """`parameters` of the native API, and what only OpenAI's routes have there."""
 
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _unhurried(self) -> Self:
+        for name, value in (("priority", self.priority), ("timeout", self.timeout)):
+            if value is not None:
+                raise contradiction(name, f"{name} is for requests over HTTP, so should be absent here; got {value}")
+        return self
 
     def sampling(self) -> SamplingParams:
         """With the alternatives, too."""

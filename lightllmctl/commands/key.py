@@ -70,6 +70,12 @@ def key(context: click.Context) -> int:
 )
 @click.option("--max-concurrent", type=click.IntRange(1, 10**6), metavar="N", help="Requests at a time.")
 @click.option("--weight", type=Number(0, 1000, min_open=True), metavar="X", help="Share of the engine; others have 1.")
+@click.option(
+    "--priority",
+    type=click.IntRange(-100, 100),
+    metavar="N",
+    help="The most urgent priority that its requests may have; less is sooner.",
+)
 @file_option
 @reload_option
 @pass_context
@@ -119,6 +125,7 @@ def list_(context: CommandContext, file: str | None, as_json: bool) -> None:
                 "tokens_per_minute": one.tokens_per_minute,
                 "max_concurrent": one.max_concurrent,
                 "weight": one.weight,
+                "priority": one.priority,
             }
             for one in known
         ]
@@ -142,11 +149,12 @@ def list_(context: CommandContext, file: str | None, as_json: bool) -> None:
             limit(one.tokens_per_minute),
             limit(one.max_concurrent),
             f"{one.weight:g}",
+            str(one.priority),
         )
         for one in known
     ]
-    heads = ("NAME", "EXPIRES", "ADMIN", "REQUESTS/MIN", "TOKENS/MIN", "CONCURRENT", "WEIGHT")
-    context.console.print(table(heads, rows, right=(3, 4, 5, 6)))
+    heads = ("NAME", "EXPIRES", "ADMIN", "REQUESTS/MIN", "TOKENS/MIN", "CONCURRENT", "WEIGHT", "PRIORITY")
+    context.console.print(table(heads, rows, right=(3, 4, 5, 6, 7)))
 
 
 @key.command()

@@ -64,6 +64,14 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         float,
         Setting(doc="Its share of the engine while others wait, too, in units of the others'.", above=0, maximum=1000),
     ] = 1.0
+    priority: Annotated[
+        int,
+        Setting(
+            doc="The most urgent that its requests may ask for; less is sooner. Above 0 they have it without asking.",
+            minimum=-100,
+            maximum=100,
+        ),
+    ] = -100
     name: str = ""  # of a named key; empty: it stands in a list
     expires: float | None = None  # Unix seconds; None: never
 

@@ -179,6 +179,15 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="engine",
         ),
     ] = 600.0
+    priority_ageing: Annotated[
+        float,
+        _seconds(
+            "How many seconds of waiting a step of a request's priority is worth: one of priority 1 is overtaken by "
+            "those of priority 0 that come up to so much later, and by none after; 0: priorities are of no effect.",
+            zero=True,
+            reload="engine",
+        ),
+    ] = 10.0
     fair_admission: Annotated[
         bool,
         Setting(

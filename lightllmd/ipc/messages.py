@@ -131,6 +131,7 @@ class Submit(msgspec.Struct, tag="submit"):
     batch: int = 0  # the number of the first of those that came in one body; 0: there is no other
     tenant: int = 0  # whose it is, as far as admission is fair between several: any number
     weight: float = 1.0  # the tenant's share of admission, in units of the others'; above 0
+    priority: int = 0  # less is sooner among those that wait
     replay: bool = False  # an engine had it: it is never turned away, and goes ahead of the queue if it has a token
     # Engines that died of it, perhaps: deaths since its last token with a part of its prompt in a step that was out.
     # If there are any, it runs alone, see Scheduler.

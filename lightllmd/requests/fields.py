@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from lightllmd.requests.faults import fields_of, shown
+from lightllmd.requests.urgency import UNHURRIED, Urgency, UrgencyFields
 from lightllmd.text.stop import MAX_STOP_LENGTH, MAX_STOP_TOTAL
 
 MAX_FIELDS = 1024  # of one object
@@ -66,6 +67,11 @@ class Body(BaseModel):
         """Drops what is accepted without effect, refuses by name what is not built yet."""
         return body
 
+    @property
+    def urgency(self) -> Urgency:
+        """As the body says it."""
+        return UNHURRIED
+
 
 def affordable_stops(stops: list[Any]) -> list[Any]:
     """A validator of lists of stops: bounds what their automata take."""
@@ -101,7 +107,7 @@ def _biases(given: Any) -> Any:
     return biases
 
 
-class CommonFields(Body):
+class CommonFields(UrgencyFields, Body):
     """What LightLLM's own and the OpenAI routes share."""
 
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = Field(

@@ -13,6 +13,7 @@ from lightllmd.api.dialects.openai_bodies import CompletionBody
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.errors import NotReady
 from lightllmd.ipc import messages
+from lightllmd.requests.urgency import ANY_TURN
 
 PROMPTS = [f"p{number}" for number in range(200)]
 ONE = {"prompt": "one", "max_tokens": 1, "temperature": 0}
@@ -22,7 +23,7 @@ async def begun(one: Stack) -> asyncio.Task[Pending]:
     """The first part is entered, the others are not."""
     revision = one.worker.revisions.current
     jobs = await revision.intake.jobs(CompletionBody(prompt=PROMPTS, max_tokens=3, temperature=0).asked())
-    opening = asyncio.create_task(revision.open(jobs, 0.0, 0))
+    opening = asyncio.create_task(revision.open(jobs, 0.0, ANY_TURN))
     await asyncio.sleep(0)
     assert 0 < one.ledger.in_flight < len(PROMPTS)
     return opening
@@ -52,7 +53,7 @@ WHOLE = [expected(prompt, 3) for prompt in PROMPTS]
 def test_others_have_their_turn_and_every_part_is_of_the_same_body(tmp_path):
     async def work(one: Stack, engine: ScriptedEngine, opening: asyncio.Task[Pending]) -> None:
         small = await one.worker.revisions.current.intake.jobs(CompletionBody(**ONE).asked())
-        await one.worker.revisions.current.open(small, 0.0, 0)
+        await one.worker.revisions.current.open(small, 0.0, ANY_TURN)
         assert not opening.done()
         engine.free_run = True
         assert await texts(await opening) == WHOLE

@@ -24,6 +24,7 @@ from lightllmd.errors import RequestError
 from lightllmd.requests.asked import Asked
 from lightllmd.requests.fields import Body
 from lightllmd.requests.scoring import ScoresAsked
+from lightllmd.requests.urgency import Urgency, urgency_of
 
 Kind = TypeVar("Kind", bound=Body)
 
@@ -99,7 +100,8 @@ class Responder:
         """To a body that was read; `arrived_at`: seconds of the monotonic clock. Raises what `respond` raises."""
         with self._revisions.accounts.admission():
             asked = translation.asked(body)
-        make = partial(self._respond, request, translation, body, asked, arrived_at)
+            urgency = urgency_of(request.headers, body.urgency)
+        make = partial(self._respond, request, translation, body, asked, arrived_at, urgency)
         if translation.streamed(body):
             return await self._revisions.stream(make, translation.error_frame)
         return await make()
@@ -111,17 +113,17 @@ class Responder:
         body: Kind,
         asked: Asked | ScoresAsked,
         arrived_at: float,
+        urgency: Urgency,
     ) -> Response:
         revisions = self._revisions
         with revisions.accounts.admission():
-            async with revisions.entered(request.receive) as revision:
+            async with revisions.entered(request.receive, urgency.deadline(arrived_at)) as revision:
                 revisions.check_name(revision, asked.model)
                 jobs = await revision.intake.of(asked)
                 limits.take_prompts(request.scope, sum(len(job.given_ids) for job in jobs))
                 reply = await translation.reply(revision, body, jobs)
-                tenants, scope = revision.tenants, request.scope
-                pending = await revision.open(jobs, arrived_at, tenants.of(scope), tenants.weight(scope))
-                limits.follow(scope, pending.entries)
+                pending = await revision.open(jobs, arrived_at, revision.tenants.turn(request.scope, urgency))
+                limits.follow(request.scope, pending.entries)
         if translation.streamed(body):
             headers = translation.headers(reply, pending)
             return EventStream(pending, reply.frames(pending), revisions.streams, headers, translation.before_end)

@@ -8,6 +8,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.fields import Body
 from lightllmd.requests.parameters import Parameters
+from lightllmd.requests.urgency import Urgency
 
 _NOT_YET = ("regular_constraint", "guided_grammar", "guided_json")
 _NAMES = FieldNames(
@@ -45,6 +46,11 @@ class GenerateBody(Body):
         if isinstance(multimodal, dict) and multimodal.get("images"):
             raise InvalidRequest("multimodal_params.images: not available yet", param="multimodal_params.images")
         return body
+
+    @property
+    def urgency(self) -> Urgency:
+        """As `parameters` says it."""
+        return self.parameters.urgency
 
     def asked(self, *, streamed: bool) -> Asked:
         """Raises InvalidRequest for what a stream can't do. Its frames have no place for log-probabilities of the

@@ -21,9 +21,10 @@ from lightllmd.api.web.errors import native_error
 from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.requests.fields import Body
 from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked, ScoringJob
+from lightllmd.requests.urgency import UrgencyFields
 
 
-class ScoreBody(Body):
+class ScoreBody(UrgencyFields, Body):
     """A conversation as text, with the special tokens that the model's chat template puts around its turns."""
 
     described = True

@@ -17,6 +17,7 @@ from lightllmd.requests.asked import Chat, FieldOfTexts, TextPairs
 from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import MAX_COUNT, Body
 from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked
+from lightllmd.requests.urgency import UrgencyFields
 from lightllmd.text.pairs import PairCut
 
 MAX_DOCUMENTS = 10_000  # Cohere's bound, too
@@ -66,7 +67,7 @@ def _part(part: Any, field: str) -> str:
     return text
 
 
-class ScoringBody(Body, ABC):
+class ScoringBody(UrgencyFields, Body, ABC):
     """What all of them share."""
 
     lenient = True

@@ -22,6 +22,7 @@ from lightllmd.requests.fields import (
     StopText,
     affordable_stops,
 )
+from lightllmd.requests.urgency import Urgency
 from lightllmd.text.stop import MAX_STOPS
 
 MAX_BEST_OF = 8
@@ -164,6 +165,11 @@ class TgiBody(Body):
                     raise InvalidRequest(f"parameters.{name}: {reason}", param=f"parameters.{name}")
             body = body | {"parameters": {key: value for key, value in parameters.items() if key not in _REFUSED}}
         return body
+
+    @property
+    def urgency(self) -> Urgency:
+        """As `parameters` says it."""
+        return self.parameters.urgency
 
     def asked(self, *, streamed: bool) -> Asked:
         """Raises InvalidRequest for what a stream can't do."""

@@ -11,6 +11,7 @@ from lightllmd.errors import RequestError
 from lightllmd.ipc.messages import RequestParams
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.prompt_log import PromptLog
+from lightllmd.requests.urgency import Turn
 
 
 class Owner(Protocol):
@@ -33,6 +34,7 @@ class Entry:
         "batch",
         "branches",
         "cached",
+        "deadline",
         "ended_at",
         "error",
         "first_token_at",
@@ -52,9 +54,8 @@ class Entry:
         "submitted",
         "suspect",
         "suspect_since",
-        "tenant",
+        "turn",
         "vectors",
-        "weight",
     )
 
     def __init__(
@@ -69,12 +70,13 @@ class Entry:
         now: float,
         private: bool,
         prompt_tokens: int,
+        turn: Turn,
     ) -> None:
         self.ledger = ledger  # whose it is now; another one's after it migrated
         self.request = request
         self.batch = request  # the request that the first prompt of the same body became
-        self.tenant = 0  # see Tenants
-        self.weight = 1.0  # the same
+        self.turn = turn
+        self.deadline = turn.urgency.deadline(arrived_at)  # seconds of the ledger's clock; None: none
         self.arrival_ns = time.monotonic_ns()
         self.prompt_ids = prompt_ids
         self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back

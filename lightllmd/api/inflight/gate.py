@@ -57,7 +57,7 @@ class Gate:
                         raise QueueFull(f"{most} requests are waiting for the model to be replaced", retry_after=5.0)
                     await self._wait(receive)
         except TimeoutError:
-            message = f"the model was not replaced within the {timeout:g} s that a request is held"
+            message = f"the model was not replaced within the {timeout:g} s that this request may be held"
             raise DeadlineExceeded(message) from None
 
     async def _wait(self, receive: Receive) -> None:

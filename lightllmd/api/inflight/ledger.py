@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from lightllmd.api.inflight.deadlines import Deadlines, late
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.quarantine import count_death
 from lightllmd.api.inflight.tally import Tally
@@ -22,6 +23,7 @@ from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFu
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, RequestParams, StepOutput, Submit
 from lightllmd.requests.branch import Branch
+from lightllmd.requests.urgency import ANY_TURN, Turn
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Ledger:
         self._clock = clock
         self._link: Link | None = None
         self._entries: dict[int, Entry] = {}  # by number, which is arrival order
+        self._deadlines = Deadlines()
         self._touched: set[Entry] = set()  # readers to notify once the messages at hand are all read
 
     # --- requests -------------------------------------------------------------------------------------------
@@ -78,16 +81,16 @@ class Ledger:
         private: bool = False,
         prompt_tokens: int | None = None,
         batch: int = 0,
-        tenant: int = 0,
-        weight: float = 1.0,
+        turn: Turn = ANY_TURN,
     ) -> Entry:
         """Takes a request and sends it to the engine or holds it. `branches`: none of one with PoolingParams, whose
         result is `Entry.vectors`. `prompt_tokens`:
         the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
         opened right before for the first prompt of the same body; 0: this is the first.
 
-        Raises NotReady while refusing, QueueFull when `max_held` requests are held already, but not for the further
-        prompts of a body. A `private` one is taken whenever there is an engine, and only then.
+        Raises NotReady while refusing, DeadlineExceeded when its time is over already, QueueFull when `max_held`
+        requests are held already, but not for the further prompts of a body. A `private` one is taken whenever there
+        is an engine, and only then.
         """
         if private and self._link is None:
             raise NotReady("no engine is ready")
@@ -99,13 +102,16 @@ class Ledger:
         now = self._clock()
         arrived_at = now if arrived_at is None else arrived_at
         prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
-        entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens)
-        entry.batch, entry.tenant, entry.weight = batch or number, tenant, weight
+        entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens, turn)
+        entry.batch = batch or number
+        if entry.deadline is not None and entry.deadline <= now:
+            raise late(entry)
         if self._link is None:
             entry.held_since = now
         else:
             self._submit(entry)
         self._entries[number] = entry  # not before: what can't be sent would stay for ever
+        self._deadlines.add(entry)
         return entry
 
     def cancel(self, entry: Entry) -> None:
@@ -156,11 +162,15 @@ class Ledger:
         for entry in moved.values():
             entry.ledger = successor
         successor._entries = dict(sorted((successor._entries | moved).items()))
+        for entry in moved.values():
+            successor._deadlines.add(entry)
         if successor._link is not None:
             successor._resume(list(moved.values()))
 
     def expire(self) -> None:
-        """Ends what has been held longer than `hold_timeout`. Call a few times a second."""
+        """Ends what is past its deadline, or has been held longer than `hold_timeout`. Call a few times a second."""
+        for entry in self._deadlines.passed(self._clock(), self._entries):
+            self.fail(entry, late(entry))
         if self._link is not None:
             return
         limit = self._clock() - self.hold_timeout
@@ -230,8 +240,9 @@ class Ledger:
                 branches=[branch.index for branch in unfinished] if generates else [0],
                 emitted=[branch.ids for branch in unfinished] if generates else [[]],
                 batch=entry.batch,
-                tenant=entry.tenant,
-                weight=entry.weight,
+                tenant=entry.turn.tenant,
+                weight=entry.turn.weight,
+                priority=entry.turn.urgency.priority or 0,
                 replay=entry.submitted,
                 suspect=entry.suspect,
             )

@@ -16,6 +16,7 @@ from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.intake import Intake, Job
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.urgency import Turn
 from lightllmd.text.interface import Tokenizer
 
 _PROBE = [0]  # any model has a token 0
@@ -41,9 +42,9 @@ class Revision:
         self.successor: Revision | None = None  # gets what is opened here
         self._accounts = accounts
 
-    async def open(self, jobs: Sequence[Job], arrived_at: float, tenant: int, weight: float = 1.0) -> Pending:
-        """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock; `tenant`
-        and `weight`: see Submit. Raises NotReady, QueueFull.
+    async def open(self, jobs: Sequence[Job], arrived_at: float, turn: Turn) -> Pending:
+        """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock. Raises
+        NotReady, QueueFull, DeadlineExceeded.
 
         A body of many jobs is entered in parts, between which the event loop has its turn. Other bodies may be entered
         then, the engine may go or come, and the revision may be migrated; the client's leaving is noticed afterwards.
@@ -56,7 +57,7 @@ class Revision:
                     await asyncio.sleep(0)
                     if any(entry.error is not None for entry in entries):
                         break  # the others would be for nothing; `Pending` has the error
-                self._last._enter(part, entries, signal, arrived_at, tenant, weight)
+                self._last._enter(part, entries, signal, arrived_at, turn)
         except BaseException:
             for entry in entries:
                 entry.ledger.cancel(entry)
@@ -77,8 +78,7 @@ class Revision:
         entries: list[Entry],
         signal: Signal,
         arrived_at: float,
-        tenant: int,
-        weight: float,
+        turn: Turn,
     ) -> None:
         """Adds to `entries`, those of the same body so far."""
         for job in jobs:
@@ -90,8 +90,7 @@ class Revision:
                 arrived_at=arrived_at,
                 prompt_tokens=len(job.given_ids),
                 batch=entries[0].request if entries else 0,
-                tenant=tenant,
-                weight=weight,
+                turn=turn,
             )
             entries.append(entry)
             self._accounts.submitted(entry)

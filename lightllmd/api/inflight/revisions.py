@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
@@ -59,14 +60,18 @@ class Revisions:
     # --- requests -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def entered(self, receive: Receive) -> AsyncIterator[Revision]:
-        """Waits at the gate, then gives the revision in force. Until the block ends, by which time the request is in
-        that revision's ledger or refused, it counts as in flight there, so that the supervisor lets the revision be.
+    async def entered(self, receive: Receive, deadline: float | None = None) -> AsyncIterator[Revision]:
+        """Waits at the gate, until `deadline` (monotonic seconds) at the longest, then gives the revision in force.
+        Until the block ends, by which time the request is in that revision's ledger or refused, it counts as in flight
+        there, so that the supervisor lets the revision be.
 
         Raises what `Gate.enter` raises.
         """
         http = self.current.http
-        await self.gate.enter(receive, http.max_held, http.hold_timeout)
+        longest = http.hold_timeout
+        if deadline is not None:
+            longest = min(longest, max(0.0, deadline - time.monotonic()))
+        await self.gate.enter(receive, http.max_held, longest)
         revision = self.current
         revision.entering += 1
         try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from starlette.types import Scope
 
 from lightllmd.config.keys import ApiKey
 from lightllmd.config.parameters import HttpSettings
+from lightllmd.errors import InvalidRequest
+from lightllmd.requests.urgency import Turn, Urgency
 
 KEY = "lightllmd.key"  # in a scope: the ApiKey that the request was admitted with
 _PREFIX = 64  # bits of an IPv6 address that one client has for itself
@@ -28,11 +31,18 @@ class Tenants:
         key: ApiKey | None = scope.get(KEY)
         return _number(f"key:{key.identity}" if key is not None else f"address:{self._client(scope)}")
 
-    @staticmethod
-    def weight(scope: Scope) -> float:
-        """Its share of admission, in units of the others'."""
+    def turn(self, scope: Scope, urgency: Urgency) -> Turn:
+        """Of a request, with its priority as its key allows it. Raises InvalidRequest for one that is too urgent."""
         key: ApiKey | None = scope.get(KEY)
-        return 1.0 if key is None else key.weight
+        if key is None:
+            return Turn(self.of(scope), urgency=urgency)
+        priority = urgency.priority
+        if priority is None:
+            priority = max(0, key.priority)
+        elif priority < key.priority:
+            message = f"priority: the key's requests may have {key.priority} or more, which is later; got {priority}"
+            raise InvalidRequest(message, param="priority")
+        return Turn(self.of(scope), key.weight, replace(urgency, priority=priority))
 
     def address(self, scope: Scope) -> str:
         """Of the client, in words for a log."""

@@ -37,6 +37,7 @@ class SchedulerLimits(NamedTuple):
     splitfuse_block_size: int = 0  # 0: without splitfuse_mode
     beam_mode: bool = False
     diverse_mode: bool = False
+    priority_ageing: float = 0.0
     generates: bool = True  # False: all requests end with their prompts, and results are vectors
 
     @classmethod
@@ -53,6 +54,7 @@ class SchedulerLimits(NamedTuple):
             eos_ids=frozenset(plan.eos_id),
             max_queue=plan.config.http.max_queue,
             queue_timeout=plan.config.http.queue_timeout,
+            priority_ageing=plan.config.http.priority_ageing,
             use_dynamic_prompt_cache=params.use_dynamic_prompt_cache,
             splitfuse_block_size=params.splitfuse_block_size if params.splitfuse_mode else 0,
             beam_mode=params.beam_mode,

@@ -7,6 +7,10 @@ tenant whose virtual time will be least once its oldest sequence is admitted, so
 a prompt waits, each other tenant of the same weight is served about as many tokens as the prompt has, at most. Idling
 saves nothing up.
 
+Within a tenant a priority moves a sequence's turn, see `sequences_of`. Between tenants a step of it is worth
+`PRIORITY_STEP` tokens: a tenant's urgent sequence goes before others' as if it had been served so many less, and is
+charged as any other, so that a priority buys an earlier turn and not a larger share.
+
 Costs are O(log n) in tenants and sequences in line, but for moves of memory.
 """
 
@@ -20,6 +24,7 @@ from heapq import heapify, heappop, heappush
 from lightllmd.engine.scheduling.sequence import Sequence
 
 _Key = tuple[float, tuple[int, int, int]]  # (virtual time once it is admitted, the sequence's order)
+PRIORITY_STEP = 4096  # tokens
 _SPARE = 64  # entries that are kept beyond what is needed, before anything is cleaned up
 
 
@@ -34,7 +39,8 @@ class _Tenant:
     @property
     def key(self) -> _Key:
         """Least is next."""
-        return self.time + _cost(self.line[0]) / self.weight, self.line[0].order
+        first = self.line[0]
+        return self.time + (_cost(first) + first.priority * PRIORITY_STEP) / self.weight, first.order
 
 
 def _cost(sequence: Sequence) -> int:

@@ -397,7 +397,7 @@ class Scheduler:
         submission = self.submissions.take(message)
         if isinstance(submission, Rejected):
             return submission
-        sequences = sequences_of(message)
+        sequences = sequences_of(message, self.limits.priority_ageing)
         if self._restrictions is not None and isinstance(message.params, SamplingParams):
             restriction = self._restrictions.of(message.params)
             for sequence in sequences:

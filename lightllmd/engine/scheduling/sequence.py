@@ -69,7 +69,10 @@ class Sequence:
     request: int
     branch: int
     owner: Owner
-    order: tuple[int, int, int]  # (arrival, request, branch): older is smaller
+    # (turn, request, branch), less is sooner. Its turn is its arrival, in nanoseconds on the api workers' monotonic
+    # clock, and so much later as its priority says.
+    order: tuple[int, int, int]
+    arrival_ns: int
     prompt_ids: list[int]
     params: RequestParams
     emitted: list[int]
@@ -79,6 +82,7 @@ class Sequence:
     replayed: bool = False
     tenant: int = 0
     weight: float = 1.0  # of the tenant
+    priority: int = 0  # see Submit
     submission: Submission | None = None
     since: float = 0.0  # when it came, on the clock of `Scheduler.submit`
     charged: int = 0  # of its tokens, told to `FairQueue.charge`
@@ -104,11 +108,6 @@ class Sequence:
     pooled_places: int = 0  # of `places`, from the first: those that steps make vectors at, or made
     vectors: list[bytes] = field(default_factory=list)  # that are here; a pause does not undo them
     total: NDArray[np.float64] | None = None  # of a mean: the sum of what steps have told, which is no vector yet
-
-    @property
-    def arrival_ns(self) -> int:
-        """Nanoseconds on the api workers' monotonic clock."""
-        return self.order[0]
 
     @property
     def length(self) -> int:
@@ -211,15 +210,18 @@ class Sequence:
         return len(self.prompt_ids) + emitted + next_, max(0, most - emitted - 1 - next_)
 
 
-def sequences_of(submit: Submit) -> list[Sequence]:
-    """The branches of a request that enters. One that ran on an engine before enters paused."""
+def sequences_of(submit: Submit, ageing: float = 0.0) -> list[Sequence]:
+    """The branches of a request that enters. One that ran on an engine before enters paused. `ageing`: seconds of
+    waiting that a step of priority is worth, so that whatever waits long enough becomes the first."""
+    turn = submit.arrival_ns + round(submit.priority * ageing * 1e9)
     ran = submit.replay and (submit.suspect > 0 or any(submit.emitted))
     return [
         Sequence(
             request=submit.request,
             branch=branch,
             owner=(submit.api, submit.epoch),
-            order=(submit.arrival_ns, submit.request, branch),
+            order=(turn, submit.request, branch),
+            arrival_ns=submit.arrival_ns,
             prompt_ids=submit.prompt_ids,
             params=submit.params,
             emitted=list(emitted),
@@ -229,6 +231,7 @@ def sequences_of(submit: Submit) -> list[Sequence]:
             replayed=submit.replay,
             tenant=submit.tenant,
             weight=submit.weight,
+            priority=submit.priority if ageing else 0,
             charged=len(emitted),
         )
         for index, (branch, emitted) in enumerate(zip(submit.branches, submit.emitted, strict=True))

@@ -95,6 +95,7 @@ CLASSES = {
     "http.hold_timeout": "front end",
     "http.max_queue": "engine",
     "http.queue_timeout": "engine",
+    "http.priority_ageing": "engine",
     "model_dir": "engine",
     "tokenizer_mode": "engine",
     "data_type": "engine",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import msgspec
 import pytest
 
-from lightllmd.engine.scheduling.fair_queue import FairQueue
+from lightllmd.engine.scheduling.fair_queue import PRIORITY_STEP, FairQueue
 from lightllmd.engine.scheduling.sequence import Sequence, sequences_of
 from scheduler_samples import Steps, submit
 
@@ -272,3 +273,39 @@ def test_a_request_that_waited_too_long_is_told_so_unless_a_part_of_its_body_run
     assert [sequence.request for sequence in scheduler.queues.waiting] == [2, 4]
     assert [rejected.request for _, rejected in scheduler.expire(1000.0)] == [4]
     engine.drain()
+
+
+def prioritised(number: int, priority: int, tenant: int = 0, length: int = 10, ageing: float = 10.0) -> Sequence:
+    """`number`: seconds of its arrival, too."""
+    message = submit(number, length, tenant=tenant, priority=priority)
+    (made,) = sequences_of(msgspec.structs.replace(message, arrival_ns=number * 10**9), ageing)
+    return made
+
+
+def test_less_priority_is_sooner_and_waiting_makes_up_for_it() -> None:
+    queue = FairQueue()
+    for number, priority in ((1, 1), (2, 0), (10, 0), (12, 0), (13, -2)):
+        queue.add(prioritised(number, priority))
+    assert admit_all(queue) == [13, 2, 10, 1, 12], "a step is worth ten seconds: 12 came too late to pass 1"
+
+
+def test_without_ageing_priorities_have_no_effect() -> None:
+    queue = FairQueue()
+    for number, priority in ((3, -100), (1, 100), (2, 0)):
+        queue.add(prioritised(number, priority, tenant=number, ageing=0.0))
+    assert admit_all(queue) == [1, 2, 3]
+
+
+def test_a_priority_buys_a_tenant_an_earlier_turn_and_no_larger_share() -> None:
+    queue = FairQueue()
+    for number in range(400):
+        queue.add(prioritised(number, -1, tenant=1, length=100))
+        queue.add(prioritised(1000 + number, 0, tenant=2, length=100))
+    served: Counter[int] = Counter()
+    for turn in range(600):
+        head = queue.head
+        assert head is not None
+        assert head.tenant == 1 or turn >= PRIORITY_STEP // 100, "the urgent go first"
+        served[head.tenant] += head.length
+        queue.admit(head)
+    assert abs(served[1] - served[2]) <= PRIORITY_STEP + 100

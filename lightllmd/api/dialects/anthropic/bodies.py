@@ -24,6 +24,7 @@ from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import MAX_COUNT, Body, StopText, affordable_stops
+from lightllmd.requests.urgency import UrgencyFields
 from lightllmd.text.stop import MAX_STOPS
 
 LEAST_BUDGET = 1024  # tokens for thinking, as Anthropic documents
@@ -210,7 +211,7 @@ class CountTokensBody(ConversationBody):
     """The body of /v1/messages/count_tokens."""
 
 
-class MessagesBody(ConversationBody):
+class MessagesBody(UrgencyFields, ConversationBody):
     """The body of /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] = Field(
