@@ -10,10 +10,12 @@ import numpy as np
 
 from lightllmd.errors import InvalidRequest
 from lightllmd.grammar.compiler import GrammarCompiler
+from lightllmd.grammar.ebnf.translation import translated
 from lightllmd.grammar.native import native
 from lightllmd.ipc.messages import Grammar
 
 MAX_TEXT = 512 << 10  # characters of a grammar
+MAX_TRANSLATED = 2 << 20  # characters of the EBNF that is made of it
 MAX_COMPILED = 64 << 20  # bytes
 SECONDS = 3.0  # of CPU time
 _SHOWN = 80  # characters of a refused grammar that a message repeats
@@ -29,22 +31,28 @@ class GrammarCheck:
     def _compiler(self) -> GrammarCompiler:
         return self._make()
 
-    def check(self, grammar: Grammar, field: str) -> None:
-        """Raises InvalidRequest, which names the field, the value and the bound."""
-        refuse_long(grammar, field)
+    def check(self, given: Grammar, field: str) -> Grammar:
+        """What the engine gets of it. Raises InvalidRequest, which names the field, the value and the bound."""
+        refuse_long(given, field)
         if not self._compiler.eos_ids:
-            raise _refusal(field, "the model has no id that ends a generation, so that nothing could end it", grammar)
+            raise _refusal(field, "the model has no id that ends a generation, so that nothing could end it", given)
+        grammar = translated(given, field)
+        if len(grammar.text) > MAX_TRANSLATED:
+            raise _refusal(
+                field, f"makes a grammar of {len(grammar.text)} characters, more than {MAX_TRANSLATED}", given
+            )
         try:
             compiled = self._compiler.compile(grammar)
         except InvalidRequest as refused:
-            raise _refusal(field, refused.message, grammar) from None
+            raise _refusal(field, refused.message, given) from None
         size = compiled.memory_size_bytes()
         if size > MAX_COMPILED:
-            raise _refusal(field, f"takes {size >> 20} MB compiled, more than {MAX_COMPILED >> 20} MB", grammar)
+            raise _refusal(field, f"takes {size >> 20} MB compiled, more than {MAX_COMPILED >> 20} MB", given)
         bits = np.zeros((1, self._compiler.words), np.int32)
         native().GrammarMatcher(compiled, None, False, -1, None).fill_next_token_bitmask(bits, 0, False)
         if not bits.any():
-            raise _refusal(field, "no text that this model can write matches it", grammar)
+            raise _refusal(field, "no text that this model can write matches it", given)
+        return grammar
 
 
 def refuse_long(grammar: Grammar, field: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,11 +14,7 @@ from lightllmd.ipc.messages import Grammar
 
 _RAW = 0  # xgrammar's VocabType: tokens are given as the bytes of the text that they make
 _SHOWN = 200  # characters of what xgrammar says that a refusal repeats
-# Between two tokens of JSON: indents 9 levels by 2, and brings a model to an end that writes nothing else.
-_MOST_WHITESPACE = 20  # characters
-_JSON_OBJECT = '{"type": "object"}'
 _SOURCE = re.compile(r"^.*?\.cc:\d+: (Check failed: \(.*?\) is false: )?")  # where xgrammar found the fault
-_ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 class GrammarCompiler:
@@ -50,41 +45,13 @@ class GrammarCompiler:
         text = grammar.text
         try:
             match grammar.kind:
-                case "json_object":
-                    return _of_schema(compiler, _JSON_OBJECT)
-                case "json_schema":
-                    return _of_schema(compiler, text)
-                case "regex":
-                    return compiler.compile_regex(text)
                 case "ebnf":
                     return compiler.compile_grammar_from_strings(text, "root")
-                case "choice":
-                    return compiler.compile_grammar_from_strings(choices(json.loads(text)), "root")
                 case "structural_tag":
                     return compiler.compile_structural_tag(text)
         except (RuntimeError, ValueError, TypeError) as refused:
             raise InvalidRequest(_words(refused)) from None
-
-
-def _of_schema(compiler: Any, schema: str) -> Any:
-    """White space between tokens as the model likes, within a bound; properties that the schema does not name only if
-    it says so."""
-    any_whitespace, indent, separators, strict, any_order = True, None, None, True, False
-    return compiler.compile_json_schema(schema, any_whitespace, indent, separators, strict, _MOST_WHITESPACE, any_order)
-
-
-def choices(texts: Sequence[str]) -> str:
-    """The EBNF of one of the texts. Raises ValueError."""
-    for text in texts:
-        if "\0" in text:
-            raise ValueError(f"a choice has the character U+0000: {text[:40]!r}")
-    return "root ::= " + " | ".join(f'"{"".join(map(_escape, text))}"' for text in texts)
-
-
-def _escape(character: str) -> str:
-    if character in _ESCAPED:
-        return _ESCAPED[character]
-    return f"\\x{ord(character):02x}" if ord(character) < 0x20 or ord(character) == 0x7F else character
+        raise InvalidRequest(f"a {grammar.kind} has to be translated first")
 
 
 def _words(refused: Exception) -> str:

@@ -42,10 +42,12 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "choice", "
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What the text of a sequence has to be; see `requests.constraint`. It has been compiled once, within bounds."""
+    """What the text of a sequence has to be; see `requests.constraint`. The engine gets those that have been compiled
+    once, within bounds: of kind ``ebnf`` or ``structural_tag``."""
 
     kind: GrammarKind
     text: str
+    whitespace: str | None = None  # a pattern of what stands between tokens of JSON; None: the usual
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampling"):

@@ -71,8 +71,7 @@ class Inline(TextWork):
         return bad_word_ids(words, field, self._tokenizer()) if words else []
 
     async def grammar(self, constraint: Constraint) -> Grammar:
-        self._grammars.check(constraint.grammar, constraint.field)
-        return constraint.grammar
+        return self._grammars.check(constraint.grammar, constraint.field)
 
     async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         return work(*arguments)

@@ -32,17 +32,17 @@ def test_good_ones_pass_and_bad_ones_are_refused_by_field_value_and_reason() -> 
         good = Grammar("json_object", "")
         await asyncio.gather(*(grammars.check(good, "response_format") for _ in range(3)))
         for grammar, says in (
-            (Grammar("regex", "(a"), r"^guided: Regex parsing error at position 3: .* got regex '\(a'"),
+            (Grammar("regex", "(a"), r"^guided: a \) is missing, at character 2; got '\(a'"),
             (
                 Grammar("ebnf", "root ::= nothing"),
                 '^guided: EBNF parser error at line 1.*Rule "nothing" is not defined',
             ),
             (Grammar("ebnf", "root ::= root"), "^guided: no text that this model can write matches it"),
-            (Grammar("json_schema", '{"type": "nope"}'), '^guided: Unsupported type "nope"'),
+            (Grammar("json_schema", '{"type": "nope"}'), "^guided.type: should be of null, .*; got 'nope'"),
             (Grammar("regex", "a" * 600_000), "^guided: has 600000 characters, more than 524288"),
         ):
             with pytest.raises(InvalidRequest, match=says) as refused:
                 await grammars.check(grammar, "guided")
-            assert refused.value.parameters["param"] == "guided"
+            assert str(refused.value.parameters["param"]).startswith("guided")
 
     checking(work)

@@ -69,6 +69,6 @@ def test_a_pattern_and_a_choice_are_whole_matches(fake: LLM) -> None:
 
 
 def test_what_can_not_be_compiled_is_refused_by_name(fake: LLM) -> None:
-    with pytest.raises(InvalidRequest, match=r"^grammar: Regex parsing error .* got regex '\(a'") as refused:
+    with pytest.raises(InvalidRequest, match=r"^grammar: a \) is missing, at character 2; got '\(a'") as refused:
         jobs_of(fake, "regex", "(a")
     assert refused.value.parameters["param"] == "grammar"

@@ -15,6 +15,7 @@ from lightllmd.requests.text_work import grammar_check
 from lightllmd.text.interface import Tokenizer
 
 _KEPT = 4096  # grammars that are known to be good, by content
+_KEPT_SIZE = 32 << 20  # characters of these
 _PROCESSES = 2
 
 
@@ -24,35 +25,41 @@ class CheckedGrammars:
     def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         check = grammar_check(lambda: tokenizer, limits)
         self._processes = Helpers({"grammar": check.check}, light=_PROCESSES)
-        self._good: OrderedDict[bytes, None] = OrderedDict()
-        self._checking: dict[tuple[bytes, str], asyncio.Task[None]] = {}  # by content and field
+        self._good: OrderedDict[bytes, Grammar] = OrderedDict()  # as the engine gets them, by what a client wrote
+        self._size = 0  # characters of them
+        self._checking: dict[tuple[bytes, str], asyncio.Task[Grammar]] = {}  # by content and field
 
     def stop(self) -> None:
         """Ends all processes, for good."""
         self._processes.stop()
 
-    async def check(self, grammar: Grammar, field: str) -> None:
-        """Raises InvalidRequest, which names the field, and what `Helpers.run` raises. One of the same content that is
-        being checked is waited for."""
+    async def check(self, grammar: Grammar, field: str) -> Grammar:
+        """What the engine gets of it. Raises InvalidRequest, which names the field, and what `Helpers.run` raises. One
+        of the same content that is being checked is waited for."""
         refuse_long(grammar, field)
-        text = f"{grammar.kind} {grammar.text}".encode("utf-8", "surrogatepass")
+        text = f"{grammar.kind} {grammar.whitespace!r} {grammar.text}".encode("utf-8", "surrogatepass")
         key = blake2b(text, digest_size=16).digest()
         if key in self._good:
             self._good.move_to_end(key)
-            return
+            return self._good[key]
         task = self._checking.get((key, field))
         if task is None:
             task = self._checking[key, field] = asyncio.create_task(self._compile(grammar, field))
             task.add_done_callback(lambda done: self._checked(key, field, done))
-        await asyncio.shield(task)  # a client that leaves doesn't end it
+        return await asyncio.shield(task)  # a client that leaves doesn't end it
 
-    async def _compile(self, grammar: Grammar, field: str) -> None:
+    async def _compile(self, grammar: Grammar, field: str) -> Grammar:
         subject = f"{field}: compiling this {grammar.kind} of {len(grammar.text)} characters"
-        await self._processes.run("grammar", grammar, field, heavy=False, seconds=SECONDS, subject=subject)
+        checked: Grammar = await self._processes.run(
+            "grammar", grammar, field, heavy=False, seconds=SECONDS, subject=subject
+        )
+        return checked
 
-    def _checked(self, key: bytes, field: str, task: asyncio.Task[None]) -> None:
+    def _checked(self, key: bytes, field: str, task: asyncio.Task[Grammar]) -> None:
         del self._checking[key, field]
         if not task.cancelled() and task.exception() is None:
-            self._good[key] = None
-            if len(self._good) > _KEPT:
-                self._good.popitem(last=False)
+            self._good[key] = task.result()
+            self._size += len(task.result().text)
+            while len(self._good) > 1 and (len(self._good) > _KEPT or self._size > _KEPT_SIZE):
+                _, gone = self._good.popitem(last=False)
+                self._size -= len(gone.text)

@@ -119,8 +119,7 @@ class TextHelpers:
 
     async def grammar(self, constraint: Constraint) -> Grammar:
         """See TextWork."""
-        await self._grammars.check(constraint.grammar, constraint.field)
-        return constraint.grammar
+        return await self._grammars.check(constraint.grammar, constraint.field)
 
     async def compute(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         """See TextWork and `off_loop`."""
