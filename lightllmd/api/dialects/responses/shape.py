@@ -77,8 +77,9 @@ class EventWriter:
         self._number = 0
 
     def frame(self, event: StreamEvent) -> bytes:
-        """Of an event without its number."""
-        return self._framed(event["type"], _json.encode(event | {"sequence_number": self._next()}))
+        """Of an event without its number, which it gets."""
+        event["sequence_number"] = self._next()
+        return self._framed(event["type"], _json.encode(event))
 
     def response(self, kind: str, response: bytes) -> bytes:
         """Of an event with the whole response, which is JSON."""
