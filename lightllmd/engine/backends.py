@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightllmd.config.plan import Plan
 from lightllmd.engine import kernel_cache, openmp
+from lightllmd.engine.grammar_vocabulary import compiler_here
 from lightllmd.engine.runners import fake
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
@@ -11,7 +12,6 @@ from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
 from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import Runner
-from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.text.healing import writable
 from lightllmd.text.tokenizer import load_tokenizer
 
@@ -33,15 +33,20 @@ def runner_for(plan: Plan) -> Runner:
     return CpuRunner()
 
 
-def scheduler_for(plan: Plan, generation: int) -> Scheduler:
-    """Under token_healing_mode the tokens' bytes are read now; else not before a request that was healed is replayed
-    from a generation that did. Under beam_mode the tokenizer is. Raises ConfigInvalid."""
+def grammars_for(plan: Plan) -> CompiledGrammars:
+    """Those of the plan's model; none yet."""
+    return CompiledGrammars(lambda: compiler_here(plan))
+
+
+def scheduler_for(plan: Plan, generation: int, grammars: CompiledGrammars | None = None) -> Scheduler:
+    """`grammars`: where requests find theirs; unset: some of its own. Under token_healing_mode the tokens' bytes are
+    read now; else not before a request that was healed is replayed from a generation that did. Under beam_mode the
+    tokenizer is. Raises ConfigInvalid."""
 
     def vocabulary() -> list[bytes | None]:
         return writable(load_tokenizer(plan, encodes=False))
 
-    grammars = CompiledGrammars(lambda: GrammarCompiler(vocabulary(), plan.vocab_size, plan.eos_id))
-    restrictions = Restrictions(plan.vocab_size, plan.eos_id, vocabulary, grammars)
+    restrictions = Restrictions(plan.vocab_size, plan.eos_id, vocabulary, grammars or grammars_for(plan))
     if plan.config.params.token_healing_mode:
         restrictions.load()
     readings = HypothesisTexts(lambda: load_tokenizer(plan, encodes=False))

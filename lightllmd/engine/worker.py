@@ -19,10 +19,13 @@ import zmq
 from lightllmd import errors
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
-from lightllmd.engine.backends import runner_for, scheduler_for
+from lightllmd.engine.backends import grammars_for, runner_for, scheduler_for
+from lightllmd.engine.grammar_gate import GrammarGate, Refused
+from lightllmd.engine.grammar_vocabulary import compiler_of
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners import fake
 from lightllmd.engine.scheduling.sequence import SELF, Owner
+from lightllmd.engine.scheduling.submissions import RETRY_AFTER
 from lightllmd.engine.step import Row, Runner, Step
 from lightllmd.ipc import messages
 from lightllmd.ipc.bus import EngineSocket
@@ -52,7 +55,9 @@ class EngineWorker:
         self._generation = configure.generation
         self._endpoint = configure.endpoint
         self._plan = plan
-        self._scheduler = scheduler_for(plan, configure.generation)
+        self._grammars = grammars_for(plan)
+        self._gate = GrammarGate(self._grammars, lambda: compiler_of(plan))
+        self._scheduler = scheduler_for(plan, configure.generation, self._grammars)
         params, engine = plan.config.params, plan.config.engine
         self._metrics = EngineMetrics()
         self._statistics = Statistics(math.inf if params.disable_log_stats else plan.log_stats_interval)
@@ -113,6 +118,7 @@ class EngineWorker:
     def _fall_asleep(self) -> None:
         """What is still here is dropped: the api workers were told that this generation is down."""
         self._enter("sleep")
+        self._gate.clear()
         self._scheduler.clear()
         while self._loop.busy:
             self._turn()
@@ -145,11 +151,14 @@ class EngineWorker:
         poller = zmq.Poller()
         poller.register(self._socket.socket, zmq.POLLIN)
         poller.register(self._link, zmq.POLLIN)
+        poller.register(self._gate.fileno(), zmq.POLLIN)
         while True:
             for source, _ in poller.poll(self._sleep()):
                 if source is self._socket.socket:
                     for message in self._socket.receive():
                         self._hear_api(message)
+                elif source == self._gate.fileno():
+                    self._take_compiled()
                 else:
                     self._read_link()
             self._hear_supervisor()
@@ -253,14 +262,37 @@ class EngineWorker:
             case messages.Submit() | messages.Hello() if self._phase == "asleep":
                 pass  # sent before it was told; it connects again when this generation is back
             case messages.Submit():
-                rejected = self._scheduler.submit(message, time.monotonic())
-                if rejected:
-                    self._socket.send(message.api, message.epoch, rejected)
+                now = time.monotonic()
+                if len(self._gate) >= self._plan.config.http.max_queue and not message.replay:
+                    text = f"the queue is full: {len(self._gate)} requests wait for their grammars to be compiled"
+                    self._reject(message, "queue_full", text)
+                elif not self._gate.holds(message, now):
+                    self._submit(message, now)
             case messages.Abort():
+                self._gate.abort(message.request, message.branches)
                 self._scheduler.abort(message.request, message.branches)
             case messages.Hello():
                 self._peers.add((message.api, message.epoch))
                 self._told = None
+
+    def _submit(self, message: messages.Submit, since: float) -> None:
+        """To the scheduler."""
+        rejected = self._scheduler.submit(message, since)
+        if rejected:
+            self._socket.send(message.api, message.epoch, rejected)
+
+    def _take_compiled(self) -> None:
+        """Requests whose grammars are compiled by now go to the scheduler."""
+        for one in self._gate.take():
+            if isinstance(one, Refused):
+                self._reject(one.message, "invalid", one.why)
+            else:
+                self._submit(one.message, one.since)
+
+    def _reject(self, message: messages.Submit, reason: str, text: str) -> None:
+        after = RETRY_AFTER if reason == "queue_full" else None
+        rejected = messages.Rejected(self._generation, message.request, reason, text, after)
+        self._socket.send(message.api, message.epoch, rejected)
 
     def _read_link(self) -> None:
         """Takes in what the supervisor says. Ends the process at once when it says so, or is gone."""
@@ -277,6 +309,7 @@ class EngineWorker:
         for message in pending:
             match message:
                 case messages.ApiGone():
+                    self._gate.api_gone((message.api, message.epoch))
                     self._scheduler.api_gone(message.api, message.epoch)
                     self._peers.discard((message.api, message.epoch))
                 case messages.Stage() if self._phase == "ready":
@@ -331,6 +364,9 @@ class EngineWorker:
         if cache := self._scheduler.cache_stats():
             self._metrics.cache(cache)
             stats |= {**cache, "cache_flushes": self._flushes, "cache_flushed_tokens": self._flushed_tokens}
+        if self._grammars.ready:
+            gate = self._gate
+            self._metrics.grammars(gate.compiled, gate.seconds, self._grammars.hits, self._grammars.size)
         if self._phase in ("ready", "sleep", "asleep"):
             stats |= self._runner.memory_stats()
         busy = self._phase not in ("ready", "asleep") or self._loop.busy

@@ -3,10 +3,14 @@ limited, before any engine gets it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import cached_property
+from time import thread_time
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightllmd.errors import InvalidRequest
 from lightllmd.grammar.compiler import GrammarCompiler
@@ -18,6 +22,8 @@ MAX_TEXT = 512 << 10  # characters of a grammar
 MAX_TRANSLATED = 2 << 20  # characters of the EBNF that is made of it
 MAX_COMPILED = 64 << 20  # bytes
 SECONDS = 3.0  # of CPU time
+MATCH_SECONDS = 0.01  # of CPU time, that a token may take
+_WALK, _WALK_SECONDS = 256, 0.5  # tokens, and seconds of CPU time, that are tried
 _SHOWN = 80  # characters of a refused grammar that a message repeats
 
 
@@ -48,11 +54,51 @@ class GrammarCheck:
         size = compiled.memory_size_bytes()
         if size > MAX_COMPILED:
             raise _refusal(field, f"takes {size >> 20} MB compiled, more than {MAX_COMPILED >> 20} MB", given)
-        bits = np.zeros((1, self._compiler.words), np.int32)
-        native().GrammarMatcher(compiled, None, False, -1, None).fill_next_token_bitmask(bits, 0, False)
-        if not bits.any():
-            raise _refusal(field, "no text that this model can write matches it", given)
+        self._try(compiled, given, field)
         return grammar
+
+    def _try(self, compiled: Any, given: Grammar, field: str) -> None:
+        """Walks along random tokens, and along the last that are allowed: what takes long to match would take it in a
+        step of an engine."""
+        begun = thread_time()
+        for draw in (random.Random(0).choice, lambda ids: ids[-1]):
+            walk = _Walk(compiled, self._compiler)
+            while walk.steps < _WALK and thread_time() - begun < _WALK_SECONDS:
+                allowed = walk.allowed()
+                if not len(allowed):
+                    if not walk.steps and not walk.ends:
+                        raise _refusal(field, "no text that this model can write matches it", given)
+                    break
+                walk.take(int(draw(allowed)))
+                if walk.slowest > MATCH_SECONDS:
+                    slow = f"a token takes {1e3 * walk.slowest:.0f} ms to match, more than {1e3 * MATCH_SECONDS:.0f} ms"
+                    raise _refusal(field, slow, given)
+
+
+class _Walk:
+    """One text that a grammar allows, token by token."""
+
+    def __init__(self, compiled: Any, compiler: GrammarCompiler) -> None:
+        self.steps, self.slowest, self.ends = 0, 0.0, False
+        self._matcher = native().GrammarMatcher(compiled, None, False, -1, None)
+        self._bits, self._compiler = np.zeros((1, compiler.words), np.int32), compiler
+
+    def allowed(self) -> NDArray[np.int64]:
+        """The ids that may come next, but for those that end a generation; `ends`: those may."""
+        begun = thread_time()
+        self._matcher.fill_next_token_bitmask(self._bits, 0, False)
+        self.slowest = max(self.slowest, thread_time() - begun)
+        bits = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")
+        self.ends = bool(bits[self._compiler.eos_ids].any())
+        bits[self._compiler.eos_ids] = 0
+        return bits.nonzero()[0]
+
+    def take(self, token: int) -> None:
+        """It comes next."""
+        begun = thread_time()
+        self._matcher.accept_token(token, False)
+        self.slowest = max(self.slowest, thread_time() - begun)
+        self.steps += 1
 
 
 def refuse_long(grammar: Grammar, field: str) -> None:

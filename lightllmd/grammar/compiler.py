@@ -20,14 +20,18 @@ _SOURCE = re.compile(r"^.*?\.cc:\d+: (Check failed: \(.*?\) is false: )?")  # wh
 class GrammarCompiler:
     """Of one vocabulary. Holds no compiled grammar. May be used from any thread."""
 
-    def __init__(self, vocabulary: Sequence[bytes | None], vocab_size: int, eos_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        vocabulary: Sequence[bytes | None],
+        vocab_size: int,
+        eos_ids: Iterable[int],
+        *,
+        serialised: bytes | None = None,
+    ) -> None:
         """`vocabulary`: the bytes of each token by id, None for one that no text is made of. `vocab_size`: the model's
-        logits, which may be more or fewer. `eos_ids` end a generation, where the grammar may end."""
+        logits, which may be more or fewer. `eos_ids` end a generation, where the grammar may end. `serialised`: see
+        `restored`."""
         ends = sorted({number for number in eos_ids if 0 <= number < vocab_size})
-        tokens = [raw or b"" for raw in vocabulary[:vocab_size]]
-        tokens += [b""] * (vocab_size - len(tokens))
-        for number in ends:
-            tokens[number] = b""
         self.eos_ids, self.vocab_size = ends, vocab_size
         self.words = -(-vocab_size // 32)  # int32 of a mask
         allowed = np.zeros(32 * self.words, np.bool_)
@@ -37,7 +41,23 @@ class GrammarCompiler:
         words = np.frombuffer(self.ends, np.int32)
         self.but_ends = [(int(word), ~words[word]) for word in words.nonzero()[0]]  # word of a mask, its other bits
         self._native = native()
+        if serialised is not None:
+            self._tokens = self._native.TokenizerInfo.deserialize_json(serialised.decode())
+            return
+        tokens = [raw or b"" for raw in vocabulary[:vocab_size]]
+        tokens += [b""] * (vocab_size - len(tokens))
+        for number in ends:
+            tokens[number] = b""
         self._tokens = self._native.TokenizerInfo(tokens, _RAW, vocab_size, ends, False)
+
+    @classmethod
+    def restored(cls, serialised: bytes, vocab_size: int, eos_ids: Iterable[int]) -> GrammarCompiler:
+        """From what `serialised` gave in another process, without the interpreter's lock."""
+        return cls([], vocab_size, eos_ids, serialised=serialised)
+
+    def serialised(self) -> bytes:
+        """The vocabulary."""
+        return str(self._tokens.serialize_json()).encode()
 
     def compile(self, grammar: Grammar, threads: int = 1) -> Any:
         """xgrammar's CompiledGrammar. Raises InvalidRequest, whose message does not name the field."""

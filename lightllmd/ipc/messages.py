@@ -80,7 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="sampl
     # No other is generated, eos included, but for those that write what `healing` took back. None: all are allowed.
     allowed_token_ids: list[int] | None = None
     bad_words: list[list[int]] = []  # token sequences that are never completed
-    grammar: Grammar | None = None  # the text keeps to it, and ends where it does
+    # The text keeps to it. Where it can't go on the generation ends, whatever ignore_eos and min_new_tokens say; where
+    # it may end these decide.
+    grammar: Grammar | None = None
     healing: bytes = b""  # the text begins with these bytes, which were taken back from the prompt
     prompt_logprobs: int = -1  # alternatives reported beside each prompt token's log-probability, 0..20; -1: neither
     use_cache: bool = True  # of prompts: False: neither reads nor fills it
@@ -114,6 +116,7 @@ class PoolingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="poolin
     prompt_logprobs: ClassVar[int] = -1
     top_logprobs: ClassVar[int] = 0
     healing: ClassVar[bytes] = b""
+    grammar: ClassVar[Grammar | None] = None
 
 
 RequestParams: TypeAlias = SamplingParams | PoolingParams

@@ -192,6 +192,13 @@ class EngineMetrics(_Metrics):
             "cache_evicted_tokens": counter("prompt_cache_evicted_tokens", "Tokens that gave way to others"),
         }
         self._cache_counted = dict.fromkeys(self._cache_counts, 0.0)
+        self._grammar_bytes = gauge("grammar_cache_bytes", "Of compiled grammars that are kept")
+        self._grammar_counts = (
+            counter("grammar_compile_count", "Grammars compiled"),
+            counter("grammar_compile_seconds", "That took"),
+            counter("grammar_cache_hit_count", "Requests whose grammar was compiled already"),
+        )
+        self._grammars_counted = (0.0, 0.0, 0.0)
 
     def step(self, kind: StepKind, seconds: float, begun: int) -> None:
         """`begun`: branches whose first step it is."""
@@ -208,6 +215,14 @@ class EngineMetrics(_Metrics):
         for name, counter in self._cache_counts.items():
             counter.inc(stats[name] - self._cache_counted[name])
             self._cache_counted[name] = stats[name]
+
+    def grammars(self, compiled: int, seconds: float, hits: int, kept_bytes: int) -> None:
+        """All but the last grow from this process's start on."""
+        self._grammar_bytes.set(kept_bytes)
+        counted = (float(compiled), seconds, float(hits))
+        for counter, now, before in zip(self._grammar_counts, counted, self._grammars_counted, strict=True):
+            counter.inc(now - before)
+        self._grammars_counted = counted
 
     def admitted(self, queued_seconds: float) -> None:
         """A branch enters the running batch for the first time, `queued_seconds` after its arrival."""

@@ -6,16 +6,19 @@ from typing import NamedTuple
 
 from lightllmd.engine.runners.fake_model import fake_alternatives, fake_token
 from lightllmd.engine.scheduling.beam_search import MOST_CANDIDATES
+from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
 from lightllmd.engine.scheduling.hypothesis_text import DetokenizedHypothesis, HypothesisTexts
 from lightllmd.engine.scheduling.restriction import Restrictions
 from lightllmd.engine.step import Alternatives
+from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SamplingParams
 from lightllmd.text import ByteTokenizer
 
 EOS = ord("e")  # a byte that fake tokens do hit, so that generations end by eos too
 # Bytes, and behind them tokens of several, so that prompts have something to heal.
 VOCABULARY = [bytes([byte]) for byte in range(128)] + [b"ab", b"abc", b"bc", b"cab", b"aa"]
-RESTRICTIONS = Restrictions(len(VOCABULARY), [EOS], lambda: VOCABULARY)
+_GRAMMARS = CompiledGrammars(lambda: GrammarCompiler(VOCABULARY, len(VOCABULARY), [EOS]))
+RESTRICTIONS = Restrictions(len(VOCABULARY), [EOS], lambda: VOCABULARY, _GRAMMARS)
 READINGS = HypothesisTexts(ByteTokenizer)
 
 
@@ -54,14 +57,15 @@ def _drawn(prompt: list[int], params: SamplingParams, branch: int) -> Output:
         output.alternatives.append(fake_alternatives(prompt + tokens, top) if top else None)
         output.logprobs.append(0.0)
         tokens.append(fake_token(prompt, seed, branch, len(tokens), mask=mask))
-        if tokens[-1] == EOS and not params.ignore_eos and len(tokens) >= params.min_new_tokens:
+        ends = params.grammar is not None or (not params.ignore_eos and len(tokens) >= params.min_new_tokens)
+        if tokens[-1] == EOS and ends:
             return output._replace(finish=FINISH_STOP)
     return output
 
 
 def _searched(prompt: list[int], params: SamplingParams) -> list[Output]:
     """The rules that engine/scheduling/beam_search.py states, as lists of beams."""
-    width, ends = params.n, set() if params.ignore_eos else {EOS}
+    width, ends = params.n, set() if params.ignore_eos and params.grammar is None else {EOS}
     count = max(2, 1 + len(ends)) * width if params.stops is None else MOST_CANDIDATES
     live: list[_Beam] = [(0.0, [], [], READINGS.open(prompt, params))]
     ended: list[tuple[float, bool, list[int], list[float], str | None]] = []  # (score, by its end, ...), best first

@@ -19,7 +19,7 @@ from lightllmd.engine.kv_cache import manager as key_values
 from lightllmd.engine.kv_cache.slots import Slots
 from lightllmd.engine.scheduling import scheduler
 from lightllmd.engine.scheduling.admission import SchedulerLimits
-from lightllmd.ipc.messages import SamplingParams, TextStops
+from lightllmd.ipc.messages import Grammar, SamplingParams, TextStops
 from long_run import LONG
 from property.fuzz_clients import APIS
 from property.fuzz_model import Model
@@ -64,6 +64,14 @@ def draw_prompt(draw: random.Random, model: Model) -> list[int]:
 STOPS = [TextStops(strings=("a", "x")), TextStops(("aa", "b"), ((99,), (97, 98)), include_stop=False)]
 
 
+GRAMMARS = [
+    Grammar("ebnf", 'root ::= ("ab" | "c")*'),
+    Grammar("ebnf", 'root ::= "a"{1,3} ("b" | "cab")?'),
+    Grammar("ebnf", 'root ::= "abcab" | "abc" | "cabcab"'),
+    Grammar("ebnf", 'root ::= "a" root "b" | "c"'),
+]
+
+
 def draw_params(draw: random.Random, model: Model, length: int) -> SamplingParams:
     """Of a request with a prompt of so many tokens: seldom too many of them, often none to spare."""
     limits = model.limits
@@ -79,6 +87,8 @@ def draw_params(draw: random.Random, model: Model, length: int) -> SamplingParam
         fields["bad_words"] = draw.choice([[[97, 98], [98, 98, 99]], [[99]], [[98], [97, 97]]])
     if draw.random() < 0.15 and not limits.beam_mode:
         fields["healing"] = draw.choice([b"a", b"abca", b"caba"])
+    elif draw.random() < 0.15:
+        fields["grammar"] = draw.choice(GRAMMARS)
     if limits.beam_mode and n > 1:
         fields["presence_penalty"] = draw.choice([0.0, 0.0, 0.5])
         fields["length_penalty"] = draw.choice([0.0, 1.0, 2.0])

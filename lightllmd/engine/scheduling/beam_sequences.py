@@ -22,7 +22,7 @@ BeamResult = tuple[Sequence, float, list[Candidate], Alternatives | None]
 def fork(sequences: list[Sequence], eos_ids: frozenset[int], reading: HypothesisText | None = None) -> None:
     """Makes a request's branches the beams of one search. `reading`: where stops end a hypothesis too."""
     params = sequences[0].sampling
-    ends = frozenset[int]() if params.ignore_eos else eos_ids
+    ends = frozenset[int]() if params.ignore_eos and params.grammar is None else eos_ids
     beams = Fork(list(sequences), ends=ends, reading=reading)
     candidates = BeamSearch.candidates(len(sequences), ends, reading is not None)
     params = msgspec.structs.replace(params, do_sample=False, candidates=candidates)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,32 +20,53 @@ class CompiledGrammars:
     """Those of one model, by content; the least recently used ones go first."""
 
     def __init__(self, compiler: Callable[[], GrammarCompiler]) -> None:
-        """`compiler` is called once, for the first request with a grammar."""
+        """`compiler` is called once, for the first request with a grammar, unless `use` came before."""
         self._make = compiler
+        self._compiler: GrammarCompiler | None = None
         self._kept: OrderedDict[Grammar, Any] = OrderedDict()
-        self._size = 0  # bytes
+        self.size = 0  # bytes
+        self.hits = 0  # requests whose grammar was here
 
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        return self._make()
+    @property
+    def ready(self) -> bool:
+        """There is a compiler."""
+        return self._compiler is not None
+
+    def use(self, compiler: GrammarCompiler) -> None:
+        """From now on."""
+        self._compiler = compiler
+
+    def has(self, grammar: Grammar) -> bool:
+        """Whether it is compiled. It is the last to go then."""
+        if grammar not in self._kept:
+            return False
+        self._kept.move_to_end(grammar)
+        self.hits += 1
+        return True
+
+    def compile(self, grammar: Grammar) -> Any:
+        """xgrammar's CompiledGrammar; may be called from any thread. Raises InvalidRequest for one that was not
+        checked."""
+        if self._compiler is None:
+            self._compiler = self._make()
+        return self._compiler.compile(grammar)
+
+    def add(self, grammar: Grammar, compiled: Any) -> None:
+        """It is kept from now on, as the last to go."""
+        self._kept[grammar] = compiled
+        self.size += compiled.memory_size_bytes()
+        while self.size > CACHE and len(self._kept) > 1:
+            _, gone = self._kept.popitem(last=False)
+            self.size -= gone.memory_size_bytes()
 
     def row(self, params: SamplingParams) -> GrammarRow:
-        """Of one sequence of such a request."""
+        """Of one sequence of such a request. What is not compiled is now. Raises InvalidRequest."""
         grammar = params.grammar
         assert grammar is not None
-        return GrammarRow(self.compiled(grammar), self._compiler, params.ignore_eos, beam=False)
-
-    def compiled(self, grammar: Grammar) -> Any:
-        """xgrammar's CompiledGrammar. Raises InvalidRequest for one that was not checked."""
-        found = self._kept.get(grammar)
-        if found is None:
-            found = self._kept[grammar] = self._compiler.compile(grammar)
-            self._size += found.memory_size_bytes()
-            while self._size > CACHE and len(self._kept) > 1:
-                _, gone = self._kept.popitem(last=False)
-                self._size -= gone.memory_size_bytes()
-        self._kept.move_to_end(grammar)
-        return found
+        if grammar not in self._kept:
+            self.add(grammar, self.compile(grammar))
+        assert self._compiler is not None
+        return GrammarRow(self._kept[grammar], self._compiler, params.ignore_eos, beam=False)
 
 
 class GrammarRow:

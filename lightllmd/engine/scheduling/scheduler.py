@@ -343,7 +343,10 @@ class Scheduler:
             finish = FINISH_NONE
             if logprob != logprob:  # NaN: the model can't go on from here, whatever the token is
                 finish = FINISH_ABORT
-            elif token in eos_ids and not params.ignore_eos and position + 1 >= params.min_new_tokens:
+            elif token in eos_ids and (
+                # A grammar that has to go on for that allows no end, if it can.
+                params.grammar is not None or (not params.ignore_eos and position + 1 >= params.min_new_tokens)
+            ):
                 finish = FINISH_STOP
             elif position + 1 >= params.max_new_tokens:
                 finish = FINISH_LENGTH

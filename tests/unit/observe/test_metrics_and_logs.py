@@ -37,10 +37,13 @@ OUR_COUNTERS = {
     "prompt_cache_lookup_tokens",
     "prompt_cache_hit_tokens",
     "prompt_cache_evicted_tokens",
+    "grammar_compile_count",
+    "grammar_compile_seconds",
+    "grammar_cache_hit_count",
     "request_cancelled",
     "key_refusal",
 }
-OUR_GAUGES = {"prompt_cache_tokens", "prompt_cache_evictable_tokens"}
+OUR_GAUGES = {"grammar_cache_bytes", "prompt_cache_tokens", "prompt_cache_evictable_tokens"}
 
 
 def test_names_kinds_and_buckets_are_the_originals_and_ours() -> None:
