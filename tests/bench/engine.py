@@ -202,7 +202,7 @@ def roofline_of(plan: Plan) -> Roofline | None:
     """None where a percentage would mean nothing."""
     params = plan.config.params
     card = card_of(plan.device.kind, plan.device.name, plan.data_type)
-    if card is None or plan.model is None or not PLAIN.issuperset(params.mode):
+    if card is None or plan.model is None or plan.model.outline or not PLAIN.issuperset(params.mode):
         return None
     together = Card(card.name, params.tp * card.bandwidth, params.tp * card.arithmetic)
     return Roofline.of(plan.model.hf_config, 4 if plan.data_type == "float32" else 2, together)
