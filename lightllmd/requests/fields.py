@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
+from lightllmd.errors import InvalidRequest
 from lightllmd.requests.faults import fields_of, shown
 from lightllmd.requests.urgency import UNHURRIED, Urgency, UrgencyFields
 from lightllmd.text.stop import MAX_STOP_LENGTH, MAX_STOP_TOTAL
@@ -34,6 +37,16 @@ def _for_clients(schema: dict[str, Any], model: type[Body]) -> None:
         schema.pop("description", None)
 
 
+@dataclass(frozen=True)
+class RefusedField:
+    """Of a field that clients know and that is not built here."""
+
+    idle: tuple[Any, ...] = (None,)  # values that ask for nothing, with which it is passed over
+    why: str = "not available yet"
+    code: str | None = None  # of the error
+    inherited: bool = False  # the class has such a field, of those that it is made of
+
+
 class Body(BaseModel):
     """Strict: no "1" for 1, no 2.0 for 2, no NaN. null says what leaving the field out says, where that is allowed.
 
@@ -45,6 +58,9 @@ class Body(BaseModel):
     )
     lenient: ClassVar[bool] = False
     described: ClassVar[bool] = False  # its docstring is for clients, too: in the OpenAPI document
+    # Beside the fields, what becomes of others that clients know. A class below may have one of them as a field.
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # accepted: they change nothing that a client could see
+    refused: ClassVar[Mapping[str, RefusedField]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -64,8 +80,25 @@ class Body(BaseModel):
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Drops what is accepted without effect, refuses by name what is not built yet."""
-        return body
+        """Drops what is accepted without effect. Raises InvalidRequest for what is refused."""
+        return cls.known(body)
+
+    @classmethod
+    def fields_that_work(cls) -> list[str]:
+        """Their names, in the order of their declaration."""
+        return [name for name in fields_of(cls) if name not in cls.refused or not cls.refused[name].inherited]
+
+    @classmethod
+    def known(cls, given: dict[str, Any], path: str = "") -> dict[str, Any]:
+        """What is left of the fields `given` at `path`. Raises InvalidRequest for one that is refused."""
+        fields = fields_of(cls)
+        for name, refusal in cls.refused.items():
+            if name in given and given[name] not in refusal.idle and (refusal.inherited or name not in fields):
+                what = f"{path}{name}"
+                told: dict[str, Any] = {"param": what} | ({} if refusal.code is None else {"code": refusal.code})
+                raise InvalidRequest(f"{what}: {refusal.why}", **told)
+        dropped = {name for name in cls.without_effect.union(cls.refused) if name not in cls.fields_that_work()}
+        return {name: value for name, value in given.items() if name not in dropped}
 
     @property
     def urgency(self) -> Urgency:

@@ -3,8 +3,8 @@ bodies and of `LLM.generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -12,7 +12,16 @@ from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.faults import contradiction
-from lightllmd.requests.fields import MAX_COUNT, MAX_PENALTY, MAX_SEED, CommonFields, Count, StopText, affordable_stops
+from lightllmd.requests.fields import (
+    MAX_COUNT,
+    MAX_PENALTY,
+    MAX_SEED,
+    CommonFields,
+    Count,
+    RefusedField,
+    StopText,
+    affordable_stops,
+)
 from lightllmd.text.stop import MAX_STOPS
 
 DEFAULT_MAX_NEW_TOKENS = 16
@@ -24,6 +33,9 @@ class Parameters(CommonFields):
     """`parameters` of /generate, /generate_stream and /."""
 
     described = True
+    refused: ClassVar[Mapping[str, RefusedField]] = dict.fromkeys(
+        ("regular_constraint", "guided_grammar", "guided_json"), RefusedField()
+    )
 
     return_details: bool = False
     best_of: Annotated[int, Field(ge=1, le=8)] | None = None

@@ -175,7 +175,7 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
     ("prompt id outside", "completions", b'{"prompt": [1, 257]}', "token id 257 is not within 0 .. 256"),
     ("prompt id negative", "completions", b'{"prompt": [-1]}', "prompt"),
     ("second prompt too long", "completions", json.dumps({"prompt": ["x", "y" * 3000]}).encode(), "prompt.1"),
-    ("suffix", "completions", _c(suffix="x"), "suffix: not available yet"),
+    ("suffix", "completions", _c(suffix="x"), "suffix: a completion here goes on from its prompt"),
     ("tool without function", "chat/completions", _m(tools=[{"type": "function"}]), "tools.0.function: required"),
     ("custom tool", "chat/completions", _m(tools=[{"type": "custom"}]), "tools.0.type: should be 'function'"),
     ("tool's name", "chat/completions", _m(tools=[_tool("a b")]), "tools.0.function.name: String should match pattern"),

@@ -10,7 +10,6 @@ from lightllmd.requests.fields import Body
 from lightllmd.requests.parameters import Parameters
 from lightllmd.requests.urgency import Urgency
 
-_NOT_YET = ("regular_constraint", "guided_grammar", "guided_json")
 _NAMES = FieldNames(
     sequences="parameters.best_of",
     new_tokens="parameters.max_new_tokens",
@@ -36,12 +35,9 @@ class GenerateBody(Body):
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        parameters = body.get("parameters")
-        if isinstance(parameters, dict):
-            for name in _NOT_YET:
-                if parameters.get(name) is not None:
-                    raise InvalidRequest(f"parameters.{name}: not available yet", param=f"parameters.{name}")
-            body = body | {"parameters": {key: value for key, value in parameters.items() if key not in _NOT_YET}}
+        body = super().prepare(body)
+        if isinstance(parameters := body.get("parameters"), dict):
+            body = body | {"parameters": Parameters.known(parameters, "parameters.")}
         multimodal = body.get("multimodal_params")
         if isinstance(multimodal, dict) and multimodal.get("images"):
             raise InvalidRequest("multimodal_params.images: not available yet", param="multimodal_params.images")

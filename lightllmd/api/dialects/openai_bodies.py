@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 from pydantic import AfterValidator, Field, model_validator
 
 from lightllmd.api.dialects.chat_tools import DialogueFields
 from lightllmd.api.dialects.conversation import Conversation, Messages, check_answers
-from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
@@ -27,6 +26,7 @@ from lightllmd.requests.fields import (
     Body,
     CommonFields,
     Count,
+    RefusedField,
     StopText,
     affordable_stops,
     packed,
@@ -62,7 +62,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
-    "suffix": (None, ""),
     **dict.fromkeys(
         (
             "audio",
@@ -78,16 +77,10 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
         (None,),
     ),
 }
-
-
-def refuse_unbuilt(body: dict[str, Any], path: str = "", built: Container[str] = ()) -> dict[str, Any]:
-    """`body` without the fields that have no effect. Raises InvalidRequest for one that asks for a missing feature.
-    `built`: fields that do something here, whatever they do elsewhere."""
-    for name, idle in _NOT_YET.items():
-        if name not in built and name in body and body[name] not in idle:
-            raise InvalidRequest(f"{path}{name}: not available yet", param=f"{path}{name}")
-    dropped = _HARMLESS | _NOT_YET.keys()
-    return {name: value for name, value in body.items() if name not in dropped or name in built}
+_NO_SUFFIX = (
+    "a completion here goes on from its prompt and knows no text behind it; a model that was trained to fill in takes "
+    "both in the prompt, with its own tokens around them, such as <|fim_prefix|> … <|fim_suffix|> … <|fim_middle|>"
+)
 
 
 class UsageTold(Enum):
@@ -172,6 +165,12 @@ class SamplingFields(CommonFields):
 class OpenAIBody(SamplingFields, ABC):
     """What both routes share."""
 
+    without_effect = _HARMLESS
+    refused: ClassVar[Mapping[str, RefusedField]] = {
+        **{name: RefusedField(idle) for name, idle in _NOT_YET.items()},
+        "suffix": RefusedField((None, ""), _NO_SUFFIX),
+    }
+
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -186,10 +185,6 @@ class OpenAIBody(SamplingFields, ABC):
     use_beam_search: bool | None = Field(
         default=None, description="the server's beam_mode decides; a value that contradicts it is refused"
     )
-
-    @classmethod
-    def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        return refuse_unbuilt(body, built=cls.model_fields)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,7 +15,7 @@ from lightllmd.api.dialects.openai_bodies import MAX_PROMPTS, PromptIds
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.asked import Chat, FieldOfTexts, TextPairs
 from lightllmd.requests.faults import contradiction, shown
-from lightllmd.requests.fields import MAX_COUNT, Body
+from lightllmd.requests.fields import MAX_COUNT, Body, RefusedField
 from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked
 from lightllmd.requests.urgency import UrgencyFields
 from lightllmd.text.pairs import PairCut
@@ -25,11 +25,8 @@ MAX_RANK_FIELDS = 64
 RESULT_SIZE = 64  # characters of an answer for one prompt, about
 _NESTED = 1 << 16  # characters
 
-# Accepted without effect: they change nothing that a client could see here.
-_HARMLESS = frozenset({"user", "encoding_format"})
-_NOT_YET = ("chat_template", "dimensions", "mm_processor_kwargs")
 _IMAGES = ("image", "image_url", "video_url", "input_audio", "audio_url", "file")
-_EARLIER_NAMES = ("activation", "softmax", "normalize")  # of use_activation, in vLLM's releases before
+EARLIER_NAMES = ("activation", "softmax", "normalize")  # of use_activation, in vLLM's releases before
 
 Text = str | dict[str, Any]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
@@ -71,6 +68,10 @@ class ScoringBody(UrgencyFields, Body, ABC):
     """What all of them share."""
 
     lenient = True
+    without_effect = frozenset({"user", "encoding_format"})
+    refused: ClassVar[Mapping[str, RefusedField]] = dict.fromkeys(
+        ("chat_template", "dimensions", "mm_processor_kwargs"), RefusedField()
+    )
 
     model: str | None = None
     use_activation: bool | None = Field(
@@ -85,15 +86,10 @@ class ScoringBody(UrgencyFields, Body, ABC):
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        body = super().prepare(body)
-        for name in _NOT_YET:
-            if name not in cls.model_fields and body.get(name) is not None:
-                raise InvalidRequest(f"{name}: not available yet", param=name)
-        for name in _EARLIER_NAMES:
+        for name in EARLIER_NAMES:
             if body.get("use_activation") is None and isinstance(body.get(name), bool):
                 body = body | {"use_activation": body[name]}
-        dropped = {*_HARMLESS, *_NOT_YET, *_EARLIER_NAMES} - cls.model_fields.keys()
-        return {name: value for name, value in body.items() if name not in dropped}
+        return super().prepare({name: value for name, value in body.items() if name not in EARLIER_NAMES})
 
     @property
     @abstractmethod

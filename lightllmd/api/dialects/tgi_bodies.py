@@ -3,7 +3,8 @@ LightLLM that go beyond them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -19,6 +20,7 @@ from lightllmd.requests.fields import (
     MAX_SEED,
     Body,
     CommonFields,
+    RefusedField,
     StopText,
     affordable_stops,
 )
@@ -27,13 +29,8 @@ from lightllmd.text.stop import MAX_STOPS
 
 MAX_BEST_OF = 8
 DEFAULT_MAX_NEW_TOKENS = 100
+_IDLE = (None, False)  # values that ask for nothing
 
-_REFUSED = {
-    "watermark": "the output is not watermarked here",
-    "grammar": "not available yet",
-    "adapter_id": "not available yet",
-    "prompt_logprobs": "decoder_input_details asks for the log-probabilities of the prompt",
-}
 _NAMES = FieldNames(
     sequences="parameters.best_of",
     new_tokens="parameters.max_new_tokens",
@@ -49,6 +46,14 @@ class TgiParameters(CommonFields):
 
     described = True
     lenient = True
+    refused: ClassVar[Mapping[str, RefusedField]] = {
+        "watermark": RefusedField(_IDLE, "the output is not watermarked here"),
+        "grammar": RefusedField(_IDLE),
+        "adapter_id": RefusedField(_IDLE),
+        "prompt_logprobs": RefusedField(
+            _IDLE, "decoder_input_details asks for the log-probabilities of the prompt", inherited=True
+        ),
+    }
 
     best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = Field(
         default=None, description="of so many sequences the likeliest per token; not in a stream"
@@ -158,12 +163,9 @@ class TgiBody(Body):
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        parameters = body.get("parameters")
-        if isinstance(parameters, dict):
-            for name, reason in _REFUSED.items():
-                if parameters.get(name) not in (None, False):
-                    raise InvalidRequest(f"parameters.{name}: {reason}", param=f"parameters.{name}")
-            body = body | {"parameters": {key: value for key, value in parameters.items() if key not in _REFUSED}}
+        body = super().prepare(body)
+        if isinstance(parameters := body.get("parameters"), dict):
+            return body | {"parameters": TgiParameters.known(parameters, "parameters.")}
         return body
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -23,31 +24,13 @@ from lightllmd.requests.asked import Asked, Chat, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import contradiction, shown
-from lightllmd.requests.fields import MAX_COUNT, Body, StopText, affordable_stops
+from lightllmd.requests.fields import MAX_COUNT, Body, RefusedField, StopText, affordable_stops
 from lightllmd.requests.urgency import UrgencyFields
 from lightllmd.text.stop import MAX_STOPS
 
 LEAST_BUDGET = 1024  # tokens for thinking, as Anthropic documents
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # what chat templates call it
 
-# Documented by Anthropic and accepted without effect: they change nothing that a client could see here.
-_HARMLESS = frozenset(
-    {
-        "anthropic_beta",
-        "anthropic_version",
-        "betas",
-        "cache_control",
-        "diagnostics",
-        "inference_geo",
-        "metadata",
-        "service_tier",
-        "speed",
-        "user_profile_id",
-        "workspace_id",
-    }
-)
-# Features that are not built: accepted only with a value that asks for nothing.
-_NOT_YET: dict[str, tuple[Any, ...]] = {"container": (None,), "mcp_servers": (None, [])}
 _DROPPED_OF_A_TOOL = frozenset(
     {"allowed_callers", "cache_control", "defer_loading", "eager_input_streaming", "input_examples"}
 )
@@ -143,6 +126,25 @@ class ConversationBody(Body):
     """What becomes a prompt."""
 
     lenient = True
+    without_effect = frozenset(
+        {
+            "anthropic_beta",
+            "anthropic_version",
+            "betas",
+            "cache_control",
+            "diagnostics",
+            "inference_geo",
+            "metadata",
+            "service_tier",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
+        }
+    )
+    refused: ClassVar[Mapping[str, RefusedField]] = {
+        "container": RefusedField(),
+        "mcp_servers": RefusedField((None, [])),
+    }
 
     model: str
     messages: Annotated[list[BlockMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -155,10 +157,7 @@ class ConversationBody(Body):
 
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
-        for name, idle in _NOT_YET.items():
-            if name in body and body[name] not in idle:
-                raise InvalidRequest(f"{name}: not available yet", param=name)
-        body = {name: value for name, value in body.items() if name not in _HARMLESS and name not in _NOT_YET}
+        body = super().prepare(body)
         if "messages" in body:
             body["messages"] = prepared(body["messages"])
         if "system" in body:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from pydantic import Field, model_validator
@@ -12,30 +13,13 @@ from lightllmd.api.dialects.responses.items import Identifier, InputMessage, Ite
 from lightllmd.dialogue.tools import MAX_TOOL_NAME, MAX_TOOLS, Dialogue, Tool, ToolChoice, check_tools
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.constraint import Constraint
-from lightllmd.requests.faults import contradiction, shown
-from lightllmd.requests.fields import MAX_COUNT, MAX_LOGPROBS, Body
+from lightllmd.requests.faults import contradiction
+from lightllmd.requests.fields import MAX_COUNT, MAX_LOGPROBS, Body, RefusedField
 
 MAX_METADATA = 16  # pairs
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 
-# Features of OpenAI's own service, which a value other than these asks for.
-_ELSEWHERE: dict[str, tuple[Any, ...]] = {
-    "background": (None, False),
-    "conversation": (None,),
-    "prompt": (None,),
-    "context_management": (None, []),
-    "moderation": (None,),
-}
-# Accepted without effect: they change nothing that a client could see here.
-_HARMLESS = frozenset(
-    {
-        "access_programs",
-        "background_options",
-        "image",
-        "prompt_cache_options",
-        "stream_options",
-    }
-)
+_ELSEWHERE = ("not available here", "unsupported_parameter")  # why, and the code of the error
 _FORMAT_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 ToolName = Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
@@ -126,6 +110,24 @@ class ReasoningSettings(Body):
 class ResponsesBody(SamplingFields):
     """The body of /v1/responses."""
 
+    without_effect = frozenset(
+        {
+            "access_programs",
+            "background_options",
+            "image",
+            "prompt_cache_options",
+            "stream_options",
+        }
+    )
+    # Features of OpenAI's own service.
+    refused: ClassVar[Mapping[str, RefusedField]] = {
+        "background": RefusedField((None, False), *_ELSEWHERE),
+        "conversation": RefusedField((None,), *_ELSEWHERE),
+        "prompt": RefusedField((None,), *_ELSEWHERE),
+        "context_management": RefusedField((None, []), *_ELSEWHERE),
+        "moderation": RefusedField((None,), *_ELSEWHERE),
+    }
+
     input: str | Items
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
@@ -178,12 +180,7 @@ class ResponsesBody(SamplingFields):
     @classmethod
     def prepare(cls, body: dict[str, Any]) -> dict[str, Any]:
         """See `Body`."""
-        for name, idle in _ELSEWHERE.items():
-            if name in body and body[name] not in idle:
-                raise InvalidRequest(
-                    f"{name}: not available here; got {shown(body[name])}", param=name, code="unsupported_parameter"
-                )
-        body = {name: value for name, value in body.items() if name not in _HARMLESS and name not in _ELSEWHERE}
+        body = super().prepare(body)
         _refuse_tools(body)
         return body | {"input": prepared(body["input"])} if "input" in body else body
 
