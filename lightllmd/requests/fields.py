@@ -96,7 +96,7 @@ class Body(BaseModel):
             if name in given and given[name] not in refusal.idle and (refusal.inherited or name not in fields):
                 what = f"{path}{name}"
                 told: dict[str, Any] = {"param": what} | ({} if refusal.code is None else {"code": refusal.code})
-                raise InvalidRequest(f"{what}: {refusal.why}", **told)
+                raise InvalidRequest(f"{what}: {refusal.why}; got {shown(given[name])}", **told)
         dropped = {name for name in cls.without_effect.union(cls.refused) if name not in cls.fields_that_work()}
         return {name: value for name, value in given.items() if name not in dropped}
 
