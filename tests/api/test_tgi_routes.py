@@ -281,13 +281,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"seed": -1}, f"{BOUND}seed: should be greater than or equal to 0; got -1"),
     ("/generate", {"top_n_tokens": 21}, f"{BOUND}top_n_tokens: should be less than or equal to 20; got 21"),
     ("/generate", {"do_sample": "yes"}, f"{BOUND}do_sample: should be a valid boolean; got 'yes'"),
-    ("/generate", {"watermark": True}, f"{BOUND}watermark: the output is not watermarked here"),
-    ("/generate", {"grammar": {"type": "regex", "value": "a"}}, f"{BOUND}grammar: not available yet"),
-    ("/generate", {"adapter_id": "lora"}, f"{BOUND}adapter_id: not available yet"),
+    ("/generate", {"watermark": True}, f"{BOUND}watermark: the output is not watermarked here; got True"),
+    (
+        "/generate",
+        {"grammar": {"type": "regex", "value": "a"}},
+        f"{BOUND}grammar: not available yet; got {{'type': 'regex', 'value': 'a'}}",
+    ),
+    ("/generate", {"adapter_id": "lora"}, f"{BOUND}adapter_id: not available yet; got 'lora'"),
     (
         "/generate",
         {"prompt_logprobs": 1},
-        f"{BOUND}prompt_logprobs: decoder_input_details asks for the log-probabilities of the prompt",
+        f"{BOUND}prompt_logprobs: decoder_input_details asks for the log-probabilities of the prompt; got 1",
     ),
     (
         "/generate",
@@ -418,7 +422,7 @@ def test_a_key_that_is_missing_is_told_in_tgi_s_shape(tmp_path):
     answer = answered(tmp_path, "/generate", {"inputs": "x"}, api_keys_file=str(keys))
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert answer.json() == {
-        "error": "a valid API key is required: Authorization: Bearer KEY or x-api-key: KEY",
+        "error": "a valid API key is required: Authorization: Bearer KEY (x-api-key and api-key do, too)",
         "error_type": "unauthorized",
     }
 
