@@ -323,7 +323,7 @@ class WorkerSeen(msgspec.Struct, frozen=True):
 
 class Overview(msgspec.Struct, tag="overview", frozen=True):
     """To an api worker that shows a page: what it can't know of the daemon by itself. Sent when it changed, at most
-    once a second."""
+    once a second and before each `Health`."""
 
     started: float  # Unix time of the daemon's start
     sentence: str  # the daemon's state, for people

@@ -148,6 +148,7 @@ class Supervisor(Daemon):
             self.state, self.since = state, time.time()
         if health != self.health:
             self.health = health
+            self._overviews.tell()  # first: what a page says beside its health is no older
             self.front.tell(Health(*health))
         self._systemd.stopping()
 

@@ -65,6 +65,9 @@ class World(Protocol):
     def died(self, process: SimulatedProcess) -> None: ...
 
 
+BUFFERED = 8  # messages that a child's socket takes while it reads none
+
+
 class Link:
     """Stands for `ipc.channel.Channel`, with the child's end in it."""
 
@@ -84,7 +87,7 @@ class Link:
         return self.number
 
     def send(self, message: Any, *, droppable: bool = False) -> bool:
-        if not self.their_end or self.process is None or (droppable and self.down):
+        if not self.their_end or self.process is None or (droppable and len(self.down) >= BUFFERED):
             return False
         self.process.world.told(self.process, message)
         self.down.append(message)

@@ -21,6 +21,7 @@ from lightllmd.ipc.messages import (
     EngineConfigure,
     Failed,
     Heartbeat,
+    Overview,
     Prepare,
     Prepared,
     Probe,
@@ -81,6 +82,8 @@ def main() -> None:
             signal.pause()
         select.select([link], [], [], 0.05)
         for message in link.receive():
+            if isinstance(message, Overview):
+                continue  # which comes whenever anything changed
             fields = {name: getattr(message, name) for name in message.__struct_fields__ if name != "plan"}
             record.write(json.dumps({"at": time.time(), "message": type(message).__name__, **fields}) + "\n")
             if isinstance(message, Prepare):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightllmd.ipc.messages import Overview
+from lightllmd.ipc.messages import Health, Overview
+from supervisor import simulated_children
 from supervisor.simulated_models import configuration
 from supervisor.simulation import TICK, Simulation
 
@@ -36,8 +37,8 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    world = World()
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(**getattr(request, "param", {}))
     yield world
     world.simulation.close()
 
@@ -48,13 +49,55 @@ def ready(world: World) -> bool:
 
 def test_workers_are_told_how_all_others_are(world: World) -> None:
     world.until(lambda: ready(world))
-    overview = world.until(lambda: next((one for one in world.told if one.sentence.startswith("Serving")), None))
+    world.ticks(10)
+    overview = world.told[-1]
+    assert overview.sentence.startswith("Serving")
     assert [(one.name, one.state, one.restarts) for one in overview.workers] == [
         ("api-0", "running", 0),
         ("api-1", "running", 0),
         ("engine-0", "running", 0),
     ]
     assert overview.started == world.simulation.supervisor.started
+
+
+def test_what_is_said_beside_a_new_health_is_no_older_than_it(world: World) -> None:
+    world.until(lambda: ready(world))
+    world.ticks(10)
+    ledger = world.simulation.apis()[0].ledger
+    before = len(ledger)
+    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.worker.number)
+    assert engine is not None
+    engine.process.die(-9)
+    world.until(lambda: any(isinstance(message, Health) and message.ready for message in ledger[before:]))
+    for ready_again in (False, True):
+        at = next(
+            index
+            for index, message in enumerate(ledger)
+            if index >= before and isinstance(message, Health) and message.ready == ready_again
+        )
+        newest = [message for message in ledger[:at] if isinstance(message, Overview)][-1]
+        assert newest.sentence.startswith("Serving") == ready_again
+
+
+@pytest.mark.parametrize("world", [{"supervisor.hang_timeout": 120.0}], indirect=True)
+def test_a_worker_that_did_not_read_is_told_the_latest_when_it_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_children, "BUFFERED", 1)
+    world.until(lambda: ready(world))
+    world.ticks(10)
+    one = world.simulation.apis()[0]
+    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.worker.number)
+    assert engine is not None
+    one.stopped = True
+    for _ in range(40):
+        engine.tokens += 20
+        world.ticks(1)
+    assert [type(message) for message in one.link.down] == [Overview]  # one, and no more for ever
+    one.stopped = False
+    world.ticks(40)
+    assert world.simulation.apis()[0] is one
+    assert world.told[-1] == world.simulation.supervisor.overview
 
 
 def test_nothing_is_said_where_nothing_changed(world: World) -> None:

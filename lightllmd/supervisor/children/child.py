@@ -144,12 +144,15 @@ class Child:
                 "warning", f"{self.worker}: {type(message).__name__} could not be sent to pid {self.pid}"
             )
 
-    def keep_told(self, message: Down) -> None:
-        """`send` of what the next message of its kind replaces: dropped while anything waits for the process."""
-        if not self.exited:
-            self.channel.send(message, droppable=True)
-            if self.channel.pending:
-                self._loop.add_writer(self.channel.fileno(), self._writable)
+    def keep_told(self, message: Down) -> bool:
+        """`send` of what the next message of its kind replaces: dropped while anything waits for the process. False:
+        it was dropped."""
+        if self.exited:
+            return True
+        sent = self.channel.send(message, droppable=True)
+        if self.channel.pending:
+            self._loop.add_writer(self.channel.fileno(), self._writable)
+        return sent
 
     def _writable(self) -> None:
         self.channel.flush()

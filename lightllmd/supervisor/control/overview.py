@@ -1,4 +1,4 @@
-"""What the api workers' page shows of the daemon: told them when it changed, once a second at most."""
+"""What the api workers' page shows of the daemon: told them when it changed, once a second or with its health."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.daemon import Daemon
 
-_LOOKS = 4  # at the engine's count of tokens, one a second, between the first and last of which the rate is taken
+_LOOKS = 4  # at the engine's count of tokens, a second apart, between the first and last of which the rate is taken
+_APART = 0.9  # seconds, at least
 
 
 class OverviewFeed:
-    """Called by the supervisor's loop once a second."""
+    """Called by the supervisor's loop once a second, and when the health is another one."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)  # running clock, tokens
+        self._missed = False  # a worker that doesn't read now has not been told of the last
         self._process: int | None = None  # the pid of the engine that they count
 
     def tell(self) -> None:
@@ -28,10 +30,10 @@ class OverviewFeed:
             daemon.overview = None
             return
         overview = self._overview()
-        if overview != daemon.overview:
+        if overview != daemon.overview or self._missed:
             daemon.overview = overview
-            for child in daemon.front.children():
-                child.keep_told(overview)
+            told = [child.keep_told(overview) for child in daemon.front.children()]
+            self._missed = not all(told)
 
     def _overview(self) -> Overview:
         daemon = self._daemon
@@ -59,9 +61,11 @@ class OverviewFeed:
         if child.pid != self._process:
             self._looks.clear()
             self._process = child.pid
-        self._looks.append((self._daemon.context.clock.now, child.stats.get("tokens_out", 0.0)))
-        (first, before), (last, now) = self._looks[0], self._looks[-1]
-        return round((now - before) / (last - first), 1) if last > first else 0.0
+        now = self._daemon.context.clock.now
+        if not self._looks or now - self._looks[-1][0] >= _APART:
+            self._looks.append((now, child.stats.get("tokens_out", 0.0)))
+        (first, before), (last, after) = self._looks[0], self._looks[-1]
+        return round((after - before) / (last - first), 1) if last > first else 0.0
 
 
 def _seen(worker: Worker) -> WorkerSeen:

@@ -89,9 +89,11 @@ export class Answer {
     const node = document.createTextNode("");
     const tail = document.createTextNode("");
     // A block that scrolls is reached by the keyboard.
-    const code = element("pre", { tabindex: "0" }, element("code", {}, node, tail));
+    const name = language.slice(0, LANGUAGE) || "code";
+    const reached = { tabindex: "0", role: "group", "aria-label": name };
+    const code = element("pre", reached, element("code", {}, node, tail));
     const copy = copyButton("Copy code", () => node.data + tail.data);
-    const head = element("div", { class: "head" }, element("span", {}, language.slice(0, LANGUAGE) || "code"), copy);
+    const head = element("div", { class: "head" }, element("span", {}, name), copy);
     this.into.append(element("div", { class: "block" }, head, code));
     this.code = { fence, node, tail };
   }

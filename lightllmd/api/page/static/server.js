@@ -57,7 +57,8 @@ export function told(body) {
 /** Of an answer with an error status. */
 export async function refusal(response) {
   const text = told(await response.json().catch(() => null));
-  if (response.status === 401) return "This server asks for an API key, and has not accepted this one.";
+  // Where a key was known, it says what became of it.
+  if (response.status === 401 && !/expired/.test(text)) return "The server asks for an API key that it knows.";
   const wait = Number(response.headers.get("Retry-After"));
   const again = wait > 0 ? ` Try again in ${wait} s.` : "";
   if (!text) return `The server answered with an error (${response.status}).${again}`;
