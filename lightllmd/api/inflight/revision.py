@@ -12,7 +12,9 @@ from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.pending import Pending, Signal
 from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
+from lightllmd.dialogue.tools import Dialogue
 from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams
+from lightllmd.requests.asked import Chat
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.intake import Intake, Job
 from lightllmd.requests.limits import RequestLimits
@@ -63,6 +65,12 @@ class Revision:
                 entry.ledger.cancel(entry)
             raise
         return Pending(entries, signal)
+
+    async def count_chat(self, chat: Chat, dialogue: Dialogue) -> int:
+        """Tokens of the prompt that a conversation becomes. Raises InvalidRequest."""
+        prepared = self.intake.conventions.prepare(chat.messages, chat.options, dialogue)
+        text = await self.texts.render(Chat(prepared.messages, prepared.options))
+        return await self.texts.count(text, add_special_tokens=False)
 
     @property
     def _last(self) -> Revision:

@@ -8,7 +8,9 @@ import pytest
 
 from api.frontend_harness import run, stack
 from api.responses.speech import checked_list, plain, respond, said, streamed, told
+from lightllmd.api.dialects.responses.bodies import ResponsesBody
 from lightllmd.dialogue.conventions import Conventions
+from lightllmd.requests.constraint import Constraint
 from lightllmd.text.chat_template import ChatTemplate
 
 LOOK = {
@@ -178,8 +180,6 @@ def test_reasoning_that_comes_back_reaches_the_template(tmp_path):
     ],
 )
 def test_tool_choice_is_what_openai_says(choice, mode, names):
-    from lightllmd.api.dialects.responses.bodies import ResponsesBody
-
     body = {"input": "x", "tools": [LOOK, NAP], "tool_choice": choice, "parallel_tool_calls": False}
     dialogue = ResponsesBody.model_validate(body, context=set()).dialogue
     assert (dialogue.choice.mode, list(dialogue.choice.names), dialogue.parallel) == (mode, names, False)
@@ -190,18 +190,22 @@ def test_tool_choice_is_what_openai_says(choice, mode, names):
 
 
 @pytest.mark.parametrize(
-    ("form", "kind", "text"),
+    ("form", "constraint"),
     [
-        ({"type": "json_object"}, "json_object", ""),
-        ({"type": "json_schema", "name": "n", "schema": {"type": "object"}}, "json_schema", '{"type":"object"}'),
+        ({"type": "json_object"}, Constraint("json_object", "", "text.format")),
+        (
+            {"type": "json_schema", "name": "n", "schema": {"type": "object"}},
+            Constraint("json_schema", '{"type":"object"}', "text.format.schema"),
+        ),
     ],
 )
-def test_structured_text_reaches_the_engine_as_a_grammar(tmp_path, form, kind, text):
+def test_structured_text_reaches_the_engine_as_a_grammar(tmp_path, form, constraint):
     async def scenario():
         async with stack(tmp_path) as one:
             response = await respond(one, input="x", text={"format": form, "verbosity": "low"}, max_output_tokens=2)
-            given = one.engine.submits[-1].params.grammar
-            assert (given.kind, given.text) == (kind, text)
+            assert one.engine.submits[-1].params.grammar is not None
+            body = ResponsesBody.model_validate({"input": "x", "text": {"format": form}}, context=set())
+            assert body.constraint == constraint
             told = form | ({"description": None, "strict": False} if "schema" in form else {})
             assert response["text"] == {"format": told, "verbosity": "low"}
 

@@ -25,7 +25,6 @@ from lightllmd.api.web.responses import json_response
 from lightllmd.dialogue.parser import Parser, PlainParser
 from lightllmd.dialogue.transcript import Transcript
 from lightllmd.http.exchange import id_of
-from lightllmd.requests.asked import Chat
 from lightllmd.requests.intake import AdmittedJob
 
 
@@ -99,10 +98,7 @@ def router(revisions: Revisions) -> APIRouter:
         body = await parse(request, CountTokensBody)
         revision = revisions.current
         revisions.check_name(revision, body.model)
-        chat = body.chat()
-        prepared = revision.intake.conventions.prepare(chat.messages, chat.options, body.dialogue)
-        text = await revision.texts.render(Chat(prepared.messages, prepared.options))
-        return json_response({"input_tokens": await revision.texts.count(text, add_special_tokens=False)})
+        return json_response({"input_tokens": await revision.count_chat(body.chat(), body.dialogue)})
 
     async def model_page(request: Request) -> Response:
         """Models, in Anthropic's form."""

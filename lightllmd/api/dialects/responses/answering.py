@@ -97,13 +97,17 @@ class Answering:
         size = count * _ITEM_COST + size_of(earlier) + size_of(referred)
         return Answering(body, owner, store, *await off_loop(size, joined))
 
+    @property
+    def chat(self) -> Chat:
+        """What the prompt is made of."""
+        return Chat(self._messages, {"add_generation_prompt": True, "variables": self.body.variables})
+
     def asked(self, body: ResponsesBody) -> Asked:
         """See `Translation`."""
         tokens = body.max_output_tokens
         params = body.drawn(tokens or MAX_COUNT, top_logprobs=(body.top_logprobs or 0) if body.scored else 0)
-        options = {"add_generation_prompt": True, "variables": body.variables}
         return Asked(
-            [Prompt(Chat(self._messages, options), "input", False)],
+            [Prompt(self.chat, "input", False)],
             params,
             TextOptions(
                 include_stop=body.include_stop_str_in_output,

@@ -45,6 +45,10 @@ def router(revisions: Revisions, store: ResponseStore) -> APIRouter:
     """The routes of the Responses API."""
     routes = APIRouter(prefix="/v1/responses", tags=["openai"], route_class=NamingRoute)
     responder = Responder(revisions)
+    parse = bodies.parser(revisions.current.http, revisions.decode)
+
+    async def begun(request: Request, body: ResponsesBody) -> Answering:
+        return await Answering.begun(body, _owner(request), store, revisions.current.http.max_body_bytes)
 
     @routes.post("", openapi_extra=bodies.documented(ResponsesBody))
     async def create(request: Request) -> Response:
@@ -52,8 +56,7 @@ def router(revisions: Revisions, store: ResponseStore) -> APIRouter:
         arrived_at = time.monotonic()
         body = await responder.read(request, ResponsesBody)
         with revisions.accounts.admission():
-            most = revisions.current.http.max_body_bytes
-            answering = await Answering.begun(body, _owner(request), store, most)
+            answering = await begun(request, body)
         translation = Translation(
             ResponsesBody,
             answering.asked,
@@ -64,6 +67,16 @@ def router(revisions: Revisions, store: ResponseStore) -> APIRouter:
             before_end=answering.keep,
         )
         return await responder.answer(request, translation, body, arrived_at)
+
+    @routes.post("/input_tokens", openapi_extra=bodies.documented(ResponsesBody))
+    async def input_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a response would have."""
+        body = await parse(request, ResponsesBody)
+        revision = revisions.current
+        revisions.check_name(revision, body.model)
+        answering = await begun(request, body)
+        count = await revision.count_chat(answering.chat, body.dialogue)
+        return json_response({"object": "response.input_tokens", "input_tokens": count})
 
     @routes.get("/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:
