@@ -90,6 +90,7 @@ def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
         ("Main PID", _main_pid(status)),
         ("Listen", Text(clean(", ".join([*status.get("listeners", []), status.get("control_socket", "")])))),
         ("Model", _model(status)),
+        *(("TLS", line) for line in _certificate(status, now)),
         *(("Models", Text(line)) for line in _others(status)),
         *(("Cache", Text(line)) for line in _cache(status)),
         ("Requests", _requests(status.get("requests") or {})),
@@ -167,6 +168,26 @@ def _others(status: Json) -> list[str]:
     """One line with the models that a swap knows by name, where there are such."""
     names = [short_name(model.get("name", "?")) for model in status.get("models") or [] if not model.get("served")]
     return [f"{', '.join(names)} (lightllmctl swap NAME)"] if names else []
+
+
+_RENEW = 14 * 86400.0  # seconds before its end from which a certificate stands out
+
+
+def _certificate(status: Json, now: float) -> list[Text]:
+    """One line where HTTPS is served."""
+    if not (certificate := status.get("certificate")):
+        return []
+    left = certificate.get("expires", 0) - now
+    line = Text(
+        short_name(certificate.get("file", "?")) + (", with clients' certificates" if certificate.get("mutual") else "")
+    )
+    line.append(
+        f"   (expires in {units.duration(left)})" if left > 0 else f"   (expired {units.duration(-left)} ago)",
+        WARN if left < _RENEW else "",
+    )
+    if fault := certificate.get("fault"):
+        line.append(f"   not taken up: {clean(fault)}", BAD)
+    return [line]
 
 
 def _cache(status: Json) -> list[str]:

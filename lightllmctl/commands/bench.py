@@ -54,7 +54,11 @@ def _slo(text: str) -> dict[str, float]:
 
 @click.command()
 @click.option("--base-url", help="http(s)://HOST:PORT of any OpenAI-compatible server. Default: the daemon's own.")
-@click.option("--api-key", help="Sent as 'Authorization: Bearer KEY'.")
+@click.option(
+    "--api-key",
+    envvar="LIGHTLLMD_API_KEY",
+    help="Sent as 'Authorization: Bearer KEY'. Better in $LIGHTLLMD_API_KEY, as others may read a command line.",
+)
 @click.option("--route", type=click.Choice(list(ROUTES)), default="completions", show_default=True)
 @click.option("--model", help="Name of the model in requests. Default: the first of /v1/models.")
 @click.option("--requests", type=click.IntRange(1, MOST_REQUESTS), default=256, show_default=True)
@@ -109,9 +113,10 @@ def bench(
 def _own_url(context: CommandContext) -> str:
     """Where the daemon listens."""
     listeners = context.client.get("/v1/status").get("listeners") or []
-    if not listeners:
-        raise click.UsageError("the daemon names no listener; --base-url says where to send requests")
-    parts = _split(str(listeners[0]))
+    urls = [str(one) for one in listeners if str(one).startswith("http")]
+    if not urls:
+        raise click.UsageError("the daemon has no listener on TCP; --base-url says where to send requests")
+    parts = _split(urls[0])
     host = UNSPECIFIED.get(parts.hostname or "", parts.hostname or "127.0.0.1")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{parts.port}"
 

@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 from lightllmd.api.web.auth import OPEN_PATHS
 from lightllmd.api.web.errors import ErrorAnswers
 from lightllmd.config.parameters import HttpSettings
-from lightllmd.errors import ConfigInvalid, Problem
 from lightllmd.http import server
 from lightllmd.http.bounds import Bounds, descriptors_left
 from lightllmd.http.connection import Connection
@@ -28,8 +27,8 @@ _SETTLE = 0.2  # seconds after which every connection that was accepted is known
 _BODIES = 8  # of the largest kind, in memory at a time
 
 
-def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
-    """Raises ConfigInvalid for a certificate that can't be used."""
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    """Loaded. TLS is ours: see `http.server.Server.tls`."""
     config = uvicorn.Config(
         app,
         http=Connection,  # type: ignore[arg-type]  # a class like its own, not derived from them
@@ -41,14 +40,8 @@ def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        ssl_certfile=http.tls_certificate or None,
-        ssl_keyfile=http.tls_key or None,
     )
-    try:
-        config.load()
-    except OSError as failure:  # ssl.SSLError is one
-        message = f"{http.tls_certificate} with key {http.tls_key or 'in the same file'} can't be used: {failure}"
-        raise ConfigInvalid([Problem("http.tls_certificate", message)]) from failure
+    config.load()
     return config
 
 
@@ -76,8 +69,8 @@ class ApiServer(server.Server):
     """Ends when it is told to, each connection after its answer."""
 
     def __init__(self, app: ASGIApp, http: HttpSettings, sockets: list[socket.socket], errors: ErrorAnswers) -> None:
-        """`errors`: of requests that never reach `app`. Raises ConfigInvalid for a certificate that can't be used."""
-        config = uvicorn_config(app, http)
+        """`errors`: of requests that never reach `app`."""
+        config = uvicorn_config(app)
         traffic = Traffic(
             bounds(http),
             render=errors.body,
@@ -103,7 +96,7 @@ class ApiServer(server.Server):
             sock.close()
         self.traffic.retire(KEEP_ALIVE_RETIRED)
         # What was accepted a moment ago is in no list yet, nor is a connection in its TLS handshake.
-        settle = KEEP_ALIVE_RETIRED if self.config.is_ssl else _SETTLE
+        settle = KEEP_ALIVE_RETIRED if self.tls is not None else _SETTLE
         loop = asyncio.get_running_loop()
         self._settled = loop.time() + settle
         loop.call_later(settle, self.traffic.retire, KEEP_ALIVE_RETIRED)

@@ -22,7 +22,7 @@ from lightllmd.api.inflight.tally import Tally
 from lightllmd.api.server import ApiServer
 from lightllmd.api.web.auth import AcceptedKeys
 from lightllmd.api.web.limits import Leases
-from lightllmd.config import keys
+from lightllmd.config import keys, tls
 from lightllmd.config.plan import Plan
 from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages
@@ -38,7 +38,7 @@ BEAT = 0.2  # seconds between heartbeats, time-out checks and looks at quiet str
 
 
 class ApiWorker:
-    """Raises ConfigInvalid for a certificate or tokenizer that can't be read."""
+    """Raises ConfigInvalid for a tokenizer that can't be read."""
 
     def __init__(self, channel: Channel[messages.Down], configure: messages.ApiConfigure, plan: Plan) -> None:
         http = plan.config.http
@@ -60,7 +60,10 @@ class ApiWorker:
             self.revisions, metrics_dir=configure.metrics_dir, keys=self._keys, leases=self._leases, dialects=dialects
         )
         sockets = [socket.socket(fileno=fd) for fd in configure.listener_fds]
+        self._pair: tls.TlsPair | None = None  # what TLS is served with
         self._server = ApiServer(app, http, sockets, error_answers(dialects))
+        if configure.tls is not None:
+            self._serve_tls(configure.tls)
         self._tasks: set[asyncio.Task[None]] = set()  # answers to the supervisor that take a while
         self._broken: asyncio.Future[None] | None = None  # ends with the first exception in a callback
         self.revisions.current.texts.processes.start()  # last, but before any thread
@@ -175,6 +178,8 @@ class ApiWorker:
                 self._stop_timeout = message.stop_timeout
             case messages.Keys():
                 self._keys.accept(keys.decode(message.ring))
+            case messages.Tls():
+                self._serve_tls(message)
             case messages.Health():
                 revisions.health = message
             case messages.Overview():
@@ -191,6 +196,14 @@ class ApiWorker:
                 self._leave("the server is stopping")
             case _:
                 log.error("a message that is not for an api worker: %s", type(message).__name__)
+
+    def _serve_tls(self, message: messages.Tls) -> None:
+        """The supervisor has tried it."""
+        pair = tls.TlsPair(message.certificate, message.key, message.client_ca, message.expires)
+        if pair != self._pair:
+            self._pair = pair
+            self._server.tls = tls.context(pair)
+        self._accounts.certificate(message.expires, message.broken)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.config import check, models, push, rules
+from lightllmd.config import check, models, push, rules, tls
 from lightllmd.config.document import Document, Given, Unreadable, parse
 from lightllmd.config.keys import ApiKey, KeysInvalid, exposed, ring
 from lightllmd.config.keys import read as read_keys
@@ -50,6 +50,7 @@ def load(
     problems += models.contradictions(config, faulty, faulty_named, document.file)
     problems += _missing(config, file, faulty)
     config = _with_keys(config, file, problems)
+    config = _with_tls(config, file, problems)
     if environment is not None and config.params.enable_monitor_auth:
         problems += _unauthorized(config, file, environment)
     if problems:
@@ -94,6 +95,20 @@ def _with_keys(config: Config, file: str | None, problems: list[Problem]) -> Con
             warnings.append(f"{setting}: {path} has no key yet, so that no client may enter")
     held = ring(found.get("http.api_keys_file"), found.get("http.metrics_key"), config.http.metrics_key)
     return msgspec.structs.replace(config, held_keys=held, warnings=warnings)
+
+
+def _with_tls(config: Config, file: str | None, problems: list[Problem]) -> Config:
+    """With what is unwise about the files of TLS; what makes them useless goes to `problems`."""
+    certificate, key, client_ca = config.http.tls_files
+    if not (certificate and key):
+        return config
+    try:
+        pair = tls.read(certificate, key, client_ca)
+    except tls.TlsInvalid as fault:
+        problems.append(problem_at(config, file, (fault.setting,), fault.message))
+        return config
+    said = [f"{setting}: {message}" for setting, message in tls.unwise(pair, key)]
+    return msgspec.structs.replace(config, warnings=[*config.warnings, *said])
 
 
 def _assemble(values: Mapping[str, Any], named: Mapping[str, models.Overrides], places: dict[str, int]) -> Config:

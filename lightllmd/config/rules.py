@@ -67,6 +67,12 @@ def _tls_pair(config: Config) -> str:
     return "http.tls_certificate and http.tls_key must be set together"
 
 
+def _client_ca_needs_tls(config: Config) -> str:
+    if not config.http.tls_client_ca or config.http.tls_certificate:
+        return ""
+    return "http.tls_client_ca needs http.tls_certificate and http.tls_key: certificates are asked for over TLS alone"
+
+
 def _room_for_bodies(config: Config) -> str:
     memory, body = config.http.max_body_bytes_in_flight, config.http.max_body_bytes
     if memory == "auto" or memory >= 2 * body:
@@ -126,6 +132,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("supervisor.control_socket",), _socket_path_length),
     Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
     Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
+    Rule(("http.tls_certificate", "http.tls_client_ca"), _client_ca_needs_tls),
     Rule(("http.max_body_bytes", "http.max_body_bytes_in_flight"), _room_for_bodies),
     Rule(("http.trusted_proxies",), _proxies_are_networks),
     Rule(("mode",), _one_decode_mode),

@@ -341,21 +341,35 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     tls_certificate: Annotated[
         str,
         Setting(
-            doc="PEM file with the certificate chain; HTTPS instead of HTTP.",
+            doc="PEM file with the certificate chain, the server's own first; HTTPS (TLS 1.2 or newer) instead of "
+            "HTTP, but on unix_socket. What this and the next two files hold is looked at all the time: a changed pair "
+            "serves new connections at once, one that can't be used leaves the present one in force.",
             example='"/etc/lightllmd/tls.crt"',
             reload="front end",
-            needs="TLS",
         ),
     ] = ""
     tls_key: Annotated[
         str,
         Setting(
-            doc="PEM file with the certificate's key.",
+            doc="PEM file with the certificate's key, without a passphrase.",
             example='"/etc/lightllmd/tls.key"',
             reload="front end",
-            needs="TLS",
         ),
     ] = ""
+    tls_client_ca: Annotated[
+        str,
+        Setting(
+            doc="PEM file with the authorities one of which has to have signed a client's certificate (mutual TLS). "
+            "Empty: clients need none.",
+            example='"/etc/lightllmd/clients.crt"',
+            reload="front end",
+        ),
+    ] = ""
+
+    @property
+    def tls_files(self) -> tuple[str, str, str]:
+        """Paths of certificate, key and authorities of clients; empty where there is none."""
+        return self.tls_certificate, self.tls_key, self.tls_client_ca
 
     @property
     def key_files(self) -> dict[str, str]:

@@ -31,6 +31,7 @@ class Connection(asyncio.BufferedProtocol):
         self.state: dict[str, Any] = {}  # `request.state` of every request
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.made = False  # counted among the connections, no longer among the handshakes
+        self.handshake: asyncio.Task[None] | None = None  # until it is made or given up
         self.guest = False  # beyond the cap: gets what is reserved
 
         self._deadline = 0.0  # loop time: of the header, or of the next request's first byte
@@ -55,7 +56,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio's call: counts it among the connections and starts the clock of its first header."""
         self.transport = transport  # type: ignore[assignment]
-        self.made = True
+        self.made, self.handshake = True, None
         self.traffic.handshakes -= 1
         self.traffic.connections.add(self)
         self.traffic.waiting[self] = None
@@ -76,13 +77,13 @@ class Connection(asyncio.BufferedProtocol):
         self.reader.stop()
         self.resume_writing()
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """asyncio's call: all connections of a server read into one buffer."""
         return self.traffic.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """asyncio's call: `nbytes` are in the buffer."""
-        self.data_received(bytes(memoryview(self.traffic.buffer)[:nbytes]))
+        self.data_received(bytes(self.traffic.buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests, or, after the last answer, bytes that are thrown away."""
@@ -229,7 +230,24 @@ class Connection(asyncio.BufferedProtocol):
     def give_way(self) -> None:
         """Closed, as others need the room."""
         self._let_go()
-        self.transport.abort()
+        if self.made:
+            self.transport.abort()
+        else:
+            self.give_up_handshake()
+
+    def begin_handshake(self, task: asyncio.Task[None]) -> None:
+        """Accepted, and counted as such: `task` leads to `connection_made`, over TLS at the client's pace."""
+        self.handshake = task
+        self.traffic.handshakes += 1
+        self.traffic.waiting[self] = None
+
+    def give_up_handshake(self) -> None:
+        """It has failed, or has to; nothing happens where it is over."""
+        handshake, self.handshake = self.handshake, None
+        if handshake is not None:
+            self._let_go()
+            self.traffic.handshakes -= 1
+            handshake.cancel()
 
     # --- the server's calls ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 
@@ -29,8 +30,13 @@ class Acceptor:
     """One listener. Closing it leaves the socket to its owner."""
 
     def __init__(
-        self, sock: socket.socket, traffic: Traffic, make: Callable[[], Connection], tls: ssl.SSLContext | None
+        self,
+        sock: socket.socket,
+        traffic: Traffic,
+        make: Callable[[], Connection],
+        tls: Callable[[], ssl.SSLContext | None],
     ) -> None:
+        """`tls`: of a connection that comes now; None: it is not encrypted."""
         self._sock = sock
         self._traffic = traffic
         self._make = make
@@ -67,32 +73,36 @@ class Acceptor:
             if admitted is False:
                 sock.close()
                 continue
-            self._traffic.handshakes += 1
-            task = self._loop.create_task(self._connect(sock, admitted is None))
+            connection = self._make()
+            connection.guest = admitted is None
+            task = self._loop.create_task(self._connect(sock, connection))
+            connection.begin_handshake(task)
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._connected, sock, connection))
 
     def _resume(self) -> None:
         if not self._closed:
             self._loop.add_reader(self._sock.fileno(), self._accept)
 
-    async def _connect(self, sock: socket.socket, guest: bool) -> None:
-        connection = self._make()
-        connection.guest = guest
+    async def _connect(self, sock: socket.socket, connection: Connection) -> None:
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
+        tls = None
+        if sock.family != socket.AF_UNIX:  # which no network is between
+            tls = self._tls()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio, unlike uvloop, forgets it here
-        try:
+        with contextlib.suppress(OSError):  # ssl.SSLError and time-outs too
             await self._loop.connect_accepted_socket(
                 lambda: connection,
                 sock,
-                ssl=self._tls,
-                ssl_handshake_timeout=self._traffic.bounds.header_timeout if self._tls else None,
+                ssl=tls,
+                ssl_handshake_timeout=self._traffic.bounds.header_timeout if tls else None,
             )
-        except OSError:  # ssl.SSLError and time-outs too
-            sock.close()
+
+    def _connected(self, sock: socket.socket, connection: Connection, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if not connection.made:
-            self._traffic.handshakes -= 1
+            sock.close()
+            connection.give_up_handshake()
 
 
 class Server(uvicorn.Server):
@@ -107,6 +117,7 @@ class Server(uvicorn.Server):
         self._connection_class = connection_class
         self.server_state.connections = traffic.connections  # type: ignore[assignment]
         self._end = asyncio.Event()
+        self.tls: ssl.SSLContext | None = None  # of connections to come
 
     def end(self) -> None:
         """Accepts no more, and ends when the open answers have been sent, or after `timeout_graceful_shutdown` s."""
@@ -125,9 +136,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's: listens on `sockets`."""
         await self.lifespan.startup()
-        tls = self.config.ssl
         self.servers = [
-            Acceptor(sock, self.traffic, self._connection, tls)  # type: ignore[misc]
+            Acceptor(sock, self.traffic, self._connection, lambda: self.tls)  # type: ignore[misc]
             for sock in sockets or []
         ]
         self.started = True

@@ -76,7 +76,8 @@ class Traffic:
         self.idle_timeout = bounds.keep_alive_timeout
         self.bodies = Bodies(bounds.body_bytes)
         self.turns = Turns()
-        self.buffer = bytearray(_READ)  # of whichever connection reads now
+        # Of whichever connection reads now. A view: asyncio's TLS reads into slices of it.
+        self.buffer = memoryview(bytearray(_READ))
         self.bites: Counter[str] = Counter()  # how often each bound was reached
         self._said: dict[str, float] = {}
         self._full_at = float("-inf")

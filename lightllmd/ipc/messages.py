@@ -261,6 +261,7 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     quota_fd: int | None = None  # inherited: the memory of `quota.Quota`; None: limits of keys are this process's own
     column: int = 0  # where this process counts there; no other living api worker has it
     store_dir: str = ""  # what all api workers share of the responses that are kept; empty: each keeps its own
+    tls: Tls | None = None  # None: it serves HTTP
 
 
 class PushTarget(msgspec.Struct, tag="push-target"):
@@ -424,6 +425,20 @@ class Keys(msgspec.Struct, tag="keys"):
     ring: bytes  # a config.keys.KeyRing in MessagePack
 
 
+class Tls(msgspec.Struct, tag="tls"):
+    """To an api worker: what new connections are served with from now on, as `config.tls.TlsPair`, and no other process
+    gets. It changes no worker between HTTP and HTTPS."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes
+    expires: float
+    broken: bool = False  # the files hold another pair by now, which can't be used
+
+    def __repr__(self) -> str:
+        return f"Tls(until {self.expires})"
+
+
 class Stage(msgspec.Struct, tag="stage"):
     """To an engine: keep a copy of the weights in host memory, made while requests are served. Its progress is
     ``stats["staged_bytes"]`` of ``stats["staged_total"]``; -1: host memory can't hold it. Ignored unless it's ready."""
@@ -473,6 +488,7 @@ Down = (
     | Probe
     | Tune
     | Keys
+    | Tls
     | Stage
     | Sleep
     | Wake

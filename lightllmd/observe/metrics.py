@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # Bytes of a process's file for metrics of each kind: twice what those below take. Beyond it prometheus_client would let
 # the file grow without taking the room.
-_ROOM = {"counter": 1 << 14, "gauge_livesum": 1 << 14, "histogram": 1 << 18}
+_ROOM = {"counter": 1 << 14, "gauge_livesum": 1 << 14, "gauge_livemostrecent": 1 << 12, "histogram": 1 << 18}
 _SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
 _BATCH_SIZES = [float(size) for size in range(1, 129)]
 KEY_REFUSALS = ("unauthorized", "forbidden", "requests_per_minute", "tokens_per_minute", "max_concurrent")
@@ -81,8 +81,8 @@ class _Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"lightllm_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"lightllm_{name}", text, registry=self.registry, multiprocess_mode="livesum")
+    def _gauge(self, name: str, text: str, mode: Literal["livesum", "livemostrecent"] = "livesum") -> Gauge:
+        return Gauge(f"lightllm_{name}", text, registry=self.registry, multiprocess_mode=mode)
 
     def _histogram(self, name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
         return Histogram(f"lightllm_{name}", text, labels, registry=self.registry, buckets=buckets)
@@ -115,6 +115,7 @@ class ApiMetrics(_Metrics):
         keys = counter("key_refusal", "Requests refused because of their API key, or for want of one", "reason")
         self._refused = {reason: keys.labels(reason) for reason in KEY_REFUSALS}
 
+        self._certificate: tuple[Gauge, Gauge] | None = None  # made with the first one
         self._settle()
 
     def _settle(self) -> None:
@@ -134,6 +135,16 @@ class ApiMetrics(_Metrics):
     def refused(self, reason: str) -> None:
         """One of KEY_REFUSALS: because of its API key, or for want of one."""
         self._refused[reason].inc()
+
+    def certificate(self, expires: float, broken: bool) -> None:
+        """What HTTPS is served with. Where HTTP is, there are no such metrics."""
+        if self._certificate is None:
+            self._certificate = (
+                self._gauge("tls_certificate_expiry", "Its end, in Unix seconds", "livemostrecent"),
+                self._gauge("tls_certificate_broken", "1: the files hold another, unusable one", "livemostrecent"),
+            )
+        for gauge, value in zip(self._certificate, (expires, broken), strict=True):
+            gauge.set(value)
 
     def submitted(self, seconds: float, input_length: int, max_new_tokens: int) -> None:
         """It is valid and tokenised, and on its way to the engine `seconds` after its arrival."""

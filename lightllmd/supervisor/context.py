@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Plan
+from lightllmd.config.tls import TlsPair
+from lightllmd.ipc.messages import Tls
 from lightllmd.ipc.quota import Quota
 from lightllmd.supervisor.children.hang_rule import RunningClock
 from lightllmd.supervisor.host.fd_store import FdStore
@@ -98,8 +100,14 @@ class Context:
     file_threads: FileThreads = field(default_factory=FileThreads)  # where files are read
     random: random.Random = field(default_factory=random.Random)
     quota: Quota = field(default_factory=Quota)  # what API keys have used of their limits
+    tls: TlsPair | None = None  # what HTTPS is served with; None: HTTP is
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number
     background_tasks: set[asyncio.Task[Any]] = field(default_factory=set)  # that run
     short_lived: set[ShortLivedChild] = field(default_factory=set)  # children that belong to no worker
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # over all revisions
+
+    def tls_message(self, broken: bool = False) -> Tls | None:
+        """What an api worker is told to serve HTTPS with; None: it serves HTTP. `broken`: see `Tls`."""
+        pair = self.tls
+        return None if pair is None else Tls(pair.certificate, pair.key, pair.client_ca, pair.expires, broken)

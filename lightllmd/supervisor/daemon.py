@@ -12,6 +12,7 @@ from typing import Any
 
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import Drain, Health, Models, Overview
+from lightllmd.supervisor.change.certificate import CertificateInForce
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.children import crashes
 from lightllmd.supervisor.children.child import Child
@@ -48,7 +49,8 @@ class Daemon:
         self.front = ApiWorkers(context, context.config.http.workers, self._send_state)
         self.engines = Engines(context, self.front.tell)
         self.pusher = Pusher(context)
-        self.verbs = Verbs(context, self.engines, self.front, self.pusher, settings, self._relisten)
+        self.certificate = CertificateInForce(context, self.front.tell)
+        self.verbs = Verbs(context, self.engines, self.front, self.pusher, settings, self.certificate, self._relisten)
         self.monitor = Monitor(context, self.engines, self.front)
         self.crashes = crashes.open_crashes(context.events, os.environ.get("STATE_DIRECTORY", ""))
 
@@ -89,6 +91,8 @@ class Daemon:
             child.send(Drain())
         if self.context.config.models:
             child.send(Models(list(self.context.config.models)))
+        if self.certificate.fault and (tls := self.context.tls_message(broken=True)) is not None:
+            child.send(tls)
         for engine in self.engines:
             if up := engine.up():
                 child.send(up)

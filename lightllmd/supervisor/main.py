@@ -10,8 +10,11 @@ import signal
 import socket
 import sys
 
+from lightllmd.config import tls
 from lightllmd.config.cli import Invocation
-from lightllmd.errors import EXIT_FAILED, LightllmdError
+from lightllmd.config.parameters import Config
+from lightllmd.config.tls import TlsInvalid, TlsPair
+from lightllmd.errors import EXIT_FAILED, ConfigInvalid, LightllmdError, Problem
 from lightllmd.ipc.signals import ignore_meaningless
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.children.hang_rule import RunningClock
@@ -34,6 +37,13 @@ async def _until_the_end(supervisor: Supervisor) -> int:
             signal.signal(number, signal.SIG_IGN)
 
 
+def _read_tls(config: Config) -> TlsPair | None:
+    try:
+        return tls.read_named(config.http.tls_files)
+    except TlsInvalid as fault:  # changed since it was checked
+        raise ConfigInvalid([Problem(fault.setting, fault.message)]) from None
+
+
 def main(invocation: Invocation, commands: Commands | None = None) -> int:
     """Runs the daemon; its exit code. `commands` replaces how children are started (for tests)."""
     ignore_meaningless()
@@ -50,6 +60,7 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
     try:
         runtime = RuntimeDirectory(control_socket_path(config.supervisor.control_socket, os.environ, os.getuid()))
         fd_store = FdStore(notifier)
+        pair = _read_tls(config)
         where = config.params.host, config.params.port
         listeners, activated = http_listeners.opened(*where, os.environ, os.getpid(), fd_store)
         context = Context(
@@ -63,6 +74,7 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
             activated=activated,
             fd_store=fd_store,
             journal=journal,
+            tls=pair,
         )
         return asyncio.run(_until_the_end(Supervisor(context, settings, notifier)))
     except LightllmdError as refusal:

@@ -128,6 +128,15 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
     resumed: int  # went on after an engine's death
 
 
+class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+    """Of HTTPS."""
+
+    file: str
+    expires: float  # Unix seconds; of the one in force
+    mutual: bool  # clients need one, too
+    fault: str  # why what the files hold by now is not in force; empty: it is
+
+
 class Push(msgspec.Struct, frozen=True, kw_only=True):
     """The pushes of metrics to the gateway in force. They count since the start of the process that makes them."""
 
@@ -210,6 +219,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests
     push: Push | None  # None: no gateway is configured
+    certificate: Certificate | None = None  # None: HTTP is served
     workers: list[WorkerStatus]
     jobs: list[JobStatus]  # those in progress
     events: list[Event]  # the last ten, oldest first

@@ -137,6 +137,7 @@ class Supervisor(Daemon):
             first, self._first_facts = self._first_facts, None
             self._make_first_plan(first)
         self._systemd.reload()
+        self.certificate.step()
         self.verbs.step()
         self._systemd.reload()
         self._retire_drained()
@@ -181,6 +182,7 @@ class Supervisor(Daemon):
                 child.vitals.hold(is_stopped(child.pid), self.context.clock.now)
             self._overviews.tell()
             self._look_at_files()
+            self.certificate.look()
         self._systemd.tick(TICK)
 
     def _look_at_files(self) -> None:

@@ -226,13 +226,14 @@ async def until(condition: Callable[[], Any]) -> Any:
 class Stack:
     """One worker, its supervisor's end, an HTTP client."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: Plan, tls: messages.Tls | None = None) -> None:
         self.folder = folder
         self.plan = plan
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.supervisor, theirs = channel.pair()
-        configure = messages.ApiConfigure(encode_plan(plan), 0, 1, [self.listener.detach()], str(folder), "api-0")
+        fds = [self.listener.detach()]
+        configure = messages.ApiConfigure(encode_plan(plan), 0, 1, fds, str(folder), "api-0", tls=tls)
         configure.store_dir = str(folder)
         self.worker = ApiWorker(channel.Channel(theirs, messages.decode_down), configure, plan)
         self.running = asyncio.create_task(self.worker.run())
@@ -316,10 +317,16 @@ class Stack:
 
 @asynccontextmanager
 async def stack(
-    folder: Path, params: dict[str, Any] | None = None, *, engine: bool = True, plan: Plan | None = None, **http: Any
+    folder: Path,
+    params: dict[str, Any] | None = None,
+    *,
+    engine: bool = True,
+    plan: Plan | None = None,
+    tls: messages.Tls | None = None,
+    **http: Any,
 ):
     """A worker, by default with a generation that runs freely."""
-    one = Stack(folder, plan or make_plan(params, **http))
+    one = Stack(folder, plan or make_plan(params, **http), tls)
     try:
         if engine:
             (await one.up()).free_run = True

@@ -18,12 +18,10 @@ from typing import Any
 import httpx
 import msgspec
 import psutil
-import pytest
 
 from api.frontend_harness import ScriptedEngine, expected, frames, make_plan, run, until
 from lightllmd.config import keys
 from lightllmd.config.plan import encode_plan
-from lightllmd.errors import EXIT_CONFIG
 from lightllmd.ipc import channel, messages
 
 
@@ -369,35 +367,5 @@ def test_garbage_from_the_engine_ends_the_worker_rather_than_hang_its_streams(tm
             assert one.failed is not None
             assert one.failed.kind == "error"
             engine.die()
-
-    run(scenario())
-
-
-def test_tls_serves_and_a_missing_certificate_is_a_configuration_error(tmp_path):
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
-    made = subprocess.run(f"{command} -keyout {key} -out {certificate}".split(), capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip("no openssl")
-
-    async def scenario():
-        plan = make_plan(tls_certificate=str(certificate), tls_key=str(key))
-        async with process(tmp_path, plan) as one:
-            engine = await one.engine()
-            engine.free_run = True
-            async with httpx.AsyncClient(verify=False) as client:
-                url = f"https://127.0.0.1:{one.port}/generate_stream"
-                answer = await client.post(url, json={"inputs": "x", "parameters": {"max_new_tokens": 5}}, timeout=20)
-            assert "".join(frame["token"]["text"] for frame in frames(answer.text)) == expected("x", 5)
-            engine.die()
-        bad = Process(tmp_path, make_plan(tls_certificate=str(tmp_path / "none.pem")), epoch=2)
-        try:
-            assert await bad.exit_code() == EXIT_CONFIG
-            bad.listen()
-            assert bad.failed is not None
-            assert "none.pem" in bad.failed.message
-        finally:
-            await bad.close()
-            bad.listener.close()
 
     run(scenario())

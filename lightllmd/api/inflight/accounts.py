@@ -35,6 +35,10 @@ class Accounts:
         """A request was refused because of its API key, or for want of one, before it entered."""
         self._metrics.refused(reason)
 
+    def certificate(self, expires: float, broken: bool) -> None:
+        """What HTTPS is served with; see `messages.Tls`."""
+        self._metrics.certificate(expires, broken)
+
     def submitted(self, entry: Entry) -> None:
         """In the ledger now."""
         self._metrics.entered()

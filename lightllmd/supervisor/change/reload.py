@@ -9,11 +9,14 @@ from typing import Any
 
 import msgspec
 
+from lightllmd.config import tls
 from lightllmd.config.diff import Change, blend, diff
 from lightllmd.config.parameters import Config
 from lightllmd.config.stamps import differing, touched
-from lightllmd.errors import ControlError, RolledBack
+from lightllmd.config.tls import TlsInvalid, TlsPair
+from lightllmd.errors import ConfigInvalid, ControlError, Problem, RolledBack
 from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.change.certificate import CertificateInForce
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.change.switch import Steps, Switch, Waiting, await_background
 from lightllmd.supervisor.children.child import Child
@@ -36,13 +39,14 @@ class Reload:
         engines: Engines,
         front: ApiWorkers,
         settings: Settings,
+        certificate: CertificateInForce,
         details: dict[str, Any],
         switch_to: Callable[[Config, dict[str, Any]], Switch],
         in_force: Callable[[Config], None],
         relisten: Callable[[list[socket.socket]], None],
     ) -> None:
         self._context, self._engines, self._front = context, engines, front
-        self._settings = settings
+        self._settings, self._certificate = settings, certificate
         self._details = details
         self._switch_to, self._in_force, self._relisten = switch_to, in_force, relisten
         self._before: dict[Api, Child | None] = {}  # what served before the front end was touched
@@ -50,13 +54,17 @@ class Reload:
     def steps(self, dry_run: bool) -> Steps:
         """The whole reload; under `dry_run` what it would do is found out and nothing is done. Raises ConfigInvalid and
         DoesNotFit with nothing touched, RolledBack with all as before, ControlError where that failed in part."""
-        written = yield from await_background(
+        written, pair = yield from await_background(
             self._context,
-            self._context.file_threads.run("reading the configuration", self._settings.reread),
+            self._context.file_threads.run("reading the configuration", self._reread),
             "reading the configuration",
         )
         old, new = self._context.config, self._settings.after(written)
+        before_pair = self._context.tls
         changes = [*diff(old, new), *(yield from self._changed_files(new))]
+        if before_pair and pair and before_pair != pair and old.http.tls_files == new.http.tls_files:
+            was, now = (f"valid until {one.until}" for one in (before_pair, pair))
+            changes.append(Change("http.tls_certificate", was, now, "live"))
         self._details["changes"] = [msgspec.to_builtins(change) for change in changes]
         if not changes:
             self._settings.take(written)
@@ -75,15 +83,16 @@ class Reload:
         listeners = self._listen(between) if front_end else before
         try:
             if front_end:
-                yield from self._replace_front_end(between, listeners)
+                yield from self._replace_front_end(between, listeners, pair)
             if engine:
                 yield from self._switch_to(new, self._details).steps()
             else:
                 self._in_force(new)
         except Exception:
             if front_end:
-                yield from self._restore_front_end(old, before)
+                yield from self._restore_front_end(old, before, before_pair)
             raise
+        self._certificate.put_in_force(pair)
         for warning in written.warnings:
             self._context.events.add("warning", warning, level="warning")
         self._close(listener for listener in before if listener not in listeners)
@@ -123,11 +132,19 @@ class Reload:
         # A port that another process holds is not waited for, in this loop.
         return http_listeners.bind(config.params.host, config.params.port, before, patience=0)
 
-    def _replace_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
+    def _reread(self) -> tuple[Config, TlsPair | None]:
+        """In a thread. Raises ConfigInvalid."""
+        written = self._settings.reread()
+        try:
+            return written, tls.read_named(written.http.tls_files)
+        except TlsInvalid as fault:  # changed since it was checked
+            raise ConfigInvalid([Problem(fault.setting, fault.message)]) from None
+
+    def _replace_front_end(self, config: Config, listeners: list[socket.socket], pair: TlsPair | None) -> Waiting[None]:
         """Every api worker by one of this configuration, one after the other; then places are opened or closed. Raises
         RolledBack, which is still to be done then."""
         self._before = {api: api.worker.child for api in self._front.apis}
-        self._begin(config, listeners)
+        self._begin(config, listeners, pair)
         workers = config.http.workers
         for api in self._front.apis[:workers]:
             yield from self._replace(api)
@@ -145,12 +162,12 @@ class Reload:
         cause = f"the new process of {api.worker.name} failed: {why}"
         return RolledBack(f"{cause}; the front end is as it was", cause=cause)
 
-    def _restore_front_end(self, config: Config, listeners: list[socket.socket]) -> Waiting[None]:
+    def _restore_front_end(self, config: Config, listeners: list[socket.socket], pair: TlsPair | None) -> Waiting[None]:
         """The same back again, whatever the host refuses. A process that was not replaced is left alone, and none that
         serves is given up before another does. Raises ControlError where a process of the new settings has to go on,
         or none comes up."""
         given_up = [listener for listener in self._context.listeners if listener not in listeners]
-        self._begin(config, listeners)
+        self._begin(config, listeners, pair)
         faults = []
         for api, before in self._before.items():
             if api not in self._front.apis or (before is not None and api.worker.child is before):
@@ -171,9 +188,10 @@ class Reload:
         if faults:
             raise ControlError("; ".join(faults))
 
-    def _begin(self, config: Config, listeners: list[socket.socket]) -> None:
+    def _begin(self, config: Config, listeners: list[socket.socket], pair: TlsPair | None) -> None:
         """For what starts from now on."""
         self._in_force(config)
+        self._context.tls = pair
         if listeners is not self._context.listeners:
             self._relisten(listeners)
 

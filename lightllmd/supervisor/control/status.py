@@ -194,6 +194,7 @@ def build(daemon: Daemon) -> snapshot.Status:
         cache=cache(daemon),
         requests=_requests(daemon),
         push=daemon.pusher.snapshot(),
+        certificate=daemon.certificate.snapshot(),
         workers=shown,
         jobs=[job.snapshot for job in daemon.verbs.jobs.running()],
         events=daemon.context.events.feed.last(EVENTS_SHOWN),

@@ -24,6 +24,7 @@ from lightllmd.errors import (
     TryAgain,
 )
 from lightllmd.ipc.messages import Drain, FlushCache, Keys, Models, Resume, Tune
+from lightllmd.supervisor.change.certificate import CertificateInForce
 from lightllmd.supervisor.change.reload import Reload
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.change.switch import Steps, Switch, Terms, describe, fraction
@@ -59,10 +60,11 @@ class Verbs:
         front: ApiWorkers,
         pusher: Pusher,
         settings: Settings,
+        certificate: CertificateInForce,
         relisten: Callable[[list[socket.socket]], None],
     ) -> None:
         self._context, self._engines, self._front, self._pusher = context, engines, front, pusher
-        self._settings, self._relisten = settings, relisten
+        self._settings, self._certificate, self._relisten = settings, certificate, relisten
         self.jobs = Jobs()
         self._steps: dict[int, Steps] = {}  # by job number
         self.draining = False  # new requests are refused; also while stopping
@@ -88,6 +90,7 @@ class Verbs:
             self._engines,
             self._front,
             self._settings,
+            self._certificate,
             details,
             switch_to=lambda config, details: self._switch(config, Terms(), details),
             in_force=self.put_in_force,

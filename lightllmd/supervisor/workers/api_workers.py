@@ -62,6 +62,7 @@ class Api:
             quota_fd=context.quota.fd,
             column=_column(metrics_id),
             store_dir=str(context.runtime.responses),
+            tls=context.tls_message(),
         )
         child.configure(self.worker.name, epoch, metrics_id, first)
         self._send_state(child)

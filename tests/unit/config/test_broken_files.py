@@ -137,8 +137,6 @@ NOT_AVAILABLE = {
     "enable_multimodal": "true",
     "cache_capacity": "100",
     "cache_reserved_ratio": "0.25",
-    "http.tls_certificate": '"a.pem"',
-    "http.tls_key": '"a.key"',
 }
 
 

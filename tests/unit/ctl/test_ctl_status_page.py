@@ -99,6 +99,17 @@ def test_swapping_daemon_shows_whom_it_waits_for_and_what_else_there_is(
     assert lines(status, now)[1].endswith("the file is bad now: /etc/a.toml:3: port: 70000 is out of bounds)")
 
 
+def test_the_certificate_has_a_line_with_its_end_and_what_is_wrong_with_its_files(
+    status: dict[str, Any], now: float
+) -> None:
+    certificate = {"file": "/etc/tls.crt", "expires": now + 86400 * 40, "mutual": False, "fault": ""}
+    status["certificate"] = certificate
+    assert lines(status, now)[7] == "        TLS: /etc/tls.crt   (expires in 40 d)"
+    status["certificate"] = certificate | {"mutual": True, "fault": "http.tls_key: is bad", "expires": now - 60}
+    expired = "/etc/tls.crt, with clients' certificates   (expired 1 min ago)   not taken up: http.tls_key: is bad"
+    assert lines(status, now)[7] == f"        TLS: {expired}"
+
+
 def test_pushed_metrics_have_a_line_where_there_is_a_gateway(status: dict[str, Any], now: float) -> None:
     push = {"gateway": "gw:9091", "job": "lightllm", "grouping_key": {}, "pushes": 1, "failures": 0, "failing": False}
     status["push"] = push | {"pushed_at": None}

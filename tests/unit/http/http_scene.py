@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -71,6 +72,7 @@ class Served:
     def __init__(self, app: App, traffic: Traffic, port: int) -> None:
         self.app, self.traffic, self.port = app, traffic, port
         self._sockets: list[socket.socket] = []
+        self.tls: ssl.SSLContext | None = None  # of connections to come
 
     async def connect(self, data: bytes = b"", receive_buffer: int = 0) -> Client:
         sock = socket.socket()
@@ -164,8 +166,8 @@ def traffic_of(bounds: dict[str, Any]) -> Traffic:
 async def serving(**bounds: Any) -> AsyncIterator[Served]:
     app, traffic, tasks = App(), traffic_of(bounds), set()
     listener = socket.create_server(("127.0.0.1", 0))
-    acceptor = Acceptor(listener, traffic, lambda: Connection(app, traffic, tasks, list), None)
     served = Served(app, traffic, listener.getsockname()[1])
+    acceptor = Acceptor(listener, traffic, lambda: Connection(app, traffic, tasks, list), lambda: served.tls)
     try:
         yield served
     finally:

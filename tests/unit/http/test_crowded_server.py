@@ -80,7 +80,7 @@ def test_without_a_descriptor_accepting_pauses_and_goes_on():
         app, traffic, tasks = App(), traffic_of({}), set()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             exhausted = Exhausted(listener)
-            acceptor = Acceptor(exhausted, traffic, lambda: Connection(app, traffic, tasks, list), None)
+            acceptor = Acceptor(exhausted, traffic, lambda: Connection(app, traffic, tasks, list), lambda: None)
             served = Served(app, traffic, listener.getsockname()[1])
             assert status(await (await served.connect(GET)).until(b"\r\n\r\n0")) == 200
             assert exhausted.failed
