@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import grp
+import pwd
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -12,6 +14,7 @@ from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 
 UNIX_SOCKET_PATH_MAX = 107  # bytes, sun_path without its NUL
+UNIX = "unix"  # among http.trusted_proxies: clients of http.unix_socket
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,31 @@ def _prefill_takes_longest(config: Config) -> str:
     return f"batch_max_tokens = {batch} must be at least {key} = {least}"
 
 
-def _socket_path_length(config: Config) -> str:
-    path = config.supervisor.control_socket
+def _too_long(path: str) -> str:
     if len(path.encode()) <= UNIX_SOCKET_PATH_MAX:
         return ""
     return f"a socket path of {len(path.encode())} bytes; at most {UNIX_SOCKET_PATH_MAX} are possible"
+
+
+def _listens_somewhere(config: Config) -> str:
+    return "" if config.http.tcp or config.http.unix_socket else "http.tcp = false needs http.unix_socket"
+
+
+def _sockets_differ(config: Config) -> str:
+    path = config.http.unix_socket
+    return f"{path} is the control socket" if path and path == config.supervisor.control_socket else ""
+
+
+def _known_owner(config: Config) -> str:
+    user, _, group = config.http.unix_socket_owner.partition(":")
+    unknown = []
+    for name, kind, find in ((user, "user", pwd.getpwnam), (group, "group", grp.getgrnam)):
+        try:
+            if name and not name.isdecimal():
+                find(name)
+        except KeyError:
+            unknown.append(f"there is no {kind} {name}")
+    return "; ".join(unknown)
 
 
 def _backoff_order(config: Config) -> str:
@@ -83,6 +106,8 @@ def _room_for_bodies(config: Config) -> str:
 def _proxies_are_networks(config: Config) -> str:
     wrong = []
     for written in config.http.trusted_proxies:
+        if written == UNIX:
+            continue
         try:
             ip_network(written, strict=False)
         except ValueError as fault:
@@ -129,7 +154,11 @@ RULES: tuple[Rule, ...] = (
     Rule(("max_req_input_len", "max_req_total_len"), _input_below_total),
     Rule(("max_total_token_num", "max_req_total_len"), _total_fits_slots),
     Rule(("max_req_total_len", "splitfuse_block_size", "splitfuse_mode", "batch_max_tokens"), _prefill_takes_longest),
-    Rule(("supervisor.control_socket",), _socket_path_length),
+    Rule(("supervisor.control_socket",), lambda config: _too_long(config.supervisor.control_socket)),
+    Rule(("http.unix_socket",), lambda config: _too_long(config.http.unix_socket)),
+    Rule(("supervisor.control_socket", "http.unix_socket"), _sockets_differ),
+    Rule(("http.unix_socket_owner",), _known_owner),
+    Rule(("http.unix_socket", "http.tcp"), _listens_somewhere),
     Rule(("supervisor.backoff_initial", "supervisor.backoff_max"), _backoff_order),
     Rule(("http.tls_certificate", "http.tls_key"), _tls_pair),
     Rule(("http.tls_certificate", "http.tls_client_ca"), _client_ca_needs_tls),

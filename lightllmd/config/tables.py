@@ -200,9 +200,10 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: Annotated[
         list[str],
         Setting(
-            doc="Addresses or networks of proxies whose X-Forwarded-For names the client; nothing else's is believed.",
-            pattern=r"[0-9a-fA-F.:]+(/[0-9]{1,3})?",
-            form="an address or network such as 10.0.0.0/8",
+            doc="Addresses or networks of proxies whose X-Forwarded-For names the client, unix for what connects to "
+            "unix_socket; nothing else's is believed.",
+            pattern=r"unix|[0-9a-fA-F.:]+(/[0-9]{1,3})?",
+            form="unix, or an address or network such as 10.0.0.0/8",
             example='["127.0.0.1", "10.0.0.0/8"]',
             reload="front end",
         ),
@@ -338,6 +339,40 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="front end",
         ),
     ] = []
+    unix_socket: Annotated[
+        str,
+        Setting(
+            doc="Path of a Unix socket that is listened on, too: plain HTTP, for a proxy or clients on this host. A "
+            "stale one is replaced, and it is removed at the end. Where systemd hands sockets over, those alone count.",
+            example='"/run/lightllmd/http.sock"',
+            pattern=r"(/.*)?",
+            form="an absolute path",
+            reload="front end",
+        ),
+    ] = ""
+    unix_socket_mode: Annotated[
+        str,
+        Setting(
+            doc="Who may connect to unix_socket: its permissions in octal digits.",
+            pattern=r"0?[0-7]{3}",
+            form="three octal digits such as 0660",
+            reload="front end",
+        ),
+    ] = "0660"
+    unix_socket_owner: Annotated[
+        str,
+        Setting(
+            doc="User and group of unix_socket, either of which may be missing. Empty: those of the daemon.",
+            example='":www-data"',
+            pattern=r"[A-Za-z0-9._-]*(:[A-Za-z0-9._-]+)?",
+            form='of the form "user:group", "user" or ":group"',
+            reload="front end",
+        ),
+    ] = ""
+    tcp: Annotated[
+        bool,
+        Setting(doc="Whether host and port are listened on. false: unix_socket alone is.", reload="front end"),
+    ] = True
     tls_certificate: Annotated[
         str,
         Setting(

@@ -61,8 +61,8 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
         runtime = RuntimeDirectory(control_socket_path(config.supervisor.control_socket, os.environ, os.getuid()))
         fd_store = FdStore(notifier)
         pair = _read_tls(config)
-        where = config.params.host, config.params.port
-        listeners, activated = http_listeners.opened(*where, os.environ, os.getpid(), fd_store)
+        where = http_listeners.Where.of(config)
+        listeners, activated = http_listeners.opened(where, os.environ, os.getpid(), fd_store)
         context = Context(
             config=config,
             clock=RunningClock(),
@@ -84,6 +84,9 @@ def main(invocation: Invocation, commands: Commands | None = None) -> int:
     finally:
         notifier.close()
         for sock in context.listeners if context else listeners:
+            # What systemd keeps is reached by the next daemon's clients, and what it made is its own.
+            if not (context and (context.activated or context.fd_store.holds(sock))):
+                http_listeners.close([sock])
             sock.close()
         if runtime is not None:
             runtime.close()

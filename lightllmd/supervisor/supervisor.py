@@ -319,6 +319,9 @@ class Supervisor(Daemon):
         context.log.own("info", f"listening on {', '.join(self.urls)}; control socket {context.runtime.control_socket}")
         for warning in context.config.warnings:
             context.events.add("warning", warning, level="warning")
+        if context.activated and context.config.http.unix_socket:
+            ignored = f"{context.config.http.unix_socket} is not listened on: the .socket unit alone says on what"
+            context.events.add("warning", ignored, level="warning")
         exposed = [
             url for url, sock in zip(self.urls, context.listeners, strict=True) if http_listeners.beyond_loopback(sock)
         ]

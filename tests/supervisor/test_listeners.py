@@ -120,7 +120,7 @@ class Systemd:
         handed += [(name, socket.socket(fileno=os.dup(fd))) for name, fd in self.stored.items()]
         monkeypatch.setattr(sockets, "inherited", lambda environment, pid: handed)
         store = FdStore(Notifier({"NOTIFY_SOCKET": self._address}, 1))
-        listeners, _ = sockets.opened(host, port, {}, 1, store)
+        listeners, _ = sockets.opened(sockets.Where(host, port, None), {}, 1, store)
         return listeners, store
 
     def ports(self) -> dict[str, int]:
@@ -268,6 +268,6 @@ def test_a_refusal_leaves_those_open_that_were_there() -> None:
 
 
 def test_nothing_is_stored_without_systemd() -> None:
-    listeners, activated = sockets.opened("127.0.0.1", 0, {}, 1, FdStore(Notifier({}, 1)))
+    listeners, activated = sockets.opened(sockets.Where("127.0.0.1", 0, None), {}, 1, FdStore(Notifier({}, 1)))
     assert not activated
     close(*listeners)

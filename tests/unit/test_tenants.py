@@ -42,3 +42,15 @@ def test_a_proxy_that_says_nothing_of_use_is_the_client(forwarded: list[str]) ->
 
 def test_all_are_one_client_where_admission_is_not_fair() -> None:
     assert tenant("10.0.0.1", key=b"a", fair_admission=False) == tenant("10.0.0.2", fair_admission=False) == 0
+
+
+def test_clients_of_a_unix_socket_are_one_unless_its_proxy_is_trusted() -> None:
+    def local(*forwarded: str, **settings: object) -> int:
+        headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
+        return Tenants(HttpSettings(**settings)).of({"client": None, "headers": headers})
+
+    assert local("192.0.2.7") == local("192.0.2.8") == local()
+    trusted = {"trusted_proxies": ["unix", "10.0.0.0/8"]}
+    assert local("192.0.2.7", **trusted) == local("192.0.2.7, 10.1.1.1", **trusted) == tenant("192.0.2.7")
+    assert local("192.0.2.8", **trusted) != local("192.0.2.7", **trusted)
+    assert local(**trusted) == local("nonsense", **trusted) == local()

@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from lightllmd.config.keys import ApiKey
 from lightllmd.config.parameters import HttpSettings
+from lightllmd.config.rules import UNIX
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.urgency import Turn, Urgency
 
@@ -22,7 +23,8 @@ class Tenants:
 
     def __init__(self, http: HttpSettings) -> None:
         self._fair = http.fair_admission
-        self._proxies = [ip_network(written, strict=False) for written in http.trusted_proxies]
+        self._unix = UNIX in http.trusted_proxies
+        self._proxies = [ip_network(written, strict=False) for written in http.trusted_proxies if written != UNIX]
 
     def of(self, scope: Scope) -> int:
         """0 for all where admission is not fair."""
@@ -53,9 +55,11 @@ class Tenants:
         it: each appends the address that it was connected from."""
         peer = (scope.get("client") or ("",))[0]
         address = _address(peer)
-        if self._proxies:
+        if self._proxies or self._unix:
             lists = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
             hops = ",".join(lists).split(",")
+            if self._unix and not peer:
+                address = _address(hops.pop().strip())
             while hops and address is not None and any(address in network for network in self._proxies):
                 before = _address(hops.pop().strip())
                 if before is None:

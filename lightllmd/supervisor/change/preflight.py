@@ -14,14 +14,19 @@ from lightllmd.supervisor.change import planning
 from lightllmd.supervisor.children import probing
 from lightllmd.supervisor.context import Commands
 from lightllmd.supervisor.host import listeners as http_listeners
+from lightllmd.supervisor.host import unix_listener
+from lightllmd.supervisor.host.unix_listener import UnixAddress
 
 
 def look(config: Config, config_file: str | None, commands: Commands | None = None) -> tuple[Plan, list[Problem]]:
     """The plan that a start would make. A model that does not fit in what is free now, but would if the device were
     empty, is no fault of the configuration: a daemon that runs may have the rest. That is told beside the plan. Raises
     LightllmdError."""
-    for listener in http_listeners.bind(config.params.host, 0, patience=0):
-        listener.close()
+    if config.http.tcp:
+        for listener in http_listeners.bind(config.params.host, 0, patience=0):
+            listener.close()
+    if (unix := UnixAddress.of(config.http)) is not None:
+        unix_listener.check(unix)
     facts = _facts(config, config_file, commands or Commands())
     try:
         return resolve(config, facts, config_file), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from lightllmd.config.diff import Change, blend, diff
 from lightllmd.config.parameters import Config
 from lightllmd.config.stamps import differing, touched
 from lightllmd.config.tls import TlsInvalid, TlsPair
-from lightllmd.errors import ConfigInvalid, ControlError, Problem, RolledBack
+from lightllmd.errors import ConfigInvalid, ControlError, Problem, RolledBack, SystemFailure
 from lightllmd.supervisor.change import planning
 from lightllmd.supervisor.change.certificate import CertificateInForce
 from lightllmd.supervisor.change.settings import Settings
@@ -22,6 +23,7 @@ from lightllmd.supervisor.change.switch import Steps, Switch, Waiting, await_bac
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.host import listeners as http_listeners
+from lightllmd.supervisor.host import unix_listener
 from lightllmd.supervisor.workers.api_workers import Api, ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
 
@@ -126,11 +128,11 @@ class Reload:
 
     def _listen(self, config: Config) -> list[socket.socket]:
         """Its listeners; those of the present ones that fit are among them. Raises SystemFailure."""
-        old, before = self._context.config.params, self._context.listeners
-        if self._context.activated or (old.host, old.port) == (config.params.host, config.params.port):
+        before, where = self._context.listeners, http_listeners.Where.of(config)
+        if self._context.activated or where == http_listeners.Where.of(self._context.config):
             return before
-        # A port that another process holds is not waited for, in this loop.
-        return http_listeners.bind(config.params.host, config.params.port, before, patience=0)
+        # A port or path that another process holds is not waited for, in this loop.
+        return http_listeners.listen(where, before, patience=0)
 
     def _reread(self) -> tuple[Config, TlsPair | None]:
         """In a thread. Raises ConfigInvalid."""
@@ -167,6 +169,10 @@ class Reload:
         serves is given up before another does. Raises ControlError where a process of the new settings has to go on,
         or none comes up."""
         given_up = [listener for listener in self._context.listeners if listener not in listeners]
+        unix = http_listeners.Where.of(config).unix
+        if unix is not None and not self._context.activated:
+            with contextlib.suppress(SystemFailure):  # said when it was bound
+                unix_listener.permit(unix)
         self._begin(config, listeners, pair)
         faults = []
         for api, before in self._before.items():
@@ -213,4 +219,4 @@ class Reload:
     def _close(self, listeners: Iterable[socket.socket]) -> None:
         for listener in listeners:
             self._context.fd_store.forget([listener])
-            listener.close()
+            http_listeners.close([listener])

@@ -46,6 +46,10 @@ class FdStore:
             if name := self._names.pop(sock, None):
                 self._notifier.send(FDSTOREREMOVE=1, FDNAME=name)
 
+    def holds(self, listener: socket.socket) -> bool:
+        """Whether it is stored."""
+        return listener in self._names
+
     def confirm(self) -> None:
         """Waits until systemd has done what was asked: from then on the listeners outlive us."""
         if self._notifier.active and not self._notifier.barrier(_PATIENCE):

@@ -1,7 +1,7 @@
 """The HTTP listeners: bound here or handed to us by systemd; api workers inherit them, connections outlive those.
 
 Two kinds come from systemd: those of a .socket unit, which take the place of host and port, and those that a daemon
-before us left in the service's descriptor store (fd_store.py), which are ours again where they fit host and port.
+before us left in the service's descriptor store (fd_store.py), which are ours again where they fit what is configured.
 """
 
 from __future__ import annotations
@@ -12,19 +12,36 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
+from lightllmd.config.parameters import Config
 from lightllmd.errors import SystemFailure, show
+from lightllmd.supervisor.host import unix_listener
 from lightllmd.supervisor.host.fd_store import FdStore
+from lightllmd.supervisor.host.unix_listener import BACKLOG, UnixAddress
 
-BACKLOG = 4096  # connections that wait while no api worker lives
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 _PATIENCE = 1.0  # seconds for a predecessor's dying workers to let go of the port
 
 
+class Where(NamedTuple):
+    """What is listened on."""
+
+    host: str | None  # None: no TCP
+    port: int
+    unix: UnixAddress | None
+
+    @classmethod
+    def of(cls, config: Config) -> Where:
+        """As it is configured."""
+        params, http = config.params, config.http
+        return cls(params.host if http.tcp else None, params.port, UnixAddress.of(http))
+
+
 def opened(
-    host: str, port: int, environment: MutableMapping[str, str], pid: int, store: FdStore
+    where: Where, environment: MutableMapping[str, str], pid: int, store: FdStore
 ) -> tuple[list[socket.socket], bool]:
     """The listeners of a starting daemon, and whether they are a .socket unit's, which then decides where to listen.
 
@@ -35,12 +52,11 @@ def opened(
     listeners = [sock for _, sock in handed if sock not in back]
     activated = bool(listeners)
     if not activated:
-        listeners = bind(host, port, back)
+        listeners = listen(where, back)
         store.keep(listeners)
     unused = [sock for sock in back if sock not in listeners]
     store.forget(unused)
-    for sock in unused:
-        sock.close()
+    close(unused)
     store.confirm()
     return listeners, activated
 
@@ -66,6 +82,27 @@ def inherited(environment: MutableMapping[str, str], pid: int) -> list[tuple[str
         sock.setblocking(False)
         sockets.append((name, sock))
     return sockets
+
+
+def listen(where: Where, kept: Sequence[socket.socket] = (), *, patience: float = _PATIENCE) -> list[socket.socket]:
+    """TCP's listeners first, then the Unix socket's; those of `kept` that fit are among them. Raises SystemFailure, and
+    then none was added."""
+    sockets = [] if where.host is None else bind(where.host, where.port, kept, patience=patience)
+    if where.unix is None:
+        return sockets
+    try:
+        return [*sockets, unix_listener.bind(where.unix, kept, patience=patience)]
+    except SystemFailure:
+        close(sock for sock in sockets if sock not in kept)
+        raise
+
+
+def close(listeners: Iterable[socket.socket]) -> None:
+    """Of ours, which nothing shall reach any more: paths of Unix sockets go, too."""
+    for sock in listeners:
+        if sock.family == socket.AF_UNIX:
+            unix_listener.remove(sock)
+        sock.close()
 
 
 def bind(
