@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from api.frontend_harness import make_plan
+from bench.grammar import words
 from lightllmd.api.helpers.grammars import CheckedGrammars
 from lightllmd.errors import InvalidRequest
+from lightllmd.grammar.check import GrammarCheck
+from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.ipc.messages import Grammar
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.text import ByteTokenizer
@@ -46,3 +51,52 @@ def test_good_ones_pass_and_bad_ones_are_refused_by_field_value_and_reason() -> 
             assert str(refused.value.parameters["param"]).startswith("guided")
 
     checking(work)
+
+
+# --- time to match ----------------------------------------------------------------------------------------------------
+
+ITEM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "kind": {"enum": ["alpha", "beta", "gamma"]},
+        "text": {"type": "string"},
+        "count": {"type": "integer"},
+        "code": {"type": "string", "pattern": "^[A-Z]{2}-.{1,20}$"},
+        "tags": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 5},
+        "when": {"type": "string", "format": "date-time"},
+        "more": {"type": "object", "additionalProperties": {"type": ["string", "number", "null"]}},
+    },
+    "required": ["name", "kind", "text", "count", "code", "tags", "when", "more"],
+}
+
+
+@pytest.fixture(scope="module")
+def check() -> GrammarCheck:
+    """Of a vocabulary in which one of ten tokens has a quotation mark, which a string may end with."""
+    vocabulary = list(dict.fromkeys(itertools.islice(words(), 8_000)))
+    return GrammarCheck(lambda: GrammarCompiler([*vocabulary, None], len(vocabulary) + 1, [len(vocabulary)]))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [ITEM, {"type": "array", "items": ITEM, "minItems": 1000}, {f"p{i}": ITEM for i in range(20)}, {}],
+    ids=["one", "many", "10 kB", "any"],
+)
+def test_no_token_of_usual_schemas_takes_a_step_long_to_match(check: GrammarCheck, schema: dict[str, Any]) -> None:
+    """CPU time: the bound is a hundred times what they take."""
+    if "p0" in schema:
+        schema = {"type": "object", "properties": schema, "required": [*schema]}
+    check.check(Grammar("json_schema", json.dumps(schema)), "schema")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("ebnf", "root ::= a{1,100}\na ::= b{1,100}\nb ::= c{1,100}\nc ::= d{1,100}\nd ::= [a-z]{1,100}"),
+        Grammar("ebnf", 'root ::= a{1,1000}\na ::= b{1,1000}\nb ::= ("x" | "y"){1,1000}'),
+    ],
+)
+def test_what_takes_a_step_long_to_match_is_refused(check: GrammarCheck, grammar: Grammar) -> None:
+    with pytest.raises(InvalidRequest, match=r"^schema: a token takes \d+ ms to match, more than 10 ms; got ebnf"):
+        check.check(grammar, "schema")

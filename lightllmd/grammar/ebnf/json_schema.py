@@ -40,7 +40,15 @@ from lightllmd.grammar.ebnf.shapes import (
     objects,
     text_shape,
 )
-from lightllmd.grammar.ebnf.strings import CHARACTER, character_rule, key_other_than, plain_key, quoted
+from lightllmd.grammar.ebnf.strings import (
+    CHARACTER,
+    PLAIN,
+    character_rule,
+    counted,
+    key_other_than,
+    plain_key,
+    quoted,
+)
 
 MAX_RULES = 20_000
 MAX_UNIQUE = 6  # values of an enum of which an array has each once at most
@@ -184,7 +192,7 @@ class _Writer:
             least, most = _bounded(one, shape.least, shape.most, "minLength")
             if (least, most) == (0, None):
                 return Reference("string")
-            return seq(Literal('"'), repeat(CHARACTER, least, most), Literal('"'))
+            return seq(Literal('"'), counted(CHARACTER, PLAIN, least, most), Literal('"'))
         return quoted(self._text(one, shape))
 
     def _text(self, one: Alternative, shape: StringShape) -> Expression:

@@ -35,24 +35,35 @@ _HEX = chars([(48, 57), (65, 70), (97, 102)])
 
 
 def character_rule() -> Expression:
-    """What `CHARACTER` stands for: as it is, or escaped; \\u of a surrogate only with its other half."""
-    number = alt(
+    """What `CHARACTER` stands for: as it is, or escaped; \\u of a surrogate only with its other half. Alternatives in
+    alternatives would be rules of their own to xgrammar, which then tries all tokens at each place of a string: 20 ms
+    instead of 20 us for a vocabulary of 49,000."""
+    return alt(
         [
-            seq(chars([(48, 57), (65, 67), (69, 70), (97, 99), (101, 102)]), repeat(_HEX, 3, 3)),
-            seq(char_set("dD"), chars([(48, 55)]), repeat(_HEX, 2, 2)),
+            PLAIN,
+            seq(Literal("\\"), char_set('"\\/bfnrt')),
+            seq(Literal("\\u"), chars([(48, 57), (65, 67), (69, 70), (97, 99), (101, 102)]), _HEX, _HEX, _HEX),
+            seq(Literal("\\u"), char_set("dD"), chars([(48, 55)]), _HEX, _HEX),
             seq(
+                Literal("\\u"),
                 char_set("dD"),
                 char_set("89abAB"),
-                repeat(_HEX, 2, 2),
+                *(_HEX, _HEX),
                 Literal("\\u"),
                 char_set("dD"),
                 chars([(67, 70), (99, 102)]),
-                repeat(_HEX, 2, 2),
+                *(_HEX, _HEX),
             ),
         ]
     )
-    escaped = alt([char_set('"\\/bfnrt'), seq(Literal("u"), number)])
-    return alt([PLAIN, seq(Literal("\\"), escaped)])
+
+
+def counted(part: Expression, plain: Chars, least: int, most: int | None) -> Expression:
+    """`part` so many times. Where they are counted they are `plain` characters, without escapes: xgrammar counts those
+    of one set as fast as it matches them, alternatives a thousand times slower."""
+    if most is None:
+        return seq(repeat(plain, least, least), repeat(part, 0, None))
+    return repeat(plain, least, most)
 
 
 def quoted(text: Expression) -> Expression:
@@ -71,7 +82,8 @@ def _in_json(expression: Expression) -> Expression:
         case OneOf(parts):
             return alt(map(_in_json, parts))
         case Repeat(part, least, most):
-            return repeat(_in_json(part), least, most)
+            plain = both(part, PLAIN) if isinstance(part, Chars) else chars([])
+            return counted(_in_json(part), plain, least, most) if plain.ranges else repeat(_in_json(part), least, most)
     return expression
 
 
