@@ -231,6 +231,42 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
             reload="front end",
         ),
     ] = "ignore"
+    tool_parser: Annotated[
+        Literal[
+            "auto",
+            "harmony",
+            "deepseek_v31",
+            "deepseek_v3",
+            "kimi_k2",
+            "glm45",
+            "minimax_m2",
+            "seed_oss",
+            "qwen3_coder",
+            "mistral_v11",
+            "mistral",
+            "phi4_mini",
+            "granite",
+            "command_r",
+            "jamba",
+            "hermes",
+            "pythonic",
+            "llama3_json",
+        ],
+        Setting(
+            doc="The format in which the model calls tools. auto: the one that its chat template writes; hermes where "
+            "that is none of these, or where the template knows no tools, which are described in a message then.",
+            reload="front end",
+        ),
+    ] = "auto"
+    reasoning: Annotated[
+        Literal["apart", "content"],
+        Setting(
+            doc="Where a model's reasoning is told, if its chat template has marks around it. apart: in "
+            "reasoning_content. content: within the text, as the model wrote it. A request's separate_reasoning says "
+            "otherwise.",
+            reload="front end",
+        ),
+    ] = "apart"
     header_timeout: Annotated[
         float,
         _seconds(

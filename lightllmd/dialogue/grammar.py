@@ -18,7 +18,8 @@ from lightllmd.errors import InvalidRequest
 Node = dict[str, Any]
 
 MOST_WHITESPACE = 20  # characters in a row between two tokens of JSON
-_ANY_OBJECT: Node = {"type": "object"}
+_ANY_OBJECT: Node = {"type": "object", "additionalProperties": True}
+_FINAL = "<|channel|>final<|message|>"
 _NUMBER = "{number}"  # in a head: digits
 
 
@@ -33,6 +34,23 @@ class CallSyntax:
     close: str = ""
     style: str = "json"  # of the arguments: xgrammar's name, or "pythonic"
     several: bool = True
+    excludes: tuple[str, ...] = ()  # what no string of the arguments may have, since it would end them
+
+
+@dataclass(frozen=True)
+class CallsAsked:
+    """Which calls an answer may have."""
+
+    tools: Sequence[Tool]
+    parallel: bool = True  # several
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Reasoning before an answer."""
+
+    marks: tuple[str, str] | None = None  # None: the model writes none
+    begun: bool = False  # the prompt ends within it
 
 
 class GrammarWriter:
@@ -64,40 +82,65 @@ class GrammarWriter:
             return _sequence([{"type": "any_tokens", "exclude_tokens": [number]}, {"type": "token", "token": number}])
         return {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": mark}
 
-    def behind_reasoning(self, think: tuple[str, str] | None, inside: bool, rest: list[Node]) -> list[Node]:
-        """`rest`, before which there may be reasoning, or has to be the end of it."""
-        if think is None:
+    # --- answers: what they are made of, one after another ----------------------------------------------------------
+
+    def calling(self, syntax: CallSyntax, calls: CallsAsked, thought: Thought) -> list[Node]:
+        """An answer that is at least one call, of arguments that are valid, behind reasoning."""
+        return self._behind(thought, self.required(syntax, calls))
+
+    def talking(self, syntax: CallSyntax, calls: CallsAsked, thought: Thought) -> list[Node]:
+        """An answer of free text, in which calls of strict tools have valid arguments, those of others an object."""
+        return [self._optional(syntax, calls)]
+
+    def keeping_to(self, content: Node, syntax: CallSyntax, calls: CallsAsked, thought: Thought) -> list[Node]:
+        """An answer whose text is constrained, behind reasoning; or, where there are tools, one of calls."""
+        if not calls.tools:
+            return self._behind(thought, [content])
+        return self._behind(thought, [_either([_sequence(self.required(syntax, calls)), content])])
+
+    def _behind(self, thought: Thought, rest: list[Node]) -> list[Node]:
+        if thought.marks is None:
             return rest
+        opening, close = thought.marks
         spaces: Node = {"type": "regex", "pattern": r"[ \n]{0,4}"}
-        if inside:
-            return [self.until(think[1]), spaces, *rest]
-        thought = _sequence([*self.literal(think[0]), self.until(think[1]), spaces])
-        return [{"type": "optional", "content": thought}, *rest]
+        if thought.begun:
+            return [self.until(close), spaces, *rest]
+        reasoning = _sequence([*self.literal(opening), self.until(close), spaces])
+        return [{"type": "optional", "content": reasoning}, *rest]
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
-    def required(self, syntax: CallSyntax, tools: Sequence[Tool], parallel: bool) -> list[Node]:
+    def required(self, syntax: CallSyntax, calls: CallsAsked) -> list[Node]:
         """One call at least, of arguments that are valid, and nothing else."""
-        return [*self.literal(syntax.open), *self._calls(syntax, tools, parallel, validated=True)]
+        return [*self.literal(syntax.open), *self._calls(syntax, calls, validated=True)]
 
-    def optional(self, syntax: CallSyntax, tools: Sequence[Tool], parallel: bool) -> Node:
-        """Free text, in which calls of strict tools have valid arguments, those of others an object."""
-        beginning = self.literal(syntax.open or _common(syntax))[0]
-        rules = self._calls(syntax, tools, parallel, validated=False)
+    def _optional(self, syntax: CallSyntax, calls: CallsAsked) -> Node:
+        loop = calls.parallel and syntax.several
+        if syntax.style == "pythonic":  # its first mark may stand in any text
+            return {"type": "dispatch", "rules": self._by_name(syntax, calls), "loop": loop}
+        beginning = self.literal(syntax.open or syntax.head.partition("{name}")[0])[0]
         if syntax.open:
-            rules = self.literal(syntax.open)[1:] + rules
+            nodes = self.literal(syntax.open)[1:] + self._calls(syntax, calls, validated=False)
         else:
-            call = self._any_of(syntax, tools, validated=False, without=beginning)
-            rules = [call]
-        loop = parallel and syntax.several
+            nodes = [self._any_of(syntax, calls.tools, validated=False, without=beginning)]
         if beginning["type"] == "token":
-            return {"type": "token_dispatch", "rules": [[beginning["token"], _sequence(rules)]], "loop": loop}
-        return {"type": "dispatch", "rules": [[beginning["value"], _sequence(rules)]], "loop": loop}
+            return {"type": "token_dispatch", "rules": [[beginning["token"], _sequence(nodes)]], "loop": loop}
+        return {"type": "dispatch", "rules": [[beginning["value"], _sequence(nodes)]], "loop": loop}
 
-    def _calls(self, syntax: CallSyntax, tools: Sequence[Tool], parallel: bool, *, validated: bool) -> list[Node]:
-        call = self._any_of(syntax, tools, validated=validated)
+    def _by_name(self, syntax: CallSyntax, calls: CallsAsked) -> list[list[Any]]:
+        """Rules for each tool's first call: what it begins with and goes on with."""
+        further = self._calls(syntax, calls, validated=False)[1:]
+        rules: list[list[Any]] = []
+        for tool in calls.tools:
+            head = syntax.head.replace("{name}", tool.name)
+            call = self._call(syntax, tool, tool.strict, {"type": "const_string", "value": head})
+            rules.append([syntax.open + head, _sequence([call, *further])])
+        return rules
+
+    def _calls(self, syntax: CallSyntax, calls: CallsAsked, *, validated: bool) -> list[Node]:
+        call = self._any_of(syntax, calls.tools, validated=validated)
         nodes = [call]
-        if parallel and syntax.several:
+        if calls.parallel and syntax.several:
             nodes.append({"type": "star", "content": _sequence([*self.literal(syntax.between), call])})
         return nodes + self.literal(syntax.close)
 
@@ -122,7 +165,7 @@ class GrammarWriter:
         if syntax.style == "pythonic":
             nodes += self._keyword_arguments(tool, validated)
         else:
-            nodes.append(schema_node(tool.schema if validated else _ANY_OBJECT, syntax.style))
+            nodes.append(schema_node(tool.schema if validated else _ANY_OBJECT, syntax.style, syntax.excludes))
         return _sequence(nodes + self.literal(syntax.tail))
 
     def _keyword_arguments(self, tool: Tool, validated: bool) -> list[Node]:
@@ -157,13 +200,35 @@ class GrammarWriter:
         return [{"type": "optional", "content": _either(firsts)}]
 
 
-def _common(syntax: CallSyntax) -> str:
-    return syntax.head.partition("{name}")[0]
+class HarmonyWriter(GrammarWriter):
+    """Answers are messages in channels; the prompt has begun the header of the first."""
+
+    def calling(self, syntax: CallSyntax, calls: CallsAsked, thought: Thought) -> list[Node]:
+        return [self._message("analysis"), self._message("commentary"), *self.required(syntax, calls)]
+
+    def talking(self, syntax: CallSyntax, calls: CallsAsked, thought: Thought) -> list[Node]:
+        free = _sequence([*self.literal(_FINAL), {"type": "any_text"}])
+        call = self._any_of(syntax, calls.tools, validated=False)
+        return [self._message("analysis"), self._message("commentary"), _either([call, free])]
+
+    def keeping_to(self, content: Node, syntax: CallSyntax, calls: CallsAsked, thought: Thought) -> list[Node]:
+        final = _sequence([*self.literal(_FINAL), content])
+        answers = [*self.required(syntax, calls), final] if calls.tools else [final]
+        return [self._message("analysis"), _either(answers)]
+
+    def _message(self, channel: str) -> Node:
+        """One that may come before the last."""
+        begin = self.literal(f"<|channel|>{channel}<|message|>")
+        return {
+            "type": "optional",
+            "content": _sequence([*begin, self.until("<|end|>"), *self.literal("<|start|>assistant")]),
+        }
 
 
-def schema_node(schema: Any, style: str = "json") -> Node:
-    """What is valid under a JSON schema."""
-    return {"type": "json_schema", "json_schema": schema, "style": style, "max_whitespace_cnt": MOST_WHITESPACE}
+def schema_node(schema: Any, style: str = "json", excludes: Sequence[str] = ()) -> Node:
+    """What is valid under a JSON schema. `excludes`: texts that no string has."""
+    node = {"type": "json_schema", "json_schema": schema, "style": style, "max_whitespace_cnt": MOST_WHITESPACE}
+    return node | {"excludes": list(excludes)} if excludes else node
 
 
 def content_node(kind: str, text: str) -> Node:

@@ -14,7 +14,7 @@ from lightllmd.dialogue.formats.mistral import MistralParser
 from lightllmd.dialogue.formats.named import NamedMarks, NamedParser
 from lightllmd.dialogue.formats.pythonic import PythonicParser
 from lightllmd.dialogue.formats.tagged import TaggedParser
-from lightllmd.dialogue.grammar import CallSyntax
+from lightllmd.dialogue.grammar import CallSyntax, GrammarWriter, HarmonyWriter
 from lightllmd.dialogue.parser import MarkParser, Parser
 from lightllmd.dialogue.tools import Tool
 
@@ -41,6 +41,7 @@ class Format:
     # Texts that may be tokens of their own, and special ones, and that the parser has to see all the same.
     marks: frozenset[str] = field(default_factory=frozenset)
     think: Think | None = None  # of the format's own; None: what the template shows
+    writer: type[GrammarWriter] = GrammarWriter
     always: bool = False  # an answer without calls has to be parsed, too
 
     def parser(self, opening: Opening) -> Parser:
@@ -124,6 +125,7 @@ _ALL = (
         CallSyntax("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", several=False),
         harmony.MARKS,
         think=(harmony.CHANNEL, harmony.END),
+        writer=HarmonyWriter,
         always=True,
     ),
     _named(
@@ -166,7 +168,7 @@ _ALL = (
         "glm45",
         r"<arg_key>",
         elements.GLM,
-        CallSyntax("<tool_call>{name}\n", "\n</tool_call>", between="\n", style="glm_xml"),
+        CallSyntax("<tool_call>{name}\n", "\n</tool_call>", between="\n", style="glm_xml", excludes=("</arg_value>",)),
     ),
     _elements(
         "minimax_m2",
@@ -179,6 +181,7 @@ _ALL = (
             "\n",
             "\n</minimax:tool_call>",
             style="minimax_xml",
+            excludes=("</parameter>",),
         ),
     ),
     _elements(
@@ -190,13 +193,20 @@ _ALL = (
             "\n</function>\n</seed:tool_call>",
             between="\n",
             style="qwen_xml",
+            excludes=("</parameter>",),
         ),
     ),
     _elements(
         "qwen3_coder",
         r"<function=[\s\S]*<parameter=",
         elements.QWEN_CODER,
-        CallSyntax("<tool_call>\n<function={name}>\n", "\n</function>\n</tool_call>", between="\n", style="qwen_xml"),
+        CallSyntax(
+            "<tool_call>\n<function={name}>\n",
+            "\n</function>\n</tool_call>",
+            between="\n",
+            style="qwen_xml",
+            excludes=("</parameter>",),
+        ),
     ),
     Format(
         "mistral_v11",

@@ -13,6 +13,7 @@ from lightllmd.errors import InvalidRequest
 
 MAX_TOOLS = 128
 MAX_SCHEMA = 1 << 16  # bytes of a tool's parameters as JSON
+MAX_CONSTRAINED = 1 << 18  # bytes of the parameters of all tools whose calls are constrained to them
 MAX_TOOL_NAME = 128
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -90,6 +91,14 @@ def check_tools(dialogue: Dialogue, field: str = "tools") -> None:
         if size > MAX_SCHEMA:
             where = f"{tool.field}.parameters"
             raise InvalidRequest(f"{where}: at most {MAX_SCHEMA} bytes of JSON; got {size}", param=where)
+    constrained = [tool for tool in tools if tool.strict or choice.mode == "required"]
+    total = sum(len(msgspec.json.encode(tool.parameters)) for tool in constrained)
+    if total > MAX_CONSTRAINED:
+        raise InvalidRequest(
+            f"{field}: the parameters that calls are constrained to have at most {MAX_CONSTRAINED} bytes of JSON in "
+            f"all; got {total}",
+            param=field,
+        )
     if choice.mode == "required" and not tools:
         raise InvalidRequest(
             f"{dialogue.choice_field}: {choice.mode!r} needs tools; there are none", param=dialogue.choice_field

@@ -13,6 +13,9 @@ from lightllmd.grammar.native import native
 from lightllmd.ipc.messages import Grammar
 
 _RAW = 0  # xgrammar's VocabType: tokens are given as the bytes of the text that they make
+# What a token without text has: no UTF-8 has such a byte, so that no text matches it, but a structural tag may name its
+# id. xgrammar never allows a token without bytes.
+_NO_TEXT = b"\xff"
 _SHOWN = 200  # characters of what xgrammar says that a refusal repeats
 _SOURCE = re.compile(r"^.*?\.cc:\d+: (Check failed: \(.*?\) is false: )?")  # where xgrammar found the fault
 
@@ -44,7 +47,7 @@ class GrammarCompiler:
         if serialised is not None:
             self._tokens = self._native.TokenizerInfo.deserialize_json(serialised.decode())
             return
-        tokens = [raw or b"" for raw in vocabulary[:vocab_size]]
+        tokens = [raw or _NO_TEXT for raw in vocabulary[:vocab_size]]
         tokens += [b""] * (vocab_size - len(tokens))
         for number in ends:
             tokens[number] = b""

@@ -86,6 +86,7 @@ class Intake:
         self._heals = params.token_healing_mode
         self._tokenizer = tokenizer
         self._work = work
+        self._http = plan.config.http
         self._scores = ScoringIntake(plan, self.limits, work)
 
     async def of(self, asked: Asked | ScoresAsked) -> Sequence[Job]:
@@ -106,7 +107,14 @@ class Intake:
     @cached_property
     def conventions(self) -> Conventions:
         """How the model writes calls and reasoning."""
-        return Conventions(self._tokenizer().chat_template)
+        tokenizer = self._tokenizer()
+        special = {text: number for number in tokenizer.special_ids if (text := tokenizer.id_to_token(number))}
+        return Conventions(
+            tokenizer.chat_template,
+            special=special,
+            tool_parser=self._http.tool_parser,
+            reasoning=self._http.reasoning == "apart",
+        )
 
     async def _checked(self, asked: Asked) -> list[AdmittedJob]:
         if asked.dialogue is None:
@@ -116,22 +124,23 @@ class Intake:
         prepared = self.conventions.prepare(prompt.content.messages, prompt.content.options, asked.dialogue)
         chat = Chat(prepared.messages, prepared.options)
         asked = replace(asked, prompts=[replace(prompt, content=chat)], text=replace(asked.text, marks=prepared.marks))
-        jobs = await self._admitted(asked)
-        return [replace(job, parsers=self._parsers(prepared, job)) for job in jobs]
+        return await self._admitted(asked, prepared)
 
-    def _parsers(self, prepared: PreparedChat, job: AdmittedJob) -> Callable[[], Parser] | None:
-        if prepared.opening is None:
-            return None
-        return prepared.parsers(self._tokenizer().decode(job.prompt_ids[-_PROMPT_END:], skip_special_tokens=False))
+    def _prompt_end(self, ids: Sequence[int]) -> str:
+        return self._tokenizer().decode(ids[-_PROMPT_END:], skip_special_tokens=False)
 
-    async def _admitted(self, asked: Asked) -> list[AdmittedJob]:
+    async def _admitted(self, asked: Asked, prepared: PreparedChat | None = None) -> list[AdmittedJob]:
+        """`prepared`: the only prompt, which says more of the output once it is rendered."""
         names, sequences = asked.names, asked.params.n
         if names.prompts is not None:
             self.limits.at_once(len(asked.prompts) * sequences, names.prompts)
         self.limits.branches(sequences, names.sequences)
         self._expected_beams(asked)
-        if asked.prompts_first:
+        if asked.prompts_first or prepared is not None:
             prompts = await self._prompts(asked)
+            if prepared is not None:
+                end = self._prompt_end(prompts[0].ids)
+                asked = replace(asked, constraint=prepared.constraint(end, asked.constraint))
             text = await self._text(asked)
             params = await self._params(asked)
         else:
@@ -139,7 +148,10 @@ class Intake:
             text = await self._text(asked)
             prompts = await self._prompts(asked)
         size = _size([prompt.ids for prompt in prompts])
-        return await self._work.compute(size, self._jobs, asked, prompts, params, text)
+        jobs: list[AdmittedJob] = await self._work.compute(size, self._jobs, asked, prompts, params, text)
+        if prepared is not None and prepared.parsed:
+            jobs = [replace(job, parsers=prepared.parsers(self._prompt_end(job.given_ids))) for job in jobs]
+        return jobs
 
     def _expected_beams(self, asked: Asked) -> None:
         beams, field = self.beams and asked.params.n > 1, f"{asked.names.prefix}use_beam_search"

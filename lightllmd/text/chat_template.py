@@ -25,7 +25,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.text.tool_messages import described
+from lightllmd.text.tool_messages import as_texts, described, suited
 
 MAX_MESSAGES = 4096
 MAX_DEPTH = 64  # of lists and objects inside each other
@@ -118,7 +118,8 @@ class ChatTemplate:
             source for name, source in named.items() if name not in _PAIRS
         )  # of all that render chats
         self._for_pairs = _pair_template(named)
-        self.takes_tools = _TOOLS.search(self.text) is not None  # else they are described in a message
+        # Else they are described in a message.
+        self.takes_tools = "tool_use" in named or _TOOLS.search(self.text) is not None
         self._takes_system = not _NO_SYSTEM.search(self.text)
 
     @property
@@ -174,6 +175,8 @@ class ChatTemplate:
         plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
         if not self.takes_tools:
             plain = described(plain, tools or (), takes_system=self._takes_system)
+        elif any(message.get("tool_calls") for message in plain):
+            plain = suited(plain, self.text)
         if name not in self._knows_developer:
             for message in plain:
                 message["role"] = _SYSTEM if message["role"] == _DEVELOPER else message["role"]
@@ -186,7 +189,13 @@ class ChatTemplate:
             "tools": _plain(list(tools), "tools") if tools else None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
-        text = self._run(self._templates[name], names, clock)
+        try:
+            text = self._run(self._templates[name], names, clock)
+        except InvalidRequest:
+            # Most templates take the arguments of calls as objects, a few (DeepSeek's) as texts.
+            if not as_texts(plain):
+                raise
+            text = self._run(self._templates[name], names, clock)
         return text if mark is None else _up_to(text, mark)
 
     def _choose(self, with_tools: bool) -> str:

@@ -247,3 +247,42 @@ def test_reasoning_before_a_call(tmp_path):
                 assert json.loads(message["tool_calls"][0]["function"]["arguments"])["city"] == 'Paris "<tool_call>"'
 
     run(scenario())
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_required_calls_are_constrained_and_auto_ones_only_if_strict(tmp_path, choice):
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+
+    async def scenario():
+        async with stack(tmp_path, engine=False) as one:
+            (await one.up(token=saying(CALL))).free_run = True
+            await ask(one, tools=[WEATHER])
+            assert one.engine.submits[-1].params.grammar is None
+            for fields in ({"tools": [WEATHER], "tool_choice": choice}, {"tools": [strict]}):
+                (answered,) = (await ask(one, **fields))["choices"]
+                assert answered["finish_reason"] == "tool_calls"
+                grammar = one.engine.submits[-1].params.grammar
+                assert grammar.kind == "structural_tag"
+                assert json.loads(grammar.text)["type"] == "structural_tag"
+            bad = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": 5}}}
+            body = {"messages": QUESTION, "tools": [bad]}
+            refused = await one.client.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools"), refused.text
+
+    run(scenario())
+
+
+def test_the_format_and_the_place_of_reasoning_can_be_configured(tmp_path):
+    async def scenario():
+        with patch.object(tokenizers, "_PLAIN_TEMPLATE", THINKING):
+            async with stack(tmp_path, engine=False, tool_parser="pythonic", reasoning="content") as one:
+                (await one.up(token=saying('[get_weather(city="Paris")]'))).free_run = True
+                message = (await ask(one, tools=[WEATHER]))["choices"][0]["message"]
+                assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+                one.engine.token = saying("Hm.</think>It rains.")
+                message = (await ask(one))["choices"][0]["message"]
+                assert (message["content"], "reasoning_content" in message) == ("Hm.</think>It rains.", False)
+                message = (await ask(one, separate_reasoning=True))["choices"][0]["message"]
+                assert (message["content"], message["reasoning_content"]) == ("It rains.", "Hm.")
+
+    run(scenario())
