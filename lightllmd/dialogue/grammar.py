@@ -14,6 +14,7 @@ from typing import Any
 
 from lightllmd.dialogue.tools import Tool
 from lightllmd.errors import InvalidRequest
+from lightllmd.grammar.ebnf.translation import NAMED
 
 Node = dict[str, Any]
 
@@ -165,7 +166,8 @@ class GrammarWriter:
         if syntax.style == "pythonic":
             nodes += self._keyword_arguments(tool, validated)
         else:
-            nodes.append(schema_node(tool.schema if validated else _ANY_OBJECT, syntax.style, syntax.excludes))
+            arguments = schema_node(tool.schema if validated else _ANY_OBJECT, syntax.style, syntax.excludes)
+            nodes.append(arguments | {NAMED: f"{tool.field}.parameters"})
         return _sequence(nodes + self.literal(syntax.tail))
 
     def _keyword_arguments(self, tool: Tool, validated: bool) -> list[Node]:
@@ -188,7 +190,8 @@ class GrammarWriter:
 
         def argument(name: str, lead: str) -> Node:
             told = properties[name]
-            value = schema_node({**told, **shared} if isinstance(told, dict) else told, "json")
+            value = schema_node({**told, **shared} if isinstance(told, dict) else told)
+            value[NAMED] = f"{tool.field}.parameters.properties.{name}"
             return _sequence([{"type": "const_string", "value": f"{lead}{name}="}, value])
 
         behind = [{"type": "optional", "content": argument(name, ", ")} for name in others]

@@ -16,6 +16,7 @@ from lightllmd.ipc.messages import Grammar
 
 MAX_CHOICES = 10_000
 MAX_DEPTH = 64  # of a structural tag
+NAMED = "named"  # key of a schema in one: the client's name for it, for refusals
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -91,8 +92,11 @@ def _with_grammars(tag: Any, field: str, form: Layout, depth: int) -> Any:
     if depth == 0 and "structures" in tag:
         return _of_structures(tag, field, form)
     match tag.get("type"):
-        case "json_schema" if "json_schema" in tag and tag.get("style", "json") == "json":
-            text = schema_grammar(tag["json_schema"], f"{field}.json_schema", form)
+        case "json_schema" if "json_schema" in tag:
+            named = tag.get(NAMED)
+            text = schema_grammar(tag["json_schema"], named if isinstance(named, str) else f"{field}.json_schema", form)
+            if tag.get("style", "json") != "json":  # arguments of calls that are not written as JSON
+                return {name: one for name, one in tag.items() if name != NAMED}
         case "regex" if isinstance(tag.get("pattern"), str):
             text = _pattern(tag["pattern"], f"{field}.pattern")
         case _:
