@@ -88,7 +88,7 @@ class _Walk:
         begun = thread_time()
         self._matcher.fill_next_token_bitmask(self._bits, 0, False)
         self.slowest = max(self.slowest, thread_time() - begun)
-        bits = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")
+        bits = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._compiler.vocab_size]
         self.ends = bool(bits[self._compiler.eos_ids].any())
         bits[self._compiler.eos_ids] = 0
         return bits.nonzero()[0]

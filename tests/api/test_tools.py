@@ -267,7 +267,8 @@ def test_required_calls_are_constrained_and_auto_ones_only_if_strict(tmp_path, c
             bad = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": 5}}}
             body = {"messages": QUESTION, "tools": [bad]}
             refused = await one.client.post("/v1/chat/completions", json=body)
-            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools"), refused.text
+            param = "tools.0.function.parameters.type"
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
 
     run(scenario())
 

@@ -22,7 +22,7 @@ _HEADER_BEGINNINGS = (START, CHANNEL, CONSTRAIN, MESSAGE, " to=", "to=")
 _MOST_HEADER = 2 * MAX_NAME
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
-_ELSEWHERE = re.compile(r"\bto=(?!functions\.)")  # to a tool of OpenAI's own, which nobody runs here
+_ELSEWHERE = re.compile(r"\bto=(?!functions\.)")  # to a tool of OpenAI's own, which is not run here
 
 
 class HarmonyParser(MarkParser):
@@ -42,9 +42,11 @@ class HarmonyParser(MarkParser):
 
     @property
     def reasoning(self) -> bool:
+        """See Parser."""
         return self._state == self._in_body and self._kind is Reasoning
 
     def feed(self, text: str) -> list[Event]:
+        """See Parser."""
         kind = self._kind
         if kind is None or not text or self._held or self._line or self._state != self._in_body:
             return super().feed(text)

@@ -29,7 +29,7 @@ _MAX_NODES = 12  # of a trie of names
 _CUT = "cut"
 CHARACTER = Reference("character")  # one of a string, escaped or not
 _SHORT = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
-# What JSON writes as it is. A DEL may be, too, but nobody means it.
+# What JSON writes as it is. A DEL may be, too, but is hardly meant.
 PLAIN = complement(chars([(0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F)]).ranges)
 _HEX = chars([(48, 57), (65, 70), (97, 102)])
 
@@ -214,7 +214,7 @@ REFUSED_FORMATS = frozenset({"regex"})  # JSON Schema's own, of which no grammar
 
 @cache
 def format_text(name: str) -> Expression | None:
-    """The texts of a format, by the RFCs that JSON Schema names; some are left out that nobody writes. None: JSON
+    """The texts of a format, by the RFCs that JSON Schema names; some are left out that are not written. None: JSON
     Schema doesn't define it, so that it is an annotation."""
     pattern = _FORMATS.get(name)
     return None if pattern is None else whole(pattern)
