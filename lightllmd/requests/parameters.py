@@ -3,8 +3,8 @@ bodies and of `LLM.generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,10 +18,10 @@ from lightllmd.requests.fields import (
     MAX_SEED,
     CommonFields,
     Count,
-    RefusedField,
     StopText,
     affordable_stops,
 )
+from lightllmd.requests.guided import GuidedFields, the_only_one
 from lightllmd.text.stop import MAX_STOPS
 
 DEFAULT_MAX_NEW_TOKENS = 16
@@ -29,13 +29,10 @@ DEFAULT_MAX_NEW_TOKENS = 16
 StopIds = Annotated[list[Count], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
-class Parameters(CommonFields):
+class Parameters(GuidedFields, CommonFields):
     """`parameters` of /generate, /generate_stream and /."""
 
     described = True
-    refused: ClassVar[Mapping[str, RefusedField]] = dict.fromkeys(
-        ("regular_constraint", "guided_grammar", "guided_json"), RefusedField()
-    )
 
     return_details: bool = False
     best_of: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -126,6 +123,7 @@ class Parameters(CommonFields):
             add_special_tokens=self.add_special_tokens,
             shows_prompt=shows_prompt,
             prompts_first=True,
+            constraint=the_only_one(self.guided(names.prefix)),
         )
 
     def sampling(self) -> SamplingParams:

@@ -14,9 +14,12 @@ from pydantic import AfterValidator, Field, model_validator
 
 from lightllmd.api.dialects.chat_tools import DialogueFields
 from lightllmd.api.dialects.conversation import Conversation, Messages, check_answers
+from lightllmd.api.dialects.structured import StructuredFields
+from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
+from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import (
     MAX_COUNT,
@@ -60,18 +63,11 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     **dict.fromkeys(
         (
             "audio",
             "web_search_options",
-            "regular_constraint",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "structured_outputs",
             "chat_template",
         ),
         (None,),
@@ -162,7 +158,7 @@ class SamplingFields(CommonFields):
         )
 
 
-class OpenAIBody(SamplingFields, ABC):
+class OpenAIBody(StructuredFields, SamplingFields, ABC):
     """What both routes share."""
 
     without_effect = _HARMLESS
@@ -265,7 +261,16 @@ class OpenAIBody(SamplingFields, ABC):
             keep_last=self.truncate_prompt_tokens,
             beams=self.use_beam_search,
             shows_prompt=not self.stream,
+            constraint=self._constrained(),
         )
+
+    def _constrained(self) -> Constraint | None:
+        constraint = self.constraint
+        if constraint is not None and self.asked_tokens == 0:
+            raise InvalidRequest(
+                f"{constraint.field}: nothing is generated with max_tokens = 0", param=constraint.field
+            )
+        return constraint
 
     def _names(self, subject: str, prompts: str | None = None) -> FieldNames:
         sequences = "n" if self.branches == self.n else "best_of"

@@ -16,6 +16,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.requests.asked import Chat, FieldOfTexts, TextPairs
 from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import MAX_COUNT, Body, RefusedField
+from lightllmd.requests.guided import GuidedFields
 from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked
 from lightllmd.requests.urgency import UrgencyFields
 from lightllmd.text.pairs import PairCut
@@ -69,9 +70,13 @@ class ScoringBody(UrgencyFields, Body, ABC):
 
     lenient = True
     without_effect = frozenset({"user", "encoding_format"})
-    refused: ClassVar[Mapping[str, RefusedField]] = dict.fromkeys(
-        ("chat_template", "dimensions", "mm_processor_kwargs"), RefusedField()
-    )
+    refused: ClassVar[Mapping[str, RefusedField]] = {
+        **dict.fromkeys(("chat_template", "dimensions", "mm_processor_kwargs"), RefusedField()),
+        **dict.fromkeys(
+            ("response_format", "structured_outputs", *GuidedFields.model_fields),
+            RefusedField(why="this route generates no text"),
+        ),
+    }
 
     model: str | None = None
     use_activation: bool | None = Field(

@@ -4,7 +4,7 @@ LightLLM that go beyond them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -12,7 +12,8 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
-from lightllmd.requests.faults import contradiction
+from lightllmd.requests.constraint import Constraint
+from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import (
     MAX_COUNT,
     MAX_LOGPROBS,
@@ -24,6 +25,7 @@ from lightllmd.requests.fields import (
     StopText,
     affordable_stops,
 )
+from lightllmd.requests.guided import Schema, schemas
 from lightllmd.requests.urgency import Urgency
 from lightllmd.text.stop import MAX_STOPS
 
@@ -40,6 +42,32 @@ _NAMES = FieldNames(
 Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS), AfterValidator(affordable_stops)] | None
 
 
+class TgiGrammar(Body):
+    """`parameters.grammar`."""
+
+    described = True
+    lenient = True
+
+    type: Literal["json", "regex", "json_schema"]
+    value: Schema = Field(description="a schema, also as text, or with type regex the pattern")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise contradiction("value", f"value should be the pattern with type regex; got {shown(self.value)}")
+        return self
+
+    @property
+    def constraint(self) -> Constraint:
+        """What it asks for. A json_schema may have a name beside its schema."""
+        place, value = "parameters.grammar.value", self.value
+        if self.type == "regex":
+            return Constraint("regex", str(value), place)
+        if self.type == "json_schema" and isinstance(value, dict) and "name" in value and "schema" in value:
+            return schemas(value["schema"], f"{place}.schema")[0]
+        return schemas(value, place)[0]
+
+
 class TgiParameters(CommonFields):
     """`parameters` of /generate, /generate_stream and /. Without do_sample and all that shapes a draw the output is
     greedy."""
@@ -48,7 +76,6 @@ class TgiParameters(CommonFields):
     lenient = True
     refused: ClassVar[Mapping[str, RefusedField]] = {
         "watermark": RefusedField(_IDLE, "the output is not watermarked here"),
-        "grammar": RefusedField(_IDLE),
         "adapter_id": RefusedField(_IDLE),
         "prompt_logprobs": RefusedField(
             _IDLE, "decoder_input_details asks for the log-probabilities of the prompt", inherited=True
@@ -81,6 +108,7 @@ class TgiParameters(CommonFields):
     details: bool = False
     decoder_input_details: bool = Field(default=False, description="details with the prompt's tokens; not in a stream")
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    grammar: TgiGrammar | None = Field(default=None, description="what the output has to be")
     top_n_tokens: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     # LightLLM's extensions
     stop_sequences: Stops = Field(default=None, description="stands for stop, which is left unread then")
@@ -197,6 +225,7 @@ class TgiBody(Body):
             add_special_tokens=given.add_special_tokens,
             keep_last=given.truncate,
             shows_prompt=given.detailed and not streamed,
+            constraint=None if given.grammar is None else given.grammar.constraint,
             prompts_first=True,
         )
 

@@ -22,7 +22,7 @@ _ANY_OBJECT = {"type": "object"}
 
 def translated(grammar: Grammar, field: str) -> Grammar:
     """Raises InvalidRequest, which names the field, within a schema the keyword by its path."""
-    form = USUAL if grammar.whitespace is None else layout(grammar.whitespace, f"{field} (white space)")
+    form = USUAL if grammar.whitespace is None else layout(grammar.whitespace, field)
     match grammar.kind:
         case "json_object":
             text = schema_grammar(_ANY_OBJECT, field, form)
