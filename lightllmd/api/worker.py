@@ -109,7 +109,6 @@ class ApiWorker:
             self._heartbeat()
             self._context.destroy(linger=0)
             self.revisions.stop_helpers()
-            self._leases.quota.close()
             for close in self._closing:
                 close()
 

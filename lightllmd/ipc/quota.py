@@ -22,6 +22,7 @@ import mmap
 import os
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -49,15 +50,16 @@ class Quota:
         self.fd = os.memfd_create("lightllmd-quota") if fd is None else fd
         if fd is None:
             os.ftruncate(self.fd, _SIZE)
+        self._closing = weakref.finalize(self, os.close, self.fd)
         self._memory = mmap.mmap(self.fd, _SIZE)
         self._column = column % COLUMNS
         self._clock = clock
         self._places: dict[str, int] = {}  # offset of the slot, by name
 
     def close(self) -> None:
-        """Of this view."""
+        """Of this view; else the end of the process, or of the last reference to it, does."""
         self._memory.close()
-        os.close(self.fd)
+        self._closing()
 
     # --- buckets --------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,26 @@ GOLDEN = {
 }
 
 
+def test_anthropics_clients_are_told_in_their_words(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, api_keys_file=table(tmp_path, alice="")) as one:
+            answer = await one.client.post("/v1/messages", json={})
+            assert answer.status_code == 401
+            assert answer.json()["error"] == {
+                "type": "authentication_error",
+                "message": GOLDEN["/generate", 401]["message"],
+            }
+            headers = {"x-api-key": "alice", "anthropic-version": "2023-06-01"}
+            answer = await one.client.get("/metrics", headers=headers)
+            assert answer.status_code == 403
+            assert answer.json()["error"] == {
+                "type": "permission_error",
+                "message": GOLDEN["/metrics", 403]["message"],
+            }
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("tgi", [False, True])
 def test_refusals_are_told_as_each_dialect_tells_errors(tmp_path: Path, tgi: bool) -> None:
     golden = dict(GOLDEN)

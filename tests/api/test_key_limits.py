@@ -176,6 +176,39 @@ def test_a_fault_of_ours_costs_nothing(tmp_path: Path, streamed: bool) -> None:
     run(scenario())
 
 
+def test_a_client_whose_own_time_is_over_has_had_what_was_made_for_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        file = table(tmp_path, alice="tokens_per_minute = 100\nrequests_per_minute = 10")
+        async with stack(tmp_path, engine=False, api_keys_file=file) as one:
+            quota, engine = stop_clock(one), await one.up()
+            body, headers = (
+                {"inputs": "hello", "parameters": {"max_new_tokens": 50}},
+                ALICE | {"x-request-timeout": "0.5"},
+            )
+            answer = asyncio.create_task(one.client.post("/generate", json=body, headers=headers))
+            await engine.submitted(1)
+            engine.step()
+            assert (await answer).status_code == 504
+            assert quota.left("alice", "tokens", 100)[0] == 100 - 5 - 1
+            assert quota.left("alice", "requests", 10)[0] == 9
+
+    run(scenario())
+
+
+def test_a_full_queue_costs_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        file = table(tmp_path, alice="tokens_per_minute = 100\nrequests_per_minute = 10")
+        async with stack(tmp_path, engine=False, api_keys_file=file) as one:
+            quota, engine = stop_clock(one), await one.up()
+            engine.reject = messages.Rejected(1, 0, "queue_full", "the queue is full", 1.0)
+            answer = await generate(one)
+            assert (answer.status_code, answer.headers["x-ratelimit-limit-tokens"]) == (429, "100")
+            assert quota.left("alice", "tokens", 100)[0] == 100
+            assert quota.left("alice", "requests", 10)[0] == 10
+
+    run(scenario())
+
+
 def test_a_client_that_leaves_has_had_what_was_made_for_it(tmp_path: Path) -> None:
     async def scenario() -> None:
         file = table(tmp_path, alice="tokens_per_minute = 100\nrequests_per_minute = 10\nmax_concurrent = 1")
@@ -228,19 +261,30 @@ def test_several_workers_share_a_limit_and_what_a_dead_one_had_is_free(tmp_path:
 
 
 def test_clients_of_anthropic_get_the_headers_that_they_read(tmp_path: Path) -> None:
-    async def scenario() -> httpx.Response:
-        file = table(tmp_path, alice="requests_per_minute = 2\ntokens_per_minute = 50")
-        async with stack(tmp_path, api_keys_file=file) as one:
-            return await one.client.post("/v1/messages", json={}, headers=ALICE)
+    body = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}
 
-    headers = run(scenario()).headers
-    told = {name: value for name, value in headers.items() if "ratelimit" in name}
-    assert set(told) == {
-        f"anthropic-ratelimit-{bucket}-{what}"
-        for bucket in ("requests", "tokens")
-        for what in ("limit", "remaining", "reset")
+    async def scenario() -> list[httpx.Response]:
+        file = table(tmp_path, alice="requests_per_minute = 2\ntokens_per_minute = 5000")
+        async with stack(tmp_path, api_keys_file=file) as one:
+            stop_clock(one)
+            return [await one.client.post("/v1/messages", json=body, headers=ALICE) for _ in range(3)]
+
+    *_, refused = answers = run(scenario())
+    for answer in answers:
+        told = {name: value for name, value in answer.headers.items() if "ratelimit" in name}
+        assert set(told) == {
+            f"anthropic-ratelimit-{bucket}-{what}"
+            for bucket in ("requests", "tokens")
+            for what in ("limit", "remaining", "reset")
+        }
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told["anthropic-ratelimit-requests-reset"])
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "30")
+    error = refused.json()
+    assert error["type"] == "error"
+    assert error["error"] == {
+        "type": "rate_limit_error",
+        "message": "the API key alice has a limit of 2 requests per minute (requests_per_minute)",
     }
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told["anthropic-ratelimit-requests-reset"])
 
 
 def test_a_key_without_limits_gets_no_headers_of_limits(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightllmd.errors import SystemFailure
 from lightllmd.supervisor.host import listeners as sockets
 from lightllmd.supervisor.host.fd_store import FdStore
 from lightllmd.supervisor.host.notify import Notifier
+from lightllmd.supervisor.host.unix_listener import UnixAddress
 
 
 def close(*listeners: socket.socket) -> None:
@@ -77,12 +79,19 @@ for name, sock in taken:
 
 
 def test_sockets_of_systemd_are_taken_and_the_variables_too() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        # As systemd does it: the sockets are descriptors 3 and 4 of the daemon.
-        shell = f'exec 3<&{one.fileno()} 4<&{two.fileno()}; LISTEN_FDS=2 LISTEN_FDNAMES=http:http-0 exec "$0" -c "$1"'
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+        socket.socket(socket.AF_UNIX) as three,
+    ):
+        three.bind("")  # a name of the kernel's choice, without a file
+        three.listen()
+        # As systemd does it: the sockets are descriptors 3 to 5 of the daemon.
+        copies = " ".join(f"{number}<&{sock.fileno()}" for number, sock in enumerate((one, two, three), 3))
+        shell = f'exec {copies}; LISTEN_FDS=3 LISTEN_FDNAMES=http:http-0:local exec "$0" -c "$1"'
         answer = subprocess.run(
             ["bash", "-c", shell, sys.executable, INHERITED],
-            pass_fds=(one.fileno(), two.fileno()),
+            pass_fds=(one.fileno(), two.fileno(), three.fileno()),
             capture_output=True,
             text=True,
             timeout=60,
@@ -90,6 +99,7 @@ def test_sockets_of_systemd_are_taken_and_the_variables_too() -> None:
         assert answer.stdout.splitlines() == [
             f"http http://127.0.0.1:{one.getsockname()[1]} False False",
             f"http-0 http://127.0.0.1:{two.getsockname()[1]} False False",
+            f"local unix:@{three.getsockname()[1:].decode()} False False",
         ], answer.stderr
 
 
@@ -114,13 +124,15 @@ class Systemd:
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
-    def start(self, host: str, port: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[socket.socket], FdStore]:
+    def start(
+        self, host: str | None, port: int, monkeypatch: pytest.MonkeyPatch, unix: UnixAddress | None = None
+    ) -> tuple[list[socket.socket], FdStore]:
         """What a daemon's start does with its listeners."""
         handed = [("http", sock.dup()) for sock in self.units]
         handed += [(name, socket.socket(fileno=os.dup(fd))) for name, fd in self.stored.items()]
         monkeypatch.setattr(sockets, "inherited", lambda environment, pid: handed)
         store = FdStore(Notifier({"NOTIFY_SOCKET": self._address}, 1))
-        listeners, _ = sockets.opened(sockets.Where(host, port, None), {}, 1, store)
+        listeners, _ = sockets.opened(sockets.Where(host, port, unix), {}, 1, store)
         return listeners, store
 
     def ports(self) -> dict[str, int]:
@@ -167,6 +179,26 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
 
 def ports(listeners: list[socket.socket]) -> list[int]:
     return [sock.getsockname()[1] for sock in listeners]
+
+
+def test_a_unix_socket_outlives_the_daemon_and_goes_where_another_path_is_configured(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tempfile.mkdtemp(prefix="unix-")
+    old, new = (UnixAddress(f"{folder}/{name}", 0o660) for name in ("old", "new"))
+    first, _ = systemd.start(None, 0, monkeypatch, old)
+    assert Notifier({"NOTIFY_SOCKET": systemd._address}, 1).barrier(60)
+    close(*first)  # as kill -9 does
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(old.path)
+        second, store = systemd.start(None, 0, monkeypatch, old)
+        assert [store.holds(sock) for sock in second] == [True]
+        accepted = wait_for(lambda: _accept(second[0]))
+    close(*second, accepted)
+    third, _ = systemd.start(None, 0, monkeypatch, new)
+    assert os.listdir(folder) == ["new"]
+    sockets.close(third)
+    os.rmdir(folder)
 
 
 def test_a_listener_outlives_the_daemon(systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:

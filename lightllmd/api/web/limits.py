@@ -19,7 +19,7 @@ from lightllmd.api.web.errors import ErrorAnswers
 from lightllmd.api.web.refusals import Refusals
 from lightllmd.api.web.tenants import KEY
 from lightllmd.config.keys import ApiKey
-from lightllmd.errors import RateLimited
+from lightllmd.errors import DeadlineExceeded, QueueFull, RateLimited
 from lightllmd.ipc.quota import Bucket, Quota
 
 LEASE = "lightllmd.lease"  # in a scope: the `Lease` of a request whose key has limits
@@ -88,20 +88,23 @@ class Lease:
             self._tokens += generated - self._counted
             self._counted = generated
 
-    def end(self, ours: bool) -> None:
-        """The answer has ended. `ours`: by a fault of ours, so that it has cost nothing."""
+    def end(self, status: int) -> None:
+        """The answer has ended. `status`: its own, 0 where it has none: the client left. What failed by a fault of ours
+        has cost nothing."""
         self.count()
+        ours = self._ours(status)
         if ours and self.key.requests_per_minute:
             self._quota.charge(self._name, "requests", -1, self.key.requests_per_minute)
         if ours and self._tokens:
             self._quota.charge(self._name, "tokens", -self._tokens, self.key.tokens_per_minute)
         self._quota.leave(self._name)
 
-    @property
-    def failed(self) -> bool:
-        """Whether an answer that has begun was ended by a fault of ours."""
-        errors = [entry.error for entry in self._entries]
-        return any(error is not None and type(error).status >= _OUR_FAULT for error in errors)
+    def _ours(self, status: int) -> bool:
+        failed = [entry for entry in self._entries if entry.error is not None]
+        if failed:
+            return any(map(_failed_by_us, failed))
+        queue_full = status == QueueFull.status and self.refusal is None
+        return queue_full or status >= _OUR_FAULT
 
     def headers(self, path: str) -> list[tuple[bytes, bytes]]:
         """What clients read of what is left: OpenAI's, or Anthropic's on its routes."""
@@ -139,12 +142,12 @@ class KeyLimits:
             return
         lease, path = Lease(key, self._leases.quota), scope["path"]
 
-        ours = False
+        status = 0
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal ours
+            nonlocal status
             if message["type"] == "http.response.start":
-                ours = message["status"] >= _OUR_FAULT
+                status = message["status"]
                 lease.count()
                 message = {**message, "headers": [*message["headers"], *lease.headers(path)]}
             await send(message)
@@ -162,11 +165,11 @@ class KeyLimits:
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception:
-            ours = True
+            status = _OUR_FAULT
             raise
         finally:
             self._leases.open.discard(lease)
-            lease.end(ours or lease.failed)
+            lease.end(status)
             if lease.refusal is not None:
                 self._refusals.note(scope, lease.refusal)
 
@@ -196,6 +199,13 @@ def follow(scope: Scope, entries: Iterable[Entry]) -> None:
     lease: Lease | None = scope.get(LEASE)
     if lease is not None:
         lease.follow(entries)
+
+
+def _failed_by_us(entry: Entry) -> bool:
+    error = entry.error
+    if isinstance(error, DeadlineExceeded) and entry.deadline is not None and entry.ended_at is not None:
+        return entry.ended_at < entry.deadline  # else the client's own time was over
+    return isinstance(error, QueueFull) or (error is not None and type(error).status >= _OUR_FAULT)
 
 
 def _refusal(key: ApiKey, field: str, what: str, wait: float) -> RateLimited:

@@ -223,9 +223,10 @@ def holder(port: int) -> str | None:
 
 
 def url(sock: socket.socket, tls: bool = False) -> str:
-    """As a client writes it; "unix:PATH" for a Unix socket."""
+    """As a client writes it; "unix:PATH" for a Unix socket, "unix:@NAME" where it has no path."""
     if sock.family == socket.AF_UNIX:
-        return f"unix:{sock.getsockname()}"
+        name = sock.getsockname()
+        return f"unix:{name}" if isinstance(name, str) else f"unix:@{name[1:].decode(errors='replace')}"  # abstract
     address, port = sock.getsockname()[:2]
     scheme = "https" if tls else "http"
     return f"{scheme}://[{address}]:{port}" if sock.family == socket.AF_INET6 else f"{scheme}://{address}:{port}"
