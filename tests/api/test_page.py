@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 import lightllmd
-from api.frontend_harness import make_plan, run, stack, until
+from api.frontend_harness import Stack, make_plan, run, stack, until
 from lightllmd import __version__
 from lightllmd.api.page.files import HEADERS, PageFiles
 from lightllmd.api.page.routes import Page
 from lightllmd.api.page.view import duration
 from lightllmd.config import keys
-from lightllmd.config.plan import Scoring
+from lightllmd.config.plan import ModelFacts, Pooling, Scoring
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import Overview, WorkerSeen
 
@@ -266,16 +267,25 @@ def test_browsers_get_the_page_and_clients_of_tgi_their_answer_from_one_path(tmp
     run(scenario())
 
 
-def test_a_model_that_scores_has_a_sentence_in_place_of_the_chat(tmp_path):
+def test_a_model_without_answers_has_a_sentence_in_place_of_the_chat(tmp_path):
+    async def shown(one: Stack) -> tuple[str, set[str]]:
+        page = Document((await one.client.get("/")).text)
+        notes = {has["data-for"] for _, has in page.elements if "data-for" in has and "hidden" not in has}
+        assert ("The chat needs JavaScript" in page.text) == (not notes)
+        return (await one.client.get("/page/state")).json()["kind"], notes
+
     async def scenario():
         async with stack(tmp_path, plan=make_plan(scoring=Scoring(["LABEL_0"]))) as one:
-            page = Document((await one.client.get("/")).text)
-            assert "hidden" not in page.named("no-chat")
-            assert (await one.client.get("/page/state")).json()["kind"] == "scores"
+            assert await shown(one) == ("scores", {"scores"})
         async with stack(tmp_path) as one:
-            assert "hidden" in Document((await one.client.get("/")).text).named("no-chat")
-            one.worker.revisions.current.tokenizer.chat_template = None
-            assert (await one.client.get("/page/state")).json()["kind"] == "text"
+            assert await shown(one) == ("chat", set())
+            revision = one.worker.revisions.current
+            revision.tokenizer.chat_template = None
+            assert await shown(one) == ("text", set())
+            facts = ["/m", "safetensors", "qwen3", {}, [], 1, 2, None, 64, [], False, False]
+            model = ModelFacts(*facts, pooling=Pooling("last", True))
+            revision.plan = msgspec.structs.replace(revision.plan, model=model)
+            assert await shown(one) == ("vectors", {"vectors"})
 
     run(scenario())
 

@@ -121,3 +121,37 @@ def test_while_there_is_no_engine_the_page_says_what_it_waits_for(tab: Callable[
     one.ask("held")
     one.finished(2)
     assert "Waiting for the engine; the answer goes on when it is back" in seen.json_value()
+
+
+def test_reading_further_up_is_not_disturbed_by_what_comes(tab: Callable[..., Tab]) -> None:
+    """However little it is scrolled: other pages let nobody out of the last lines."""
+    one = tab(viewport={"width": 400, "height": 600})
+    page = one.page
+    end = "document.documentElement.scrollHeight - innerHeight - scrollY"
+    one.replies(stream({"content": "line\n\n" * 40}))
+    one.ask("something long")
+    one.finished(1)
+    assert page.evaluate(end) < 2
+    page.unroute_all(behavior="wait")
+    one.ask("more of it", temperature="0", max_tokens="900")
+    one.growing(250)
+    assert page.evaluate(end) < 2  # it follows
+    page.mouse.move(200, 200)
+    page.mouse.wheel(0, -30)
+    page.wait_for_function("() => " + end + " > 20")
+    here = page.evaluate("scrollY")
+    one.growing(len(one.answer) + 150)
+    assert page.evaluate("scrollY") == here
+    page.keyboard.press("Escape")
+    one.finished(2)
+    assert page.evaluate("scrollY") == here  # nor by its end
+    page.mouse.wheel(0, 5000)
+    page.wait_for_function("() => " + end + " < 2")
+    one.ask("and again", temperature="0", max_tokens="400")
+    one.growing(300)
+    page.mouse.wheel(0, -500)
+    page.wait_for_function("() => " + end + " > 400")
+    page.mouse.wheel(0, 5000)
+    page.wait_for_function("() => " + end + " < 2")
+    one.growing(len(one.answer) + 40)
+    assert page.evaluate(end) < 2  # it follows again

@@ -11,7 +11,8 @@ from lightllmd import __version__
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 
-Kind = Literal["chat", "text", "scores"]  # what the model is for: messages, plain text, or no answer at all
+# What the model is for: messages, plain text, or numbers alone.
+Kind = Literal["chat", "text", "scores", "vectors"]
 UNKNOWN = "–"
 
 
@@ -40,6 +41,8 @@ def kind_of(revision: Revision) -> Kind:
     """By the plan and the tokenizer."""
     if revision.plan.scoring is not None:
         return "scores"
+    if revision.plan.model is not None and revision.plan.model.pooling is not None:
+        return "vectors"  # it was trained for that, whatever it could write
     return "chat" if revision.tokenizer.chat_template is not None else "text"
 
 

@@ -3,10 +3,10 @@
 import { Answer } from "./answer.js";
 import { byId, copyButton, element, setText } from "./dom.js";
 import { events } from "./events.js";
+import { Follower } from "./follow.js";
 import { refusal, sentence, told } from "./server.js";
 import { Speaker } from "./speaker.js";
 
-const NEAR = 80; // pixels from the end, within which the view follows the text
 const WAITS = {
   waiting: "Waiting for the answer",
   held: "Waiting for the engine; the answer goes on when it is back",
@@ -22,6 +22,7 @@ export class Chat {
     this.messages = []; // that the next question follows
     this.running = null; // the answer on its way: {controller, stopped}
     this.ready = true; // the server's health
+    this.follower = new Follower();
   }
 
   get busy() {
@@ -56,12 +57,12 @@ export class Chat {
   async ask(question) {
     const given = this.parameters();
     if (!given || this.running) return false;
-    const turn = new Turn(question, new Speaker(byId("spoken")));
+    const turn = new Turn(question, new Speaker(byId("spoken")), this.follower);
     const running = (this.running = { controller: new AbortController(), stopped: false, forgotten: false, turn });
     byId("welcome").hidden = true;
     setText(byId("trouble"), "");
     byId("log").append(turn.asked, turn.shown);
-    toEnd();
+    this.follower.toEnd();
     this.#buttons();
     turn.wait(this.ready ? WAITS.waiting : WAITS.held);
     const trouble = await this.#answer(running, question, given);
@@ -128,24 +129,20 @@ export class Chat {
 }
 
 class Turn {
-  constructor(question, speaker) {
+  constructor(question, speaker, follower) {
     this.speaker = speaker;
+    this.follower = follower;
     this.asked = element("li", { class: "asked" }, off("You asked:"), element("div", { class: "said", dir: "auto" }, question));
     this.body = element("div", { class: "answer", dir: "auto" });
     this.waiting = element("p", { class: "waiting" });
     this.shown = element("li", { class: "answered" }, off("Answer:"), this.body, this.waiting);
     this.answer = new Answer(this.body);
-    this.answer.onDraw = () => this.follow && toEnd();
+    this.answer.onDraw = () => follower.follow();
     this.began = performance.now();
     this.first = this.last = 0;
     this.finish = null;
     this.usage = null;
     this.thinking = null;
-  }
-
-  /** Whether the view is at the end, so that it should stay there. */
-  get follow() {
-    return this.near;
   }
 
   get empty() {
@@ -166,7 +163,6 @@ class Turn {
     this.finish = choice.finish_reason ?? this.finish;
     const thought = delta.reasoning_content ?? delta.reasoning;
     if (!thought && !delta.content) return;
-    this.near = document.documentElement.scrollHeight - innerHeight - scrollY < NEAR;
     this.last = performance.now();
     this.first ||= this.last;
     this.waiting.hidden = true;
@@ -206,7 +202,7 @@ class Turn {
     this.shown.append(foot);
     if (trouble) this.shown.append(element("p", { class: "trouble", role: "alert" }, trouble));
     this.speaker.end(stopped ? "The answer was stopped." : trouble ? "" : "The answer is complete.");
-    if (this.near) toEnd();
+    this.follower.follow();
   }
 
   #notes(stopped) {
@@ -236,8 +232,4 @@ function off(text) {
 
 function seconds(milliseconds) {
   return `${(milliseconds / 1000).toFixed(milliseconds < 9950 ? 1 : 0)} s`;
-}
-
-function toEnd() {
-  scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
 }

@@ -25,8 +25,8 @@ const status = new Status(server, {
 // --- what the model is for
 
 function serve(kind) {
-  const chats = kind !== "scores";
-  byId("no-chat").hidden = chats;
+  const chats = kind in WORDS;
+  for (const note of document.querySelectorAll("[data-for]")) note.hidden = note.dataset.for !== kind;
   byId("conversation").hidden = !chats;
   if (!chats) return;
   chat.kind = kind;
