@@ -163,3 +163,30 @@ def broken(name: str, think: tuple[str, str] | None, count: int, seed: int = 0) 
                 other = rng.choice(whole)
                 text = text[:at] + other[rng.randint(0, len(other)) :]
         yield text
+
+
+def random_tools(count: int, rng: random.Random) -> list[Tool]:
+    """Of nested schemas; no string or list of them is long."""
+
+    def schema(depth: int) -> dict[str, Any]:
+        kinds = ["string", "integer", "boolean", "number", "enum", "null", "pattern"]
+        kind = rng.choice([*kinds, "object", "array"] if depth else kinds)
+        if kind == "object":
+            names = rng.sample("abcdefg", rng.randint(0, 4))
+            chosen = [name for name in names if rng.random() < 0.6]
+            properties = {name: schema(depth - 1) for name in names}
+            return {"type": "object", "properties": properties, "required": chosen, "additionalProperties": False}
+        if kind == "array":
+            return {"type": "array", "items": schema(depth - 1), "minItems": rng.randint(0, 2), "maxItems": 4}
+        if kind == "enum":
+            return {"enum": rng.sample(["x", "y y", 3, True, None], 3)}
+        if kind == "pattern":
+            return {"type": "string", "pattern": "^[a-c]{1,3}-[0-9]+$"}
+        return {"type": kind} | ({"maxLength": 12} if kind == "string" else {})
+
+    tools = []
+    while len(tools) < count:
+        made = schema(3)
+        if made.get("type") == "object":
+            tools.append(Tool(f"tool_{len(tools)}", "does something", made))
+    return tools

@@ -23,9 +23,7 @@ _MOST_SPACES = 32  # in a row, that are held back since a mark may follow
 class Parser(Protocol):
     """Of one sequence."""
 
-    @property
-    def reasoning(self) -> bool:
-        """Whether what was fed last belongs to the model's reasoning, as far as is known."""
+    reasoning: bool  # what was fed last belongs to the model's reasoning, as far as is known
 
     def feed(self, text: str) -> list[Event]:
         """What this text completes."""
@@ -37,9 +35,7 @@ class Parser(Protocol):
 class PlainParser(Parser):
     """All is content."""
 
-    @property
-    def reasoning(self) -> bool:
-        return False
+    reasoning = False
 
     def feed(self, text: str) -> list[Event]:
         return [Content(text)] if text else []
@@ -53,10 +49,7 @@ class OneCall(Parser):
 
     def __init__(self, inner: Parser) -> None:
         self._inner = inner
-
-    @property
-    def reasoning(self) -> bool:
-        return self._inner.reasoning
+        self.reasoning = inner.reasoning
 
     def feed(self, text: str) -> list[Event]:
         return self._first(self._inner.feed(text))
@@ -64,8 +57,8 @@ class OneCall(Parser):
     def end(self) -> list[Event]:
         return self._first(self._inner.end())
 
-    @staticmethod
-    def _first(events: list[Event]) -> list[Event]:
+    def _first(self, events: list[Event]) -> list[Event]:
+        self.reasoning = self._inner.reasoning
         return [event for event in events if not getattr(event, "index", 0)]
 
 
@@ -116,23 +109,30 @@ class MarkParser(Parser):
         self._events: list[Event] = []
         self._calls = 0
         self._call_open = False
-        self._state: Callable[[], bool] = self._in_reasoning if inside and think else self._in_content
+        self._state = self._in_reasoning if inside and think else self._in_content
 
     @property
-    def reasoning(self) -> bool:
-        return self._state == self._in_reasoning
+    def _state(self) -> Callable[[], bool]:
+        return self._now
+
+    @_state.setter
+    def _state(self, state: Callable[[], bool]) -> None:
+        self._now = state
+        self.reasoning = state == self._in_reasoning
+        self._plain: type[Content | Reasoning] | None = None  # what text is that has none of `_stops`
+        if self.reasoning:
+            self._plain, self._stops = Reasoning, self._think_marks.first
+        elif state == self._in_content:
+            self._plain, self._stops = Content, self._marks.first
 
     def feed(self, text: str) -> list[Event]:
         if not text:
             return []
-        if not self._held and not self._spaces and not text[-1].isspace():
-            if self._state == self._in_content:
-                if self._marks.first.isdisjoint(text):
-                    return [Content(text)]
-            elif self._state == self._in_reasoning and self._think_marks.first.isdisjoint(text):
-                return [Reasoning(text)]
-        self._held += text
-        return self._run()
+        plain = self._plain
+        if plain is None or self._held or self._spaces or text[-1].isspace() or not self._stops.isdisjoint(text):
+            self._held += text
+            return self._run()
+        return [plain(text)]
 
     def end(self) -> list[Event]:
         self._run()
@@ -141,7 +141,7 @@ class MarkParser(Parser):
 
     def _run(self) -> list[Event]:
         self._events = []
-        while self._held and self._state():
+        while self._held and self._now():
             pass
         return self._events
 

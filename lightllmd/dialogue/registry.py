@@ -222,7 +222,7 @@ _ALL = (
         CallSyntax('{"name": "{name}", "arguments": ', "}", "[TOOL_CALLS] [", ", ", "]"),
         frozenset({mistral.CALLS}),
     ),
-    _tagged("phi4_mini", r"<\|/tool_call\|>", ("<|tool_call|>", "<|/tool_call|>")),
+    _tagged("phi4_mini", r"<\|/tool_call\|>|<\|/tool\|>", ("<|tool_call|>", "<|/tool_call|>")),
     _tagged("granite", r"<\|tool_call\|>", ("<|tool_call|>", "")),
     _tagged("command_r", r"<\|START_ACTION\|>", ("<|START_ACTION|>", "<|END_ACTION|>"), ("tool_name", "parameters")),
     _tagged("jamba", r"<tool_calls>", ("<tool_calls>", "</tool_calls>")),

@@ -25,17 +25,20 @@ class Transcript:
         """What came since the last call; with the branch's end all that was held back."""
         branch, parser = self._branch, self._parser
         events: list[Event] = []
-        texts = branch.texts
+        texts, reasoning = branch.texts, parser.reasoning
         for index in range(self._read, len(texts)):
-            before = parser.reasoning
-            events += parser.feed(texts[index])
-            if before or parser.reasoning:
+            new = parser.feed(texts[index])
+            if reasoning or parser.reasoning:
                 self.reasoning_tokens += 1
+                reasoning = parser.reasoning
+            events += new
         self._read = len(texts)
         if branch.finish is not None and not self._ended:
             self._ended = True
             events += parser.end()
-        self.calls += sum(isinstance(event, CallBegun) for event in events)
+        for event in events:
+            if type(event) is CallBegun:
+                self.calls += 1
         return events
 
     @property

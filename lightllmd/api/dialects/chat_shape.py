@@ -115,7 +115,11 @@ class ChatShape(Shape):
         finish = branch.finish
         if self._speech.parsers is not None:
             transcript = self._transcript(choice)
-            deltas = [delta for event in transcript.take() if (delta := self._told(event)) is not None]
+            events = transcript.take()
+            if len(events) == 1 and type(events[0]) is Content:
+                deltas = [{"content": events[0].text}]
+            else:
+                deltas = [delta for event in events if (delta := self._told(event)) is not None]
             finish = None if finish is None else self._finish(transcript)
         else:
             text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])

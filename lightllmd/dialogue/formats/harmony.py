@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from lightllmd.dialogue.events import Content, Event, Reasoning
+from lightllmd.dialogue.events import Content, Reasoning
 from lightllmd.dialogue.parser import MAX_NAME, MarkParser, Marks
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -39,21 +39,6 @@ class HarmonyParser(MarkParser):
         self._line = False  # a line break parts the body from the message of the same kind before it
         self._told = False  # some text of the arguments
         self._state = self._at_start
-
-    @property
-    def reasoning(self) -> bool:
-        """See Parser."""
-        return self._state == self._in_body and self._kind is Reasoning
-
-    def feed(self, text: str) -> list[Event]:
-        """See Parser."""
-        kind = self._kind
-        if kind is None or not text or self._held or self._line or self._state != self._in_body:
-            return super().feed(text)
-        if not self._body_marks.first.isdisjoint(text):
-            return super().feed(text)
-        self._said.add(kind)
-        return [kind(text)]
 
     def _at_start(self) -> bool:
         """The rest of the header that the prompt began."""
@@ -94,6 +79,7 @@ class HarmonyParser(MarkParser):
         self._kind = kind
         self._line = kind in self._said
         self._state = self._in_body
+        self.reasoning = kind is Reasoning
 
     def _in_body(self) -> bool:
         held = self._held
@@ -118,6 +104,7 @@ class HarmonyParser(MarkParser):
             return
         if self._line:
             text, self._line = "\n" + text, False
+        self._plain, self._stops = self._kind, self._body_marks.first
         self._said.add(self._kind)
         self._events.append(self._kind(text))
 

@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from dialogue_outputs import TOOLS
+from dialogue_outputs import TOOLS, random_tools
 from lightllmd.dialogue.conventions import Conventions
 from lightllmd.dialogue.events import CallArguments, CallBegun, Content, Reasoning, merged
 from lightllmd.dialogue.registry import FORMATS, Opening
@@ -207,31 +207,6 @@ def test_a_schema_that_can_t_be_is_refused_by_the_tool_s_name(name):
     found = constraint(conventions(name, walk), Dialogue(tools, ToolChoice("required")))
     with pytest.raises(InvalidRequest, match=r"^tools\.1\.function\.parameters\.properties\.b"):
         walk.compiled(found)
-
-
-def random_tools(count: int, rng: random.Random) -> list[Tool]:
-    def schema(depth: int) -> dict:
-        kinds = ["string", "integer", "boolean", "number", "enum", "null", "pattern"]
-        kind = rng.choice([*kinds, "object", "array"] if depth else kinds)
-        if kind == "object":
-            names = rng.sample("abcdefg", rng.randint(0, 4))
-            chosen = [name for name in names if rng.random() < 0.6]
-            properties = {name: schema(depth - 1) for name in names}
-            return {"type": "object", "properties": properties, "required": chosen, "additionalProperties": False}
-        if kind == "array":
-            return {"type": "array", "items": schema(depth - 1), "minItems": rng.randint(0, 2), "maxItems": 4}
-        if kind == "enum":
-            return {"enum": rng.sample(["x", "y y", 3, True, None], 3)}
-        if kind == "pattern":
-            return {"type": "string", "pattern": "^[a-c]{1,3}-[0-9]+$"}
-        return {"type": kind}
-
-    tools = []
-    while len(tools) < count:
-        made = schema(3)
-        if made.get("type") == "object":
-            tools.append(Tool(f"tool_{len(tools)}", "does something", made))
-    return tools
 
 
 def test_a_hundred_tools_of_any_schemas_called_as_required():
