@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightllmd.dialogue.grammar import CallsAsked, GrammarWriter, Thought, content_node, structural_tag
+from lightllmd.dialogue.grammar import CallsAsked, GrammarWriter, Thought, structural_tag
 from lightllmd.dialogue.parser import OneCall, Parser
 from lightllmd.dialogue.registry import FORMATS, HERMES, Format, Opening, Think, written_format, written_think
 from lightllmd.dialogue.tools import Dialogue
+from lightllmd.grammar.ebnf.translation import as_part
 from lightllmd.requests.constraint import Constraint
 from lightllmd.text.chat_template import ChatTemplate
 
 AUTO = "auto"
-_MOST_TEXT = 1 << 19  # characters of a constraint; a longer one is refused
 _THINKING_SWITCHES = ("enable_thinking", "thinking")  # names of templates
 
 
@@ -67,14 +67,10 @@ class PreparedChat:
         if tools and dialogue.choice.mode == "required":
             return _tag(writer.calling(syntax, calls, thought), dialogue.choice_field)
         if content is not None:
-            plain = not (tools or self.think or self.format.always)
-            if plain or content.kind == "structural_tag" or len(content.text) > _MOST_TEXT:
+            if content.kind == "structural_tag" or not (tools or self.think or self.format.always):
                 return content
-            try:
-                node = content_node(content.kind, content.text)
-            except ValueError:
-                return content  # which is refused as it is
-            return _tag(writer.keeping_to(node, syntax, calls, thought), content.field)
+            part = as_part(content.grammar, content.field)
+            return _tag(writer.keeping_to(part, syntax, calls, thought), content.field)
         if any(tool.strict for tool in tools):
             return _tag(writer.talking(syntax, calls, thought), tools[0].field.partition(".")[0])
         return None

@@ -234,19 +234,6 @@ def schema_node(schema: Any, style: str = "json", excludes: Sequence[str] = ()) 
     return node | {"excludes": list(excludes)} if excludes else node
 
 
-def content_node(kind: str, text: str) -> Node:
-    """What a `Constraint` of another kind than structural_tag asks for, as a part of one."""
-    if kind == "json_object":
-        return schema_node(_ANY_OBJECT)
-    if kind == "json_schema":
-        return schema_node(json.loads(text))
-    if kind == "regex":
-        return {"type": "regex", "pattern": text}
-    if kind == "ebnf":
-        return {"type": "grammar", "grammar": text}
-    return {"type": "or", "elements": [{"type": "const_string", "value": one} for one in json.loads(text)]}
-
-
 def _sequence(nodes: Sequence[Node]) -> Node:
     return nodes[0] if len(nodes) == 1 else {"type": "sequence", "elements": list(nodes)}
 

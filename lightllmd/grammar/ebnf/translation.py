@@ -97,11 +97,30 @@ def _with_grammars(tag: Any, field: str, form: Layout, depth: int) -> Any:
             text = schema_grammar(tag["json_schema"], named if isinstance(named, str) else f"{field}.json_schema", form)
             if tag.get("style", "json") != "json":  # arguments of calls that are not written as JSON
                 return {name: one for name, one in tag.items() if name != NAMED}
+        case "constraint":
+            return _constraint(tag, field)
         case "regex" if isinstance(tag.get("pattern"), str):
             text = _pattern(tag["pattern"], f"{field}.pattern")
         case _:
             return {name: _with_grammars(one, f"{field}.{name}", form, depth + 1) for name, one in tag.items()}
     return {"type": "grammar", "grammar": text}
+
+
+def _constraint(tag: dict[str, Any], field: str) -> dict[str, Any]:
+    """Of a client's own one, which is a part of what its output has to be: see `as_part`."""
+    try:
+        grammar = msgspec.convert(tag.get("constraint"), Grammar)
+        named = msgspec.convert(tag.get(NAMED), str)
+    except msgspec.ValidationError as failure:
+        raise refusal(field, f"should be a constraint; {failure}") from None
+    if grammar.kind == "structural_tag":
+        raise refusal(named, "a structural tag is no part of another one")
+    return {"type": "grammar", "grammar": translated(grammar, named).text}
+
+
+def as_part(grammar: Grammar, field: str) -> dict[str, Any]:
+    """Any grammar but a structural tag as a part of one. `field`: the client's name for it."""
+    return {"type": "constraint", "constraint": msgspec.to_builtins(grammar), NAMED: field}
 
 
 def _of_structures(tag: dict[str, Any], field: str, form: Layout) -> dict[str, Any]:

@@ -183,20 +183,30 @@ def test_strict_tools_leave_the_text_free_and_their_calls_valid():
 def test_a_constrained_answer_may_call_a_tool_or_be_thought_of_before():
     walk = Walk("hermes", False)
     made = conventions("hermes", walk, think=True)
-    schema = Constraint("json_schema", json.dumps({"properties": {"a": {"type": "integer"}}}), "response_format")
-    found = made.prepare([], {}, Dialogue(TOOLS)).constraint("<think>\n", schema)
-    compiled = walk.compiled(found)
-    for text, fits in (
-        ('Hm.</think>\n\n{"a": 1}', True),
-        ('Hm.</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', True),
-        ("Hm.</think>\n\nHello", False),
-        ('{"a": 1}', True),  # still reasoning
+    schema = json.dumps({"properties": {"a": {"type": "integer"}}})
+    for asked, said in (
+        (Constraint("json_schema", schema, "response_format"), '{"a": 1}'),
+        (Constraint("regex", "[ab]+", "guided_regex"), "abba"),
+        (Constraint("choice", '["yes", "no"]', "guided_choice"), "no"),
+        (Constraint("ebnf", 'root ::= "x" | "y"', "guided_grammar"), "y"),
+        (Constraint("ebnf", 'start: "x" | "y"', "guided_grammar"), "y"),
+        (Constraint("json_object", "", "response_format"), '{"b": [null]}'),
     ):
-        matcher = native().GrammarMatcher(compiled, None, False, -1, None)
-        assert matcher.accept_string(text.encode(), False) == fits, text
-    assert found.field == "response_format"
-    plain = conventions("hermes", walk).prepare([], {}, Dialogue()).constraint("", schema)
-    assert plain == schema
+        found = made.prepare([], {}, Dialogue(TOOLS)).constraint("<think>\n", asked)
+        compiled = walk.compiled(found)
+        for text, fits in (
+            (f"Hm.</think>\n\n{said}", True),
+            ('Hm.</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', True),
+            ("Hm.</think>\n\nHello", False),
+            (said, True),  # still reasoning
+        ):
+            matcher = native().GrammarMatcher(compiled, None, False, -1, None)
+            assert matcher.accept_string(text.encode(), False) == fits, (asked, text)
+        assert found.field == asked.field
+        assert conventions("hermes", walk).prepare([], {}, Dialogue()).constraint("", asked) == asked
+    bad = made.prepare([], {}, Dialogue()).constraint("", Constraint("regex", "(", "guided_regex"))
+    with pytest.raises(InvalidRequest, match=r"^guided_regex:"):
+        walk.compiled(bad)
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "pythonic"])
