@@ -12,10 +12,6 @@ best of those high enough. For top-p and top-k one reading decides: count and ma
 is not kept, nothing behind it is either, and the next candidate is the best of those before it. The reading tries three
 higher borders as well, so that few readings are needed where the kept tokens have little mass.
 
-Typical-p keeps the first so many tokens of another ranking: by how far their surprise is from the distribution's
-entropy (Meister et al. 2023). A kernel of its own, which runs where some row has it, goes on from the token that the
-others left: if that is not kept, the next candidate is the best of those before it in the ranking that it failed.
-
 Sums are formed chunk by chunk or by one program, in an order that depends on nothing but the vocabulary: a row's token
 and log-probability do not depend on the rows beside it.
 """
@@ -24,70 +20,42 @@ and log-probability do not depend on the rows beside it.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels import philox
-
-# What a table row's parameters are: 64 bytes on the host, 16 int32 of ``parameters [R, 16]`` on the device.
-PARAMETERS = np.dtype(
-    [
-        ("flags", np.int32),  # the sum of those below
-        ("inverse_temperature", np.float32),  # 1 where greedy
-        ("top_p", np.float32),  # above 1: off
-        ("top_k", np.int32),
-        ("presence", np.float32),
-        ("frequency", np.float32),
-        ("repetition", np.float32),
-        ("decay_start", np.int32),
-        ("decay_factor", np.float64),
-        ("min_new", np.int32),
-        ("branch", np.int32),
-        ("seed", np.int64),
-        ("alternatives", np.int32),
-        ("min_p", np.float32),
-    ]
+from lightllmd.kernels.sampling_rows import (
+    ALTERNATIVES,
+    CANDIDATES,
+    CHUNK,
+    COLUMNS,
+    DECAY_FACTOR,
+    DECAY_START,
+    DRAWN,
+    ENDING,
+    EOS_MASKED,
+    FREQUENCY,
+    INVERSE_TEMPERATURE,
+    LIMITED,
+    MIN_NEW,
+    MIN_P,
+    MOST_COUNT,
+    MOST_LOGIT,
+    PENALISED,
+    PRESENCE,
+    REPETITION,
+    RUN,
+    STATISTICS,
+    TOP_K,
+    TOP_P,
+    best_of,
+    better_of,
+    gumbel,
+    noise_words,
+    real,
 )
-
-
-_FIELDS = dict(PARAMETERS.fields or {})
-
-
-def _column(name: str) -> tl.constexpr:
-    return tl.constexpr(_FIELDS[name][1] // 4)
-
-
-COLUMNS = tl.constexpr(PARAMETERS.itemsize // 4)
-INVERSE_TEMPERATURE = _column("inverse_temperature")
-TOP_P, TOP_K, MIN_P = _column("top_p"), _column("top_k"), _column("min_p")
-PRESENCE, FREQUENCY, REPETITION = _column("presence"), _column("frequency"), _column("repetition")
-DECAY_START, DECAY_FACTOR, MIN_NEW = _column("decay_start"), _column("decay_factor"), _column("min_new")
-SEED, BRANCH = _column("seed"), _column("branch")
-ALTERNATIVES_WANTED = _column("alternatives")
-
-# A row without any flag takes its highest logit.
-DRAWN = tl.constexpr(1)
-PENALISED = tl.constexpr(2)
-ENDING = tl.constexpr(4)  # the logits of eos are changed, at some positions at least
-LIMITED = tl.constexpr(8)  # top-p, top-k or min-p
-ALTERNATIVES = tl.constexpr(16)  # the best tokens are asked for beside the one that is chosen
-CANDIDATES = tl.constexpr(32)  # the best tokens of the shaped logits are, which a beam search goes on from
-TYPICAL = tl.constexpr(64)  # typical-p; such a row is LIMITED, too, whatever other limits it has
-
-MOST_COUNT = tl.constexpr(32767)
-MOST_LOGIT = tl.constexpr(1e30)  # penalties and decay make none larger: an infinite one has no probability
-EOS_MASKED = tl.constexpr(-1e6)
-RUN = tl.constexpr(philox.RUN)
-CHUNK = tl.constexpr(4 * philox.RUN)  # tokens; the four runs of a chunk share the calls of the generator
-STATISTICS = tl.constexpr(6)  # of a chunk: highest, total, key and logit of its candidate; raw highest, raw total
-
-
-@triton.jit
-def _real(parameter):
-    return tl.load(parameter).to(tl.float32, bitcast=True)
+from lightllmd.kernels.typical_sampling import redraw_typical
 
 
 @triton.jit
@@ -126,9 +94,9 @@ def _shaped(
     x = tl.load(source + token, mask=inside, other=float("-inf"))
     if (flags & PENALISED) != 0:
         count = tl.load(counts + token, mask=inside, other=0).to(tl.float32)
-        repetition = _real(parameters + REPETITION)
+        repetition = real(parameters + REPETITION)
         changed = tl.where(x > 0, x / repetition, x * repetition)
-        changed = changed - count * _real(parameters + FREQUENCY) - _real(parameters + PRESENCE)
+        changed = changed - count * real(parameters + FREQUENCY) - real(parameters + PRESENCE)
         changed = tl.where(changed > MOST_LOGIT, MOST_LOGIT, changed)
         x = tl.where(count > 0, changed, x)
     if (flags & ENDING) != 0:
@@ -145,36 +113,6 @@ def _shaped(
     if stores != 0 and (flags & (LIMITED | ALTERNATIVES | CANDIDATES)) != 0:
         tl.store(shaped + token, x, mask=inside)
     return x
-
-
-@triton.jit
-def _gumbel(word):
-    """Standard Gumbel noise from 32 random bits. Its largest values, which decide, are the finest grained."""
-    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    series = u + u * u * (0.5 + u * (0.3333333333333333 + u * 0.25))  # of -log(1 - u), where 1 - u loses digits of u
-    return -tl.log(tl.where(u < 0.015625, series, -tl.log(1.0 - u)))
-
-
-@triton.jit
-def _noise(parameters, position, index):
-    """Four words for tokens that lie RUN apart; `index` counts the calls."""
-    seed = tl.load((parameters + SEED).to(tl.pointer_type(tl.int64)))
-    return tl.philox(seed, position, tl.load(parameters + BRANCH), index, 1)
-
-
-@triton.jit
-def _better(key, token, x, other_key, other_token, other_x):
-    """Lane by lane the higher key, the earlier one among equals."""
-    better = other_key > key
-    return tl.where(better, other_key, key), tl.where(better, other_token, token), tl.where(better, other_x, x)
-
-
-@triton.jit
-def _best(key, token, x, VOCAB: tl.constexpr):
-    """The highest key of all lanes, its token and its logit; the lowest token among equals, any where none is equal."""
-    highest = tl.max(key, 0)
-    best = tl.min(tl.where(key == highest, token, VOCAB - 1), 0)
-    return highest, best, tl.max(tl.where(token == best, x, float("-inf")), 0)
 
 
 @triton.jit
@@ -240,7 +178,7 @@ def _scan(
         mask += row * mask_stride
         position = tl.load(generated + at)
         flags = tl.load(parameters)
-        inverse = _real(parameters + INVERSE_TEMPERATURE)
+        inverse = real(parameters + INVERSE_TEMPERATURE)
         x0 = _shaped(source, t0, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
         x1 = _shaped(source, t1, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
         x2 = _shaped(source, t2, parameters, flags, position, counts, eos, mask, shaped, stores, VOCAB, EOS, MASKED)
@@ -250,12 +188,12 @@ def _scan(
     k0, k1, k2, k3 = x0, x1, x2, x3
     if not PLAIN:
         if (flags & DRAWN) != 0:
-            w0, w1, w2, w3 = _noise(parameters, position, chunk * RUN + tl.arange(0, RUN))
-            k0, k1, k2, k3 = x0 + _gumbel(w0), x1 + _gumbel(w1), x2 + _gumbel(w2), x3 + _gumbel(w3)
-    k0, t0, x0 = _better(k0, t0, x0, k1, t1, x1)
-    k2, t2, x2 = _better(k2, t2, x2, k3, t3, x3)
-    k0, t0, x0 = _better(k0, t0, x0, k2, t2, x2)
-    key, token, x = _best(k0, t0, x0, VOCAB)
+            w0, w1, w2, w3 = noise_words(parameters, position, chunk * RUN + tl.arange(0, RUN))
+            k0, k1, k2, k3 = x0 + gumbel(w0), x1 + gumbel(w1), x2 + gumbel(w2), x3 + gumbel(w3)
+    k0, t0, x0 = better_of(k0, t0, x0, k1, t1, x1)
+    k2, t2, x2 = better_of(k2, t2, x2, k3, t3, x3)
+    k0, t0, x0 = better_of(k0, t0, x0, k2, t2, x2)
+    key, token, x = best_of(k0, t0, x0, VOCAB)
     tl.store(to, highest)
     tl.store(to + 1, total)
     tl.store(to + 2, key)
@@ -300,7 +238,7 @@ def _compete(logits, token, word, inverse, x, limit, key, best, best_x, VOCAB: t
     """Lane by lane the best candidate so far, or this run's among the tokens before token `limit` of logit `x`."""
     y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
     before = (y > x) | ((y == x) & (token < limit))
-    return _better(key, best, best_x, tl.where(before, y + _gumbel(word), float("-inf")), token, y)
+    return better_of(key, best, best_x, tl.where(before, y + gumbel(word), float("-inf")), token, y)
 
 
 @triton.jit
@@ -310,12 +248,12 @@ def _redraw(logits, parameters, position, inverse, x, limit, VOCAB: tl.constexpr
     best_x = key
     for first in range(0, VOCAB, CHUNK):
         token = first + tl.arange(0, RUN)
-        w0, w1, w2, w3 = _noise(parameters, position, first // 4 + tl.arange(0, RUN))
+        w0, w1, w2, w3 = noise_words(parameters, position, first // 4 + tl.arange(0, RUN))
         key, best, best_x = _compete(logits, token, w0, inverse, x, limit, key, best, best_x, VOCAB)
         key, best, best_x = _compete(logits, token + RUN, w1, inverse, x, limit, key, best, best_x, VOCAB)
         key, best, best_x = _compete(logits, token + 2 * RUN, w2, inverse, x, limit, key, best, best_x, VOCAB)
         key, best, best_x = _compete(logits, token + 3 * RUN, w3, inverse, x, limit, key, best, best_x, VOCAB)
-    _, token, y = _best(key, best, best_x, VOCAB)
+    _, token, y = best_of(key, best, best_x, VOCAB)
     return token, y
 
 
@@ -360,18 +298,18 @@ def _choose(
     top, whole = _merged(of, inside)
     key = tl.load(of + 2, mask=inside, other=float("-inf"))
     candidate = tl.load(candidates + at * CHUNKS + chunk, mask=inside, other=VOCAB)
-    _, token, x = _best(key, candidate, tl.load(of + 3, mask=inside, other=float("-inf")), VOCAB)
+    _, token, x = best_of(key, candidate, tl.load(of + 3, mask=inside, other=float("-inf")), VOCAB)
     row = tl.load(rows + at).to(tl.int64)
     if not PLAIN:
         parameters += row * COLUMNS
         flags = tl.load(parameters)
         if SEARCH:
-            position, inverse = tl.load(generated + at), _real(parameters + INVERSE_TEMPERATURE)
-            top_p, top_k = _real(parameters + TOP_P), tl.load(parameters + TOP_K)
+            position, inverse = tl.load(generated + at), real(parameters + INVERSE_TEMPERATURE)
+            top_p, top_k = real(parameters + TOP_P), tl.load(parameters + TOP_K)
             ranked += at * ranked_stride
             # A row of NaN or of nothing but -inf has no ranking: its log-probability tells.
             limited = ((flags & LIMITED) != 0) & (tl.abs(whole) < float("inf"))
-            least = top + tl.log(_real(parameters + MIN_P))  # -inf where it is off
+            least = top + tl.log(real(parameters + MIN_P))  # -inf where it is off
             if limited & (x < least):
                 token, x = _redraw(ranked, parameters, position, inverse, least, VOCAB, VOCAB)
             searching = limited & ((top_p < 1) | (top_k < VOCAB))
@@ -401,139 +339,6 @@ def _choose(
     tl.store(totals + at, total)
     tl.store(shaped_totals + at, whole)
     tl.store(last + row, token)
-
-
-@triton.jit
-def _distance(y, whole, entropy):
-    """Of the surprise of tokens with scaled logits `y` from the entropy; infinite for what is not there."""
-    return tl.abs(whole - y - entropy)
-
-
-@triton.jit
-def _entropy(logits, inverse, whole, VOCAB: tl.constexpr):
-    """Of the distribution, in nats, and its highest scaled logit."""
-    total, top = tl.zeros((RUN,), tl.float32), tl.full((RUN,), float("-inf"), tl.float32)
-    for first in range(0, VOCAB, RUN):
-        token = first + tl.arange(0, RUN)
-        y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
-        surprise = tl.where(y == float("-inf"), 0.0, whole - y)
-        total += tl.exp(y - whole) * surprise
-        top = tl.maximum(top, y)
-    return tl.sum(total, 0), tl.max(top, 0)
-
-
-@triton.jit
-def _standing(logits, inverse, whole, entropy, x, limit, VOCAB: tl.constexpr):
-    """Of token `limit` with the scaled logit `x`: count and mass of the tokens before it in the ranking by logit, and
-    the mass of those whose surprise is nearer to the entropy."""
-    count, before_mass = tl.zeros((RUN,), tl.int32), tl.zeros((RUN,), tl.float32)
-    nearer_mass = before_mass
-    own = _distance(x, whole, entropy)
-    for first in range(0, VOCAB, RUN):
-        token = first + tl.arange(0, RUN)
-        y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
-        mass = tl.exp(y - whole)
-        before = (y > x) | ((y == x) & (token < limit))
-        count += before.to(tl.int32)
-        before_mass += tl.where(before, mass, 0.0)
-        nearer_mass += tl.where(_distance(y, whole, entropy) < own, mass, 0.0)
-    return tl.sum(count, 0), tl.sum(before_mass, 0), tl.sum(nearer_mass, 0)
-
-
-@triton.jit
-def _compete_within(
-    logits, token, word, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB: tl.constexpr
-):
-    """As `_compete`, of the tokens that are nearer to the entropy than `distance` besides."""
-    y = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")) * inverse
-    within = ((y > x) | ((y == x) & (token < limit))) & (_distance(y, whole, entropy) < distance)
-    return _better(key, best, best_x, tl.where(within, y + _gumbel(word), float("-inf")), token, y)
-
-
-@triton.jit
-def _redraw_within(logits, parameters, position, inverse, whole, entropy, x, limit, distance, VOCAB: tl.constexpr):
-    """As `_redraw`, and the key, which is -inf where no token is left."""
-    key, best = tl.full((RUN,), float("-inf"), tl.float32), tl.full((RUN,), 0, tl.int32)
-    best_x = key
-    for first in range(0, VOCAB, CHUNK):
-        token = first + tl.arange(0, RUN)
-        w0, w1, w2, w3 = _noise(parameters, position, first // 4 + tl.arange(0, RUN))
-        key, best, best_x = _compete_within(
-            logits, token, w0, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
-        )
-        key, best, best_x = _compete_within(
-            logits, token + RUN, w1, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
-        )
-        key, best, best_x = _compete_within(
-            logits, token + 2 * RUN, w2, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
-        )
-        key, best, best_x = _compete_within(
-            logits, token + 3 * RUN, w3, inverse, whole, entropy, x, limit, distance, key, best, best_x, VOCAB
-        )
-    return _best(key, best, best_x, VOCAB)
-
-
-@triton.jit(do_not_specialize_on_alignment=["rows", "generated"])
-def _typical(
-    logits,
-    stride,
-    ranked,
-    ranked_stride,
-    parameters,
-    rows,
-    generated,
-    typical,
-    counts,
-    last,
-    tokens,
-    logprobs,
-    totals,
-    shaped_totals,
-    VOCAB: tl.constexpr,
-    RAW: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + at).to(tl.int64)
-    parameters += row * COLUMNS
-    flags, whole = tl.load(parameters), tl.load(shaped_totals + at)
-    if ((flags & TYPICAL) != 0) & (tl.abs(whole) < float("inf")):
-        ranked += at * ranked_stride
-        position, inverse = tl.load(generated + at), _real(parameters + INVERSE_TEMPERATURE)
-        top_p, top_k, mass = _real(parameters + TOP_P), tl.load(parameters + TOP_K), tl.load(typical + row)
-        entropy, top = _entropy(ranked, inverse, whole, VOCAB)
-        least = top + tl.log(_real(parameters + MIN_P))
-        drawn = tl.load(tokens + at)
-        drawn_x = tl.load(ranked + drawn) * inverse
-        token, x = drawn, drawn_x
-        # What no candidate may be at or behind, in either ranking.
-        border, limit, distance = whole - float("inf"), drawn * 0, whole * 0 + float("inf")
-        searching = mass < 1
-        while searching:
-            count, before, nearer = _standing(ranked, inverse, whole, entropy, x, token, VOCAB)
-            behind = (count > 0) & ((count >= top_k) | (before > top_p) | (x < least))
-            far = nearer >= mass
-            searching = behind | far
-            if searching:
-                distance = tl.where(far, _distance(x, whole, entropy), distance)
-                border = tl.where(behind, x, border)
-                limit = tl.where(behind, token, limit)
-                key, token, x = _redraw_within(
-                    ranked, parameters, position, inverse, whole, entropy, border, limit, distance, VOCAB
-                )
-                # Where the limits have no token in common, this one does not count.
-                searching = key > float("-inf")
-                token, x = tl.where(searching, token, drawn), tl.where(searching, x, drawn_x)
-        if token != drawn:
-            if (flags & PENALISED) != 0:
-                counts += row * VOCAB
-                wrong, right = tl.load(counts + drawn), tl.load(counts + token).to(tl.int32)
-                tl.store(counts + drawn, tl.where(wrong < MOST_COUNT, wrong - 1, wrong).to(tl.int16))
-                tl.store(counts + token, tl.minimum(right + 1, MOST_COUNT).to(tl.int16))
-            if RAW:
-                x = tl.load(logits + at * stride + token)
-            tl.store(tokens + at, token)
-            tl.store(logprobs + at, x - tl.load(totals + at))
-            tl.store(last + row, token)
 
 
 def sample(
@@ -628,25 +433,7 @@ def sample(
         num_warps=8,
         enable_fp_fusion=False,
     )
+    drawn = tokens, logprobs, totals, shaped_totals
     if typical is not None:
-        _typical[(batch,)](
-            logits,
-            logits.stride(0),
-            ranked,
-            ranked.stride(0),
-            parameters,
-            rows,
-            generated,
-            typical,
-            counts,
-            last,
-            tokens,
-            logprobs,
-            totals,
-            shaped_totals,
-            VOCAB=vocab,
-            RAW=raw,
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
-    return tokens, logprobs, totals, shaped_totals
+        redraw_typical(logits, ranked, parameters, rows, generated, typical, counts, last, drawn, raw)
+    return drawn

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.kernels import sampling
+from lightllmd.kernels import sampling_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DRAWN, LIMITED, PENALISED = sampling.DRAWN.value, sampling.LIMITED.value, sampling.PENALISED.value
-ENDING = sampling.ENDING.value
+DRAWN, LIMITED, PENALISED = sampling_rows.DRAWN.value, sampling_rows.LIMITED.value, sampling_rows.PENALISED.value
+ENDING = sampling_rows.ENDING.value
 
 
 def packed(vocab: int, **settings: Any) -> np.ndarray:
     """A plain greedy row with some settings changed; the flags follow from them, except `drawn`."""
-    row = np.zeros((), sampling.PARAMETERS)
+    row = np.zeros((), sampling_rows.PARAMETERS)
     row["inverse_temperature"], row["top_p"], row["top_k"], row["repetition"], row["decay_factor"] = 1, 2, vocab, 1, 1
     drawn = settings.pop("drawn", False)
     for name, value in settings.items():

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from covering import ALL, covering
 from lightllmd.kernels import reference, sampling
 from lightllmd.kernels.philox import gumbel
+from lightllmd.kernels.sampling_rows import PARAMETERS
 from sampling_rows import DEVICE, DRAWN, LIMITED, PENALISED, normal, packed
 
 # numpy, which interprets, tells of each infinity that is dealt with later.
@@ -34,7 +35,7 @@ def sample(
     raw: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities and `last` of table rows `order` (all of them unless given), on the CPU."""
-    table = np.array(rows, sampling.PARAMETERS)
+    table = np.array(rows, PARAMETERS)
     order = list(range(len(rows))) if order is None else order
     counts = torch.zeros((len(rows), logits.shape[1]), dtype=torch.int16) if counts is None else counts
     flags = int(np.bitwise_or.reduce(table["flags"]))

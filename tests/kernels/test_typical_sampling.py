@@ -14,10 +14,12 @@ pytest.importorskip("triton")
 
 from lightllmd.kernels import reference, sampling
 from lightllmd.kernels.philox import gumbel
+from lightllmd.kernels.sampling_rows import PARAMETERS
+from lightllmd.kernels.sampling_rows import TYPICAL as TYPICAL_FLAG
 from sampling_rows import DEVICE, DRAWN, LIMITED, PENALISED, normal, packed
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-TYPICAL = sampling.TYPICAL.value
+TYPICAL = TYPICAL_FLAG.value
 
 
 def typical_row(vocab: int, typical_p: float, **settings: Any) -> np.ndarray:
@@ -31,7 +33,7 @@ def sample(
     logits: Tensor, rows: list[np.ndarray], typical_p: list[float], counts: Tensor | None = None, raw: bool = False
 ) -> tuple[list[int], list[float], list[int]]:
     """Tokens, log-probabilities and the newest tokens of all rows; `counts` are changed."""
-    table = np.array(rows, sampling.PARAMETERS)
+    table = np.array(rows, PARAMETERS)
     size = len(rows)
     counts = torch.zeros(logits.shape, dtype=torch.int16) if counts is None else counts
     on_device, there = counts.to(DEVICE), logits.to(DEVICE, copy=True)

@@ -14,16 +14,16 @@ from lightllmd.engine.runners.transfers import send
 from lightllmd.engine.sampling.cpu_sampler import GREEDY_BELOW
 from lightllmd.engine.step import Alternatives, Candidate, SamplingRow
 from lightllmd.ipc.messages import SamplingParams
-from lightllmd.kernels import sampling
+from lightllmd.kernels import sampling, sampling_rows
 
 MOST_ALTERNATIVES, MOST_CANDIDATES = 20, 64  # what requests may ask for, and what beams do
 FLUSH_IDS = 1 << 16  # counted or biased tokens that are uploaded at a time: bounds the memory that takes
 MOST_REAL = 1e30  # penalties are kept below it: an infinite one times zero would be no number
 LEAST_REAL = 1e-30
 
-DRAWN, PENALISED, ENDING = sampling.DRAWN.value, sampling.PENALISED.value, sampling.ENDING.value
-LIMITED, ALTERNATIVES = sampling.LIMITED.value, sampling.ALTERNATIVES.value
-CANDIDATES, TYPICAL = sampling.CANDIDATES.value, sampling.TYPICAL.value
+DRAWN, PENALISED, ENDING = sampling_rows.DRAWN.value, sampling_rows.PENALISED.value, sampling_rows.ENDING.value
+LIMITED, ALTERNATIVES = sampling_rows.LIMITED.value, sampling_rows.ALTERNATIVES.value
+CANDIDATES, TYPICAL = sampling_rows.CANDIDATES.value, sampling_rows.TYPICAL.value
 MASKED, BIASED = 1 << 8, 1 << 9  # of the host's copy alone: what they ask for is launched where some row has it
 
 
@@ -42,7 +42,7 @@ class DeviceSampler:
         model's."""
         self._vocab, self._device, self._processed = vocab, device, processed
         self._flags = np.zeros(rows, np.int32)  # the host's copy
-        unentered = np.zeros(rows, sampling.PARAMETERS)
+        unentered = np.zeros(rows, sampling_rows.PARAMETERS)
         unentered["inverse_temperature"] = 1
         self._parameters = torch.from_numpy(unentered.view(np.int32).reshape(rows, -1)).to(device)
         self._typical = torch.ones(rows, dtype=torch.float32, device=device)  # of rows that are TYPICAL
@@ -93,7 +93,7 @@ class DeviceSampler:
         if not self._entered:
             return
         rows = np.fromiter(self._entered, np.int64, len(self._entered))
-        parameters = np.array([packed for packed, _ in self._entered.values()], sampling.PARAMETERS)
+        parameters = np.array([packed for packed, _ in self._entered.values()], sampling_rows.PARAMETERS)
         penalised = rows[(parameters["flags"] & PENALISED) != 0]
         words = parameters.view(np.int64)
         there = self._upload(rows, words, penalised)
@@ -194,7 +194,7 @@ class DeviceSampler:
         """Ids and log-probabilities ``[B, <= 20]`` of the best tokens. An id is -1 from each row's wanted number on:
         the row may have another owner when the host reads them. ``of [B, 16]``: the rows' parameters."""
         values, ids = logits.topk(min(MOST_ALTERNATIVES, self._vocab), -1)
-        wanted = of[:, sampling.ALTERNATIVES_WANTED.value, None]
+        wanted = of[:, sampling_rows.ALTERNATIVES_WANTED.value, None]
         beyond = torch.arange(ids.shape[1], device=self._device) >= wanted
         if inverse is not None:
             values.mul_(inverse)
@@ -220,7 +220,7 @@ class DeviceSampler:
         for row, (_, history) in self._entered.items():
             ids, times = np.unique(np.asarray(history, np.int64), return_counts=True)
             places.append(row * self._vocab + ids)
-            numbers.append(np.minimum(times, sampling.MOST_COUNT.value))
+            numbers.append(np.minimum(times, sampling_rows.MOST_COUNT.value))
         place, number = np.concatenate(places), np.concatenate(numbers)
         for first in range(0, len(place), FLUSH_IDS):
             part = slice(first, first + FLUSH_IDS)
@@ -240,7 +240,7 @@ class DeviceSampler:
 
 
 def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
-    """A row of `sampling.PARAMETERS`."""
+    """A row of `sampling_rows.PARAMETERS`."""
     hot = params.do_sample and params.temperature >= GREEDY_BELOW
     top_k = params.top_k if params.top_k > 0 else vocab
     drawn = hot and top_k > 1  # one kept token is the highest
@@ -256,7 +256,7 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
         | CANDIDATES * (params.candidates > 0)
         | TYPICAL * typical
     )
-    packed = np.zeros((), sampling.PARAMETERS)
+    packed = np.zeros((), sampling_rows.PARAMETERS)
     packed["flags"] = flags
     packed["inverse_temperature"] = max(1 / params.temperature, LEAST_REAL) if hot else 1
     packed["top_p"] = params.top_p if params.top_p < 1 else 2  # no rounding of a sum may exceed it
@@ -276,7 +276,7 @@ def _pack(params: SamplingParams, branch: int, vocab: int) -> np.void:
 
 def _inverse_temperature(of: Tensor) -> Tensor:
     """``[B, 1]``, of the rows' parameters."""
-    return of.view(torch.float32)[:, sampling.INVERSE_TEMPERATURE.value, None]
+    return of.view(torch.float32)[:, sampling_rows.INVERSE_TEMPERATURE.value, None]
 
 
 def _is_there(token: int, logprob: float) -> bool:

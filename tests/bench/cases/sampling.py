@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from cases.timing import Deadline, Report, copies_for, median_us
 
-from lightllmd.kernels.sampling import DRAWN, LIMITED, PARAMETERS, TYPICAL, sample
+from lightllmd.kernels.sampling import sample
+from lightllmd.kernels.sampling_rows import DRAWN, LIMITED, PARAMETERS, TYPICAL
 
 VOCAB = 128256
 ROWS = (1, 64, 256)
