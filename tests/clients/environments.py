@@ -4,6 +4,7 @@ and npm, below ``LIGHTLLMD_CLIENTS_DIR`` (else the folder for temporary files)."
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,14 +27,24 @@ def _made(kind: str, words: tuple[str, ...]) -> tuple[Path, bool]:
     return folder, (folder / "complete").exists()
 
 
-def python(*packages: str) -> Path:
-    """The interpreter of an environment that has `packages`, as pip names them, and options of pip."""
-    folder, complete = _made("python", packages)
+def python(*packages: str, without: tuple[str, ...] = (), ours: bool = False) -> Path:
+    """The interpreter of an environment that has `packages`, as pip names them. `without`: further ones, without what
+    they need; `ours`: what is installed for these tests is there, too."""
+    folder, complete = _made("python", (*packages, *without))
     interpreter = folder / "bin" / "python"
     if not complete:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", "--no-compile", *packages], check=True)
+        install = [str(interpreter), "-m", "pip", "install", "-q", "--no-compile"]
+        subprocess.run([*install, *packages], check=True)
+        if without:
+            subprocess.run([*install, "--no-deps", *without], check=True)
+        if ours:
+            (site,) = folder.glob("lib/python*/site-packages")
+            torch = importlib.util.find_spec("torch")
+            assert torch is not None
+            assert torch.origin is not None
+            (site / "ours.pth").write_text(str(Path(torch.origin).parents[1]))
         (folder / "complete").touch()
     return interpreter
 
