@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from harness import Daemon
@@ -44,6 +46,8 @@ WEATHER = {
     "strict": True,
 }
 
+ONE_CALL = {"type": "any", "disable_parallel_tool_use": True}
+
 
 def test_anthropic_messages(anthropic: Any) -> None:
     asked = {"model": "demo", "max_tokens": 8, "messages": QUESTION, "system": "Answer in one sentence.", **GREEDY}
@@ -61,19 +65,43 @@ def test_anthropic_messages(anthropic: Any) -> None:
     assert [model.id for model in anthropic.models.list()]
 
 
-def test_anthropic_structured_output(anthropic: Any) -> None:
-    import jsonschema
+def test_anthropic_tools_round_trip(anthropic: Any) -> None:
+    asked = {"model": "demo", "max_tokens": 60, "tools": [WEATHER], "tool_choice": ONE_CALL}
+    conversation: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    whole = anthropic.messages.create(**asked, messages=conversation, **GREEDY)
+    call = next(block for block in whole.content if block.type == "tool_use")
+    assert (whole.stop_reason, call.name, [*call.input]) == ("tool_use", "get_weather", ["city"])
+    with anthropic.messages.stream(**asked, messages=conversation, **GREEDY) as stream:
+        streamed = stream.get_final_message()
+    assert [(block.name, block.input) for block in streamed.content if block.type == "tool_use"] == [
+        (block.name, block.input) for block in whole.content if block.type == "tool_use"
+    ]
+    conversation += [
+        whole.to_param(),
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": block.id, "content": "22 degrees, sunny"}
+                for block in whole.content
+                if block.type == "tool_use"
+            ],
+        },
+    ]
+    answer = anthropic.messages.create(
+        **asked | {"tool_choice": {"type": "none"}, "max_tokens": 12}, messages=conversation, **GREEDY
+    )
+    assert answer.content[0].type == "text"
 
+
+def test_anthropic_structured_output(anthropic: Any) -> None:
     asked = {"model": "demo", "max_tokens": 60, "messages": QUESTION, **GREEDY}
     answer = anthropic.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
     assert answer.stop_reason == "end_turn"
-    import json
-
     jsonschema.validate(json.loads(answer.content[0].text), SCHEMA)
 
 
 def test_anthropic_asynchronously(anthropic: Any, demo: Daemon) -> None:
-    import anthropic as package
+    package = pytest.importorskip("anthropic")
 
     async def ask() -> list[str]:
         async with package.AsyncAnthropic(base_url=demo.url, api_key="none") as client:
@@ -125,6 +153,32 @@ def test_openai_completions(openai: Any) -> None:
 def test_openai_models(openai: Any) -> None:
     (model,) = openai.models.list()
     assert openai.models.retrieve(model.id) == model
+
+
+def test_openai_tools_round_trip(openai: Any) -> None:
+    function = {"name": "get_weather", "parameters": WEATHER["input_schema"], "strict": True}
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "temperature": 0,
+        "max_completion_tokens": 80,
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    whole = openai.chat.completions.create(**asked)
+    assert whole.choices[0].finish_reason == "tool_calls"
+    calls = whole.choices[0].message.tool_calls
+    with openai.chat.completions.stream(**asked) as stream:
+        stream.until_done()
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    assert [call.function.arguments for call in streamed] == [call.function.arguments for call in calls]
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "22 degrees"} for call in calls]
+    messages = [*asked["messages"], whole.choices[0].message, *results]
+    answer = openai.chat.completions.create(
+        **asked | {"messages": messages, "tool_choice": "none", "max_completion_tokens": 8}
+    )
+    assert answer.choices[0].message.content
 
 
 # --- huggingface_hub ----------------------------------------------------------------------------------------------
