@@ -5,13 +5,14 @@ An expression that no text matches is `NOTHING`; `seq` and `alt` keep it from st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 Range: TypeAlias = tuple[int, int]  # code points, both included
 
 LAST = 0x10FFFF
+_SHARING_ROUNDS = 4  # rules that are the same but for references to such
 SURROGATES = (0xD800, 0xDFFF)
 
 
@@ -83,10 +84,16 @@ def seq(*parts: Expression) -> Expression:
 
 def alt(parts: Iterable[Expression]) -> Expression:
     """One of them."""
-    flat: dict[Expression, None] = {}
+    flat: list[Expression] = []
+    simple: set[Expression] = set()
     for part in parts:
-        flat.update(dict.fromkeys(part.parts if isinstance(part, OneOf) else (part,)))
-    return next(iter(flat)) if len(flat) == 1 else OneOf(tuple(flat))
+        for one in part.parts if isinstance(part, OneOf) else (part,):
+            if isinstance(one, Literal | Chars | Reference):
+                if one in simple:
+                    continue
+                simple.add(one)
+            flat.append(one)
+    return flat[0] if len(flat) == 1 else OneOf(tuple(flat))
 
 
 def repeat(part: Expression, least: int, most: int | None) -> Expression:
@@ -218,7 +225,26 @@ def productive(rules: Mapping[str, Expression]) -> dict[str, Expression]:
         if name not in ending and _can_end(rules[name], ending):
             ending.add(name)
             line += users.get(name, ())
-    return {name: _pruned(body, ending) for name, body in rules.items()}
+    return {
+        name: _with_references(body, lambda rule: Reference(rule) if rule in ending else NOTHING)
+        for name, body in rules.items()
+    }
+
+
+def shared(rules: Mapping[str, Expression], root: str = "root") -> dict[str, Expression]:
+    """With one rule for all that say the same: xgrammar compiles each by itself."""
+    kept = dict(rules)
+    for _ in range(_SHARING_ROUNDS):
+        first: dict[Expression, str] = {}
+        same = {name: first.setdefault(body, name) for name, body in kept.items() if name != root}
+        if all(name == other for name, other in same.items()):
+            break
+        kept = {
+            name: _with_references(body, lambda rule, same=same: Reference(same.get(rule, rule)))  # type: ignore[misc]
+            for name, body in kept.items()
+            if same.get(name, name) == name
+        }
+    return kept
 
 
 def _can_end(expression: Expression, ending: set[str]) -> bool:
@@ -236,16 +262,17 @@ def _can_end(expression: Expression, ending: set[str]) -> bool:
     return True
 
 
-def _pruned(expression: Expression, ending: set[str]) -> Expression:
+def _with_references(expression: Expression, referred: Callable[[str], Expression]) -> Expression:
+    """With what `referred` makes of each reference, and without what matches nothing."""
     match expression:
         case Juxtaposed(parts):
-            return seq(*(_pruned(part, ending) for part in parts))
+            return seq(*(_with_references(part, referred) for part in parts))
         case OneOf(parts):
-            return alt(kept for part in parts if (kept := _pruned(part, ending)) != NOTHING)
+            return alt(kept for part in parts if (kept := _with_references(part, referred)) != NOTHING)
         case Repeat(part, least, most):
-            return repeat(_pruned(part, ending), least, most)
+            return repeat(_with_references(part, referred), least, most)
         case Reference(rule):
-            return expression if rule in ending else NOTHING
+            return referred(rule)
         case Chars(ranges):
             return expression if ranges else NOTHING
     return expression

@@ -24,6 +24,7 @@ from lightllmd.grammar.ebnf.expressions import (
     productive,
     repeat,
     seq,
+    shared,
     widths,
 )
 from lightllmd.grammar.ebnf.numbers import Interval, integer, number
@@ -97,7 +98,7 @@ def schema_grammar(schema: Any, field: str, form: Layout = USUAL) -> str:
     rules = productive(writer.rules())
     if rules["root"] == NOTHING:
         raise refusal(field, "no value is valid under this schema")
-    return ebnf(rules)
+    return ebnf(shared(rules))
 
 
 class _Writer:
