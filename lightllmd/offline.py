@@ -107,7 +107,8 @@ class LLM:
 
         `prompts` (text) or `prompt_token_ids`, one of the two. `sampling` has the names of the native API's
         ``parameters`` (max_new_tokens, do_sample, temperature, top_p, top_k, min_p, typical_p, seed, n or best_of,
-        presence_penalty, stop_sequences, ignore_eos, logit_bias, allowed_token_ids, bad_words, prompt_logprobs, …)
+        presence_penalty, stop_sequences, ignore_eos, logit_bias, allowed_token_ids, bad_words, prompt_logprobs,
+        guided_json, guided_regex, guided_choice, guided_grammar, …)
         and top_logprobs (0 … 20); it is for all prompts.
         `parameters`, one dict per prompt, overrides it. As in the native API a stop text is part of the output that
         it ends.

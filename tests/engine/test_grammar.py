@@ -268,3 +268,22 @@ def test_compiled_grammars_are_kept_by_content_within_a_bound(monkeypatch: pytes
     assert not grammars.has(made[0])
     grammars.row(SamplingParams(grammar=made[0]))
     assert grammars.has(made[0])
+
+
+def test_llm_takes_lightllm_s_fields(fake: LLM) -> None:
+    [output] = fake.generate("Say it: ", guided_json=SCHEMA, max_new_tokens=400, do_sample=True, seed=3)
+    assert set(json.loads(output.text or "")) == {"name", "age"}
+    outputs = fake.generate(["a", "b"], parameters=[{"guided_choice": ["x"]}, {"regular_constraint": "[0-9]{2}"}])
+    assert outputs[0].text == "x"
+    assert re.fullmatch("[0-9]{2}", outputs[1].text or "")
+    for fields, says in (
+        ({"guided_json": {"not": {}}}, "guided_json.not: "),
+        ({"guided_json": SCHEMA, "guided_choice": ["x"]}, "guided_choice: guided_json says already"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"^{says}"):
+            fake.generate("a", **fields)
+
+
+def test_a_grammar_that_ends_before_min_new_tokens_ends_the_text_all_the_same(fake: LLM) -> None:
+    [output] = fake.generate("a", guided_choice=["xy"], min_new_tokens=9, max_new_tokens=20)
+    assert (output.text or "").startswith("xy")

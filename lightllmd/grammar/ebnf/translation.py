@@ -101,6 +101,8 @@ def _with_grammars(tag: Any, field: str, form: Layout, depth: int) -> Any:
             return _constraint(tag, field)
         case "regex" if isinstance(tag.get("pattern"), str):
             text = _pattern(tag["pattern"], f"{field}.pattern")
+        case "grammar" if isinstance(tag.get("grammar"), str):
+            text = _plain_ebnf(tag["grammar"], f"{field}.grammar")
         case _:
             return {name: _with_grammars(one, f"{field}.{name}", form, depth + 1) for name, one in tag.items()}
     return {"type": "grammar", "grammar": text}
