@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import os
 import secrets
 import tempfile
@@ -19,6 +20,7 @@ from lightllmd.config.setting import fields
 from lightllmd.errors import ConfigInvalid, Problem
 
 MODE = 0o640  # of a new file
+GROUP = "lightllmd"  # of the service that the Debian package installs
 _PREFIX = "sk-"  # what clients and scanners for secrets take for a key
 _BYTES = 32  # of randomness
 _HEAD = "# API keys of lightllmd, as hashes. lightllmctl key add, list and revoke; in force after a reload.\n"
@@ -151,15 +153,23 @@ def _changing(path: str) -> Iterator[str]:
         os.close(folder)
 
 
+def _readers(folder: str) -> int:
+    """The group that may read a file that root makes: the folder's or, where that is root's, the service's own."""
+    group = os.stat(folder).st_gid
+    with contextlib.suppress(KeyError):
+        return group or grp.getgrnam(GROUP).gr_gid
+    return group
+
+
 def _write(path: str, text: str) -> None:
     """Under its name there is the old file or the new one, whole. Its owner and mode stay as they were; a new one may
-    be read by the group of its folder, which is the daemon's in /etc/lightllmd. Raises OSError."""
+    be read by the daemon's group. Raises OSError."""
     folder = os.path.dirname(path)
     try:
         found = os.stat(path)
         mode, owner, group = found.st_mode & 0o777, found.st_uid, found.st_gid
     except FileNotFoundError:
-        mode, owner, group = MODE, -1, os.stat(folder).st_gid if os.geteuid() == 0 else -1
+        mode, owner, group = MODE, -1, _readers(folder) if os.geteuid() == 0 else -1
     fd, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:

@@ -358,7 +358,7 @@ def configuration() -> str:
     made.section("EXAMPLES")
     made.code(
         'model_dir = "/srv/models/llama-3.1-8b-instruct"\nhost = "0.0.0.0"\n\n'
-        '[http]\napi_keys_file = "/etc/lightllmd/api_keys"\n\n'
+        '[http]\napi_keys_file = "/etc/lightllmd/keys.toml"\n\n'
         '[models.small]\nmodel_dir = "/srv/models/qwen3-0.6b"\n'
     )
     see_also(made, "lightllmd(8)", "lightllmctl(1)")

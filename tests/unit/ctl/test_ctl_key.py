@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,3 +154,18 @@ def test_the_file_is_the_running_daemons_and_a_reload_follows(ctl, daemon, file:
     refused = ctl("key", "list")
     assert refused.code == 1
     assert "no [http] api_keys_file" in refused.err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_file_that_root_makes_may_be_read_by_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = {"lightllmd": SimpleNamespace(gr_gid=12345)}
+    monkeypatch.setattr(key_editing.grp, "getgrnam", groups.__getitem__)
+    for folder_group, group in ((0, 12345), (54321, 54321)):
+        folder = tmp_path / str(folder_group)
+        folder.mkdir()
+        os.chown(folder, 0, folder_group)
+        key_editing.add(str(folder / "keys"), ApiKey(name="a", sha256=keys.hashed("a")))
+        assert (folder / "keys").stat().st_gid == group
+    monkeypatch.setattr(key_editing.grp, "getgrnam", {}.__getitem__)
+    key_editing.add(str(tmp_path / "keys"), ApiKey(name="a", sha256=keys.hashed("a")))
+    assert (tmp_path / "keys").stat().st_gid == tmp_path.stat().st_gid
