@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -16,10 +15,10 @@ from lightllmd.api.dialects import embeddings, native, native_scores, openai, pr
 from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.dialects.responses.routes import dialect as responses_dialect
+from lightllmd.api.documentation.served import Documentation
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.page.routes import Page
 from lightllmd.api.web.auth import AcceptedKeys, KeyedAccess
-from lightllmd.api.web.bodies import schemas
 from lightllmd.api.web.errors import ErrorAnswers, InternalError, MethodNotAllowed
 from lightllmd.api.web.ignored_fields import name_in
 from lightllmd.api.web.limits import HEADERS as RATE_HEADERS
@@ -28,7 +27,6 @@ from lightllmd.api.web.refusals import Refusals
 from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest, LightllmdError, NotFound
-from lightllmd.requests.fields import Body
 
 
 def dialects_of(plan: Plan, store_dir: str = "") -> tuple[Dialect, ...]:
@@ -63,7 +61,7 @@ def build_app(
     http = revisions.current.http
     refusals = Refusals(Tenants(http).address, revisions.accounts.refused)
     errors = error_answers(dialects)
-    app = FastAPI(title="lightllmd", version=__version__, redoc_url=None)
+    app = FastAPI(title="lightllmd", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     page = None
     if http.page:
         tgi_api = revisions.current.plan.config.params.use_tgi_api
@@ -72,7 +70,7 @@ def build_app(
     for dialect in dialects:
         app.include_router(dialect.router(revisions))
     app.include_router(probes.router(revisions, metrics_dir))
-    _document(app, [body for dialect in dialects for body in dialect.bodies])
+    app.include_router(Documentation(app, dialects).router())
     _answer_errors(app, errors)
     app.add_middleware(KeyLimits, leases=leases, errors=errors, refusals=refusals)
     is_open = page.is_open if page else lambda scope: False
@@ -87,19 +85,6 @@ def build_app(
             expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
         )
     return app
-
-
-def _document(app: FastAPI, bodies: list[type[Body]]) -> None:
-    """Routes read their bodies themselves, so OpenAPI is told of the models here."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            components = generate().setdefault("components", {}).setdefault("schemas", {})
-            components |= schemas(bodies)
-        return generate()
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _answer_errors(app: FastAPI, errors: ErrorAnswers) -> None:

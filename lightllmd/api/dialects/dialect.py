@@ -41,6 +41,7 @@ class Dialect:
     header: bytes = b""  # a request with this one is told errors in this dialect, whatever its path
     names_requests: bool = False  # see ErrorShape
     close: Callable[[], None] | None = None  # when the worker ends
+    name: str = ""  # in tables
 
     @property
     def errors(self) -> ErrorShape:

@@ -113,4 +113,4 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-DIALECT = Dialect((PATH,), openai_error, (EmbeddingsBody,), router)
+DIALECT = Dialect((PATH,), openai_error, (EmbeddingsBody,), router, name="OpenAI")

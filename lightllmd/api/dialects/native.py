@@ -193,7 +193,7 @@ def generating(revisions: Revisions) -> APIRouter:
         """Generates, then answers with the whole text."""
         return await responder.respond(request, _translation(GenerateBody, _never))
 
-    @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody))
+    @routes.post("/generate_stream", openapi_extra=bodies.documented(GenerateBody, streams="always"))
     async def generate_stream(request: Request) -> Response:
         """Server-sent events, one frame per token."""
         return await responder.respond(request, _translation(GenerateBody, _always))
@@ -222,5 +222,5 @@ def counting(revisions: Revisions) -> APIRouter:
     return routes
 
 
-GENERATING = Dialect(("/",), native_error, (GenerateBody, GenerateOrStreamBody), generating)
-COUNTING = Dialect(("/tokens",), native_error, (TokensBody,), counting)
+GENERATING = Dialect(("/",), native_error, (GenerateBody, GenerateOrStreamBody), generating, name="LightLLM")
+COUNTING = Dialect(("/tokens",), native_error, (TokensBody,), counting, name="LightLLM")

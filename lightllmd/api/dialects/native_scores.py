@@ -81,4 +81,4 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-DIALECT = Dialect(("/get_score",), native_error, (ScoreBody,), router)
+DIALECT = Dialect(("/get_score",), native_error, (ScoreBody,), router, name="LightLLM")

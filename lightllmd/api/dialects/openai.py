@@ -173,4 +173,4 @@ def _details(revision: Revision, body: OpenAIBody) -> Details:
     )
 
 
-DIALECT = Dialect(("/v1/",), openai_error, (CompletionBody, ChatBody), router)
+DIALECT = Dialect(("/v1/",), openai_error, (CompletionBody, ChatBody), router, name="OpenAI")

@@ -14,6 +14,21 @@ from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web.responses import json_response, on_each
 from lightllmd.observe import metrics
 
+_TEXT = {"type": "string"}
+# As OpenAPI's document has it.
+_UNAVAILABLE = {
+    "description": "No engine can answer now; the message says why.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"status": _TEXT, "message": _TEXT},
+                "required": ["status", "message"],
+            }
+        }
+    },
+}
+
 
 def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
     """The routes about the daemon."""
@@ -31,7 +46,7 @@ def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
         """200 as long as this worker's loop turns."""
         return json_response({"status": "ok"})
 
-    @on_each(routes, "/readiness", ["GET", "POST"])
+    @on_each(routes, "/readiness", ["GET", "POST"], responses={503: _UNAVAILABLE})
     async def readiness() -> Response:
         """200 when a request would be answered now, else 503 with the reason."""
         trouble = revisions.trouble
@@ -56,7 +71,7 @@ def router(revisions: Revisions, metrics_dir: str) -> APIRouter:
         peak = load.estimated_peak if load is not None else 0.0
         return json_response({"current_load": used, "logical_max_load": peak, "dynamic_max_load": peak})
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
         """The sum over all processes of this daemon."""
         text = await asyncio.get_running_loop().run_in_executor(None, partial(metrics.render, metrics_dir))

@@ -81,5 +81,7 @@ def rerank_router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-DIALECT = Dialect((*_SCORE, "/classify", "/pooling"), openai_error, (ScorePairsBody, ClassifyBody, PoolingBody), router)
-RERANKING = Dialect(_RERANK, rerank_error, (RerankBody,), rerank_router)
+DIALECT = Dialect(
+    (*_SCORE, "/classify", "/pooling"), openai_error, (ScorePairsBody, ClassifyBody, PoolingBody), router, name="OpenAI"
+)
+RERANKING = Dialect(_RERANK, rerank_error, (RerankBody,), rerank_router, name="Cohere and Jina")

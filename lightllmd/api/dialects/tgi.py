@@ -149,7 +149,7 @@ def router(revisions: Revisions) -> APIRouter:
         """Generates, then answers with the whole text."""
         return await responder.respond(request, GENERATE)
 
-    @routes.post("/generate_stream", openapi_extra=bodies.documented(TgiBody))
+    @routes.post("/generate_stream", openapi_extra=bodies.documented(TgiBody, streams="always"))
     async def generate_stream(request: Request) -> Response:
         """Server-sent events, one for each token."""
         return await responder.respond(request, GENERATE_STREAM)
@@ -174,4 +174,4 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-DIALECT = Dialect(("/",), tgi_error, (TgiBody, TgiEitherBody), router, tgi_status)
+DIALECT = Dialect(("/",), tgi_error, (TgiBody, TgiEitherBody), router, tgi_status, name="TGI")

@@ -98,4 +98,4 @@ def router(revisions: Revisions) -> APIRouter:
     return routes
 
 
-DIALECT = Dialect(("/tokenize", "/detokenize"), openai_error, (TokenizeBody, DetokenizeBody), router)
+DIALECT = Dialect(("/tokenize", "/detokenize"), openai_error, (TokenizeBody, DetokenizeBody), router, name="OpenAI")

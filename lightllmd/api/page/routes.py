@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jinja2
 import msgspec
@@ -77,7 +78,9 @@ class Page:
         routes = APIRouter(tags=["page"])
         document = APIRouter(route_class=HtmlRoute if self._shared else APIRoute)
 
-        @on_each(document, "/", ["GET", "HEAD"], response_class=Response)
+        @on_each(
+            document, "/", ["GET", "HEAD"], response_class=Response, responses={200: {"content": {"text/html": {}}}}
+        )
         async def page() -> Response:
             """The daemon's state and a chat, for browsers."""
             headers = HEADERS | {"Cache-Control": "no-cache", "Vary": "Accept"}
@@ -89,7 +92,11 @@ class Page:
             headers = HEADERS | {"Cache-Control": "no-store"}
             return Response(_json.encode(self.state()), headers=headers, media_type="application/json")
 
-        @on_each(routes, "/page/{tag}/{name}", ["GET", "HEAD"])
+        files: dict[int | str, dict[str, Any]] = {
+            200: {"content": {"text/css": {}, "text/javascript": {}, "image/svg+xml": {}}}
+        }
+
+        @on_each(routes, "/page/{tag}/{name}", ["GET", "HEAD"], response_class=Response, responses=files)
         async def file(tag: str, name: str, request: Request) -> Response:
             """Styles and scripts of the page."""
             answer = self._files.answer(tag, name, request.headers.get("if-none-match", ""))

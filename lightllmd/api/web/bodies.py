@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,8 @@ from lightllmd.requests.fields import MAX_FIELDS, Body
 MAX_DEPTH = 64  # of nested JSON arrays and objects
 MAX_CONTAINERS = 1 << 16  # objects and arrays in all
 _REFERENCE = "#/components/schemas/{model}"
+STREAMS = "x-streams"  # key of a fragment, which the document takes out again
+Streams = Literal["always", "asked", "never"]
 _INLINE = 8 << 10  # bytes; a larger body is decoded in another process so that streams go on
 
 Model = TypeVar("Model", bound=Body)
@@ -108,10 +110,21 @@ def parser(http: HttpSettings, decode_large: Decoder) -> Callable[[Request, type
     return partial(parse, limit=http.max_body_bytes, decode_large=decode_large, told=told)
 
 
-def documented(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI fragment of a route that reads its body itself; `schemas` has what it refers to."""
+def documented(model: type[Body], *, streams: Streams | None = None) -> dict[str, Any]:
+    """The OpenAPI fragment of a route that reads its body itself; `schemas` has what it refers to. `streams`: whether
+    it answers with events; None: as a field `stream` of the body asks."""
     reference = {"$ref": _REFERENCE.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    body = {"required": True, "content": {"application/json": {"schema": reference}}}
+    asked: Streams = "asked" if "stream" in model.model_fields else "never"
+    return {"requestBody": body, STREAMS: streams or asked}
+
+
+def body_name(fragment: Mapping[str, Any] | None) -> str | None:
+    """The name of the model in a fragment of `documented`."""
+    if not fragment or "requestBody" not in fragment:
+        return None
+    reference: str = fragment["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    return reference.rpartition("/")[2]
 
 
 def schemas(models: Sequence[type[BaseModel]]) -> dict[str, Any]:

@@ -122,4 +122,5 @@ DIALECT = Dialect(
     anthropic_status,
     header=VERSION_HEADER,
     names_requests=True,
+    name="Anthropic",
 )

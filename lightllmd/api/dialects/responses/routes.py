@@ -159,4 +159,5 @@ def dialect(http: HttpSettings, directory: str) -> Dialect:
         (ResponsesBody,),
         lambda revisions: router(revisions, store),
         close=store.close,
+        name="OpenAI",
     )
