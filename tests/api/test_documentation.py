@@ -119,7 +119,7 @@ def test_every_route_answers_as_documented(tmp_path: Path, params: dict[str, Any
                 if streams and "stream" in api.document["components"]["schemas"][name]["properties"]:
                     answer = await one.client.request(method, target, json=body | {"stream": True})
                     api.check(path, method, answer)
-                    assert answer.headers["content-type"].startswith("text/event-stream")
+                    assert answer.headers["content-type"].startswith("text/event-stream"), (path, answer.text)
                 seen.add(name)
             assert {"EmbeddingsBody", "ChatBody", "MessagesBody", "ResponsesBody"} <= seen
 

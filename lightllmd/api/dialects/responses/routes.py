@@ -68,7 +68,7 @@ def router(revisions: Revisions, store: ResponseStore) -> APIRouter:
         )
         return await responder.answer(request, translation, body, arrived_at)
 
-    @routes.post("/input_tokens", openapi_extra=bodies.documented(ResponsesBody))
+    @routes.post("/input_tokens", openapi_extra=bodies.documented(ResponsesBody, streams="never"))
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt of a response would have."""
         body = await parse(request, ResponsesBody)
