@@ -24,7 +24,8 @@ openai = OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
 asked = {"model": "demo", "messages": QUESTION, "response_model": City, "temperature": 0, "max_retries": 0}
 for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(openai, mode=mode)
-    city = client.chat.completions.create(**asked, max_tokens=80)
+    more = {} if mode is instructor.Mode.JSON_SCHEMA else {"parallel_tool_calls": False}
+    city = client.chat.completions.create(**asked, **more, max_tokens=80)
     assert isinstance(city, City), mode
 client = instructor.from_openai(openai, mode=instructor.Mode.JSON_SCHEMA)
 *parts, whole = client.chat.completions.create_partial(**asked, max_tokens=80)
@@ -32,6 +33,7 @@ assert whole.name
 assert parts
 client = instructor.from_openai(openai, mode=instructor.Mode.RESPONSES_TOOLS)
 given = {"model": "demo", "input": QUESTION, "response_model": City, "temperature": 0, "max_output_tokens": 80}
+given["parallel_tool_calls"] = False
 assert isinstance(client.responses.create(**given), City)
 
 anthropic = instructor.from_anthropic(Anthropic(base_url=URL, api_key="none", max_retries=0))

@@ -35,7 +35,7 @@ for responses in (False, True):
     assert "".join(chunk.text for chunk in model.stream(QUESTION)) == answer.text
     city = model.with_structured_output(City, method="json_schema").invoke("Paris is a city. Describe it as JSON.")
     assert isinstance(city, City)
-    tools = model.bind_tools([get_weather], tool_choice="get_weather")
+    tools = model.bind_tools([get_weather], tool_choice="get_weather", parallel_tool_calls=False)
     called = tools.invoke("What is the weather in Paris?")
     (call,) = called.tool_calls
     assert (call["name"], list(call["args"])) == ("get_weather", ["city"]), call

@@ -20,7 +20,8 @@ const weather = tool({
 });
 
 for (const model of [openai("demo"), openai.chat("demo"), compatible("demo")]) {
-  const asked = { model, temperature: 0, maxOutputTokens: 60, maxRetries: 0 };
+  const providerOptions = { openai: { parallelToolCalls: false }, lightllmd: { parallel_tool_calls: false } };
+  const asked = { model, temperature: 0, maxOutputTokens: 60, maxRetries: 0, providerOptions };
   const prompt = "What is the capital of France?";
   const whole = await generateText({ ...asked, prompt });
   assert.match(whole.text, /Paris/);
