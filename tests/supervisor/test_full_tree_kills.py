@@ -14,11 +14,18 @@ import pytest
 
 from harness import Daemon, Killer, generate_stream, run, wait_for
 from lightllmd.engine.runners.fake_model import fake_token
+from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
+from lightllmd.grammar.compiler import GrammarCompiler
+from lightllmd.grammar.ebnf.translation import translated
+from lightllmd.ipc.messages import Grammar, SamplingParams
+from lightllmd.text import ByteTokenizer
+from lightllmd.text.healing import writable
 from long_run import LONG
 
 STREAMS = 64 if LONG else 32
 OVERLAP = ("--engine.fake.overlap", "true")
 TOKENS = 200
+PATTERN = "([a-z]{2}[0-9]-?)+"
 FAST_FAKE = ("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1")
 
 
@@ -52,13 +59,24 @@ def test_killed_worker_loses_no_stream(tmp_path: Path, number: int, kills: int, 
         assert daemon.stop() == 0
 
 
-def test_killed_worker_loses_no_branch_and_no_plain_answer(tmp_path: Path) -> None:
-    """n = 4 and non-streaming requests go on like streams."""
-    with Daemon(tmp_path, *FAST_FAKE) as daemon:
+def expected_of(pattern: str, prompt: str, tokens: int) -> bytes:
+    """What is generated of the text that a pattern matches."""
+    compiler = GrammarCompiler(writable(ByteTokenizer()), 257, [256])
+    grammar = translated(Grammar("regex", pattern), "pattern")
+    row = CompiledGrammars(lambda: compiler).row(SamplingParams(grammar=grammar, ignore_eos=True))
+    text = b""
+    while len(text) < tokens:
+        text += bytes([fake_token(list(prompt.encode()), 0, 0, len(text), mask=row.mask(list(text)))])
+    return text
+
+
+def test_killed_worker_loses_no_branch_no_plain_answer_and_no_constrained_one(tmp_path: Path) -> None:
+    """n = 4, non-streaming requests and those that are held to a pattern go on like streams."""
+    with Daemon(tmp_path, *FAST_FAKE, *OVERLAP) as daemon:
         killer = Killer(daemon, signal.SIGKILL, 3, 16 * TOKENS, seed=4)
 
-        async def plain(client: httpx.AsyncClient, prompt: str, n: int) -> list[str]:
-            parameters = {"max_new_tokens": TOKENS, "ignore_eos": True, "best_of": n}
+        async def plain(client: httpx.AsyncClient, prompt: str, n: int, **more: str) -> list[str]:
+            parameters = {"max_new_tokens": TOKENS, "ignore_eos": True, "best_of": n, **more}
             answer = await client.post(f"{daemon.url}/generate", json={"inputs": prompt, "parameters": parameters})
             assert answer.status_code == 200, answer.text
             return answer.json()["generated_text"]
@@ -70,6 +88,7 @@ def test_killed_worker_loses_no_branch_and_no_plain_answer(tmp_path: Path) -> No
                     *streams,
                     *(plain(client, f"one{i}", 1) for i in range(8)),
                     *(plain(client, f"n{i}", 4) for i in range(8)),
+                    *(plain(client, f"held{i}", 1, regular_constraint=PATTERN) for i in range(4)),
                 )
 
         answers = run(all_requests())
@@ -79,6 +98,8 @@ def test_killed_worker_loses_no_branch_and_no_plain_answer(tmp_path: Path) -> No
         for i in range(8):
             assert answers[16 + i] == [bytes(expected(f"one{i}", TOKENS)).decode()]
             assert answers[24 + i] == [bytes(expected(f"n{i}", TOKENS, branch)).decode() for branch in range(4)]
+        for i in range(4):
+            assert answers[32 + i] == [expected_of(PATTERN, f"held{i}", TOKENS).decode()]
 
 
 @pytest.mark.parametrize(
