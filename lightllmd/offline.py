@@ -256,10 +256,13 @@ class LLM:
     def _turn(self) -> list[StepOutput]:
         """One turn of the engine. What breaks it leaves scheduler and runner of two minds, so nothing may follow."""
         try:
-            return list(self._loop.turn(_nothing).values())
+            outputs = list(self._loop.turn(_nothing).values())
         except BaseException as failure:
             self._unusable = f"it broke off with {type(failure).__name__}: {failure}"
             raise
+        for _, refused in self._scheduler.take_refused():
+            raise InvalidRequest(refused.message)
+        return outputs
 
     def _abandon(self) -> None:
         """Ends all that runs, so that the engine is as before the call."""

@@ -203,6 +203,8 @@ class EngineWorker:
                 raise errors.EngineError(
                     "the model's logits are not numbers (NaN): this data_type is too narrow for it"
                 )
+        for owner, refused in self._scheduler.take_refused():
+            self._socket.send(*owner, refused)
         ended = time.monotonic()
         self._progress += 1
         generated = sum(len(output.tokens) for output in outputs.values())

@@ -9,7 +9,9 @@ real vocabularies have. Prompts are random ids; rows are held to an array of obj
 
 A step's time is that of 1 + `new` tokens minus that of 1, over `new`; the kinds of batches take turns, and the best of
 each is told, for greedy and for drawn rows. `masks_ms`: per step, in which the host makes masks while the device
-computes. `steps`: as many as there are tokens, where no row waits for its own.
+computes. `steps`: as many as there are tokens, where no row waits for its own. `pause`: the longest time between two
+steps of unconstrained rows while a schema of 20 kB, new to the engine, is compiled beside them as the daemon's engine
+does it, and without that.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import gc
 import itertools
 import json
 import random
+import select
 import sys
 import tempfile
 import time
@@ -31,7 +34,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from settings import settings
 
 from lightllmd import LLM
-from lightllmd.ipc.messages import SamplingParams
+from lightllmd.engine.grammar_gate import GrammarGate
+from lightllmd.engine.grammar_vocabulary import compiler_of
+from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
+from lightllmd.grammar.ebnf.translation import translated
+from lightllmd.ipc.messages import Grammar, SamplingParams, Submit
 from lightllmd.offline_jobs import OfflineJob
 from lightllmd.requests.asked import Asked, FieldNames, Prompt
 from lightllmd.requests.branch import TextOptions
@@ -72,6 +79,7 @@ ITEM = {
     "required": ["name", "kind", "count", "ratio", "tags", "done"],
 }
 ENDLESS = json.dumps({"type": "array", "items": ITEM, "minItems": 2000})
+LARGE = json.dumps({"type": "object", "properties": {f"p{i}": ITEM for i in range(55)}, "required": ["p1"]})
 KINDS = {"none": 0, "half": 2, "all": 1}  # every so many rows are constrained
 
 
@@ -216,6 +224,39 @@ class Bench:
         told |= {f"{kind}_overhead_percent": round(100 * (step / best["none"] - 1), 2) for kind, step in best.items()}
         return told | {"steps": self.steps, "tokens": 1 + new}
 
+    def pause(self, batch: int, context: int, new: int) -> dict[str, Any]:
+        """Milliseconds, of a batch without constrained rows."""
+        llm, compiler = self._llm, compiler_of(self._llm.plan)
+        told: dict[str, Any] = {}
+        for kind in ("alone", "beside a compilation", "alone again"):
+            grammars = CompiledGrammars(lambda: compiler)
+            gate = GrammarGate(grammars, lambda: compiler)
+            for number in range(batch):
+                job = self.job(context, new, None, False)
+                rejected = llm._scheduler.submit(
+                    Submit(1 + number, 0, 1, number, job.prompt_ids, job.params, [0], [[]])
+                )
+                assert rejected is None
+            gaps, last, done, steps = [], time.perf_counter(), 0.0, 0
+            while llm._loop.busy:
+                llm._loop.turn(lambda: None)
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last, steps = now, steps + 1
+                if steps == new // 4:
+                    gaps.clear()  # prompts, and what is captured or loaded
+                    if kind.startswith("beside"):
+                        params = SamplingParams(grammar=translated(Grammar("json_schema", LARGE), "schema"))
+                        last = time.perf_counter()
+                        gate.holds(Submit(0, 0, 1, 0, [1], params, [0], [[]]), 0.0)
+                done = done or (gate.seconds if gate.take() else 0.0)
+            while len(gate):  # a thread of low priority, where there are few cores
+                select.select([gate], [], [])
+                done = gate.seconds if gate.take() else 0.0
+            longest = sorted(gaps)[-3:]
+            told[kind] = {"longest_ms": [round(1e3 * gap, 2) for gap in longest], "compile_s": round(done, 3)}
+        return told
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,6 +295,8 @@ def main() -> None:
                 work = f"decode {batch} @ {context} {'drawn' if drawn else 'greedy'}"
                 facts = {"card": llm.plan.device.name, "dtype": llm.plan.data_type}
                 print("RESULT", json.dumps({"work": work, **told, **facts}), flush=True)
+            paused = bench.pause(max(batches), min(contexts), given.new)
+            print("RESULT", json.dumps({"work": f"pause, a schema of {len(LARGE)} characters", **paused}), flush=True)
 
 
 if __name__ == "__main__":

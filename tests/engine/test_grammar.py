@@ -287,3 +287,22 @@ def test_llm_takes_lightllm_s_fields(fake: LLM) -> None:
 def test_a_grammar_that_ends_before_min_new_tokens_ends_the_text_all_the_same(fake: LLM) -> None:
     [output] = fake.generate("a", guided_choice=["xy"], min_new_tokens=9, max_new_tokens=20)
     assert (output.text or "").startswith("xy")
+
+
+@pytest.mark.parametrize(("n", "beams"), [(1, False), (2, False), (3, True)])
+def test_a_request_whose_grammar_holds_the_others_up_is_ended_and_they_go_on(
+    monkeypatch: pytest.MonkeyPatch, n: int, beams: bool
+) -> None:
+    """After one mask that took too long there is no second one."""
+    fills = []
+    clock = iter(range(1000))
+    monkeypatch.setattr(grammar_rows, "thread_time", lambda: fills.append(1) or float(next(clock)))
+    engine = Engine(beam_mode=beams).run(constrained(1, "regex", "[a-z]+", 50, n=n), submit(2, prompt=PROMPT, most=30))
+    [(owner, refused)] = engine.scheduler.take_refused()
+    assert (owner, refused.request, refused.reason) == ((0, 1), 1, "invalid")
+    assert "more than 0.1 s of CPU time for one token" in refused.message
+    assert len(engine.tokens[2, 0]) == 30
+    assert all(len(engine.tokens[1, branch]) == 0 for branch in range(n))
+    assert 0 < len(fills) <= 2 * n
+    assert engine.scheduler.keys.used == 0
+    assert engine.scheduler.take_refused() == []

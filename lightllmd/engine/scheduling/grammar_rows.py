@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.grammar.native import native
 from lightllmd.ipc.messages import Grammar, SamplingParams
 
+MOST_SECONDS = 0.1  # of CPU time, that a mask may take: a thousand times what is usual
 CACHE = 256 << 20  # bytes of compiled grammars that are kept
 
 
@@ -79,6 +81,7 @@ class GrammarRow:
         self._matcher = native().GrammarMatcher(compiled, None, False, -1, None)
         self._accepted: list[int] = []  # tokens that the matcher has
         self._bits: NDArray[np.int32] = np.zeros((1, compiler.words), np.int32)
+        self.overdue = False  # a mask took so long that no further one is made
 
     def fork(self, beam: bool) -> GrammarRow:
         """Of another sequence with the same grammar, at its beginning."""
@@ -88,9 +91,11 @@ class GrammarRow:
         """As `Masks`. Where the grammar has ended, or the tokens left it, only what ends a generation is allowed."""
         self._advance(emitted)
         ends, nothing = self._compiler.ends, self._compiler.nothing
-        if len(self._accepted) != len(emitted) or self._matcher.is_terminated():
+        if self.overdue or len(self._accepted) != len(emitted) or self._matcher.is_terminated():
             return ends
+        begun = thread_time()
         self._matcher.fill_next_token_bitmask(self._bits, 0, False)
+        self.overdue = thread_time() - begun > MOST_SECONDS
         if self._ignore_eos:
             for word, others in self._compiler.but_ends:
                 self._bits[0, word] &= others

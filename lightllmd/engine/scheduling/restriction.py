@@ -27,6 +27,10 @@ _NONE: Ids = np.zeros(0, dtype=np.int64)
 class Restriction(Protocol):
     """Of one sequence."""
 
+    @property
+    def overdue(self) -> bool:
+        """Its masks take too long for the sequence to go on."""
+
     def for_sequence(self, beam: bool) -> Restriction:
         """Of a branch of the request: the same one where it keeps nothing of a sequence. `beam`: what was emitted may
         become other."""
@@ -99,6 +103,8 @@ class Restrictions:
 
 
 class _Fixed:
+    overdue = False
+
     def __init__(self, mask: bytes) -> None:
         self._mask = mask
 
@@ -118,6 +124,8 @@ class _Changing:
     Tokens that lie wholly in the prefix are the prompt's own text, so the other rules don't concern them: they rule
     those that reach beyond it.
     """
+
+    overdue = False
 
     def __init__(
         self, base: Allowed, usual: bytes, words: Iterable[Sequence[int]], prefix: Prefix | None, eos: Ids
@@ -161,6 +169,10 @@ class _Grammatical:
 
     def __init__(self, row: GrammarRow, others: Restriction | None, eos: Ids) -> None:
         self._row, self._others, self._eos = row, others, eos
+
+    @property
+    def overdue(self) -> bool:
+        return self._row.overdue
 
     def for_sequence(self, beam: bool) -> Restriction:
         return _Grammatical(self._row.fork(beam), self._others, self._eos)

@@ -25,6 +25,7 @@ from lightllmd.engine.scheduling import beam_sequences as beams
 from lightllmd.engine.scheduling.admission import Admission, SchedulerLimits
 from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
+from lightllmd.engine.scheduling.grammar_rows import MOST_SECONDS
 from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
 from lightllmd.engine.scheduling.outputs import Outputs, append_token, pooled
 from lightllmd.engine.scheduling.queues import Queues, age
@@ -107,6 +108,7 @@ class Scheduler:
         self._admitting = -1  # sequences that the admission round which goes on may still admit; -1: none goes on
         self._decoded = 0  # decode steps since the last admission round began
         self._steps = 0
+        self._refused: list[tuple[Owner, Rejected]] = []
 
     # --- policy -----------------------------------------------------------------------------------------------
     def next_step(self) -> Step | None:
@@ -332,6 +334,10 @@ class Scheduler:
                 continue
             if sequence.suspect:
                 self._clear_suspect(sequence)
+            if sequence.restriction is not None and sequence.restriction.overdue:
+                searched.pop(sequence.request, None)
+                self._refuse(sequence)
+                continue
             if sequence.beam:
                 if sequence.state is State.RUNNING:  # else they begin anew
                     found = (sequence, logprob, candidates or [], alternatives)
@@ -361,6 +367,18 @@ class Scheduler:
         for sequence in ended:
             self._end(sequence)
         return outputs
+
+    def _refuse(self, sequence: Sequence) -> None:
+        """Ends the request whose grammar holds the others up."""
+        text = f"matching the grammar takes more than {MOST_SECONDS:g} s of CPU time for one token"
+        self._refused.append((sequence.owner, Rejected(self.generation, sequence.request, "invalid", text)))
+        self.abort(sequence.request)
+
+    def take_refused(self) -> list[tuple[Owner, Rejected]]:
+        """Requests that were ended since the last call because of what they ask, perhaps after some of their tokens:
+        the owners and what each is told."""
+        refused, self._refused = self._refused, []
+        return refused
 
     @staticmethod
     def _tell_cached(sequence: Sequence, output: StepOutput) -> None:
