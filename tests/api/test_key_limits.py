@@ -47,7 +47,9 @@ GOLDEN = [
 ]
 
 
-def test_requests_per_minute_are_refused_in_each_dialects_words(tmp_path: Path) -> None:
+def test_requests_per_minute_are_refused_in_each_dialects_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
         async with stack(tmp_path, api_keys_file=table(tmp_path, alice="requests_per_minute = 2")) as one:
             stop_clock(one)
@@ -69,6 +71,8 @@ def test_requests_per_minute_are_refused_in_each_dialects_words(tmp_path: Path) 
             assert registry.get_sample_value("lightllm_key_refusal_total", labels) == 3
 
     run(scenario())
+    [line] = [one.getMessage() for one in caplog.records if "API key" in one.getMessage()]
+    assert line == "429 to 127.0.0.1 for '/generate': API key alice has used up its requests_per_minute"
 
 
 def test_tgi_clients_are_told_of_limits_as_of_overload(tmp_path: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from closed_loop import ctl
 from config_file import daemon_of_a_file
 from harness import wait_for
-from tls_files import make
+from lightllmd.config import key_editing
+from lightllmd.config.keys import ApiKey, hashed
+from tls_files import Made, make
 
 LIMIT = 10_000  # tokens per minute
 TOKENS = 60
@@ -49,11 +52,11 @@ def test_an_exposed_daemon_keeps_its_word_while_its_parts_die(tmp_path: Path, sh
     )
     url = f"https://localhost:{daemon.port}"
 
-    def over_tls(made) -> int:
+    def over_tls(made: Made) -> int:
         with httpx.Client(verify=made.client()) as client:
             return client.get(f"{url}/health", timeout=60).status_code
 
-    def serves(made) -> bool:
+    def serves(made: Made) -> bool:
         try:
             return over_tls(made) == 200
         except httpx.TransportError:
@@ -62,15 +65,22 @@ def test_an_exposed_daemon_keeps_its_word_while_its_parts_die(tmp_path: Path, sh
     def local(path: Path = socket) -> httpx.Client:
         return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://local", timeout=60)
 
+    def reload() -> dict[str, Any]:
+        """The job's last state. lightllmctl would take a second of each."""
+        with daemon.control_client() as control:
+            number = control.post("/v1/reload").json()["id"]
+            lines = control.get(f"/v1/jobs/{number}", timeout=60).text.splitlines()
+        return json.loads([line for line in lines if line][-1])
+
     def fault() -> str:
         return (daemon.status() or {})["certificate"]["fault"]
 
     with daemon.start():
         assert over_tls(first) == 200
-        made = ctl(
-            daemon, "key", "add", "alice", "--tokens-per-minute", str(LIMIT), "--max-concurrent", "1", "--reload"
-        )
-        secret = made.output.splitlines()[0]
+        secret = key_editing.new_key()
+        alice = ApiKey(name="alice", sha256=hashed(secret), tokens_per_minute=LIMIT, max_concurrent=1)
+        key_editing.add(str(keys), alice)
+        assert reload()["outcome"] == "done"
         headers = {"x-api-key": secret}
         body = {"inputs": "hello", "parameters": {"max_new_tokens": TOKENS}}
         with local() as client:
@@ -104,20 +114,21 @@ def test_an_exposed_daemon_keeps_its_word_while_its_parts_die(tmp_path: Path, sh
         wait_for(fault, what="the broken key")
         daemon.kill("api")
         wait_for(lambda: serves(renewed), what="the api worker")
-        refused = ctl(daemon, "reload")
-        assert refused.code == 6
-        assert "http.tls_key" in refused.errors
+        refused = reload()
+        assert (refused["outcome"], refused["error"]["error"]) == ("failed", "ConfigInvalid")
+        assert "http.tls_key" in refused["message"]
         serving.put(renewed)
         wait_for(lambda: not fault(), what="a sound key")
 
         # Another path for the socket; the worker before it is replaced.
         settings.in_force = settings.write({"http.unix_socket": str(short / "other.sock")})
-        assert ctl(daemon, "reload").code == 0
+        assert reload()["outcome"] == "done"
         assert not socket.exists()
         with local(short / "other.sock") as client:
             assert client.get("/v1/models", headers=headers).status_code == 200
         assert over_tls(renewed) == 200
-        assert ctl(daemon, "key", "revoke", "alice", "--reload").code == 0
+        key_editing.revoke(str(keys), "alice")
+        assert reload()["outcome"] == "done"
         with local(short / "other.sock") as client:
             assert client.get("/v1/models", headers=headers).status_code == 401
 

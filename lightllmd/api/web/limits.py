@@ -214,7 +214,8 @@ def _refusal(key: ApiKey, field: str, what: str, wait: float) -> RateLimited:
     retry_after = None if wait == float("inf") else wait
     never = ", so that it will never pass" if retry_after is None else ""
     message = f"{called} has a limit of {what}{never} ({field})"
-    return RateLimited(message, retry_after=retry_after, limit=field, code="rate_limit_exceeded")
+    why = f"{key.name or 'of a list'} has used up its {field}"
+    return RateLimited(message, retry_after=retry_after, limit=field, code="rate_limit_exceeded", why=why)
 
 
 def _duration(seconds: float) -> str:

@@ -46,5 +46,5 @@ class Refusals:
         self._next[status] = now + EVERY
         count = self._unsaid.pop(status)
         more = f"; {count - 1} more since the line before" if count > 1 else ""
-        why = refusal.parameters.get("why", limit or "not permitted")
+        why = refusal.parameters.get("why", "not permitted")
         log.warning("%d to %s for %s: API key %s%s", status, self._address(scope), shown(scope["path"]), why, more)
