@@ -25,8 +25,8 @@ from lightllmd.grammar.ebnf.expressions import (
     repeat,
     seq,
     shared,
-    widths,
 )
+from lightllmd.grammar.ebnf.lengths import with_length
 from lightllmd.grammar.ebnf.numbers import Interval, integer, number
 from lightllmd.grammar.ebnf.overlap import disjoint, same, valid
 from lightllmd.grammar.ebnf.reading import Alternative, SchemaDocument, Subschema, literals, refusal, written_types
@@ -49,6 +49,7 @@ from lightllmd.grammar.ebnf.strings import (
     key_other_than,
     plain_key,
     quoted,
+    short_format,
 )
 
 MAX_RULES = 20_000
@@ -202,6 +203,8 @@ class _Writer:
         if len(shape.texts) > 1:
             raise refusal(shape.texts[1][1], f"can't be enforced together with {path}")
         sized = with_length(text, shape.least, shape.most)
+        if sized is None and (shorter := short_format(text)) is not None:
+            sized = with_length(shorter, shape.least, shape.most)
         if sized is None:
             where = next(path for keyword in ("minLength", "maxLength") for _, path in one.of(keyword))
             raise refusal(where, f"can't be enforced together with {path}; say it in the pattern")
@@ -383,24 +386,3 @@ def _bounded(one: Alternative, least: int, most: int | None, keyword: str) -> tu
             next(path for _, path in one.of(keyword)), f"more than {MAX_SIZE} are never generated; got {least}"
         )
     return least, None if most is None else min(most, MAX_SIZE)
-
-
-def with_length(text: Expression, least: int, most: int | None) -> Expression | None:
-    """What matches `text` and has at least and at most so many characters; None: that can't be said."""
-    low, high = widths(text)
-    if low >= least and (most is None or (high is not None and high <= most)):
-        return text
-    if (high is not None and high < least) or (most is not None and low > most):
-        return NOTHING
-    parts = text.parts if isinstance(text, Juxtaposed) else (text,)
-    loose = [at for at, part in enumerate(parts) if widths(part)[0] != widths(part)[1]]
-    if len(loose) != 1:
-        return None
-    [at] = loose
-    part = parts[at]
-    if not isinstance(part, Repeat) or widths(part.part) != (1, 1):
-        return None
-    others = low - part.least
-    ends = [one - others for one in (most,) if one is not None] + [one for one in (part.most,) if one is not None]
-    sized = repeat(part.part, max(part.least, least - others), min(ends, default=None))
-    return seq(*parts[:at], sized, *parts[at + 1 :])

@@ -55,6 +55,15 @@ ANY = complement(())
 ANYTHING = Repeat(ANY, 0, None)
 
 
+# What libraries of clients write, and the same without look-ahead.
+_KNOWN = {
+    # zod 4, of an e-mail address
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        r"^([A-Za-z0-9_'+-]+\.)*[A-Za-z0-9_'+-]*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}$"
+    ),
+}
+
+
 class RegexInvalid(ValueError):
     """An expression that is none, or that a grammar can't say."""
 
@@ -141,7 +150,7 @@ class _Parser:
     def __init__(self, pattern: str) -> None:
         if len(pattern) > MAX_LENGTH:
             raise RegexInvalid(f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
-        self._text = pattern
+        self._text = _KNOWN.get(pattern, pattern)
         self._at = 0
 
     def parse(self) -> _Group:

@@ -87,9 +87,12 @@ def text_shape(alternative: Alternative) -> StringShape:
     texts: dict[Expression, str] = {}
     for value, path in alternative.of("pattern"):
         texts.setdefault(pattern(value, path), path)
+    patterned = bool(texts)
     for value, path in alternative.of("format"):
         if not isinstance(value, str):
             raise refusal(path, f"should be a string; got {value!r:.80}")
+        if patterned:
+            continue  # what JSON Schema allows: an annotation; clients write the pattern of the format beside it
         if value in REFUSED_FORMATS:
             raise refusal(path, f"can't be enforced; got {value!r}")
         known = format_text(value)

@@ -209,7 +209,15 @@ _FORMATS = {
     "json-pointer": _POINTER,
     "relative-json-pointer": rf"(?:0|[1-9]\d{{0,5}})(?:#|{_POINTER})",
 }
+# Of a URI with bounds of its length: web addresses.
+_WEB = r"https?://[a-z][a-z0-9]{0,15}\.[a-z]{2,8}/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 REFUSED_FORMATS = frozenset({"regex"})  # JSON Schema's own, of which no grammar is made
+
+
+@cache
+def short_format(text: Expression) -> Expression | None:
+    """Of what `format_text` gave, a part whose length can be bounded."""
+    return whole(_WEB) if text == format_text("uri") else None
 
 
 @cache

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lightllmd.grammar.ebnf.expressions import matches
-from lightllmd.grammar.ebnf.regex import _NO_DIGITS, RegexInvalid, searched, whole
+from lightllmd.grammar.ebnf.regex import _KNOWN, _NO_DIGITS, RegexInvalid, searched, whole
 
 PATTERNS = (
     *(
@@ -81,3 +81,12 @@ def test_what_a_grammar_can_not_say_is_refused(pattern: str) -> None:
 
 def test_no_digit_of_any_script_is_a_character_that_is_no_digit() -> None:
     assert not any(re.match(r"\d", chr(code)) for low, high in _NO_DIGITS.ranges for code in range(low, high + 1))
+
+
+def test_what_client_libraries_write_with_look_ahead_has_an_equal_without() -> None:
+    draw = random.Random(1)
+    for pattern, equal in _KNOWN.items():
+        found = searched(pattern)
+        texts = ["".join(draw.choices("ab.'@-+1", k=draw.randrange(9))) + "a@b.co" for _ in range(300)]
+        for text in [*texts, "a@b.co", "a'@b.co", "a..b@c.de", ".a@b.co", "a.b'c@d.ef"]:
+            assert matches(found, text) == bool(re.search(pattern, text)) == bool(re.search(equal, text)), text
