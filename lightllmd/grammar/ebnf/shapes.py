@@ -203,7 +203,7 @@ def objects(alternative: Alternative) -> ObjectShape:
     told = [view for view in views if view.others is not None and view.others.schema is not False]
     closed = any(view.others is not None and view.others.schema is False for view in views)
     patterned = any(view.patterns for view in views)
-    shape.open = not closed and (bool(told) or not (any(view.properties for view in views) or patterned))
+    shape.open = not closed and (bool(told) or not (any(view.lists for view in views) or patterned))
     shape.others_path = told[0].others.path if told and told[0].others is not None else ""
     if patterned:
         shape.by_pattern = _by_pattern(views, shape)
@@ -220,6 +220,7 @@ class _View:
 
     def __init__(self, schema: dict[str, Any], path: str) -> None:
         self.path = path
+        self.lists = "properties" in schema  # be it none, as of a tool without parameters
         self.properties = {
             name: Subschema(one, f"{path}.properties.{name}")
             for name, one in mapping(schema.get("properties", {}), f"{path}.properties").items()

@@ -42,6 +42,7 @@ CASES: list[tuple[dict[str, Any] | bool, list[Any], list[Any]]] = [
     ({"type": "number", "minimum": -1.5, "exclusiveMaximum": 2.25}, [-1.5, 0.1, 2.2499], [-1.51, 2.25, 3, -2]),
     ({"type": "number", "exclusiveMinimum": 0}, [0.001, 7], [0, 0.0, -1]),
     ({"type": "number", "minimum": 0.30000000000000004}, [0.5, 0.30000000000000004], [0.3, 0.1]),
+    ({"type": "object", "properties": {}}, [{}], [{"a": 1}]),
     ({"type": ["boolean", "null"]}, [True, False, None], [0, "true"]),
     (
         {"type": "string", "minLength": 2, "maxLength": 4},
