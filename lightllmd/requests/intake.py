@@ -126,7 +126,9 @@ class Intake:
         asked = replace(asked, prompts=[replace(prompt, content=chat)], text=replace(asked.text, marks=prepared.marks))
         return await self._admitted(asked, prepared)
 
-    def _prompt_end(self, ids: Sequence[int]) -> str:
+    def _prompt_end(self, prepared: PreparedChat, ids: Sequence[int]) -> str:
+        if prepared.think is None:
+            return ""
         return self._tokenizer().decode(ids[-_PROMPT_END:], skip_special_tokens=False)
 
     async def _admitted(self, asked: Asked, prepared: PreparedChat | None = None) -> list[AdmittedJob]:
@@ -139,7 +141,7 @@ class Intake:
         if asked.prompts_first or prepared is not None:
             prompts = await self._prompts(asked)
             if prepared is not None:
-                end = self._prompt_end(prompts[0].ids)
+                end = self._prompt_end(prepared, prompts[0].ids)
                 asked = replace(asked, constraint=prepared.constraint(end, asked.constraint))
             text = await self._text(asked)
             params = await self._params(asked)
@@ -150,7 +152,7 @@ class Intake:
         size = _size([prompt.ids for prompt in prompts])
         jobs: list[AdmittedJob] = await self._work.compute(size, self._jobs, asked, prompts, params, text)
         if prepared is not None and prepared.parsed:
-            jobs = [replace(job, parsers=prepared.parsers(self._prompt_end(job.given_ids))) for job in jobs]
+            jobs = [replace(job, parsers=prepared.parsers(self._prompt_end(prepared, job.given_ids))) for job in jobs]
         return jobs
 
     def _expected_beams(self, asked: Asked) -> None:

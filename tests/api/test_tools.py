@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+import transcripts
 from api.frontend_harness import EOS, frames, run, stack, until
 from lightllmd.text import tokenizer as tokenizers
 
@@ -285,5 +286,63 @@ def test_the_format_and_the_place_of_reasoning_can_be_configured(tmp_path):
                 assert (message["content"], "reasoning_content" in message) == ("Hm.</think>It rains.", False)
                 message = (await ask(one, separate_reasoning=True))["choices"][0]["message"]
                 assert (message["content"], message["reasoning_content"]) == ("It rains.", "Hm.")
+
+    run(scenario())
+
+
+TRANSCRIBED: dict[str, tuple[str, dict[str, Any]]] = {
+    "tools": (TWO, {"tools": [WEATHER]}),
+    "tools, one call": (TWO, {"tools": [WEATHER], "parallel_tool_calls": False}),
+    "functions": (TWO, {"functions": [WEATHER["function"]], "function_call": "auto"}),
+    "reasoning and a call": (f"Hm.</think>\n\n{CALL}", {"tools": [WEATHER]}),
+    "reasoning left out": ("Hm.</think>It rains.", {"include_reasoning": False}),
+    "a broken call": ('<tool_call>{"name": 5}</tool_call>', {"tools": [WEATHER]}),
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "required without tools": {"tool_choice": "required"},
+    "a tool that is none": {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    "a choice that is none": {"tools": [WEATHER], "tool_choice": "any"},
+    "the same name twice": {"tools": [WEATHER, WEATHER]},
+    "a name of other letters": {"tools": [{"type": "function", "function": {"name": "get weather"}}]},
+    "a schema that is no object": {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+    "a schema that can't be kept to": {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}, "strict": True}}]
+    },
+    "a result of no call": {"messages": [*QUESTION, {"role": "tool", "tool_call_id": "c", "content": "5"}]},
+    "functions beside tools": {"tools": [WEATHER], "functions": [WEATHER["function"]]},
+}
+
+
+def test_answers_are_those_of_the_transcripts(tmp_path):
+    """The tokens of each come at once, so that it is no matter of time how a stream is cut."""
+
+    async def scenario():
+        with patch.object(tokenizers, "_PLAIN_TEMPLATE", THINKING):
+            async with stack(tmp_path, engine=False) as one:
+                await one.up()
+                for case, (text, fields) in TRANSCRIBED.items():
+                    one.engine.token = saying(text if "</think>" in text else f"</think>{text}")
+                    for kind in ("", ", stream"):
+                        body = {"messages": QUESTION, "max_tokens": 500} | fields
+                        if kind:
+                            body |= {"stream": True, "stream_options": {"include_usage": True}}
+                        told = asyncio.ensure_future(one.client.post("/v1/chat/completions", json=body))
+                        await until(lambda: one.engine.running)
+                        one.engine.step(at_once=500)
+                        transcripts.check(f"chat/{case}{kind}", transcripts.transcript(body, await told))
+
+    run(scenario())
+
+
+def test_refusals_are_those_of_the_transcripts(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as one:
+            parts = []
+            for case, fields in REFUSED.items():
+                body = {"messages": QUESTION} | fields
+                answer = await one.client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == 400
+                parts.append(f"# {case}\n{transcripts.transcript(fields, answer)}")
+            transcripts.check("chat/refusals", "\n".join(parts))
 
     run(scenario())

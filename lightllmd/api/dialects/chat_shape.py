@@ -8,7 +8,7 @@ from typing import Any
 
 from lightllmd.api.dialects.choices import Choice, Details, Shape
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.dialogue.events import CallArguments, CallBegun, Content, Event, Reasoning
+from lightllmd.dialogue.events import CallArguments, CallBegun, Content, Event, Reasoning, merged
 from lightllmd.dialogue.parser import Parser
 from lightllmd.dialogue.transcript import Transcript
 from lightllmd.requests.branch import Branch
@@ -119,7 +119,7 @@ class ChatShape(Shape):
             if len(events) == 1 and type(events[0]) is Content:
                 deltas = [{"content": events[0].text}]
             else:
-                deltas = [delta for event in events if (delta := self._told(event)) is not None]
+                deltas = [delta for event in merged(events) if (delta := self._told(event)) is not None]
             finish = None if finish is None else self._finish(transcript)
         else:
             text = branch.texts[first] if count == first + 1 else "".join(branch.texts[first:count])
