@@ -92,6 +92,8 @@ def test_calls_are_told_whole_and_as_deltas_and_results_go_back_in(tmp_path):
             assert len({*ids}) == 2
             assert all(call["type"] == "function" for call in message["tool_calls"])
             assert "get_weather" in bytes(one.engine.submits[-1].prompt_ids).decode()
+            counted = await one.client.post("/tokenize", json={"messages": QUESTION, "tools": [WEATHER]})
+            assert counted.json()["count"] == whole["usage"]["prompt_tokens"]
 
             chunks = await streamed(one, tools=[WEATHER])
             told, finish = put_together(chunks)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lightllmd.api.dialects.chat_tools import ToolDefinition
 from lightllmd.api.dialects.conversation import Conversation, Messages
 from lightllmd.api.dialects.dialect import Dialect
 from lightllmd.api.inflight.revision import Revision
@@ -18,6 +19,8 @@ from lightllmd.api.web import bodies
 from lightllmd.api.web.errors import openai_error
 from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.api.web.responses import encoded_response, json_response
+from lightllmd.dialogue.tools import MAX_TOOLS, Dialogue, check_tools
+from lightllmd.requests.asked import Chat
 from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import Body, Count, packed
 
@@ -34,6 +37,9 @@ class TokenizeBody(Conversation):
     add_special_tokens: bool | None = Field(
         default=None, description="around a prompt; absent: yes. A conversation has those of the chat template"
     )
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        default=None, description="of a conversation, as /v1/chat/completions has them"
+    )
     return_token_strs: bool = Field(default=False, description="tokens as the model's files write them, too")
 
     @model_validator(mode="after")
@@ -42,7 +48,15 @@ class TokenizeBody(Conversation):
             raise contradiction("prompt", "one of prompt and messages is required, and not both")
         if self.messages is not None and self.add_special_tokens:
             raise contradiction("add_special_tokens", "add_special_tokens is for a prompt; the chat template adds them")
+        if self.messages is None and self.tools:
+            raise contradiction("tools", "tools are for messages; there are none")
+        check_tools(self.dialogue)
         return self
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """In no dialect."""
+        return Dialogue([one.function.tool(f"tools.{at}.function") for at, one in enumerate(self.tools or ())])
 
 
 class DetokenizeBody(Body):
@@ -67,10 +81,13 @@ def router(revisions: Revisions) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """The token ids of a prompt or of a rendered conversation."""
         body = await parse(request, TokenizeBody)
-        texts = revision_for(body.model).texts
+        revision = revision_for(body.model)
+        texts = revision.texts
         text, special = body.prompt or "", body.add_special_tokens is not False
         if body.messages is not None:
-            text, special = await texts.render(body.chat(body.messages)), False
+            chat = body.chat(body.messages)
+            prepared = revision.intake.conventions.prepare(chat.messages, chat.options, body.dialogue)
+            text, special = await texts.render(Chat(prepared.messages, prepared.options)), False
         return encoded_response(await texts.tokenized(text, add_special_tokens=special, strings=body.return_token_strs))
 
     @routes.post("/detokenize", openapi_extra=bodies.documented(DetokenizeBody))
