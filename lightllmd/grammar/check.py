@@ -42,6 +42,9 @@ class GrammarCheck:
         refuse_long(given, field)
         if not self._compiler.eos_ids:
             raise _refusal(field, "the model has no id that ends a generation, so that nothing could end it", given)
+        if not self._compiler.writes:
+            why = "this model's tokenizer joins tokens in a way of its own, so that it is not known what each writes"
+            raise _refusal(field, why, given)
         grammar = translated(given, field)
         if len(grammar.text) > MAX_TRANSLATED:
             raise _refusal(

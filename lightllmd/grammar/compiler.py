@@ -36,6 +36,7 @@ class GrammarCompiler:
         `restored`."""
         ends = sorted({number for number in eos_ids if 0 <= number < vocab_size})
         self.eos_ids, self.vocab_size = ends, vocab_size
+        self.writes = serialised is not None or any(vocabulary)  # it is known what tokens add to a text
         self.words = -(-vocab_size // 32)  # int32 of a mask
         allowed = np.zeros(32 * self.words, np.bool_)
         self.nothing = np.packbits(allowed, bitorder="little").tobytes()  # the mask that allows no token
