@@ -19,6 +19,7 @@ import pytest
 
 from lightllmd.config.load import load
 from lightllmd.errors import ConfigInvalid, SystemFailure
+from lightllmd.supervisor.change import preflight
 from lightllmd.supervisor.host import listeners, unix_listener
 from lightllmd.supervisor.host.listeners import Where
 from lightllmd.supervisor.host.unix_listener import UnixAddress
@@ -214,3 +215,19 @@ def test_it_is_not_the_control_socket() -> None:
     flags = {"engine.backend": "fake", "http.unix_socket": "/s", "supervisor.control_socket": "/s"}
     with pytest.raises(ConfigInvalid, match="/s is the control socket"):
         load(None, flags)
+
+
+def test_a_check_says_where_a_start_could_not_listen(
+    address: UnixAddress, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_facts", lambda *_: pytest.fail("the host is asked first"))
+    flags = {"engine.backend": "fake", "http.tcp": False, "http.unix_socket": str(folder / "none" / "s")}
+    with pytest.raises(SystemFailure, match="No such file or directory"):
+        preflight.look(load(None, flags), None)
+    Path(address.path).write_text("")
+    with pytest.raises(SystemFailure, match="is not a socket"):
+        preflight.look(load(None, flags | {"http.unix_socket": address.path}), None)
+    # The folder of the control socket is made by a start.
+    flags["supervisor.control_socket"] = str(folder / "none" / "control.sock")
+    with pytest.raises(pytest.fail.Exception, match="the host is asked first"):
+        preflight.look(load(None, flags), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import msgspec
@@ -15,6 +16,7 @@ from lightllmd.supervisor.children import probing
 from lightllmd.supervisor.context import Commands
 from lightllmd.supervisor.host import listeners as http_listeners
 from lightllmd.supervisor.host import unix_listener
+from lightllmd.supervisor.host.runtime_directory import control_socket_path
 from lightllmd.supervisor.host.unix_listener import UnixAddress
 
 
@@ -25,7 +27,9 @@ def look(config: Config, config_file: str | None, commands: Commands | None = No
     if config.http.tcp:
         for listener in http_listeners.bind(config.params.host, 0, patience=0):
             listener.close()
-    if (unix := UnixAddress.of(config.http)) is not None:
+    unix = UnixAddress.of(config.http)
+    control = control_socket_path(config.supervisor.control_socket, os.environ, os.getuid())
+    if unix is not None and os.path.dirname(unix.path) != str(control.parent):  # which a start makes
         unix_listener.check(unix)
     facts = _facts(config, config_file, commands or Commands())
     try:
