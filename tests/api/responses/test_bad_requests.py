@@ -53,6 +53,12 @@ FAULTS = [
     ({"input": "x", "metadata": {"a" * 65: "b"}}, "metadata", "metadata"),
     ({"input": "x", "truncation": "yes"}, "truncation", "truncation"),
     ({"input": "x", "prompt_logprobs": 1}, "prompt_logprobs", "prompt_logprobs"),
+    ({"input": "x", "guided_regex": "a", "guided_choice": ["a"]}, "guided_regex says already", "guided_choice"),
+    (
+        {"input": "x", "guided_regex": "a", "text": {"format": {"type": "json_object"}}},
+        "text.format says already",
+        "guided_regex",
+    ),
     ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format", "text.format"),
     (
         {"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}},

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import msgspec
 from pydantic import Field, model_validator
 
 from lightllmd.api.dialects.openai_bodies import SamplingFields
 from lightllmd.api.dialects.responses.items import Identifier, InputMessage, Item, Items, prepared
+from lightllmd.api.dialects.structured import StructuredOutputs
 from lightllmd.dialogue.tools import MAX_TOOL_NAME, MAX_TOOLS, Dialogue, Tool, ToolChoice, check_tools
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import MAX_COUNT, MAX_LOGPROBS, Body, RefusedField
+from lightllmd.requests.guided import GuidedFields, schemas, the_only_one
 
 MAX_METADATA = 16  # pairs
 LOGPROBS = "message.output_text.logprobs"  # of `include`
@@ -107,7 +108,7 @@ class ReasoningSettings(Body):
         return (self.summary or self.generate_summary) is not None
 
 
-class ResponsesBody(SamplingFields):
+class ResponsesBody(GuidedFields, SamplingFields):
     """The body of /v1/responses."""
 
     without_effect = frozenset(
@@ -126,6 +127,7 @@ class ResponsesBody(SamplingFields):
         "prompt": RefusedField((None,), *_ELSEWHERE),
         "context_management": RefusedField((None, []), *_ELSEWHERE),
         "moderation": RefusedField((None,), *_ELSEWHERE),
+        "prompt_logprobs": RefusedField(why="a response has no room for them", inherited=True),
     }
 
     input: str | Items
@@ -173,6 +175,7 @@ class ResponsesBody(SamplingFields):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="as vLLM has it")
     chat_template_kwargs: dict[str, Any] = Field(
         default={}, description="further names for the model's chat template, such as enable_thinking"
     )
@@ -186,8 +189,6 @@ class ResponsesBody(SamplingFields):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.prompt_logprobs is not None:
-            raise contradiction("prompt_logprobs", "prompt_logprobs: a response has no room for them")
         if self.max_output_tokens is not None and self.min_tokens > self.max_output_tokens:
             raise contradiction(
                 "min_tokens",
@@ -216,11 +217,15 @@ class ResponsesBody(SamplingFields):
 
     @property
     def constraint(self) -> Constraint | None:
-        """What `text.format` asks for."""
+        """What the text has to be, as one of the fields says. Raises InvalidRequest for two of them."""
         given = self.text.format
+        asked: list[Constraint] = []
         if isinstance(given, SchemaFormat):
-            return Constraint("json_schema", msgspec.json.encode(given.schema_).decode(), "text.format.schema")
-        return Constraint("json_object", "", "text.format") if given.type == "json_object" else None
+            asked = schemas(given.schema_, "text.format.schema")
+        elif given.type == "json_object":
+            asked = [Constraint("json_object", "", "text.format")]
+        asked += [] if self.structured_outputs is None else self.structured_outputs.constraints()
+        return the_only_one([*asked, *self.guided()])
 
     @property
     def dialogue(self) -> Dialogue:
