@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
-from functools import cache
+from functools import lru_cache
 
 from lightllmd.grammar.ebnf.expressions import (
     EMPTY,
@@ -94,7 +94,7 @@ def integer(interval: Interval, divisor: int = 1) -> Expression | None:
     return alt(parts)
 
 
-@cache
+@lru_cache(16)
 def _multiples(divisor: int) -> Expression:
     """Of a small number, above 0: by the remainders that their digits leave, from the last one to the first."""
     power, digits = 1, 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightllmd.grammar.ebnf.expressions import matches
 from lightllmd.grammar.ebnf.reading import Alternative, SchemaDocument, Subschema, literals, types, written_types
-from lightllmd.grammar.ebnf.shapes import arrays, numbers, objects, text_shape
+from lightllmd.grammar.ebnf.shapes import ObjectShape, arrays, numbers, objects, text_shape
 
 _MAX_DEPTH = 6  # of properties and items that are looked into for a difference
 
@@ -138,7 +138,7 @@ def _arrays_apart(document: SchemaDocument, written: Alternative, other: Alterna
 
 
 def _objects_apart(document: SchemaDocument, written: Alternative, other: Alternative, depth: int) -> bool:
-    one, two = objects(written), objects(other)
+    one, two = _object_shape(document, written), _object_shape(document, other)
     for name in two.required.difference(one.declared):
         if not one.open and not any(matches(text, name) for text, _, _ in one.by_pattern):
             return True
@@ -150,6 +150,15 @@ def _objects_apart(document: SchemaDocument, written: Alternative, other: Altern
             if _nodes_apart(document, one.declared[name], theirs, depth):
                 return True
     return False
+
+
+def _object_shape(document: SchemaDocument, alternative: Alternative) -> ObjectShape:
+    known = document.object_shapes
+    kept = known.get(id(alternative))
+    if kept is None:
+        kept = known[id(alternative)] = alternative, objects(alternative)
+    shape: ObjectShape = kept[1]
+    return shape
 
 
 def _nodes_apart(

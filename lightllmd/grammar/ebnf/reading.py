@@ -86,11 +86,20 @@ class SchemaDocument:
         _check_depth(schema, field)
         self.root = Subschema(schema, field)
         self._steps = 0
+        # What is said of objects, by the alternative, which lives as long: many are held against many.
+        self.object_shapes: dict[int, Any] = {}
+        self._known: dict[tuple[str, ...], list[Alternative]] = {}  # by the paths of their schemas
         self._open: list[str] = []  # paths that are being read at one place of the instance
 
     def alternatives(self, nodes: Iterable[Subschema]) -> list[Alternative]:
         """Of what is valid under all of them."""
         nodes = [*nodes]
+        key = tuple(node.path for node in nodes)
+        if key not in self._known:
+            self._known[key] = self._combinations(nodes)
+        return self._known[key]
+
+    def _combinations(self, nodes: list[Subschema]) -> list[Alternative]:
         found = self._product([self._read(node) for node in nodes], nodes[0].path if nodes else self.root.path)
         origin = self.resolved(nodes[0]).path if len(nodes) == 1 else ""
         return [replace(one, origin=origin) for one in found]

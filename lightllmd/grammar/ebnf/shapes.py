@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from lightllmd.grammar.ebnf.expressions import Expression, matches
@@ -111,7 +111,7 @@ def pattern(value: Any, path: str) -> Expression:
         raise refusal(path, f"{fault}; got {value!r:.80}") from None
 
 
-@cache
+@lru_cache(256)
 def _searched(value: str) -> Expression:
     return searched(value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 
 from lightllmd.grammar.ebnf.expressions import (
     EMPTY,
@@ -87,7 +87,7 @@ def _in_json(expression: Expression) -> Expression:
     return expression
 
 
-@cache
+@lru_cache(1024)
 def _escaped(members: Chars) -> Expression:
     """Control characters without an escape of their own only where a set has nothing else."""
     plain = both(members, PLAIN)
@@ -214,13 +214,13 @@ _WEB = r"https?://[a-z][a-z0-9]{0,15}\.[a-z]{2,8}/[A-Za-z0-9._~!$&'()*+,;=:@/-]*
 REFUSED_FORMATS = frozenset({"regex"})  # JSON Schema's own, of which no grammar is made
 
 
-@cache
+@lru_cache(64)
 def short_format(text: Expression) -> Expression | None:
     """Of what `format_text` gave, a part whose length can be bounded."""
     return whole(_WEB) if text == format_text("uri") else None
 
 
-@cache
+@lru_cache(64)
 def format_text(name: str) -> Expression | None:
     """The texts of a format, by the RFCs that JSON Schema names; some are left out that are not written. None: JSON
     Schema doesn't define it, so that it is an annotation."""
