@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -45,6 +45,7 @@ from lightllmd.text.tokenizer import load_tokenizer
 __all__ = ["LLM", "Embedded", "Generated", "Output", "Scored"]
 
 PLACE = "LLM"  # where problems of the parameters are said to be
+Job = OfflineJob | ScoreJob
 OWNER = (0, 1)  # api worker and epoch in the scheduler's books: there is only this one
 
 
@@ -66,7 +67,17 @@ class LLM:
     def __init__(
         self, model_dir: str | os.PathLike[str] | None = None, *, progress: bool = True, **parameters: Any
     ) -> None:
-        self.plan = _plan(model_dir, parameters)
+        self._start(_plan(model_dir, parameters), progress)
+
+    @classmethod
+    def of(cls, config: Config, *, progress: bool = True) -> Self:
+        """Of a configuration file, say: what `lightllmd` would serve with it. Raises as the constructor does."""
+        llm = cls.__new__(cls)
+        llm._start(_resolved(config), progress)
+        return llm
+
+    def _start(self, plan: Plan, progress: bool) -> None:
+        self.plan = plan
         self._runner = runner_for(self.plan)
         with LoadBar(self.plan.model_name, progress) as bar:
             self._runner.load(self.plan, bar.update)
@@ -74,8 +85,8 @@ class LLM:
         self._scheduler = scheduler_for(self.plan, generation=1)
         self._loop = StepLoop(self._scheduler, self._runner)
         inline = Inline(lambda: self.tokenizer, RequestLimits.of(self.plan))
-        self._intake = Intake(self.plan, lambda: self.tokenizer, inline)
-        self._jobs: dict[int, OfflineJob | ScoreJob] = {}  # in the engine now, by request number
+        self.intake = Intake(self.plan, lambda: self.tokenizer, inline)
+        self._jobs: dict[int, Job] = {}  # in the engine now, by request number
         self._numbers = 0  # the newest request's
         self._unusable = ""  # why nothing can be generated any more
 
@@ -122,7 +133,7 @@ class LLM:
         """
         self._check_usable()
         jobs = open_jobs(
-            self._intake, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize
+            self.intake, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize
         )
         self._run_all(jobs, progress, max_running)
         return [job.output() for job in jobs]
@@ -145,7 +156,7 @@ class LLM:
         """
         self._check_usable()
         jobs = pooling_jobs(
-            self._intake, prompts, prompt_token_ids, add_special_tokens=add_special_tokens, use_cache=use_cache
+            self.intake, prompts, prompt_token_ids, add_special_tokens=add_special_tokens, use_cache=use_cache
         )
         self._run_all(jobs, progress, max_running)
         return [job.output() for job in jobs]
@@ -172,7 +183,7 @@ class LLM:
         if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
             raise InvalidRequest(f"dimensions: should be a positive integer; got {dimensions!r}", param="dimensions")
         jobs = pooling_jobs(
-            self._intake,
+            self.intake,
             prompts,
             prompt_token_ids,
             add_special_tokens=add_special_tokens,
@@ -184,26 +195,45 @@ class LLM:
         self._run_all(jobs, progress, max_running)
         return [job.embedded() for job in jobs]
 
-    def _run_all(self, jobs: Sequence[OfflineJob | ScoreJob], progress: bool, max_running: int | None) -> None:
-        with self._limited(max_running), RequestBar(len(jobs), progress) as bar, _deferred_interrupt() as check:
+    def run_jobs(self, jobs: Iterable[Job], ended: Callable[[Job], None], expected: int | None = None) -> None:
+        """Runs `jobs` until all have ended, each of which `ended` is told. One is asked for when there is room for it,
+        so that there may be any number. `expected`: of a progress bar, which tells jobs; None: there is none.
+
+        Raises EngineError when the engine can't go on, and what `jobs` and `ended` raise. ^C ends what is running.
+        """
+        self._check_usable()
+        with RequestBar(expected or 0, bool(expected)) as bar, _deferred_interrupt() as check:
             try:
-                self._run(jobs, bar, check)
+                self._run(jobs, bar, check, ended)
             except BaseException:
                 self._abandon()
                 raise
 
-    def _run(self, jobs: Sequence[OfflineJob | ScoreJob], bar: RequestBar, check: Callable[[], None]) -> None:
+    def _run_all(self, jobs: Sequence[Job], progress: bool, max_running: int | None) -> None:
+        with self._limited(max_running), RequestBar(len(jobs), progress) as bar, _deferred_interrupt() as check:
+            try:
+                self._run(jobs, bar, check, lambda job: None)
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _run(
+        self, jobs: Iterable[Job], bar: RequestBar, check: Callable[[], None], ended: Callable[[Job], None]
+    ) -> None:
         """Until all have ended. `check` raises KeyboardInterrupt when one is due."""
-        line = [*reversed(jobs)]  # the next one is last
-        while line or self._loop.busy:
-            while line and self._submit(line[-1]):
-                line.pop()
+        coming = iter(jobs)
+        job = next(coming, None)
+        while job is not None or self._loop.busy:
+            while job is not None and self._submit(job):
+                job = next(coming, None)
             for output in self._turn():
-                ended = self._deliver(output)
-                bar.advance(ended, len(output.tokens))
+                done = self._deliver(output)
+                for one in done:
+                    ended(one)
+                bar.advance(len(done), len(output.tokens))
             check()
 
-    def _submit(self, job: OfflineJob | ScoreJob) -> bool:
+    def _submit(self, job: Job) -> bool:
         """False: the queue is full."""
         number = self._numbers + 1
         branches = job.width
@@ -218,9 +248,10 @@ class LLM:
             raise InvalidRequest(rejected.message)
         return rejected is None
 
-    def _deliver(self, output: StepOutput) -> int:
-        """Gives each branch its token, each prompt that is scored its vectors. Returns how many requests ended."""
-        jobs, before = self._jobs, len(self._jobs)
+    def _deliver(self, output: StepOutput) -> list[Job]:
+        """Gives each branch its token, each prompt that is scored its vectors. Returns those that ended."""
+        jobs: dict[int, Job] = self._jobs
+        ended: list[Job] = []
         for number, cached in output.cached:
             if number in jobs:
                 jobs[number].cached = cached
@@ -230,6 +261,7 @@ class LLM:
             scored = jobs.pop(result.request)
             assert isinstance(scored, ScoreJob)
             scored.vectors = result.vectors
+            ended.append(scored)
         for part in output.prompts:
             told = jobs.get(part.request)
             if isinstance(told, OfflineJob) and not told.prompt_log.take(part):
@@ -251,7 +283,8 @@ class LLM:
                 self._scheduler.abort(number, [branch])
             if not job.left:
                 del jobs[number]
-        return before - len(jobs)
+                ended.append(job)
+        return ended
 
     def _turn(self) -> list[StepOutput]:
         """One turn of the engine. What breaks it leaves scheduler and runner of two minds, so nothing may follow."""
@@ -351,20 +384,25 @@ def _plan(model_dir: str | os.PathLike[str] | None, parameters: Mapping[str, Any
         config = load(None, flags)
         if problems:
             raise ConfigInvalid([])
-        params, engine = config.params, config.engine
-        asked = Request(
-            model_dir=params.model_dir,
-            load_way=params.load_way,
-            backend=engine.backend,
-            device=engine.device,
-            threads=engine.threads,
-            tokenizer_mode=params.tokenizer_mode,
-            trust_remote_code=params.trust_remote_code,
-        )
-        facts = probe(asked)
-        return resolve(config, facts)
+        return _resolved(config)
     except ConfigInvalid as invalid:
         raise ConfigInvalid([*problems, *(replace(one, file=PLACE) for one in invalid.problems)]) from None
+
+
+def _resolved(config: Config) -> Plan:
+    """Probed and resolved. Raises ConfigInvalid, WeightsInvalid, NoUsableDevice."""
+    params, engine = config.params, config.engine
+    asked = Request(
+        model_dir=params.model_dir,
+        load_way=params.load_way,
+        backend=engine.backend,
+        device=engine.device,
+        threads=engine.threads,
+        tokenizer_mode=params.tokenizer_mode,
+        trust_remote_code=params.trust_remote_code,
+    )
+    facts = probe(asked)
+    return resolve(config, facts)
 
 
 def _flags(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

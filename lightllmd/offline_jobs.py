@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import msgspec
 from pydantic import Field, ValidationError, model_validator
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import FINISH_ABORT, PoolingParams, SamplingParams
 from lightllmd.requests.asked import FieldNames, Prompt
-from lightllmd.requests.branch import Branch, open_branches
+from lightllmd.requests.branch import Branch
 from lightllmd.requests.faults import contradiction, from_validation, shown
 from lightllmd.requests.fields import MAX_LOGPROBS
 from lightllmd.requests.intake import AdmittedJob, Intake
@@ -117,7 +117,7 @@ class OfflineJob:
         """Without a tokenizer its output has no text."""
         self._checked = checked
         self._detokenized = tokenizer is not None
-        self.branches = open_branches(self.params.n, self.prompt_ids, checked.text, tokenizer, self.params.healing)
+        self.branches = checked.branches(tokenizer)
         self.prompt_log = PromptLog()
         self.cached = 0  # prompt tokens that were found in the prompt cache
         self.left = len(self.branches)
@@ -136,6 +136,16 @@ class OfflineJob:
     def prompt_ids(self) -> list[int]:
         """As they are run."""
         return self._checked.prompt_ids
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompt, with what was healed."""
+        return len(self._checked.given_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of all branches."""
+        return sum(len(branch.ids) for branch in self.branches)
 
     def take(
         self, index: int, token: int, logprob: float, alternatives: list[tuple[int, float]] | None, finish: int
@@ -159,7 +169,7 @@ class OfflineJob:
         log, asked = self.prompt_log, self.params.prompt_logprobs
         logprobs = log.logprobs if asked >= 0 else None
         tops = [log.alternatives(index) for index in range(len(log.logprobs))] if asked > 0 else None
-        return Output(self.prompt_ids, branches, len(self._checked.given_ids), self.cached, logprobs, tops)
+        return Output(self.prompt_ids, branches, self.prompt_tokens, self.cached, logprobs, tops)
 
     def _generated(self, branch: Branch) -> Generated:
         tops = [others or [] for others in branch.alternatives] if self.params.top_logprobs else None
@@ -172,6 +182,7 @@ class ScoreJob:
 
     __slots__ = ("_checked", "cached", "vectors")
     width = 1  # branches that the engine runs
+    branches: ClassVar[Sequence[Branch]] = ()
 
     def __init__(self, checked: ScoringJob) -> None:
         self._checked = checked
@@ -188,14 +199,24 @@ class ScoreJob:
         """As they are run."""
         return self._checked.prompt_ids
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompt."""
+        return len(self._checked.given_ids)
+
+    @property
+    def values(self) -> list[list[float]]:
+        """The numbers of `vectors`."""
+        return [array("f", vector).tolist() for vector in self.vectors]
+
     def output(self) -> Scored:
         """Once it has ended and was scored."""
-        return Scored(self.prompt_ids, [array("f", vector).tolist() for vector in self.vectors], self.cached)
+        return Scored(self.prompt_ids, self.values, self.cached)
 
     def embedded(self) -> Embedded:
         """Once it has ended and was embedded."""
-        (vector,) = self.vectors
-        return Embedded(self.prompt_ids, array("f", vector).tolist(), self.cached)
+        (vector,) = self.values
+        return Embedded(self.prompt_ids, vector, self.cached)
 
 
 def pooling_jobs(
