@@ -161,7 +161,7 @@ def test_a_stop_ends_its_branch_alone_and_is_shown(overlapped: LLM, kind: str) -
 def test_no_more_rows_run_than_allowed(fake: LLM) -> None:
     sizes = []
     launch = fake._runner.launch
-    fake._runner.launch = lambda step, beat: (sizes.append(step.size), launch(step, beat))  # type: ignore
+    fake._runner.launch = lambda step, *more: (sizes.append(step.size), launch(step, *more))  # type: ignore
     fake.generate(["x"] * 20, max_new_tokens=5, max_running=3)
     assert max(sizes) == 3
     sizes.clear()
