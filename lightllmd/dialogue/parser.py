@@ -11,6 +11,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Protocol
 
 from lightllmd.dialogue.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning
@@ -90,6 +91,9 @@ class Marks:
         return len(text)
 
 
+marks_of = lru_cache(256)(Marks)  # those of a format are the same for all that it parses
+
+
 class MarkParser(Parser):
     """Reads texts that marks part. What stands for a state is a method that reads from the beginning of `_held` and
     says whether there is more to do before further text comes. Where it gives up a search it has looked at a number of
@@ -102,8 +106,8 @@ class MarkParser(Parser):
         """`marks`: those that `_on_mark` is told of. `think`: what reasoning stands between; `inside`: the output
         begins within it."""
         self._think_open, think_close = think or ("", "")
-        self._marks = Marks([*marks, *([self._think_open] if think else [])])
-        self._think_marks = Marks([think_close] if think else [])
+        self._marks = marks_of(frozenset([*marks, *([self._think_open] if think else [])]))
+        self._think_marks = marks_of(frozenset([think_close] if think else []))
         self._held = ""
         self._spaces = inside  # white space that comes next is dropped
         self._events: list[Event] = []

@@ -104,20 +104,20 @@ class DialogueFields(Body):
     @model_validator(mode="after")
     def _tools_fit(self) -> Self:
         for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
-            if getattr(self, old) is not None and getattr(self, new) is not None:
+            if getattr(self, old) and getattr(self, new):
                 raise InvalidRequest(f"{old}: it is the older form of {new}; one of them, not both", param=old)
-        check_tools(self.dialogue, "functions" if self.functions is not None else "tools")
+        check_tools(self.dialogue, "functions" if self.functions else "tools")
         return self
 
     @property
     def as_functions(self) -> bool:
         """The client speaks the older form, which has one call at most."""
-        return self.functions is not None
+        return bool(self.functions)
 
     @property
     def dialogue(self) -> Dialogue:
         """In no dialect."""
-        if self.functions is not None:
+        if self.functions:
             tools = [one.tool(f"functions.{index}") for index, one in enumerate(self.functions)]
         else:
             tools = [one.function.tool(f"tools.{index}.function") for index, one in enumerate(self.tools or ())]

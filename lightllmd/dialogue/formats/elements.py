@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightllmd.dialogue.parser import MAX_HELD, MAX_NAME, MarkParser, Marks
+from lightllmd.dialogue.parser import MAX_HELD, MAX_NAME, MarkParser, marks_of
 
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _STRING = "string"
@@ -92,9 +92,9 @@ class ElementParser(MarkParser):
         self._raw = ""  # what would be content if it were no call
         self._keys = 0  # arguments that were begun
         self._key = ""
-        self._value_marks = Marks([marks.value_end])
+        self._value_marks = marks_of(frozenset({marks.value_end}))
         ends = [marks.name_end] if marks.name_end else ["\n", marks.key, marks.close]
-        self._name_ends = Marks(ends)
+        self._name_ends = marks_of(frozenset(ends))
         self._types: frozenset[str] = frozenset()
         self._value: list[str] | None = None  # of the argument, where all of it has to be there first
         self._value_size = 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 
 from lightllmd.dialogue.events import Content, Reasoning
-from lightllmd.dialogue.parser import MAX_NAME, MarkParser, Marks
+from lightllmd.dialogue.parser import MAX_NAME, MarkParser, marks_of
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -32,7 +32,7 @@ class HarmonyParser(MarkParser):
         super().__init__([START, CHANNEL], think=None)
         self._finds_calls = calls
         self._apart = apart
-        self._body_marks = Marks([START, END, CALL, RETURN])
+        self._body_marks = marks_of(frozenset({START, END, CALL, RETURN}))
         self._header = ""
         self._kind: type[Content | Reasoning] | None = Content  # of the body; None: arguments
         self._said: set[type[Content | Reasoning]] = set()
