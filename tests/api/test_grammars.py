@@ -12,6 +12,8 @@ import pytest
 
 from api.frontend_harness import make_plan
 from bench.grammar import words
+from lightllmd.api.helpers import grammars as checked_grammars
+from lightllmd.api.helpers import pool
 from lightllmd.api.helpers.grammars import CheckedGrammars
 from lightllmd.errors import InvalidRequest
 from lightllmd.grammar.check import GrammarCheck
@@ -93,10 +95,27 @@ def test_no_token_of_usual_schemas_takes_a_step_long_to_match(check: GrammarChec
 @pytest.mark.parametrize(
     "grammar",
     [
-        Grammar("ebnf", "root ::= a{1,100}\na ::= b{1,100}\nb ::= c{1,100}\nc ::= d{1,100}\nd ::= [a-z]{1,100}"),
         Grammar("ebnf", 'root ::= a{1,1000}\na ::= b{1,1000}\nb ::= ("x" | "y"){1,1000}'),
     ],
 )
 def test_what_takes_a_step_long_to_match_is_refused(check: GrammarCheck, grammar: Grammar) -> None:
     with pytest.raises(InvalidRequest, match=r"^schema: a token takes \d+ ms to match, more than 10 ms; got ebnf"):
         check.check(grammar, "schema")
+
+
+def test_what_takes_too_long_to_compile_is_refused_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the end of the process that compiled it."""
+    monkeypatch.setattr(checked_grammars, "SECONDS", 0.2)
+    monkeypatch.setattr(pool, "_PATIENCE", 300)  # seconds by the clock, for each of CPU time
+    alternatives = " | ".join(
+        f'"{number:x} {number}" [a-z]{{{number % 9},{number % 9 + 40}}}' for number in range(12_000)
+    )
+
+    async def work(grammars: CheckedGrammars) -> None:
+        says = r"^guided: compiling this ebnf of \d+ characters takes more than 0.2 s of CPU time or 512 MB of memory$"
+        with pytest.raises(InvalidRequest, match=says):
+            await grammars.check(Grammar("ebnf", f"root ::= {alternatives}"), "guided")
+        monkeypatch.setattr(checked_grammars, "SECONDS", 3.0)
+        await grammars.check(Grammar("regex", "[a-z]+"), "guided")
+
+    checking(work)
