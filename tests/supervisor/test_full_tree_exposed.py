@@ -86,6 +86,10 @@ def test_an_exposed_daemon_keeps_its_word_while_its_parts_die(tmp_path: Path, sh
         with local() as client:
             assert client.post("/generate", json=body).status_code == 401
 
+        with daemon.control_client() as control:
+            told = [control.get(path).text for path in ("/v1/config", "/v1/config?effective=1", "/v1/status")]
+        assert not any(secret in text or hashed(secret) in text for text in told)
+
         # A stream over TLS: its engine is killed, its certificate renewed.
         answer: list[httpx.Response] = []
 
