@@ -320,6 +320,7 @@ class WorkerSeen(msgspec.Struct, frozen=True):
     state: str  # as snapshot.WorkerStatus: "starting" | "running" | "backoff" | "stopping" | "exited" | "fatal"
     said: str  # where it has got to, for people
     restarts: int
+    ready: bool  # it is in service
 
 
 class Overview(msgspec.Struct, tag="overview", frozen=True):

@@ -30,7 +30,10 @@ HOSTILE = """<script>alert(1)</script>"'&{{7*7}}</title><img src=x onerror=alert
 
 def overview(**told: Any) -> Overview:
     counts = {"in_flight": 1, "held": 3, "ok": 1234, "cancelled": 2, "failed": 0, "resumed": 5}
-    workers = [WorkerSeen("api-0", "running", "Ready", 0), WorkerSeen("engine-0", "running", "Loading weights 42%", 2)]
+    workers = [
+        WorkerSeen("api-0", "running", "Ready", 0, True),
+        WorkerSeen("engine-0", "starting", "Loading weights 42%", 2, False),
+    ]
     facts = {"started": time.time() - 7500, "sentence": "Serving it", "tokens_per_second": 38.4, "workers": workers}
     return Overview(**(facts | counts | told))
 
@@ -84,7 +87,7 @@ def test_the_page_tells_what_the_worker_knows(tmp_path):
             state = (await one.client.get("/page/state")).json()
             assert (state["ready"], state["kind"], state["rate"], state["share"]) == (True, "chat", 38.4, 0)
             assert all(value in text for value in state["texts"].values())
-            assert [worker["well"] for worker in state["workers"]] == [True, False]
+            assert [worker["ready"] for worker in state["workers"]] == [True, False]
             head = await one.client.head("/")
             assert (head.status_code, head.content, head.headers["content-length"]) == (
                 200,
@@ -151,7 +154,7 @@ def test_nothing_on_the_page_needs_another_server_or_an_exception_of_the_policy(
 def test_names_are_text_whatever_they_hold(tmp_path):
     async def scenario():
         async with stack(tmp_path, plan=make_plan(model=HOSTILE)) as one:
-            one.tell(overview(sentence=HOSTILE, workers=[WorkerSeen(HOSTILE, "fatal", HOSTILE, 1)]))
+            one.tell(overview(sentence=HOSTILE, workers=[WorkerSeen(HOSTILE, "fatal", HOSTILE, 1, False)]))
             one.tell(messages.Health(False, HOSTILE))
             await until(lambda: one.worker.revisions.overview is not None and not one.healthy)
             answer = await one.client.get("/")

@@ -52,10 +52,10 @@ def test_workers_are_told_how_all_others_are(world: World) -> None:
     world.ticks(10)
     overview = world.told[-1]
     assert overview.sentence.startswith("Serving")
-    assert [(one.name, one.state, one.restarts) for one in overview.workers] == [
-        ("api-0", "running", 0),
-        ("api-1", "running", 0),
-        ("engine-0", "running", 0),
+    assert [(one.name, one.state, one.restarts, one.ready) for one in overview.workers] == [
+        ("api-0", "running", 0, True),
+        ("api-1", "running", 0, True),
+        ("engine-0", "running", 0, True),
     ]
     assert overview.started == world.simulation.supervisor.started
 

@@ -21,7 +21,7 @@ class WorkerShown(msgspec.Struct, frozen=True):
 
     name: str
     said: str
-    well: bool  # it does its work
+    ready: bool
 
 
 class View(msgspec.Struct, frozen=True):
@@ -83,10 +83,7 @@ def view_of(revisions: Revisions) -> View:
         "uptime": duration(time.time() - overview.started),
         "requests": _ends(overview.ok, overview.failed, overview.cancelled, overview.resumed),
     }
-    workers = [
-        WorkerShown(one.name, _said(one.said, one.restarts), one.state == "running" and one.said == "Ready")
-        for one in overview.workers
-    ]
+    workers = [WorkerShown(one.name, _said(one.said, one.restarts), one.ready) for one in overview.workers]
     return View(ready, health, overview.sentence, kind_of(revision), rate, share, texts, workers)
 
 

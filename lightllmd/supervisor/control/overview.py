@@ -70,4 +70,4 @@ class OverviewFeed:
 
 def _seen(worker: Worker) -> WorkerSeen:
     said = worker.trouble if worker.state in ("fatal", "backoff") else describe(worker)
-    return WorkerSeen(worker.name, worker.state, said, worker.restarts)
+    return WorkerSeen(worker.name, worker.state, said, worker.restarts, worker.ready)

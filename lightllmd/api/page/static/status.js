@@ -123,7 +123,7 @@ export class Status {
   }
 }
 
-function worker({ name, said, well }) {
+function worker({ name, said, ready }) {
   const told = [element("span", { class: "name" }, name), " ", element("span", { class: "said" }, said)];
-  return element("li", { "data-well": well }, ...told);
+  return element("li", { "data-ready": ready }, ...told);
 }
