@@ -75,10 +75,10 @@ class Tab:
     def close(self, *, scripts: bool = True) -> None:
         """Raises AssertionError if a page complained of anything."""
         refused = [page.evaluate("window.refused") for page in self.context.pages] if scripts else []
+        unexpected = [error for error in self.errors if not any(part in error for part in self.expected)]
         for page in self.context.pages:
             page.unroute_all(behavior="ignoreErrors")  # a request may be on its way
         self.context.close()
-        unexpected = [error for error in self.errors if not any(part in error for part in self.expected)]
         assert unexpected == []
         assert not any(refused)
 
