@@ -25,7 +25,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.text.tool_messages import as_texts, described, suited
+from lightllmd.text.tool_messages import as_texts, described, suited, with_contents
 
 MAX_MESSAGES = 4096
 MAX_DEPTH = 64  # of lists and objects inside each other
@@ -189,14 +189,23 @@ class ChatTemplate:
             "tools": _plain(list(tools), "tools") if tools else None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
-        try:
-            text = self._run(self._templates[name], names, clock)
-        except InvalidRequest:
-            # Most templates take the arguments of calls as objects, a few (DeepSeek's) as texts.
-            if not as_texts(plain):
-                raise
-            text = self._run(self._templates[name], names, clock)
+        text = self._rendered(self._templates[name], names, clock)
         return text if mark is None else _up_to(text, mark)
+
+    def _rendered(self, template: jinja2.Template, names: dict[str, Any], clock: Callable[[], float]) -> str:
+        """Most templates take messages with calls as clients send them, but with arguments as objects. Some want a text
+        for their content (Qwen3's), some for the arguments (DeepSeek's), which is seen when they fail."""
+        try:
+            return self._run(template, names, clock)
+        except InvalidRequest as refused:
+            refusal = refused
+        for change in (with_contents, as_texts):
+            if change(names["messages"]):
+                try:
+                    return self._run(template, names, clock)
+                except InvalidRequest:
+                    continue
+        raise refusal
 
     def _choose(self, with_tools: bool) -> str:
         for name in ("tool_use", "default") if with_tools else ("default",):

@@ -89,6 +89,16 @@ def suited(messages: list[Message], source: str) -> list[Message]:
     return _one_by_one(messages) if _ONE_AT_ONCE.search(source) else messages
 
 
+def with_contents(messages: list[Message]) -> bool:
+    """Gives messages with calls and no content an empty one; whether there were such."""
+    found = False
+    for message in messages:
+        if _calls(message) and message.get("content") is None:
+            message["content"] = ""
+            found = True
+    return found
+
+
 def as_texts(messages: list[Message]) -> bool:
     """Makes the arguments of calls JSON texts; whether there were others."""
     found = False

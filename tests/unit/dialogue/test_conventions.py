@@ -109,9 +109,15 @@ def test_templates_get_calls_as_they_take_them():
         "{{ m.content }}|{% endfor %}"
     )
 
+    # Qwen3's look into the content.
+    content = "{{ tools }}" + listed.replace(
+        "CALL", "{{ c.function.arguments.a + 1 }}{% if '</think>' in m.content %}{% endif %}"
+    )
+    assert "|assistant:2;2;|" in ChatTemplate(content).render(CALLED)
+
     # DeepSeek's put texts together.
     texts = "{{ tools }}" + listed.replace("CALL", "{{ c['function']['name'] + c['function']['arguments'] }}")
-    assert '|assistant:f{"a": 1};g{"a": 1};None|' in ChatTemplate(texts).render(CALLED)
+    assert '|assistant:f{"a": 1};g{"a": 1};|' in ChatTemplate(texts).render(CALLED)
     objects = "{{ tools }}" + listed.replace("CALL", "{{ c.function.arguments.a + 1 }}")
     assert "|assistant:2;2;None|" in ChatTemplate(objects).render(CALLED)
 
