@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,6 +16,8 @@ import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import ValidationError
 
+from clients import environments
+from clients.environments import HEAVY
 from closed_loop import ctl
 from config_file import Settings
 from harness import Daemon
@@ -157,6 +160,12 @@ def walk(whole: Whole, streamed: Streamed) -> None:
             assert events[-1].details.seed == answer.details.seed, name
         if parameters.get("top_n_tokens"):
             assert [event.top_tokens for event in events] == answer.details.top_tokens
+
+
+@HEAVY
+def test_text_generation_in_an_environment_of_its_own(daemon: Daemon) -> None:
+    interpreter = environments.python("text-generation==0.7.0")
+    environments.run(interpreter, Path(__file__).parent / "programs" / "text_generation_client.py", BASE=daemon.url)
 
 
 def test_every_parameter_by_huggingface_hub(daemon: Daemon) -> None:
