@@ -114,17 +114,32 @@ def test_operators_routes_take_an_operators_key_and_health_none(tmp_path: Path) 
             async def status(path: str, key: str) -> int:
                 return (await one.client.get(path, headers={"x-api-key": key})).status_code
 
-            for path in ("/docs", "/openapi.json", "/docs/oauth2-redirect"):
-                assert (await status(path, "alice"), await status(path, "root"), await status(path, "")) == (
-                    403,
-                    200,
-                    401,
-                )
+            for path in ("/docs", "/openapi.json"):
+                assert [await status(path, key) for key in ("alice", "root", "")] == [403, 200, 401]
+            assert [await status("/docs/any", key) for key in ("alice", "root", "")] == [403, 404, 401]
             assert await status("/metrics", "alice") == 403
             for path in ("/health", "/liveness", "/readiness"):
                 assert await status(path, "") == 200
             for path in ("/v1/models", "/get_model_name", "/docsy"):
                 assert await status(path, "alice") in (200, 404)
+
+    run(scenario())
+
+
+def test_browsers_open_operators_routes_with_the_key_as_password(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, api_keys_file=table(tmp_path, alice="", root="admin = true")) as one:
+            asked = await one.client.get("/docs")
+            assert asked.headers["www-authenticate"] == 'Basic realm="lightllmd", Bearer'
+
+            async def status(path: str, user: str, password: str) -> int:
+                return (await one.client.get(path, auth=(user, password))).status_code
+
+            assert await status("/docs", "any", "root") == await status("/openapi.json", "", "root") == 200
+            assert (await status("/docs", "any", "alice"), await status("/docs", "root", "wrong")) == (403, 401)
+            assert await status("/v1/models", "any", "root") == 401
+            for value in ("Basic", "Basic !", "Basic cm9vdA=="):
+                assert (await one.client.get("/docs", headers={"Authorization": value})).status_code == 401
 
     run(scenario())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import secrets
@@ -116,7 +117,12 @@ class KeyedAccess:
                 key = self._keys.admit(scope)
             except RequestError as refusal:
                 self._refusals.note(scope, refusal)
-                await self._errors.response(refusal, scope)(scope, receive, send)
+                response = self._errors.response(refusal, scope)
+                if isinstance(refusal, Unauthorized) and is_operators(scope["path"]):
+                    response.headers["WWW-Authenticate"] = (
+                        'Basic realm="lightllmd", Bearer'  # a browser asks for it then
+                    )
+                await response(scope, receive, send)
                 return
             if key is not None:
                 scope[KEY] = key
@@ -129,12 +135,23 @@ def _given(scope: Scope) -> Iterator[bytes]:
     for name, value in headers:
         if name == b"authorization":
             scheme, _, value = value.partition(b" ")
-            if scheme.lower() != b"bearer":
+            if scheme.lower() == b"basic" and is_operators(scope["path"]):
+                value = _password(value)
+            elif scheme.lower() != b"bearer":
                 continue
         elif name not in _KEY_HEADERS:
             continue
         if value := value.strip():
             yield value
+
+
+def _password(value: bytes) -> bytes:
+    """Of HTTP's basic authentication (RFC 7617), which browsers can do; on other routes a page of another origin could
+    have a browser use it. Empty where there is none."""
+    try:
+        return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def _first(keys: _Keys, digests: list[bytes]) -> ApiKey | None:
