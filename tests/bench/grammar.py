@@ -191,7 +191,7 @@ class Bench:
             seed=seed,
             constraint=None if schema is None else Constraint("json_schema", schema, "schema"),
         )
-        [job] = without_waiting(self._llm._intake.jobs(asked))
+        [job] = without_waiting(self._llm.intake.jobs(asked))
         return OfflineJob(job, None)
 
     def seconds(self, batch: int, context: int, new: int, every: int, drawn: bool) -> float:

@@ -55,7 +55,7 @@ def jobs_of(llm: LLM, kind: Any, text: str, *, new_tokens: int = 400, **params: 
         constraint=Constraint(kind, text, "grammar"),
         seed=params.get("seed"),
     )
-    return without_waiting(llm._intake.jobs(what))
+    return without_waiting(llm.intake.jobs(what))
 
 
 def texts(llm: LLM, kind: Any, text: str, **params: Any) -> list[str]:
