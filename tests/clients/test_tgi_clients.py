@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ NEEDS_CLIENT = pytest.mark.skipif(
 )
 PROMPT = "The three largest planets are"
 PROMPT_TOKENS = 5
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"]}
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -107,6 +110,14 @@ CASES = {
     ),
     "max_new_tokens": Case({"max_new_tokens": 1}, lambda answer: answer.details.generated_tokens == 1),
     "watermark": Case({"watermark": False}),
+    "grammar, a pattern": Case(
+        {"grammar": {"type": "regex", "value": " [A-Z][a-z]{2,9}\\."}, "max_new_tokens": 12},
+        lambda answer: re.fullmatch(" [A-Z][a-z]{2,9}\\.", answer.generated_text) and reason(answer) == "eos_token",
+    ),
+    "grammar, a schema": Case(
+        {"grammar": {"type": "json", "value": SCHEMA}, "max_new_tokens": 20},
+        lambda answer: 1 <= json.loads(answer.generated_text)["n"] <= 9,
+    ),
 }
 CASES["truncate"] = CASES["truncate"]._replace(streams=False)
 GREEDY: list[str] = []  # the text without any parameter
@@ -215,6 +226,9 @@ def test_chat_by_huggingface_hub(daemon: Daemon) -> None:
     told = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert told == answer.choices[0].message.content
     assert {chunk.system_fingerprint for chunk in chunks} == {answer.system_fingerprint}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+    answer = client.chat_completion(MESSAGES, max_tokens=20, response_format=form)  # type: ignore[arg-type]
+    assert 1 <= json.loads(answer.choices[0].message.content)["n"] <= 9
 
 
 def test_the_async_client_of_huggingface_hub(daemon: Daemon) -> None:
