@@ -43,9 +43,15 @@ class Outline:
     longest: int | None = None
     context: int | None = None  # tokens that the model was made for, where its config says so
 
-    generates: ClassVar[bool] = True
+    headless: bool = False  # its checkpoint holds the base alone, whose hidden states are what is wanted
+
     scores: ClassVar[ScoreHead | None] = None
     scored: ClassVar[ScoredModel | None] = None
+
+    @property
+    def generates(self) -> bool:
+        """It ends in logits."""
+        return not self.headless
 
     def weight_bytes(self, item: int) -> int:
         """Of weights with elements of `item` bytes."""

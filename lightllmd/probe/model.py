@@ -185,7 +185,8 @@ def _outline(path: Path, config: dict[str, Any], code: dict[str, str], load_way:
     if answered.outline is None:
         raise invalid(f"{where}: {answered.refused}")
     made, named = answered.outline.architecture, _named_architectures(config)
-    if named and made not in named and not any(name.endswith(CAUSAL_LMS) for name in named):
+    causal = made in named or any(name.endswith(CAUSAL_LMS) for name in named)
+    if named and not causal and not answered.outline.headless:
         raise invalid(
             f"{where}: the architecture {show(named[0])} is not available yet; transformers makes {made} of it"
         )
@@ -312,7 +313,7 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
     facts = _facts(path, form, config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
     facts = msgspec.structs.replace(_pooled(facts, pooling_of(path)), remote_code=code)
     if isinstance(architecture, Outline):
-        return facts
+        return msgspec.structs.replace(facts, headless=architecture.headless)
     return msgspec.structs.replace(facts, headless=architecture.spec.headless, unprefixed=architecture.unprefixed)
 
 

@@ -148,12 +148,17 @@ def test_one_that_slept_and_woke_has_the_same(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_modules_of_transformers_have_them_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [False, True])
+def test_modules_of_transformers_have_them_too(base: bool, tmp_path: Path) -> None:
+    """`base`: of a checkpoint without head, as e5-mistral is published."""
     folder = write_causal_lm(tmp_path, "mistral")
+    if base:
+        as_base_model(folder)
     found = outlined(str(folder), trust=False).outline
     assert found is not None
+    assert found.generates != base
     plan = embedding_plan(folder)
-    plan = msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, outline=found))
+    plan = msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, outline=found, headless=base))
     runner = CpuRunner()
     runner.load(plan, lambda done, total: None)
     engine, truth = Engine(plan, runner), Truth(folder)

@@ -73,7 +73,15 @@ def _of_transformers(
     dummy_weights = plan.config.params.load_way == "DUMMY"
     require_unchanged(model.stamps)
     checkpoint = None if dummy_weights else SafetensorsCheckpoint(model.files)
-    module = load(model.path, checkpoint, bool(model.remote_code), dtype, device, progress)
+    module = load(
+        model.path,
+        checkpoint,
+        bool(model.remote_code),
+        dtype,
+        device,
+        progress,
+        outline.base if outline.headless else None,
+    )
     require_unchanged(model.stamps)
     return TransformersModel(outline, module, kernels.attention)
 

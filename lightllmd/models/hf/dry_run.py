@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionMaskInterface
 
 from lightllmd.architecture.entries import invalid
+from lightllmd.architecture.heads import is_base_model
 from lightllmd.architecture.outline import Outline, Outlined, StepBytes
 from lightllmd.architecture.spec import GroupedQuery
 from lightllmd.errors import ConfigInvalid, LightllmdError
 from lightllmd.models.hf.attention import DRY, received, said
-from lightllmd.models.hf.fit import misfit
+from lightllmd.models.hf.fit import head_of, misfit
 from lightllmd.models.hf.loading import config_of, model_of
 from lightllmd.weights.headers import read_safetensors_headers
 
@@ -43,12 +45,17 @@ def outlined(directory: str, trust: bool, *, weights: bool = True) -> Outlined:
 
         with torch.device("meta"):
             module = model_of(config, torch.float32, DRY, trust)
-        found = Outlined(outline_of(module))
+        outline = outline_of(module)
+        head = frozenset[str]()
+        if is_base_model(config.to_dict()):
+            head = head_of(module, outline.base)
+            stored = sum(module.get_parameter(name).numel() for name in head)
+            outline = replace(outline, headless=True, parameters=outline.parameters - stored)
         if weights:
             files = read_safetensors_headers(directory)
-            if wrong := misfit(module, [tensor for file in files for tensor in file.tensors]):
+            if wrong := misfit(module, [tensor for file in files for tensor in file.tensors], head):
                 return Outlined(refused=wrong, damaged=True)
-        return found
+        return Outlined(outline)
     except ConfigInvalid as invalid:
         return Outlined(refused=invalid.problems[0].message)
 

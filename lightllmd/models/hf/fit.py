@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,9 +14,14 @@ from lightllmd.models.hf.attention import said
 from lightllmd.weights.headers import SAFETENSORS_READABLE, TensorInfo
 
 
-def misfit(model: Any, tensors: Iterable[TensorInfo]) -> str:
-    """In words; empty where they fit. Loads tensors without values into `model`, which is on the meta device: all that
-    transformers renames, fuses or cuts apart is as it will be."""
+def head_of(module: Any, base: str) -> frozenset[str]:
+    """The names of the parameters that are not of the module called `base`."""
+    return frozenset(name for name, _ in module.named_parameters() if not name.startswith(f"{base}."))
+
+
+def misfit(model: Any, tensors: Iterable[TensorInfo], unneeded: Collection[str] = ()) -> str:
+    """In words; empty where they fit. `unneeded`: parameters that may be missing. Loads tensors without values into
+    `model`, which is on the meta device: all that transformers renames, fuses or cuts apart is as it will be."""
     meta = torch.device("meta")
     stored = {one.name: torch.empty(one.shape, device=meta) for one in tensors if one.type in SAFETENSORS_READABLE}
     mapping = get_model_conversion_mapping(model)
@@ -27,7 +32,11 @@ def misfit(model: Any, tensors: Iterable[TensorInfo]) -> str:
         model._adjust_missing_and_unexpected_keys(found)
     except Exception as error:  # whatever the operations make of such tensors
         return f"transformers can't load its tensors: {said(error)}"
-    return unfit(found.missing_keys, found.mismatched_keys, [*found.conversion_errors.values(), *found.error_msgs])
+    return unfit(
+        set(found.missing_keys).difference(unneeded),
+        found.mismatched_keys,
+        [*found.conversion_errors.values(), *found.error_msgs],
+    )
 
 
 def unfit(missing: Iterable[str], mismatched: Iterable[Any], errors: Iterable[Any]) -> str:

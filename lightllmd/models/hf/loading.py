@@ -8,7 +8,7 @@ meanwhile is an error and not SIGBUS, and counted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightllmd.architecture.entries import invalid
 from lightllmd.errors import LightllmdError, WeightsInvalid
 from lightllmd.models.hf.attention import NAME, said
-from lightllmd.models.hf.fit import unfit
+from lightllmd.models.hf.fit import head_of, unfit
 from lightllmd.weights.loaded import Progress
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 
@@ -69,9 +69,11 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    base: str | None = None,
 ) -> nn.Module:
     """The model with the weights of `checkpoint`, which pass through host memory, or without one the weights that its
-    classes begin with, on `device`. Raises ConfigInvalid, WeightsInvalid."""
+    classes begin with, on `device`. `base`: the module that is wanted alone; what is not of it may be missing, and has
+    no elements. Raises ConfigInvalid, WeightsInvalid."""
     config = config_of(directory, trust)
     with torch.device("meta"):
         kind = type(model_of(config, dtype, NAME, trust))
@@ -80,7 +82,7 @@ def load(
         if checkpoint is None:
             made = beside.submit(_dummy, config, dtype, device, trust)
         else:
-            made = beside.submit(_made, kind, config, stored, dtype, directory)
+            made = beside.submit(_made, kind, config, stored, dtype, directory, base)
         try:
             while not made.done():
                 progress(stored.done, stored.total)
@@ -89,6 +91,9 @@ def load(
             stored.cancelled = True
             raise
         module = made.result()
+    if base is not None:
+        for name in head_of(module, base):
+            module.get_parameter(name).data = torch.empty(0, dtype=dtype)
     _move(module, device, progress)
     return module
 
@@ -100,7 +105,7 @@ def _dummy(config: Any, dtype: torch.dtype, device: torch.device, trust: bool) -
         return model_of(config, dtype, NAME, trust).requires_grad_(False)
 
 
-def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory: str) -> nn.Module:
+def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory: str, base: str | None) -> nn.Module:
     try:
         module, found = kind.from_pretrained(
             None,
@@ -119,12 +124,13 @@ def _made(kind: Any, config: Any, stored: _Stored, dtype: torch.dtype, directory
         raise stored.failure or WeightsInvalid(f"{directory}: transformers can't load it: {said(error)}") from None
     if stored.failure:
         raise stored.failure
-    _require_whole(found, directory)
+    unneeded = frozenset[str]() if base is None else head_of(module, base)
+    _require_whole(found, directory, unneeded)
     return module.eval().requires_grad_(False)
 
 
-def _require_whole(found: Mapping[str, Any], directory: str) -> None:
-    if wrong := unfit(found["missing_keys"], found["mismatched_keys"], found["error_msgs"]):
+def _require_whole(found: Mapping[str, Any], directory: str, unneeded: Collection[str]) -> None:
+    if wrong := unfit(set(found["missing_keys"]).difference(unneeded), found["mismatched_keys"], found["error_msgs"]):
         raise WeightsInvalid(f"{directory}: {wrong}")
     if unexpected := sorted(found["unexpected_keys"]):
         log.warning("%s: %d tensors are not used, such as %s", directory, len(unexpected), unexpected[0])
