@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from pydantic_core import from_json
 
 import transcripts
 from api.frontend_harness import EOS, run, stack, until
@@ -130,6 +131,30 @@ def test_a_call_that_is_cut_off_has_the_input_so_far(tmp_path):
                 for block in body["content"]:
                     if block["type"] == "tool_use":
                         assert INPUT["city"].startswith(block["input"].get("city", ""))
+
+    run(scenario())
+
+
+def test_arguments_that_are_no_json_end_where_they_were(tmp_path):
+    """Clients read the input as it comes, and fail at what can be no object."""
+    broken = {
+        "{city: 1}": {},
+        '{"city": "Paris", nonsense}': {"city": "Paris"},
+        "[1, 2]": {},
+        '"x"': {},
+        '{"a": tru}': {},
+        '{"a": [1, {"b": "c\\q"}]}': {"a": [1, {"b": "c"}]},
+    }
+
+    async def scenario():
+        async with stack(tmp_path) as one:
+            for arguments, read in broken.items():
+                one.engine.token = saying(CALL.replace(json.dumps(INPUT), arguments))
+                (call,) = (await post(one, ASKED)).json()["content"]
+                found = events((await post(one, ASKED | {"stream": True})).text)
+                parts = [event["delta"]["partial_json"] for event in found if event["type"] == "content_block_delta"]
+                told = from_json("".join(parts), allow_partial="trailing-strings") if parts else {}
+                assert (call["input"], told) == (read, read), arguments
 
     run(scenario())
 

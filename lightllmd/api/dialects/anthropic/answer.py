@@ -19,6 +19,7 @@ from lightllmd.dialogue.events import CallArguments, CallBegun, CallEnded, Conte
 from lightllmd.dialogue.transcript import Transcript
 from lightllmd.errors import RequestError, RequestFailed
 
+_WAITING = 256  # times what waits of a call's arguments: it is told when that is more than what was told
 _json = msgspec.json.Encoder()
 _TEXT = (
     b"event: content_block_delta\n"
@@ -103,12 +104,57 @@ def blocks(events: Iterable[Event], shows_thinking: bool) -> list[dict[str, Any]
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """Of a call that was cut off what is there, as Anthropic's clients read a stream; what is no object is none."""
+    """Of a call that was cut off, or is no JSON from some place on, what is there before, as Anthropic's clients read a
+    stream; what is no object is none."""
+    sound = arguments[: _sound(arguments)]
+    return dict(from_json(sound, allow_partial="trailing-strings")) if sound else {}
+
+
+def _sound(arguments: str) -> int:
+    """How many characters can be the beginning of a JSON object. Clients fail at what is none."""
+    if _begins_object(arguments):
+        return len(arguments)
+    good, bad = 0, len(arguments)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if _begins_object(arguments[:middle]):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def _begins_object(text: str) -> bool:
     try:
-        read = from_json(arguments, allow_partial="trailing-strings")
+        return isinstance(from_json(text, allow_partial=True), dict)
     except ValueError:
-        return {}
-    return read if isinstance(read, dict) else {}
+        return False
+
+
+class _Arguments:
+    """Of the call that is open: the stream has no more of them than can be the beginning of an object.
+
+    They are checked from their beginning, so pieces of long ones wait for each other: linear in all."""
+
+    def __init__(self) -> None:
+        self._told = ""
+        self._waiting = ""
+        self._broken = False
+
+    def add(self, text: str) -> str:
+        """What can be told now."""
+        self._waiting += text
+        return self.flush() if len(self._waiting) * _WAITING >= len(self._told) else ""
+
+    def flush(self) -> str:
+        """What waits."""
+        if self._broken:
+            return ""
+        whole = self._told + self._waiting
+        told = whole[: _sound(whole)]
+        self._broken = len(told) < len(whole) and bool(whole.strip())
+        piece, self._told, self._waiting = told[len(self._told) :], told, "" if told else self._waiting
+        return piece
 
 
 # --- as a stream --------------------------------------------------------------------------------------------------
@@ -126,6 +172,7 @@ class Blocks:
         self._index = -1  # of the block that is open, or was last
         self._open: type[Event] | None = None  # what it is made of
         self._digest = hashlib.sha256()  # of a thinking block
+        self._arguments = _Arguments()  # of a call
 
     def take(self, events: Iterable[Event]) -> bytes:
         """The frames of what came."""
@@ -145,9 +192,12 @@ class Blocks:
                 yield self.close()
                 yield from self._begin(CallBegun, {"type": "tool_use", "id": id_of_call, "name": name, "input": {}})
             case CallArguments(_, text):
-                yield self._delta({"type": "input_json_delta", "partial_json": text})
+                yield self._input(self._arguments.add(text))
             case CallEnded():
                 yield self.close()
+
+    def _input(self, text: str) -> bytes:
+        return self._delta({"type": "input_json_delta", "partial_json": text}) if text else b""
 
     def _begin(self, kind: type[Event], block: dict[str, Any]) -> Iterable[bytes]:
         if self._open is kind:
@@ -155,7 +205,7 @@ class Blocks:
         yield self.close()
         self._open = kind
         self._index += 1
-        self._digest = hashlib.sha256()
+        self._digest, self._arguments = hashlib.sha256(), _Arguments()
         yield _event("content_block_start", index=self._index, content_block=block)
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
@@ -165,11 +215,13 @@ class Blocks:
         """The end of the block that is open, if one is."""
         if self._open is None:
             return b""
-        signed = b""
-        if self._open is Reasoning:
-            signed = self._delta({"type": "signature_delta", "signature": _signature(self._digest)})
+        rest = b""
+        if self._open is CallBegun:
+            rest = self._input(self._arguments.flush())
+        elif self._open is Reasoning:
+            rest = self._delta({"type": "signature_delta", "signature": _signature(self._digest)})
         self._open = None
-        return signed + _event("content_block_stop", index=self._index)
+        return rest + _event("content_block_stop", index=self._index)
 
 
 class MessageEvents(Frames):
