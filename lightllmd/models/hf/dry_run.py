@@ -24,7 +24,7 @@ from lightllmd.architecture.spec import GroupedQuery
 from lightllmd.errors import ConfigInvalid, LightllmdError
 from lightllmd.models.hf.attention import DRY, received, said
 from lightllmd.models.hf.fit import head_of, misfit
-from lightllmd.models.hf.loading import config_of, model_of
+from lightllmd.models.hf.loading import config_of, group_experts, model_of
 from lightllmd.weights.headers import read_safetensors_headers
 
 FEW, MANY = 8, 40  # tokens of the two runs that tell what a step takes
@@ -80,6 +80,7 @@ def outline_of(module: nn.Module) -> Outline:
     assert base is not None
     wide = _step_bytes(run, _Run(module, MANY))
     module = module.to(torch.bfloat16)
+    group_experts(module)
     narrow = _step_bytes(_Run(module, FEW), _Run(module, MANY))
     return Outline(
         architecture=name,
