@@ -42,10 +42,11 @@ from lightllmd.grammar.ebnf.shapes import (
     text_shape,
 )
 from lightllmd.grammar.ebnf.strings import (
-    CHARACTER,
+    CHARACTERS,
     PLAIN,
     character_rule,
     counted,
+    escape_rule,
     key_other_than,
     plain_key,
     quoted,
@@ -107,9 +108,10 @@ class _Writer:
 
     def __init__(self, document: SchemaDocument, form: Layout) -> None:
         self._document, self._form = document, form
-        string = seq(Literal('"'), repeat(CHARACTER, 0, None), Literal('"'))
+        string = seq(Literal('"'), CHARACTERS, Literal('"'))
         self._rules: dict[str, Expression] = {
             "character": character_rule(),
+            "escape": escape_rule(),
             "string": string,
             "number": number(Interval()),
             "integer": integer(Interval()) or NOTHING,
@@ -194,7 +196,7 @@ class _Writer:
             least, most = _bounded(one, shape.least, shape.most, "minLength")
             if (least, most) == (0, None):
                 return Reference("string")
-            return seq(Literal('"'), counted(CHARACTER, PLAIN, least, most), Literal('"'))
+            return seq(Literal('"'), counted(CHARACTERS, PLAIN, least, most), Literal('"'))
         return quoted(self._text(one, shape))
 
     def _text(self, one: Alternative, shape: StringShape) -> Expression:
