@@ -34,7 +34,7 @@ _SHAPES = {  # of about 6 and 40 GB
 _FLAGS = {
     "model_dir": "/models/first",
     "load_way": "DUMMY",
-    "max_total_token_num": 8192,
+    "max_total_token_num": 6144,
     "engine.cuda_graphs": False,
     "running_max_req_size": 16,
     "max_req_total_len": 1024,
