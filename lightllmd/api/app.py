@@ -11,10 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.dialects import embeddings, native, native_scores, openai, probes, scoring, tgi, tokenizing
+from lightllmd.api.dialects import embeddings, probes, tokenizing
 from lightllmd.api.dialects.anthropic import routes as anthropic
 from lightllmd.api.dialects.dialect import Dialect
+from lightllmd.api.dialects.native import routes as native
+from lightllmd.api.dialects.native import scores as native_scores
+from lightllmd.api.dialects.openai import routes as openai
 from lightllmd.api.dialects.responses.routes import dialect as responses_dialect
+from lightllmd.api.dialects.scoring import routes as scoring
+from lightllmd.api.dialects.tgi import routes as tgi
 from lightllmd.api.documentation.served import Documentation
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.page.routes import Page

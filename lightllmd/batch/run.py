@@ -11,7 +11,7 @@ from typing import Any
 
 from lightllmd.api.dialects.dialect import Translation
 from lightllmd.api.dialects.embeddings import EMBEDDINGS
-from lightllmd.api.dialects.openai import CHAT, COMPLETIONS
+from lightllmd.api.dialects.openai.routes import CHAT, COMPLETIONS
 from lightllmd.api.web.bodies import decode
 from lightllmd.api.web.errors import openai_error
 from lightllmd.batch.lines import Line, Results, count, read

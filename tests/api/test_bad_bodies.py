@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from api.frontend_harness import expected, run, stack
-from lightllmd.api.dialects.native_bodies import GenerateBody
-from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody
+from lightllmd.api.dialects.native.bodies import GenerateBody
+from lightllmd.api.dialects.openai.bodies import ChatBody, CompletionBody
 from lightllmd.api.web import bodies
 from lightllmd.errors import RequestError
 

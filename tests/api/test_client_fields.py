@@ -10,7 +10,7 @@ import re
 import pytest
 
 from api.frontend_harness import expected, frames, run, stack
-from lightllmd.api.dialects.openai_bodies import ChatBody
+from lightllmd.api.dialects.openai.bodies import ChatBody
 from lightllmd.api.web import bodies
 from lightllmd.api.web.ignored_fields import IgnoredFields, listed
 from lightllmd.api.web.tenants import KEY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from api.frontend_harness import make_plan, run, stack
-from lightllmd.api.dialects.activation import sigmoid
+from lightllmd.api.dialects.scoring.activation import sigmoid
 from lightllmd.config.plan import Scoring
 from lightllmd.engine.runners.fake_model import fake_score
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from api.frontend_harness import ScriptedEngine, Stack, expected, make_plan, run, stack, until
-from lightllmd.api.dialects.openai_bodies import CompletionBody
+from lightllmd.api.dialects.openai.bodies import CompletionBody
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.errors import NotReady
 from lightllmd.ipc import messages

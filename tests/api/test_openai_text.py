@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.frontend_harness import make_plan, run, stack
-from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody
+from lightllmd.api.dialects.openai.bodies import ChatBody, CompletionBody
 from lightllmd.api.web.responses import json_in_parts
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.branch import TextOptions, open_branches

@@ -8,7 +8,7 @@ from base64 import b64decode
 import pytest
 import torch
 
-from lightllmd.api.dialects.activation import identity, of_classifier, sigmoid, softmax
+from lightllmd.api.dialects.scoring.activation import identity, of_classifier, sigmoid, softmax
 from lightllmd.api.dialects.vectors import base64_of
 
 LOGITS = [[0.0], [-1.5], [800.0], [-800.0], [0.25, -3.0], [700.0, 710.0, -5.0], [1e-8, 0.0, 3.0, 3.0]]

@@ -15,7 +15,7 @@ import pytest
 
 from api.frontend_harness import Stack, make_plan, run, stack, until
 from lightllmd.api.dialects import dialect
-from lightllmd.api.dialects.activation import sigmoid, softmax
+from lightllmd.api.dialects.scoring.activation import sigmoid, softmax
 from lightllmd.api.web.responses import json_in_parts
 from lightllmd.config.plan import Scoring
 from lightllmd.engine.runners.fake_model import fake_score

@@ -13,9 +13,9 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api.dialects.choices import error_frame, usage
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
-from lightllmd.api.dialects.scoring_bodies import PromptsBody
+from lightllmd.api.dialects.openai.choices import error_frame, usage
+from lightllmd.api.dialects.scoring.bodies import PromptsBody
 from lightllmd.api.dialects.vectors import base64_of
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.event_stream import Frames

@@ -10,9 +10,9 @@ from pydantic import AfterValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api.dialects.chat_tools import ToolDefinition
-from lightllmd.api.dialects.conversation import Conversation, Messages
 from lightllmd.api.dialects.dialect import Dialect
+from lightllmd.api.dialects.openai.chat_tools import ToolDefinition
+from lightllmd.api.dialects.openai.conversation import Conversation, Messages
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies

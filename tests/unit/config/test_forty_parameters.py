@@ -24,7 +24,8 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from deepspeed_layout import write_deepspeed
 from lightllmd.api.app import dialects_of
-from lightllmd.api.dialects import native, tgi
+from lightllmd.api.dialects.native import routes as native
+from lightllmd.api.dialects.tgi import routes as tgi
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import Plan, encode_plan

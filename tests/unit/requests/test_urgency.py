@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from lightllmd.api.dialects import native_bodies, native_scores, openai_bodies, scoring_bodies, tgi_bodies
 from lightllmd.api.dialects.anthropic.bodies import MessagesBody
 from lightllmd.api.dialects.embeddings import EmbeddingsBody
+from lightllmd.api.dialects.native import bodies as native_bodies
+from lightllmd.api.dialects.native import scores as native_scores
+from lightllmd.api.dialects.openai import bodies as openai_bodies
 from lightllmd.api.dialects.responses.bodies import ResponsesBody
+from lightllmd.api.dialects.scoring import bodies as scoring_bodies
+from lightllmd.api.dialects.tgi import bodies as tgi_bodies
 from lightllmd.api.web.tenants import KEY, Tenants
 from lightllmd.config.keys import ApiKey
 from lightllmd.config.parameters import HttpSettings

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lightllmd.api.dialects.openai_bodies import SamplingFields
+from lightllmd.api.dialects.openai.bodies import SamplingFields
+from lightllmd.api.dialects.openai.structured import StructuredOutputs
 from lightllmd.api.dialects.responses.items import Identifier, InputMessage, Item, Items, prepared
-from lightllmd.api.dialects.structured import StructuredOutputs
 from lightllmd.dialogue.tools import MAX_TOOL_NAME, MAX_TOOLS, Dialogue, Tool, ToolChoice, check_tools
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.constraint import Constraint

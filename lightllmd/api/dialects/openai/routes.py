@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd import __version__
-from lightllmd.api.dialects.chat_shape import ChatShape, Speech
-from lightllmd.api.dialects.choices import Choice, Chunks, Details, Shape, error_frame
-from lightllmd.api.dialects.completion_shape import CompletionShape, PromptText, prompt_text
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
-from lightllmd.api.dialects.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from lightllmd.api.dialects.openai.bodies import ChatBody, CompletionBody, OpenAIBody
+from lightllmd.api.dialects.openai.chat_shape import ChatShape, Speech
+from lightllmd.api.dialects.openai.choices import Choice, Chunks, Details, Shape, error_frame
+from lightllmd.api.dialects.openai.completion_shape import CompletionShape, PromptText, prompt_text
 from lightllmd.api.helpers.texts import off_loop
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from lightllmd.api.dialects.activation import Activation, identity, of_classifier, sigmoid
-from lightllmd.api.dialects.choices import usage
-from lightllmd.api.dialects.scoring_bodies import (
+from lightllmd.api.dialects.openai.choices import usage
+from lightllmd.api.dialects.scoring.activation import Activation, identity, of_classifier, sigmoid
+from lightllmd.api.dialects.scoring.bodies import (
     ClassifyBody,
     PairsBody,
     PoolingBody,

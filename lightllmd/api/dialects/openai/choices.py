@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from lightllmd.api.dialects.openai_bodies import UsageTold
+from lightllmd.api.dialects.openai.bodies import UsageTold
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.event_stream import DONE, Frames
 from lightllmd.api.web.errors import openai_error

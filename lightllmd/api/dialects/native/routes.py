@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
-from lightllmd.api.dialects.native_bodies import GenerateBody, GenerateOrStreamBody, TokensBody
+from lightllmd.api.dialects.native.bodies import GenerateBody, GenerateOrStreamBody, TokensBody
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightllmd.api.dialects.choices import Choice, Details, Shape, numbered
+from lightllmd.api.dialects.openai.choices import Choice, Details, Shape, numbered
 from lightllmd.requests.intake import AdmittedJob
 from lightllmd.requests.prompt_log import FLOOR, Alternatives
 from lightllmd.text.interface import Tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from lightllmd.api.dialects.tgi_errors import broken_off, error_frame
+from lightllmd.api.dialects.tgi.errors import broken_off, error_frame
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lightllmd.api.dialects.conversation import Conversation, Messages
-from lightllmd.api.dialects.openai_bodies import MAX_PROMPTS, PromptIds
+from lightllmd.api.dialects.openai.bodies import MAX_PROMPTS, PromptIds
+from lightllmd.api.dialects.openai.conversation import Conversation, Messages
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.asked import Chat, FieldOfTexts, TextPairs
 from lightllmd.requests.faults import contradiction, shown

@@ -17,10 +17,10 @@ from starlette.responses import Response
 
 from lightllmd import __version__
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
-from lightllmd.api.dialects.openai_bodies import MAX_PROMPTS
-from lightllmd.api.dialects.tgi_bodies import MAX_BEST_OF, TgiBody, TgiEitherBody
-from lightllmd.api.dialects.tgi_errors import error_frame, tgi_error, tgi_status
-from lightllmd.api.dialects.tgi_shape import EventFrames, Shown
+from lightllmd.api.dialects.openai.bodies import MAX_PROMPTS
+from lightllmd.api.dialects.tgi.bodies import MAX_BEST_OF, TgiBody, TgiEitherBody
+from lightllmd.api.dialects.tgi.errors import error_frame, tgi_error, tgi_status
+from lightllmd.api.dialects.tgi.shape import EventFrames, Shown
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions

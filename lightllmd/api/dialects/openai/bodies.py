@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Self
 import msgspec
 from pydantic import AfterValidator, Field, model_validator
 
-from lightllmd.api.dialects.chat_tools import DialogueFields
-from lightllmd.api.dialects.conversation import Conversation, Messages, check_answers
-from lightllmd.api.dialects.structured import StructuredFields
+from lightllmd.api.dialects.openai.chat_tools import DialogueFields
+from lightllmd.api.dialects.openai.conversation import Conversation, Messages, check_answers
+from lightllmd.api.dialects.openai.structured import StructuredFields
 from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.asked import Asked, FieldNames, Prompt

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightllmd.api.dialects.choices import Choice, Details, Shape
+from lightllmd.api.dialects.openai.choices import Choice, Details, Shape
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.dialogue.events import CallArguments, CallBegun, Content, Event, Reasoning, merged
 from lightllmd.dialogue.parser import Parser

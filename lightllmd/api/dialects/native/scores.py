@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
-from lightllmd.api.dialects.native import error_frame
+from lightllmd.api.dialects.native.routes import error_frame
 from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision

@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightllmd.api.dialects.choices import error_frame
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
-from lightllmd.api.dialects.scoring_bodies import ClassifyBody, PoolingBody, RerankBody, ScorePairsBody, ScoringBody
-from lightllmd.api.dialects.scoring_replies import ClassifyReply, PoolingReply, RerankReply, ScorePairsReply
+from lightllmd.api.dialects.openai.choices import error_frame
+from lightllmd.api.dialects.scoring.bodies import ClassifyBody, PoolingBody, RerankBody, ScorePairsBody, ScoringBody
+from lightllmd.api.dialects.scoring.replies import ClassifyReply, PoolingReply, RerankReply, ScorePairsReply
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies
 from lightllmd.api.web.errors import openai_error

@@ -1,0 +1,1 @@
+"""LightLLM's own API."""

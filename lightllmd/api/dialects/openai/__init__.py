@@ -1,0 +1,1 @@
+"""OpenAI's completions and chat completions, and what other dialects share of them."""

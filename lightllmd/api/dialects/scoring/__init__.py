@@ -1,0 +1,1 @@
+"""vLLM's routes for models that score."""
