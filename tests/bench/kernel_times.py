@@ -34,7 +34,7 @@ class KernelTimes:
         profiler = profile(activities=activities)
         self._steps, seen, open_now = 0, 0, False
 
-        def profiled(step: Step, beat: Callable[[], None]) -> None:
+        def profiled(step: Step, beat: Callable[[], None], *masks: Any) -> None:
             nonlocal seen, open_now
             if wanted(step):
                 if seen == skip:
@@ -43,7 +43,7 @@ class KernelTimes:
                     self._seconds, open_now = -time.perf_counter(), True
                 seen += 1
                 self._steps += open_now
-            launch(step, beat)
+            launch(step, beat, *masks)
             if open_now and self._steps == steps:
                 self._settle()
                 self._seconds += time.perf_counter()
