@@ -85,7 +85,9 @@ def main() -> None:
             if isinstance(message, Overview):
                 continue  # which comes whenever anything changed
             fields = {name: getattr(message, name) for name in message.__struct_fields__ if name != "plan"}
-            record.write(json.dumps({"at": time.time(), "message": type(message).__name__, **fields}) + "\n")
+            record.write(
+                json.dumps({"at": time.time(), "message": type(message).__name__, **fields}, default=repr) + "\n"
+            )
             if isinstance(message, Prepare):
                 link.send(Prepared(message.revision, told.get("prepare_error", "")))
             if isinstance(message, Probe) and (answer := live.get("probe", "")) is not None:

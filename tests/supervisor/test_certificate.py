@@ -11,6 +11,7 @@ import pytest
 
 from lightllmd.config import tls
 from lightllmd.config.parameters import Config, HttpSettings
+from lightllmd.errors import show
 from lightllmd.ipc.messages import Tls
 from lightllmd.supervisor.change.certificate import CertificateInForce
 from lightllmd.supervisor.context import Context
@@ -85,7 +86,7 @@ def test_a_broken_pair_changes_nothing_and_is_told_until_it_is_sound(files: tupl
         [message] = scene.told
         assert (message.certificate, message.broken) == (before[0], True)
         assert "http.tls_key: " in scene.certificate.snapshot().fault
-        assert str(made.key) in scene.said[0]
+        assert show(str(made.key)) in scene.said[0]
         await scene.look()
         assert len(scene.told) == len(scene.said) == 1
         made.key.unlink()

@@ -12,7 +12,7 @@ import pytest
 
 from lightllmd.config import tls
 from lightllmd.config.load import load
-from lightllmd.errors import ConfigInvalid
+from lightllmd.errors import ConfigInvalid, show
 from tls_files import Made, make
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_cant_be_used_is_a_fault_of_its_setting(
         loaded(server, **{setting: str(path)})
     (problem,) = refused.value.problems
     assert problem.key == f"http.{setting}"
-    assert str(path) in problem.message
+    assert show(str(path)) in problem.message
     assert part in problem.message
 
 

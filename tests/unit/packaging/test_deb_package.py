@@ -133,7 +133,8 @@ def test_a_package_with_wheels_is_for_their_python(tmp_path: Path) -> None:
     wheelhouse = tmp_path / "wheels"
     for requirement in needed():
         tag = f"{THIS_PYTHON}-{THIS_PYTHON}-linux_x86_64" if requirement.name == "torch" else "py3-none-any"
-        stand_in_wheel(wheelhouse, requirement.name, "9999", tag)
+        oldest = next(one.version for one in requirement.specifier if one.operator == ">=")
+        stand_in_wheel(wheelhouse, requirement.name, oldest, tag)
     package = build(tmp_path, "--wheelhouse", wheelhouse)
     minor = sys.version_info.minor
     assert control(package)["Architecture"] != "all"
