@@ -1,5 +1,5 @@
 """How the workers of `pytest -n 4` share the tests: those that hold seconds against a bound (real_time/) run first and
-alone; then those of a file share a worker and its fixtures, and the first worker has the trees of processes."""
+alone; then those of a file share a worker and its fixtures, and the first two workers have the trees of processes."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def scheduler(*arguments: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
-        """The first worker takes the tests in real time, while the others wait; then files that start trees as long as
-        there are any, and the others take other files. One that has none of its own left takes what there is. So few
-        trees are on the machine at a time, beside work for its cores."""
+        """The first worker takes the tests in real time, while the others wait; then the first half of the workers
+        takes files that start trees as long as there are any, and the others take other files. One that has none of
+        its own left takes what there is. Trees wait most of the time, so that two are work for one core."""
 
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
@@ -67,7 +67,7 @@ def scheduler(*arguments: Any) -> Any:
         def _assign_work_unit(self, node: Any) -> None:
             if any(self._measures(other) for other in self.nodes if other is not node):
                 return
-            trees = node is self.nodes[0]
+            trees = node in self.nodes[: max(1, len(self.nodes) // 2)]
             scope = min(self.workqueue, key=lambda scope: self._has_trees(scope) is not trees)
             self.workqueue.move_to_end(scope, last=False)
             super()._assign_work_unit(node)
