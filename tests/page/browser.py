@@ -45,7 +45,7 @@ def chromium() -> Iterator[Browser]:
     """Running."""
     path = executable()
     with sync_playwright() as playwright:
-        # Whoever runs the tests may be root, whom Chromium's sandbox refuses.
+        # The tests may run as root, whom Chromium's sandbox refuses.
         browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=os.getuid() != 0)
         try:
             yield browser

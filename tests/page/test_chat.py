@@ -146,7 +146,7 @@ def test_while_there_is_no_engine_the_page_says_what_it_waits_for(tab: Callable[
 
 
 def test_reading_further_up_is_not_disturbed_by_what_comes(tab: Callable[..., Tab]) -> None:
-    """However little it is scrolled: other pages let nobody out of the last lines."""
+    """However little it is scrolled: other pages hold the reader at the last lines."""
     one = tab(viewport={"width": 400, "height": 600})
     page = one.page
     end = "document.documentElement.scrollHeight - innerHeight - scrollY"

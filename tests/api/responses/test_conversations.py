@@ -1,4 +1,4 @@
-"""Conversations go on from what is kept, and nobody reads another key's."""
+"""Conversations go on from what is kept, and no key reads what is of another."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_revoked_key_goes_and_all_else_stays(ctl, file: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert ctl("key", "revoke", "first", "--file", str(file)).code == 0
     assert ctl("key", "revoke", "third", "--file", str(file)).code == 0
-    assert keys.read(str(file)) == []  # a table without keys, which lets nobody in
+    assert keys.read(str(file)) == []  # a table without keys, which admits no client
     assert ctl("key", "add", "fourth", "--file", str(file)).code == 0
     assert [key.name for key in keys.read(str(file))] == ["fourth"]
 

@@ -67,7 +67,7 @@ def test_a_key_bounds_the_priority_of_its_requests() -> None:
 
     assert priority(-100, None) == 0
     assert priority(-100, -100) == -100
-    assert priority(5, None) == 5, "whoever says nothing has what is allowed"
+    assert priority(5, None) == 5, "a request that says nothing has what is allowed"
     assert priority(5, 6) == 6
     with pytest.raises(InvalidRequest, match="priority: the key's requests may have 5 or more, which is later; got 4"):
         priority(5, 4)
