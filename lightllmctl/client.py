@@ -226,6 +226,7 @@ def _deadline(response: httpx.Response, wait: float | None) -> Iterator[None]:
             raise
     finally:
         timer.cancel()
+        timer.join()  # a cancelled timer's thread ends at once, but not before this returns
     if over.is_set():
         raise NoAnswer(f"not finished within {wait:g} s")
 
