@@ -8,9 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightllmd.architecture.schemes import DENSE, Scheme
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Embedding, Head, Linear, Norm
+from lightllmd.kernels.quantised import QuantisedMatrix, quantise
 from lightllmd.kernels.schemes import WHOLE, Shard, built
 
 
@@ -40,21 +42,31 @@ class Kernels(ABC):
 
     def __init__(
         self,
-        linears: Mapping[str, Callable[[Tensor, Tensor | None], Linear]],
+        linears: Mapping[str, Callable[..., Linear]],
         heads: Mapping[str, Callable[..., Head]],
         embedding: Callable[[Tensor, float | None], Embedding],
         attention: Attention,
     ) -> None:
-        """Linears and heads by the name of the scheme that they store weights by."""
+        """Linears and heads by the name of the scheme that they store weights by: that of "dense" takes over a weight
+        ``[out, in]``, any other one a `QuantisedMatrix`, and each a bias ``[out]`` or None."""
         self.attention = attention
         self._linears, self._heads, self._embedding = linears, heads, embedding
 
     def linear(
-        self, role: str, weight: Tensor, bias: Tensor | None, scheme: str = "dense", shard: Shard = WHOLE
+        self,
+        role: str,
+        weight: Tensor | QuantisedMatrix,
+        bias: Tensor | None,
+        scheme: Scheme = DENSE,
+        shard: Shard = WHOLE,
     ) -> Linear:
         """Takes over a weight ``[out, in]`` and its bias ``[out]``, in the model's dtype and on its device, and stores
-        them by `scheme`. `role`: what the weight is for, such as "qkv". Raises EngineError for what is not built."""
-        return built(role, scheme, shard, self._linears)(weight, bias)
+        them by `scheme`; one that comes quantised has its own. `role`: what the weight is for, such as "qkv". Raises
+        EngineError for what is not built."""
+        if isinstance(weight, QuantisedMatrix):
+            return built(role, weight.scheme, shard, self._linears)(weight, bias)
+        make = built(role, scheme, shard, self._linears)
+        return make(weight if scheme.dense else quantise(weight, scheme), bias)
 
     def embedding(self, weight: Tensor, scale: float | None = None) -> Embedding:
         """Takes over the rows of the vocabulary ``[vocab, hidden]``. The scale is rounded to their dtype."""
@@ -67,7 +79,7 @@ class Kernels(ABC):
         *,
         tied: bool,
         soft_cap: float | None = None,
-        scheme: str = "dense",
+        scheme: Scheme = DENSE,
         shard: Shard = WHOLE,
     ) -> Head:
         """Takes over the rows ``[vocab, hidden]`` of the language model head; `tied`: they are the embedding's.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from lightllmd.kernels.dequantised_linear import DEQUANTISED
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.eager_attention import attention
 from lightllmd.kernels.eager_linear import DenseLinear, EagerHead, PackedLinear
@@ -38,7 +39,8 @@ class EagerKernels(Kernels):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         packs = device.type == "cpu" and PackedLinear.supports(dtype)
         dense = PackedLinear if packs else DenseLinear
-        super().__init__({"dense": dense}, {"dense": partial(EagerHead, dense)}, EagerEmbedding, attention)
+        heads = {"dense": partial(EagerHead, dense)}
+        super().__init__({"dense": dense} | DEQUANTISED, heads, EagerEmbedding, attention)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         x.copy_(rms_norm(x, norm.weight, norm.eps, norm.offset))

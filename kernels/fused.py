@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightllmd.kernels.dequantised_linear import DEQUANTISED
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.embed import embed
 from lightllmd.kernels.fused_attention import FusedAttention
@@ -37,7 +38,8 @@ class FusedKernels(Kernels):
 
     def __init__(self, device: torch.device, decode_kernel: str = "auto") -> None:
         attention = FusedAttention(device, decode_kernel)
-        super().__init__({"dense": FusedDenseLinear}, {"dense": FusedDenseHead}, FusedEmbedding, attention)
+        linears = {"dense": FusedDenseLinear} | DEQUANTISED
+        super().__init__(linears, {"dense": FusedDenseHead}, FusedEmbedding, attention)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         rms_norm(x, norm, x)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from lightllmd.architecture.schemes import SCHEMES
+from lightllmd.architecture.schemes import Scheme
 from lightllmd.errors import EngineError
 
 T = TypeVar("T")
@@ -28,12 +28,10 @@ class Shard:
 WHOLE = Shard()
 
 
-def built(role: str, scheme: str, shard: Shard, kinds: Mapping[str, T]) -> T:
+def built(role: str, scheme: Scheme, shard: Shard, kinds: Mapping[str, T]) -> T:
     """The entry of `kinds`, a device's linears by scheme. Raises EngineError naming what is not built for `role`."""
-    if scheme not in SCHEMES:
-        raise EngineError(f"{role}: there is no scheme {scheme!r} of storing weights ({', '.join(SCHEMES)} is built)")
-    if scheme not in kinds:
-        raise EngineError(f"{role}: this device has no kernels for weights stored as {scheme!r}")
+    if scheme.name not in kinds:
+        raise EngineError(f"{role}: this device has no kernels for weights stored as {scheme.name!r}")
     if shard.ranks != 1:
         raise EngineError(f"{role}: rank {shard.rank} of {shard.ranks} was asked for, one rank is built")
-    return kinds[scheme]
+    return kinds[scheme.name]

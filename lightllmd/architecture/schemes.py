@@ -1,31 +1,80 @@
 """How the weight of a linear is stored: what the budget plans with and the linears of each device are made by.
 
 A further scheme is an entry of `SCHEMES`, and for each device that has kernels for it a `kernels.linear.Linear` in its
-table.
+table. All are plain data, so that a plan can carry them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-SchemeName = Literal["dense"]
+from lightllmd.architecture.dtypes import ITEM_BYTES
+
+SchemeName = Literal["dense", "w8a16", "w4a16", "w8a8", "fp8", "fp8_block"]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to store a weight ``[out, in]``."""
+    """A way to store a weight ``[out, in]``, and what its inputs are rounded to before they are multiplied with it.
+
+    A value stands for ``scale * value``, or ``scale * (value - zero)`` where the scheme is not symmetric.
+    """
 
     name: SchemeName
-    tensors: tuple[str, ...]  # what `kernels.linear.Linear.tensors` names, but for a bias
-    nbytes: Callable[[tuple[int, ...], int], int]  # of a shape ``[out, in]`` and the bytes of an element of the model
+    values: str = ""  # torch's name of the stored values' dtype, "uint4" for two of 0 to 15 in a byte; "": the model's
+    scales: str = ""  # likewise of the scales
+    group: int = 0  # neighbouring inputs that share a scale, the last group may be shorter; 0: all of a row
+    rows: int = 1  # neighbouring outputs that share a scale
+    symmetric: bool = True
+    inputs: str = ""  # what inputs are rounded to, symmetrically and with a scale for each token; "": nothing
+    ordered: bool = False  # columns are in an order of their own (GPTQ's act-order), which is stored, too
+
+    @property
+    def dense(self) -> bool:
+        """It stores the weight as it is."""
+        return not self.values
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What `kernels.linear.Linear.tensors` names, but for a bias."""
+        if self.dense:
+            return ("weight",)
+        zero, order = () if self.symmetric else ("zero",), ("order",) if self.ordered else ()
+        return ("weight", "scale", *zero, *order)
+
+    def groups(self, inputs: int) -> int:
+        """Of so many inputs."""
+        return -(-inputs // self.group) if self.group else 1
+
+    def nbytes(self, shape: tuple[int, ...], item_bytes: int) -> int:
+        """Of a weight of this shape in a model whose elements have so many bytes."""
+        if self.dense:
+            return math.prod(shape) * item_bytes
+        rows, columns = shape
+        scales = rows * self.groups(columns) * (ITEM_BYTES[self.scales] if self.scales else item_bytes)
+        zeros = 0 if self.symmetric else rows * self.groups(columns)
+        order = 4 * columns if self.ordered else 0
+        return rows * (-(-columns // 2) if self.values == "uint4" else columns) + scales + zeros + order
 
 
-def _dense(shape: tuple[int, ...], item_bytes: int) -> int:
-    return math.prod(shape) * item_bytes
+DENSE = Scheme("dense")
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in [
+        DENSE,
+        Scheme("w8a16", values="int8", scales="float32"),
+        Scheme("w4a16", values="uint4", group=128, symmetric=False),
+        Scheme("w8a8", values="int8", scales="float32", inputs="int8"),
+        Scheme("fp8", values="float8_e4m3fn", scales="float32", inputs="float8_e4m3fn"),
+        # DeepSeek's (DeepSeek-V3 technical report, 3.3): inputs have a scale for each 128 of a token, too.
+        Scheme("fp8_block", values="float8_e4m3fn", scales="float32", group=128, rows=128, inputs="float8_e4m3fn"),
+    ]
+}
 
 
-DENSE = Scheme("dense", ("weight",), _dense)
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in [DENSE]}
+def scheme_of(name: str, group: int | None = None) -> Scheme:
+    """The scheme of this name, with so many inputs to a scale where it is one that has groups."""
+    scheme = SCHEMES[name]
+    return replace(scheme, group=group) if group and scheme.group else scheme

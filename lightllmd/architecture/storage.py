@@ -1,20 +1,22 @@
-"""What weights take in memory: a fold over the list of weights, the scheme that stores them, and the ranks."""
+"""What weights take in memory: a fold over the list of weights, the schemes that store them, and the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightllmd.architecture.schemes import DENSE, Scheme
+from lightllmd.architecture.schemes import DENSE
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.architecture.weights import Part, WeightSpec
 
 
-def weight_bytes(weights: Iterable[WeightSpec], item_bytes: int, scheme: Scheme = DENSE, ranks: int = 1) -> int:
-    """Bytes on each of `ranks` devices of a model that computes with elements of `item_bytes`. `scheme` stores what may
-    be quantised; all else is dense."""
+def weight_bytes(
+    weights: Iterable[WeightSpec], item_bytes: int, schemes: WeightSchemes = ALL_DENSE, ranks: int = 1
+) -> int:
+    """Bytes on each of `ranks` devices of a model that computes with elements of `item_bytes`."""
     total = 0
     for weight in weights:
-        matrix = scheme if weight.quantisable else DENSE
-        total += sum(matrix.nbytes(_on_a_rank(part, weight.shard_axis, ranks), item_bytes) for part in weight.parts)
+        scheme = schemes.of(weight)
+        total += sum(scheme.nbytes(_on_a_rank(part, weight.shard_axis, ranks), item_bytes) for part in weight.parts)
         along = 0 if weight.shard_axis == 0 else None
         total += sum(DENSE.nbytes(_on_a_rank(part, along, ranks), item_bytes) for part in weight.bias)
     return total

@@ -9,6 +9,7 @@ import msgspec
 from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.stamps import Stamp
 
@@ -180,6 +181,7 @@ class Plan(msgspec.Struct, frozen=True):
     config_file: str | None = None
     scoring: Scoring | None = None  # of a model that scores
     embedding: PromptEmbedding | None = None  # of any other
+    schemes: WeightSchemes = ALL_DENSE  # how weights are stored
     decode_kernel: str = "auto"  # the decode attention's mode (config.modes.BUILT); "auto": the best for each shape
 
     @property

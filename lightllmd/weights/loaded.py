@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture.weights import Part, WeightSpec
+from lightllmd.kernels.quantised import QuantisedMatrix
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint read, bytes in all)
 
@@ -17,7 +18,7 @@ class LoadedWeight(NamedTuple):
     """A weight with its values: the parts of `spec` stacked along the first dimension, and its bias likewise."""
 
     spec: WeightSpec
-    tensor: Tensor
+    tensor: Tensor | QuantisedMatrix
     bias: Tensor | None
 
 

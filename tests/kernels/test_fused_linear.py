@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lightllmd.architecture.schemes import SCHEMES
+from lightllmd.architecture.schemes import SCHEMES, Scheme
 from lightllmd.errors import EngineError
 from lightllmd.kernels import fused_linear, reference, tiles
 from lightllmd.kernels.fused import FusedKernels
@@ -102,8 +102,8 @@ def test_what_lies_on_the_device_may_be_freed_and_filled_again_in_place(device: 
 
 def test_a_scheme_or_a_shard_that_is_not_built_is_refused_by_name(device: str) -> None:
     kernels, weight = FusedKernels(torch.device(device)), torch.zeros(4, 4, device=device)
-    with pytest.raises(EngineError, match="qkv: there is no scheme 'int3' of storing weights"):
-        kernels.linear("qkv", weight, None, scheme="int3")
+    with pytest.raises(EngineError, match="qkv: this device has no kernels for weights stored as 'int3'"):
+        kernels.linear("qkv", weight, None, Scheme("int3", values="int8"))  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="down: rank 1 of 2 was asked for"):
         kernels.linear("down", weight, None, shard=Shard(1, 2, 1))
 
@@ -112,6 +112,6 @@ def test_a_linear_holds_what_its_scheme_says(device: str) -> None:
     """The memory budget counts by the scheme."""
     kernels, weight = FusedKernels(torch.device(device)), torch.zeros(6, 4, dtype=torch.float16, device=device)
     for scheme in SCHEMES.values():
-        held = kernels.linear("qkv", weight, None, scheme.name).tensors()
+        held = kernels.linear("qkv", weight, None, scheme).tensors()
         assert tuple(held) == scheme.tensors
         assert sum(tensor.nbytes for tensor in held.values()) == scheme.nbytes((6, 4), 2)

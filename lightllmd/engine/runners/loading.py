@@ -38,7 +38,7 @@ def load_model(
     if isinstance(architecture, Outline):
         return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
     weights = _stored_weights(plan, plan.model, architecture, device, dtype, progress)
-    return Decoder(architecture.spec, kernels, weights, device)
+    return Decoder(architecture.spec, kernels, weights, device, plan.schemes)
 
 
 def _stored_weights(

@@ -11,6 +11,7 @@ from lightllmd.architecture.families import FAMILIES, architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.architecture.storage import weight_bytes
+from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.architecture.weights import Role, WeightSpec
 
 CONFIG = {
@@ -69,7 +70,8 @@ def test_a_head_stays_whole_where_there_are_more_ranks_than_heads() -> None:
 
 
 def test_a_scheme_stores_what_may_be_quantised_and_the_rest_stays_dense(architecture: Architecture) -> None:
-    eighth = Scheme("dense", ("weight",), lambda shape, item_bytes: math.prod(shape) // 8)
+    bytes_alone = Scheme("w8a16", values="int8", scales="float16")
     matrices = sum(math.prod(part.shape) for one in architecture.weights if one.quantisable for part in one.parts)
     dense = architecture.parameters - matrices
-    assert weight_bytes(architecture.weights, 2, eighth) == 2 * dense + matrices // 8
+    rows = sum(part.shape[0] for one in architecture.weights if one.quantisable for part in one.parts)
+    assert weight_bytes(architecture.weights, 2, WeightSchemes.all(bytes_alone)) == 2 * dense + matrices + 2 * rows

@@ -1,0 +1,55 @@
+"""Linears of any scheme on any device, by torch's own operations: the weight is made dense for each matmul.
+
+Right everywhere and fast nowhere: what a device has until it has kernels for a scheme.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from lightllmd.architecture.schemes import SCHEMES
+from lightllmd.kernels.eager_linear import EagerLinear
+from lightllmd.kernels.quantised import QuantisedMatrix, quantised_inputs
+
+
+class DequantisedLinear(EagerLinear):
+    """Of a weight in any scheme."""
+
+    def __init__(self, weight: QuantisedMatrix, bias: Tensor | None = None) -> None:
+        """Takes over a weight and its bias ``[out]``."""
+        self._scheme, self._columns = weight.scheme, weight.shape[1]
+        packed = pack_nibbles(weight.values) if weight.scheme.values == "uint4" else weight.values
+        self.weight, self.scale, self.zero, self.order = packed, weight.scales, weight.zeros, weight.order
+        super().__init__(len(packed), weight=self.weight, scale=self.scale, zero=self.zero, order=self.order, bias=bias)
+        self.bias = bias
+
+    def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self._scheme.inputs:
+            values, scales = quantised_inputs(x, self._scheme)
+            rounded = QuantisedMatrix(self._scheme, values, scales)
+            out = functional.linear(rounded.dense(torch.float32), self._dense(torch.float32)).to(x.dtype)
+            out = out if self.bias is None else out.add_(self.bias)
+        else:
+            out = functional.linear(x, self._dense(x.dtype), self.bias)
+        return out if residual is None else out.add_(residual)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        packed = self._scheme.values == "uint4"
+        values = unpack_nibbles(self.weight, self._columns) if packed else self.weight
+        return QuantisedMatrix(self._scheme, values, self.scale, self.zero, self.order).dense(dtype)
+
+
+DEQUANTISED = {scheme.name: DequantisedLinear for scheme in SCHEMES.values() if not scheme.dense}
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """``[N, K]`` uint8 of 0 to 15 -> ``[N, ceil(K / 2)]`` uint8: the even column of a pair in the low half."""
+    even, odd = values[:, ::2], functional.pad(values[:, 1::2], (0, values.shape[1] % 2))
+    return even | (odd << 4)
+
+
+def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """``[N, columns]``, from what `pack_nibbles` made."""
+    return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :columns]

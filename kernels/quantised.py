@@ -1,0 +1,109 @@
+"""A weight as a scheme stores it, before a device packs it: made of a dense one, or read out of a checkpoint.
+
+Rounding is to the nearest, halves to even. Of the original's modes that quantise while they load only names,
+granularity and symmetry are kept: it cut towards zero, which costs twice the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightllmd.architecture.schemes import Scheme
+
+LEVELS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value that a scale maps to, of symmetric schemes
+UINT4 = 15
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedMatrix:
+    """A weight ``[N, K]`` of N outputs and K inputs; G = ``scheme.groups(K)``. All tensors are on one device.
+
+    Each row has scales of its own here, also where the scheme gives several rows the same (`Scheme.rows`), so that
+    weights may be stacked and cut by rows.
+    """
+
+    scheme: Scheme
+    values: Tensor  # [N, K], one value an element: int8, uint8 (of "uint4", 0 to 15) or float8_e4m3fn
+    scales: Tensor  # [N, G], in the dtype that the scheme names, the model's where it names none
+    zeros: Tensor | None = None  # [N, G] uint8, of schemes that are not symmetric; 16 is possible (GPTQ)
+    # [K] int32, of schemes that are ordered: column k is multiplied with input ``order[k]``
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        rows, columns = self.values.shape
+        return rows, columns
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``[N, K]`` of the numbers that it stands for, rounded to `dtype` once, in the order of the inputs."""
+        values = self.values.to(torch.float32)
+        group = self.scheme.group or values.shape[1]
+        if self.zeros is not None:
+            values -= _spread(self.zeros.to(torch.float32), group, values.shape[1])
+        values *= _spread(self.scales.to(torch.float32), group, values.shape[1])
+        if self.order is not None:
+            values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
+        return values.to(dtype)
+
+
+def stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
+    """One below the other. All have the same scheme, and inputs in the same order."""
+    first = parts[0]
+    zeros = None if first.zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
+    values, scales = (torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+    return replace(first, values=values, scales=scales, zeros=zeros)
+
+
+def quantise(weight: Tensor, scheme: Scheme) -> QuantisedMatrix:
+    """A dense weight ``[N, K]``, which is not kept, stored by `scheme`."""
+    rows, columns = weight.shape
+    group = scheme.group or columns
+    kind = getattr(torch, scheme.scales) if scheme.scales else weight.dtype
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).unflatten(1, (-1, group))
+    if not scheme.symmetric:
+        low, high = padded.amin(2).clamp_(max=0), padded.amax(2).clamp_(min=0)
+        scales = _not_zero(((high - low) / UINT4).to(kind))
+        exact = scales.float()
+        zeros = (-low / exact).round_().clamp_(0, UINT4)
+        values = ((padded / exact[..., None]).round_() + zeros[..., None]).clamp_(0, UINT4)
+        return QuantisedMatrix(scheme, _cut(values, columns).to(torch.uint8), scales, zeros.to(torch.uint8))
+    largest = padded.abs().amax(2)
+    if scheme.rows > 1:
+        blocks = torch.nn.functional.pad(largest, (0, 0, 0, -rows % scheme.rows)).unflatten(0, (-1, scheme.rows))
+        largest = blocks.amax(1).repeat_interleave(scheme.rows, 0)[:rows]
+    level = LEVELS[scheme.values]
+    scales = _not_zero((largest / level).to(kind))
+    values = (padded / scales.float()[..., None]).clamp_(-level, level)
+    if scheme.values == "int8":
+        values.round_()
+    return QuantisedMatrix(scheme, _cut(values, columns).to(getattr(torch, scheme.values)), scales)
+
+
+def quantised_inputs(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """``x [T, K]`` -> values ``[T, K]`` of the dtype that the scheme rounds inputs to, and fp32 scales ``[T, G]``."""
+    group = scheme.group or x.shape[1]
+    level = LEVELS[scheme.inputs]
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    scales = _not_zero(padded.abs().amax(2) / level)
+    values = (padded / scales[..., None]).clamp_(-level, level)
+    if scheme.inputs == "int8":
+        values.round_()
+    return _cut(values, x.shape[1]).to(getattr(torch, scheme.inputs)), scales
+
+
+def _not_zero(scales: Tensor) -> Tensor:
+    """A group of zeros alone may have any scale but 0."""
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def _cut(groups: Tensor, columns: int) -> Tensor:
+    return groups.flatten(1)[:, :columns]
+
+
+def _spread(scales: Tensor, group: int, columns: int) -> Tensor:
+    """``[N, G]`` -> ``[N, columns]``."""
+    return scales.repeat_interleave(group, 1)[:, :columns]
