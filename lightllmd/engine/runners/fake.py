@@ -239,24 +239,32 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         for row in step.rows:
             if row.pooling is None:
                 self._branches[row.table_row].feed(row.start, row.tokens)
-        for table_row, start in zip(decode.table_rows, decode.starts, strict=True):
-            branch = self._branches[table_row]
-            branch.feed(start, [branch.newest])
         places = list(zip(decode.table_rows, decode.positions, strict=True))
         places += [(row.table_row, row.position) for row in step.rows if row.sample]
-        result = StepResult([], [0.0] * len(places), [], [])
-        for table_row, position in places:
+        number = len(places)
+        result = StepResult([], [0.0] * number, [None] * number, [None] * number)
+        for index, (table_row, position) in enumerate(places):  # once per token served
             branch = self._branches[table_row]
-            branch.newest = first_allowed(token_at(branch.key, position), branch.mask)
-            result.tokens.append(branch.newest)
-            top, most = branch.top_logprobs, branch.candidates
-            mask = branch.mask if self._processed else 0
-            result.alternatives.append(ranking(branch.history, top, mask) if top else None)
-            ranked = ranking(branch.history, most, branch.mask) if most else []
-            result.candidates.append([(token, logprob, logprob) for token, logprob in ranked] or None)
+            token = token_at(branch.key, position)
+            if branch.mask or branch.top_logprobs or branch.candidates:
+                if index < len(decode.starts):
+                    branch.feed(decode.starts[index], [branch.newest])
+                token = first_allowed(token, branch.mask)
+                self._rank(branch, result, index)
+            branch.newest = token
+            result.tokens.append(token)
         result.pooled = [self._pooled(row, row.pooling) for row in step.rows if row.pooling is not None]
         result.targets = [_scored(row, row.targets) for row in step.rows if row.targets is not None]
         return _Pending(result, self._settings.poison_way if self._poisoned else "")
+
+    def _rank(self, branch: _Branch, result: StepResult, index: int) -> None:
+        """What is told beside a token."""
+        top, most = branch.top_logprobs, branch.candidates
+        if top:
+            result.alternatives[index] = ranking(branch.history, top, branch.mask if self._processed else 0)
+        if most:
+            ranked = ranking(branch.history, most, branch.mask)
+            result.candidates[index] = [(token, logprob, logprob) for token, logprob in ranked] or None
 
     def _pooled(self, row: Row, pooling: PoolingRow) -> list[bytes]:
         """A vector for each place; what it depends on is the whole prompt before it."""
