@@ -12,6 +12,7 @@ from torch import Tensor
 from lightllmd.architecture.schemes import SCHEMES
 from lightllmd.kernels.eager_linear import EagerLinear
 from lightllmd.kernels.quantised import QuantisedMatrix, quantised_inputs
+from lightllmd.kernels.schemes import ANY
 
 
 class DequantisedLinear(EagerLinear):
@@ -22,12 +23,14 @@ class DequantisedLinear(EagerLinear):
         self._scheme, self._columns = weight.scheme, weight.shape[1]
         packed = pack_nibbles(weight.values) if weight.scheme.values == "uint4" else weight.values
         self.weight, self.scale, self.zero, self.order = packed, weight.scales, weight.zeros, weight.order
-        super().__init__(len(packed), weight=self.weight, scale=self.scale, zero=self.zero, order=self.order, bias=bias)
+        self.input_scale = weight.input_scale
+        held = {"weight": self.weight, "scale": self.scale, "zero": self.zero, "order": self.order, "bias": bias}
+        super().__init__(len(packed), **held, input_scale=self.input_scale)
         self.bias = bias
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._scheme.inputs:
-            values, scales = quantised_inputs(x, self._scheme)
+            values, scales = quantised_inputs(x, self._scheme, self.input_scale)
             rounded = QuantisedMatrix(self._scheme, values, scales)
             out = functional.linear(rounded.dense(torch.float32), self._dense(torch.float32)).to(x.dtype)
             out = out if self.bias is None else out.add_(self.bias)
@@ -41,7 +44,7 @@ class DequantisedLinear(EagerLinear):
         return QuantisedMatrix(self._scheme, values, self.scale, self.zero, self.order).dense(dtype)
 
 
-DEQUANTISED = {scheme.name: DequantisedLinear for scheme in SCHEMES.values() if not scheme.dense}
+DEQUANTISED = {name: DequantisedLinear for name in (ANY, *SCHEMES) if name != "dense"}
 
 
 def pack_nibbles(values: Tensor) -> Tensor:

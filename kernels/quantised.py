@@ -14,7 +14,8 @@ from torch import Tensor
 from lightllmd.architecture.schemes import Scheme
 
 LEVELS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value that a scale maps to, of symmetric schemes
-UINT4 = 15
+UNSIGNED = {"uint4": 15, "uint8": 255}  # the largest value of schemes that are not symmetric
+ZEROS = {"uint4": torch.uint8, "uint8": torch.int16}  # how `QuantisedMatrix` has the zeros of such values
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,11 @@ class QuantisedMatrix:
     scheme: Scheme
     values: Tensor  # [N, K], one value an element: int8, uint8 (of "uint4", 0 to 15) or float8_e4m3fn
     scales: Tensor  # [N, G], in the dtype that the scheme names, the model's where it names none
-    zeros: Tensor | None = None  # [N, G] uint8, of schemes that are not symmetric; 16 is possible (GPTQ)
+    # [N, G] of schemes that are not symmetric: uint8, of "uint8" int16. 16 and 256 are possible (GPTQ).
+    zeros: Tensor | None = None
     # [K] int32, of schemes that are ordered: column k is multiplied with input ``order[k]``
     order: Tensor | None = None
+    input_scale: Tensor | None = None  # [] fp32, of schemes with static inputs: x stands for ``input_scale * value``
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,12 +68,14 @@ def quantise(weight: Tensor, scheme: Scheme) -> QuantisedMatrix:
     kind = getattr(torch, scheme.scales) if scheme.scales else weight.dtype
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).unflatten(1, (-1, group))
     if not scheme.symmetric:
+        most = UNSIGNED[scheme.values]
         low, high = padded.amin(2).clamp_(max=0), padded.amax(2).clamp_(min=0)
-        scales = _not_zero(((high - low) / UINT4).to(kind))
+        scales = _not_zero(((high - low) / most).to(kind))
         exact = scales.float()
-        zeros = (-low / exact).round_().clamp_(0, UINT4)
-        values = ((padded / exact[..., None]).round_() + zeros[..., None]).clamp_(0, UINT4)
-        return QuantisedMatrix(scheme, _cut(values, columns).to(torch.uint8), scales, zeros.to(torch.uint8))
+        zeros = (-low / exact).round_().clamp_(0, most)
+        values = ((padded / exact[..., None]).round_() + zeros[..., None]).clamp_(0, most)
+        stored = _cut(values, columns).to(torch.uint8)
+        return QuantisedMatrix(scheme, stored, scales, zeros.to(ZEROS[scheme.values]), *_calibrated(stored, scheme))
     largest = padded.abs().amax(2)
     if scheme.rows > 1:
         blocks = torch.nn.functional.pad(largest, (0, 0, 0, -rows % scheme.rows)).unflatten(0, (-1, scheme.rows))
@@ -80,19 +85,31 @@ def quantise(weight: Tensor, scheme: Scheme) -> QuantisedMatrix:
     values = (padded / scales.float()[..., None]).clamp_(-level, level)
     if scheme.values == "int8":
         values.round_()
-    return QuantisedMatrix(scheme, _cut(values, columns).to(getattr(torch, scheme.values)), scales)
+    stored = _cut(values, columns).to(getattr(torch, scheme.values))
+    return QuantisedMatrix(scheme, stored, scales, None, *_calibrated(stored, scheme))
 
 
-def quantised_inputs(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """``x [T, K]`` -> values ``[T, K]`` of the dtype that the scheme rounds inputs to, and fp32 scales ``[T, G]``."""
+def quantised_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x [T, K]`` -> values ``[T, K]`` of the dtype that the scheme rounds inputs to, and fp32 scales ``[T, G]``;
+    `scale`: the one of all, of static inputs, beyond which values are cut."""
     group = scheme.group or x.shape[1]
     level = LEVELS[scheme.inputs]
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scales = _not_zero(padded.abs().amax(2) / level)
-    values = (padded / scales[..., None]).clamp_(-level, level)
+    scales = _not_zero(padded.abs().amax(2) / level) if scale is None else scale.expand(padded.shape[:2])
+    # A token's own scale reaches its largest value; one that was fixed before may use -128, too.
+    least = -128.0 if scheme.inputs == "int8" and scale is not None else -level
+    values = (padded / scales[..., None]).clamp_(least, level)
     if scheme.inputs == "int8":
         values.round_()
     return _cut(values, x.shape[1]).to(getattr(torch, scheme.inputs)), scales
+
+
+def _calibrated(values: Tensor, scheme: Scheme) -> tuple[Tensor | None, Tensor | None]:
+    """Order and scale of inputs of a weight that no calibration was made for: columns as they are, and inputs up to
+    16 within reach."""
+    device = values.device
+    order = torch.arange(values.shape[1], dtype=torch.int32, device=device) if scheme.ordered else None
+    return order, torch.tensor(16 / LEVELS[scheme.inputs], device=device) if scheme.static else None
 
 
 def _not_zero(scales: Tensor) -> Tensor:

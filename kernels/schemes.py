@@ -26,12 +26,20 @@ class Shard:
 
 
 WHOLE = Shard()
+ANY = "any"  # the entry of a device's linears that takes every scheme
 
 
 def built(role: str, scheme: Scheme, shard: Shard, kinds: Mapping[str, T]) -> T:
-    """The entry of `kinds`, a device's linears by scheme. Raises EngineError naming what is not built for `role`."""
+    """The entry of `kinds`, a device's linears by scheme. Raises EngineError naming what is not built for `role`.
+
+    A linear made for the schemes of `SCHEMES` alone says so in `takes(scheme)`: of what checkpoints have beside them
+    (8 bits in groups or with zeros, another size of blocks, static inputs, an order of columns) those that it does not
+    take are stored as that of "any" has them.
+    """
     if scheme.name not in kinds:
         raise EngineError(f"{role}: this device has no kernels for weights stored as {scheme.name!r}")
     if shard.ranks != 1:
         raise EngineError(f"{role}: rank {shard.rank} of {shard.ranks} was asked for, one rank is built")
-    return kinds[scheme.name]
+    kind = kinds[scheme.name]
+    takes = getattr(kind, "takes", None)
+    return kind if takes is None or takes(scheme) else kinds[ANY]

@@ -23,13 +23,16 @@ class Scheme:
     """
 
     name: SchemeName
-    values: str = ""  # torch's name of the stored values' dtype, "uint4" for two of 0 to 15 in a byte; "": the model's
+    # torch's name of the stored values' dtype, "uint4" for two of 0 to 15 in a byte; "": the model's. "uint8" is of
+    # checkpoints with zeros in 8 bits.
+    values: str = ""
     scales: str = ""  # likewise of the scales
     group: int = 0  # neighbouring inputs that share a scale, the last group may be shorter; 0: all of a row
     rows: int = 1  # neighbouring outputs that share a scale
     symmetric: bool = True
     inputs: str = ""  # what inputs are rounded to, symmetrically and with a scale for each token; "": nothing
     ordered: bool = False  # columns are in an order of their own (GPTQ's act-order), which is stored, too
+    static: bool = False  # inputs have one scale, which a calibration found, instead of one for each token
 
     @property
     def dense(self) -> bool:
@@ -42,7 +45,7 @@ class Scheme:
         if self.dense:
             return ("weight",)
         zero, order = () if self.symmetric else ("zero",), ("order",) if self.ordered else ()
-        return ("weight", "scale", *zero, *order)
+        return ("weight", "scale", *zero, *order, *(("input_scale",) if self.static else ()))
 
     def groups(self, inputs: int) -> int:
         """Of so many inputs."""
@@ -54,9 +57,9 @@ class Scheme:
             return math.prod(shape) * item_bytes
         rows, columns = shape
         scales = rows * self.groups(columns) * (ITEM_BYTES[self.scales] if self.scales else item_bytes)
-        zeros = 0 if self.symmetric else rows * self.groups(columns)
-        order = 4 * columns if self.ordered else 0
-        return rows * (-(-columns // 2) if self.values == "uint4" else columns) + scales + zeros + order
+        zeros = 0 if self.symmetric else rows * self.groups(columns) * (1 if self.values == "uint4" else 2)
+        others = (4 * columns if self.ordered else 0) + (4 if self.static else 0)
+        return rows * (-(-columns // 2) if self.values == "uint4" else columns) + scales + zeros + others
 
 
 DENSE = Scheme("dense")

@@ -46,6 +46,10 @@ class ModelFacts(msgspec.Struct, frozen=True):
     unprefixed: bool = False  # their tensors have the names of the decoder by itself, such as "layers.0.…"
     pooling: Pooling | None = None  # as sentence-transformers' settings beside it say; None: they don't
     pooling_refused: str = ""  # why what they say can't be done
+    quantisation: dict[str, Any] = {}  # what the checkpoint says of how its matrices are stored; empty: they are dense
+    quantised_as: str = ""  # the same in words
+    schemes: WeightSchemes = ALL_DENSE  # what a quantised checkpoint's weights are stored by
+    dequantised: list[str] = []  # its weights that are made dense while they are loaded, in words, and why
 
     @property
     def architecture(self) -> Architecture | Outline:

@@ -192,6 +192,7 @@ class _Real(_Maker):
         self._derive_remote_code()
         self.derive("device", self._device())
         data_type = self.derive("data_type", self._data_type())
+        self._derive_quantisation()
         eos_id = self.derive("eos_id", self._eos_id(vocab))
         batch = self.derive("batch_max_tokens", _batch_max_tokens(self.params))
         self.co_residents = tuple(self._co_residents())
@@ -211,6 +212,7 @@ class _Real(_Maker):
             vocab_size=vocab,
             model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
+            schemes=self.model.schemes,
             derived=self.derived,
             budget=demand.with_slots(slots.value),
             scoring=self._scoring(),
@@ -396,6 +398,11 @@ class _Real(_Maker):
             return _Value(wanted, reason)
         where = "this CPU" if self.device.kind == "cpu" else self.device.name
         return _Value(fast[0], f"{reason}; but {where} is slow at {wanted} and fast at {', '.join(fast)}")
+
+    def _derive_quantisation(self) -> None:
+        if self.model.quantised_as:
+            dense = "".join(f"; {said}" for said in self.model.dequantised)
+            self.derive("quantisation", _Value(self.model.quantised_as, f"as the checkpoint's matrices are{dense}"))
 
     def _eos_id(self, vocab: int) -> _Value:
         written = self.params.eos_id
