@@ -127,12 +127,13 @@ def demand(
     data_type: str,
     batch_max_tokens: int,
     co_residents: tuple[CoResident, ...] = (),
+    kv_scheme: str = "dense",
 ) -> Demand:
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
     spec = architecture if isinstance(architecture, Outline) else architecture.spec
     item = ITEM_BYTES[data_type]
     available = int(device.memory_free * config.engine.memory_fraction)
-    kv = KvLayout.of(spec.attention, data_type)
+    kv = KvLayout.of(spec.attention, data_type, kv_scheme)
     margin = BudgetRow(
         "margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
     )
@@ -169,7 +170,7 @@ def gathered_bytes(attention: Iterable[GroupedQuery], kv: KvLayout) -> int:
             return 0
         return CAPPED_BYTES * (attention.head_dim + attention.heads // attention.kv_heads)
 
-    return max(stored.slot_bytes + capped(each) for stored, each in zip(kv.layers, attention, strict=True))
+    return max(stored.gathered_bytes + capped(each) for stored, each in zip(kv.layers, attention, strict=True))
 
 
 def _weights(architecture: Architecture | Outline, data_type: str) -> BudgetRow:

@@ -186,6 +186,7 @@ class Plan(msgspec.Struct, frozen=True):
     scoring: Scoring | None = None  # of a model that scores
     embedding: PromptEmbedding | None = None  # of any other
     schemes: WeightSchemes = ALL_DENSE  # how weights are stored
+    kv_scheme: str = "dense"  # how the KV cache is stored, a key of `architecture.kv_schemes`
     decode_kernel: str = "auto"  # the decode attention's mode (config.modes.BUILT); "auto": the best for each shape
 
     @property

@@ -60,7 +60,7 @@ def tokens(runner: CpuRunner | GpuRunner) -> list[list[int]]:
 
 def held(runner: CpuRunner | GpuRunner) -> list[weakref.ref[Tensor]]:
     """What should be gone while it sleeps."""
-    found: list[Tensor] = [cache.entries for cache in runner.caches]
+    found: list[Tensor] = [tensor for cache in runner.caches for tensor in cache.tensors]
     if isinstance(runner, GpuRunner):
         found += [runner._last, runner._packer._table, runner._sampler._counts]
     return [weakref.ref(tensor) for tensor in found]

@@ -101,7 +101,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
     def _allocate(self) -> None:
         plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params
         dtype = getattr(torch, plan.data_type)
-        self.caches = allocate(KvLayout.of(spec.attention, plan.data_type), self.slots, _CPU)
+        self.caches = allocate(KvLayout.of(spec.attention, plan.data_type, plan.kv_scheme), self.slots, _CPU)
         rows, width = params.running_max_req_size + 1, params.max_req_total_len + SPARE_WIDTH
         self.table = SlotTable(rows, width, self.slots, _CPU, dtype)
         processed = plan.config.engine.logprobs == "processed"

@@ -119,7 +119,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         plan, device, params = self._plan, self._device, self._plan.config.params
         spec = self.decoder.spec
         heads = self.decoder.heads[0]
-        self.caches = allocate(KvLayout.of(spec.attention, plan.data_type), self.slots + 1, device)
+        self.caches = allocate(KvLayout.of(spec.attention, plan.data_type, plan.kv_scheme), self.slots + 1, device)
         for cache in self.caches:
             cache.clear(self.slots)
         self._last = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
