@@ -51,8 +51,9 @@ class QuantisedLayerCache(LayerCache):
     scales: Tensor
 
     def __init__(self, entries: Tensor, scales: Tensor, scheme: KvScheme, dtype: torch.dtype) -> None:
-        """`entries`: ``[S, 2K, D / packed]``, heads as those of a `LayerCache`; `scales`: ``[S, 2K, G or 2G]`` fp16.
-        The last two dimensions of both are contiguous. `dtype` is that of what is stored and gathered."""
+        """`entries`: ``[S, 2K, D / packed]``, heads as those of a `LayerCache`; `scales`: fp16 ``[S, K, 2, G]``, those
+        of keys before those of values, ``2G`` of a scheme that is not symmetric. All but the first dimension of both
+        are contiguous. `dtype` is that of what is stored and gathered."""
         super().__init__(entries)
         self.scales, self.scheme, self._dtype = scales, scheme, dtype
 
@@ -63,7 +64,7 @@ class QuantisedLayerCache(LayerCache):
     def store(self, slots: Tensor, kv: Tensor) -> None:
         values, scales = quantise(kv, self.scheme)
         self.entries.index_copy_(0, slots, values)
-        self.scales.index_copy_(0, slots, scales)
+        self.scales.index_copy_(0, slots, scales.unflatten(1, (2, -1)).transpose(1, 2))
 
     def clear(self, slot: int) -> None:
         self.entries[slot] = 0
@@ -78,10 +79,10 @@ class QuantisedLayerCache(LayerCache):
         for first in range(0, count, step):
             last = min(count, first + step)
             if isinstance(slots, slice):
-                stored = [part[slots.start + first : slots.start + last] for part in self.tensors]
+                values, scales = (part[slots.start + first : slots.start + last] for part in self.tensors)
             else:
-                stored = [part.index_select(0, slots[first:last]) for part in self.tensors]
-            kept[first:last] = dequantise(*stored, self.scheme)
+                values, scales = (part.index_select(0, slots[first:last]) for part in self.tensors)
+            kept[first:last] = dequantise(values, scales.transpose(1, 2).flatten(1, 2), self.scheme)
         keys, values = kept.chunk(2, 1)
         return keys, values
 

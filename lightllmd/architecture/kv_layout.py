@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,8 +13,7 @@ from lightllmd.architecture.spec import GroupedQuery
 
 @dataclass(frozen=True)
 class LayerKvLayout:
-    """One layer's part of a slot: keys ``[kv_heads, head_dim]``, then values of the same shape; likewise their
-    scales."""
+    """One layer's part of a slot: keys ``[kv_heads, head_dim]``, then values of the same shape."""
 
     kv_heads: int
     head_dim: int
@@ -26,9 +26,9 @@ class LayerKvLayout:
         return 2 * self.kv_heads, self.head_dim // self.scheme.packed
 
     @property
-    def scales_shape(self) -> tuple[int, int]:
-        """Of a slot's scales, in fp16."""
-        return 2 * self.kv_heads, self.scheme.scales(self.head_dim)
+    def scales_shape(self) -> tuple[int, int, int]:
+        """Of a slot's scales, in fp16: of each head those of its keys and of its values, side by side."""
+        return self.kv_heads, 2, self.scheme.scales(self.head_dim)
 
     @property
     def entry_bytes(self) -> int:
@@ -39,8 +39,7 @@ class LayerKvLayout:
     @property
     def scale_bytes(self) -> int:
         """Bytes of one token's scales."""
-        heads, scales = self.scales_shape
-        return heads * scales * SCALE_BYTES
+        return math.prod(self.scales_shape) * SCALE_BYTES
 
     @property
     def slot_bytes(self) -> int:
