@@ -177,7 +177,7 @@ def _in_force(context: CommandContext, path: str, and_reload: bool) -> None:
     if and_reload:
         jobs.run(context, "reload", {}, False, None)
     else:
-        console.complain(f"{path} is changed; in force after: lightllmctl reload")
+        console.complain(f"{path} is changed; a running daemon takes it up within seconds")
 
 
 def _path(context: CommandContext, named: str | None) -> str:

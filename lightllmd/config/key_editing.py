@@ -23,7 +23,7 @@ MODE = 0o640  # of a new file
 GROUP = "lightllmd"  # of the service that the Debian package installs
 _PREFIX = "sk-"  # what clients and scanners for secrets take for a key
 _BYTES = 32  # of randomness
-_HEAD = "# API keys of lightllmd, as hashes. lightllmctl key add, list and revoke; in force after a reload.\n"
+_HEAD = "# API keys of lightllmd, as hashes. lightllmctl key add, list and revoke; in force within seconds.\n"
 
 
 def new_key() -> str:

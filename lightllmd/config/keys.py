@@ -1,7 +1,7 @@
 """API keys: what is kept of them, and the files that hold them. Their content is configuration as much as their paths.
 
-The supervisor reads the files, with the configuration and at each reload; api workers get what it read and never look
-at a file, so that no two of them disagree, whatever became of the files since.
+The supervisor reads the files, with the configuration and when they have changed; api workers get what it read and
+never look at a file, so that no two of them disagree, whatever became of the files since.
 
 A file is a list, one key a line, whose keys may do all; or a TOML table of named keys that holds their hashes alone:
 
@@ -140,6 +140,18 @@ def read(path: str) -> list[ApiKey]:
     if not keys:
         raise KeysInvalid(f"{show(path)} has no key, so that no client could enter")
     return [ApiKey(sha256=hashed(key), admin=True) for key in keys]
+
+
+def read_ring(files: dict[str, str], metrics_setting: str) -> KeyRing:
+    """What the files of `HttpSettings.key_files` hold. Raises KeysInvalid, whose message names each fault."""
+    found = {}
+    for setting, path in files.items():
+        try:
+            found[setting] = read(path)
+        except KeysInvalid as fault:
+            said = "; ".join(str(problem) for problem in fault.problems) or fault.message
+            raise KeysInvalid(f"{setting}: {said}") from None
+    return ring(found.get("http.api_keys_file"), found.get("http.metrics_key"), metrics_setting)
 
 
 def is_table(body: bytes) -> bool:

@@ -118,8 +118,8 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             doc="File of API keys, which clients send as 'Authorization: Bearer KEY', x-api-key or api-key. Empty: no "
             "authentication. Either a table [keys.NAME] for each key, with its hash, expiry and limits, which "
-            "lightllmctl key makes; or a list of keys, one a line, which may do all. What it holds is taken up by a "
-            "reload, as its name is.",
+            "lightllmctl key makes; or a list of keys, one a line, which may do all. What it holds by then is in force "
+            "by itself within seconds, another name after a reload.",
             example='"/etc/lightllmd/keys.toml"',
             reload="live",
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightllmd.config.plan import Plan
 from lightllmd.ipc.messages import Drain, Health, Models, Overview
+from lightllmd.supervisor.change.api_keys import KeysInForce
 from lightllmd.supervisor.change.certificate import CertificateInForce
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.children import crashes
@@ -51,6 +52,7 @@ class Daemon:
         self.pusher = Pusher(context)
         self.certificate = CertificateInForce(context, self.front.tell)
         self.verbs = Verbs(context, self.engines, self.front, self.pusher, settings, self.certificate, self._relisten)
+        self.keys = KeysInForce(context, settings, self.verbs.put_in_force)
         self.monitor = Monitor(context, self.engines, self.front)
         self.crashes = crashes.open_crashes(context.events, os.environ.get("STATE_DIRECTORY", ""))
 

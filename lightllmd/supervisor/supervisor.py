@@ -138,6 +138,7 @@ class Supervisor(Daemon):
             self._make_first_plan(first)
         self._systemd.reload()
         self.certificate.step()
+        self.keys.step()
         self.verbs.step()
         self._systemd.reload()
         self._retire_drained()
@@ -183,6 +184,7 @@ class Supervisor(Daemon):
             self._overviews.tell()
             self._look_at_files()
             self.certificate.look()
+            self.keys.look()
         self._systemd.tick(TICK)
 
     def _look_at_files(self) -> None:
