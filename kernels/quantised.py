@@ -6,9 +6,11 @@ granularity and symmetry are kept: it cut towards zero, which costs twice the er
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.architecture.schemes import Scheme
@@ -16,6 +18,7 @@ from lightllmd.architecture.schemes import Scheme
 LEVELS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value that a scale maps to, of symmetric schemes
 UNSIGNED = {"uint4": 15, "uint8": 255}  # the largest value of schemes that are not symmetric
 ZEROS = {"uint4": torch.uint8, "uint8": torch.int16}  # how `QuantisedMatrix` has the zeros of such values
+CHUNK_ELEMENTS = 4 << 20  # quantised at a time: temporaries in fp32 take a few times as many bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,30 @@ class QuantisedMatrix:
             values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
         return values.to(dtype)
 
+    def by_rows(self, change: Callable[[Tensor], Tensor]) -> QuantisedMatrix:
+        """With its rows changed: `change` gets each tensor that has one for each, such as values and scales."""
+        zeros = None if self.zeros is None else change(self.zeros)
+        return replace(self, values=change(self.values), scales=change(self.scales), zeros=zeros)
+
+    def to(self, device: torch.device) -> QuantisedMatrix:
+        """On that device; itself where it is there."""
+        order = None if self.order is None else self.order.to(device)
+        static = None if self.input_scale is None else self.input_scale.to(device)
+        return replace(self.by_rows(lambda rows: rows.to(device)), order=order, input_scale=static)
+
+
+def empty(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> QuantisedMatrix:
+    """For a matrix ``[N, K]`` of this shape, in a model of `dtype`."""
+    rows, columns = shape
+    kind = getattr(torch, scheme.scales) if scheme.scales else dtype
+    stored = torch.uint8 if scheme.values in UNSIGNED else getattr(torch, scheme.values)
+    values = torch.empty(shape, dtype=stored, device=device)
+    scales = torch.empty((rows, scheme.groups(columns)), dtype=kind, device=device)
+    zeros = None if scheme.symmetric else torch.empty_like(scales, dtype=ZEROS[scheme.values])
+    order = torch.empty(columns, dtype=torch.int32, device=device) if scheme.ordered else None
+    static = torch.empty((), dtype=torch.float32, device=device) if scheme.static else None
+    return QuantisedMatrix(scheme, values, scales, zeros, order, static)
+
 
 def stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
     """One below the other. All have the same scheme, and inputs in the same order."""
@@ -62,31 +89,45 @@ def stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
 
 
 def quantise(weight: Tensor, scheme: Scheme) -> QuantisedMatrix:
-    """A dense weight ``[N, K]``, which is not kept, stored by `scheme`."""
+    """A dense weight ``[N, K]``, which is not kept, stored by `scheme`. Beside the result it takes memory for
+    `CHUNK_ELEMENTS` alone. Where a group holds what is no number its scale is none either."""
     rows, columns = weight.shape
-    group = scheme.group or columns
-    kind = getattr(torch, scheme.scales) if scheme.scales else weight.dtype
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).unflatten(1, (-1, group))
-    if not scheme.symmetric:
-        most = UNSIGNED[scheme.values]
-        low, high = padded.amin(2).clamp_(max=0), padded.amax(2).clamp_(min=0)
-        scales = _not_zero(((high - low) / most).to(kind))
-        exact = scales.float()
-        zeros = (-low / exact).round_().clamp_(0, most)
-        values = ((padded / exact[..., None]).round_() + zeros[..., None]).clamp_(0, most)
-        stored = _cut(values, columns).to(torch.uint8)
-        return QuantisedMatrix(scheme, stored, scales, zeros.to(ZEROS[scheme.values]), *_calibrated(stored, scheme))
-    largest = padded.abs().amax(2)
+    made = empty(scheme, (rows, columns), weight.dtype, weight.device)
+    at_once = max(1, CHUNK_ELEMENTS // max(1, columns * scheme.rows)) * scheme.rows
+    for begin in range(0, rows, at_once):
+        part = slice(begin, begin + at_once)
+        if made.zeros is None:
+            _symmetric(weight[part], scheme, made.values[part], made.scales[part])
+        else:
+            _asymmetric(weight[part], scheme, made.values[part], made.scales[part], made.zeros[part])
+    order, input_scale = _calibrated(made.values, scheme)
+    return replace(made, order=order, input_scale=input_scale)
+
+
+def _asymmetric(weight: Tensor, scheme: Scheme, values: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    padded, most = _in_groups(weight, scheme), UNSIGNED[scheme.values]
+    low, high = padded.amin(2).clamp_(max=0), padded.amax(2).clamp_(min=0)
+    scales.copy_(_not_zero(_divided(high.sub_(low), most).to(scales.dtype)))
+    exact = scales.float()
+    shift = low.neg_().div_(exact).round_().clamp_(0, most)
+    zeros.copy_(shift)
+    padded = padded.div_(exact[..., None]).round_().add_(shift[..., None]).clamp_(0, most)
+    values.copy_(_cut(padded, values.shape[1]))
+
+
+def _symmetric(weight: Tensor, scheme: Scheme, values: Tensor, scales: Tensor) -> None:
+    padded = _in_groups(weight, scheme)
+    largest = torch.maximum(padded.amax(2), padded.amin(2).neg_())
     if scheme.rows > 1:
-        blocks = torch.nn.functional.pad(largest, (0, 0, 0, -rows % scheme.rows)).unflatten(0, (-1, scheme.rows))
+        rows = len(weight)
+        blocks = functional.pad(largest, (0, 0, 0, -rows % scheme.rows)).unflatten(0, (-1, scheme.rows))
         largest = blocks.amax(1).repeat_interleave(scheme.rows, 0)[:rows]
     level = LEVELS[scheme.values]
-    scales = _not_zero((largest / level).to(kind))
-    values = (padded / scales.float()[..., None]).clamp_(-level, level)
+    scales.copy_(_not_zero(_divided(largest, level).to(scales.dtype)))
+    padded = padded.div_(scales.float()[..., None]).clamp_(-level, level)
     if scheme.values == "int8":
-        values.round_()
-    stored = _cut(values, columns).to(getattr(torch, scheme.values))
-    return QuantisedMatrix(scheme, stored, scales, None, *_calibrated(stored, scheme))
+        padded.round_()
+    values.copy_(_cut(padded, values.shape[1]))
 
 
 def quantised_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,8 +135,8 @@ def quantised_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> 
     `scale`: the one of all, of static inputs, beyond which values are cut."""
     group = scheme.group or x.shape[1]
     level = LEVELS[scheme.inputs]
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scales = _not_zero(padded.abs().amax(2) / level) if scale is None else scale.expand(padded.shape[:2])
+    padded = functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    scales = _not_zero(_divided(padded.abs().amax(2), level)) if scale is None else scale.expand(padded.shape[:2])
     # A token's own scale reaches its largest value; one that was fixed before may use -128, too.
     least = -128.0 if scheme.inputs == "int8" and scale is not None else -level
     values = (padded / scales[..., None]).clamp_(least, level)
@@ -112,9 +153,21 @@ def _calibrated(values: Tensor, scheme: Scheme) -> tuple[Tensor | None, Tensor |
     return order, torch.tensor(16 / LEVELS[scheme.inputs], device=device) if scheme.static else None
 
 
+def _in_groups(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A copy in fp32, ``[N, G, group]``, padded with zeros."""
+    columns = weight.shape[1]
+    group = scheme.group or columns
+    return functional.pad(weight.to(torch.float32, copy=True), (0, -columns % group)).unflatten(1, (-1, group))
+
+
+def _divided(largest: Tensor, level: float) -> Tensor:
+    """Rounded once, on every device: by a number of the host's, CUDA multiplies with that number's reciprocal."""
+    return largest / torch.full((), level, device=largest.device)
+
+
 def _not_zero(scales: Tensor) -> Tensor:
     """A group of zeros alone may have any scale but 0."""
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
 def _cut(groups: Tensor, columns: int) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
 from lightllmd.engine.runners.cpu import CpuRunner
@@ -153,7 +154,14 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> 
 
 
 def plan_for(
-    model: Path, *, dtype: str = "float32", slots: int = 512, device: str = "cpu", threads: int = 1, **params: Any
+    model: Path,
+    *,
+    dtype: str = "float32",
+    slots: int = 512,
+    device: str = "cpu",
+    threads: int = 1,
+    schemes: WeightSchemes = ALL_DENSE,
+    **params: Any,
 ) -> Plan:
     """A plan as resolution would make it, for a Hugging Face directory, one of Megatron-DeepSpeed's or a .gguf file.
 
@@ -201,6 +209,7 @@ def plan_for(
         log_stats_interval=10.0,
         vocab_size=config["vocab_size"],
         model_name="tiny",
+        schemes=schemes,
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture.spec import DecoderSpec
-from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.kv_cache import LayerCache
@@ -24,8 +23,7 @@ SCORES: frozenset[Role] = frozenset({"score_inner", "score"})
 
 
 class Decoder:
-    """A `LanguageModel`. Takes over the weights that `weights` yields; each matrix is stored by the scheme that
-    `schemes` says, unless it comes in one, as soon as it has come.
+    """A `LanguageModel`. Takes over the weights that `weights` yields, dense or quantised, as they come.
 
     What its hidden states are for is `head`, or `scores` where the specification says so: it has one of the two, or
     none where its checkpoint has none. Those that have no `scores` have `states`.
@@ -41,7 +39,6 @@ class Decoder:
         kernels: Kernels,
         weights: Iterable[LoadedWeight],
         device: torch.device,
-        schemes: WeightSchemes = ALL_DENSE,
     ) -> None:
         self.spec = spec
         self.rope = Rope(spec.positions, device)
@@ -59,9 +56,7 @@ class Decoder:
             elif weight.layer is None:
                 common[weight.role] = tensor
             elif weight.role in LINEARS:
-                linear = linears[weight.layer][weight.role] = kernels.linear(
-                    weight.role, tensor, bias, schemes.of(weight)
-                )
+                linear = linears[weight.layer][weight.role] = kernels.linear(weight.role, tensor, bias)
                 self._hold(weight.key, linear)
             else:
                 norms[weight.layer][weight.role] = Norm(tensor, spec.norm.eps, spec.norm.offset)

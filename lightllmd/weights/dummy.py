@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture.weights import Part, WeightSpec
-from lightllmd.weights.loaded import LoadedWeight, Progress, room
+from lightllmd.weights.loaded import LoadedWeight, Progress, Rooms, room
 
 MATRIX_STD, VECTOR_STD = 0.02, 0.01  # usual initialisation; norms and biases move a little, so that they matter
 CHUNK_ELEMENTS = 8 << 20  # drawn at a time: a CPU takes a tenth of a second for them
 
 
 def stream(
-    weights: Sequence[WeightSpec], dtype: torch.dtype, device: torch.device, progress: Progress
+    weights: Sequence[WeightSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    passing: Sequence[WeightSpec] = (),
 ) -> Iterator[LoadedWeight]:
     """Yields `weights` in their order, as `place.stream` does.
 
@@ -27,9 +31,10 @@ def stream(
     generator = torch.Generator(device)
     done = drawn = 0
 
-    def stacked(parts: tuple[Part, ...], mean: float) -> Tensor:
+    rooms = Rooms(dtype, device, passing)
+
+    def fill(out: Tensor, parts: tuple[Part, ...], mean: float) -> Tensor:
         nonlocal done, drawn
-        out = room(parts, dtype, device)
         row = 0
         for part in parts:
             generator.manual_seed(drawn)
@@ -46,5 +51,7 @@ def stream(
         return out
 
     for weight in weights:
-        tensor = stacked(weight.parts, weight.neutral)
-        yield LoadedWeight(weight, tensor, stacked(weight.bias, 0.0) if weight.bias else None)
+        tensor = fill(rooms.of(weight), weight.parts, weight.neutral)
+        bias = fill(room(weight.bias, dtype, device), weight.bias, 0.0) if weight.bias else None
+        yield LoadedWeight(weight, tensor, bias)
+        del tensor, bias  # nothing is kept while the next is made

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,27 @@ class LoadedWeight(NamedTuple):
     spec: WeightSpec
     tensor: Tensor | QuantisedMatrix
     bias: Tensor | None
+
+
+class Rooms:
+    """Empty tensors that weights are read into.
+
+    Those of `passing`, of which nothing is kept when the next is asked for (they are quantised), share one: memory that
+    each took for itself would be left in pieces among what is kept.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | None, passing: Iterable[WeightSpec] = ()) -> None:
+        self._dtype, self._device = dtype, device
+        sizes = {weight.key: sum(math.prod(part.shape) for part in weight.parts) for weight in passing}
+        self._passing = sizes.keys()
+        self._shared = torch.empty(max(sizes.values()), dtype=dtype, device=device) if sizes else None
+
+    def of(self, weight: WeightSpec) -> Tensor:
+        """For its parts, stacked along the first dimension."""
+        if self._shared is None or weight.key not in self._passing:
+            return room(weight.parts, self._dtype, self._device)
+        rows, columns = sum(part.shape[0] for part in weight.parts), weight.parts[0].shape[1]
+        return self._shared[: rows * columns].view(rows, columns)
 
 
 def room(parts: tuple[Part, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightllmd.architecture.weights import Part, WeightSpec
 from lightllmd.weights.files import WeightFile
-from lightllmd.weights.loaded import LoadedWeight, Progress, room
+from lightllmd.weights.loaded import LoadedWeight, Progress, Rooms, room
 from lightllmd.weights.plain import PlainCheckpoint
 
 PIECE_BYTES = 8 << 20  # a multiple of every item's size; a thread copies it in about a millisecond
@@ -60,6 +60,7 @@ def stream(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    passing: Sequence[WeightSpec] = (),
 ) -> Iterator[LoadedWeight]:
     """As `place.stream`, the tensors made on the device, where parts of another dtype are converted too. What is
     yielded may still be on its way: work that the device is given from then on finds it there.
@@ -67,8 +68,9 @@ def stream(
     files = _OpenFiles([[file for part in one.stored for file in checkpoint.files(part.name)] for one in weights])
 
     def arrivals() -> Iterator[Arrival[LoadedWeight]]:
+        rooms = Rooms(dtype, device, passing)  # what passes has been taken before a piece of the next is sent
         for weight in weights:
-            tensor = room(weight.parts, dtype, device)
+            tensor = rooms.of(weight)
             bias = room(weight.bias, dtype, device) if weight.bias else None
             pieces = [*_pieces(checkpoint, files, weight.parts, tensor)]
             if bias is not None:
@@ -110,7 +112,8 @@ class _OpenFiles:
 def upload(
     arrivals: Iterable[Arrival[Whole]], total: int, device: torch.device, progress: Progress
 ) -> Generator[Whole, None, None]:
-    """Yields them in their order. `total` bytes have been read when the last has come."""
+    """Yields them in their order, each before a piece of the next is sent. `total` bytes have been read when the last
+    has come."""
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     done = 0
     with Staging(threads + SPARE_PIECES, device) as ring, ThreadPoolExecutor(threads) as pool:
@@ -118,7 +121,7 @@ def upload(
         waiting: deque[tuple[Whole, int]] = deque()  # and the number of its last piece
         begun = ended = 0  # pieces
 
-        def send() -> None:
+        def send() -> Iterator[Whole]:
             nonlocal done, ended
             piece, slot, filled = filling.popleft()
             filled.result()
@@ -126,21 +129,24 @@ def upload(
             ended += 1
             done += piece.stored_bytes
             progress(done, total)
+            yield from arrived()
+
+        def arrived() -> Iterator[Whole]:
+            while waiting and waiting[0][1] <= ended:
+                yield waiting.popleft()[0]
 
         for arrival in arrivals:
+            last = begun + len(arrival.pieces)
+            waiting.append((arrival.whole, last))
             for piece in arrival.pieces:
                 if len(filling) == len(ring):
-                    send()
+                    yield from send()
                 slot = ring[begun % len(ring)]
                 filling.append((piece, slot, pool.submit(slot.fill, piece)))
                 begun += 1
-            waiting.append((arrival.whole, begun))
-            while waiting and waiting[0][1] <= ended:
-                yield waiting.popleft()[0]
+            yield from arrived()
         while filling:
-            send()
-        for whole, _ in waiting:
-            yield whole
+            yield from send()
 
 
 def _pieces(

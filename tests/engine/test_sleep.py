@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.schemes import SCHEMES, scheme_of
+from lightllmd.architecture.storage import weight_bytes
+from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.errors import WeightsInvalid
 from lightllmd.ipc.messages import SamplingParams
+from lightllmd.kernels.devices import fused_kernels
 from lightllmd.weights import host_copy, staged
 from lightllmd.weights.host_copy import HostCopy, free_storage
-from tiny_models import Driver, load, load_on_device, write_model
+from long_run import LONG
+from tiny_models import BASE, Driver, load, load_on_device, write_model
 
 pytest.importorskip("triton")
 
@@ -44,6 +51,55 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path) -> CpuRunner | GpuRun
     loaded = made(write_model(tmp_path, WRITTEN), **limits)
     loaded.prepare(nothing)
     return loaded
+
+
+QUANTISED = [name for name, scheme in SCHEMES.items() if not scheme.dense]
+# In the interpreter a device's steps take seconds: the one scheme that has all tensors, and the linears of all below.
+ON_A_DEVICE = QUANTISED if LONG or DEVICE.type == "cuda" else ["w4a16"]
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [*(("cpu", name) for name in QUANTISED), *(("device", name) for name in ON_A_DEVICE)]
+)
+def test_a_quantised_model_takes_what_was_planned_and_gives_it_back(tmp_path: Path, where: str, name: str) -> None:
+    """Each scheme: values, scales and zeros are staged, freed and filled again in place."""
+    schemes = WeightSchemes.all(scheme_of(name, 32))
+    limits = {"running_max_req_size": 3, "max_req_total_len": 24, "max_req_input_len": 23, "slots": 40}
+    made: Callable[..., CpuRunner | GpuRunner] = load if where == "cpu" else load_on_device
+    runner = made(write_model(tmp_path, WRITTEN), schemes=schemes, dtype="float32", **limits)
+    runner.prepare(nothing)
+    expected = tokens(runner)
+    held = runner.decoder.tensors()
+    on_device = {key: tensor for key, tensor in held.items() if not key.startswith("head")}  # a CPU packs a tied one
+    planned = weight_bytes(architecture_of("llama", BASE | WRITTEN).weights, 4, schemes)
+    assert sum(tensor.nbytes for tensor in on_device.values()) == pytest.approx(planned, rel=0.02)
+    runner.stage()
+    assert runner._staged is not None
+    assert runner._staged.wait(quiet)
+    assert runner._staged.total == sum(tensor.nbytes for tensor in held.values())
+    runner.release(quiet)
+    if isinstance(runner, GpuRunner):
+        assert {tensor.untyped_storage().nbytes() for tensor in held.values()} == {0}
+    (tmp_path / "model.safetensors").unlink()  # no file is needed
+    runner.restore(quiet)
+    runner.prepare(nothing)
+    assert tokens(runner) == expected
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_devices_linear_gives_back_all_that_it_holds_and_takes_it_again(name: str) -> None:
+    scheme, shape = scheme_of(name, 32), (48, 96)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    linear = fused_kernels(DEVICE).linear("down", weight, None, scheme)
+    x = torch.randn((3, 96), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected, held = linear(x), linear.tensors()
+    assert sum(tensor.nbytes for tensor in held.values()) == pytest.approx(scheme.nbytes(shape, 4), rel=0.02)
+    copy = HostCopy(held, DEVICE)
+    assert copy.wait(quiet)
+    free_storage(held)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held.values()) == 0
+    copy.restore(held, quiet)
+    assert torch.equal(linear(x), expected)
 
 
 def tokens(runner: CpuRunner | GpuRunner) -> list[list[int]]:

@@ -68,6 +68,27 @@ def test_a_tensor_is_whole_when_it_is_yielded_and_the_next_are_on_their_way(
     assert done == sum(sizes)
 
 
+def test_weights_that_pass_share_memory_and_are_whole_when_they_are_yielded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged, "PIECE_BYTES", 256)
+    checkpoint, architecture = opened(write_model(tmp_path, CHANGES))
+    passing = [weight for weight in architecture.weights if weight.quantisable]
+    cpu, quiet = torch.device("cpu"), lambda *at: None
+    expected = {
+        one.spec.key: one.tensor for one in place.stream(checkpoint, architecture.weights, torch.float32, cpu, quiet)
+    }
+    for stream in (staged.stream, place.stream):
+        found, rooms = dict[str, torch.Tensor](), set()
+        for spec, tensor, _ in stream(checkpoint, architecture.weights, torch.float32, DEVICE, quiet, passing):
+            assert isinstance(tensor, torch.Tensor)
+            found[spec.key] = tensor.clone() if spec.quantisable else tensor
+            rooms |= {tensor.data_ptr()} if spec.quantisable else set()
+        assert len(rooms) == 1
+        for key, tensor in found.items():
+            assert torch.equal(tensor.cpu(), expected[key])
+
+
 def test_a_type_that_is_no_weights_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_model(tmp_path, CHANGES)
     tensors = load_file(folder / "model.safetensors")

@@ -115,7 +115,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
     # --- sleep ------------------------------------------------------------------------------------------------------
     def _stage_weights(self) -> KeptWeights:
         """The weights are in host memory, so this only says that they are to stay there."""
-        return KeptWeights(self._plan.model.weight_bytes if self._plan.model is not None else 0)
+        return KeptWeights(sum(tensor.nbytes for tensor in self.decoder.tensors().values()))
 
     def _free(self, weights_stay: bool) -> None:
         del self.caches, self.table, self.sampler, self._newest

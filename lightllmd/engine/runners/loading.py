@@ -18,6 +18,7 @@ from lightllmd.models.language_model import LanguageModel
 from lightllmd.weights import dummy, place
 from lightllmd.weights.index import open_checkpoint
 from lightllmd.weights.loaded import LoadedWeight, Progress
+from lightllmd.weights.quantising import quantised
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from lightllmd.weights.verify import verify
 
@@ -38,7 +39,7 @@ def load_model(
     if isinstance(architecture, Outline):
         return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
     weights = _stored_weights(plan, plan.model, architecture, device, dtype, progress)
-    return Decoder(architecture.spec, kernels, weights, device, plan.schemes)
+    return Decoder(architecture.spec, kernels, quantised(weights, plan.schemes, plan.model.path), device)
 
 
 def _stored_weights(
@@ -51,11 +52,12 @@ def _stored_weights(
 ) -> Iterator[LoadedWeight]:
     """What the plan's checkpoint holds, checked as a whole before the first is yielded; random numbers of DUMMY. Its
     files are closed again at the end."""
+    passing = [weight for weight in architecture.weights if not plan.schemes.of(weight).dense]
     if plan.config.params.load_way == "DUMMY":
-        return dummy.stream(architecture.weights, dtype, device, progress)
+        return dummy.stream(architecture.weights, dtype, device, progress, passing)
     checkpoint = open_checkpoint(model)
     verify(architecture, checkpoint.tensors, checkpoint.readable, model.path)
-    return _of_these_files(place.stream(checkpoint, architecture.weights, dtype, device, progress), model)
+    return _of_these_files(place.stream(checkpoint, architecture.weights, dtype, device, progress, passing), model)
 
 
 def _of_transformers(

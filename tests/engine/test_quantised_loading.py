@@ -1,0 +1,73 @@
+"""Weights are quantised while they are loaded, one by one, and what comes broken is named."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.schemes import SCHEMES, scheme_of
+from lightllmd.architecture.storage import weight_bytes
+from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
+from lightllmd.errors import WeightsInvalid
+from lightllmd.kernels import quantised
+from tiny_models import BASE, load, write_model, write_tensors
+
+W8A16 = WeightSchemes.all(SCHEMES["w8a16"])
+
+
+def resident(which: str) -> int:
+    """Bytes of this process: VmRSS, or VmHWM, the most since it was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def write_zeros(folder: Path, config: dict[str, object]) -> Path:
+    """A checkpoint with holes in the file, so that it takes no room."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for weight in architecture_of("llama", config).weights:
+        for part in weight.stored:
+            begin, end = end, end + 4 * torch.Size(part.shape).numel()
+            header[part.name] = {"dtype": "F32", "shape": part.shape, "data_offsets": [begin, end]}
+    written = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(written)) + written)
+        file.truncate(8 + len(written) + end)
+    return folder
+
+
+def test_loading_takes_the_quantised_model_and_one_layer_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 8, "num_hidden_layers": 12}
+    config = {**BASE, **shape}
+    weights = architecture_of("llama", config).weights
+    layer = sum(4 * weight.elements for weight in weights if weight.layer == 0)
+    dense, planned = weight_bytes(weights, 4), weight_bytes(weights, 4, W8A16)
+    monkeypatch.setattr(quantised, "CHUNK_ELEMENTS", 64 << 10)
+    load(write_model(tmp_path / "small"), schemes=W8A16)  # all libraries are there
+    folder = write_zeros(tmp_path / "large", config)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS from here on
+    before = resident("VmRSS")
+    runner = load(folder, schemes=W8A16)
+    most = resident("VmHWM") - before
+    assert planned < most < planned + layer + (8 << 20) < dense / 2
+    assert sum(tensor.nbytes for tensor in runner.decoder.tensors().values()) == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if not scheme.dense])
+def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = float("nan")
+    write_tensors(folder, tensors)
+    with pytest.raises(WeightsInvalid, match=r"the scales of weight 1\.down are no numbers"):
+        load(folder, schemes=WeightSchemes.all(scheme_of(name, 32)))
+    load(folder, schemes=WeightSchemes((SchemeRule(scheme_of(name, 32), roles=("qkv",)),)))  # as it is served dense
