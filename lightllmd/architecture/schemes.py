@@ -40,6 +40,11 @@ class Scheme:
         return not self.values
 
     @property
+    def title(self) -> str:
+        """Its name, and where it has groups of a size to choose that."""
+        return f"{self.name} g{self.group}" if self.group and self.rows == 1 else self.name
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """What `kernels.linear.Linear.tensors` names, but for a bias."""
         if self.dense:

@@ -49,6 +49,11 @@ class Part:
     shape: tuple[int, ...]
     shard_unit: int = 1  # rows or columns that stay on one rank: those of a head
 
+    @property
+    def elements(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class WeightSpec:
@@ -83,7 +88,7 @@ class WeightSpec:
     @property
     def elements(self) -> int:
         """Parameters, biases included."""
-        return sum(math.prod(part.shape) for part in self.stored)
+        return sum(part.elements for part in self.stored)
 
 
 def weights_of(spec: DecoderSpec, names: Names) -> tuple[WeightSpec, ...]:

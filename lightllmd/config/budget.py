@@ -13,12 +13,13 @@ from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.spec import DecoderSpec, GroupedQuery
-from lightllmd.architecture.storage import weight_bytes
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config import gpu_budget
-from lightllmd.config.amount import count, size
+from lightllmd.config.amount import size
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT_ROW, SPARE_WIDTH
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts
+from lightllmd.config.weight_budget import dequantised_rows, weights_row
 
 # For each logit the copies that ranking makes (probabilities, sorted values and ids, running sums in fp64).
 BYTES_PER_LOGIT = 64
@@ -128,6 +129,7 @@ def demand(
     batch_max_tokens: int,
     co_residents: tuple[CoResident, ...] = (),
     kv_scheme: str = "dense",
+    schemes: WeightSchemes = ALL_DENSE,
 ) -> Demand:
     """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
     spec = architecture if isinstance(architecture, Outline) else architecture.spec
@@ -138,11 +140,12 @@ def demand(
         "margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
     )
     if device.kind == "cuda":
-        rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens)
+        rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens, schemes)
         return Demand([*rows, margin], available, kv.slot_bytes, spare_slots=1, co_residents=co_residents)
     gathered = gathered_bytes(spec.attention, kv)
     rows = [
-        _weights(architecture, data_type),
+        weights_row(architecture, data_type, schemes, packed_head=data_type != "float16"),
+        *dequantised_rows(architecture, schemes),
         _activations(spec, batch_max_tokens, data_type),
         *([_logits(spec, item)] if spec.generates else []),
         gpu_budget.embeddings(spec, item, config.params.running_max_req_size)
@@ -171,17 +174,6 @@ def gathered_bytes(attention: Iterable[GroupedQuery], kv: KvLayout) -> int:
         return CAPPED_BYTES * (attention.head_dim + attention.heads // attention.kv_heads)
 
     return max(stored.gathered_bytes + capped(each) for stored, each in zip(kv.layers, attention, strict=True))
-
-
-def _weights(architecture: Architecture | Outline, data_type: str) -> BudgetRow:
-    how = f"{count(architecture.parameters)} parameters in {data_type}"
-    if isinstance(architecture, Outline):
-        return BudgetRow("weights", architecture.weight_bytes(ITEM_BYTES[data_type]), how)
-    weights = architecture.weights
-    if architecture.spec.tied and data_type != "float16":
-        weights += tuple(weight for weight in weights if weight.role == "embed")
-        how += ", the tied embedding once more as packed head"
-    return BudgetRow("weights", weight_bytes(weights, ITEM_BYTES[data_type]), how)
 
 
 def _short_rows(config: Config, gathered: int) -> BudgetRow:

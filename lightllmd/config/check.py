@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lightllmd.config.modes import ALIASES, BUILT, NAMES, is_mode
+from lightllmd.config.modes import GROUP, GROUPS, MODES, NAMES, REFUSED, canonical
 from lightllmd.config.setting import Field
 from lightllmd.errors import show
 
@@ -170,19 +170,26 @@ def _string(field: Field, value: Any) -> str:
 def refusals(field: Field, value: Any) -> list[Fault]:
     """Why a valid value can't be had in this version: its feature is not built yet, or its name is unknown."""
     setting = field.setting
-    if value == field.default or not setting.needs:
-        return []
     if field.key == "mode":
-        return [_mode_fault(name, index) for index, name in enumerate(value) if name not in BUILT]
-    if setting.unbuilt and value not in setting.unbuilt:
+        return [Fault(said, index) for index, name in enumerate(value) if (said := mode_fault(name))]
+    if value == field.default or not setting.needs:
         return []
     return [Fault(f"{show(value)} is not available yet: {setting.needs}")]
 
 
-def _mode_fault(name: str, index: int) -> Fault:
-    if not is_mode(name):
-        close = nearest(name, NAMES)
-        hint = f'nearest: "{close}"' if close else f"known: {', '.join(NAMES)}"
-        return Fault(f"{show(name)} is no known mode; {hint}", index)
-    alias = f" (alias of {ALIASES[name]})" if name in ALIASES else ""
-    return Fault(f"{show(name)}{alias} is not available yet; available: {', '.join(BUILT)}", index)
+def mode_fault(name: str) -> str:
+    """Why it is no mode, or none that is built; else nothing."""
+    if group := GROUP.fullmatch(name):
+        return "" if int(group[1]) in GROUPS else f"{show(name)}: {group_fault()}"
+    if name in REFUSED:
+        return f"{show(name)} is not available: {REFUSED[name]}"
+    if canonical(name) in MODES:
+        return ""
+    close = nearest(name, NAMES)
+    hint = f'nearest: "{close}"' if close else f"known: {', '.join(NAMES)}, and gN"
+    return f"{show(name)} is no known mode; {hint}"
+
+
+def group_fault() -> str:
+    """What groups of 4-bit weights there are, in words."""
+    return f"a group of 4-bit weights has {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]} inputs"

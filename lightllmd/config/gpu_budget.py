@@ -9,8 +9,8 @@ from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.spec import DecoderSpec, ScoreHead
-from lightllmd.architecture.storage import weight_bytes
-from lightllmd.config.amount import count, size
+from lightllmd.architecture.weight_schemes import WeightSchemes
+from lightllmd.config.amount import size
 from lightllmd.config.bounds import (
     POOLED_ROWS,
     SPARE_WIDTH,
@@ -24,6 +24,7 @@ from lightllmd.config.bounds import (
 )
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import SPARE_ROW, BudgetRow
+from lightllmd.config.weight_budget import dequantised_rows, weights_row
 
 RUNTIME = 1_200_000_000  # CUDA context, cuBLAS, compiled kernels
 # What a process with a CUDA context and nothing else takes: about 0.5 GB on an H100 with CUDA 13.
@@ -40,15 +41,20 @@ STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles
 
 
 def rows(
-    config: Config, architecture: Architecture | Outline, data_type: str, item: int, batch_max_tokens: int
+    config: Config,
+    architecture: Architecture | Outline,
+    data_type: str,
+    item: int,
+    batch_max_tokens: int,
+    schemes: WeightSchemes,
 ) -> list[BudgetRow]:
     """The rows of the budget that do not depend on the number of slots, weights first, `item` bytes an element."""
     running = config.params.running_max_req_size
     spec = architecture if isinstance(architecture, Outline) else architecture.spec
     width = config.params.max_req_total_len + SPARE_WIDTH
-    parameters = f"{count(architecture.parameters)} parameters in {data_type}"
     return [
-        BudgetRow("weights", _weights(architecture, item), parameters),
+        weights_row(architecture, data_type, schemes),
+        *dequantised_rows(architecture, schemes),
         _activations(spec, data_type, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),
@@ -81,12 +87,6 @@ def _spare_engine(config: Config) -> list[BudgetRow]:
     if not config.supervisor.spare_engine:
         return []
     return [BudgetRow(SPARE_ROW, SPARE_CONTEXT, "its CUDA context; none with supervisor.spare_engine = false")]
-
-
-def _weights(architecture: Architecture | Outline, item: int) -> int:
-    if isinstance(architecture, Outline):
-        return architecture.weight_bytes(item)
-    return weight_bytes(architecture.weights, item)
 
 
 def _token_bytes(spec: DecoderSpec | Outline, data_type: str) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from lightllmd.config.keys import KeyRing
-from lightllmd.config.modes import DECODE_MODES, UNBUILT
+from lightllmd.config.modes import GROUPS, IN_WORDS
 from lightllmd.config.setting import Setting
 from lightllmd.config.tables import (
     EngineSettings,
@@ -194,13 +194,12 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     mode: Annotated[
         list[str],
         Setting(
-            doc="Kernels and quantisation by their documented names: one for attention or the KV cache and one for the "
-            "weights, such as triton_int8kv and triton_w8a16, and gN for the group size of the 4-bit ones. "
-            f"{DECODE_MODES}",
+            doc="How the KV cache and the weights are stored and read, by LightLLM's names and some of ours: one for "
+            "attention or the KV cache, and one for the weights; gN is the size of the groups of 4-bit weights "
+            f"({', '.join(f'g{size}' for size in GROUPS)}). {IN_WORDS}. Unset, both are stored as data_type says, and "
+            "the fastest attention for each shape is taken.",
             group=MODES,
-            needs="quantisation",
-            unbuilt=UNBUILT,
-            example='["triton_gqa_flashdecoding"]',
+            example='["triton_int8kv", "triton_w8a16"]',
         ),
     ] = []
     trust_remote_code: Annotated[

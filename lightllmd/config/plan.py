@@ -187,7 +187,8 @@ class Plan(msgspec.Struct, frozen=True):
     embedding: PromptEmbedding | None = None  # of any other
     schemes: WeightSchemes = ALL_DENSE  # how weights are stored
     kv_scheme: str = "dense"  # how the KV cache is stored, a key of `architecture.kv_schemes`
-    decode_kernel: str = "auto"  # the decode attention's mode (config.modes.BUILT); "auto": the best for each shape
+    decode_kernel: str = "auto"  # the decode attention's mode on a GPU; "auto": the best for each shape
+    warnings: list[str] = []  # about what is served otherwise than its words say
 
     @property
     def generates(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightllmd.config import features, models
 from lightllmd.config.check import bounds, expected
-from lightllmd.config.modes import NAMES
+from lightllmd.config.modes import ALIASES, GROUPS, KINDS, MODES, NAMES, REFUSED, alike
 from lightllmd.config.parameters import Config
 from lightllmd.config.setting import SAME, Field, fields, tables
 
@@ -49,7 +49,7 @@ def facts(field: Field) -> list[str]:
         said.append(f"documented page: {toml_value(setting.page_default)}")
     said.append(f"reload: {setting.reload}")
     if setting.needs:
-        said.append("not available yet" + (f": {', '.join(setting.unbuilt)}" if setting.unbuilt else ""))
+        said.append("not available yet")
     return said
 
 
@@ -113,6 +113,20 @@ def feature_table() -> str:
         lines.append([f"{letter} `{name}`", *said, *[""] * (len(letters) - len(said))])
     rows = [" ".join(["|", *(f"{cell} |" if cell else "|" for cell in line)]) for line in lines]
     return "\n".join([*rows, "", *(f"{number}. {said}" for number, said in enumerate(made.remarks, 1))]) + "\n"
+
+
+# --- the table of modes -----------------------------------------------------------------------------------------
+
+
+def mode_table() -> str:
+    """In Markdown: what `mode` takes, aliases and what is refused included."""
+    lines = ["| kind | modes | what they do |", "|---|---|---|"]
+    for does, names in alike().items():
+        alias = [f"`{other}`" for other, name in ALIASES.items() if name in names]
+        listed = ", ".join(f"`{name}`" for name in names) + (f" (aliases {', '.join(alias)})" if alias else "")
+        lines.append(f"| {KINDS[MODES[names[0]].kind]} | {listed} | {does} |")
+    lines += [f"| refused | `{name}` | {reason} |" for name, reason in REFUSED.items()]
+    return "\n".join(lines)
 
 
 # --- the schema -------------------------------------------------------------------------------------------------
@@ -182,7 +196,7 @@ def _value_schema(field: Field) -> dict[str, Any]:
     if setting.pattern:
         item["pattern"] = f"^({setting.pattern})$"
     if field.key == "mode":
-        item["anyOf"] = [{"enum": list(NAMES)}, {"pattern": "^g[1-9][0-9]*$"}]
+        item["enum"] = [*(name for name in NAMES if name not in REFUSED), *(f"g{size}" for size in GROUPS)]
     if field.kind in ("integers", "strings"):
         return {"type": "array", "items": item} | ({"minItems": 1} if setting.filled else {})
     return item | ({"minLength": 1} if setting.filled else {})

@@ -23,6 +23,7 @@ def report(plan: Plan) -> str:
     lines = [f"model: {_model(plan)}", f"device: {device.kind}, {device.name}, {size(device.memory_free)} free"]
     names = max((len(derived.name) for derived in plan.derived), default=0)
     lines += [f"  {derived.name:<{names}} = {show(derived.value)}  ({derived.reason})" for derived in plan.derived]
+    lines += [f"  warning: {warning}" for warning in plan.warnings]
     return "\n".join([*lines, "memory:", budget_table(plan)])
 
 

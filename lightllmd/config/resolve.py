@@ -20,7 +20,6 @@ from lightllmd.config.bounds import DEVICE_HEAD_DIMS
 from lightllmd.config.budget import CoResident, Demand
 from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
-from lightllmd.config.modes import BUILT, decode_modes
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 from lightllmd.config.plan import (
     STEP,
@@ -35,6 +34,7 @@ from lightllmd.config.plan import (
     PromptEmbedding,
     Scoring,
 )
+from lightllmd.config.quantisation import Quantisation
 from lightllmd.config.report import budget_table, report
 from lightllmd.errors import ConfigInvalid, Problem
 
@@ -185,6 +185,11 @@ class _Real(_Maker):
         """Raises ConfigInvalid."""
         return self.architecture if isinstance(self.architecture, Outline) else self.architecture.spec
 
+    @cached_property
+    def quantisation(self) -> Quantisation:
+        """Raises ConfigInvalid."""
+        return Quantisation(self.config, self.model, self.architecture, self.device)
+
     def plan(self) -> Plan:
         self._check()
         vocab = self.spec.vocab
@@ -192,7 +197,7 @@ class _Real(_Maker):
         self._derive_remote_code()
         self.derive("device", self._device())
         data_type = self.derive("data_type", self._data_type())
-        self._derive_quantisation()
+        self.derived += self.quantisation.derived()
         eos_id = self.derive("eos_id", self._eos_id(vocab))
         batch = self.derive("batch_max_tokens", _batch_max_tokens(self.params))
         self.co_residents = tuple(self._co_residents())
@@ -212,12 +217,14 @@ class _Real(_Maker):
             vocab_size=vocab,
             model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
-            schemes=self.model.schemes,
             derived=self.derived,
             budget=demand.with_slots(slots.value),
             scoring=self._scoring(),
             embedding=self._embedding(),
-            decode_kernel=next(iter(decode_modes(self.params.mode)), "auto"),  # the rules let no two through
+            schemes=self.quantisation.schemes,
+            kv_scheme=self.quantisation.kv_scheme,
+            decode_kernel=self.quantisation.decode_kernel,
+            warnings=list(self.quantisation.warnings()),
         )
 
     def co_resident(self, name: str) -> CoResident:
@@ -317,9 +324,8 @@ class _Real(_Maker):
             )
 
     def _check_mode(self) -> None:
-        names = decode_modes(self.params.mode)
-        if names and self.device.kind != "cuda":
-            self.problem(f"mode {names[0]} needs a CUDA device; this model runs on {self.device.name}", "mode")
+        for fault in self.quantisation.faults():
+            self.problem(fault.message, *fault.keys)
 
     def _check_context(self) -> None:
         total, context = self.params.max_req_total_len, self.model.context_length
@@ -388,21 +394,20 @@ class _Real(_Maker):
         written = self.params.data_type
         if written != "auto":
             return _Value(DATA_TYPES.get(written, written))
-        for name in decode_modes(self.params.mode):
-            if only := BUILT[name].data_type:
-                return _Value(only, f"mode {name} computes in nothing else")
         native, fast = self.model.checkpoint_dtype, self.device.fast_dtypes
+        only = self.quantisation.data_type()
+        if only is not None:
+            wanted, name = only
+            if self.device.kind == "cuda" or wanted in fast:
+                return _Value(wanted, f"mode {name} computes in nothing else")
+            how = f"mode {name} computes in {wanted} on a GPU; this CPU is slow at it and fast at {', '.join(fast)}"
+            return _Value(native if native in fast else fast[0], how)
         wanted = native or FALLBACK_DATA_TYPE
         reason = "the checkpoint's own" if native else f"the checkpoint names none, so {FALLBACK_DATA_TYPE}"
         if wanted in fast:
             return _Value(wanted, reason)
         where = "this CPU" if self.device.kind == "cpu" else self.device.name
         return _Value(fast[0], f"{reason}; but {where} is slow at {wanted} and fast at {', '.join(fast)}")
-
-    def _derive_quantisation(self) -> None:
-        if self.model.quantised_as:
-            dense = "".join(f"; {said}" for said in self.model.dequantised)
-            self.derive("quantisation", _Value(self.model.quantised_as, f"as the checkpoint's matrices are{dense}"))
 
     def _eos_id(self, vocab: int) -> _Value:
         written = self.params.eos_id
@@ -434,7 +439,16 @@ class _Real(_Maker):
     def _demand(self, data_type: str, params: Params) -> Demand:
         config = msgspec.structs.replace(self.config, params=params)
         tokens = _batch_max_tokens(params).value
-        return budget.demand(config, self.architecture, self.device, data_type, tokens, self.co_residents)
+        return budget.demand(
+            config,
+            self.architecture,
+            self.device,
+            data_type,
+            tokens,
+            self.co_residents,
+            self.quantisation.kv_scheme,
+            self.quantisation.schemes,
+        )
 
     def _slots(self, demand: Demand, data_type: str) -> _Value:
         """The size of the KV cache, or a problem that says what would fit."""

@@ -10,7 +10,7 @@ from ipaddress import ip_network
 
 from lightllmd.config import push
 from lightllmd.config.features import Feature, pairs
-from lightllmd.config.modes import BUILT, decode_modes
+from lightllmd.config.modes import MODES, groups, of_kind
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 
 UNIX_SOCKET_PATH_MAX = 107  # bytes, sun_path without its NUL
@@ -115,19 +115,39 @@ def _proxies_are_networks(config: Config) -> str:
     return "; ".join(wrong)
 
 
-def _one_decode_mode(config: Config) -> str:
-    names = decode_modes(config.params.mode)
+def _one_cache_mode(config: Config) -> str:
+    names = of_kind(config.params.mode, "attention", "kv")
     if len(names) < 2:
         return ""
-    return f"{' and '.join(names)} exclude each other: each is the attention of decode steps"
+    return f"{' and '.join(names)} exclude each other: each says how the KV cache is stored and read"
+
+
+def _one_weight_mode(config: Config) -> str:
+    names = of_kind(config.params.mode, "weights")
+    if len(names) < 2:
+        return ""
+    return f"{' and '.join(names)} exclude each other: each says how weights are stored"
+
+
+def _groups_of_a_mode(config: Config) -> str:
+    sizes = groups(config.params.mode)
+    named = [f"g{size}" for size in sizes]
+    if len(sizes) > 1:
+        return f"{' and '.join(named)} exclude each other: 4-bit weights have groups of one size"
+    weights = of_kind(config.params.mode, "weights")
+    if not sizes or any(MODES[name].has_groups for name in weights):
+        return ""
+    others = f"{weights[0]} has none" if weights else "no mode for weights is named"
+    known = ", ".join(name for name, mode in MODES.items() if mode.has_groups)
+    return f"{named[0]} is the size of groups of 4-bit weights ({known}), and {others}"
 
 
 def _mode_fits_data_type(config: Config) -> str:
     written = config.params.data_type
     wrong = [
-        f'mode {name} computes in {BUILT[name].data_type}, not in data_type = "{written}"'
-        for name in decode_modes(config.params.mode)
-        if BUILT[name].data_type and written != "auto" and DATA_TYPES.get(written, written) != BUILT[name].data_type
+        f'mode {name} computes in {only}, not in data_type = "{written}"'
+        for name in of_kind(config.params.mode, "attention", "kv", "weights")
+        if (only := MODES[name].data_type) and written != "auto" and DATA_TYPES.get(written, written) != only
     ]
     return "; ".join(wrong)
 
@@ -164,7 +184,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("http.tls_certificate", "http.tls_client_ca"), _client_ca_needs_tls),
     Rule(("http.max_body_bytes", "http.max_body_bytes_in_flight"), _room_for_bodies),
     Rule(("http.trusted_proxies",), _proxies_are_networks),
-    Rule(("mode",), _one_decode_mode),
+    Rule(("mode",), _one_cache_mode),
+    Rule(("mode",), _one_weight_mode),
+    Rule(("mode",), _groups_of_a_mode),
     Rule(("mode", "data_type"), _mode_fits_data_type),
     Rule(("metric_gateway",), push.gateway_fault),
     Rule(("job_name",), push.job_fault),

@@ -46,7 +46,6 @@ class Setting:
     page_default: Any = SAME  # what the documented parameter page says, where we default to something else
     reload: Reload = "engine"  # what has to be replaced for a new value to take effect
     needs: str = ""  # a feature that is not built yet: values but the default are refused, by this name
-    unbuilt: tuple[str, ...] = ()  # of a choice with `needs`: only these values are refused
     example: str = ""  # TOML, shown in the sample file where the default says nothing
 
 

@@ -302,7 +302,16 @@ def _identity(plan: Plan) -> tuple[Any, ...]:
     """What makes tokens, or scores, mean the same."""
     model = plan.model
     where = (model.path, *(stamp.content for stamp in model.stamps)) if model else plan.config.params.model_dir
-    return where, plan.eos_id, plan.vocab_size, plan.tokenizer_mode, plan.config.params.beam_mode, plan.scoring
+    return (
+        where,
+        plan.eos_id,
+        plan.vocab_size,
+        plan.tokenizer_mode,
+        plan.config.params.beam_mode,
+        plan.scoring,
+        plan.schemes,
+        plan.kv_scheme,
+    )
 
 
 def fraction(worker: Worker) -> float | None:

@@ -54,13 +54,13 @@ from lightllmd.text.spm import PieceTokenizer
 from model_folders import write_folder
 from piece_models import train
 from remote_checkpoints import CONFIG_CODE, write_code
+from resolved import architecture_of
 from scheduler_samples import Steps, submit
 
-# Written so they are refused: what they need is not built. Of `mode` those that quantise.
+# Written so they are refused: what they need is not built.
 REFUSED: dict[str, Any] = {
     "tp": 2,
     "nccl_port": 28766,
-    "mode": ["triton_int8kv"],
     "enable_multimodal": True,
     "cache_capacity": 100,
     "cache_reserved_ratio": 0.25,
@@ -350,6 +350,15 @@ def splitfuse_block_size(folder: Path) -> None:
     assert blocks[0] <= 32 < blocks[1] <= 128
 
 
+@evidence
+def mode(folder: Path) -> None:
+    dense, quantised = (start(folder, mode=names) for names in ([], ["triton_w8a16"]))
+    matrices = [weight for weight in architecture_of(quantised).weights if weight.quantisable]
+    assert {quantised.schemes.of(weight).name for weight in matrices} == {"w8a16"}
+    assert {dense.schemes.of(weight).name for weight in matrices} == {"dense"}
+    assert quantised.budget.row("weights") < dense.budget.row("weights")
+
+
 # --- modes of generation ----------------------------------------------------------------------------------------------
 
 
@@ -487,9 +496,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_thirty_four_of_forty_work_and_six_are_refused() -> None:
+def test_thirty_five_of_forty_work_and_five_are_refused() -> None:
     assert sorted([*EVIDENCE, *REFUSED]) == sorted(Params.__struct_fields__)
-    assert (len(EVIDENCE), len(REFUSED)) == (34, 6)
+    assert (len(EVIDENCE), len(REFUSED)) == (35, 5)
 
 
 @pytest.mark.parametrize("parameter", EVIDENCE)

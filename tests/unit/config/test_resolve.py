@@ -9,67 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightllmd.config import budget, modes
+from lightllmd.config import budget
 from lightllmd.config.load import load
-from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan, Scoring, decode_plan, encode_plan
+from lightllmd.config.plan import DeviceFacts, Facts, Scoring, decode_plan, encode_plan
 from lightllmd.config.resolve import budget_table, located, report, resolve
 from lightllmd.errors import ConfigInvalid, Problem
-
-SMOLLM2 = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
-MODEL = ModelFacts(
-    path="/models/smollm2",
-    format="safetensors",
-    model_type="llama",
-    hf_config=SMOLLM2,
-    files=["/models/smollm2/model.safetensors"],
-    weight_elements=134_515_008,
-    weight_bytes=269_030_016,
-    checkpoint_dtype="bfloat16",
-    context_length=8192,
-    eos_ids=[2, 7],
-    has_tokenizer=True,
-    has_chat_template=True,
-)
-CPU = DeviceFacts("cpu", "Test CPU", 1, 24 * 10**9, 20 * 10**9, ["bfloat16", "float32"], 2)
-GPU = DeviceFacts("cuda", "Test GPU", 1, 80 * 10**9, 78 * 10**9, ["bfloat16", "float16", "float32"], 8)
-FILE = "/etc/test.toml"
-
-
-def made(
-    flags: dict[str, Any] | None = None, device: DeviceFacts = CPU, model: ModelFacts | None = MODEL, **facts: Any
-) -> Plan:
-    """`facts` replace facts of the model."""
-    config = load(None, {"model_dir": "m"} | (flags or {}))
-    changed = msgspec.structs.replace(model, **facts) if model else None
-    return resolve(config, Facts(changed, device), FILE)
-
-
-def refused(
-    flags: dict[str, Any] | None = None, device: DeviceFacts = CPU, model: ModelFacts = MODEL, **facts: Any
-) -> list[Problem]:
-    with pytest.raises(ConfigInvalid) as raised:
-        made(flags, device, model, **facts)
-    return raised.value.problems
-
-
-def reason(plan: Plan, name: str) -> str:
-    return next(derived.reason for derived in plan.derived if derived.name == name)
-
-
-def small(free: int) -> DeviceFacts:
-    return msgspec.structs.replace(CPU, memory_free=free)
-
+from resolved import CPU, FILE, GPU, MODEL, SMOLLM2, made, reason, refused, small
 
 # --- values --------------------------------------------------------------------------------------------------------
 
@@ -236,22 +181,6 @@ def test_random_weights_need_no_tokenizer() -> None:
     plan = made({"load_way": "DUMMY"}, format="dummy", has_tokenizer=False)
     assert reason(plan, "tokenizer_mode") == "no tokenizer files: text is token ids in decimal"
     assert "random weights" in report(plan)
-
-
-@pytest.mark.parametrize("mode", modes.BUILT)
-def test_a_decode_mode_is_a_gpus(mode: str) -> None:
-    assert made({"mode": [mode]}, GPU).decode_kernel == mode
-    assert made(device=GPU).decode_kernel == "auto"
-    (problem,) = refused({"mode": [mode]}, CPU)
-    assert (problem.key, problem.message) == ("mode", f"mode {mode} needs a CUDA device; this model runs on Test CPU")
-
-
-def test_ppl_fp16_computes_in_float16() -> None:
-    plan = made({"mode": ["ppl_fp16"]}, GPU)
-    assert plan.data_type == "float16"
-    assert "mode ppl_fp16" in reason(plan, "data_type")
-    assert made({"mode": ["ppl_fp16"], "data_type": "fp16"}, GPU).data_type == "float16"
-    assert made({"mode": ["triton_gqa_attention"]}, GPU).data_type == "bfloat16"
 
 
 # --- slots and budget -----------------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""What `mode` comes to for one model on one device: how weights and KV cache are stored, and how attention reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.kv_schemes import KV_SCHEMES
+from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.schemes import DENSE, Scheme, scheme_of
+from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
+from lightllmd.config.modes import MODES, Mode, groups, of_kind
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Derived, DeviceFacts, ModelFacts
+from lightllmd.errors import show
+
+
+@dataclass(frozen=True)
+class Unservable:
+    """Why this model can't be served so; `keys`: the settings that say it."""
+
+    message: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Of a configuration that the rules let through: one mode of a kind at most."""
+
+    config: Config
+    model: ModelFacts
+    architecture: Architecture | Outline
+    device: DeviceFacts
+
+    @cached_property
+    def _cache_mode(self) -> tuple[str, Mode] | None:
+        return next(((name, MODES[name]) for name in of_kind(self.config.params.mode, "attention", "kv")), None)
+
+    @cached_property
+    def _weight_mode(self) -> tuple[str, Mode] | None:
+        return next(((name, MODES[name]) for name in of_kind(self.config.params.mode, "weights")), None)
+
+    @property
+    def decode_kernel(self) -> str:
+        """See `Plan.decode_kernel`."""
+        return self._cache_mode[1].kernel if self._cache_mode else "auto"
+
+    @property
+    def kv_scheme(self) -> str:
+        """See `Plan.kv_scheme`."""
+        return self._cache_mode[1].kv if self._cache_mode else "dense"
+
+    @cached_property
+    def schemes(self) -> WeightSchemes:
+        """How each weight is stored. No layer is named that the model doesn't have, once `faults` has none."""
+        return WeightSchemes(tuple(self._rules()))
+
+    def _rules(self) -> Iterator[SchemeRule]:
+        """Of a checkpoint that is quantised already those of its own: a mode beside it can only say the same."""
+        if self.model.quantised_as:
+            yield from self.model.schemes.rules
+            return
+        yield from self._written_rules()
+
+    def _written_rules(self) -> Iterator[SchemeRule]:
+        if self._weight_mode is None:
+            return
+        _, mode = self._weight_mode
+        yield SchemeRule(self._scheme_of_mode(mode))
+        if mode.kept:
+            yield SchemeRule(DENSE, roles=mode.kept)
+        if mode.mixdown:
+            yield SchemeRule(DENSE, roles=("down",), layers=self._mixdown)
+
+    def _scheme_of_mode(self, mode: Mode) -> Scheme:
+        return scheme_of(mode.scheme, next(iter(groups(self.config.params.mode)), None))
+
+    @cached_property
+    def _mixdown(self) -> tuple[int, ...]:
+        """Layers whose down matrix stays dense; empty: all. `faults` tells where they are no layers."""
+        named = self.model.hf_config.get("mixdown")
+        return tuple(named) if isinstance(named, list) and all(type(layer) is int for layer in named) else ()
+
+    def faults(self) -> Iterator[Unservable]:
+        """Why this model, or this device, can't take what is asked for."""
+        yield from self._faults_of_cache()
+        if self._weight_mode is None:
+            return
+        name, mode = self._weight_mode
+        if isinstance(self.architecture, Outline):
+            yield Unservable(
+                f"mode {name}: {self.architecture.architecture} is computed by transformers' modules, whose weights "
+                "are stored as they are; modes of the KV cache work, such as triton_int8kv",
+                ("mode",),
+            )
+            return
+        if mode.mixdown:
+            yield from self._faults_of_mixdown(len(self.architecture.spec.layers))
+        if self.model.quantised_as and not self._says_the_same(self.architecture):
+            yield Unservable(
+                f"mode {name}: the weights of {self.model.path} are stored already, as {self.model.quantised_as}; "
+                "without it they are served so",
+                ("mode",),
+            )
+
+    def _says_the_same(self, architecture: Architecture) -> bool:
+        """Whether what is written is how the checkpoint stores its weights."""
+        written = WeightSchemes(tuple(self._written_rules()))
+        stored = self.model.schemes
+        return all(written.of(weight).title == stored.of(weight).title for weight in architecture.weights)
+
+    def _faults_of_cache(self) -> Iterator[Unservable]:
+        if self._cache_mode is None or self.kv_scheme == "dense":
+            return
+        name = self._cache_mode[0]
+        if self.device.kind == "cuda":  # until its kernels load and store it
+            yield Unservable(f"mode {name} is not available yet on a GPU", ("mode",))
+        spec = self.architecture if isinstance(self.architecture, Outline) else self.architecture.spec
+        for head_dim in sorted({each.head_dim for each in spec.attention}):
+            if not KV_SCHEMES[self.kv_scheme].divides(head_dim):
+                yield Unservable(f"mode {name}: heads of {head_dim} values are no whole bytes; int8 works", ("mode",))
+
+    def _faults_of_mixdown(self, layers: int) -> Iterator[Unservable]:
+        named = self.model.hf_config.get("mixdown")
+        if named is None:
+            return
+        valid = isinstance(named, list) and all(type(layer) is int and 0 <= layer < layers for layer in named)
+        if not valid:
+            yield Unservable(
+                f"{self.model.path}: mixdown in config.json is {show(named)}, a list of layers from 0 to "
+                f"{layers - 1} is needed",
+                ("model_dir",),
+            )
+
+    def data_type(self) -> tuple[str, str] | None:
+        """The only number format that a mode computes in on a GPU, and that mode."""
+        for chosen in (self._cache_mode, self._weight_mode):
+            if chosen and chosen[1].data_type:
+                return chosen[1].data_type, chosen[0]
+        return None
+
+    def derived(self) -> Iterator[Derived]:
+        """What the modes come to."""
+        if self.model.quantised_as:
+            dense = "".join(f"; {said}" for said in self.model.dequantised)
+            yield Derived("quantisation", self.model.quantised_as, f"as the checkpoint's matrices are{dense}")
+        if self._weight_mode:
+            name, mode = self._weight_mode
+            yield Derived("weights", self._scheme_of_mode(mode).title, f"mode {name}: {mode.does}")
+        if self.kv_scheme != "dense" and self._cache_mode:
+            yield Derived("kv cache", self.kv_scheme, f"mode {self._cache_mode[0]}: {self._cache_mode[1].does}")
+
+    def warnings(self) -> Iterator[str]:
+        """What is served otherwise than the words of the file say."""
+        if self._cache_mode and self._cache_mode[1].of_a_gpu and self.device.kind != "cuda":
+            yield (
+                f"mode {self._cache_mode[0]} names a decode kernel of a GPU; {self.device.name} takes its own, with "
+                "the same results within rounding"
+            )

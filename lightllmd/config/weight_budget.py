@@ -1,0 +1,59 @@
+"""What weights take by the schemes that store them, and what a step takes for reading those that are quantised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from lightllmd.architecture.dtypes import ITEM_BYTES
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.schemes import Scheme
+from lightllmd.architecture.storage import weight_bytes
+from lightllmd.architecture.weight_schemes import WeightSchemes
+from lightllmd.architecture.weights import WeightSpec
+from lightllmd.config.amount import count
+from lightllmd.config.plan import BudgetRow
+
+# Of each element of a matrix that `kernels.dequantised_linear` makes dense: its values and spread scales in fp32, and
+# spread zeros before them or the dense matrix behind them.
+DEQUANTISED_BYTES = 12
+
+
+def weights_row(
+    architecture: Architecture | Outline, data_type: str, schemes: WeightSchemes, packed_head: bool = False
+) -> BudgetRow:
+    """`packed_head`: a tied head is stored once more, in a form of its own."""
+    item, how = ITEM_BYTES[data_type], f"{count(architecture.parameters)} parameters in {data_type}"
+    if isinstance(architecture, Outline):
+        return BudgetRow("weights", architecture.weight_bytes(item), how)
+    weights = architecture.weights
+    how += "".join(_quantised(weights, schemes))
+    if packed_head and architecture.spec.tied:
+        weights += tuple(weight for weight in weights if weight.role == "embed")
+        how += ", the tied embedding once more as packed head"
+    return BudgetRow("weights", weight_bytes(weights, item, schemes), how)
+
+
+def _quantised(weights: Iterable[WeightSpec], schemes: WeightSchemes) -> Iterator[str]:
+    """How many of the parameters are stored by which scheme, in words."""
+    elements: Counter[Scheme] = Counter()
+    for weight in weights:
+        scheme = schemes.of(weight)
+        if not scheme.dense:
+            elements[scheme] += sum(part.elements for part in weight.parts)
+    for number, (scheme, found) in enumerate(elements.items()):
+        yield f", {count(found)} {'' if number else 'of them '}as {scheme.title}"
+
+
+def dequantised_rows(architecture: Architecture | Outline, schemes: WeightSchemes) -> list[BudgetRow]:
+    """For the largest matrix that is made dense while a step multiplies with it; none where none is quantised."""
+    if isinstance(architecture, Outline):
+        return []
+    made = [
+        sum(part.elements for part in weight.parts) for weight in architecture.weights if not schemes.of(weight).dense
+    ]
+    if not made:
+        return []
+    how = f"the largest quantised matrix made dense, {count(max(made))} elements x {DEQUANTISED_BYTES} B"
+    return [BudgetRow("dequantised", max(made) * DEQUANTISED_BYTES, how)]

@@ -1,0 +1,158 @@
+"""`mode`: each documented name means what LightLLM's does, on a GPU and on a CPU, or is refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lightllmd.architecture.weight_schemes import ALL_DENSE
+from lightllmd.config.modes import ALIASES, GROUPS, MODES, REFUSED
+from lightllmd.config.plan import Plan
+from lightllmd.config.reference import mode_table
+from lightllmd.config.report import report
+from resolved import CPU, GPU, MODEL, architecture_of, made, reason, refused
+
+README = Path(__file__).parents[3] / "README.md"
+QUANTISED = ("qkv", "attention_out", "gate_up", "down")
+# The parameter page's names, and what LightLLM accepts beside them.
+PAGE = """
+triton_int8kv ppl_int8kv ppl_fp16 triton_flashdecoding triton_gqa_attention triton_gqa_flashdecoding triton_w4a16
+lmdeploy_w4a16 ppl_w4a16 triton_w8a16 triton_w8a8 ppl_w8a8 ppl_w8a8_mixdown
+ppl_int8kv_flashdecoding ppl_int4kv_flashdecoding ppl_fp16_flashdecoding flash_llm_w6a16 quik_activation_weight
+"""
+OURS = ["fp8kv", "int4kv", "fp8", "fp8_block"]
+
+# role -> scheme, in all layers
+WEIGHTS = {
+    "triton_w4a16": dict.fromkeys(QUANTISED, "w4a16 g128"),
+    "lmdeploy_w4a16": dict.fromkeys(QUANTISED, "w4a16 g128"),
+    "ppl_w4a16": dict.fromkeys(QUANTISED, "w4a16 g128"),
+    "triton_w8a16": dict.fromkeys(QUANTISED, "w8a16"),
+    "triton_w8a8": dict.fromkeys(QUANTISED, "w8a8"),
+    "ppl_w8a8": {**dict.fromkeys(QUANTISED, "w8a8"), "attention_out": "dense"},
+    "ppl_w8a8_mixdown": {**dict.fromkeys(QUANTISED, "w8a8"), "attention_out": "dense", "down": "dense"},
+    "fp8": dict.fromkeys(QUANTISED, "fp8"),
+    "fp8_block": dict.fromkeys(QUANTISED, "fp8_block"),
+}
+KV = {
+    "triton_int8kv": "int8",
+    "ppl_int8kv": "int8_group8",
+    "ppl_int8kv_flashdecoding": "int8_group8",
+    "ppl_int4kv_flashdecoding": "int4_group8",
+    "int4kv": "int4",
+    "fp8kv": "fp8",
+}
+DECODE = {
+    "triton_flashdecoding": "triton_flashdecoding",
+    "triton_gqa_attention": "triton_gqa_attention",
+    "triton_gqa_flashdecoding": "triton_gqa_flashdecoding",
+    "ppl_fp16": "ppl_fp16",
+    "ppl_fp16_flashdecoding": "ppl_fp16",
+}
+
+
+def stored(plan: Plan) -> dict[str, set[str]]:
+    """Titles of the schemes of each role's weights."""
+    found: dict[str, set[str]] = {}
+    for weight in architecture_of(plan).weights:
+        found.setdefault(weight.role, set()).add(plan.schemes.of(weight).title)
+    return found
+
+
+def test_every_name_of_the_page_is_known() -> None:
+    assert sorted([*MODES, *REFUSED]) == sorted([*PAGE.split(), *OURS])
+    assert sorted([*WEIGHTS, *KV, *DECODE]) == sorted(MODES)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_mode_stores_these_weights_so_and_no_others(name: str) -> None:
+    for device in (CPU, GPU):
+        plan = made({"mode": [name]}, device)
+        found = stored(plan)
+        assert {role: found.pop(role) for role in QUANTISED} == {role: {how} for role, how in WEIGHTS[name].items()}
+        assert set().union(*found.values()) == {"dense"}
+        assert (plan.kv_scheme, plan.decode_kernel, plan.warnings) == ("dense", "auto", [])
+        assert f"mode {name}" in reason(plan, "weights")
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_is_the_mode_that_it_names(alias: str, name: str) -> None:
+    assert made({"mode": [alias]}).schemes == made({"mode": [name]}).schemes != ALL_DENSE
+    assert made({"mode": [alias, name, alias]}).schemes == made({"mode": [name]}).schemes
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_groups_of_4_bit_weights_have_the_size_that_is_asked_for(group: int) -> None:
+    for names in ([f"g{group}", "triton_w4a16"], ["ppl_int4weight", f"g{group}"]):
+        assert stored(made({"mode": names}))["down"] == {f"w4a16 g{group}"}
+
+
+@pytest.mark.parametrize("name", KV)
+def test_a_cache_mode_says_how_the_cache_is_stored(name: str) -> None:
+    plan = made({"mode": [name, "triton_w8a16"]})
+    assert (plan.kv_scheme, plan.decode_kernel, plan.warnings) == (KV[name], "auto", [])
+    assert stored(plan)["down"] == {"w8a16"}
+    assert f"mode {name}" in reason(plan, "kv cache")
+    assert plan.max_total_token_num > 1.5 * made().max_total_token_num
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_a_decode_kernel_of_a_gpu_is_said_to_be_none_on_a_cpu(name: str) -> None:
+    plan = made({"mode": [name, "triton_w4a16"]}, GPU)
+    assert (plan.decode_kernel, plan.kv_scheme, plan.warnings) == (DECODE[name], "dense", [])
+    assert "warning" not in report(plan)
+    here = made({"mode": [name]}, CPU)
+    (warning,) = here.warnings
+    assert warning.startswith(f"mode {name} names a decode kernel of a GPU; {CPU.name} takes its own")
+    assert f"warning: {warning}" in report(here)
+
+
+@pytest.mark.parametrize("name", ["ppl_fp16", "ppl_fp16_flashdecoding", "triton_w8a8"])
+def test_what_computes_in_float16_does_so_unasked_and_in_nothing_else_that_is_asked(name: str) -> None:
+    plan = made({"mode": [name]}, GPU)
+    assert plan.data_type == "float16"
+    assert f"mode {name}" in reason(plan, "data_type")
+    # One file serves both; this CPU is ten times as slow in float16.
+    here = made({"mode": [name]}, CPU)
+    assert here.data_type == "bfloat16"
+    assert f"mode {name} computes in float16 on a GPU" in reason(here, "data_type")
+    for device in (CPU, GPU):
+        assert made({"mode": [name], "data_type": "fp16"}, device).data_type == "float16"
+
+
+@pytest.mark.parametrize("name", ["ppl_w8a8", "ppl_w8a8_mixdown", "triton_w8a16", "fp8", "triton_gqa_attention"])
+def test_the_others_compute_in_the_models_own_data_type(name: str) -> None:
+    assert made({"mode": [name]}, GPU).data_type == "bfloat16"
+
+
+def test_the_models_own_mixdown_names_the_layers_whose_down_stays_as_it_is() -> None:
+    plan = made({"mode": ["ppl_w8a8_mixdown"]}, hf_config={**MODEL.hf_config, "mixdown": [0, 3]})
+    down = [weight for weight in architecture_of(plan).weights if weight.role == "down"]
+    assert [weight.layer for weight in down if plan.schemes.of(weight).dense] == [0, 3]
+
+
+@pytest.mark.parametrize("written", [[30], [-1], ["0"], "all", [True]])
+def test_a_mixdown_of_no_layers_is_refused(written: object) -> None:
+    (problem,) = refused({"mode": ["ppl_w8a8_mixdown"]}, hf_config={**MODEL.hf_config, "mixdown": written})
+    assert problem.key == "model_dir"
+    assert "a list of layers from 0 to 29 is needed" in problem.message
+
+
+def test_the_budget_says_how_much_is_stored_by_which_scheme() -> None:
+    plan = made({"mode": ["triton_w4a16"]})
+    (row,) = [row for row in plan.budget.rows if row.name == "weights"]
+    assert row.how.startswith("134.5 M parameters in bfloat16, 106.2 M of them as w4a16 g128")
+    assert "w4a16 g128" in report(plan)
+
+
+def test_the_table_in_the_readme_is_what_is_generated() -> None:
+    """With LIGHTLLMD_WRITE_TABLES=1 it is written there."""
+    begin, end = "<!-- table of modes -->\n", "\n<!-- end -->"
+    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    written, _, after = rest.partition(end)
+    if os.environ.get("LIGHTLLMD_WRITE_TABLES") == "1":
+        README.write_text(f"{before}{begin}{mode_table()}{end}{after}", encoding="utf-8")
+    else:
+        assert written == mode_table(), "LIGHTLLMD_WRITE_TABLES=1 writes it"
