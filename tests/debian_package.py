@@ -81,10 +81,10 @@ def pack_wheels(folder: Path, stand_ins: Iterable[str]) -> None:
 def _pack(folder: Path, distribution: importlib.metadata.Distribution) -> None:
     name, version = distribution.metadata["Name"], distribution.version
     tag = re.search(r"^Tag: (\S+)$", distribution.read_text("WHEEL") or "", re.MULTILINE)[1]
-    content = {
+    content = {  # without their own tests, which each installation would compile
         str(file): file.locate().read_bytes()
         for file in distribution.files or ()
-        if ".." not in file.parts and "__pycache__" not in file.parts
+        if not {"..", "__pycache__", "tests"} & set(file.parts)
     }
     left_out = ("RECORD", "WHEEL", "INSTALLER", "REQUESTED", "direct_url.json")
     kept = {

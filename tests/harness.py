@@ -98,7 +98,7 @@ class Daemon:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(15)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -109,7 +109,7 @@ class Daemon:
     # --- questions ---------------------------------------------------------------------------------------------
     def control_client(self) -> httpx.Client:
         transport = httpx.HTTPTransport(uds=str(self.control))
-        return httpx.Client(transport=transport, base_url="http://control", timeout=10)
+        return httpx.Client(transport=transport, base_url="http://control", timeout=60)
 
     def status(self) -> dict[str, Any] | None:
         try:

@@ -3,6 +3,7 @@ alone; then those of a file share a worker and its fixtures, and the first two w
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,23 @@ def starts_trees(file: str) -> bool:
     return path.parent.name in ("supervisor", "systemd", "page") or path.name in _TREES
 
 
-def place(file: str) -> int:
+def place(file: str) -> tuple[int, str]:
     """In the order of all files, which is otherwise that of their names: the longest of each worker's come first."""
     path = Path(file)
     if path.parent.name in _AS_ONE:
-        return _AS_ONE.index(path.parent.name) - len(_AS_ONE)
-    return _LONG.index(path.name) if path.name in _LONG else len(_LONG)
+        return _AS_ONE.index(path.parent.name) - len(_AS_ONE), file
+    return _LONG.index(path.name) if path.name in _LONG else len(_LONG), file
+
+
+def share_compiling(config: Any) -> None:
+    """Each worker begins to collect at another file. In a fresh clone all that the tests import is compiled then, and
+    what one has compiled the others find; side by side, each would compile all of it."""
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{of}", "") for of in ("", "_COUNT"))
+    if not worker or config.args != config.getini("testpaths"):
+        return
+    files = sorted(str(file) for folder in config.args for file in Path(config.rootpath, folder).rglob("test_*.py"))
+    first = len(files) * int(worker.removeprefix("gw")) // int(workers)
+    config.args = files[first:] + files[:first]
 
 
 def scheduler(*arguments: Any) -> Any:

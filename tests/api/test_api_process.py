@@ -45,7 +45,7 @@ class Process:
         self.tell(messages.ApiConfigure(plan, 0, epoch, [self.listener.fileno()], str(folder / "metrics"), "api-0"))
         self.beats: list[messages.Heartbeat] = []
         self.failed: messages.Failed | None = None
-        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 
     def tell(self, message: messages.Down) -> None:
         assert self.channel.send(message)
@@ -160,7 +160,7 @@ def test_retired_worker_finishes_what_it_has_and_leaves_the_listener_to_others(t
                     await until(lambda: not _accepts(old.popen.pid, old.port))
                     for _ in range(20):
                         async with httpx.AsyncClient() as client:
-                            live = await client.get(f"http://127.0.0.1:{old.port}/liveness", timeout=20)
+                            live = await client.get(f"http://127.0.0.1:{old.port}/liveness", timeout=60)
                             assert live.status_code == 200
                     assert old.popen.poll() is None
                     first.free_run = True
@@ -258,7 +258,7 @@ def test_a_worker_reads_no_key_file_and_takes_others_at_once(tmp_path):
 
             assert [await status(key) for key in ("old", "new")] == [200, 401]
             one.tell(messages.Keys(keys.encode(keys.KeyRing(keys.read(str(file))))))
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while await status("old") == 200:
                 assert time.monotonic() < deadline
             assert await status("new") == 200
@@ -337,7 +337,7 @@ def test_worker_dies_with_its_supervisor(tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    psutil.wait_procs([child], timeout=20)
+    psutil.wait_procs([child], timeout=60)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from api.frontend_harness import run, until
+from leftovers import wait_ended
 from lightllmd.api.helpers import pool as helpers
 from lightllmd.api.helpers.pool import Helpers
 from lightllmd.errors import InvalidRequest
@@ -83,7 +84,7 @@ async def started(**options: Any) -> AsyncIterator[Helpers]:
     finally:
         kin = [*mine, *(family.children(recursive=True) if family.is_running() else [])]
         one.stop()
-        assert not psutil.wait_procs(kin, timeout=10)[1]
+        wait_ended(kin)
 
 
 def test_results_and_refusals_come_back_whatever_their_size() -> None:

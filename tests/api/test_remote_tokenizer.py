@@ -200,7 +200,7 @@ def test_a_worker_stops_while_one_is_being_started(tmp_path: Path) -> None:
             asked = asyncio.create_task(one.generate("p", max_new_tokens=2))
             await until(lambda: hosts(one))
             began = time.monotonic()
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60, "it doesn't wait for ever"
         assert isinstance((await asyncio.gather(asked, return_exceptions=True))[0], Exception | httpx.Response)
 
     run(scenario())

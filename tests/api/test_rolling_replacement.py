@@ -131,7 +131,7 @@ def test_retired_worker_answers_on_open_connections_and_asks_for_new_ones(tmp_pa
             engine = await old.engine(1)
             assert (await old.client.get("/liveness")).headers.get("connection") != "close"
             fresh_reader, fresh_writer = await asyncio.open_connection("127.0.0.1", old.port)
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{old.port}", timeout=20) as streaming:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{old.port}", timeout=60) as streaming:
                 body = {"inputs": "s", "parameters": {"max_new_tokens": 6}}
                 async with streaming.stream("POST", "/generate_stream", json=body) as answer:
                     await engine.submitted(1)
@@ -215,7 +215,7 @@ def test_connections_of_the_moment_of_retirement_are_answered_by_one_or_the_othe
                 await new.ready()
 
                 async def ask() -> int:
-                    async with httpx.AsyncClient(timeout=20) as client:
+                    async with httpx.AsyncClient(timeout=60) as client:
                         return (await client.get(f"http://127.0.0.1:{old.port}/liveness")).status_code
 
                 asking = [asyncio.create_task(ask()) for _ in range(100)]

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from harness import Daemon
+from leftovers import no_new_threads
 from lightllmd import LLM
 from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, OutOfMemory
@@ -253,13 +253,11 @@ def test_an_engine_that_broke_says_so_ever_after(fake: LLM) -> None:
 
 def test_closing_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE))
-    threads = set(threading.enumerate())
-    with LLM(tmp_path, load_way="DUMMY", **TINY, **QUIET) as llm:
+    with no_new_threads(), LLM(tmp_path, load_way="DUMMY", **TINY, **QUIET) as llm:
         llm.generate("5 77", max_new_tokens=3)
         runner = weakref.ref(llm._runner)
     gc.collect()
     assert runner() is None
-    assert set(threading.enumerate()) == threads
     llm.close()
     with pytest.raises(EngineError, match="it is closed"):
         llm.generate("5")

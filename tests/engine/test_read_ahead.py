@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
+from leftovers import no_new_threads
 from lightllmd.supervisor.context import Commands
 from lightllmd.weights import read_ahead
 from lightllmd.weights.read_ahead import ReadAhead
@@ -43,9 +43,8 @@ def test_every_byte_is_asked_for_in_order_and_no_thread_stays(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(read_ahead, "PIECE", 4096)
-    before = threading.active_count()
-    assert asked_for(files, monkeypatch) == SIZES
-    assert threading.active_count() == before
+    with no_new_threads():
+        assert asked_for(files, monkeypatch) == SIZES
 
 
 def test_no_more_is_read_than_memory_holds(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

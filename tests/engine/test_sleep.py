@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from leftovers import no_new_threads
 from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.schemes import SCHEMES, scheme_of
 from lightllmd.architecture.storage import weight_bytes
@@ -150,22 +150,21 @@ def test_who_slept_and_woke_computes_the_same_tokens(
 
 @pytest.mark.parametrize("runner", ["device"], indirect=True)
 def test_staging_tells_how_far_it_is_and_leaves_no_thread(runner: GpuRunner) -> None:
-    before = threading.active_count()
     assert "staged_bytes" not in runner.memory_stats()
     size = sum(tensor.nbytes for tensor in runner.decoder.tensors().values())
-    runner.stage()
-    seen: list[tuple[int, int]] = []
-    assert runner._staged is not None
-    assert runner._staged.wait(lambda *at: seen.append(at))
-    assert seen[-1] == (size, size)
-    stats = runner.memory_stats()
-    assert (stats["staged_bytes"], stats["staged_total"]) == (size, size)
-    copy = runner._staged
-    runner.stage()
-    assert runner._staged is copy, "once is enough"
-    runner.unstage()
+    with no_new_threads():
+        runner.stage()
+        seen: list[tuple[int, int]] = []
+        assert runner._staged is not None
+        assert runner._staged.wait(lambda *at: seen.append(at))
+        assert seen[-1] == (size, size)
+        stats = runner.memory_stats()
+        assert (stats["staged_bytes"], stats["staged_total"]) == (size, size)
+        copy = runner._staged
+        runner.stage()
+        assert runner._staged is copy, "once is enough"
+        runner.unstage()
     assert "staged_bytes" not in runner.memory_stats()
-    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("runner", ["device"], indirect=True)
@@ -253,9 +252,8 @@ def test_a_copy_keeps_nothing_of_the_device_and_is_given_back_as_a_whole() -> No
 
 
 def test_a_copy_that_is_given_up_ends_soon(small_pieces: None) -> None:
-    before = threading.active_count()
-    copy = HostCopy(weights([1 << 20], torch.float32), DEVICE)
-    copy.cancel()
+    with no_new_threads():
+        copy = HostCopy(weights([1 << 20], torch.float32), DEVICE)
+        copy.cancel()
     assert not copy.whole
     assert copy.done < copy.total
-    assert threading.active_count() == before

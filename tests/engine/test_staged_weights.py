@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from leftovers import no_new_descriptors, no_new_threads
 from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.errors import WeightsInvalid
@@ -102,9 +102,9 @@ def test_a_type_that_is_no_weights_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_load_that_is_given_up_leaves_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staged, "PIECE_BYTES", 1024)
     checkpoint, architecture = opened(write_model(tmp_path, CHANGES))
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    stream = staged.stream(checkpoint, architecture.weights, torch.float32, DEVICE, lambda *at: None)
-    next(stream)
-    assert threading.active_count() > before[1]
-    stream.close()
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    before = set(threading.enumerate())
+    with no_new_threads(), no_new_descriptors():
+        stream = staged.stream(checkpoint, architecture.weights, torch.float32, DEVICE, lambda *at: None)
+        next(stream)
+        assert set(threading.enumerate()) - before
+        stream.close()

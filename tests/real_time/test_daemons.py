@@ -9,13 +9,14 @@ import signal
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from config_file import daemon_of_a_file
 from gateway_stand_in import Gateway
-from harness import Daemon
+from harness import Daemon, wait_for
 from lightllmd.supervisor.workers.pusher import MOST_WAIT
 from stand_ins import StandInDaemon
 
@@ -37,6 +38,35 @@ def test_status_is_quick_while_workers_are_killed(tmp_path: Path) -> None:
         f"status: {len(latencies)} asked, median {latencies[len(latencies) // 2] * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms"
     )
     assert p99 < 0.05
+
+
+def told(daemon: StandInDaemon, generation: int) -> list[dict[str, Any]]:
+    """What the api workers heard of its death."""
+    return [message for message in daemon.heard("api-1", "EngineDown") if message["generation"] == generation]
+
+
+def test_a_death_is_told_to_every_api_worker_within_20_ms_and_the_next_generation_follows(tmp_path: Path) -> None:
+    with StandInDaemon(tmp_path, "--http.workers", "2") as daemon:
+        daemon.order("engine", unproven=[7, 9])
+        daemon.wait_job(daemon.ask("restart", {"worker": "engine"}))
+        taken = []
+        for generation in (2, 3, 4):
+            pid = daemon.wait_worker("engine-0", state="running", generation=generation)["pid"]
+            daemon.order("live", engine={"tokens_out": generation})  # it has served, so its death starts no back-off
+            killed = time.time()
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda g=generation: len(told(daemon, g)) == 2, what="EngineDown at both workers")
+            for down in told(daemon, generation):
+                taken.append(down["at"] - killed)
+                assert down["cause"] == "killed by SIGKILL"
+                assert (down["unproven"], down["quarantined"]) == ([7, 9], 0)
+        print("EngineDown after [ms]:", sorted(round(seconds * 1000, 1) for seconds in taken))
+        assert sorted(taken)[len(taken) // 2] < 0.02
+        worker = daemon.wait_worker("engine-0", state="running", generation=5)
+        assert worker["last_exit"]["cause"] == "killed by SIGKILL"
+        assert worker["last_exit"]["back_in_s"] > 0
+        assert worker["restarts"] == 4
+        assert wait_for(lambda: len(daemon.heard("api-1", "EngineUp")) >= 10)
 
 
 def live_reload(daemon: Daemon) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from leftovers import no_new_descriptors
 from lightllmd.supervisor.host.notify import Notifier, is_journal
 
 
@@ -71,13 +72,12 @@ def test_a_reload_during_the_start_is_not_taken_for_readiness(systemd: tuple[soc
 def test_a_barrier_ends_when_systemd_has_read_it(systemd: tuple[socket.socket, str]) -> None:
     sock, address = systemd
     notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
-    descriptors = os.listdir("/proc/self/fd")
-    assert not notifier.barrier(0.01), "nobody has read it yet"
-    reader = threading.Thread(target=_read_barriers, args=(sock, 2))
-    reader.start()
-    assert notifier.barrier(60)
-    reader.join()
-    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    with no_new_descriptors():
+        assert not notifier.barrier(0.01), "nobody has read it yet"
+        reader = threading.Thread(target=_read_barriers, args=(sock, 2))
+        reader.start()
+        assert notifier.barrier(60)
+        reader.join()
     notifier.close()
 
 

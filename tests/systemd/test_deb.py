@@ -20,7 +20,8 @@ from debian_package import build, pack_wheels
 from systemd_machine import Load, Machine, Service, why_not
 
 WHEELHOUSE = os.environ.get("LIGHTLLMD_WHEELHOUSE", "")
-OF_MODELS = ("torch", "transformers", "tokenizers", "sentencepiece", "gguf", "safetensors")  # not the fake's
+# What the fake engine does without, by itself (triton: xgrammar asks for it), and what only colours text.
+STAND_INS = ("torch", "triton", "transformers", "tokenizers", "sentencepiece", "gguf", "safetensors", "pygments")
 PLACE = "/srv/package"  # of the built packages, in the machine
 CONFIG = "/etc/lightllmd/lightllmd.toml"
 VENV = "/usr/lib/lightllmd/venv"
@@ -50,7 +51,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
     if reason := why_no_package(folder):
         pytest.skip(reason)
-    pack_wheels(folder / "wheels", stand_ins=OF_MODELS)
+    pack_wheels(folder / "wheels", stand_ins=STAND_INS)
     package = build(folder, "--wheelhouse", folder / "wheels")
     newer(package, folder / "next.deb")
     return folder

@@ -157,7 +157,7 @@ def test_stop_waits_for_the_process_where_it_sees_it(
         assert process.stdin
         process.stdin.close()
         assert ctl("stop").code == 0
-        assert process.poll() is not None or process.wait(5) is not None
+        assert process.poll() is not None or process.wait(60) is not None
 
 
 def test_10_when_the_daemon_does_not_stop_in_time(

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness import wait_for
 from lightllmd import LLM
 from lightllmd.errors import ConfigInvalid, ModelChanged, NotReady, RequestFailed
 from lightllmd.text.remote import RemoteTokenizer
@@ -62,7 +63,7 @@ def test_one_that_can_not_be_used_is_refused_and_leaves_nothing(
     folder = write_tokenizer(tmp_path / "m", code)
     with pytest.raises(ConfigInvalid, match=said):
         RemoteTokenizer(str(folder), reference)
-    assert not [one for one in psutil.Process().children() if "lightllmd.code_host" in one.cmdline()]
+    wait_for(lambda: not [one for one in psutil.Process().children() if "lightllmd.code_host" in one.cmdline()])
 
 
 def test_an_llm_serves_it_with_the_switch_only(tmp_path: Path) -> None:
