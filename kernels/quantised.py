@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightllmd.architecture.schemes import Scheme
 
+VERSION = 1  # of what `quantise` makes: counted on when that changes, so that what was kept is made again
 LEVELS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value that a scale maps to, of symmetric schemes
 UNSIGNED = {"uint4": 15, "uint8": 255}  # the largest value of schemes that are not symmetric
 ZEROS = {"uint4": torch.uint8, "uint8": torch.int16}  # how `QuantisedMatrix` has the zeros of such values

@@ -573,6 +573,16 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             maximum=65536,
         ),
     ] = 0
+    keep_quantised: Annotated[
+        bool,
+        Setting(
+            doc="Whether weights that are quantised while they are loaded are kept in a file below the cache directory "
+            "(quantised/), so that the next start reads that instead of the larger checkpoint. It is made anew where "
+            "the checkpoint's files, the schemes or the program's way of quantising have changed, or the file is "
+            "damaged. Such files take up to half of what their disk has free without them; those that were used the "
+            "longest ago go first.",
+        ),
+    ] = False
     logprobs: Annotated[
         Literal["raw", "processed"],
         Setting(

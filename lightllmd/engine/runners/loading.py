@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 
 import torch
 
@@ -11,16 +14,21 @@ from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
 from lightllmd.config.plan import ModelFacts, Plan
 from lightllmd.config.stamps import require_unchanged
+from lightllmd.engine.kernel_cache import cache_root
 from lightllmd.errors import EngineError, OutOfMemory, WeightsInvalid
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
 from lightllmd.models.language_model import LanguageModel
 from lightllmd.weights import dummy, place
 from lightllmd.weights.index import open_checkpoint
+from lightllmd.weights.kept_file import KeptDamaged
+from lightllmd.weights.kept_models import KeptModel
 from lightllmd.weights.loaded import LoadedWeight, Progress
 from lightllmd.weights.quantising import quantised
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from lightllmd.weights.verify import verify
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -38,8 +46,49 @@ def load_model(
     architecture = plan.model.architecture
     if isinstance(architecture, Outline):
         return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
-    weights = _stored_weights(plan, plan.model, architecture, device, dtype, progress)
-    return Decoder(architecture.spec, kernels, quantised(weights, plan.schemes, plan.model.path), device)
+    kept = _kept(plan, plan.model, architecture, dtype)
+    if kept is not None and kept.path.exists():
+        try:
+            weights = _of_these_files(kept.read(device, progress), plan.model)
+            return Decoder(architecture.spec, kernels, weights, device)
+        except KeptDamaged as damaged:
+            log.warning("%s: it is made again", damaged)
+            kept.discard()
+    noted = _Noted(progress)
+    weights = quantised(
+        _stored_weights(plan, plan.model, architecture, device, dtype, noted), plan.schemes, plan.model.path
+    )
+    if kept is not None:
+        weights = kept.keep(weights, noted.again)
+    return Decoder(architecture.spec, kernels, weights, device)
+
+
+class _Noted:
+    """Progress that can be told once more."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._at = progress, (0, 1)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._at = done, total
+        self._progress(done, total)
+
+    def again(self) -> None:
+        self._progress(*self._at)
+
+
+def _kept(plan: Plan, model: ModelFacts, architecture: Architecture, dtype: torch.dtype) -> KeptModel | None:
+    """Where what quantising makes is kept; None where nothing is quantised, or it is not asked for."""
+    ours = [plan.schemes.of(weight) for weight in architecture.weights]
+    theirs = [model.schemes.of(weight) for weight in architecture.weights]
+    if not plan.config.engine.keep_quantised or ours == theirs or plan.schemes.dense or not model.weight_stamps:
+        return None
+    root = cache_root(os.environ)
+    if root is None:
+        log.warning("the quantised weights are not kept: there is no home directory")
+        return None
+    stamps, name = model.weight_stamps, PurePath(model.path).name
+    return KeptModel(root / "quantised", name, stamps, architecture.weights, plan.schemes, dtype)
 
 
 def _stored_weights(
