@@ -55,6 +55,9 @@ from lightllmd.weights.model_files import (
     text_of,
     tokenizer_config,
 )
+from lightllmd.weights.quantised.form import NOTHING
+from lightllmd.weights.quantised.formats import quantisation_of, settings_of
+from lightllmd.weights.quantised.stored import Matrices, matrices_of, schemes_of
 from lightllmd.weights.verify import verify
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -173,7 +176,7 @@ def _outline(path: Path, config: dict[str, Any], code: dict[str, str], load_way:
         neither = f"neither lightllmd ({', '.join(FAMILIES)}) nor transformers has a causal language model of it"
         raise invalid(f"{where}: models of type {show(kind)} are not available yet: {neither}")
     if config.get("quantization_config"):
-        raise invalid(f"{where}: pre-quantised Hugging Face checkpoints are not available yet")
+        raise invalid(f"{where}: quantised checkpoints of models that transformers computes are not available yet")
     if load_way == "DS":
         raise invalid(f"{path}: load_way = {show(load_way)} is not available for models that transformers computes")
     if (whole := load_way != "DUMMY") and not read_safetensors_headers(path):
@@ -205,8 +208,6 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
         yield from (problem.message for problem in refused.problems)
     if config.get("is_causal") is False:
         yield "is_causal = false: attention to later tokens, as encoders have it, is not available yet"
-    if config.get("quantization_config"):
-        yield "pre-quantised Hugging Face checkpoints are not available yet"
 
 
 def _named_architectures(config: dict[str, Any]) -> list[str]:
@@ -298,6 +299,10 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
     """`code`: what runs of its own, as `ModelFacts.remote_code`."""
     config = _own_settings(path, read_json(path / "config.json", MAX_CONFIG), code)
     architecture = _computed(path, config, code, load_way, backend)
+    settings, where = settings_of(path, config)
+    quantisation = quantisation_of(settings, where) if settings else None
+    if quantisation is not None and load_way == "DS":
+        raise invalid(f"{path}: load_way = {show(load_way)} is not available for quantised checkpoints")
     form, files, stored = _weights_of_directory(path, load_way, architecture)
     dummy, tensors = form == "dummy", [*stored.values()]
     if isinstance(architecture, Architecture):
@@ -306,15 +311,29 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
         vocab = architecture.vocab
     else:
         vocab = architecture.spec.vocab
+        matrices: Matrices = {}
+        if quantisation is not None:
+            matrices = matrices_of(architecture.weights, quantisation, None if dummy else stored)
         if not dummy:
-            verify(architecture, stored, SAFETENSORS_READABLE, str(path))
+            ignored = NOTHING if quantisation is None else quantisation.ignored
+            verify(architecture, stored, SAFETENSORS_READABLE, str(path), matrices, ignored)
         tensors = [tensor for tensor in tensors if not architecture.ignores(tensor.name)]
     dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, vocab)
     facts = _facts(path, form, config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
     facts = msgspec.structs.replace(_pooled(facts, pooling_of(path)), remote_code=code)
     if isinstance(architecture, Outline):
         return msgspec.structs.replace(facts, headless=architecture.headless)
-    return msgspec.structs.replace(facts, headless=architecture.spec.headless, unprefixed=architecture.unprefixed)
+    facts = msgspec.structs.replace(facts, headless=architecture.spec.headless, unprefixed=architecture.unprefixed)
+    if quantisation is None or not matrices:
+        return facts
+    schemes, dense = schemes_of(architecture.weights, matrices)
+    return msgspec.structs.replace(
+        facts,
+        quantisation=settings,
+        quantised_as=quantisation.words,
+        schemes=schemes,
+        dequantised=[*dense, *quantisation.notes],
+    )
 
 
 def _pooled(facts: ModelFacts, found: Pooling | str | None) -> ModelFacts:
@@ -370,6 +389,8 @@ def _dtype(config: dict[str, Any], tensors: list[TensorInfo]) -> str | None:
         return str(named)
     volume: dict[str, int] = {}
     for tensor in tensors:
+        if tensor.type not in DTYPES:  # of quantised matrices
+            continue
         volume[tensor.type] = volume.get(tensor.type, 0) + tensor.nbytes
     return DTYPES.get(max(volume, key=lambda kind: volume[kind])) if volume else None
 

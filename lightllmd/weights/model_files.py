@@ -38,6 +38,9 @@ def invalid(message: str) -> ConfigInvalid:
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

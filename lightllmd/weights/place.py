@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightllmd.architecture.weights import Part, WeightSpec
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
+from lightllmd.architecture.weights import WeightSpec
+from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.weights import staged
+from lightllmd.weights.arriving import ArrivingWeight, Loading, sources
 from lightllmd.weights.index import Checkpoint
-from lightllmd.weights.loaded import LoadedWeight, Progress, Rooms, room
+from lightllmd.weights.loaded import LoadedWeight, Progress
 from lightllmd.weights.plain import PlainCheckpoint
+from lightllmd.weights.quantised.stored import Matrices
 
 
 def stream(
@@ -21,17 +26,21 @@ def stream(
     device: torch.device,
     progress: Progress,
     passing: Sequence[WeightSpec] = (),
+    matrices: Matrices | None = None,
+    schemes: WeightSchemes = ALL_DENSE,
 ) -> Iterator[LoadedWeight]:
     """Yields them in their order; holds nothing back, so the caller decides what stays: of `passing` nothing may, when
     the next is asked for (`Rooms`).
 
-    The checkpoint has been verified. Each part is converted to `dtype` on its way into its place. Raises WeightsInvalid
-    where a file can't be read to its end.
+    The checkpoint has been verified. Each part is converted to `dtype` on its way into its place. Of the parts in
+    `matrices`, which the files hold quantised, a weight that `schemes` has quantised is made a `QuantisedMatrix`; any
+    other is made dense. Raises WeightsInvalid where a file can't be read to its end, or holds what its format does not
+    allow.
     """
     if device.type == "cuda" and isinstance(checkpoint, PlainCheckpoint):
-        arriving = staged.stream(checkpoint, weights, dtype, device, progress, passing)
+        arriving = staged.stream(checkpoint, weights, dtype, device, progress, passing, matrices, schemes)
     else:
-        arriving = _read(checkpoint, weights, dtype, device, progress, passing)
+        arriving = _read(checkpoint, weights, Loading(dtype, device, passing, matrices or {}, schemes), progress)
     yield from map(_in_order, arriving)  # which keeps none while the next is read
 
 
@@ -51,33 +60,23 @@ def _in_order(loaded: LoadedWeight) -> LoadedWeight:
 
 
 def _read(
-    checkpoint: Checkpoint,
-    weights: Sequence[WeightSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress,
-    passing: Sequence[WeightSpec],
+    checkpoint: Checkpoint, weights: Sequence[WeightSpec], how: Loading, progress: Progress
 ) -> Iterator[LoadedWeight]:
     """Each part is converted as it is read, and a tensor goes to the device when it is whole."""
-    total = sum(checkpoint.tensors[part.name].nbytes for weight in weights for part in weight.stored)
-    rooms = Rooms(dtype, None, passing)
-    elsewhere = None if device.type == "cpu" else Rooms(dtype, device, passing)
+    total = sum(checkpoint.tensors[name].nbytes for weight in weights for name in sources(weight, how.matrices))
+    here = replace(how, device=torch.device("cpu"))
+    rooms, elsewhere = here.rooms, None if how.device.type == "cpu" else how.rooms
     done = 0
-
-    def fill(parts: tuple[Part, ...], out: Tensor) -> Tensor:
-        nonlocal done
-        row = 0
-        for part in parts:
-            for count in checkpoint.read(part.name, out[row : row + part.shape[0]]):
+    for weight in weights:
+        arriving = ArrivingWeight(weight, here, rooms)
+        for name, out in arriving.targets:
+            for count in checkpoint.read(name, out):
                 done += count
                 progress(done, total)
-            row += part.shape[0]
-        return out
-
-    for weight in weights:
-        tensor = fill(weight.parts, rooms.of(weight))
-        if elsewhere is not None:
+        _, tensor, bias = arriving.whole()
+        if isinstance(tensor, QuantisedMatrix):
+            tensor = tensor.to(how.device)
+        elif elsewhere is not None:
             tensor = elsewhere.of(weight).copy_(tensor)
-        bias = fill(weight.bias, room(weight.bias, dtype)).to(device) if weight.bias else None
-        yield LoadedWeight(weight, tensor, bias)
-        del tensor, bias  # nothing is kept while the next is made
+        yield LoadedWeight(weight, tensor, None if bias is None else bias.to(how.device))
+        del arriving, out, tensor, bias  # nothing is kept while the next is made

@@ -17,6 +17,14 @@ from lightllmd.weights.headers import SAFETENSORS_READABLE, TensorInfo
 CHUNK_BYTES = 16 << 20
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 assert FLOAT_TYPES.keys() == SAFETENSORS_READABLE
+STORED_TYPES = FLOAT_TYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}  # that `PlainCheckpoint.read` takes; only floats are read as another type
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class PlainCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """That a tensor is stored in."""
-        return FLOAT_TYPES[self.tensors[name].type]
+        return STORED_TYPES[self.tensors[name].type]
 
     def files(self, name: str) -> list[str]:
         """That a tensor lies in."""

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllmd.architecture.weights import Part, WeightSpec
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
+from lightllmd.architecture.weights import WeightSpec
+from lightllmd.weights.arriving import ArrivingWeight, Loading, sources
 from lightllmd.weights.files import WeightFile
-from lightllmd.weights.loaded import LoadedWeight, Progress, Rooms, room
+from lightllmd.weights.loaded import LoadedWeight, Progress
 from lightllmd.weights.plain import PlainCheckpoint
+from lightllmd.weights.quantised.stored import Matrices
 
 PIECE_BYTES = 8 << 20  # a multiple of every item's size; a thread copies it in about a millisecond
 THREADS = 8  # at most; more only wait for the memory
@@ -61,28 +64,30 @@ def stream(
     device: torch.device,
     progress: Progress,
     passing: Sequence[WeightSpec] = (),
+    matrices: Matrices | None = None,
+    schemes: WeightSchemes = ALL_DENSE,
 ) -> Iterator[LoadedWeight]:
     """As `place.stream`, the tensors made on the device, where parts of another dtype are converted too. What is
     yielded may still be on its way: work that the device is given from then on finds it there.
     """
-    files = _OpenFiles([[file for part in one.stored for file in checkpoint.files(part.name)] for one in weights])
+    how = Loading(dtype, device, passing, matrices or {}, schemes)
+    needed = [sources(weight, how.matrices) for weight in weights]
+    files = _OpenFiles([[file for name in names for file in checkpoint.files(name)] for names in needed])
 
-    def arrivals() -> Iterator[Arrival[LoadedWeight]]:
-        rooms = Rooms(dtype, device, passing)  # what passes has been taken before a piece of the next is sent
+    def arrivals() -> Iterator[Arrival[ArrivingWeight]]:
+        rooms = how.rooms  # what passes has been taken before a piece of the next is sent
         for weight in weights:
-            tensor = rooms.of(weight)
-            bias = room(weight.bias, dtype, device) if weight.bias else None
-            pieces = [*_pieces(checkpoint, files, weight.parts, tensor)]
-            if bias is not None:
-                pieces += _pieces(checkpoint, files, weight.bias, bias)
-            yield Arrival(LoadedWeight(weight, tensor, bias), pieces)
+            arriving = ArrivingWeight(weight, how, rooms)
+            pieces = [piece for name, out in arriving.targets for piece in _pieces(checkpoint, files, name, out)]
+            yield Arrival(arriving, pieces)
 
-    total = sum(checkpoint.tensors[part.name].nbytes for weight in weights for part in weight.stored)
+    total = sum(checkpoint.tensors[name].nbytes for names in needed for name in names)
     # What is uploaded ends before the files that it reads are closed.
     with closing(files), closing(upload(arrivals(), total, device, progress)) as arrived:
-        for number, loaded in enumerate(arrived):
+        for number, arriving in enumerate(arrived):
             files.close_read(number)
-            yield loaded
+            yield arriving.whole()
+            del arriving
 
 
 class _OpenFiles:
@@ -149,15 +154,10 @@ def upload(
             yield from send()
 
 
-def _pieces(
-    checkpoint: PlainCheckpoint, files: _OpenFiles, parts: tuple[Part, ...], stacked: Tensor
-) -> Iterator[Piece]:
-    row = 0
-    for part in parts:
-        out, stored = stacked[row : row + part.shape[0]], checkpoint.dtype(part.name)
-        for run in checkpoint.runs(part.name, out, PIECE_BYTES):
-            yield Piece(partial(files[run.file].read, run.offset), run.nbytes, stored, run.out, run.strides)
-        row += part.shape[0]
+def _pieces(checkpoint: PlainCheckpoint, files: _OpenFiles, name: str, out: Tensor) -> Iterator[Piece]:
+    stored = checkpoint.dtype(name)
+    for run in checkpoint.runs(name, out, PIECE_BYTES):
+        yield Piece(partial(files[run.file].read, run.offset), run.nbytes, stored, run.out, run.strides)
 
 
 class Slot:

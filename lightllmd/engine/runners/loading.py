@@ -24,6 +24,9 @@ from lightllmd.weights.index import open_checkpoint
 from lightllmd.weights.kept_file import KeptDamaged
 from lightllmd.weights.kept_models import KeptModel
 from lightllmd.weights.loaded import LoadedWeight, Progress
+from lightllmd.weights.quantised.form import NOTHING
+from lightllmd.weights.quantised.formats import quantisation_of
+from lightllmd.weights.quantised.stored import Matrices, matrices_of
 from lightllmd.weights.quantising import quantised
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from lightllmd.weights.verify import verify
@@ -105,8 +108,15 @@ def _stored_weights(
     if plan.config.params.load_way == "DUMMY":
         return dummy.stream(architecture.weights, dtype, device, progress, passing)
     checkpoint = open_checkpoint(model)
-    verify(architecture, checkpoint.tensors, checkpoint.readable, model.path)
-    return _of_these_files(place.stream(checkpoint, architecture.weights, dtype, device, progress, passing), model)
+    matrices: Matrices = {}
+    ignored = NOTHING
+    if model.quantisation:
+        quantisation = quantisation_of(model.quantisation, model.path)
+        matrices, ignored = matrices_of(architecture.weights, quantisation, checkpoint.tensors), quantisation.ignored
+        passing = [weight for weight in passing if weight.parts[0].name not in matrices]
+    verify(architecture, checkpoint.tensors, checkpoint.readable, model.path, matrices, ignored)
+    weights = place.stream(checkpoint, architecture.weights, dtype, device, progress, passing, matrices, plan.schemes)
+    return _of_these_files(weights, model)
 
 
 def _of_transformers(

@@ -218,7 +218,7 @@ def test_random_weights_need_nothing_but_a_config(hf_model: Callable[..., Path])
         ({"model_type": "bloom"}, 'models of type "bloom" are not available yet; supported: ' + ", ".join(FAMILIES)),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"architectures": ["LlamaForTokenClassification"]}, "not available yet"),
-        ({"quantization_config": {"quant_method": "awq"}}, "pre-quantised"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.bits is missing"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": "x"}, 'num_hidden_layers is "x"'),
     ],
