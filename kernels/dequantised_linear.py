@@ -20,7 +20,7 @@ class DequantisedLinear(EagerLinear):
 
     def __init__(self, weight: QuantisedMatrix, bias: Tensor | None = None) -> None:
         """Takes over a weight and its bias ``[out]``."""
-        self._scheme, self._columns = weight.scheme, weight.shape[1]
+        self.scheme, self._columns = weight.scheme, weight.shape[1]
         packed = pack_nibbles(weight.values) if weight.scheme.values == "uint4" else weight.values
         self.weight, self.scale, self.zero, self.order = packed, weight.scales, weight.zeros, weight.order
         self.input_scale = weight.input_scale
@@ -29,9 +29,9 @@ class DequantisedLinear(EagerLinear):
         self.bias = bias
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._scheme.inputs:
-            values, scales = quantised_inputs(x, self._scheme, self.input_scale)
-            rounded = QuantisedMatrix(self._scheme, values, scales)
+        if self.scheme.inputs:
+            values, scales = quantised_inputs(x, self.scheme, self.input_scale)
+            rounded = QuantisedMatrix(self.scheme, values, scales)
             out = functional.linear(rounded.dense(torch.float32), self._dense(torch.float32)).to(x.dtype)
             out = out if self.bias is None else out.add_(self.bias)
         else:
@@ -39,9 +39,9 @@ class DequantisedLinear(EagerLinear):
         return out if residual is None else out.add_(residual)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
-        packed = self._scheme.values == "uint4"
+        packed = self.scheme.values == "uint4"
         values = unpack_nibbles(self.weight, self._columns) if packed else self.weight
-        return QuantisedMatrix(self._scheme, values, self.scale, self.zero, self.order).dense(dtype)
+        return QuantisedMatrix(self.scheme, values, self.scale, self.zero, self.order).dense(dtype)
 
 
 DEQUANTISED = {name: DequantisedLinear for name in (ANY, *SCHEMES) if name != "dense"}

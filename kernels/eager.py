@@ -5,19 +5,26 @@ What the decode step costs on a CPU beside its matmuls is the number of calls, s
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lightllmd.kernels.dequantised_linear import DEQUANTISED
+from lightllmd.architecture.schemes import DENSE, Scheme
+from lightllmd.kernels.cpu_linears import cpu_linears
+from lightllmd.kernels.dequantised_linear import DEQUANTISED, DequantisedLinear
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.eager_attention import attention
 from lightllmd.kernels.eager_linear import DenseLinear, EagerHead, PackedLinear
 from lightllmd.kernels.eager_ops import rms_norm
 from lightllmd.kernels.layout import Batch, GatheredRows
-from lightllmd.kernels.linear import Embedding, Norm
+from lightllmd.kernels.linear import Embedding, Linear, Norm
+from lightllmd.kernels.quantised import QuantisedMatrix
+from lightllmd.kernels.schemes import WHOLE, Shard
+
+log = logging.getLogger(__name__)
 
 
 class EagerEmbedding(Embedding):
@@ -40,7 +47,23 @@ class EagerKernels(Kernels):
         packs = device.type == "cpu" and PackedLinear.supports(dtype)
         dense = PackedLinear if packs else DenseLinear
         heads = {"dense": partial(EagerHead, dense)}
-        super().__init__({"dense": dense} | DEQUANTISED, heads, EagerEmbedding, attention)
+        fast = cpu_linears(dtype) if device.type == "cpu" else {}
+        super().__init__({"dense": dense} | DEQUANTISED | fast, heads, EagerEmbedding, attention)
+        self._slow: set[Scheme] = set()  # those that were told of
+
+    def linear(
+        self,
+        role: str,
+        weight: Tensor | QuantisedMatrix,
+        bias: Tensor | None,
+        scheme: Scheme = DENSE,
+        shard: Shard = WHOLE,
+    ) -> Linear:
+        made = super().linear(role, weight, bias, scheme, shard)
+        if isinstance(made, DequantisedLinear) and made.scheme not in self._slow:
+            self._slow.add(made.scheme)
+            log.warning("weights stored as %s are made dense for each matmul, which is slow", made.scheme)
+        return made
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         x.copy_(rms_norm(x, norm.weight, norm.eps, norm.offset))

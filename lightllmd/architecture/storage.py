@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from lightllmd.architecture.schemes import DENSE
+from lightllmd.architecture.schemes import DENSE, Scheme
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.architecture.weights import Part, WeightSpec
 
 
 def weight_bytes(
-    weights: Iterable[WeightSpec], item_bytes: int, schemes: WeightSchemes = ALL_DENSE, ranks: int = 1
+    weights: Iterable[WeightSpec],
+    item_bytes: int,
+    schemes: WeightSchemes = ALL_DENSE,
+    ranks: int = 1,
+    nbytes: Callable[[Scheme, tuple[int, ...], int], int] = Scheme.nbytes,
 ) -> int:
-    """Bytes on each of `ranks` devices of a model that computes with elements of `item_bytes`."""
+    """Bytes on each of `ranks` devices of a model that computes with elements of `item_bytes`. `nbytes`: what a scheme
+    takes on such a device."""
     total = 0
     for weight in weights:
         scheme = schemes.of(weight)
-        total += sum(scheme.nbytes(_on_a_rank(part, weight.shard_axis, ranks), item_bytes) for part in weight.parts)
+        total += sum(nbytes(scheme, _on_a_rank(part, weight.shard_axis, ranks), item_bytes) for part in weight.parts)
         along = 0 if weight.shard_axis == 0 else None
         total += sum(DENSE.nbytes(_on_a_rank(part, along, ranks), item_bytes) for part in weight.bias)
     return total

@@ -144,7 +144,7 @@ def demand(
         return Demand([*rows, margin], available, kv.slot_bytes, spare_slots=1, co_residents=co_residents)
     gathered = gathered_bytes(spec.attention, kv)
     rows = [
-        weights_row(architecture, data_type, schemes, packed_head=data_type != "float16"),
+        weights_row(architecture, data_type, schemes, packed_head=data_type != "float16", on_cpu=True),
         *dequantised_rows(architecture, schemes),
         _activations(spec, batch_max_tokens, data_type),
         *([_logits(spec, item)] if spec.generates else []),

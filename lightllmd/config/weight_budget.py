@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from lightllmd.architecture.cpu_storage import cpu_nbytes
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
@@ -21,9 +22,13 @@ DEQUANTISED_BYTES = 12
 
 
 def weights_row(
-    architecture: Architecture | Outline, data_type: str, schemes: WeightSchemes, packed_head: bool = False
+    architecture: Architecture | Outline,
+    data_type: str,
+    schemes: WeightSchemes,
+    packed_head: bool = False,
+    on_cpu: bool = False,
 ) -> BudgetRow:
-    """`packed_head`: a tied head is stored once more, in a form of its own."""
+    """`packed_head`: a tied head is stored once more, in a form of its own. `on_cpu`: so are quantised weights."""
     item, how = ITEM_BYTES[data_type], f"{count(architecture.parameters)} parameters in {data_type}"
     if isinstance(architecture, Outline):
         return BudgetRow("weights", architecture.weight_bytes(item), how)
@@ -32,7 +37,8 @@ def weights_row(
     if packed_head and architecture.spec.tied:
         weights += tuple(weight for weight in weights if weight.role == "embed")
         how += ", the tied embedding once more as packed head"
-    return BudgetRow("weights", weight_bytes(weights, item, schemes), how)
+    nbytes = cpu_nbytes if on_cpu else Scheme.nbytes
+    return BudgetRow("weights", weight_bytes(weights, item, schemes, nbytes=nbytes), how)
 
 
 def _quantised(weights: Iterable[WeightSpec], schemes: WeightSchemes) -> Iterator[str]:
