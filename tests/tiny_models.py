@@ -85,7 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-UNLIKE_LLAMA = ("gemma2", "olmo2")  # their tensors are those of the list of weights
+UNLIKE_LLAMA = ("gemma2", "internlm2", "olmo2")  # their tensors are those of the list of weights
 
 
 def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightllmd.architecture.schemes import SCHEMES, Scheme
 from lightllmd.errors import show
-from lightllmd.weights.quantised.form import FLOATS, WORDS, Form, FormTensor, Quantisation, words_of
+from lightllmd.weights.quantised.form import FLOATS, WORDS, CheckpointQuantisation, Form, FormTensor, words_of
 from lightllmd.weights.quantised.settings import group_size, groups_in_words, listed, names, refused, whole, word
 
 PER_WORD = 8
@@ -39,7 +39,7 @@ class AwqForm(Form):
         )
 
 
-def read(settings: Mapping[str, Any]) -> Quantisation:
+def read(settings: Mapping[str, Any]) -> CheckpointQuantisation:
     """Raises ConfigInvalid."""
     bits = whole(settings, "bits", "w_bit")
     if bits != 4:
@@ -54,4 +54,4 @@ def read(settings: Mapping[str, Any]) -> Quantisation:
         outside = embedding or ".layers." not in f".{module}"
         return None if outside or listed(module, kept) else form
 
-    return Quantisation(f"AWQ, 4 bits, {groups_in_words(form.group)}", form_of)
+    return CheckpointQuantisation(f"AWQ, 4 bits, {groups_in_words(form.group)}", form_of)

@@ -18,9 +18,9 @@ from lightllmd.weights.quantised.float8 import CACHE_SCALES, block_of
 from lightllmd.weights.quantised.form import (
     FLOATS,
     WORDS,
+    CheckpointQuantisation,
     Form,
     FormTensor,
-    Quantisation,
     scale_shapes,
     words_of,
 )
@@ -60,7 +60,7 @@ class PackedForm(Form):
         return tuple(fields)
 
 
-def read(settings: Mapping[str, Any]) -> Quantisation:
+def read(settings: Mapping[str, Any]) -> CheckpointQuantisation:
     """Raises ConfigInvalid."""
     form = word(settings, "format", default="dense")
     if form not in FORMATS:
@@ -96,7 +96,7 @@ def read(settings: Mapping[str, Any]) -> Quantisation:
     notes: tuple[str, ...] = ()
     if settings.get("kv_cache_scheme"):
         notes = ("kv_cache_scheme and its scales are not used: the KV cache is stored as mode says",)
-    return Quantisation(f"compressed-tensors, {'; '.join(words)}", form_of, CACHE_SCALES, notes)
+    return CheckpointQuantisation(f"compressed-tensors, {'; '.join(words)}", form_of, CACHE_SCALES, notes)
 
 
 def _matches(target: str, module: str) -> bool:

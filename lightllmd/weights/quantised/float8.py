@@ -10,14 +10,14 @@ from typing import Any
 
 from lightllmd.errors import show
 from lightllmd.weights.quantised.elementwise import ElementwiseForm, float8
-from lightllmd.weights.quantised.form import Form, Quantisation
+from lightllmd.weights.quantised.form import CheckpointQuantisation, Form
 from lightllmd.weights.quantised.settings import listed, names, refused, table, word
 
 CACHE_SCALES = r".*\.(k_scale|v_scale|q_scale|prob_scale|k_proj\.output_scale|v_proj\.output_scale|kv_scale)"
 CACHE_NOTE = "scales of keys and values that the checkpoint brings are not used"
 
 
-def read(settings: Mapping[str, Any]) -> Quantisation:
+def read(settings: Mapping[str, Any]) -> CheckpointQuantisation:
     """Of ``quant_method = "fp8"``. Raises ConfigInvalid."""
     kind = word(settings, "fmt", default="e4m3")
     if kind not in ("e4m3", "float8_e4m3fn"):
@@ -39,7 +39,9 @@ def read(settings: Mapping[str, Any]) -> Quantisation:
     kept = names(settings, "modules_to_not_convert", "ignored_layers")
     converted = names(settings, "modules_to_convert")
     inputs = "static" if static else "dynamic"
-    return Quantisation(f"FP8, {words}, {inputs} inputs", _forms(form, kept, converted), CACHE_SCALES, (CACHE_NOTE,))
+    return CheckpointQuantisation(
+        f"FP8, {words}, {inputs} inputs", _forms(form, kept, converted), CACHE_SCALES, (CACHE_NOTE,)
+    )
 
 
 def _static(settings: Mapping[str, Any]) -> bool:
@@ -65,7 +67,7 @@ def _forms(form: Form, kept: list[str], converted: list[str]) -> Callable[[str, 
     return form_of
 
 
-def read_modelopt(settings: Mapping[str, Any]) -> Quantisation:
+def read_modelopt(settings: Mapping[str, Any]) -> CheckpointQuantisation:
     """Raises ConfigInvalid."""
     inner = table(settings, "quantization") or settings  # hf_quant_config.json has one table more
     kind = word(inner, "quant_algo", default="none")
@@ -79,4 +81,4 @@ def read_modelopt(settings: Mapping[str, Any]) -> Quantisation:
         return None if outside or any(fnmatchcase(module, one) for one in kept) or listed(module, kept) else form
 
     words = "ModelOpt's FP8, a scale for each tensor, static inputs"
-    return Quantisation(words, form_of, CACHE_SCALES, (CACHE_NOTE,))
+    return CheckpointQuantisation(words, form_of, CACHE_SCALES, (CACHE_NOTE,))

@@ -39,7 +39,7 @@ class Form(ABC):
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class CheckpointQuantisation:
     """What a checkpoint's settings say."""
 
     words: str  # of all of it, for the start-up report

@@ -9,10 +9,10 @@ from typing import Any
 from lightllmd.errors import ConfigInvalid, Problem, show
 from lightllmd.weights.model_files import MAX_CONFIG, present, read_json
 from lightllmd.weights.quantised import awq, compressed_tensors, float8, gptq
-from lightllmd.weights.quantised.form import Quantisation
+from lightllmd.weights.quantised.form import CheckpointQuantisation
 from lightllmd.weights.quantised.settings import refused
 
-READ: dict[str, Callable[[Mapping[str, Any]], Quantisation]] = {
+READ: dict[str, Callable[[Mapping[str, Any]], CheckpointQuantisation]] = {
     "awq": awq.read,
     "gptq": gptq.read,
     "compressed-tensors": compressed_tensors.read,
@@ -40,7 +40,7 @@ def settings_of(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {}, path
 
 
-def quantisation_of(settings: Mapping[str, Any], where: Path | str = "") -> Quantisation:
+def quantisation_of(settings: Mapping[str, Any], where: Path | str = "") -> CheckpointQuantisation:
     """What they mean; `where`: who says so. Raises ConfigInvalid naming what is not available, and what is."""
     method = settings.get("quant_method")
     method = method.lower() if isinstance(method, str) else method

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightllmd.architecture.schemes import SCHEMES, Scheme
 from lightllmd.errors import show
-from lightllmd.weights.quantised.form import FLOATS, WORDS, Form, FormTensor, Quantisation, words_of
+from lightllmd.weights.quantised.form import FLOATS, WORDS, CheckpointQuantisation, Form, FormTensor, words_of
 from lightllmd.weights.quantised.settings import (
     group_size,
     groups_in_words,
@@ -61,7 +61,7 @@ class GptqForm(Form):
         )
 
 
-def read(settings: Mapping[str, Any]) -> Quantisation:
+def read(settings: Mapping[str, Any]) -> CheckpointQuantisation:
     """Raises ConfigInvalid."""
     form = word(settings, "checkpoint_format", "format", default="gptq")
     if form not in FORMATS or switch(settings, "is_marlin_format", False):
@@ -89,7 +89,7 @@ def read(settings: Mapping[str, Any]) -> Quantisation:
     others = f", {len(of_rules)} rules of its own for some modules" if of_rules else ""
     symmetric = "symmetric" if whole_model.symmetric else "with zeros"
     grouped = groups_in_words(whole_model.group)
-    return Quantisation(f"GPTQ, {whole_model.bits} bits, {grouped}, {symmetric}{order}{others}", form_of)
+    return CheckpointQuantisation(f"GPTQ, {whole_model.bits} bits, {grouped}, {symmetric}{order}{others}", form_of)
 
 
 def _form(settings: Mapping[str, Any], changes: Mapping[str, Any], less_one: bool) -> GptqForm:

@@ -14,7 +14,7 @@ from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
 from lightllmd.architecture.weights import Part, Role, WeightSpec
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.headers import TensorInfo
-from lightllmd.weights.quantised.form import FLOATS, Form, FormTensor, Kind, Quantisation
+from lightllmd.weights.quantised.form import FLOATS, CheckpointQuantisation, Form, FormTensor, Kind
 
 SHOWN_LAYERS = 4  # in a message
 COMPARED: tuple[Kind, ...] = ("groups", "input_scale")  # what matrices that are stacked have in common
@@ -44,7 +44,7 @@ Matrices = Mapping[str, StoredMatrix]  # by the name of the part that it is, suc
 
 
 def matrices_of(
-    weights: Iterable[WeightSpec], quantisation: Quantisation, tensors: Mapping[str, TensorInfo] | None
+    weights: Iterable[WeightSpec], quantisation: CheckpointQuantisation, tensors: Mapping[str, TensorInfo] | None
 ) -> dict[str, StoredMatrix]:
     """Those that are not dense. `tensors`: of all files; None: there are none, and what the settings say is believed.
 
