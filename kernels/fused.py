@@ -16,6 +16,7 @@ from lightllmd.kernels.fused_linear import FusedDenseHead, FusedDenseLinear
 from lightllmd.kernels.layout import Batch, TableRows
 from lightllmd.kernels.linear import Embedding, Norm
 from lightllmd.kernels.norm import rms_norm
+from lightllmd.kernels.packed_linear import FusedPackedLinears
 
 
 class FusedEmbedding(Embedding):
@@ -38,7 +39,8 @@ class FusedKernels(Kernels):
 
     def __init__(self, device: torch.device, decode_kernel: str = "auto") -> None:
         attention = FusedAttention(device, decode_kernel)
-        linears = {"dense": FusedDenseLinear} | DEQUANTISED
+        packed = FusedPackedLinears(device)
+        linears = {**DEQUANTISED, "dense": FusedDenseLinear, "w4a16": packed, "w8a16": packed}
         super().__init__(linears, {"dense": FusedDenseHead}, FusedEmbedding, attention)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:

@@ -18,7 +18,16 @@ from lightllmd.kernels.norm import rms_norm
 CHUNK, CHUNKED = 2048, range(3072, 12288)
 
 
-class FusedDenseLinear(Linear):
+class FusedLinear(Linear):
+    """Normalises what it has made in a launch of its own."""
+
+    def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+        into = out if residual is None else residual
+        rms_norm(out, norm, into, residual)
+        return into
+
+
+class FusedDenseLinear(FusedLinear):
     """Of a row-major weight ``[out, in]`` in the model's dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -37,18 +46,13 @@ class FusedDenseLinear(Linear):
         if norm is not None:
             x = normed(x, norm)
         if residual is not None:
-            return _add_matmul(x, self.weight, self.bias, residual)
-        out = _matmul(x, self.weight, self.bias)
+            return add_matmul(x, self.weight, self.bias, residual)
+        out = matmul(x, self.weight, self.bias)
         if activation is None:
             return out
         activated = x.new_empty(rows, self.out_features // 2)
         gated(out, activation, activated)
         return activated
-
-    def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
-        into = out if residual is None else residual
-        rms_norm(out, norm, into, residual)
-        return into
 
 
 class FusedDenseHead(Head):
@@ -103,12 +107,13 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(CHUNK) if CHUNKED.start < len(x) < CHUNKED.stop else (x,)
 
 
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """cuBLAS's ``x @ weight.T + bias``."""
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """cuBLAS's ``x @ weight.T + bias``, in new memory where `out` is not given."""
     parts = _chunks(x)
-    if len(parts) == 1:
-        return functional.linear(x, weight, bias)
-    out = x.new_empty(len(x), len(weight))
+    if out is None:
+        if len(parts) == 1:
+            return functional.linear(x, weight, bias)
+        out = x.new_empty(len(x), len(weight))
     for part, into in zip(parts, _chunks(out), strict=True):
         if bias is None:
             torch.mm(part, weight.t(), out=into)
@@ -117,7 +122,7 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _add_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def add_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """cuBLAS's ``residual += x @ weight.T + bias``."""
     if bias is not None:
         residual.add_(bias)

@@ -78,6 +78,44 @@ def products(dtype: torch.dtype, rows: int, pdl: bool = False, offset: float = 0
     product(4096, 14336, adds=True)
 
 
+def packed_products(bits: int, rows: int, names: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Those of a layer of an 8B model in 4 bits (groups of 128, with zeros) or 8 (a scale for each row)."""
+    from lightllmd.kernels import packed_tiles
+    from lightllmd.kernels.cards import H200
+    from lightllmd.kernels.linear import Norm
+    from lightllmd.kernels.packed_matmul import PackedWeight, multiply
+
+    for name in names.split():
+        n, k = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}[name]
+        groups = k // 128 if bits == 4 else 1
+        weight = PackedWeight(
+            torch.empty(n * k // 4, dtype=torch.int16) if bits == 4 else torch.empty(n * k, dtype=torch.int8),
+            torch.empty(groups, n, dtype=dtype if bits == 4 else torch.float32),
+            torch.empty(groups, n, dtype=torch.uint8) if bits == 4 else None,
+            *(n, k, bits, 128 if bits == 4 else 0),
+        )
+        gates, adds = name == "gate_up", name in ("o", "down")
+        x, out = torch.empty(rows, k, dtype=dtype), torch.empty(rows, n // 2 if gates else n, dtype=dtype)
+        norm = (
+            None if adds or not packed_tiles.fuses_norm(rows, dtype, 0.0) else Norm(torch.empty(k, dtype=dtype), 1e-5)
+        )
+        tile = packed_tiles.tile_for(H200, rows, n, k, bits, weight.group, gates)
+        assert tile is not None
+        arrived, pdl = torch.zeros(1024, dtype=torch.int32), packed_tiles.overlaps(rows, n)
+        residual, activation = out if adds else None, "silu" if gates else None
+        multiply(x, weight, out, tile, arrived, norm, None, residual, activation, pdl)
+
+
+def packed_made_dense(bits: int) -> None:
+    from lightllmd.kernels.packed_dense import dense
+
+    n, k, groups = 4096, 4096, 32 if bits == 4 else 1
+    values = torch.empty(n * k // 4, dtype=torch.int16) if bits == 4 else torch.empty(n * k, dtype=torch.int8)
+    scale = torch.empty(groups, n, dtype=torch.bfloat16 if bits == 4 else torch.float32)
+    zero = torch.empty(groups, n, dtype=torch.uint8) if bits == 4 else None
+    dense(values, scale, zero, torch.empty(2048, k, dtype=torch.bfloat16), 0, n, bits, 128 if bits == 4 else 0)
+
+
 def gathers(dtype: torch.dtype, offset: int = 0, scale: float | None = None) -> None:
     from lightllmd.kernels.embed import embed, gather_rows
 
@@ -181,6 +219,23 @@ CASES: dict[str, Callable[[], None]] = {
     "sampling, masked": partial(sampling, False, True, True),
     "sampling, processed log-probabilities": partial(sampling, False, True, raw=False),
     "sampling, typical": partial(sampling, False, True, typical=True),
+    "packed 4 bits, 1 row": partial(packed_products, 4, 1, "gate_up"),
+    "packed 4 bits, 1 row, narrow": partial(packed_products, 4, 1, "qkv o"),
+    "packed 4 bits, 8 rows": partial(packed_products, 4, 8, "gate_up o"),
+    "packed 4 bits, 16 rows": partial(packed_products, 4, 16, "gate_up o"),
+    "packed 4 bits, 32 rows": partial(packed_products, 4, 32, "o"),
+    "packed 4 bits, 64 rows": partial(packed_products, 4, 64, "o gate_up"),
+    "packed 4 bits, 128 rows": partial(packed_products, 4, 128, "o gate_up"),
+    "packed 4 bits, 256 rows": partial(packed_products, 4, 256, "o"),
+    "packed 4 bits, 256 rows at once": partial(packed_products, 4, 256, "gate_up"),
+    "packed 4 bits, fp16": partial(packed_products, 4, 8, "o", torch.float16),
+    "packed 8 bits, 1 row": partial(packed_products, 8, 1, "gate_up"),
+    "packed 8 bits, 8 rows": partial(packed_products, 8, 8, "gate_up"),
+    "packed 8 bits, 32 rows": partial(packed_products, 8, 32, "o"),
+    "packed 8 bits, 64 rows": partial(packed_products, 8, 64, "o gate_up"),
+    "packed 8 bits, 256 rows": partial(packed_products, 8, 256, "o gate_up"),
+    "packed 4 bits made dense": partial(packed_made_dense, 4),
+    "packed 8 bits made dense": partial(packed_made_dense, 8),
     "gathers bf16": partial(gathers, BF16),
     "gathers bf16, scaled": partial(gathers, BF16, scale=59.75),
     "soft cap": soft_cap,
@@ -218,6 +273,10 @@ SMALLER = (
     *("decode attention fp32, small heads", "prefill attention fp32, small heads"),
     *("prefill attention bf16, small heads, few tokens", "split prefill attention bf16, small heads"),
     "split prefill attention bf16, eight segments",
+    *("packed 4 bits, 1 row, narrow", "packed 4 bits, 8 rows", "packed 4 bits, 16 rows", "packed 4 bits, 32 rows"),
+    *("packed 4 bits, 64 rows", "packed 4 bits, 128 rows", "packed 4 bits, 256 rows at once", "packed 4 bits, fp16"),
+    *("packed 8 bits, 1 row", "packed 8 bits, 32 rows", "packed 8 bits, 64 rows", "packed 8 bits, 256 rows"),
+    *("packed 4 bits made dense", "packed 8 bits made dense"),
 )
 if not os.environ.get("LIGHTLLMD_LONG_TESTS"):
     CASES = {case: launch for case, launch in CASES.items() if case not in SMALLER}
