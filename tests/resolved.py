@@ -8,6 +8,8 @@ import msgspec
 import pytest
 
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.outline import Outline, StepBytes
+from lightllmd.architecture.spec import GroupedQuery
 from lightllmd.config.load import load
 from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan
 from lightllmd.config.resolve import resolve
@@ -38,6 +40,17 @@ MODEL = ModelFacts(
     eos_ids=[2, 7],
     has_tokenizer=True,
     has_chat_template=True,
+)
+PHI2 = Outline(
+    architecture="PhiForCausalLM",
+    base="model",
+    vocab=51200,
+    hidden=2560,
+    attention=(GroupedQuery(32, 32, 80, 80**-0.5),) * 32,
+    parameters=2_780_000_000,
+    constant_bytes=1000,
+    step={"bfloat16": StepBytes(5000, 40_000), "float32": StepBytes(9000, 80_000)},
+    context=2048,
 )
 CPU = DeviceFacts("cpu", "Test CPU", 1, 24 * 10**9, 20 * 10**9, ["bfloat16", "float32"], 2)
 GPU = DeviceFacts("cuda", "Test GPU", 1, 80 * 10**9, 78 * 10**9, ["bfloat16", "float16", "float32"], 8)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightllmd.config.modes import GROUP, GROUPS, MODES, NAMES, REFUSED, canonical
+from lightllmd.config import layer_rules
+from lightllmd.config.modes import GROUP, GROUPS, MODES, NAMES, REFUSED, canonical, group_fault
 from lightllmd.config.setting import Field
 from lightllmd.errors import show
 
@@ -172,9 +173,21 @@ def refusals(field: Field, value: Any) -> list[Fault]:
     setting = field.setting
     if field.key == "mode":
         return [Fault(said, index) for index, name in enumerate(value) if (said := mode_fault(name))]
+    if field.key == "quantise.rules":
+        return [Fault(said, index) for index, text in enumerate(value) if (said := _said_by(layer_rules.rule, text))]
+    if field.key == "quantise.mixdown":
+        return [Fault(said)] if (said := _said_by(layer_rules.layers, value)) else []
     if value == field.default or not setting.needs:
         return []
     return [Fault(f"{show(value)} is not available yet: {setting.needs}")]
+
+
+def _said_by(read: Callable[[str], Any], text: str) -> str:
+    try:
+        read(text)
+    except layer_rules.NoRule as fault:
+        return str(fault)
+    return ""
 
 
 def mode_fault(name: str) -> str:
@@ -188,8 +201,3 @@ def mode_fault(name: str) -> str:
     close = nearest(name, NAMES)
     hint = f'nearest: "{close}"' if close else f"known: {', '.join(NAMES)}, and gN"
     return f"{show(name)} is no known mode; {hint}"
-
-
-def group_fault() -> str:
-    """What groups of 4-bit weights there are, in words."""
-    return f"a group of 4-bit weights has {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]} inputs"

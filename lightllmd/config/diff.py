@@ -9,7 +9,7 @@ import msgspec
 
 from lightllmd.config.models import TABLE, place
 from lightllmd.config.parameters import Config
-from lightllmd.config.setting import Reload, by_key, fields
+from lightllmd.config.setting import Reload, by_key, fields, put
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -69,12 +69,7 @@ def blend(old: Config, new: Config, changes: Iterable[Change]) -> Config:
     known = by_key(Config)
     for change in changes:
         if change.key in known:
-            old = _put(old, known[change.key].path, change.new)
+            old = put(old, known[change.key].path, change.new)
         else:
             old = msgspec.structs.replace(old, models=new.models)
     return old
-
-
-def _put(struct: Any, path: tuple[str, ...], value: Any) -> Any:
-    head, *rest = path
-    return msgspec.structs.replace(struct, **{head: _put(getattr(struct, head), tuple(rest), value) if rest else value})

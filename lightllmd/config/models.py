@@ -18,7 +18,7 @@ import msgspec
 from lightllmd.config import check, rules
 from lightllmd.config.document import Document, Given
 from lightllmd.config.parameters import Config, Params
-from lightllmd.config.setting import Field, by_key, fields
+from lightllmd.config.setting import Field, by_key, fields, put
 from lightllmd.errors import NoSuchModel, Problem, show
 
 TABLE = "models"
@@ -36,7 +36,7 @@ Overrides = dict[str, Any]  # checked values by parameter; model_dir is among th
 
 def allowed() -> tuple[Field, ...]:
     """What an entry may hold: the parameters that a new engine takes up."""
-    return tuple(field for field in fields(Config) if not field.table and field.setting.reload == "engine")
+    return tuple(field for field in fields(Config) if field.path[0] == "params" and field.setting.reload == "engine")
 
 
 def place(name: str, key: str) -> str:
@@ -70,11 +70,20 @@ def read(document: Document, problems: list[Problem]) -> dict[str, dict[str, Giv
 def _entry(
     document: Document, name: str, table: dict[str, Any], problems: list[Problem]
 ) -> Iterator[tuple[str, Given]]:
-    known = [field.name for field in allowed()]
+    known = [field.key for field in allowed()]
+    inner = {key.partition(".")[0] for key in known if "." in key}
     for key, value in table.items():
         here = (TABLE, name, key)
-        if key in known:
+        if key in inner and isinstance(value, dict):
+            for part, held in value.items():
+                if f"{key}.{part}" in known and "." not in part:
+                    yield f"{key}.{part}", document.given((*here, part), held)
+                else:
+                    problems.append(document.problem((*here, part), _refused(f"{key}.{part}", held, known)))
+        elif key in known and "." not in key:
             yield key, document.given(here, value)
+        elif key in inner:
+            problems.append(document.problem(here, f"{check.said(value)}, expected a table"))
         else:
             problems.append(document.problem(here, _refused(key, value, known)))
 
@@ -134,7 +143,7 @@ def with_model(config: Config, name: str) -> Config:
     _move(places, "http.served_model_name", config.places.get(place(name, "model_dir")))
     return msgspec.structs.replace(
         config,
-        params=msgspec.structs.replace(config.params, **entry),
+        params=_overridden(config.params, entry),
         top=config.params,
         http=msgspec.structs.replace(config.http, served_model_name=name),
         places=places,
@@ -197,7 +206,7 @@ def others(config: Config) -> dict[str, Params]:
     Unlike `with_model` it takes a configuration of any making.
     """
     top, served = config.top or config.params, name_of(config)
-    found = {name: msgspec.structs.replace(top, **entry) for name, entry in config.models.items() if name != served}
+    found = {name: _overridden(top, entry) for name, entry in config.models.items() if name != served}
     taken = [config.params, *found.values()]
     directories = [_plain(one.model_dir) for one in taken if one.model_dir is not None]
     if config.models and top.model_dir is not None and _plain(top.model_dir) not in directories:
@@ -211,4 +220,11 @@ def _plain(model_dir: str) -> str:
 
 
 def _in_force(params: Params, entry: Mapping[str, Any]) -> bool:
-    return all(getattr(params, key) == value for key, value in entry.items() if key != "model_dir")
+    named = {key: value for key, value in entry.items() if key != "model_dir"}
+    return _overridden(params, named) == params
+
+
+def _overridden(params: Params, entry: Mapping[str, Any]) -> Params:
+    for key, value in entry.items():
+        params = put(params, by_key(Config)[key].path[1:], value)
+    return params

@@ -128,6 +128,11 @@ def groups(names: Iterable[str]) -> list[int]:
     return list(dict.fromkeys(int(match[1]) for name in names if (match := GROUP.fullmatch(name))))
 
 
+def group_fault() -> str:
+    """What groups of 4-bit weights there are, in words."""
+    return f"a group of 4-bit weights has {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]} inputs"
+
+
 def alike() -> dict[str, list[str]]:
     """What modes do, and the names of those that do it."""
     found: dict[str, list[str]] = {}

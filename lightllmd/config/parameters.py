@@ -18,6 +18,7 @@ from lightllmd.config.tables import (
     FakeSettings,
     HttpSettings,
     LogSettings,
+    QuantiseSettings,
     SupervisorSettings,
 )
 
@@ -44,7 +45,7 @@ _COUNT = 2**31 - 1  # slots and tokens are indexed with 32 bits
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
-    """The 40 documented LightLLM API-server parameters."""
+    """The 40 documented LightLLM API-server parameters, and a table of ours that belongs to a model as they do."""
 
     host: Annotated[
         str,
@@ -464,6 +465,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
             reload="live",
         ),
     ] = False
+    quantise: QuantiseSettings = QuantiseSettings()
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):

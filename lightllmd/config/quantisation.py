@@ -11,10 +11,13 @@ from lightllmd.architecture.kv_schemes import KV_SCHEMES
 from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.schemes import DENSE, Scheme, scheme_of
 from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
+from lightllmd.config import layer_rules
 from lightllmd.config.modes import MODES, Mode, groups, of_kind
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Derived, DeviceFacts, ModelFacts
 from lightllmd.errors import show
+
+WRITTEN = ("mode", "quantise.rules")  # what says how weights are stored
 
 
 @dataclass(frozen=True)
@@ -65,51 +68,82 @@ class Quantisation:
         yield from self._written_rules()
 
     def _written_rules(self) -> Iterator[SchemeRule]:
-        if self._weight_mode is None:
-            return
-        _, mode = self._weight_mode
-        yield SchemeRule(self._scheme_of_mode(mode))
-        if mode.kept:
-            yield SchemeRule(DENSE, roles=mode.kept)
-        if mode.mixdown:
-            yield SchemeRule(DENSE, roles=("down",), layers=self._mixdown)
+        if self._weight_mode is not None:
+            _, mode = self._weight_mode
+            yield SchemeRule(self._scheme_of_mode(mode))
+            if mode.kept:
+                yield SchemeRule(DENSE, roles=mode.kept)
+            if mode.mixdown and self._mixdown is not None:
+                yield SchemeRule(DENSE, roles=("down",), layers=self._mixdown)
+        for rule in self._layer_rules:
+            yield rule.of_layers()
 
     def _scheme_of_mode(self, mode: Mode) -> Scheme:
         return scheme_of(mode.scheme, next(iter(groups(self.config.params.mode)), None))
 
     @cached_property
-    def _mixdown(self) -> tuple[int, ...]:
-        """Layers whose down matrix stays dense; empty: all. `faults` tells where they are no layers."""
+    def _layer_rules(self) -> list[layer_rules.LayerRule]:
+        return list(map(layer_rules.rule, self.config.params.quantise.rules))
+
+    @cached_property
+    def _mixdown(self) -> tuple[int, ...] | None:
+        """Layers whose down matrix stays dense; empty: all; None: none. `faults` tells where they are no layers."""
+        if written := self.config.params.quantise.mixdown:
+            return layer_rules.layers(written).numbers()
         named = self.model.hf_config.get("mixdown")
-        return tuple(named) if isinstance(named, list) and all(type(layer) is int for layer in named) else ()
+        if named is None:
+            return ()
+        return tuple(named) or None
 
     def faults(self) -> Iterator[Unservable]:
         """Why this model, or this device, can't take what is asked for."""
         yield from self._faults_of_cache()
-        if self._weight_mode is None:
+        said = [f"mode {self._weight_mode[0]}"] if self._weight_mode else []
+        said += ["quantise.rules"] if self._layer_rules else []
+        if not said:
             return
-        name, mode = self._weight_mode
+        what = " and ".join(said)
         if isinstance(self.architecture, Outline):
             yield Unservable(
-                f"mode {name}: {self.architecture.architecture} is computed by transformers' modules, whose weights "
-                "are stored as they are; modes of the KV cache work, such as triton_int8kv",
-                ("mode",),
+                f"{what}: {self.architecture.architecture} is computed by transformers' modules, whose weights are "
+                "stored as they are; modes of the KV cache work, such as triton_int8kv",
+                WRITTEN,
             )
             return
-        if mode.mixdown:
-            yield from self._faults_of_mixdown(len(self.architecture.spec.layers))
-        if self.model.quantised_as and not self._says_the_same(self.architecture):
+        wrong = list(self._faults_of_layers(len(self.architecture.spec.layers)))
+        yield from wrong
+        if self.model.quantised_as and not wrong and not self._says_the_same(self.architecture):
             yield Unservable(
-                f"mode {name}: the weights of {self.model.path} are stored already, as {self.model.quantised_as}; "
+                f"{what}: the weights of {self.model.path} are stored already, as {self.model.quantised_as}; "
                 "without it they are served so",
-                ("mode",),
+                WRITTEN,
             )
 
     def _says_the_same(self, architecture: Architecture) -> bool:
         """Whether what is written is how the checkpoint stores its weights."""
-        written = WeightSchemes(tuple(self._written_rules()))
-        stored = self.model.schemes
+        written, stored = WeightSchemes(tuple(self._written_rules())), self.model.schemes
         return all(written.of(weight).title == stored.of(weight).title for weight in architecture.weights)
+
+    def _faults_of_layers(self, layers: int) -> Iterator[Unservable]:
+        """Rules that name layers which a model of so many doesn't have."""
+        bound = f"{self.model.path} has layers 0 to {layers - 1}"
+        for text, rule in zip(self.config.params.quantise.rules, self._layer_rules, strict=True):
+            if rule.layers.largest >= layers:
+                yield Unservable(f"{show(text)} names layer {rule.layers.largest}; {bound}", ("quantise.rules",))
+        if self._weight_mode is None or not self._weight_mode[1].mixdown:
+            return
+        if written := self.config.params.quantise.mixdown:
+            if (largest := layer_rules.layers(written).largest) >= layers:
+                yield Unservable(f"{show(written)} names layer {largest}; {bound}", ("quantise.mixdown",))
+            return
+        named = self.model.hf_config.get("mixdown")
+        valid = isinstance(named, list) and all(type(layer) is int and 0 <= layer < layers for layer in named)
+        if named is not None and not valid:
+            yield Unservable(
+                f"{self.model.path}: mixdown in config.json is {show(named)}, a list of layers from 0 to "
+                f"{layers - 1} is needed; quantise.mixdown takes its place",
+                ("model_dir",),
+            )
 
     def _faults_of_cache(self) -> Iterator[Unservable]:
         if self._cache_mode is None or self.kv_scheme == "dense":
@@ -121,18 +155,6 @@ class Quantisation:
         for head_dim in sorted({each.head_dim for each in spec.attention}):
             if not KV_SCHEMES[self.kv_scheme].divides(head_dim):
                 yield Unservable(f"mode {name}: heads of {head_dim} values are no whole bytes; int8 works", ("mode",))
-
-    def _faults_of_mixdown(self, layers: int) -> Iterator[Unservable]:
-        named = self.model.hf_config.get("mixdown")
-        if named is None:
-            return
-        valid = isinstance(named, list) and all(type(layer) is int and 0 <= layer < layers for layer in named)
-        if not valid:
-            yield Unservable(
-                f"{self.model.path}: mixdown in config.json is {show(named)}, a list of layers from 0 to "
-                f"{layers - 1} is needed",
-                ("model_dir",),
-            )
 
     def data_type(self) -> tuple[str, str] | None:
         """The only number format that a mode computes in on a GPU, and that mode."""
@@ -149,6 +171,9 @@ class Quantisation:
         if self._weight_mode:
             name, mode = self._weight_mode
             yield Derived("weights", self._scheme_of_mode(mode).title, f"mode {name}: {mode.does}")
+        if self._layer_rules:
+            told = ", ".join(self.config.params.quantise.rules)
+            yield Derived("weights of layers", told, "written; the last rule that covers a matrix counts")
         if self.kv_scheme != "dense" and self._cache_mode:
             yield Derived("kv cache", self.kv_scheme, f"mode {self._cache_mode[0]}: {self._cache_mode[1].does}")
 

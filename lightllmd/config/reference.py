@@ -81,7 +81,7 @@ def sample() -> str:
 
 def _named_model() -> str:
     """Its header is commented out too: a table without model_dir would be refused."""
-    names = ", ".join(field.name for field in models.allowed() if field.name != "model_dir")
+    names = ", ".join(field.key for field in models.allowed() if field.key != "model_dir")
     keys = f"It holds model_dir and any of {names}. Its name: {models.NAME_FORM}."
     return f"{_heading('Named models')}\n\n{_comment(models.DOC)}\n{_comment(keys)}\n{_MODEL}"
 
@@ -158,8 +158,11 @@ def _object(doc: str) -> dict[str, Any]:
 
 def _models_schema() -> dict[str, Any]:
     entry = _object(models.DOC) | {"required": ["model_dir"]}
+    nodes = {"": entry}
     for field in models.allowed():
-        entry["properties"][field.name] = {
+        if field.table not in nodes:
+            nodes[field.table] = entry["properties"][field.table] = _object(tables(Config)[field.table])
+        nodes[field.table]["properties"][field.name] = {
             name: value
             for name, value in _property(field).items()
             if name != "default"  # it is the top of the file

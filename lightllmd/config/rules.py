@@ -142,6 +142,14 @@ def _groups_of_a_mode(config: Config) -> str:
     return f"{named[0]} is the size of groups of 4-bit weights ({known}), and {others}"
 
 
+def _mixdown_needs_its_mode(config: Config) -> str:
+    if not config.params.quantise.mixdown or any(
+        MODES[name].mixdown for name in of_kind(config.params.mode, "weights")
+    ):
+        return ""
+    return "quantise.mixdown needs mode ppl_w8a8_mixdown"
+
+
 def _mode_fits_data_type(config: Config) -> str:
     written = config.params.data_type
     wrong = [
@@ -187,6 +195,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("mode",), _one_cache_mode),
     Rule(("mode",), _one_weight_mode),
     Rule(("mode",), _groups_of_a_mode),
+    Rule(("mode", "quantise.mixdown"), _mixdown_needs_its_mode),
     Rule(("mode", "data_type"), _mode_fits_data_type),
     Rule(("metric_gateway",), push.gateway_fault),
     Rule(("job_name",), push.job_fault),

@@ -84,6 +84,13 @@ class Field:
         return config
 
 
+def put(struct: Any, path: tuple[str, ...], value: Any) -> Any:
+    """`struct` with another value of the attribute at `path`."""
+    head, *rest = path
+    inner = put(getattr(struct, head), tuple(rest), value) if rest else value
+    return msgspec.structs.replace(struct, **{head: inner})
+
+
 _KINDS: dict[Any, Kind] = {
     bool: "boolean",
     int: "integer",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from lightllmd.config.layer_rules import FORM
 from lightllmd.config.setting import Reload, Setting
 
 YEAR = 366 * 86400.0  # seconds; the longest of all spans of time
@@ -447,6 +448,27 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Paths by the setting that names them."""
         named = {"http.api_keys_file": self.api_keys_file, "http.metrics_key": self.metrics_key}
         return {key: path for key, path in named.items() if path not in ("", "none")}
+
+
+class QuantiseSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How single layers and matrices are stored, where mode doesn't say it. It stands in [models.NAME.quantise] too."""
+
+    rules: Annotated[
+        list[str],
+        Setting(
+            doc=f"Each says of some matrices how they are stored. It is of the form {FORM}. The last one that covers a "
+            "matrix counts, before all of them what mode says, and without any it is stored as data_type says: dense.",
+            example='["all: w4a16 g64", "0-3: w8a16", "down 28-29: dense"]',
+        ),
+    ] = []
+    mixdown: Annotated[
+        str,
+        Setting(
+            doc="Layers whose down matrix mode ppl_w8a8_mixdown leaves as it is, such as 0-3,7. Empty: those that the "
+            "list mixdown in the model's config.json names, and all where there is none.",
+            example='"0-3,7"',
+        ),
+    ] = ""
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -216,6 +216,8 @@ class Supervisor(Daemon):
         self.engines.in_force()
         for line in report(plan).splitlines():
             self.context.log.own("info", line)
+        for warning in plan.warnings:
+            self.context.events.add("warning", warning, level="warning")
         self.front.start()
         self.engines.serving.worker.start()
         self.pusher.in_force()

@@ -347,7 +347,7 @@ def configuration() -> str:
     made.paragraph(
         prose(f"NAME: {models.NAME_FORM}. What may stand here, with the meaning it has at the top of the file:")
     )
-    made.paragraph(",\n".join(bold(field.name) for field in models.allowed()))
+    made.paragraph(",\n".join(bold(field.key) for field in models.allowed()))
     made.section("EXIT STATUS")
     made.paragraph(
         prose(

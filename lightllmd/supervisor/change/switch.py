@@ -238,6 +238,8 @@ class Switch:
         self._front.release()
         self._in_force(plan.config)
         self._context.events.add("swap", f"{plan.model_name} is in force (revision {self._engines.serving.revision})")
+        for warning in plan.warnings:
+            self._context.events.add("warning", warning, level="warning")
         if not self._placement.beside:
             old.end("replaced", now=True)
             self._front.forget(old.revision, "the model was replaced")

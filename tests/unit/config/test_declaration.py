@@ -70,7 +70,7 @@ def documented() -> dict[str, Field]:
 
 def test_the_declaration_has_the_documented_parameters_and_defaults() -> None:
     assert {key: field.page_default for key, field in documented().items()} == PAGE
-    assert list(documented()) == list(PAGE) == list(Params.__struct_fields__)
+    assert [*documented(), "quantise"] == [*PAGE, "quantise"] == list(Params.__struct_fields__)
     assert len(PAGE) == 40
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lightllmd.architecture.weight_schemes import ALL_DENSE
+from lightllmd.architecture.schemes import scheme_of
+from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
+from lightllmd.config.load import load
 from lightllmd.config.modes import ALIASES, GROUPS, MODES, REFUSED
 from lightllmd.config.plan import Plan
 from lightllmd.config.reference import mode_table
 from lightllmd.config.report import report
-from resolved import CPU, GPU, MODEL, architecture_of, made, reason, refused
+from lightllmd.errors import ConfigInvalid
+from resolved import CPU, GPU, MODEL, PHI2, architecture_of, made, reason, refused
 
 README = Path(__file__).parents[3] / "README.md"
+TRANSFORMERS = {"hf_config": {}, "outline": PHI2, "context_length": 2048}
+SHORT = {"max_req_total_len": 2048, "max_req_input_len": 1024}
 QUANTISED = ("qkv", "attention_out", "gate_up", "down")
 # The parameter page's names, and what LightLLM accepts beside them.
 PAGE = """
@@ -138,6 +145,83 @@ def test_a_mixdown_of_no_layers_is_refused(written: object) -> None:
     (problem,) = refused({"mode": ["ppl_w8a8_mixdown"]}, hf_config={**MODEL.hf_config, "mixdown": written})
     assert problem.key == "model_dir"
     assert "a list of layers from 0 to 29 is needed" in problem.message
+
+
+def test_layers_and_matrices_are_stored_as_the_last_rule_says() -> None:
+    rules = ["all: w4a16 g64", "0-3, 29: w8a16", "down attention_out 28-29: dense"]
+    plan = made({"quantise.rules": rules})
+    found = {weight.key: plan.schemes.of(weight).title for weight in architecture_of(plan).weights}
+    assert [found["0.down"], found["3.qkv"], found["29.gate_up"]] == ["w8a16"] * 3
+    assert [found["4.down"], found["28.qkv"]] == ["w4a16 g64"] * 2
+    assert [found["28.down"], found["29.attention_out"], found["embed"], found["norm"]] == ["dense"] * 4
+    (row,) = [row for row in plan.budget.rows if row.name == "weights"]
+    assert " of them as w8a16" in row.how
+    assert " as w4a16 g64" in row.how
+    # A mode is as a rule before them.
+    mode = made({"mode": ["ppl_w8a8"], "quantise.rules": ["attention_out: fp8"]})
+    assert stored(mode)["attention_out"] == {"fp8"}
+    assert stored(mode)["down"] == {"w8a8"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("w4a16", "is not of the form WHERE: SCHEME"),
+        ("all:", "is not of the form"),
+        (": w4a16", "is not of the form"),
+        ("all 0-3: w4a16", '"all" is no matrix'),
+        ("o_proj: w4a16", '"o_proj" is no matrix (qkv, attention_out, gate_up, down)'),
+        ("-1: w4a16", '"-1" is no matrix'),
+        ("3-1: w4a16", "3-1 ends before it begins"),
+        ("all: triton_w4a16", '"triton_w4a16" is no scheme; known: dense, w8a16'),
+        ("all: w4a16 64", "behind a scheme stands gN or nothing"),
+        ("all: w4a16 g48", "has 16, 32, 64, 128, 256, 512 or 1024 inputs"),
+        ("all: w8a16 g64", "w8a16 has no groups"),
+    ],
+)
+def test_a_rule_that_says_nothing_is_refused(rule: str, message: str) -> None:
+    with pytest.raises(ConfigInvalid) as raised:
+        load(None, {"model_dir": "m", "quantise.rules": ["0: dense", rule]})
+    (problem,) = raised.value.problems
+    assert problem.key == "quantise.rules"
+    assert message in problem.message
+
+
+@pytest.mark.parametrize("layers", ["30", "2, 28-999999999"])
+def test_layers_that_the_model_does_not_have_are_refused_by_the_plan(layers: str) -> None:
+    (problem,) = refused({"quantise.rules": [f"down {layers}: w8a16"]})
+    assert problem.key == "quantise.rules"
+    assert "/models/smollm2 has layers 0 to 29" in problem.message
+    (problem,) = refused({"mode": ["ppl_w8a8_mixdown"], "quantise.mixdown": layers})
+    assert problem.key == "quantise.mixdown"
+    assert "/models/smollm2 has layers 0 to 29" in problem.message
+
+
+def test_a_written_mixdown_stands_over_the_models_own() -> None:
+    for own in ([1], "all", [99]):
+        facts = {"hf_config": {**MODEL.hf_config, "mixdown": own}}
+        plan = made({"mode": ["ppl_w8a8_mixdown"], "quantise.mixdown": "0-2,29"}, **facts)
+        down = [weight for weight in architecture_of(plan).weights if weight.role == "down"]
+        assert [weight.layer for weight in down if plan.schemes.of(weight).dense] == [0, 1, 2, 29]
+
+
+@pytest.mark.parametrize("flags", [{"mode": ["triton_w8a16"]}, {"quantise.rules": ["all: w8a16"]}])
+def test_a_model_of_transformers_takes_cache_modes_alone(flags: dict[str, Any]) -> None:
+    (problem,) = refused({**flags, **SHORT}, **TRANSFORMERS)
+    assert problem.key in flags
+    assert f"{PHI2.architecture} is computed by transformers' modules" in problem.message
+    assert "triton_int8kv" in problem.message
+    assert made({"mode": ["triton_int8kv"], **SHORT}, **TRANSFORMERS).kv_scheme == "int8"
+
+
+def test_a_quantised_checkpoint_takes_the_mode_that_it_is_in_already_and_no_other() -> None:
+    four_bits = WeightSchemes.all(replace(scheme_of("w4a16"), scales="float16"))
+    facts = {"schemes": four_bits, "quantised_as": "AWQ, 4 bits in groups of 128"}
+    for flags in ({}, {"mode": ["ppl_int4weight"]}, {"quantise.rules": ["all: w4a16"]}):
+        assert made(flags, **facts).schemes == four_bits
+    for flags in ({"mode": ["triton_w4a16", "g64"]}, {"mode": ["triton_w8a16"]}, {"quantise.rules": ["0: w8a16"]}):
+        (problem,) = refused(flags, **facts)
+        assert "are stored already, as AWQ, 4 bits in groups of 128" in problem.message
 
 
 def test_the_budget_says_how_much_is_stored_by_which_scheme() -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from lightllmd.config import models
+from lightllmd.config.diff import diff
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import DeviceFacts, Facts
@@ -126,17 +127,49 @@ def test_an_entry_can_heal_nothing_at_the_top_but_replaces_a_faulty_value_for_it
 
 @pytest.mark.parametrize("field", models.allowed(), ids=lambda field: field.key)
 def test_an_entry_takes_every_parameter_of_the_engine_and_its_default(tmp_path: Path, field: Any) -> None:
-    assert not field.table
     if field.default in (None, []) or field.key == "model_dir":
         return
     value = field.default if field.key != "max_total_token_num" else 100_000
     shown = msgspec.json.encode(value).decode()
-    entry = load(write(tmp_path, f'model_dir = "m"\n[models.a]\nmodel_dir = "a"\n{field.name} = {shown}\n')).models
-    assert entry == {"a": {"model_dir": "a", field.name: value}}
+    entry = load(write(tmp_path, f'model_dir = "m"\n[models.a]\nmodel_dir = "a"\n{field.key} = {shown}\n')).models
+    assert entry == {"a": {"model_dir": "a", field.key: value}}
+
+
+def test_a_table_that_belongs_to_a_model_can_be_overridden(tmp_path: Path) -> None:
+    own = '[models.a]\nmodel_dir = "a"\n[models.a.quantise]\nrules = ["0: dense"]\n'
+    file = write(tmp_path, 'model_dir = "m"\n[quantise]\nrules = ["all: w8a16"]\n' + own)
+    config = load(file)
+    served = models.with_model(config, "a")
+    assert (config.params.quantise.rules, served.params.quantise.rules) == (["all: w8a16"], ["0: dense"])
+    assert served.places["quantise.rules"] == 7
+    assert models.others(config)["a"].quantise.rules == ["0: dense"]
+    assert models.others(served)[models.TOP].quantise.rules == ["all: w8a16"]
+    assert models.name_of(served) == "a"
+    (change,) = diff(config, load(write(tmp_path, Path(file).read_text().replace("0: dense", "1: dense"))))
+    assert (change.key, change.reload) == ("models.a.quantise.rules", "live")
+    assert {one.key: one.reload for one in diff(config, served)}["quantise.rules"] == "engine"
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "message"),
+    [
+        ('[models.a.quantise]\nrules = ["0: w8"]', "models.a.quantise.rules", "is no scheme"),
+        ("[models.a.quantise]\nrule = 1", "models.a.quantise.rule", "nearest: quantise.rules"),
+        ("[models.a]\nquantise = 1", "models.a.quantise", "expected a table"),
+        ('[models.a.quantise]\nmixdown = "0"', "models.a.quantise.mixdown", "needs mode ppl_w8a8_mixdown"),
+    ],
+)
+def test_a_fault_in_such_a_table_is_told_where_it_stands(tmp_path: Path, written: str, key: str, message: str) -> None:
+    head, _, rest = written.partition("\n")
+    table = '[models.a]\nmodel_dir = "a"\n' + (rest if head == "[models.a]" else written)
+    (problem,) = problems(tmp_path, f'model_dir = "m"\n{table}\n')
+    assert problem.key == key
+    assert message in problem.message
+    assert problem.line == len(f"model_dir\n{table}".splitlines())
 
 
 def test_what_belongs_to_a_model_can_be_overridden() -> None:
-    names = {field.name for field in models.allowed()}
+    names = {field.key for field in models.allowed()}
     assert {"model_dir", "tokenizer_mode", "data_type", "mode", "tp", "eos_id", "max_req_total_len"} <= names
     assert names.isdisjoint({"host", "port", "log_stats_interval", "health_monitor", "use_tgi_api"})
 

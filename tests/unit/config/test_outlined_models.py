@@ -6,26 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from lightllmd.architecture.outline import Outline, StepBytes
+from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.spec import GroupedQuery
 from lightllmd.config.load import load
 from lightllmd.config.plan import DeviceFacts, Facts, ModelFacts, Plan, decode_plan, encode_plan
 from lightllmd.config.resolve import resolve
 from lightllmd.errors import ConfigInvalid
+from resolved import PHI2
 
 CPU = DeviceFacts("cpu", "a CPU", 1, 64_000_000_000, 60_000_000_000, ["bfloat16", "float32"], 8)
 H100 = DeviceFacts("cuda", "NVIDIA H100", 1, 85_520_809_984, 84_900_000_000, ["bfloat16", "float16", "float32"], 16)
-PHI2 = Outline(
-    architecture="PhiForCausalLM",
-    base="model",
-    vocab=51200,
-    hidden=2560,
-    attention=(GroupedQuery(32, 32, 80, 80**-0.5),) * 32,
-    parameters=2_780_000_000,
-    constant_bytes=1000,
-    step={"bfloat16": StepBytes(5000, 40_000), "float32": StepBytes(9000, 80_000)},
-    context=2048,
-)
 TOTAL = {"max_req_total_len": 2048, "max_req_input_len": 1024, "batch_max_tokens": 4096}
 
 
