@@ -17,6 +17,7 @@ from lightllmd.kernels.layout import Batch, TableRows
 from lightllmd.kernels.linear import Embedding, Norm
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.packed_linear import FusedPackedLinears
+from lightllmd.kernels.w8a8_linear import W8A8
 
 
 class FusedEmbedding(Embedding):
@@ -40,7 +41,7 @@ class FusedKernels(Kernels):
     def __init__(self, device: torch.device, decode_kernel: str = "auto") -> None:
         attention = FusedAttention(device, decode_kernel)
         packed = FusedPackedLinears(device)
-        linears = {**DEQUANTISED, "dense": FusedDenseLinear, "w4a16": packed, "w8a16": packed}
+        linears = {**DEQUANTISED, **W8A8, "dense": FusedDenseLinear, "w4a16": packed, "w8a16": packed}
         super().__init__(linears, {"dense": FusedDenseHead}, FusedEmbedding, attention)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:

@@ -34,7 +34,7 @@ class FusedDenseLinear(FusedLinear):
         """Takes over a weight ``[out, in]`` and its bias ``[out]``."""
         super().__init__(len(weight), weight=weight, bias=bias)
         self.weight, self.bias = weight, bias
-        self._overlaps = _overlaps(weight.device)
+        self._overlaps = overlaps(weight.device)
 
     def _fused(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
         rows, gates = len(x), activation is not None
@@ -69,7 +69,7 @@ class FusedDenseHead(Head):
 
     @cached_property
     def _overlaps(self) -> bool:
-        return _overlaps(self._rows.device)
+        return overlaps(self._rows.device)
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
@@ -98,7 +98,7 @@ def _stream(
     skinny.linear(x, weight, out, norm=norm, bias=bias, residual=residual, activation=activation, pdl=pdl)
 
 
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Programmatic dependent launch begins with Hopper; the interpreter does not know it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

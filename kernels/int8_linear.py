@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.kernels.eager_linear import EagerLinear
-from lightllmd.kernels.quantised import LEVELS, QuantisedMatrix
+from lightllmd.kernels.quantised import LEVELS, SMALLEST_INPUT, QuantisedMatrix
 
 ZERO = 128  # what stands for 0 among oneDNN's inputs, which are unsigned
-SMALLEST = torch.finfo(torch.float32).tiny  # the scale of a token of zeros
 # Up to so many rows torch's matmul of bf16 rows with integers is faster than one with the integers made bf16 before;
 # all matmuls of SmolLM2 on an AVX-512 CPU take 0.8 (1 row) and 1.6 (8 rows) of the time that a bf16 weight takes.
 FEW_ROWS = 8
@@ -92,8 +91,9 @@ class W8A8Linear(EagerLinear):
         if self.input_scale is not None:
             steps = torch.div(x.float(), self.input_scale).round_().clamp_(-ZERO, ZERO - 1)
             return steps.add_(ZERO).to(torch.uint8), self.input_scale
-        scale = x.abs().amax(1, True).float().div_(LEVELS["int8"]).clamp_min_(SMALLEST)
-        return torch.div(x, scale).round_().add_(ZERO).to(torch.uint8), scale
+        largest = x.abs().amax(1, True).float().clamp_min_(SMALLEST_INPUT)
+        inverse = torch.full_like(largest, LEVELS["int8"]).div_(largest)
+        return torch.mul(x, inverse).round_().add_(ZERO).to(torch.uint8), largest.div_(LEVELS["int8"])
 
     def products(self, values: Tensor) -> Tensor:
         """``values [T, in]`` uint8 -> fp32 ``[T, out]``, each the exact sum times its output's scale."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -26,6 +27,14 @@ class Norm:
     offset: float = 0.0
 
 
+class Unfinished(ABC):
+    """Inputs of a linear whose last step is left to it: it may round them in the same launch."""
+
+    @abstractmethod
+    def tensor(self) -> Tensor:
+        """``[T, in]``, finished."""
+
+
 class Linear(ABC):
     """A fixed map of ``[T, in]`` to ``[T, out]`` (``[T, out / 2]`` with an activation)."""
 
@@ -34,21 +43,36 @@ class Linear(ABC):
         self.out_features = out_features
         self._tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
+    @overload
+    def __call__(self, x: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor | Unfinished: ...
+
+    @overload
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | Unfinished,
+        *,
+        norm: Norm | None = None,
+        post_norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def __call__(
+        self,
+        x: Tensor | Unfinished,
         *,
         norm: Norm | None = None,
         activation: str | None = None,
         post_norm: Norm | None = None,
         residual: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Unfinished:
         """``residual + post_norm(activation(norm(x) @ weight.T + bias))``, each step where it is asked for.
 
-        x: ``[T, in]``, unchanged. activation: a key of `reference.ACTIVATIONS`; the weight is gate above up,
-        and the result ``act(gate) * up``. residual: ``[T, out]``, given away: the result may be its buffer.
-        All tensors have the model's dtype.
+        x: ``[T, in]``, unchanged. activation: a key of `reference.ACTIVATIONS`; the weight is gate above up, and the
+        result ``act(gate) * up``, perhaps left `Unfinished`. residual: ``[T, out]``, given away: the result may be its
+        buffer. All tensors have the model's dtype.
         """
+        if not isinstance(x, Tensor):
+            x = self._taken(x)
         if post_norm is None:
             return self._fused(x, norm, activation, residual)
         return self._post_normed(self._fused(x, norm, activation, None), post_norm, residual)
@@ -58,9 +82,14 @@ class Linear(ABC):
         and memory may be exchanged in place between steps (a sleeping model's storage is freed and filled again)."""
         return self._tensors
 
+    def _taken(self, x: Unfinished) -> Tensor | Unfinished:
+        """What `_fused` is to be given instead; a kind of linear that finishes some inputs itself leaves those."""
+        return x.tensor()
+
     @abstractmethod
-    def _fused(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
-        """``residual + activation(norm(x) @ weight.T + bias)``; never both an activation and a residual."""
+    def _fused(self, x: Any, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Any:
+        """``residual + activation(norm(x) @ weight.T + bias)``; never both an activation and a residual. `x` and the
+        result are tensors, but for what `_taken` leaves, and for an activation that is."""
 
     @abstractmethod
     def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:

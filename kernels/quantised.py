@@ -19,6 +19,8 @@ VERSION = 1  # of what `quantise` makes: counted on when that changes, so that w
 LEVELS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value that a scale maps to, of symmetric schemes
 UNSIGNED = {"uint4": 15, "uint8": 255}  # the largest value of schemes that are not symmetric
 ZEROS = {"uint4": torch.uint8, "uint8": torch.int16}  # how `QuantisedMatrix` has the zeros of such values
+# Inputs that are all smaller get the scale of this one: its inverse is finite, and so is that of zeros.
+SMALLEST_INPUT = 2.0**-100
 CHUNK_ELEMENTS = 4 << 20  # quantised at a time: temporaries in fp32 take a few times as many bytes
 
 
@@ -133,16 +135,26 @@ def _symmetric(weight: Tensor, scheme: Scheme, values: Tensor, scales: Tensor) -
 
 def quantised_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``x [T, K]`` -> values ``[T, K]`` of the dtype that the scheme rounds inputs to, and fp32 scales ``[T, G]``;
-    `scale`: the one of all, of static inputs, beyond which values are cut."""
+    `scale`: the one of all, of static inputs, beyond which values are cut.
+
+    A token's own scale is the largest magnitude of a group over the largest value, and x is multiplied with its inverse
+    in fp32. If a group holds an infinity or what is no number, its scale is that, and so are the outputs of the token:
+    int8 has no values for them.
+    """
     group = scheme.group or x.shape[1]
     level = LEVELS[scheme.inputs]
     padded = functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scales = _not_zero(_divided(padded.abs().amax(2), level)) if scale is None else scale.expand(padded.shape[:2])
-    # A token's own scale reaches its largest value; one that was fixed before may use -128, too.
-    least = -128.0 if scheme.inputs == "int8" and scale is not None else -level
-    values = (padded / scales[..., None]).clamp_(least, level)
+    largest = padded.abs().amax(2).clamp_(min=SMALLEST_INPUT)
+    if scale is None:
+        scales, least = _divided(largest, level), -level
+        values = padded * (torch.full_like(largest, level) / largest)[..., None]
+    else:
+        # A token's own scale reaches its largest value; one that was fixed before may use -128, too.
+        scales, least = torch.where(largest.isfinite(), scale, largest), -128.0 if scheme.inputs == "int8" else -level
+        values = padded / scale
+    values = values.clamp_(least, level)
     if scheme.inputs == "int8":
-        values.round_()
+        values = values.round_().nan_to_num_(nan=0.0)
     return _cut(values, x.shape[1]).to(getattr(torch, scheme.inputs)), scales
 
 

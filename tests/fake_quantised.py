@@ -59,8 +59,16 @@ def stored(weight: np.ndarray, scheme: Scheme, dtype: torch.dtype) -> Stored:
 
 
 def stored_inputs(x: np.ndarray, scheme: Scheme) -> Stored:
-    """Inputs ``[T, K]``, each token by itself."""
-    return stored(x, Scheme(scheme.name, values=scheme.inputs, scales="float32", group=scheme.group), torch.float32)
+    """Inputs ``[T, K]``, each token by itself: times the inverse of its scale, which no magnitude below 2 ** -100
+    makes."""
+    tokens, columns = x.shape
+    group = scheme.group or columns
+    groups = np.pad(x, ((0, 0), (0, -columns % group))).reshape(tokens, -1, group)
+    most, largest = LARGEST[scheme.inputs], np.abs(groups).max(2, keepdims=True).clip(2.0**-100)
+    quotients = np.clip(_fp32(groups * _fp32(most / largest)), -most, most)
+    values = np.rint(quotients) if scheme.inputs == "int8" else _float8(quotients)
+    scales = np.broadcast_to(_fp32(largest / most), groups.shape)
+    return Stored(*(each.reshape(tokens, -1)[:, :columns] for each in (values, scales)), np.zeros((1, 1)))
 
 
 def _scales(exact: np.ndarray, kind: torch.dtype) -> np.ndarray:

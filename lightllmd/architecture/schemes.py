@@ -52,6 +52,11 @@ class Scheme:
         zero, order = () if self.symmetric else ("zero",), ("order",) if self.ordered else ()
         return ("weight", "scale", *zero, *order, *(("input_scale",) if self.static else ()))
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability that a GPU must have; a CPU computes every scheme."""
+        return (8, 9) if self.inputs == "float8_e4m3fn" else (8, 0) if self.inputs else (0, 0)
+
     def groups(self, inputs: int) -> int:
         """Of so many inputs."""
         return -(-inputs // self.group) if self.group else 1

@@ -116,6 +116,41 @@ def packed_made_dense(bits: int) -> None:
     dense(values, scale, zero, torch.empty(2048, k, dtype=torch.bfloat16), 0, n, bits, 128 if bits == 4 else 0)
 
 
+def rounded_inputs(scheme: str) -> None:
+    """With the norm before them, as they are, and with the activation of an MLP."""
+    from lightllmd.architecture.schemes import SCHEMES
+    from lightllmd.kernels.linear import Norm
+    from lightllmd.kernels.quantised_rows import quantise_rows
+
+    norm, rows = Norm(torch.empty(4096, dtype=BF16), 1e-5), partial(torch.empty, dtype=BF16)
+    quantise_rows(rows(8, 4096), SCHEMES[scheme], norm=norm, pdl=True)
+    quantise_rows(rows(8, 14336), SCHEMES[scheme], pdl=True)
+    quantise_rows(rows(8, 28672), SCHEMES[scheme], activation="silu")
+
+
+def w8a8(scheme: str, rows: int, *matmuls: str) -> None:
+    """Those of a layer of an 8B model, overlapping."""
+    from lightllmd.architecture.schemes import SCHEMES
+    from lightllmd.kernels.linear import Norm
+    from lightllmd.kernels.quantised_rows import QuantisedRows
+    from lightllmd.kernels.w8a8_matmul import Weight8, launch
+
+    stored = SCHEMES[scheme]
+    kind = getattr(torch, stored.values)
+    shapes = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+    for name in matmuls or shapes:
+        n, k = shapes[name]
+        weight = Weight8(stored, torch.empty(n, k, dtype=kind), torch.empty(stored.groups(k), n))
+        activation, adds = "silu" if name == "gate_up" else None, name in ("out", "down")
+        out = torch.empty(rows, n // 2 if activation else n, dtype=BF16)
+        norm = Norm(torch.empty(k, dtype=BF16), 1e-5) if rows == 1 and not adds else None
+        x: Any = torch.empty(1, k, dtype=BF16)
+        if rows > 1:
+            x = QuantisedRows(torch.empty(rows, k, dtype=kind), torch.empty(stored.groups(k), rows))
+        kernel, grid, arguments, options = launch(x, weight, out, norm, out if adds else None, activation, True, None)
+        kernel[grid](*arguments, **options | ({"NATIVE": True} if rows == 1 else {}))
+
+
 def gathers(dtype: torch.dtype, offset: int = 0, scale: float | None = None) -> None:
     from lightllmd.kernels.embed import embed, gather_rows
 
@@ -214,6 +249,17 @@ CASES: dict[str, Callable[[], None]] = {
     "products bf16, 32 rows": partial(products, BF16, 32),
     "products bf16, 64 rows": partial(products, BF16, 64),
     "products bf16, 128 rows": partial(products, BF16, 128),
+    "rounded inputs, w8a8": partial(rounded_inputs, "w8a8"),
+    "rounded inputs, fp8_block": partial(rounded_inputs, "fp8_block"),
+    "w8a8, 1 row": partial(w8a8, "w8a8", 1),
+    "fp8, 1 row": partial(w8a8, "fp8", 1, "gate_up"),
+    "fp8_block, 1 row": partial(w8a8, "fp8_block", 1),
+    "w8a8, 8 rows": partial(w8a8, "w8a8", 8),
+    "fp8, 8 rows": partial(w8a8, "fp8", 8, "gate_up", "down"),
+    "fp8_block, 32 rows": partial(w8a8, "fp8_block", 32),
+    "fp8, 64 rows": partial(w8a8, "fp8", 64),
+    "w8a8, 128 rows": partial(w8a8, "w8a8", 128),
+    "fp8_block, 128 rows": partial(w8a8, "fp8_block", 128, "gate_up"),
     "sampling, greedy": partial(sampling, True, False),
     "sampling, limited": partial(sampling, False, True),
     "sampling, masked": partial(sampling, False, True, True),
@@ -277,6 +323,8 @@ SMALLER = (
     *("packed 4 bits, 64 rows", "packed 4 bits, 128 rows", "packed 4 bits, 256 rows at once", "packed 4 bits, fp16"),
     *("packed 8 bits, 1 row", "packed 8 bits, 32 rows", "packed 8 bits, 64 rows", "packed 8 bits, 256 rows"),
     *("packed 4 bits made dense", "packed 8 bits made dense"),
+    *("rounded inputs, w8a8", "w8a8, 1 row", "fp8_block, 1 row", "w8a8, 8 rows", "fp8_block, 32 rows"),
+    *("fp8, 64 rows", "w8a8, 128 rows"),
 )
 if not os.environ.get("LIGHTLLMD_LONG_TESTS"):
     CASES = {case: launch for case, launch in CASES.items() if case not in SMALLER}
@@ -315,3 +363,10 @@ def test_attention_reads_two_tiles_ahead(compiled: list[dict[str, Any]]) -> None
 def test_prefill_attention_multiplies_by_warp_groups(compiled: list[dict[str, Any]]) -> None:
     kernels = [kernel for kernel in compiled if " prefill attention bf16" in f" {kernel['case']}"]
     assert all(kernel["wgmma"] for kernel in kernels)
+
+
+def test_fp8_of_wide_weights_is_multiplied_as_fp8(compiled: list[dict[str, Any]]) -> None:
+    """By warp groups; Hopper's other matrix instructions have no fp8, and numbers are made fp16 for them."""
+    kernels = [kernel for kernel in compiled if kernel["case"] in ("fp8, 8 rows", "fp8_block, 128 rows")]
+    assert kernels[0]["wgmma"]
+    assert kernels[-1]["wgmma"]
