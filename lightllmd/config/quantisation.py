@@ -18,6 +18,8 @@ from lightllmd.config.plan import Derived, DeviceFacts, ModelFacts
 from lightllmd.errors import show
 
 WRITTEN = ("mode", "quantise.rules")  # what says how weights are stored
+# Kinds of devices that multiply with the schemes of GGUF's blocks faster than with dense weights.
+FAST_BLOCKS = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,17 @@ class Quantisation:
         if self.model.quantised_as:
             yield from self.model.schemes.rules
             return
+        if self._keeps_blocks:
+            yield from self.model.schemes.rules
         yield from self._written_rules()
+
+    @property
+    def _keeps_blocks(self) -> bool:
+        """Of a GGUF file those of its matrices that a scheme holds stay quantised."""
+        if self.model.format != "gguf" or self._weight_mode or self.model.schemes.dense:
+            return False
+        written = self.config.engine.gguf
+        return written == "quantised" or (written == "auto" and self.device.kind in FAST_BLOCKS)
 
     def _written_rules(self) -> Iterator[SchemeRule]:
         if self._weight_mode is not None:
@@ -168,6 +180,8 @@ class Quantisation:
         if self.model.quantised_as:
             dense = "".join(f"; {said}" for said in self.model.dequantised)
             yield Derived("quantisation", self.model.quantised_as, f"as the checkpoint's matrices are{dense}")
+        if blocks := self._blocks():
+            yield blocks
         if self._weight_mode:
             name, mode = self._weight_mode
             yield Derived("weights", self._scheme_of_mode(mode).title, f"mode {name}: {mode.does}")
@@ -176,6 +190,23 @@ class Quantisation:
             yield Derived("weights of layers", told, "written; the last rule that covers a matrix counts")
         if self.kv_scheme != "dense" and self._cache_mode:
             yield Derived("kv cache", self.kv_scheme, f"mode {self._cache_mode[0]}: {self._cache_mode[1].does}")
+
+    def _blocks(self) -> Derived | None:
+        """What becomes of the quantised matrices of a GGUF file."""
+        stored = sorted({rule.scheme.title for rule in self.model.schemes.rules})
+        if self.model.format != "gguf" or not (stored or self.model.dequantised):
+            return None
+        if self._weight_mode:
+            return Derived("gguf", "dense", f"mode {self._weight_mode[0]} quantises anew what is dequantised")
+        said = "; ".join(self.model.dequantised)
+        if self._keeps_blocks:
+            return Derived("gguf", ", ".join(stored), f"as the file's blocks are{said and '; '}{said}")
+        if not stored:
+            return Derived("gguf", "dense", said)
+        why = "as written"
+        if self.config.engine.gguf == "auto":
+            why = f'auto: {self.device.name} multiplies faster so; gguf = "quantised" takes less memory'
+        return Derived("gguf", "dense", f"{why} ({', '.join(stored)})")
 
     def warnings(self) -> Iterator[str]:
         """What is served otherwise than the words of the file say."""

@@ -38,6 +38,7 @@ from lightllmd.weights.gguf_header import (
     read_gguf_header,
 )
 from lightllmd.weights.gguf_names import hugging_face_tensors
+from lightllmd.weights.gguf_schemes import made_dense, stored_schemes
 from lightllmd.weights.headers import SAFETENSORS_READABLE, TensorInfo, read_safetensors_headers
 from lightllmd.weights.locate import locate_model
 from lightllmd.weights.model_files import (
@@ -289,6 +290,9 @@ def _of_gguf(path: Path, load_way: str) -> ModelFacts:
     has_tokenizer, dtype = "tokenizer.ggml.tokens" in header.metadata, gguf_dtype(header)
     files, weights = list(header.files), [] if dummy else stored
     facts = _facts(path, "gguf", config, architecture, weights, files, dtype, eos_ids, has_tokenizer, dummy)
+    if not dummy:
+        schemes, dense = stored_schemes(architecture.weights, tensors), made_dense(architecture.weights, tensors)
+        facts = msgspec.structs.replace(facts, schemes=schemes, dequantised=dense)
     return _pooled(facts, gguf_pooling(header))
 
 

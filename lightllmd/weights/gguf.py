@@ -1,4 +1,4 @@
-"""Checkpoints in one GGUF file (llama.cpp), dequantised as they are read.
+"""Checkpoints in one GGUF file (llama.cpp): blocks are dequantised as they are read, or taken as they are.
 
 llama.cpp names tensors its own way, and its converter reorders the rows of q and k of some families so that a rotary
 pair is adjacent (`architecture.family.Gguf`); both are undone here.
@@ -7,7 +7,9 @@ pair is adjacent (`architecture.family.Gguf`); both are undone here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -15,12 +17,23 @@ from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.schemes import Scheme
+from lightllmd.architecture.weight_schemes import WeightSchemes
+from lightllmd.architecture.weights import WeightSpec
+from lightllmd.errors import WeightsInvalid
+from lightllmd.kernels.quantised import QuantisedMatrix, empty
+from lightllmd.weights import place
 from lightllmd.weights.files import WeightFile
-from lightllmd.weights.gguf_header import GGUF_READABLE, gguf_hf_config, read_gguf_header
+from lightllmd.weights.gguf_blocks import Q4_0_ZERO, UNPACKED
+from lightllmd.weights.gguf_header import GGML_TYPES, GGUF_READABLE, gguf_hf_config, read_gguf_header
 from lightllmd.weights.gguf_names import hugging_face_tensors
+from lightllmd.weights.gguf_schemes import stored_scheme
+from lightllmd.weights.headers import TensorInfo
+from lightllmd.weights.loaded import LoadedWeight, Progress, room
 
-# Elements dequantised at a time: the temporaries of numpy's passes stay in the CPU's cache.
+# Elements unpacked at a time: the temporaries of numpy's passes stay in the CPU's cache.
 CHUNK_ELEMENTS = 256 * 1024
+BLOCKS = {name: size for name, elements, size in GGML_TYPES.values() if elements > 1}  # bytes of one
 
 
 class GgufCheckpoint:
@@ -46,20 +59,95 @@ class GgufCheckpoint:
         view = self._in_file_order(name, out)
         if len(info.shape) == 1:
             view = view.unsqueeze(0)
-        units = view.shape[0]  # rows, or heads where those are reordered, or the whole of a vector
+        for rows, stored in self._chunks(info, len(view)):
+            values = dequantize(stored, GGMLQuantizationType[info.type])
+            if info.type in BLOCKS:
+                _require_numbers(values, info)
+            target = view[rows]
+            target.copy_(torch.from_numpy(values).view(target.shape))
+            yield stored.nbytes
+
+    def read_matrix(self, name: str, out: QuantisedMatrix) -> Iterator[int]:
+        """Fills a matrix of the tensor's shape and of the scheme that holds its blocks, as `read` does."""
+        info = self.tensors[name]
+        if out.zeros is not None:
+            out.zeros.fill_(Q4_0_ZERO)
+        all_values, all_scales = self._in_file_order(name, out.values), self._in_file_order(name, out.scales)
+        for rows, stored in self._chunks(info, len(all_values)):
+            values, scales = UNPACKED[info.type](stored.reshape(-1, BLOCKS[info.type]))
+            _require_numbers(scales, info)
+            for target, unpacked in ((all_values[rows], values), (all_scales[rows], scales)):
+                target.copy_(torch.from_numpy(unpacked).reshape(target.shape))
+            yield stored.nbytes
+
+    def stream(
+        self,
+        weights: Sequence[WeightSpec],
+        schemes: WeightSchemes,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+        passing: Sequence[WeightSpec] = (),
+    ) -> Iterator[LoadedWeight]:
+        """As `place.stream`; weights that `schemes` stores as the file does stay as they are."""
+        total = sum(self.tensors[part.name].nbytes for weight in weights for part in weight.stored)
+        done = 0
+
+        def told(some: int, of: int) -> None:
+            progress(done + some, total)
+
+        def kept(weight: WeightSpec) -> Scheme | None:
+            scheme = schemes.of(weight)
+            return None if scheme.dense or scheme != stored_scheme(weight, self.tensors) else scheme
+
+        for scheme, some in groupby(weights, kept):
+            run = [*some]
+            if scheme is None:
+                dense = [weight for weight in passing if kept(weight) is None]
+                yield from place.stream(self, run, dtype, device, told, dense)
+            else:
+                yield from self._matrices(run, scheme, dtype, device, told)
+            done += sum(self.tensors[part.name].nbytes for weight in run for part in weight.stored)
+
+    def _matrices(
+        self, weights: Sequence[WeightSpec], scheme: Scheme, dtype: torch.dtype, device: torch.device, told: Progress
+    ) -> Iterator[LoadedWeight]:
+        done = 0
+        for weight in weights:
+            shape = sum(part.shape[0] for part in weight.parts), weight.parts[0].shape[1]
+            matrix = empty(scheme, shape, dtype, torch.device("cpu"))
+            bias = room(weight.bias, dtype) if weight.bias else None
+            row = 0
+            for part in weight.parts:
+                rows = itemgetter(slice(row, row := row + part.shape[0]))
+                for count in self.read_matrix(part.name, matrix.by_rows(rows)):
+                    told(done := done + count, 0)
+            row = 0
+            for part in weight.bias:
+                assert bias is not None
+                for count in self.read(part.name, bias[row : (row := row + part.shape[0])]):
+                    told(done := done + count, 0)
+            yield LoadedWeight(weight, matrix.to(device), None if bias is None else bias.to(device))
+            del matrix, bias  # nothing is kept while the next is read
+
+    def _chunks(self, info: TensorInfo, units: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The bytes of a tensor ``[units, …]``, some of them at a time: rows, or heads where those are reordered, or
+        the whole of a vector."""
         unit_bytes = info.nbytes // units
         step = min(units, max(1, CHUNK_ELEMENTS * units // info.elements))
         stored = np.empty((step, unit_bytes), np.uint8)
         with WeightFile(info.file) as file:
             for first in range(0, units, step):
-                target = view[first : first + step]
-                chunk = stored[: len(target)]
+                chunk = stored[: min(step, units - first)]
                 file.read(info.offset + first * unit_bytes, chunk.reshape(-1))
-                values = dequantize(chunk, GGMLQuantizationType[info.type])
-                target.copy_(torch.from_numpy(values).view(target.shape))
-                yield chunk.nbytes
+                yield slice(first, first + len(chunk)), chunk
 
     def _in_file_order(self, name: str, out: Tensor) -> Tensor:
         """`out` seen in the order of the file's rows: as it is, or ``[heads, pair, half, …]`` of reordered ones."""
         heads = self._paired.get(name)
         return out if heads is None else out.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+
+
+def _require_numbers(numbers: np.ndarray, info: TensorInfo) -> None:
+    if not np.isfinite(numbers).all():
+        raise WeightsInvalid(f"{info.file}: tensor {info.name} is damaged: a block's scale is no number")

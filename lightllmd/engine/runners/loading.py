@@ -20,6 +20,7 @@ from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
 from lightllmd.models.language_model import LanguageModel
 from lightllmd.weights import dummy, place
+from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.index import open_checkpoint
 from lightllmd.weights.kept_file import KeptDamaged
 from lightllmd.weights.kept_models import KeptModel
@@ -115,7 +116,12 @@ def _stored_weights(
         matrices, ignored = matrices_of(architecture.weights, quantisation, checkpoint.tensors), quantisation.ignored
         passing = [weight for weight in passing if weight.parts[0].name not in matrices]
     verify(architecture, checkpoint.tensors, checkpoint.readable, model.path, matrices, ignored)
-    weights = place.stream(checkpoint, architecture.weights, dtype, device, progress, passing, matrices, plan.schemes)
+    if isinstance(checkpoint, GgufCheckpoint):
+        weights = checkpoint.stream(architecture.weights, plan.schemes, dtype, device, progress, passing)
+    else:
+        weights = place.stream(
+            checkpoint, architecture.weights, dtype, device, progress, passing, matrices, plan.schemes
+        )
     return _of_these_files(weights, model)
 
 
