@@ -49,10 +49,11 @@ DEQUANTISED = {name: DequantisedLinear for name in (ANY, *SCHEMES) if name != "d
 
 def pack_nibbles(values: Tensor) -> Tensor:
     """``[N, K]`` uint8 of 0 to 15 -> ``[N, ceil(K / 2)]`` uint8: the even column of a pair in the low half."""
-    even, odd = values[:, ::2], functional.pad(values[:, 1::2], (0, values.shape[1] % 2))
-    return even | (odd << 4)
+    pairs = functional.pad(values, (0, values.shape[1] % 2)).contiguous().view(torch.int16)
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     """``[N, columns]``, from what `pack_nibbles` made."""
-    return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :columns]
+    pairs = packed.to(torch.int16)
+    return (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :columns]

@@ -7,9 +7,7 @@ pair is adjacent (`architecture.family.Gguf`); both are undone here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,19 +15,13 @@ from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from lightllmd.architecture.families import architecture_of
-from lightllmd.architecture.schemes import Scheme
-from lightllmd.architecture.weight_schemes import WeightSchemes
-from lightllmd.architecture.weights import WeightSpec
 from lightllmd.errors import WeightsInvalid
-from lightllmd.kernels.quantised import QuantisedMatrix, empty
-from lightllmd.weights import place
+from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.gguf_blocks import Q4_0_ZERO, UNPACKED
 from lightllmd.weights.gguf_header import GGML_TYPES, GGUF_READABLE, gguf_hf_config, read_gguf_header
 from lightllmd.weights.gguf_names import hugging_face_tensors
-from lightllmd.weights.gguf_schemes import stored_scheme
 from lightllmd.weights.headers import TensorInfo
-from lightllmd.weights.loaded import LoadedWeight, Progress, room
 
 # Elements unpacked at a time: the temporaries of numpy's passes stay in the CPU's cache.
 CHUNK_ELEMENTS = 256 * 1024
@@ -79,56 +71,6 @@ class GgufCheckpoint:
             for target, unpacked in ((all_values[rows], values), (all_scales[rows], scales)):
                 target.copy_(torch.from_numpy(unpacked).reshape(target.shape))
             yield stored.nbytes
-
-    def stream(
-        self,
-        weights: Sequence[WeightSpec],
-        schemes: WeightSchemes,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress,
-        passing: Sequence[WeightSpec] = (),
-    ) -> Iterator[LoadedWeight]:
-        """As `place.stream`; weights that `schemes` stores as the file does stay as they are."""
-        total = sum(self.tensors[part.name].nbytes for weight in weights for part in weight.stored)
-        done = 0
-
-        def told(some: int, of: int) -> None:
-            progress(done + some, total)
-
-        def kept(weight: WeightSpec) -> Scheme | None:
-            scheme = schemes.of(weight)
-            return None if scheme.dense or scheme != stored_scheme(weight, self.tensors) else scheme
-
-        for scheme, some in groupby(weights, kept):
-            run = [*some]
-            if scheme is None:
-                dense = [weight for weight in passing if kept(weight) is None]
-                yield from place.stream(self, run, dtype, device, told, dense)
-            else:
-                yield from self._matrices(run, scheme, dtype, device, told)
-            done += sum(self.tensors[part.name].nbytes for weight in run for part in weight.stored)
-
-    def _matrices(
-        self, weights: Sequence[WeightSpec], scheme: Scheme, dtype: torch.dtype, device: torch.device, told: Progress
-    ) -> Iterator[LoadedWeight]:
-        done = 0
-        for weight in weights:
-            shape = sum(part.shape[0] for part in weight.parts), weight.parts[0].shape[1]
-            matrix = empty(scheme, shape, dtype, torch.device("cpu"))
-            bias = room(weight.bias, dtype) if weight.bias else None
-            row = 0
-            for part in weight.parts:
-                rows = itemgetter(slice(row, row := row + part.shape[0]))
-                for count in self.read_matrix(part.name, matrix.by_rows(rows)):
-                    told(done := done + count, 0)
-            row = 0
-            for part in weight.bias:
-                assert bias is not None
-                for count in self.read(part.name, bias[row : (row := row + part.shape[0])]):
-                    told(done := done + count, 0)
-            yield LoadedWeight(weight, matrix.to(device), None if bias is None else bias.to(device))
-            del matrix, bias  # nothing is kept while the next is read
 
     def _chunks(self, info: TensorInfo, units: int) -> Iterator[tuple[slice, np.ndarray]]:
         """The bytes of a tensor ``[units, …]``, some of them at a time: rows, or heads where those are reordered, or

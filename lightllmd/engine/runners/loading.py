@@ -19,7 +19,7 @@ from lightllmd.errors import EngineError, OutOfMemory, WeightsInvalid
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.models.decoder import Decoder
 from lightllmd.models.language_model import LanguageModel
-from lightllmd.weights import dummy, place
+from lightllmd.weights import dummy, gguf_stream, place
 from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.index import open_checkpoint
 from lightllmd.weights.kept_file import KeptDamaged
@@ -117,7 +117,7 @@ def _stored_weights(
         passing = [weight for weight in passing if weight.parts[0].name not in matrices]
     verify(architecture, checkpoint.tensors, checkpoint.readable, model.path, matrices, ignored)
     if isinstance(checkpoint, GgufCheckpoint):
-        weights = checkpoint.stream(architecture.weights, plan.schemes, dtype, device, progress, passing)
+        weights = gguf_stream.stream(checkpoint, architecture.weights, plan.schemes, dtype, device, progress, passing)
     else:
         weights = place.stream(
             checkpoint, architecture.weights, dtype, device, progress, passing, matrices, plan.schemes
