@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +18,8 @@ from lightllmd.config.plan import Derived, DeviceFacts, ModelFacts
 from lightllmd.errors import show
 
 WRITTEN = ("mode", "quantise.rules")  # what says how weights are stored
-# Kinds of devices that multiply with the schemes of GGUF's blocks faster than with dense weights.
-FAST_BLOCKS = ("cuda",)
+# Schemes of GGUF's blocks that a kind of device multiplies with faster than with dense weights, at least for few rows.
+FAST_BLOCKS = {"cuda": ("w4a16", "w8a16"), "cpu": ("w4a16",)}
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,22 @@ class Quantisation:
         return WeightSchemes(tuple(self._rules()))
 
     def _rules(self) -> Iterator[SchemeRule]:
-        """Of a checkpoint that is quantised already those of its own: a mode beside it can only say the same."""
+        """Of a checkpoint that is quantised already those of its own: a mode beside it can only say the same. Of a GGUF
+        file its own, too, but where something else is written."""
         if self.model.quantised_as:
             yield from self.model.schemes.rules
             return
-        if self._keeps_blocks:
-            yield from self.model.schemes.rules
+        yield from self._blocks_kept
         yield from self._written_rules()
 
-    @property
-    def _keeps_blocks(self) -> bool:
-        """Of a GGUF file those of its matrices that a scheme holds stay quantised."""
-        if self.model.format != "gguf" or self._weight_mode or self.model.schemes.dense:
-            return False
+    @cached_property
+    def _blocks_kept(self) -> list[SchemeRule]:
+        """The matrices of a GGUF file that stay quantised, of those that a scheme holds."""
         written = self.config.engine.gguf
-        return written == "quantised" or (written == "auto" and self.device.kind in FAST_BLOCKS)
+        if self.model.format != "gguf" or self._weight_mode or written == "dense":
+            return []
+        fast = FAST_BLOCKS.get(self.device.kind, ())
+        return [rule for rule in self.model.schemes.rules if written == "quantised" or rule.scheme.name in fast]
 
     def _written_rules(self) -> Iterator[SchemeRule]:
         if self._weight_mode is not None:
@@ -193,20 +194,18 @@ class Quantisation:
 
     def _blocks(self) -> Derived | None:
         """What becomes of the quantised matrices of a GGUF file."""
-        stored = sorted({rule.scheme.title for rule in self.model.schemes.rules})
-        if self.model.format != "gguf" or not (stored or self.model.dequantised):
+        if self.model.format != "gguf" or not (self.model.schemes.rules or self.model.dequantised):
             return None
         if self._weight_mode:
             return Derived("gguf", "dense", f"mode {self._weight_mode[0]} quantises anew what is dequantised")
-        said = "; ".join(self.model.dequantised)
-        if self._keeps_blocks:
-            return Derived("gguf", ", ".join(stored), f"as the file's blocks are{said and '; '}{said}")
-        if not stored:
-            return Derived("gguf", "dense", said)
-        why = "as written"
-        if self.config.engine.gguf == "auto":
-            why = f'auto: {self.device.name} multiplies faster so; gguf = "quantised" takes less memory'
-        return Derived("gguf", "dense", f"{why} ({', '.join(stored)})")
+        kept = _titles(self._blocks_kept)
+        said = ["as the file's blocks are"] if kept else []
+        if left := _titles(rule for rule in self.model.schemes.rules if rule not in self._blocks_kept):
+            why = "as written"
+            if self.config.engine.gguf == "auto":
+                why = f'{self.device.name} multiplies faster so, gguf = "quantised" takes less memory'
+            said.append(f"{left} is made dense: {why}")
+        return Derived("gguf", kept or "dense", "; ".join([*said, *self.model.dequantised]))
 
     def warnings(self) -> Iterator[str]:
         """What is served otherwise than the words of the file say."""
@@ -215,3 +214,7 @@ class Quantisation:
                 f"mode {self._cache_mode[0]} names a decode kernel of a GPU; {self.device.name} takes its own, with "
                 "the same results within rounding"
             )
+
+
+def _titles(rules: Iterable[SchemeRule]) -> str:
+    return ", ".join(sorted({rule.scheme.title for rule in rules}))

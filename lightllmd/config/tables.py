@@ -600,8 +600,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             doc="What becomes of a GGUF file's quantised matrices. quantised: those of types that a scheme holds "
             "without loss (Q4_0, Q5_0, Q8_0, Q6_K) stay as they are, in the memory that this takes; others are "
-            "dequantised. dense: all are dequantised. auto: quantised where the device multiplies faster so, which a "
-            "GPU does. A mode that quantises weights does so with what is dequantised.",
+            "dequantised. dense: all are dequantised. auto: quantised where the device multiplies faster so: a GPU, "
+            "and a CPU with 4 bits. A mode that quantises weights does so with what is dequantised.",
         ),
     ] = "auto"
     keep_quantised: Annotated[

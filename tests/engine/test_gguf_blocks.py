@@ -15,7 +15,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from gguf_files import WIDE, random_rows, write_gguf
+from lightllmd.architecture.cpu_storage import cpu_nbytes
 from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.schemes import Scheme
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config.parameters import Config, EngineSettings, Params
@@ -23,7 +25,8 @@ from lightllmd.config.plan import DeviceFacts, Facts, Plan
 from lightllmd.config.report import report
 from lightllmd.config.resolve import resolve
 from lightllmd.errors import WeightsInvalid
-from lightllmd.kernels.quantised import empty
+from lightllmd.kernels.devices import fused_kernels
+from lightllmd.kernels.quantised import QuantisedMatrix, empty
 from lightllmd.probe.model import model_facts
 from lightllmd.weights import gguf as gguf_files_of_weights
 from lightllmd.weights.gguf import GgufCheckpoint
@@ -98,9 +101,27 @@ def test_a_file_whose_blocks_stay_computes_what_the_dequantised_one_computes(
     assert all(schemes.of(weight).dense != weight.quantisable for weight in architecture.weights)
     torch.testing.assert_close(logits(file, schemes), logits(file), rtol=1e-4, atol=1e-4)
     held = load(file, schemes=schemes).decoder.tensors().values()
-    assert sum(tensor.nbytes for tensor in held) == pytest.approx(
-        weight_bytes(architecture.weights, 4, schemes), rel=0.02
-    )
+    planned_bytes = weight_bytes(architecture.weights, 4, schemes, nbytes=cpu_nbytes)
+    assert sum(tensor.nbytes for tensor in held) == pytest.approx(planned_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", sorted(BLOCK_SCHEMES))
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_devices_linear_multiplies_with_each_type_of_block(kind: str, rows: int) -> None:
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blocks = gguf.GGML_QUANT_SIZES[Kind[kind]][1]
+    raw = random_rows(kind, 512, 80)[:48].reshape(-1, blocks)
+    values, scales = (torch.from_numpy(found.copy()).reshape(48, -1) for found in UNPACKED[kind](raw))
+    scheme = BLOCK_SCHEMES[kind]
+    zeros = None if scheme.symmetric else torch.full_like(scales, 8, dtype=torch.uint8)
+    # As large as those of a model: random bytes are scales of any size, also ones that fp16 holds in few bits.
+    small = (scales.sign() * (scales.abs().clamp(1e-3, 1e-1))).to(scales.dtype)
+    matrix = QuantisedMatrix(scheme, values, small, zeros).to(device)
+    x = torch.randn((rows, 512), generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    expected = x.float() @ matrix.dense(torch.float32).T
+    out = fused_kernels(device).linear("down", matrix, None)(x).float()
+    assert (out - expected).abs().max() < 4e-3 * expected.abs().max()
 
 
 def test_what_is_stored_in_different_ways_or_fits_no_scheme_is_made_dense_and_said(tmp_path: Path) -> None:
@@ -124,23 +145,25 @@ def test_what_is_stored_in_different_ways_or_fits_no_scheme_is_made_dense_and_sa
 @pytest.mark.parametrize(
     ("device", "changes", "schemes", "said"),
     [
-        ("cpu", {}, "dense", 'gguf = "quantised" takes less memory (w8a16 g32)'),
+        ("cpu", {}, "dense", 'w8a16 g32 is made dense: a CPU multiplies faster so, gguf = "quantised" takes less'),
+        ("cpu", {"kind": Kind.Q4_0}, "w4a16 g32", "as the file's blocks are"),
         ("cuda", {}, "w8a16 g32", "as the file's blocks are"),
         ("cpu", {"gguf": "quantised"}, "w8a16 g32", "as the file's blocks are"),
-        ("cuda", {"gguf": "dense"}, "dense", "as written (w8a16 g32)"),
+        ("cuda", {"gguf": "dense"}, "dense", "w8a16 g32 is made dense: as written"),
         ("cuda", {"mode": ["triton_w4a16"]}, "w4a16 g128", "mode triton_w4a16 quantises anew what is dequantised"),
     ],
 )
 def test_what_becomes_of_blocks_is_planned_and_said(
     tmp_path: Path, device: str, changes: dict[str, Any], schemes: str, said: str
 ) -> None:
-    file = write_gguf(tmp_path / "m.gguf", CONFIG, Kind.Q8_0)
+    file = write_gguf(tmp_path / "m.gguf", CONFIG, changes.pop("kind", Kind.Q8_0))
     plan = planned(file, device, **changes)
     weights = architecture_of("llama", CONFIG).weights
     assert {plan.schemes.of(weight).title for weight in weights if weight.quantisable} == {schemes}
     assert said in report(plan)
     item = 4 if plan.data_type == "float32" else 2
-    assert plan.budget.row("weights") == weight_bytes(weights, item, plan.schemes)
+    nbytes = cpu_nbytes if device == "cpu" else Scheme.nbytes
+    assert plan.budget.row("weights") == weight_bytes(weights, item, plan.schemes, nbytes=nbytes)
 
 
 def test_a_file_without_quantised_blocks_says_nothing(tmp_path: Path) -> None:
