@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightllmd.kernels import skinny
 from lightllmd.kernels.activation import gated, soft_cap_
+from lightllmd.kernels.cards import card_of
 from lightllmd.kernels.linear import Head, Linear, Norm
 from lightllmd.kernels.norm import rms_norm
 
@@ -34,11 +35,12 @@ class FusedDenseLinear(FusedLinear):
         """Takes over a weight ``[out, in]`` and its bias ``[out]``."""
         super().__init__(len(weight), weight=weight, bias=bias)
         self.weight, self.bias = weight, bias
+        self._card = card_of(weight.device)
         self._overlaps = overlaps(weight.device)
 
     def _fused(self, x: Tensor, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Tensor:
         rows, gates = len(x), activation is not None
-        if skinny.prefers(rows, *self.weight.shape, x.dtype, gates):
+        if skinny.prefers(rows, *self.weight.shape, x.dtype, gates, self._card.kind):
             columns = self.out_features // 2 if gates else self.out_features
             out = x.new_empty(rows, columns) if residual is None else residual
             _stream(x, self.weight, out, self._overlaps, norm, self.bias, residual, activation)
@@ -60,7 +62,7 @@ class FusedDenseHead(Head):
 
     def logits(self, hidden: Tensor) -> Tensor:
         rows = self._rows
-        if skinny.prefers(len(hidden), *rows.shape, hidden.dtype, False):
+        if skinny.prefers(len(hidden), *rows.shape, hidden.dtype, False, card_of(rows.device).kind):
             logits = hidden.new_empty(len(hidden), len(rows), dtype=torch.float32)
             _stream(hidden, rows, logits, self._overlaps, self._norm)
         else:
@@ -100,7 +102,7 @@ def _stream(
 
 def overlaps(device: torch.device) -> bool:
     """Programmatic dependent launch begins with Hopper; the interpreter does not know it."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and card_of(device).overlaps
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """How weights of 4 and 8 bits lie on a GPU: in the order in which the threads of a tile of tensor cores want them.
 
-A block is 16 rows by 64 inputs, and its bytes are neighbours (512 of 4 bits, 1024 of 8), so that 16-byte loads of a
+A block is 16 rows by 64 inputs, and its bytes lie side by side (512 of 4 bits, 1024 of 8), so that 16-byte loads of a
 warp are whole lines of memory. Blocks follow each other along the inputs, then along the rows; the last blocks along
 the rows have as many rows as there are left. No byte is added: the storage is what the scheme says.
 

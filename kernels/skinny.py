@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lightllmd.kernels.cards import card_of
 from lightllmd.kernels.gemv import gemv
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.tile_matmul import finish, load_residual, multiply, prefetch
@@ -112,7 +113,7 @@ def launch(
     m, k = x.shape
     n = weight.shape[0]
     if tile is None:
-        tile = tile_for(m, n, k, x.dtype, activation is not None)
+        tile = tile_for(m, n, k, x.dtype, activation is not None, card_of(x.device).kind)
     tiles = cdiv(n, tile.block_n)
     strides = x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0)
     options = {

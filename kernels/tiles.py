@@ -1,5 +1,6 @@
 """Which kernel and tile a matmul of few rows gets: plain rules, tuned offline on an H100 with `tests/bench/kernels.py
---sweep`. Pure arithmetic, no Triton, so that a plan can be made where there is none.
+--sweep`, and what `tests/bench/tune.py` has measured on other cards. Pure arithmetic, no Triton, so that a plan can be
+made where there is none.
 
 M rows of x, weight ``[N, K]`` (N counts gate and up together), in bf16 or fp16.
 """
@@ -26,6 +27,16 @@ class Tile(NamedTuple):
     evict: str = ""  # cache hint of reads of the weight: "" or "evict_first"
 
 
+# By card (`cards.Card.kind`) and (gated, N, K): the tile up to each number of rows, fewest first; None: cuBLAS.
+# The rules below are those of an H100, and of every card that is not in here.
+TUNED: dict[str, dict[tuple[bool, int, int], list[tuple[int, Tile | None]]]] = {}
+
+
+def _measured(kind: str, m: int, n: int, k: int, gated: bool) -> tuple[int, Tile | None] | None:
+    found = TUNED.get(kind, {}).get((gated, n, k), ())
+    return next((entry for entry in found if m <= entry[0]), None)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
@@ -41,8 +52,8 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
-    """Whether the matmul here beats cuBLAS's (with a separate activation if `gated`).
+def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, kind: str = "H100") -> bool:
+    """Whether the matmul here beats cuBLAS's (with a separate activation if `gated`) on a card of this kind.
 
     Up to 16 rows always. With more only for larger weights, or where an activation is saved.
     Milliseconds of a step's matmuls, norms and activations of an 8B model, cuBLAS and ours: 5.74 and 5.05 at 1 row,
@@ -51,6 +62,9 @@ def prefers(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> bool:
     """
     if not supports(dtype):
         return False
+    measured = _measured(kind, m, n, k, gated)
+    if measured is not None:
+        return measured[1] is not None
     if gated or n > 65536:
         return m <= (128 if n > 8192 else 64)
     return m <= (64 if k > 8192 else 32 if k >= 4096 else 16)
@@ -82,8 +96,11 @@ def block_rows(m: int) -> int:
 
 
 @functools.cache
-def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool) -> Tile:
+def tile_for(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, kind: str = "H100") -> Tile:
     """The fastest measured for ``x [m, k] @ weight [n, k].T``; `gated`: the weight is [gate; up]."""
+    measured = _measured(kind, m, n, k, gated)
+    if measured is not None and measured[1] is not None:
+        return measured[1]
     if m <= gemv_rows(n):
         tile = _gemv_tile(m, n, k)
         return tile._replace(block_n=max(2, tile.block_n)) if gated else tile

@@ -1,6 +1,6 @@
 """What each kernel reaches on one GPU: GB/s or TFLOP/s, each result checked against torch before it is timed.
 
-``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8]``
+``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8] [--check]``
 
 One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
 products (for `kernels/tiles.py`) and of decode attention.
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from cases.timing import Report
 
-SECTIONS = ("small", "sampling", "attention", "split", "dense")
+SECTIONS = ("small", "sampling", "attention", "split", "dense", "packed")
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["8b", "0.6b", "135m"], default="8b")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="of x in the dense products")
+    parser.add_argument("--check", action="store_true", help="of packed products: results alone, no times")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -59,6 +60,11 @@ def main() -> None:
             from cases import dense
 
             dense.measure(arguments.shape, tuple(map(int, arguments.rows.split(","))), arguments.sweep, report)
+    if "packed" in wanted:
+        with report.case("packed"):
+            from cases import packed
+
+            packed.measure(arguments.shape, tuple(map(int, arguments.rows.split(","))), arguments.check, report)
     report.table()
 
 

@@ -192,3 +192,12 @@ def test_rules_as_they_are(m: int, device: str) -> None:
         norm=0.0 if tiles.fuses_norm(m, torch.float16) else None,
         activation="silu",
     )
+
+
+def test_tiles_measured_on_a_card_come_before_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, dtype = 4096, 4096, torch.bfloat16
+    monkeypatch.setitem(tiles.TUNED, "measured", {(False, n, k): [(2, DOT), (16, None)]})
+    assert tiles.tile_for(2, n, k, dtype, False, "measured") == DOT
+    assert [tiles.prefers(m, n, k, dtype, False, "measured") for m in (1, 2, 3, 16, 17, 64)] == [1, 1, 0, 0, 1, 0]
+    assert tiles.tile_for(17, n, k, dtype, False, "measured") == tiles.tile_for(17, n, k, dtype, False)
+    assert tiles.tile_for(2, n, 2 * k, dtype, False, "measured") == tiles.tile_for(2, n, 2 * k, dtype, False)
