@@ -17,8 +17,8 @@ from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.kernels.quantised_rows import GatedProduct, QuantisedRows, quantise_rows
 from lightllmd.kernels.w8a8_matmul import Weight8, linear
+from lightllmd.kernels.w8a8_tiles import copies, prefers_cublas, rounds_inside, supports
 from lightllmd.kernels.w8a8_tiles import overlaps as rows_overlap
-from lightllmd.kernels.w8a8_tiles import prefers_cublas, rounds_inside, supports
 
 # Whether fp8 sums stay in the tensor cores' own accumulators, of 14 bits or so, for a whole row. Promoting them to fp32
 # costs cuBLAS a fifth of its rate; the rounding of the inputs is an order of magnitude coarser.
@@ -35,11 +35,12 @@ class FusedW8A8Linear(Linear):
             needed = ".".join(map(str, scheme.capability))
             raise EngineError(f"weights stored as {scheme.name!r} need a GPU of compute capability {needed} or higher")
         scales = weight.scales.t().contiguous()  # [G, N]: those of a tile lie together
-        self.weight = Weight8(scheme, weight.values, scales, weight.input_scale, bias)
+        self._overlaps = overlaps(device)
+        copied = self._overlaps and copies(weight.shape[1])
+        self.weight = Weight8(scheme, weight.values, scales, weight.input_scale, bias, copied)
         super().__init__(
             len(weight.values), weight=weight.values, scale=scales, input_scale=weight.input_scale, bias=bias
         )
-        self._overlaps = overlaps(device)
 
     takes = staticmethod(supports)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.kernels.linear import Norm
@@ -15,9 +16,10 @@ from lightllmd.kernels.quantised import LEVELS, SMALLEST_INPUT
 from lightllmd.kernels.quantised_rows import QuantisedRows
 from lightllmd.kernels.skinny import Launch
 from lightllmd.kernels.tiles import cdiv
+from lightllmd.kernels.w8a8_gemm import gemm
 from lightllmd.kernels.w8a8_gemv import gemv
 from lightllmd.kernels.w8a8_skinny import skinny
-from lightllmd.kernels.w8a8_tiles import Tile8, block_rows, tile_for
+from lightllmd.kernels.w8a8_tiles import GEMM_ROWS, Tile8, WholeTile, block_rows, tile_for, whole_tile_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class Weight8:
     scales: Tensor  # [G, N] fp32
     input_scale: Tensor | None = None  # [] fp32, of static schemes
     bias: Tensor | None = None  # [N]
+    copied: bool = False  # the device has a copy engine for tiles: Hopper and later
 
 
 def linear(
@@ -40,14 +43,15 @@ def linear(
     residual: Tensor | None = None,
     activation: str | None = None,
     pdl: bool = False,
-    tile: Tile8 | None = None,
+    tile: Tile8 | WholeTile | None = None,
 ) -> None:
     """``out [M, N] = norm(x [M, K]) @ weight [N, K].T + bias [N] + residual [M, N]``, inputs rounded by the scheme.
 
     x is rounded already, or it is one token (``[1, K]``, contiguous) of the model's dtype, for which `norm` may be
     given: see `w8a8_tiles.rounds_inside`. With an `activation` (a key of `reference.ACTIVATIONS`) the weight is
     ``[2I, K]``, gate first, and out is ``[M, I] = act(gate) * up``, without a residual. The first dimension's stride of
-    out and residual is free. `residual` may be `out`. `pdl`, `tile`: as in `skinny.linear`.
+    out and residual is free. `residual` may be `out`. `pdl`, `tile`: as in `skinny.linear`; a `WholeTile` is for rows
+    that are rounded, of a K that `w8a8_tiles.copies` takes.
     """
     kernel, grid, arguments, options = launch(x, weight, out, norm, residual, activation, pdl, tile)
     kernel[grid](*arguments, **options)
@@ -61,11 +65,16 @@ def launch(
     residual: Tensor | None,
     activation: str | None,
     pdl: bool,
-    tile: Tile8 | None,
+    tile: Tile8 | WholeTile | None,
 ) -> Launch:
     """What `linear` launches with the same arguments."""
     n, k = weight.values.shape
     scheme, rows = weight.scheme, len(out)
+    if tile is None and rows >= GEMM_ROWS and weight.copied:
+        tile = whole_tile_for(rows, n, scheme.group, activation is not None)
+    if isinstance(tile, WholeTile):
+        assert isinstance(x, QuantisedRows)
+        return _whole(x, weight, out, residual, activation, tile)
     if tile is None:
         tile = tile_for(rows, n, k, scheme.group, isinstance(x, Tensor))
     options: dict[str, Any] = {
@@ -94,3 +103,29 @@ def launch(
     strides = out.stride(0), 0 if residual is None else residual.stride(0)
     arguments = (x.values, weight.values, x.scales, weight.scales, out, weight.bias, residual, *strides, rows)
     return Launch(skinny, (cdiv(n, tile.block_n), cdiv(rows, block_m)), arguments, options)
+
+
+def _whole(
+    x: QuantisedRows, weight: Weight8, out: Tensor, residual: Tensor | None, activation: str | None, tile: WholeTile
+) -> Launch:
+    """Of many rows."""
+    (n, k), rows = weight.values.shape, len(out)
+    blocks = [
+        TensorDescriptor.from_tensor(values, [block, tile.block_k])
+        for values, block in ((x.values, tile.block_m), (weight.values, tile.block_n))
+    ]
+    options = {
+        "N": n,
+        "K": k,
+        "GROUP": weight.scheme.group,
+        "ACTIVATION": activation,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+    strides = out.stride(0), 0 if residual is None else residual.stride(0)
+    arguments = (*blocks, x.scales, weight.scales, out, weight.bias, residual, *strides, rows)
+    grid = (cdiv(rows, tile.block_m) * cdiv(n // 2 if activation else n, tile.block_n),)
+    return Launch(gemm, grid, arguments, options)

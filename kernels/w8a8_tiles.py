@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from lightllmd.architecture.schemes import Scheme
-from lightllmd.kernels.tiles import power_above
+from lightllmd.kernels.tiles import cdiv, power_above
 
 SKINNY_ROWS = 64  # the most that tiles of ours are better for than cuBLAS's
+GEMM_ROWS = 129  # from so many on tiles are brought by the copy engine
 BLOCK_ROWS = 128  # rows of x that one of its programs covers at most
 
 
@@ -42,6 +43,37 @@ def prefers_cublas(m: int, n: int, k: int, dtype: torch.dtype, scheme: Scheme) -
     stores int32, which is four bytes to write and to read again where one kernel writes two."""
     fits = scheme.values == "float8_e4m3fn" and not scheme.group and dtype is torch.bfloat16
     return fits and m > SKINNY_ROWS and n % 16 == 0 and k % 16 == 0
+
+
+class WholeTile(NamedTuple):
+    """How a matmul of many rows is cut: each program makes ``block_m x block_n`` of the result."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def whole_tile_for(m: int, n: int, group: int, gated: bool, multiprocessors: int = 132) -> WholeTile:
+    """The largest of those that are as many as the card has multiprocessors, or nearly: the larger, the less of shared
+    memory is read for each product. Gated: of gate and of up, so each is as two. With groups the sums of one are held
+    beside all, which takes as many registers again."""
+    made = n // 2 if gated else n
+    sizes = [(128, 128, 8), (64, 128, 4), (64, 64, 4)]
+    if not group and not gated:
+        sizes.insert(0, (128, 256, 8))
+    if group and gated:
+        sizes = [(128, 64, 8), (64, 64, 4)]
+    enough = 0.9 * multiprocessors
+    fits = (size for size in sizes if cdiv(m, size[0]) * cdiv(made, size[1]) >= enough)
+    rows, columns, warps = next(fits, sizes[-1])
+    return WholeTile(rows, columns, min(group or 128, 128), warps, 4 if rows * columns > 4096 else 5)
+
+
+def copies(k: int) -> bool:
+    """Whether the copy engine takes rows of so many bytes."""
+    return k % 16 == 0
 
 
 def rounds_inside(m: int, k: int, int8: bool) -> bool:

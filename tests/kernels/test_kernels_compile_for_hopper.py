@@ -140,7 +140,7 @@ def w8a8(scheme: str, rows: int, *matmuls: str) -> None:
     shapes = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
     for name in matmuls or shapes:
         n, k = shapes[name]
-        weight = Weight8(stored, torch.empty(n, k, dtype=kind), torch.empty(stored.groups(k), n))
+        weight = Weight8(stored, torch.empty(n, k, dtype=kind), torch.empty(stored.groups(k), n), copied=True)
         activation, adds = "silu" if name == "gate_up" else None, name in ("out", "down")
         out = torch.empty(rows, n // 2 if activation else n, dtype=BF16)
         norm = Norm(torch.empty(k, dtype=BF16), 1e-5) if rows == 1 and not adds else None
@@ -260,6 +260,10 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8, 64 rows": partial(w8a8, "fp8", 64),
     "w8a8, 128 rows": partial(w8a8, "w8a8", 128),
     "fp8_block, 128 rows": partial(w8a8, "fp8_block", 128, "gate_up"),
+    "w8a8, 256 rows": partial(w8a8, "w8a8", 256),
+    "w8a8, 2048 rows": partial(w8a8, "w8a8", 2048, "qkv", "down"),
+    "fp8, 2048 rows": partial(w8a8, "fp8", 2048, "gate_up", "down"),
+    "fp8_block, 2048 rows": partial(w8a8, "fp8_block", 2048, "gate_up", "down"),
     "sampling, greedy": partial(sampling, True, False),
     "sampling, limited": partial(sampling, False, True),
     "sampling, masked": partial(sampling, False, True, True),
@@ -324,7 +328,7 @@ SMALLER = (
     *("packed 8 bits, 1 row", "packed 8 bits, 32 rows", "packed 8 bits, 64 rows", "packed 8 bits, 256 rows"),
     *("packed 4 bits made dense", "packed 8 bits made dense"),
     *("rounded inputs, w8a8", "w8a8, 1 row", "fp8_block, 1 row", "w8a8, 8 rows", "fp8_block, 32 rows"),
-    *("fp8, 64 rows", "w8a8, 128 rows"),
+    *("fp8, 64 rows", "w8a8, 128 rows", "w8a8, 256 rows", "w8a8, 2048 rows", "fp8_block, 2048 rows"),
 )
 if not os.environ.get("LIGHTLLMD_LONG_TESTS"):
     CASES = {case: launch for case, launch in CASES.items() if case not in SMALLER}

@@ -19,13 +19,14 @@ from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.quantised import QuantisedMatrix, quantise
 from lightllmd.kernels.quantised_rows import GatedProduct, quantise_rows
 from lightllmd.kernels.w8a8_matmul import Weight8, linear
-from lightllmd.kernels.w8a8_tiles import Tile8
+from lightllmd.kernels.w8a8_tiles import Tile8, WholeTile
 
 EPS = 1e-5
 NAMES = ("w8a8", "fp8", "fp8_block")
 GROUPED = replace(SCHEMES["fp8_block"], group=64, rows=32)  # more groups in a small matrix
 TESTED = [SCHEMES["w8a8"], SCHEMES["fp8"], GROUPED]
 GEMV, DOT, SWAPPED = Tile8(True, 4, 128, 4), Tile8(False, 16, 64, 4, 3), Tile8(False, 32, 32, 4, 3, swap=True)
+WHOLE, HALVES = WholeTile(32, 32, 32, 4, 3), WholeTile(16, 256, 64, 4, 3)
 
 
 def random(*shape: int, device: str, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
@@ -134,27 +135,38 @@ def test_what_is_no_number_stays_told(scheme: Scheme, rows: int, device: str) ->
 
 # Rows of each kernel; inputs and outputs that fill no tile, and rows beyond one block.
 @covering(
-    1,
+    2,
     scheme=TESTED,
-    tile=[GEMV, DOT, SWAPPED],
-    shape=[(52, 200), (64, 256), (36, 132)],
+    tile=[GEMV, DOT, SWAPPED, WHOLE],
+    shape=[(52, 208), (64, 256), (36, 144)],
     activation=[None, "gelu_tanh", "silu"],
     biased=[False, True],
 )
 def test_matmuls_are_those_of_the_scheme(
-    scheme: Scheme, tile: Tile8, shape: tuple[int, int], activation: str | None, biased: bool, device: str
+    scheme: Scheme, tile: Tile8 | WholeTile, shape: tuple[int, int], activation: str | None, biased: bool, device: str
 ) -> None:
-    check(scheme, tile, 1 if tile.gemv else 21, shape, activation, biased, device)
+    check(scheme, tile, 1 if tile == GEMV else 37, shape, activation, biased, device)
 
 
 @pytest.mark.parametrize("scheme", TESTED, ids=NAMES)
-@pytest.mark.parametrize("tile", [GEMV, DOT, SWAPPED], ids=["gemv", "dot", "swapped"])
-def test_residual_stream_is_updated_in_place(scheme: Scheme, tile: Tile8, device: str) -> None:
-    check(scheme, tile, 1 if tile.gemv else 3, (52, 200), None, True, device)
+@pytest.mark.parametrize("tile", [GEMV, DOT, SWAPPED, WHOLE, HALVES], ids=["gemv", "dot", "swapped", "whole", "halves"])
+def test_residual_stream_is_updated_in_place(scheme: Scheme, tile: Tile8 | WholeTile, device: str) -> None:
+    check(scheme, tile, 1 if tile == GEMV else 3, (52, 208), None, True, device)
+
+
+def test_inputs_that_fill_no_word_are_rounded_before(device: str) -> None:
+    for scheme in TESTED:
+        check(scheme, DOT, 1, (20, 75), "silu", True, device)
 
 
 def check(
-    scheme: Scheme, tile: Tile8, rows: int, shape: tuple[int, int], activation: str | None, biased: bool, device: str
+    scheme: Scheme,
+    tile: Tile8 | WholeTile,
+    rows: int,
+    shape: tuple[int, int],
+    activation: str | None,
+    biased: bool,
+    device: str,
 ) -> None:
     """One matmul against the scheme in float64; out is a slice, and what lies beside it stays NaN."""
     outputs, columns = shape
@@ -175,7 +187,7 @@ def check(
     else:
         residual = out.copy_(random(rows, made, device=device, seed=4))
         expected = expected + residual.cpu().double()
-    inputs, inside = (x, norm) if tile.gemv else (quantise_rows(x, scheme, norm=norm), None)
+    inputs, inside = (x, norm) if tile == GEMV else (quantise_rows(x, scheme, norm=norm), None)
     linear(inputs, weight, out, norm=inside, residual=residual, activation=activation, tile=tile)
     close(out, expected)
     assert around[rows:].isnan().all()
@@ -266,6 +278,8 @@ def test_every_shape_gets_a_tile_that_holds_it() -> None:
                 assert tile.gemv == (rows == 1)
                 assert not scheme.group or scheme.group % tile.block_k == 0 or tile.gemv
                 assert tile.block_n >= (16 if tile.swap else 2)
+                whole = w8a8_tiles.whole_tile_for(rows, outputs, scheme.group, rows % 2 == 0)
+                assert not scheme.group or scheme.group % whole.block_k == 0
                 if not tile.gemv:
                     staged = (w8a8_tiles.block_rows(rows) + tile.block_n) * tile.block_k * tile.stages
                     assert staged <= 227 * 1024
