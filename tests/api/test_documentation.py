@@ -74,7 +74,7 @@ class Documented:
         assert {name for name in answer.headers if name in ours or name.startswith("x-ratelimit")} <= named, place
         if kind == "application/json":
             schema = told["content"][kind]["schema"] | {"components": self.document["components"]}
-            jsonschema.validate(answer.json(), schema)
+            jsonschema.Draft202012Validator(schema).validate(answer.json())
 
 
 async def documented(one: Stack) -> Documented:
@@ -178,7 +178,7 @@ def test_every_error_is_in_the_table_and_told_in_each_dialects_form(tmp_path: Pa
                         body = json.loads(response.body)
                         forms_seen.setdefault(name, set()).add(repr(sorted(body)))
                         schema = schemas[f"{''.join(filter(str.isalnum, name.title()))}Error"]
-                        jsonschema.validate(body, schema)
+                        jsonschema.Draft202012Validator(schema).validate(body)
                         assert "what happened" in json.dumps(body)
             assert len({frozenset(keys) for keys in forms_seen.values()}) == len(forms_seen)
 

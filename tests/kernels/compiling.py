@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ class Compiled:
     registers: int  # per thread
     spilled: int  # bytes of local memory per thread
     shared: int  # bytes per program
-    wgmma: int  # warp-group matrix instructions in the code
+    wgmma: int  # warp-group matrix instructions in the PTX
 
 
 class _Hopper:
@@ -79,19 +80,26 @@ def _compiled(cases: dict[str, Callable[[], None]]) -> Iterator[Compiled]:
                 registers=numbers["REG"],
                 spilled=numbers["STACK"] + numbers["LOCAL"],
                 shared=metadata.shared,
-                wgmma=len(re.findall(r"\b[HIQ]GMMA\b", told)),
+                wgmma=_ptx(metadata).count("wgmma.mma_async"),
             )
         driver.loaded.clear()
 
 
+def _ptx(metadata: Any) -> str:
+    """Where Triton has kept it. (To list the machine code instead takes half a second of each kernel.)"""
+    from triton.runtime.cache import get_cache_manager
+
+    return Path(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")).read_text()
+
+
 def _told(code: bytes) -> str:
-    """Resources and machine code."""
+    """Resources."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

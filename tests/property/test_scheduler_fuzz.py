@@ -1,7 +1,7 @@
 """Scheduler, slots and prompt cache as a state machine: drawn operations, every invariant after each of them.
 
 Hypothesis drives the model (fuzz_model) for short, shrinkable counterexamples; a seeded draw drives it for length:
-50,000 operations, a million with LIGHTLLMD_LONG_TESTS=1.
+30,000 operations, a million with LIGHTLLMD_LONG_TESTS=1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from property.fuzz_clients import APIS
 from property.fuzz_model import Model
 from property.fuzz_reference import EOS
 
-OPERATIONS = 1_000_000 if LONG else 50_000
+OPERATIONS = 1_000_000 if LONG else 30_000
 SEED = int(os.environ.get("LIGHTLLMD_SEED", "20261123"))
 DEPTHS = (0, 1)  # steps that stay out while the next is scheduled, as an engine does without and with overlap
 ROUND = 500  # operations on one scheduler
