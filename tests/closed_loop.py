@@ -27,7 +27,8 @@ from harness import Daemon
 from long_run import LONG
 
 NATIVE, NATIVE_STREAM, CHAT, CHAT_STREAM = WAYS = ("native", "native stream", "chat", "chat stream")
-CLIENTS = 32 if LONG else 12  # they take what there is of a core, as long as they run
+CLIENTS = 32 if LONG else 12
+PAUSE = 0.0 if LONG else 0.25  # seconds of a client between two requests; without it they take what there is of a core
 PATIENCE = 120.0  # seconds for one answer; a request that waits longer counts as hung
 
 
@@ -251,8 +252,8 @@ class ClosedLoop:
                     record.severed = isinstance(failure, httpx.TransportError)
                 record.ended = time.monotonic()
                 self.records.append(record)
-                if record.answer is None:
-                    await asyncio.sleep(0.05)  # a fault that lasts needs no thousands of records
+                # A fault that lasts needs no thousands of records.
+                await asyncio.sleep(PAUSE if record.answer else max(PAUSE, 0.05))
 
     async def _ask(self, mine: httpx.AsyncClient, question: Question) -> Answer:
         for url in self.urls:

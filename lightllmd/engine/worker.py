@@ -20,7 +20,7 @@ from lightllmd import errors
 from lightllmd.config.parameters import FakeSettings
 from lightllmd.config.plan import Plan
 from lightllmd.engine.backends import grammars_for, runner_for, scheduler_for
-from lightllmd.engine.grammar_gate import GrammarGate, Refused
+from lightllmd.engine.grammar_gate import GrammarGate, Refused, Waiting
 from lightllmd.engine.grammar_vocabulary import compiler_of
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.runners import fake
@@ -269,7 +269,7 @@ class EngineWorker:
                     text = f"the queue is full: {len(self._gate)} requests wait for their grammars to be compiled"
                     self._reject(message, "queue_full", text)
                 elif not self._gate.holds(message, now):
-                    self._submit(message, now)
+                    self._submit(Waiting(message, now))
             case messages.Abort():
                 self._gate.abort(message.request, message.branches)
                 self._scheduler.abort(message.request, message.branches)
@@ -277,11 +277,11 @@ class EngineWorker:
                 self._peers.add((message.api, message.epoch))
                 self._told = None
 
-    def _submit(self, message: messages.Submit, since: float) -> None:
+    def _submit(self, one: Waiting) -> None:
         """To the scheduler."""
-        rejected = self._scheduler.submit(message, since)
+        rejected = self._scheduler.submit(one.message, one.since, one.rows)
         if rejected:
-            self._socket.send(message.api, message.epoch, rejected)
+            self._socket.send(one.message.api, one.message.epoch, rejected)
 
     def _take_compiled(self) -> None:
         """Requests whose grammars are compiled by now go to the scheduler."""
@@ -289,7 +289,7 @@ class EngineWorker:
             if isinstance(one, Refused):
                 self._reject(one.message, "invalid", one.why)
             else:
-                self._submit(one.message, one.since)
+                self._submit(one)
 
     def _reject(self, message: messages.Submit, reason: str, text: str) -> None:
         after = RETRY_AFTER if reason == "queue_full" else None

@@ -69,7 +69,7 @@ def model(llm: LLM) -> Any:
 
 @torch.inference_mode()
 def by_transformers(
-    model: Any, prompts: list[list[int]], width: int, **more: Any
+    model: Any, prompts: list[list[int]], width: int, max_new_tokens: int = TOKENS, **more: Any
 ) -> list[list[tuple[list[int], float]]]:
     """Of each prompt the hypotheses with their scores; all in one batch, padded on the left."""
     longest = max(map(len, prompts))
@@ -82,7 +82,7 @@ def by_transformers(
         num_return_sequences=width,
         early_stopping=False,
         length_penalty=1.0,
-        max_new_tokens=TOKENS,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         output_scores=True,
         return_dict_in_generate=True,
@@ -117,9 +117,9 @@ def test_a_stop_ends_hypotheses_as_transformers_ends_them_by_eos(llm: LLM, model
     """An id, since transformers looks at stop texts between steps only, for all beams at once."""
     comma = llm.tokenizer.encode(",", add_special_tokens=False)
     texts = [PROMPTS[7]]
-    outputs = llm.generate(texts, n=3, max_new_tokens=TOKENS, stop_sequences=[comma], progress=False)
+    outputs = llm.generate(texts, n=3, max_new_tokens=24, stop_sequences=[comma], progress=False)
     eos = [*llm.plan.eos_id, *comma]
-    truths = by_transformers(model, [output.prompt_token_ids for output in outputs], 3, eos_token_id=eos)
+    truths = by_transformers(model, [output.prompt_token_ids for output in outputs], 3, 24, eos_token_id=eos)
     for output, truth in zip(outputs, truths, strict=True):
         assert [branch.token_ids for branch in output.branches] == [tokens for tokens, _ in truth]
     assert any(branch.token_ids[-1:] == comma for output in outputs for branch in output.branches)

@@ -14,7 +14,7 @@ import pytest
 from engine_process import Api, Connect, Start, expected
 from lightllmd.engine.grammar_gate import GrammarGate, Refused
 from lightllmd.engine.grammar_vocabulary import compiler_here, compiler_of
-from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
+from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars, GrammarRow
 from lightllmd.errors import EngineError
 from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.ipc.messages import Grammar, SamplingParams, StepOutput, Submit
@@ -112,6 +112,50 @@ def test_a_vocabulary_that_can_not_be_read_refuses_them_too_and_is_read_again_fo
     assert [one.message.request for one in held.passed(1)] == [2]
 
 
+def test_what_was_emitted_before_a_replay_is_gone_through_here_and_not_in_a_step(held: Held) -> None:
+    long, short = list(b"12345678901234567890"), list(b"123")
+    asked = [asking(1, DIGITS, n=2, emitted=[long, short], replay=True), asking(2, DIGITS, emitted=[short])]
+    assert [held.gate.holds(message, 0.0) for message in asked] == [True, True]  # it is not compiled
+    near, far = sorted(held.passed(2), key=lambda one: one.rows is not None)
+    assert (near.message.request, far.message.request) == (2, 1)
+    for row, emitted in zip(far.rows, [long, short], strict=True):
+        assert row._accepted == emitted
+        assert row.mask(emitted) == held.grammars.row(far.message.params).mask(emitted)
+    assert held.gate.holds(asking(3, DIGITS, emitted=[[*long, *long]], replay=True), 0.0)  # it is compiled
+    assert not held.gate.holds(asking(4, DIGITS, emitted=[short], replay=True), 0.0)
+    assert [len(one.rows[0]._accepted) for one in held.passed(1)] == [40]
+    assert len(held.gate) == 0
+
+
+def test_a_replayed_request_that_is_aborted_comes_without_its_branch_or_not_at_all(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may, real = threading.Event(), threading.Event(), GrammarRow.advance
+
+    def advance(row: GrammarRow, emitted: list[int]) -> None:
+        begun.set()
+        assert may.wait(30)
+        real(row, emitted)
+
+    held.gate.holds(asking(1, DIGITS), 0.0)
+    held.passed(1)
+    monkeypatch.setattr(GrammarRow, "advance", advance)
+    numbers = [list(b"1") * 20, list(b"2") * 30]
+    for request in (2, 3, 4):
+        held.gate.holds(asking(request, DIGITS, n=2, emitted=numbers, replay=True), 0.0)
+    assert begun.wait(30)
+    held.gate.abort(2, [0])
+    held.gate.abort(3, None)
+    assert len(held.gate) == 2
+    may.set()
+    passed = held.passed(2)
+    assert [(one.message.request, one.message.branches) for one in passed] == [(2, [1]), (4, [0, 1])]
+    assert [[len(row._accepted) for row in one.rows] for one in passed] == [[30], [20, 30]]
+    held.gate.holds(asking(5, DIGITS, n=2, emitted=numbers, replay=True), 0.0)
+    held.gate.clear()
+    assert len(held.gate) == 0
+
+
 def tokens_of(api: Api, request: int) -> list[int]:
     """Whatever their positions."""
     outputs = [message for message in api.heard if isinstance(message, StepOutput)]
@@ -125,16 +169,16 @@ def test_the_engine_process_compiles_beside_its_steps_and_imports_no_torch_for_i
     engine = start(overlap=True).wait_ready()
     api = connect(engine)
     plain = api.submit(1, "world", 200)
-    grammar = Grammar("ebnf", 'root ::= "[" item ("," item){1,2} "]"\nitem ::= "\\"a\\"" | "17"')
+    grammar = Grammar("ebnf", 'root ::= "[" item ("," item){9,12} "]"\nitem ::= "\\"a\\"" | "17"')
     held = api.submit(2, "hello", 200, params={"grammar": grammar})
     again = api.submit(3, "hello", 200, params={"grammar": grammar})
     api.hear(lambda: 256 in api.tokens(held) and 256 in api.tokens(again) and len(api.tokens(plain)) == 200)
     assert api.tokens(plain) == expected("world", 200)
     assert api.tokens(held) == api.tokens(again)
     assert bytes(api.tokens(held)[:-1]).startswith(b"[")
-    cut = api.submit(4, "hello", 200, params={"grammar": grammar}, emitted=[api.tokens(held)[:9]], replay=True)
+    cut = api.submit(4, "hello", 200, params={"grammar": grammar}, emitted=[api.tokens(held)[:20]], replay=True)
     api.hear(lambda: tokens_of(api, cut)[-1:] == [256])
-    assert tokens_of(api, cut) == api.tokens(held)[9:]
+    assert tokens_of(api, cut) == api.tokens(held)[20:]
     bad = api.submit(5, "hello", 200, params={"grammar": BAD})
     api.hear(lambda: any(getattr(message, "request", None) == bad for message in api.heard))
     assert "libtorch" not in Path(f"/proc/{engine.process.pid}/maps").read_text()

@@ -22,7 +22,7 @@ from lightllmd.text import ByteTokenizer
 from lightllmd.text.healing import writable
 from long_run import LONG
 
-STREAMS = 64 if LONG else 32
+STREAMS = 64 if LONG else 16
 OVERLAP = ("--engine.fake.overlap", "true")
 TOKENS = 200
 PATTERN = "([a-z]{2}[0-9]-?)+"

@@ -75,6 +75,17 @@ class Restrictions:
                 vocabulary[number] = None
         return ByteIndex(vocabulary)
 
+    def each(
+        self, params: SamplingParams, branches: int, beam: bool, rows: Sequence[GrammarRow] | None = None
+    ) -> list[Restriction | None]:
+        """One for each branch of a request. `rows`: those of its grammar, where they have been advanced already; those
+        of beams are made anew, since they go back, too."""
+        if rows and not beam:
+            others = self._of_ids(params)
+            return [_Grammatical(row, others, self._eos) for row in rows]
+        restriction = self.of(params)
+        return [restriction and restriction.for_sequence(beam) for _ in range(branches)]
+
     def of(self, params: SamplingParams) -> Restriction | None:
         """None: nothing restricts the request."""
         others = self._of_ids(params)

@@ -25,7 +25,7 @@ from lightllmd.engine.scheduling import beam_sequences as beams
 from lightllmd.engine.scheduling.admission import Admission, SchedulerLimits
 from lightllmd.engine.scheduling.beam_sequences import BeamResult
 from lightllmd.engine.scheduling.composer import Composer
-from lightllmd.engine.scheduling.grammar_rows import MOST_SECONDS
+from lightllmd.engine.scheduling.grammar_rows import MOST_SECONDS, GrammarRow
 from lightllmd.engine.scheduling.hypothesis_text import HypothesisTexts
 from lightllmd.engine.scheduling.outputs import Outputs, append_token, pooled
 from lightllmd.engine.scheduling.queues import Queues, age
@@ -408,8 +408,9 @@ class Scheduler:
             self._end(member)
 
     # --- coming and going -------------------------------------------------------------------------------------
-    def submit(self, message: Submit, now: float = 0.0) -> Rejected | None:
+    def submit(self, message: Submit, now: float = 0.0, rows: list[GrammarRow] | None = None) -> Rejected | None:
         """Puts a request in line, if there is room for it or it is replayed. `now`: seconds of any clock, for `expire`.
+        `rows`: its grammar's, one for each branch, where they have been advanced by what is emitted.
 
         A request that is already here, or whose api worker's process is dead, is ignored: no answer has a reader.
         """
@@ -420,11 +421,10 @@ class Scheduler:
             return submission
         sequences = sequences_of(message, self.limits.priority_ageing)
         if self._restrictions is not None and isinstance(message.params, SamplingParams):
-            restriction = self._restrictions.of(message.params)
-            for sequence in sequences:
-                sequence.restriction = restriction and restriction.for_sequence(
-                    self.limits.beam_mode and message.params.n > 1
-                )
+            beam = self.limits.beam_mode and message.params.n > 1
+            each = self._restrictions.each(message.params, len(sequences), beam, rows)
+            for sequence, restriction in zip(sequences, each, strict=True):
+                sequence.restriction = restriction
         for sequence in sequences:
             sequence.submission, sequence.since = submission, now
         if isinstance(message.params, SamplingParams) and message.params.n > 1:
