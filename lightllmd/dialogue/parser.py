@@ -196,8 +196,10 @@ class MarkParser(Parser):
         self._state = self._in_content
 
     def _on_mark(self, mark: str) -> None:
-        """A mark other than those of reasoning stood in the content; `_held` begins behind it."""
-        raise NotImplementedError
+        """A mark other than those of reasoning stood in the content; `_held` begins behind it. By itself it is no more
+        than content."""
+        self._spaces = False
+        self._events.append(Content(mark))
 
     def _give_back(self, text: str) -> None:
         """What was taken for the beginning of a call is none: it is content, and what follows is looked at anew."""

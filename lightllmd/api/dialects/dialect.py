@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -49,11 +49,16 @@ class Dialect:
         return ErrorShape(self.error_body, self.error_status, self.names_requests)
 
 
-class Reply(Protocol):
+class WholeReply(Protocol):
     """How a dialect tells what became of a body's jobs."""
 
     def whole(self, pending: Pending) -> Any:
         """In one piece, once all have ended; what JSON is made of. Called in a thread where it is large."""
+
+
+@runtime_checkable
+class Reply(WholeReply, Protocol):
+    """Of a route that may stream."""
 
     def frames(self, pending: Pending) -> Frames:
         """As they come."""
@@ -69,8 +74,8 @@ class Translation(Generic[Kind]):
 
     body: type[Kind]
     asked: Callable[[Kind], Asked | ScoresAsked]  # raises InvalidRequest for what the dialect alone can't do
-    reply: Callable[[Revision, Kind, Sequence[Any]], Awaitable[Reply]]  # gets the jobs of what was asked
-    streamed: Callable[[Kind], bool]
+    reply: Callable[[Revision, Kind, Sequence[Any]], Awaitable[WholeReply]]  # gets the jobs of what was asked
+    streamed: Callable[[Kind], bool]  # then the reply is a `Reply`
     error_frame: Callable[[RequestError], bytes]  # the end of a stream that has begun and can't go on
     # Of an answer in one piece, beside what its entries have: characters, as `off_loop` counts them.
     answer_size: Callable[[Kind], int] = _nothing
@@ -126,6 +131,7 @@ class Responder:
                 pending = await revision.open(jobs, arrived_at, revision.tenants.turn(request.scope, urgency))
                 limits.follow(request.scope, pending.entries)
         if translation.streamed(body):
+            assert isinstance(reply, Reply)
             headers = translation.headers(reply, pending)
             return EventStream(pending, reply.frames(pending), revisions.streams, headers, translation.before_end)
         await pending.finish(request.receive)

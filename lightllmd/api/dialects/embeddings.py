@@ -18,7 +18,6 @@ from lightllmd.api.dialects.openai.choices import error_frame, usage
 from lightllmd.api.dialects.scoring.bodies import PromptsBody
 from lightllmd.api.dialects.vectors import base64_of
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
@@ -67,7 +66,7 @@ class EmbeddingsReply:
         return cls(body, revision.model_name)
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`. Of the vectors only one is there as numbers at a time."""
+        """See `WholeReply`. Of the vectors only one is there as numbers at a time."""
         data = [
             {"object": "embedding", "index": index, "embedding": self._told(entry)}
             for index, entry in enumerate(pending.entries)
@@ -75,10 +74,6 @@ class EmbeddingsReply:
         used = usage(pending.entries, 0)
         del used["completion_tokens"]
         return {"object": "list", "data": data, "model": self.model, "usage": used}
-
-    def frames(self, pending: Pending) -> Frames:
-        """It is never streamed."""
-        raise NotImplementedError
 
     def _told(self, entry: Entry) -> msgspec.Raw | str:
         body = self.body

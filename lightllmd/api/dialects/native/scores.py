@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from lightllmd.api.dialects.dialect import Dialect, Responder, Translation
 from lightllmd.api.dialects.native.routes import error_frame
-from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
@@ -53,7 +52,7 @@ class ScoreReply:
         return cls(len(scoring.labels), scoring.marker is not None)
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`."""
+        """See `WholeReply`."""
         (entry,) = pending.entries
         scores: list[Any] = [vector[0] if self.labels == 1 else vector for vector in entry.values]
         return {
@@ -61,10 +60,6 @@ class ScoreReply:
             "prompt_tokens": entry.prompt_tokens,
             "finish_reason": "stop",
         }
-
-    def frames(self, pending: Pending) -> Frames:
-        """It is never streamed."""
-        raise NotImplementedError
 
 
 def router(revisions: Revisions) -> APIRouter:

@@ -21,7 +21,6 @@ from lightllmd.api.dialects.scoring.bodies import (
 )
 from lightllmd.api.dialects.vectors import base64_of
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.inflight.event_stream import Frames
 from lightllmd.api.inflight.pending import Pending
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.config.plan import Scoring
@@ -61,11 +60,7 @@ class ScoringReply(ABC, Generic[Kind]):
 
     @abstractmethod
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`."""
-
-    def frames(self, pending: Pending) -> Frames:
-        """It is never streamed."""
-        raise NotImplementedError
+        """See `WholeReply`."""
 
     def _list(self, entries: Sequence[Entry], data: list[dict[str, Any]]) -> dict[str, Any]:
         """As vLLM answers."""
@@ -109,7 +104,7 @@ class ScorePairsReply(PairsReply[ScorePairsBody]):
     name = "score"
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`."""
+        """See `WholeReply`."""
         scores = enumerate(self.scores(pending.entries))
         data = [{"index": index, "object": "score", "score": score} for index, score in scores]
         return self._list(pending.entries, data)
@@ -121,7 +116,7 @@ class RerankReply(PairsReply[RerankBody]):
     name = "rerank"
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`. Documents with the same score stay in their order."""
+        """See `WholeReply`. Documents with the same score stay in their order."""
         body = self.body
         ranked = sorted(enumerate(self.scores(pending.entries)), key=lambda scored: (-scored[1], scored[0]))
         results = []
@@ -141,7 +136,7 @@ class ClassifyReply(ScoringReply[ClassifyBody]):
     name = "classify"
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`. Of labels with the same probability the first one is told."""
+        """See `WholeReply`. Of labels with the same probability the first one is told."""
         labels = self.scoring.labels
         activation = _activation(self.scoring, self.body.use_activation is not False)
         data = []
@@ -164,7 +159,7 @@ class PoolingReply(ScoringReply[PoolingBody]):
             raise InvalidRequest(f"task: this model has {task}; got {shown(body.task)}", param="task")
 
     def whole(self, pending: Pending) -> dict[str, Any]:
-        """See `Reply`."""
+        """See `WholeReply`."""
         data = [
             {"index": index, "object": "pooling", "data": self._pooled(entry)}
             for index, entry in enumerate(pending.entries)
