@@ -185,7 +185,7 @@ class GrammarGate:
             replayed = self._to_lead.get()
             for branch, emitted in replayed.emitted.items():
                 for behind in range(AT_ONCE, len(emitted) + AT_ONCE, AT_ONCE):
-                    if self._replayed.get(replayed.waiting.message.request) is replayed:  # nobody aborted it
+                    if self._replayed.get(replayed.waiting.message.request) is replayed:  # it was not aborted
                         replayed.rows[branch].advance(emitted[:behind])
             self._done.append(replayed)
             os.eventfd_write(self._event, 1)
