@@ -156,12 +156,18 @@ def _model(status: Json) -> Text:
     if (ranks := model.get("tensor_parallel", 1)) > 1:
         facts.append(f"tp {ranks}")
     if weights := model.get("weight_bytes"):
-        facts.append(f"{units.size(weights)} weights")
+        facts.append(f"{units.size(weights)} weights{_stored(model.get('weights'))}")
     if total := model.get("kv_slots_total"):
-        facts.append(f"KV {model.get('kv_slots_used', 0) / total:.0%} of {units.count(total)} tokens")
+        used = f"{model.get('kv_slots_used', 0) / total:.0%} of {units.count(total)} tokens"
+        facts.append(f"KV {used}{_stored(model.get('kv_cache'))}")
     for fact in filter(None, facts):
         line.append(f"  {fact}", "not bold")
     return line
+
+
+def _stored(scheme: str | None) -> str:
+    """How what is quantised is stored."""
+    return "" if scheme in (None, "dense") else f" ({scheme})"
 
 
 def _others(status: Json) -> list[str]:

@@ -43,5 +43,11 @@ class WeightSchemes:
         """Nothing is quantised."""
         return all(rule.scheme.dense for rule in self.rules)
 
+    @property
+    def title(self) -> str:
+        """Of the schemes that it names, in the order of its rules; "dense" where there are no others."""
+        titles = dict.fromkeys(rule.scheme.title for rule in self.rules if not rule.scheme.dense)
+        return ", ".join(titles) or DENSE.title
+
 
 ALL_DENSE = WeightSchemes()

@@ -51,6 +51,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("return_all_prompt_logprobs"),
     Feature("long_truncation_mode", on="head"),
     Feature("router_token_ratio", on=0.5, switched_on="router_token_ratio > 0"),
+    Feature("mode", on=["triton_int8kv", "triton_w8a16"]),
 )
 
 PAIRS: tuple[Pair, ...] = (

@@ -92,6 +92,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     data_type: str
     weight_bytes: int
     tensor_parallel: int
+    weights: str  # how they are stored: "dense", or the schemes of those that are quantised, such as "w4a16 g128"
+    kv_cache: str  # likewise: "dense", "int8", ...
     kv_slots_used: int  # one slot holds one token
     kv_slots_total: int
 

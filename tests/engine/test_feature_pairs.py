@@ -4,7 +4,9 @@ engine's is. In the sets here each three features meet, each on or off; the long
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import long_run
 from covering import covering_array
 from lightllmd import LLM
 from lightllmd.config.features import FEATURES, pair
+from lightllmd.config.plan import Plan
 from lightllmd.engine.step import Step
 from lightllmd.offline_jobs import Output
 from tiny_models import write_model
@@ -58,6 +61,7 @@ def go_together(switches: tuple[bool, ...]) -> bool:
 
 
 SWITCHES = covering_array([[False, True]] * len(FEATURES), 3, go_together, whole=long_run.LONG)
+MODE = {feature.key: feature.on for feature in FEATURES if feature.key == "mode"}
 SETS = [named(switches) for switches in SWITCHES]
 
 
@@ -87,6 +91,7 @@ class Run:
     several: Output  # the first prompt with n = 3
     steps: list[Step]
     paused: list[int]  # sequences, at each step
+    plan: Plan
 
 
 def run(model: Path, prompts: list[str], **parameters: Any) -> Run:
@@ -104,18 +109,21 @@ def run(model: Path, prompts: list[str], **parameters: Any) -> Run:
         llm._scheduler.check()
         assert llm._scheduler.keys.used == 0
         assert not llm._loop.busy
-    return Run(first, again, several, steps, paused)
+    return Run(first, again, several, steps, paused, llm.plan)
 
 
 @dataclass
 class Truth:
     """What the plain engine and the one that only heals say to the same prompts, and the one that only searches with
-    beams to the first one. `cut`: the end of LONG that fits."""
+    beams to the first one, with or without `mode`. `cut`: the end of LONG that fits. `near`: what
+    log-probabilities are held to; where keys and values are quantised, sums in another order round one to its neighbour
+    now and then."""
 
     plain: list[Output]
     healed: list[Output]
     beams: Output
     cut: str
+    near: float
 
 
 def one(llm: LLM, prompt: str, parameters: dict[str, Any]) -> Output:
@@ -125,8 +133,14 @@ def one(llm: LLM, prompt: str, parameters: dict[str, Any]) -> Output:
 
 
 @pytest.fixture(scope="module")
-def truth(model: Path) -> Truth:
-    with LLM(model, progress=False, **QUIET, **LIMITS) as llm:
+def truths(model: Path) -> Callable[[set[str]], Truth]:
+    """The one that a set of features is held to."""
+    made = cache(lambda on: true_of(model, MODE if on else {}, 2e-2 if on else 1e-4))
+    return lambda features: made("mode" in features)
+
+
+def true_of(model: Path, mode: dict[str, Any], near: float) -> Truth:
+    with LLM(model, progress=False, **QUIET, **LIMITS, **mode) as llm:
         [ids] = llm.tokenizer.encode_batch([LONG])
         cut = llm.tokenizer.decode(ids[-INPUT:])
         assert len(ids) > INPUT
@@ -134,11 +148,11 @@ def truth(model: Path) -> Truth:
         prompts = [cut, *(SYSTEM + end for end in ENDS)]
         assert max(map(len, llm.tokenizer.encode_batch(prompts))) == INPUT
         plain = [one(llm, prompt, {**own, "prompt_logprobs": 0}) for prompt, own in zip(prompts, EACH, strict=True)]
-    with LLM(model, progress=False, token_healing_mode=True, **QUIET, **LIMITS) as llm:
+    with LLM(model, progress=False, token_healing_mode=True, **QUIET, **LIMITS, **mode) as llm:
         healed = [one(llm, prompt, own) for prompt, own in zip(prompts, EACH, strict=True)]
-    with LLM(model, progress=False, beam_mode=True, **QUIET, **LIMITS) as llm:
+    with LLM(model, progress=False, beam_mode=True, **QUIET, **LIMITS, **mode) as llm:
         beams = one(llm, cut, SEVERAL)
-    return Truth(plain, healed, beams, cut)
+    return Truth(plain, healed, beams, cut, near)
 
 
 # What shows that a feature is in force in a run.
@@ -183,6 +197,10 @@ def pauses(made: Run, features: set[str], truth: Truth) -> None:
     assert any(made.paused), "nobody ever was"
 
 
+def quantises(made: Run, features: set[str], truth: Truth) -> None:
+    assert (made.plan.kv_scheme, made.plan.schemes.dense) == ("int8", False)
+
+
 WITNESSES = {
     "use_dynamic_prompt_cache": caches,
     "splitfuse_mode": splits,
@@ -192,6 +210,7 @@ WITNESSES = {
     "return_all_prompt_logprobs": scores,
     "long_truncation_mode": cuts,
     "router_token_ratio": pauses,
+    "mode": quantises,
 }
 
 
@@ -202,10 +221,10 @@ def held_to(truth: Truth, made: Run, features: set[str]) -> None:
             assert output.prompt_token_ids == right.prompt_token_ids
             assert output.token_ids == right.token_ids
             assert output.text == right.text
-            assert output.branches[0].logprobs == pytest.approx(right.branches[0].logprobs, abs=1e-4)
+            assert output.branches[0].logprobs == pytest.approx(right.branches[0].logprobs, abs=truth.near)
             if "return_all_prompt_logprobs" in features:
                 known = len(output.prompt_token_ids) - 1
-                assert output.prompt_logprobs == pytest.approx(plain.prompt_logprobs[:known], abs=1e-4)
+                assert output.prompt_logprobs == pytest.approx(plain.prompt_logprobs[:known], abs=truth.near)
             else:
                 assert output.prompt_logprobs is None
     if "beam_mode" not in features:
@@ -215,7 +234,8 @@ def held_to(truth: Truth, made: Run, features: set[str]) -> None:
 
 
 @pytest.mark.parametrize("features", SETS, ids=lambda features: "-".join(sorted(features)))
-def test_what_goes_together_generates_what_the_plain_engine_does(features: set[str], model: Path, truth: Truth) -> None:
+def test_what_goes_together_generates_what_the_plain_engine_does(features: set[str], model: Path, truths: Any) -> None:
+    truth = truths(features)
     parameters = {feature.key: feature.on for feature in FEATURES if feature.key in features}
     start = LONG if "long_truncation_mode" in parameters else truth.cut
     if "long_truncation_mode" in parameters:
@@ -224,8 +244,9 @@ def test_what_goes_together_generates_what_the_plain_engine_does(features: set[s
     held_to(truth, made, features)
 
 
-def test_all_that_goes_together_goes_together_at_once(model: Path, truth: Truth) -> None:
+def test_all_that_goes_together_goes_together_at_once(model: Path, truths: Any) -> None:
     parameters = {feature.key: feature.on for feature in FEATURES if feature.key != "beam_mode"}
+    truth = truths(set(parameters))
     made = run(model, [LONG, *(SYSTEM + end for end in ENDS)], max_req_input_len=INPUT, **parameters)
     held_to(truth, made, set(parameters))
 

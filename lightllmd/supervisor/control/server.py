@@ -42,6 +42,8 @@ VALUES = (
     "batch_max_tokens",
     "eos_id",
     "data_type",
+    "kv_scheme",
+    "decode_kernel",
     "tokenizer_mode",
     "log_stats_interval",
     "vocab_size",

@@ -97,6 +97,8 @@ def _model(daemon: Daemon) -> snapshot.Model | None:
         data_type=plan.data_type,
         weight_bytes=plan.budget.row("weights"),
         tensor_parallel=plan.config.params.tp,
+        weights=plan.schemes.title,
+        kv_cache=plan.kv_scheme,
         kv_slots_used=int(stats.get("slots_used", 0)),
         kv_slots_total=int(stats.get("slots_total", plan.max_total_token_num)),
     )
