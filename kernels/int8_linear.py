@@ -34,13 +34,11 @@ class W8A16Linear(EagerLinear):
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dtype is torch.bfloat16 and len(x) <= self._few:
-            out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self._ones)
+            out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self._ones).mul_(self.scale)
         else:
-            out = functional.linear(x, self.weight.to(x.dtype))  # bf16 has all integers of 8 bits
-        if self.bias is not None:
-            out = out.mul_(self.scale).add_(self.bias)
-            return out if residual is None else out.add_(residual)
-        return out.mul_(self.scale) if residual is None else residual.addcmul_(out, self.scale)
+            # bf16 has all integers of 8 bits. Of many rows torch is slow at what has operands of two dtypes.
+            out = functional.linear(x, self.weight.to(x.dtype)).float().mul_(self.scale).to(x.dtype)
+        return _added(out, self.bias, residual)
 
     @staticmethod
     def takes(scheme: Scheme) -> bool:
@@ -76,24 +74,16 @@ class W8A8Linear(EagerLinear):
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
         values, scale = self.inputs(x)
-        out = self.products(values)
-        if self.bias is not None:
-            out = out.mul_(scale).add_(self.bias)
-            return out.to(x.dtype) if residual is None else residual.add_(out)
-        return (
-            torch.mul(out, scale, out=torch.empty_like(out, dtype=x.dtype))
-            if residual is None
-            else (residual.addcmul_(out, scale))
-        )
+        return _added(self.products(values).mul_(scale).to(x.dtype), self.bias, residual)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x [T, in]`` -> `quantised.quantised_inputs` plus `ZERO`, uint8, and fp32 scales ``[T, 1]`` or ``[]``."""
         if self.input_scale is not None:
             steps = torch.div(x.float(), self.input_scale).round_().clamp_(-ZERO, ZERO - 1)
-            return steps.add_(ZERO).to(torch.uint8), self.input_scale
+            return _unsigned(steps), self.input_scale
         largest = x.abs().amax(1, True).float().clamp_min_(SMALLEST_INPUT)
         inverse = torch.full_like(largest, LEVELS["int8"]).div_(largest)
-        return torch.mul(x, inverse).round_().add_(ZERO).to(torch.uint8), largest.div_(LEVELS["int8"])
+        return _unsigned(torch.mul(x, inverse).round_()), largest.div_(LEVELS["int8"])
 
     def products(self, values: Tensor) -> Tensor:
         """``values [T, in]`` uint8 -> fp32 ``[T, out]``, each the exact sum times its output's scale."""
@@ -120,6 +110,17 @@ class W8A8Linear(EagerLinear):
         except RuntimeError:
             return False
         return bool((out == 64 * 127 * (255 - ZERO)).all())
+
+
+def _unsigned(steps: Tensor) -> Tensor:
+    """Whole numbers from -128 to 127, plus `ZERO`: by way of int8, which torch is fast at."""
+    return steps.to(torch.int8).view(torch.uint8).add_(ZERO)
+
+
+def _added(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is not None:
+        out.add_(bias)
+    return out if residual is None else out.add_(residual)
 
 
 def _by_output(scheme: Scheme) -> bool:

@@ -125,6 +125,7 @@ def main() -> None:
             schemes = llm.plan.schemes
         seconds = f"{time.perf_counter() - clock:.0f} ({psutil.Process().cpu_times().user - begun:.0f} of CPU)"
         first = loss if first is None else first
+        print(f"{run}: {loss * scored:.3f} nats of {scored} tokens", file=sys.stderr, flush=True)
         reference = ""
         if given.reference:
             dense = of_reference(given, windows, ALL_DENSE) if dense is None else dense
