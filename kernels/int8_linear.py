@@ -77,11 +77,11 @@ class W8A8Linear(EagerLinear):
         return _added(self.products(values).mul_(scale).to(x.dtype), self.bias, residual)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [T, in]`` -> `quantised.quantised_inputs` plus `ZERO`, uint8, and fp32 scales ``[T, 1]`` or ``[]``."""
+        """``x [T, in]`` -> `quantised.quantised_inputs` plus `ZERO`, uint8, and fp32 scales ``[T, 1]``."""
+        largest = x.abs().amax(1, True).float().clamp_min_(SMALLEST_INPUT)
         if self.input_scale is not None:
             steps = torch.div(x.float(), self.input_scale).round_().clamp_(-ZERO, ZERO - 1)
-            return _unsigned(steps), self.input_scale
-        largest = x.abs().amax(1, True).float().clamp_min_(SMALLEST_INPUT)
+            return _unsigned(steps), torch.where(largest.isfinite(), self.input_scale, largest)
         inverse = torch.full_like(largest, LEVELS["int8"]).div_(largest)
         return _unsigned(torch.mul(x, inverse).round_()), largest.div_(LEVELS["int8"])
 

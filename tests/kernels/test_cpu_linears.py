@@ -127,3 +127,15 @@ def test_what_a_cpu_has_no_kernel_for_is_told_once(caplog: pytest.LogCaptureFixt
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "fp8" in caplog.text
     assert "w8a16" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "static w8a8", "groups of 32"])
+def test_a_token_that_is_no_number_stays_none_and_alone(name: str) -> None:
+    """A sampler finds out by its logits that a model's numbers are broken."""
+    linear = EagerKernels(CPU, torch.bfloat16).linear("down", matrix(STORED[name], 128, 64, torch.bfloat16), None)
+    for count in (3, 80):
+        x = random(count, 64, seed=2).bfloat16()
+        x[1, 7] = float("nan")
+        out = linear(x)
+        assert out[1].isnan().all()
+        assert out[[0, *range(2, count)]].isfinite().all()
