@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightllmd.architecture.schemes import Scheme
+from lightllmd.architecture import gpu_storage
 from lightllmd.kernels import packed_tiles
 from lightllmd.kernels.activation import gated
 from lightllmd.kernels.cards import card_of
@@ -62,7 +62,7 @@ class FusedPackedLinear(FusedLinear):
     def _dense_matmul(self, x: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         """cuBLAS's, with some rows of the weight dense at a time."""
         weight = self._packed
-        height = packed_tiles.scratch_rows(weight.rows, weight.columns, x.element_size())
+        height = gpu_storage.dense_rows(weight.rows, weight.columns, x.element_size())
         scratch = x.new_empty(height, weight.columns)
         out = x.new_empty(len(x), weight.rows) if residual is None else residual
         for first in range(0, weight.rows, height):
@@ -87,10 +87,7 @@ class FusedPackedLinears:
     def __init__(self, device: torch.device) -> None:
         self._arrived = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
 
-    @staticmethod
-    def takes(scheme: Scheme) -> bool:
-        """Groups of 16 inputs, or of a multiple, and scales for each row."""
-        return not scheme.inputs and scheme.rows == 1 and scheme.group % 16 == 0
+    takes = staticmethod(gpu_storage.packs)
 
     def __call__(self, weight: QuantisedMatrix, bias: Tensor | None = None) -> Linear:
         """Takes over a weight and its bias ``[out]``. One whose inputs are no whole blocks is not packed."""

@@ -83,12 +83,6 @@ def staged(tile: PackedTile, bits: int) -> int:
     return step * (tile.stages if tile.wide else tile.stages - 1)
 
 
-def scratch_rows(n: int, k: int, item_bytes: int) -> int:
-    """Rows of the weight that are dense at a time: few enough to stay in the second-level cache, which the matmul then
-    reads them from, but 2048 at least, for cuBLAS to have tiles for all multiprocessors."""
-    return min(n, max(2048, (32 << 20) // (k * item_bytes) // 256 * 256))
-
-
 def _skinny(card: Card, m: int, n: int, bits: int, blocks: int) -> PackedTile:
     block_m = max(8, power_above(m))
     # At one row x is few bytes, and its norm may be computed in each program: many programs, but two tiles in each.

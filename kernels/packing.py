@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.gpu_storage import BLOCK_INPUTS
+
 BLOCK_ROWS = 16
-BLOCK_INPUTS = 64
 CHUNK = 1024  # rows that are packed at a time, which bounds the memory beside values and result
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from lightllmd.architecture.cpu_storage import cpu_nbytes
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.gpu_storage import DEQUANTISED_BYTES, scratch_nbytes
 from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.architecture.storage import weight_bytes
@@ -15,10 +16,6 @@ from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.architecture.weights import WeightSpec
 from lightllmd.config.amount import count
 from lightllmd.config.plan import BudgetRow
-
-# Of each element of a matrix that `kernels.dequantised_linear` makes dense: its values and spread scales in fp32, and
-# spread zeros before them or the dense matrix behind them.
-DEQUANTISED_BYTES = 12
 
 
 def weights_row(
@@ -63,3 +60,22 @@ def dequantised_rows(architecture: Architecture | Outline, schemes: WeightScheme
         return []
     how = f"the largest quantised matrix made dense, {count(max(made))} elements x {DEQUANTISED_BYTES} B"
     return [BudgetRow("dequantised", max(made) * DEQUANTISED_BYTES, how)]
+
+
+def scratch_rows(architecture: Architecture | Outline, data_type: str, schemes: WeightSchemes) -> list[BudgetRow]:
+    """On a GPU, for the matmul with a quantised matrix that takes most beside it; none where none is quantised."""
+    if isinstance(architecture, Outline):
+        return []
+    found = [
+        scratch_nbytes(schemes.of(weight), _stacked(weight), ITEM_BYTES[data_type])
+        for weight in architecture.weights
+        if not schemes.of(weight).dense
+    ]
+    if not found:
+        return []
+    return [BudgetRow("dequantised", max(found), "the most that is made dense of a quantised matrix at a time")]
+
+
+def _stacked(weight: WeightSpec) -> tuple[int, int]:
+    """The shape of the matrix that its parts are, one below the other."""
+    return sum(part.shape[0] for part in weight.parts), weight.parts[0].shape[1]

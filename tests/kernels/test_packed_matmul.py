@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from covering import covering
+from lightllmd.architecture import gpu_storage
 from lightllmd.architecture.schemes import SCHEMES, Scheme
 from lightllmd.kernels import packed_tiles, packing, reference
 from lightllmd.kernels.cards import H100, H200, Card
@@ -163,7 +164,7 @@ def test_whatever_stands_around_the_matmul_is_what_it_would_be_apart(
     scheme: Scheme, dense_rows: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_tiles, "DENSE_ROWS", dense_rows)
-    monkeypatch.setattr(packed_tiles, "scratch_rows", lambda n, k, item_bytes: 32)
+    monkeypatch.setattr(gpu_storage, "dense_rows", lambda rows, columns, item_bytes: 32)
     packed_tiles.tile_for.cache_clear()
     weight = quantised(48, 192, scheme, device)
     if scheme.ordered:
@@ -213,6 +214,19 @@ def test_what_lies_on_the_device_may_be_freed_and_filled_again_in_place(device: 
         tensor.untyped_storage().resize_(copies[name].nbytes)
         tensor.copy_(copies[name])
     assert torch.equal(linear(x), before)
+
+
+def test_a_matmul_takes_no_more_than_planned() -> None:
+    """Of the shapes of an 8B model, in bytes: what is made dense, and what programs that share inputs add up."""
+    for (n, k), scheme in itertools.product(SHAPES[:4], (W4, W8)):
+        planned = gpu_storage.scratch_nbytes(scheme, (n, k), 2)
+        assert planned >= gpu_storage.dense_rows(n, k, 2) * k * 2
+        assert planned < 80 << 20
+        for card, m in itertools.product((H100, H200), (33, 64, 128, 256, 512)):
+            tile = packed_tiles.tile_for(card, m, n, k, 4 if scheme is W4 else 8, scheme.group, False)
+            assert tile is not None
+            programs = -(-n // tile.block_n) * -(-m // tile.block_m) * tile.splits
+            assert tile.splits == 1 or programs * tile.block_n * tile.block_m * 4 <= gpu_storage.SHARED_SUMS
 
 
 # --- the rules ----------------------------------------------------------------------------------------------------
