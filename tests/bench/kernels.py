@@ -3,7 +3,7 @@
 ``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8] [--check]``
 
 One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
-products (for `kernels/tiles.py`) and of decode attention.
+products (for `kernels/tiles.py`), of decode attention and of matmuls in 8 bits (for `kernels/w8a8_tiles.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument("--shape", choices=["8b", "0.6b", "135m"], default="8b")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="of x in the dense products")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="of x in the matmuls")
+    parser.add_argument("--check", action="store_true", help="w8a8: results are compared, and nothing is timed")
     parser.add_argument("--check", action="store_true", help="of packed products: results alone, no times")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
@@ -65,6 +66,12 @@ def main() -> None:
             from cases import packed
 
             packed.measure(arguments.shape, tuple(map(int, arguments.rows.split(","))), arguments.check, report)
+    if "w8a8" in wanted:
+        with report.case("w8a8"):
+            from cases import w8a8
+
+            rows = tuple(map(int, arguments.rows.split(",")))
+            w8a8.measure(arguments.shape, rows, arguments.sweep, arguments.check, report)
     report.table()
 
 
