@@ -95,6 +95,7 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     memory_free: int  # bytes: what can be had now (MemAvailable on a CPU)
     fast_dtypes: list[str]  # dtypes this device multiplies at full speed, best first
     cpu_threads: int  # physical cores usable by this process
+    capability: tuple[int, int] | None = None  # a GPU's compute capability
 
 
 class Other(msgspec.Struct, frozen=True):

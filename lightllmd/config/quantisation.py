@@ -9,7 +9,7 @@ from functools import cached_property
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.kv_schemes import KV_SCHEMES
 from lightllmd.architecture.outline import Outline
-from lightllmd.architecture.schemes import DENSE, Scheme, scheme_of
+from lightllmd.architecture.schemes import DENSE, SCHEMES, Scheme, scheme_of
 from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
 from lightllmd.config import layer_rules
 from lightllmd.config.modes import MODES, Mode, groups, of_kind
@@ -111,6 +111,7 @@ class Quantisation:
     def faults(self) -> Iterator[Unservable]:
         """Why this model, or this device, can't take what is asked for."""
         yield from self._faults_of_cache()
+        yield from self._faults_of_device()
         said = [f"mode {self._weight_mode[0]}"] if self._weight_mode else []
         said += ["quantise.rules"] if self._layer_rules else []
         if not said:
@@ -130,6 +131,21 @@ class Quantisation:
                 f"{what}: the weights of {self.model.path} are stored already, as {self.model.quantised_as}; "
                 "without it they are served so",
                 WRITTEN,
+            )
+
+    def _faults_of_device(self) -> Iterator[Unservable]:
+        """Schemes that need a newer GPU."""
+        has = self.device.capability
+        if has is None or isinstance(self.architecture, Outline):
+            return
+        for scheme in dict.fromkeys(rule.scheme for rule in self.schemes.rules if rule.scheme.capability > has):
+            needed, found = (".".join(map(str, version)) for version in (scheme.capability, has))
+            nearest = "triton_w8a8" if SCHEMES["w8a8"].capability <= has else "triton_w8a16"
+            instead = "another checkpoint of the model" if self.model.quantised_as else f"mode {nearest}"
+            yield Unservable(
+                f"weights stored as {scheme.title} need a GPU of compute capability {needed} or higher, "
+                f"{self.device.name} has {found}; {instead} works there",
+                ("model_dir",) if self.model.quantised_as else WRITTEN,
             )
 
     def _says_the_same(self, architecture: Architecture) -> bool:

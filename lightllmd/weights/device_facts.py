@@ -188,15 +188,16 @@ def _cuda_facts(threads: int) -> DeviceFacts:
             raise NoUsableDevice("no GPU is visible (CUDA_VISIBLE_DEVICES)")
         memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0])
         name = pynvml.nvmlDeviceGetName(handles[0])
-        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[0]))
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handles[0])
         return DeviceFacts(
             kind="cuda",
             name=name.decode() if isinstance(name, bytes) else name,
             count=len(handles),
             memory_total=int(memory.total),
             memory_free=int(memory.free),
-            fast_dtypes=cuda_fast_dtypes(capability),
+            fast_dtypes=cuda_fast_dtypes((major, minor)),
             cpu_threads=threads,
+            capability=(major, minor),
         )
     except pynvml.NVMLError as error:
         raise NoUsableDevice(f"the GPU can't be asked: {error}") from None

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lightllmd.architecture.schemes import scheme_of
@@ -222,6 +223,21 @@ def test_a_quantised_checkpoint_takes_the_mode_that_it_is_in_already_and_no_othe
     for flags in ({"mode": ["triton_w4a16", "g64"]}, {"mode": ["triton_w8a16"]}, {"quantise.rules": ["0: w8a16"]}):
         (problem,) = refused(flags, **facts)
         assert "are stored already, as AWQ, 4 bits in groups of 128" in problem.message
+
+
+def test_a_gpu_that_multiplies_no_float8_is_told_what_it_can() -> None:
+    for capability, nearest in (((8, 6), "triton_w8a8"), ((7, 5), "triton_w8a16")):
+        old = msgspec.structs.replace(GPU, name="Old GPU", capability=capability)
+        for mode in ("fp8", "fp8_block"):
+            [problem] = refused({"mode": [mode]}, old)
+            has = ".".join(map(str, capability))
+            expected = (
+                f"stored as {mode} need a GPU of compute capability 8.9 or higher, Old GPU has {has}; mode {nearest}"
+            )
+            assert expected in problem.message
+        made({"mode": [nearest]}, old)
+    for device in (CPU, GPU, msgspec.structs.replace(GPU, capability=(8, 9))):
+        made({"mode": ["fp8"]}, device)
 
 
 def test_the_budget_says_how_much_is_stored_by_which_scheme() -> None:
