@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightllmd.architecture.cpu_storage import cpu_nbytes
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.config.plan import Plan
 from lightllmd.engine.runners.cpu import CpuRunner
@@ -233,6 +234,7 @@ def test_it_has_the_logits_of_the_dense_model_that_it_stands_for(loaded: Loaded)
 def test_what_it_takes_is_known_before(loaded: Loaded) -> None:
     assert loaded.plan.model is not None
     held = sum(tensor.nbytes for tensor in loaded.runner.decoder.tensors().values())
-    planned_bytes = weight_bytes(loaded.plan.model.architecture.weights, 4, loaded.plan.schemes)
-    assert planned_bytes == pytest.approx(held, rel=0.02)
+    planned_bytes = weight_bytes(loaded.plan.model.architecture.weights, 4, loaded.plan.schemes, nbytes=cpu_nbytes)
+    # What oneDNN keeps beside int8 weights is no tensor; of matrices this small it is more than 2 %.
+    assert planned_bytes == pytest.approx(held, rel=0.03)
     assert not loaded.plan.schemes.dense

@@ -9,6 +9,8 @@ import torch
 
 from lightllmd.architecture.schemes import SCHEMES, Scheme
 from lightllmd.kernels.dequantised_linear import DequantisedLinear
+from lightllmd.kernels.eager import EagerKernels
+from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Linear
 from lightllmd.kernels.quantised import QuantisedMatrix, quantise
 from lightllmd.kernels.schemes import ANY, WHOLE, built
@@ -27,11 +29,11 @@ VARIANTS = {
 }
 
 
-def matrix(scheme: Scheme) -> QuantisedMatrix:
-    """Of 48 outputs and 80 inputs, the last group shorter; an order and a scale of inputs that show."""
-    made = quantise(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)), scheme)
+def matrix(scheme: Scheme, columns: int = 80) -> QuantisedMatrix:
+    """Of 48 outputs, and inputs of which the last group has fewer; an order and a scale of inputs that show."""
+    made = quantise(torch.randn(48, columns, generator=torch.Generator().manual_seed(0)), scheme)
     if scheme.ordered:
-        made = replace(made, order=torch.randperm(80, generator=torch.Generator().manual_seed(1)).int())
+        made = replace(made, order=torch.randperm(columns, generator=torch.Generator().manual_seed(1)).int())
     return replace(made, input_scale=torch.tensor(0.01)) if scheme.static else made
 
 
@@ -66,6 +68,22 @@ def test_a_linear_of_a_variant_multiplies_with_what_it_stands_for(name: str) -> 
     assert ((linear(x).double() - wanted).abs().max() / wanted.abs().max()).item() < tolerance
     assert linear.tensors().keys() == set(scheme.tensors)
     assert sum(held.nbytes for held in linear.tensors().values()) == scheme.nbytes((48, 80), 4)
+
+
+@pytest.mark.parametrize("kind", ["eager", "fused"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_device_has_a_linear_for_a_variant(name: str, kind: str, device: str) -> None:
+    where = torch.device("cpu" if kind == "eager" else device)
+    kernels = EagerKernels(where, torch.float32) if kind == "eager" else FusedKernels(where)
+    columns = 80 if kind == "eager" else 192  # whole blocks, which a GPU packs
+    scheme, weight = VARIANTS[name], matrix(VARIANTS[name], columns)
+    if weight.zeros is not None:  # GPTQ's may be one more than a value
+        weight.zeros[0] = 16 if scheme.values == "uint4" else 256
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(2))
+    wanted = exact(weight, x)
+    found = kernels.linear("down", weight.to(where), None)(x.to(where)).cpu().double()
+    tolerance = 0.05 if scheme.inputs else 1e-4
+    assert ((found - wanted).abs().max() / wanted.abs().max()).item() < tolerance
 
 
 def test_zeros_beyond_the_values_are_kept() -> None:
