@@ -162,7 +162,7 @@ def test_gptqmodels(bits: int, symmetric: bool, ordered: bool, form: str, tmp_pa
         made.post_init()
         plain[name] = made.dequantize_weight().t().float().contiguous()
         if form == "gptq":
-            made = convert_gptq_v2_to_v1_format_module(made, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+            convert_gptq_v2_to_v1_format_module(made, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
         stored[name] = {end: getattr(made, end).clone() for end in ("qweight", "qzeros", "scales", "g_idx")}
     settings = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "desc_act": ordered}
     replaced(tmp_path / "quantised", dense, stored, settings | {"checkpoint_format": form}, plain)
