@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels.kv_access import KvPointers, kv_pointers
+from lightllmd.kernels.kv_access import KvPointers, KvStorage, kv_storage, read_pointers
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Heads
 
@@ -40,17 +40,18 @@ class AttentionShape(NamedTuple):
     D: int  # elements of a head, a power of two from 16 on
     WINDOW: int  # keys that a query sees, up to its own; 0: all
     SOFT_CAP: float  # of scores; 0: none
+    KV: KvStorage
 
 
-def operands(q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, out: Tensor) -> Operands:
-    """The first argument of every attention kernel."""
-    return Operands(q, kv_pointers(cache), table, out, q.stride(0), table.stride(0), heads.scale * LOG2_E)
+def operands(q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, out: Tensor, paired: bool = False) -> Operands:
+    """The first argument of every attention kernel; `paired`: of one that loads pairs where it can."""
+    return Operands(q, read_pointers(cache, paired), table, out, q.stride(0), table.stride(0), heads.scale * LOG2_E)
 
 
-def attention_shape(heads: Heads) -> AttentionShape:
-    """The argument `SHAPE` of every attention kernel."""
-    cap = (heads.soft_cap or 0.0) * LOG2_E
-    return AttentionShape(heads.kv, heads.query // heads.kv, heads.dim, heads.window or 0, cap)
+def attention_shape(q: Tensor, cache: LayerCache, heads: Heads, paired: bool = False) -> AttentionShape:
+    """The argument `SHAPE` of every attention kernel, as `operands`."""
+    cap, stored = (heads.soft_cap or 0.0) * LOG2_E, kv_storage(cache, q.dtype, paired)
+    return AttentionShape(heads.kv, heads.query // heads.kv, heads.dim, heads.window or 0, cap, stored)
 
 
 @triton.jit

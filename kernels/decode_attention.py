@@ -26,7 +26,7 @@ from lightllmd.kernels.attention_kind import (
     operands,
     store_lines,
 )
-from lightllmd.kernels.kv_access import load_keys, load_values
+from lightllmd.kernels.kv_access import even_of, load_keys, load_pairs, load_scales, load_values, odd_of
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Heads
 from lightllmd.kernels.segments import Partial, chunk, last_to_arrive, merge_lines, segment_length, store_segment
@@ -41,7 +41,8 @@ class DecodeTiles(NamedTuple):
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int) -> DecodeTiles:
-    """Small tiles, several in flight: measured on an H100, 32 tokens were as fast as any or faster everywhere."""
+    """Of elements of such a dtype, where they are loaded as they are stored, else of that of queries. Small tiles,
+    several in flight: measured on an H100, 32 tokens of 16 bits were as fast as any or faster everywhere."""
     keys = 8192  # bytes per tile
     return DecodeTiles(max(16, min(64, keys // (head_dim * dtype.itemsize))), warps=4, stages=5)
 
@@ -85,30 +86,62 @@ def _decode(
         lane = tl.arange(0, M)
         ours = lane < COUNT
         q_at = on.q + batch * on.q_stride + (first_head + lane)[:, None] * D + tl.arange(0, D)[None, :]
-        query = tl.load(q_at, mask=ours[:, None], other=0.0)
+        if SHAPE.KV.PAIRED:
+            TYPE: tl.constexpr = tl.float32 if on.q.dtype.element_ty == tl.float32 else tl.float16
+            q_at = on.q + batch * on.q_stride + (first_head + lane)[:, None] * D + 2 * tl.arange(0, D // 2)[None, :]
+            query = tl.load(q_at, mask=ours[:, None], other=0.0).to(TYPE)
+            odd_query = tl.load(q_at + 1, mask=ours[:, None], other=0.0).to(TYPE)
+        else:
+            query = tl.load(q_at, mask=ours[:, None], other=0.0)
         slots_at = on.table + row * on.table_stride
         kv_head = first_head // SHAPE.GROUP
 
         best = tl.full([M], float("-inf"), tl.float32)
         # Kept apart by column and summed at the end: a sum across warps is a barrier.
         weight = tl.zeros([M, BLOCK_N], tl.float32)
-        value = tl.zeros([M, D], tl.float32)
+        value = tl.zeros([M, D // 2 if SHAPE.KV.PAIRED else D], tl.float32)
+        if SHAPE.KV.PAIRED:
+            odd_value = tl.zeros([M, D // 2], tl.float32)
         for begin in range(first, last, BLOCK_N):
             token = begin + tl.arange(0, BLOCK_N)
             inside = token < last
             slot = tl.load(slots_at + token, mask=inside, other=0).to(tl.int64)
-            keys = load_keys(on.cache, kv_head, slot, inside, query.dtype, SHAPE)
-            values = load_values(on.cache, kv_head, slot, inside, query.dtype, SHAPE)
-            scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * on.scale
+            if SHAPE.KV.PAIRED:
+                keys = load_pairs(on.cache, kv_head, slot, inside, SHAPE, 0)
+                values = load_pairs(on.cache, kv_head, slot, inside, SHAPE, 1)
+                scores = tl.dot(query, tl.trans(even_of(keys, SHAPE.KV, TYPE)), input_precision="ieee")
+                odd_keys = odd_of(keys, SHAPE.KV, TYPE)
+                scores = tl.dot(odd_query, tl.trans(odd_keys), scores, input_precision="ieee") * on.scale
+            else:
+                keys = load_keys(on.cache, kv_head, slot, inside, query.dtype, SHAPE)
+                values = load_values(on.cache, kv_head, slot, inside, query.dtype, SHAPE)
+                scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * on.scale
+            if SHAPE.KV.FOLDED:
+                key_scale, value_scale = load_scales(on.cache, kv_head, slot, inside, SHAPE)
+                scores *= key_scale[None, :]
             scores = tl.where(inside[None, :], soft_capped(scores, SHAPE.SOFT_CAP), float("-inf"))
             highest = tl.maximum(best, tl.max(scores, 1))
             share = tl.exp2(scores - highest[:, None])
             shrink = tl.exp2(best - highest)
             weight = weight * shrink[:, None] + share
-            value = tl.dot(share.to(values.dtype), values, value * shrink[:, None], input_precision="ieee")
+            if SHAPE.KV.FOLDED:
+                share *= value_scale[None, :]
+            value = value * shrink[:, None]
+            if SHAPE.KV.PAIRED:
+                share = share.to(TYPE)
+                value = tl.dot(share, even_of(values, SHAPE.KV, TYPE), value, input_precision="ieee")
+                odd_value *= shrink[:, None]
+                odd_value = tl.dot(share, odd_of(values, SHAPE.KV, TYPE), odd_value, input_precision="ieee")
+            else:
+                value = tl.dot(share.to(values.dtype), values, value, input_precision="ieee")
             best = highest
         total = tl.sum(weight, 1)
-        value = value / tl.where(total > 0, total, 1.0)[:, None]  # a row of no tokens: zeros
+        divisor = tl.where(total > 0, total, 1.0)  # a row of no tokens: zeros
+        if SHAPE.KV.FOLDED:
+            divisor *= SHAPE.KV.LIFT / SHAPE.KV.UNIT
+        if SHAPE.KV.PAIRED:
+            value = tl.join(value, odd_value).reshape(M, D)
+        value = value / divisor[:, None]
 
         first_line = batch * tl.num_programs(1) * COUNT + first_head
         if SEGMENTS == 1 or span >= length - start:
@@ -166,8 +199,8 @@ def decode_attention(
     """
     count = heads.query // heads.kv if packed else 1
     padded = triton.next_power_of_2(count)
-    block_n, warps, stages = tiles or decode_tiles(q.dtype, heads.dim)
-    on, shape = operands(q, cache, heads, table, out), attention_shape(heads)
+    on, shape = operands(q, cache, heads, table, out, paired=True), attention_shape(q, cache, heads, paired=True)
+    block_n, warps, stages = tiles or decode_tiles(torch.int8 if shape.KV.PAIRED else q.dtype, heads.dim)
     _decode[(len(q), heads.query // count, segments)](
         on,
         rows,

@@ -105,7 +105,7 @@ def prefill_attention(
     _prefill[(heads.kv, len(rows.tiles) * parts)](
         operands(q, cache, heads, table, out),
         *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts),
-        SHAPE=attention_shape(heads),
+        SHAPE=attention_shape(q, cache, heads),
         PARTS=parts,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lightllmd.kernels.activation import soft_capped
 from lightllmd.kernels.attention_kind import Operands, first_seen
-from lightllmd.kernels.kv_access import load_keys, load_values
+from lightllmd.kernels.kv_access import load_keys, load_scales, load_values
 
 
 @triton.jit
@@ -74,6 +74,9 @@ def attend(
         k = load_keys(on.cache, kv_head, slot, None, query.dtype, SHAPE)
         v = load_values(on.cache, kv_head, slot, None, query.dtype, SHAPE)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee")
+        if SHAPE.KV.FOLDED:
+            key_scale, value_scale = load_scales(on.cache, kv_head, slot, None, SHAPE)
+            scores *= key_scale[None, :]
         scale = on.scale
         if SHAPE.SOFT_CAP > 0:
             scores, scale = soft_capped(scores * scale, SHAPE.SOFT_CAP), 1.0
@@ -86,6 +89,10 @@ def attend(
         share = tl.exp2(scores * scale - highest[:, None])
         shrink = tl.exp2(best - highest)
         weight = weight * shrink + tl.sum(share, 1)
+        if SHAPE.KV.FOLDED:
+            share *= value_scale[None, :]
         value = tl.dot(share.to(v.dtype), v, value * shrink[:, None], input_precision="ieee")
         best = highest
+    if SHAPE.KV.FOLDED:
+        value *= 1.0 / SHAPE.KV.LIFT
     return line * (SHAPE.KV_HEADS * SHAPE.GROUP) + head, best, weight, value

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels.kv_access import kv_pointers, store_heads
+from lightllmd.kernels.kv_access import kv_pointers, kv_storage, store_heads
 from lightllmd.kernels.kv_cache import LayerCache
 
 TILE = 1024  # pairs of elements of a program
@@ -34,6 +34,7 @@ def _rope_kv(
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    KV: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -58,11 +59,15 @@ def _rope_kv(
     kind = qkv.dtype.element_ty
     new_first = tl.where(turned, (first * cos - second * sin).to(kind), raw_first)
     new_second = tl.where(turned, (second * cos + first * sin).to(kind), raw_second)
-    tl.store(at, new_first, mask=turned)
-    tl.store(at + HALF, new_second, mask=turned)
+    written = turned if KV.VALUES == "" else head < heads
+    tl.store(at, new_first, mask=written)
+    tl.store(at + HALF, new_second, mask=written)
     kept = inside & (head >= heads)
     slot = tl.load(slots + token).to(tl.int64)
-    store_heads(cache, head - heads, slot, new_first, new_second, kept, HALF)
+    read = store_heads(cache, head - heads, slot, new_first, new_second, kept, kv_heads, HALF, KV)
+    if KV.VALUES != "":
+        tl.store(at, read[0].to(kind), mask=kept)
+        tl.store(at + HALF, read[1].to(kind), mask=kept)
 
 
 def rope_kv(
@@ -78,7 +83,8 @@ def rope_kv(
     eps: float,
 ) -> None:
     """Turns the queries and keys of ``qkv [T, H + 2K, D]`` in place, element i with i + D/2 (D a power of two), and
-    copies keys and values to the cache at ``slots [T]`` int32.
+    copies keys and values to the cache at ``slots [T]`` int32. Where they are quantised there, `qkv` gets what will be
+    read of them, rounded to its dtype: whatever attends to these tokens sees the same as who comes later.
 
     ``cos_sin [P, D]`` fp32: cosines, then sines, of the D/2 pairs; ``angles [T]`` int32 is each token's row of it.
     `q_norm` and `k_norm` ``[D]``: weights of an RMS norm of each head before the turn; both or neither.
@@ -103,5 +109,6 @@ def rope_kv(
         NORM=q_norm is not None,
         HEADS=block,
         HALF=half,
+        KV=kv_storage(cache),
         num_warps=4,
     )

@@ -106,7 +106,7 @@ def split_prefill(
         operands(q, cache, heads, table, out),
         *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts, rows.number),
         partial,
-        SHAPE=attention_shape(heads),
+        SHAPE=attention_shape(q, cache, heads),
         PARTS=parts,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

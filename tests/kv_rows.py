@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightllmd.kernels.kv_cache import LayerCache
+import kv_reference
+from lightllmd.architecture.kv_layout import KvLayout, LayerKvLayout
+from lightllmd.architecture.kv_schemes import DENSE_KV, KvScheme
+from lightllmd.kernels.kv_cache import LayerCache, allocate
 
 SPARE = 5  # slots and table entries that belong to nobody, beside those that the rows need
 
@@ -18,13 +21,23 @@ class KvRows:
     for the padding: the last table row begins with the last slot, which is a token of zeros."""
 
     cache: LayerCache
+    kept: Tensor  # [S, 2K, D] of a dtype of floating point: what the cache stands for
     kv_heads: int
     table: Tensor  # [R, W] int32
     table_rows: list[int]  # of each row
     slots: list[Tensor]  # of each row, in the order of its tokens
 
     @classmethod
-    def of(cls, lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype, device: str, seed: int = 0) -> KvRows:
+    def of(
+        cls,
+        lengths: list[int],
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: str,
+        seed: int = 0,
+        scheme: KvScheme = DENSE_KV,
+    ) -> KvRows:
         generator = torch.Generator().manual_seed(seed)
         used, rows = sum(lengths), len(lengths)
         order = torch.randperm(used + SPARE, generator=generator)
@@ -39,7 +52,28 @@ class KvRows:
         for row, own in zip(table_rows, slots, strict=True):
             table[row, : len(own)] = own
         slots = [own.to(device) for own in slots]
-        return cls(LayerCache(cache.to(device, dtype)), kv_heads, table.to(device, torch.int32), table_rows, slots)
+        kept, numbers = stored(cache.to(device, dtype), owned.to(device), scheme)
+        return cls(kept, numbers, kv_heads, table.to(device, torch.int32), table_rows, slots)
+
+
+def stored(numbers: Tensor, owned: Tensor, scheme: KvScheme) -> tuple[LayerCache, Tensor]:
+    """A cache of ``numbers [S, 2K, D]``, and what it stands for: at the slots `owned` and the last one; all other
+    scales are NaN."""
+    if scheme.dense:
+        return LayerCache(numbers), numbers
+    slots, heads, dim = numbers.shape
+    layer = LayerKvLayout(heads // 2, dim, str(numbers.dtype).removeprefix("torch."), scheme)
+    [cache] = allocate(KvLayout((layer,)), slots, numbers.device)
+    entries, scales = cache.tensors
+    entries.fill_(85)
+    scales.fill_(float("nan"))
+    known = torch.cat([owned, owned.new_tensor([slots - 1])])
+    cache.store(known, numbers[known])
+    kept = numbers.float()
+    values = kv_reference.bytes_of(entries[known]).cpu()
+    factors = scales[known].transpose(1, 2).flatten(1, 2).cpu()
+    kept[known] = kv_reference.dequantised(values, factors, scheme).to(kept)
+    return cache, kept
 
 
 def int32(numbers: list[int], device: str) -> Tensor:

@@ -69,7 +69,7 @@ KV_SCHEMES: dict[str, KvScheme] = {
         KvScheme("int8", values="int8"),
         KvScheme("int8_group8", values="int8", group=8),
         KvScheme("int4_group8", values="int4", group=8),
-        KvScheme("int4", values="uint4", group=32, symmetric=False),
+        KvScheme("int4", values="uint4", group=16, symmetric=False),
         KvScheme("fp8", values="float8_e4m3fn"),
     ]
 }

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from covering import covering
 from kv_rows import KvRows, int32
+from lightllmd.architecture.kv_schemes import KV_SCHEMES
 from lightllmd.kernels import reference
 from lightllmd.kernels.decode_attention import (
     DecodeTiles,
@@ -68,11 +69,11 @@ def queries(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype,
 
 
 def check(out: Tensor, q: Tensor, rows: KvRows, lengths: list[int], **kind: Any) -> None:
-    tolerance = TOLERANCES[q.dtype]
+    tolerance = TOLERANCES[q.dtype] * (1 if rows.cache.scheme.dense else 2)
     for index, length in enumerate(lengths):
         truth = torch.zeros_like(q[index])
         if length:
-            truth = reference.attention(q[index : index + 1], rows.cache.entries, rows.slots[index], SCALE, **kind)[0]
+            truth = reference.attention(q[index : index + 1], rows.kept, rows.slots[index], SCALE, **kind)[0]
         torch.testing.assert_close(out[index], truth, rtol=tolerance, atol=tolerance)
 
 
@@ -199,3 +200,32 @@ def test_segments_fill_the_device_and_no_more() -> None:
         segments = segments_for(batch, 8, 1 << 20)
         assert segments in (1, 2, 4, 8, 16, 32, 64)
         assert segments == 1 or batch * 8 * segments <= 2 * 132
+
+
+QUANTISED = [name for name, scheme in KV_SCHEMES.items() if not scheme.dense]
+
+
+@pytest.mark.parametrize("scheme", QUANTISED)
+def test_quantised_keys_and_values_are_read_as_what_they_stand_for(
+    scheme: str, every_dtype: torch.dtype, device: str
+) -> None:
+    lengths = [129, 0, 33]
+    rows = KvRows.of(lengths, 2, 64, every_dtype, device, scheme=KV_SCHEMES[scheme])
+    q = queries(len(lengths), 6, 2, 64, every_dtype, device)
+    check(attend(rows, q, lengths, 4, fused=True), q, rows, lengths)
+
+
+@covering(1, scheme=QUANTISED, dim=[16, 32, 128, 256])
+def test_quantised_heads_of_other_dims(scheme: str, dim: int, dtypes: torch.dtype, device: str) -> None:
+    lengths = [70, 3]
+    rows = KvRows.of(lengths, 1, dim, dtypes, device, scheme=KV_SCHEMES[scheme])
+    q = queries(len(lengths), 3, 1, dim, dtypes, device)
+    check(attend(rows, q, lengths, 2, packed=dim != 32), q, rows, lengths)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_keys_behind_a_window_and_under_a_cap(scheme: str, dtypes: torch.dtype, device: str) -> None:
+    lengths, kind = [129, 40], {"window": 37, "soft_cap": 0.7}
+    rows = KvRows.of(lengths, 1, 64, dtypes, device, scheme=KV_SCHEMES[scheme])
+    q = queries(2, 4, 1, 64, dtypes, device)
+    check(attend(rows, q, lengths, 2, **kind), q, rows, lengths, **kind)

@@ -20,6 +20,11 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from lightllmd.architecture.kv_layout import KvLayout, LayerKvLayout
+from lightllmd.architecture.kv_schemes import KV_SCHEMES
+from lightllmd.kernels.kv_cache import LayerCache, allocate
+
 SPILLED = 16  # bytes; some compilers spill a register or two of the fp32 kernels
 SHARED_MEMORY = 227 * 1024  # bytes that one program may have on an H100
 
@@ -33,18 +38,19 @@ def norms(dtype: torch.dtype) -> None:
     rms_norm(x, Norm(weight, 1e-5, offset=1.0), x, residual=x.clone())
 
 
-def rotation(dtype: torch.dtype, normed: bool, offset: int = 0) -> None:
+def rotation(dtype: torch.dtype, normed: bool, offset: int = 0, scheme: str = "dense") -> None:
     from lightllmd.kernels.rope_kv import rope_kv
 
-    qkv, cache, cos_sin = (
-        torch.empty(4, 48, 128, dtype=dtype),
-        torch.empty(64, 16, 128, dtype=dtype),
-        torch.empty(9, 128),
-    )
+    qkv, cos_sin = torch.empty(4, 48, 128, dtype=dtype), torch.empty(9, 128)
     weight = torch.empty(128, dtype=dtype) if normed else None
-    from lightllmd.kernels.kv_cache import LayerCache
+    cache = layer_cache(128, dtype, scheme)
+    rope_kv(qkv, cos_sin, numbers(offset), numbers(offset), cache, 32, 8, weight, weight, 1e-5)
 
-    rope_kv(qkv, cos_sin, numbers(offset), numbers(offset), LayerCache(cache), 32, 8, weight, weight, 1e-5)
+
+def layer_cache(dim: int, dtype: torch.dtype, scheme: str) -> LayerCache:
+    """64 slots of eight heads."""
+    layout = KvLayout((LayerKvLayout(8, dim, str(dtype).removeprefix("torch."), KV_SCHEMES[scheme]),))
+    return allocate(layout, 64, torch.device("cpu"))[0]
 
 
 def activation(dtype: torch.dtype, kind: str) -> None:
@@ -220,14 +226,15 @@ def prefill_attention(
         split_prefill.split_prefill(*given, rows, out, partial)
 
 
-def attended(dtype: torch.dtype, dim: int, offset: int, **kind: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+def attended(
+    dtype: torch.dtype, dim: int, offset: int, scheme: str = "dense", **kind: Any
+) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     """Queries, cache, heads and table of 32 query and 8 key/value heads, then indices, then what is written. `kind`:
     window and cap."""
-    from lightllmd.kernels.kv_cache import LayerCache
     from lightllmd.kernels.layout import Heads
 
-    queries, cache = torch.empty(4, 48, dim, dtype=dtype)[:, :32], torch.empty(64, 16, dim, dtype=dtype)
-    given = queries, LayerCache(cache), Heads(32, 8, dim, 0.1, 1e-5, **kind), torch.zeros(5, 64, dtype=torch.int32)
+    queries, cache = torch.empty(4, 48, dim, dtype=dtype)[:, :32], layer_cache(dim, dtype, scheme)
+    given = queries, cache, Heads(32, 8, dim, 0.1, 1e-5, **kind), torch.zeros(5, 64, dtype=torch.int32)
     return given, numbers(offset), torch.empty(4, 32, dim, dtype=dtype)
 
 
@@ -314,6 +321,17 @@ CASES: dict[str, Callable[[], None]] = {
     "split prefill attention bf16, window and cap": partial(
         prefill_attention, BF16, 256, 256, 2, window=4096, soft_cap=50.0
     ),
+    **{
+        f"{what}, {scheme} keys and values": partial(launch, *of, scheme=scheme)
+        for scheme in KV_SCHEMES
+        if scheme != "dense"
+        for what, launch, of in [
+            ("rotation bf16", rotation, (BF16, False)),
+            ("decode attention bf16", decode_attention, (BF16, 128, 16, True)),
+            ("prefill attention bf16", prefill_attention, (BF16, 128, 8192)),
+            ("split prefill attention bf16", prefill_attention, (BF16, 128, 256, 2)),
+        ]
+    },
     OFFSET: at_another_offset,
 }
 

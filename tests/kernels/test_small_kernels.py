@@ -8,8 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import kv_reference
+from covering import covering
+from lightllmd.architecture.kv_layout import KvLayout, LayerKvLayout
+from lightllmd.architecture.kv_schemes import KV_SCHEMES
 from lightllmd.kernels import activation, embed, reference, rope_kv
-from lightllmd.kernels.kv_cache import LayerCache
+from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.norm import rms_norm
 
@@ -92,6 +96,40 @@ def test_rope_kv(normed: bool, heads: int, kv_heads: int, dim: int, dtype: torch
     untouched = torch.ones(13, dtype=torch.bool)
     untouched[slots.long()] = False
     assert bool(cache[untouched].isnan().all())
+
+
+@covering(
+    1,
+    name=[name for name, scheme in KV_SCHEMES.items() if not scheme.dense],
+    shape=[(4, 4, 16), (9, 3, 64), (4, 2, 128), (5, 1, 256), (1, 1, 32)],
+    dtype=DTYPES,
+)
+def test_rope_kv_quantises_what_it_stores(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """To the bit, whatever the sizes; and the tokens of the step are left with what is read of them later."""
+    (heads, kv_heads, dim), scheme = shape, KV_SCHEMES[name]
+    sizes = torch.logspace(-5, 3, 5, device=DEVICE)[:, None, None]
+    qkv = (random(5, heads + 2 * kv_heads, dim, dtype=torch.float32) * sizes).to(dtype)
+    qkv[2, heads:, : dim // 2] = 0.0
+    turn = torch.outer(torch.arange(40.0), 10000.0 ** -(torch.arange(dim // 2) / (dim // 2)))
+    cos_sin = torch.cat([turn.cos(), turn.sin()], -1).to(DEVICE)
+    angles, slots = integers([0, 39, 1, 7, 7]), integers([3, 11, 0, 12, 5])
+    weights = (random(dim, dtype=dtype, seed=1), random(dim, dtype=dtype, seed=2))
+    layer = LayerKvLayout(kv_heads, dim, str(dtype).removeprefix("torch."), scheme)
+    [cache], [mirror] = (allocate(KvLayout((layer,)), 13, torch.device(DEVICE)) for _ in range(2))
+    for tensor in (*cache.tensors, *mirror.tensors):
+        tensor.fill_(85)
+    ours, dense = apart(qkv), qkv.clone()
+    unquantised = LayerCache(torch.empty((13, 2 * kv_heads, dim), device=DEVICE, dtype=dtype))
+    rope_kv.rope_kv(dense, cos_sin, angles, slots, unquantised, heads, kv_heads, *weights, 1e-6)
+    rope_kv.rope_kv(ours, cos_sin, angles, slots, cache, heads, kv_heads, *weights, 1e-6)
+    mirror.store(slots.long(), dense[:, heads:])
+    for found, expected in zip(cache.tensors, mirror.tensors, strict=True):
+        assert torch.equal(found, expected)
+    values, scales = kv_reference.quantised(dense[:, heads:].cpu(), scheme)
+    assert torch.equal(kv_reference.bytes_of(cache.entries[slots.long()]).cpu(), values)
+    assert torch.equal(cache.tensors[1][slots.long()].transpose(1, 2).flatten(1, 2).cpu(), scales)
+    assert torch.equal(ours[:, :heads], dense[:, :heads])
+    close(ours[:, heads:], torch.cat(cache.gather(slots.long()), 1))
 
 
 @dtypes

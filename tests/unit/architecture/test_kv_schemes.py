@@ -9,7 +9,7 @@ from lightllmd.architecture.kv_schemes import KV_SCHEMES
 from lightllmd.architecture.spec import GroupedQuery
 
 # The largest size that attention gives to a slot of 128 elements a head, in bytes of a head.
-BYTES = {"dense": 256, "int8": 130, "int8_group8": 160, "int4_group8": 96, "int4": 80, "fp8": 130}
+BYTES = {"dense": 256, "int8": 130, "int8_group8": 160, "int4_group8": 96, "int4": 96, "fp8": 130}
 
 
 @pytest.mark.parametrize("name", KV_SCHEMES)
@@ -29,6 +29,6 @@ def test_eight_bits_give_almost_twice_the_slots(name: str) -> None:
 
 def test_heads_of_any_size_are_whole_groups() -> None:
     scheme = KV_SCHEMES["int4"]
-    assert [scheme.group_of(dim) for dim in (16, 20, 33, 64, 80, 96, 256)] == [16, 4, 1, 32, 16, 32, 32]
+    assert [scheme.group_of(dim) for dim in (16, 20, 33, 64, 80, 96, 256)] == [16, 4, 1, 16, 16, 16, 16]
     assert [dim for dim in (16, 20, 33, 64) if not scheme.divides(dim)] == [33], "two elements share a byte"
     assert all(KV_SCHEMES["int8"].group_of(dim) == dim and KV_SCHEMES["int8"].divides(dim) for dim in (16, 33))
