@@ -161,6 +161,7 @@ def plan_for(
     device: str = "cpu",
     threads: int = 1,
     schemes: WeightSchemes = ALL_DENSE,
+    kv_scheme: str = "dense",
     **params: Any,
 ) -> Plan:
     """A plan as resolution would make it, for a Hugging Face directory, one of Megatron-DeepSpeed's or a .gguf file.
@@ -210,6 +211,7 @@ def plan_for(
         vocab_size=config["vocab_size"],
         model_name="tiny",
         schemes=schemes,
+        kv_scheme=kv_scheme,
     )
 
 
