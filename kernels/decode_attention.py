@@ -126,14 +126,13 @@ def _decode(
             weight = weight * shrink[:, None] + share
             if SHAPE.KV.FOLDED:
                 share *= value_scale[None, :]
-            value = value * shrink[:, None]
             if SHAPE.KV.PAIRED:
                 share = share.to(TYPE)
-                value = tl.dot(share, even_of(values, SHAPE.KV, TYPE), value, input_precision="ieee")
-                odd_value *= shrink[:, None]
-                odd_value = tl.dot(share, odd_of(values, SHAPE.KV, TYPE), odd_value, input_precision="ieee")
+                even, odd = even_of(values, SHAPE.KV, TYPE), odd_of(values, SHAPE.KV, TYPE)
+                value = tl.dot(share, even, value * shrink[:, None], input_precision="ieee")
+                odd_value = tl.dot(share, odd, odd_value * shrink[:, None], input_precision="ieee")
             else:
-                value = tl.dot(share.to(values.dtype), values, value, input_precision="ieee")
+                value = tl.dot(share.to(values.dtype), values, value * shrink[:, None], input_precision="ieee")
             best = highest
         total = tl.sum(weight, 1)
         divisor = tl.where(total > 0, total, 1.0)  # a row of no tokens: zeros

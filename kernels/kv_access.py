@@ -253,7 +253,12 @@ def _store_quantised(cache, head, slot, first, second, inside, kv_heads, HALF: t
             extent_one = tl.maximum(extent_one, extent_two)
             extent_two = extent_one
         low_one, low_two = None, None
-    scale_one, scale_two = _scale(extent_one, KV.VALUES), _scale(extent_two, KV.VALUES)
+    extent_one, extent_two = _divided(extent_one, KV.VALUES), _divided(extent_two, KV.VALUES)
+    if KV.VALUES == "float8_e4m3fn":
+        scale_one = _best_scale(one, two, extent_one)
+        scale_two = scale_one
+    else:
+        scale_one, scale_two = _fp16(extent_one, 2.0**-24), _fp16(extent_two, 2.0**-24)
     tl.store(scales_at, scale_one, mask=inside)
     if not WHOLE:
         tl.store(scales_at + PARTS, scale_two, mask=inside)
@@ -271,9 +276,37 @@ def _fp16(x, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _scale(extent, VALUES: tl.constexpr):
+def _divided(extent, VALUES: tl.constexpr):
+    """By the highest level."""
     most = 127.0 if VALUES == "int8" else 448.0 if VALUES == "float8_e4m3fn" else 7.0 if VALUES == "int4" else 15.0
-    return _fp16(tl.div_rn(extent, tl.full(extent.shape, most, tl.float32)), 2.0**-24)
+    return tl.div_rn(extent, tl.full(extent.shape, most, tl.float32))
+
+
+@triton.jit
+def _best_scale(one, two, extent):
+    """That of `quantised_kv` for elements of float8, of heads in two halves ``[N, 1, HALF]``."""
+    scale = _fp16(extent, 2.0**-24)
+    best = _error(one, two, scale)
+    for step in tl.static_range(1, 4):
+        other = _fp16(extent * 2.0 ** (step / 4), 2.0**-24)
+        error = _error(one, two, other)
+        scale = tl.where(error < best, other, scale)
+        best = tl.minimum(error, best)
+    return scale
+
+
+@triton.jit
+def _error(one, two, scale):
+    factor = scale.to(tl.float32)
+    return (_counted(one, factor) + _counted(two, factor)).to(tl.float32) * (factor * factor)
+
+
+@triton.jit
+def _counted(half, factor):
+    levels = tl.div_rn(half, tl.broadcast_to(factor[:, :, None], half.shape))
+    rounded = ((levels.to(tl.int32, bitcast=True) + (1 << 19)) & -1048576).to(tl.float32, bitcast=True)
+    sixteenths = _rounded((levels - rounded) * 16.0).to(tl.int32)
+    return tl.sum(sixteenths * sixteenths, 2)
 
 
 @triton.jit

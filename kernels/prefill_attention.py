@@ -36,14 +36,15 @@ def pairs_per_tile(tokens: int, group: int) -> int:
     return 128 if tokens * group >= 4096 else 64
 
 
-def tile_shape(dtype: torch.dtype, head_dim: int, pairs: int) -> TileShape:
-    """What fits into the registers and the shared memory of an H100."""
+def tile_shape(dtype: torch.dtype, head_dim: int, pairs: int, quantised: bool = False) -> TileShape:
+    """What fits into the registers and the shared memory of an H100; keys and values that are `quantised` go through
+    registers."""
     if dtype is torch.float32:  # no tensor cores: products go through registers
         return TileShape(32, 32, 4, 3) if head_dim <= 128 else TileShape(16, 16, 4, 3)
     if head_dim > 128:
         return TileShape(pairs, 32, 8, 5)
     if head_dim > 64 and pairs == 128:
-        return TileShape(128, 128, 8, 5)
+        return TileShape(128, 64 if quantised else 128, 8, 5)
     return TileShape(pairs, 64, 4, 5)
 
 
@@ -100,7 +101,7 @@ def prefill_attention(
     tiles. The keys and values of all tokens of row r are in the cache, at the slots ``table[rows.rows[r]]``; ``table
     [R, W]`` is int32. D is a power of two from 16 on. `rows.tiles` come from `tiles_for`, with `rows.pairs`; one of a
     row without tokens is passed over."""
-    block_m, block_n, warps, stages = shape or tile_shape(q.dtype, heads.dim, rows.pairs)
+    block_m, block_n, warps, stages = shape or tile_shape(q.dtype, heads.dim, rows.pairs, not cache.scheme.dense)
     parts = rows.pairs // block_m
     _prefill[(heads.kv, len(rows.tiles) * parts)](
         operands(q, cache, heads, table, out),

@@ -4,6 +4,11 @@ What is stored, to the bit: a group's scale is the largest magnitude of its elem
 symmetric the largest minus the least one, divided by the highest level in fp32, kept within what fp16 can hold and
 then rounded to it; `least` is rounded to fp16. An element's value is ``(element - least) / scale`` in fp32, rounded to
 the nearest, halves to even, and kept within the levels. So all errors are of rounding, and a group of zeros is zeros.
+
+Elements of float8 have three bits behind the first one, whatever their size: which of them lie near a level changes
+with the scale. Of several scales, the first one and it times `FLOAT_STEPS`, that with the least sum of squared errors
+is taken, of equal ones the first. With it the perplexity of SmolLM2 rises by half as much. Errors are counted in
+sixteenths of a level, so that their sum is the same in whatever order it is made.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from lightllmd.architecture.kv_schemes import KvScheme
 
 # The highest level of each kind of values; the lowest is its negative, or 0 of a scheme that is not symmetric.
 LEVELS = {"int8": 127.0, "int4": 7.0, "uint4": 15.0, "float8_e4m3fn": 448.0}
+FLOAT_STEPS = (2.0**0.25, 2.0**0.5, 2.0**0.75)
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0  # what fp16 can hold
 
 
@@ -27,12 +33,15 @@ def quantise(kv: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor]:
     groups = kv.unflatten(-1, (scheme.groups(kv.shape[-1]), -1)).float()
     if scheme.symmetric:
         lowest = -most
-        scales = _scale(groups.abs().amax(-1), most)
+        extent = groups.abs().amax(-1) / most
+        scales = _fp16(extent)
+        if scheme.values == "float8_e4m3fn":
+            scales = _best_scales(groups, extent, scales)
         levels = groups / scales.float().unsqueeze(-1)
     else:
         lowest = 0.0
         low, high = torch.aminmax(groups, dim=-1)
-        scales, low = _scale(high - low, most), low.clamp_(-MOST_SCALE, MOST_SCALE).half()
+        scales, low = _fp16((high - low) / most), low.clamp_(-MOST_SCALE, MOST_SCALE).half()
         levels = (groups - low.float().unsqueeze(-1)).div_(scales.float().unsqueeze(-1))
         scales = torch.cat([scales, low], -1)
     levels = levels.flatten(-2)
@@ -45,8 +54,28 @@ def quantise(kv: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor]:
     return (even & 15) | (odd << 4), scales
 
 
-def _scale(extent: Tensor, most: float) -> Tensor:
-    return (extent / most).clamp_(LEAST_SCALE, MOST_SCALE).half()
+def _fp16(scales: Tensor) -> Tensor:
+    return scales.clamp(LEAST_SCALE, MOST_SCALE).half()
+
+
+def _best_scales(groups: Tensor, extent: Tensor, scales: Tensor) -> Tensor:
+    best = _error(groups, scales)
+    for step in FLOAT_STEPS:
+        others = _fp16(extent * step)
+        error = _error(groups, others)
+        better = error < best
+        scales, best = torch.where(better, others, scales), torch.where(better, error, best)
+    return scales
+
+
+def _error(groups: Tensor, scales: Tensor) -> Tensor:
+    """Of ``groups [..., E]`` in e4m3 with ``scales [...]``. Elements below 2**-6, which have fewer bits, are taken as
+    if they had as many as others: what they lack is next to nothing."""
+    factor = scales.float()
+    levels = groups / factor.unsqueeze(-1)
+    rounded = levels.view(torch.int32).add(1 << 19).bitwise_and_(-(1 << 20)).view(torch.float32)
+    counted = levels.sub_(rounded).mul_(16.0).round_()
+    return counted.square_().sum(-1) * (factor * factor)
 
 
 def dequantise(values: Tensor, scales: Tensor, scheme: KvScheme) -> Tensor:

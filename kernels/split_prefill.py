@@ -99,7 +99,7 @@ def split_prefill(
 ) -> None:
     """`prefill_attention` of the first ``rows.number[0]`` tiles; `rows.segments` programs, a power of two from 2 on,
     share each. `partial` counts: one counter for each key/value head and `block_m` pairs of the tiles, or more."""
-    block_m, block_n, warps, stages = shape or tile_shape(q.dtype, heads.dim, rows.pairs)
+    block_m, block_n, warps, stages = shape or tile_shape(q.dtype, heads.dim, rows.pairs, not cache.scheme.dense)
     parts = rows.pairs // block_m
     tiles = triton.cdiv(len(q) * heads.query, heads.kv * rows.pairs)
     _split_prefill[(heads.kv, rows.segments, tiles * parts)](

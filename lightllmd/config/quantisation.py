@@ -178,8 +178,6 @@ class Quantisation:
         if self._cache_mode is None or self.kv_scheme == "dense":
             return
         name = self._cache_mode[0]
-        if self.device.kind == "cuda":  # until its kernels load and store it
-            yield Unservable(f"mode {name} is not available yet on a GPU", ("mode",))
         spec = self.architecture if isinstance(self.architecture, Outline) else self.architecture.spec
         for head_dim in sorted({each.head_dim for each in spec.attention}):
             if not KV_SCHEMES[self.kv_scheme].divides(head_dim):
