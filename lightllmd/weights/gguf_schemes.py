@@ -48,14 +48,19 @@ def stored_schemes(weights: Sequence[WeightSpec], tensors: Mapping[str, TensorIn
 
 def made_dense(weights: Iterable[WeightSpec], tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Quantised weights that no scheme holds, in words, and why."""
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    layers: dict[tuple[str, str, Role], list[int]] = defaultdict(list)
     for weight in weights:
         kinds = sorted({tensors[part.name].type for part in weight.parts})
         if not weight.quantisable or not set(kinds) - _PLAIN or not stored_scheme(weight, tensors).dense:
             continue
-        why = "no scheme holds it without loss" if len(kinds) == 1 else "its parts are stored in different ways"
-        found[f"{weight.role} in {' and '.join(kinds)}", why].append(weight.layer or 0)
-    return [f"{what} ({_layers(layers)}) is made dense: {why}" for (what, why), layers in found.items()]
+        why = "no scheme holds it without loss" if len(kinds) == 1 else "parts of a matrix are stored differently"
+        layers[" and ".join(kinds), why, weight.role].append(weight.layer or 0)
+    roles: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for (kinds_of, why, role), numbers in layers.items():
+        roles[kinds_of, why, _layers(numbers)].append(role)
+    return [
+        f"{', '.join(found)} in {kinds} ({where}): made dense, {why}" for (kinds, why, where), found in roles.items()
+    ]
 
 
 def _layers(numbers: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,17 @@ def test_a_quantised_model_takes_what_was_planned_and_gives_it_back(tmp_path: Pa
     assert tokens(runner) == expected
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+# Those of ours, and what checkpoints have beside them.
+STORED = {name: scheme_of(name, 32) for name in QUANTISED} | {
+    "ordered": replace(SCHEMES["w4a16"], group=32, ordered=True),
+    "static": replace(SCHEMES["fp8"], static=True),
+    "zeros in 8 bits": replace(SCHEMES["w8a16"], values="uint8", symmetric=False, group=32, scales=""),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
 def test_a_devices_linear_gives_back_all_that_it_holds_and_takes_it_again(name: str) -> None:
-    scheme, shape = scheme_of(name, 32), (48, 96)
+    scheme, shape = STORED[name], (48, 96)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     linear = fused_kernels(DEVICE).linear("down", weight, None, scheme)
     x = torch.randn((3, 96), generator=torch.Generator().manual_seed(1)).to(DEVICE)

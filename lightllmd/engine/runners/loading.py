@@ -53,6 +53,7 @@ def load_model(
     kept = _kept(plan, plan.model, architecture, dtype)
     if kept is not None and kept.path.exists():
         try:
+            log.info("the quantised weights are read from %s", kept.path)
             weights = _of_these_files(kept.read(device, progress), plan.model)
             return Decoder(architecture.spec, kernels, weights, device)
         except KeptDamaged as damaged:
