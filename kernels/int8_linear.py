@@ -34,11 +34,12 @@ class W8A16Linear(EagerLinear):
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dtype is torch.bfloat16 and len(x) <= self._few:
-            out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self._ones).mul_(self.scale)
+            out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self._ones)
+            if residual is not None and self.bias is None:
+                return residual.addcmul_(out, self.scale)  # in fp32; of many rows torch is slow at two dtypes
         else:
-            # bf16 has all integers of 8 bits. Of many rows torch is slow at what has operands of two dtypes.
-            out = functional.linear(x, self.weight.to(x.dtype)).float().mul_(self.scale).to(x.dtype)
-        return _added(out, self.bias, residual)
+            out = functional.linear(x, self.weight.to(x.dtype))  # bf16 has all integers of 8 bits
+        return _rounded(out.float().mul_(self.scale), self.bias, residual, x.dtype)
 
     @staticmethod
     def takes(scheme: Scheme) -> bool:
@@ -74,7 +75,7 @@ class W8A8Linear(EagerLinear):
 
     def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
         values, scale = self.inputs(x)
-        return _added(self.products(values).mul_(scale).to(x.dtype), self.bias, residual)
+        return _rounded(self.products(values).mul_(scale), self.bias, residual, x.dtype)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x [T, in]`` -> `quantised.quantised_inputs` plus `ZERO`, uint8, and fp32 scales ``[T, 1]``."""
@@ -117,10 +118,13 @@ def _unsigned(steps: Tensor) -> Tensor:
     return steps.to(torch.int8).view(torch.uint8).add_(ZERO)
 
 
-def _added(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _rounded(out: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """fp32 ``out + bias + residual``, rounded once."""
     if bias is not None:
-        out.add_(bias)
-    return out if residual is None else out.add_(residual)
+        out.add_(bias.float())
+    if residual is not None:
+        out.add_(residual.float())
+    return out.to(dtype)
 
 
 def _by_output(scheme: Scheme) -> bool:
