@@ -43,6 +43,7 @@ from lightllmd.grammar.ebnf.shapes import (
 )
 from lightllmd.grammar.ebnf.strings import (
     CHARACTERS,
+    ESCAPE,
     PLAIN,
     character_rule,
     counted,
@@ -196,7 +197,7 @@ class _Writer:
             least, most = _bounded(one, shape.least, shape.most, "minLength")
             if (least, most) == (0, None):
                 return Reference("string")
-            return seq(Literal('"'), counted(CHARACTERS, PLAIN, least, most), Literal('"'))
+            return seq(Literal('"'), counted(PLAIN, ESCAPE, least, most), Literal('"'))
         return quoted(self._text(one, shape))
 
     def _text(self, one: Alternative, shape: StringShape) -> Expression:

@@ -50,6 +50,7 @@ CASES: list[tuple[dict[str, Any] | bool, list[Any], list[Any]]] = [
         ["a", "abcde", "😀" * 5, ""],
     ),
     ({"type": "string", "pattern": "^a+b$"}, ["ab", "aab"], ["b", "xab", "abx", ""]),
+    ({"type": "string", "minLength": 1}, ["a", '"ab', "\n", "a\\\té"], [""]),
     ({"type": "string", "minLength": 2}, ["ab", 'ab"\\\n\t'], ["a", ""]),
     ({"type": "string", "pattern": "[0-9]x"}, ["3x", 'say "3x"\n'], ["x3", ""]),
     ({"type": "string", "pattern": '^[^"]$|\\\\'}, ["a", "\n", "\\", 'x\\"'], ['"', "ab"]),

@@ -34,6 +34,7 @@ def compiler() -> GrammarCompiler:
     "schema",
     [
         {"type": "string"},
+        {"type": "string", "minLength": 1},
         {"type": "string", "minLength": 3},
         {"type": "string", "maxLength": 200},
         {"type": "string", "pattern": "^[^x]+$"},
