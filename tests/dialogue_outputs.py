@@ -69,6 +69,15 @@ _DEEPSEEK = (
     f"<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{_TWO}\n```<｜tool▁call▁end｜>"
     "<｜tool▁calls▁end｜>"
 )
+_DSML = (
+    f'<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+    f'<｜DSML｜parameter name="city" string="true">{CITY}</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="exact" string="false">true</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="where" string="false">{"a": [1, {"b": null}]}</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="tags" string="false">["x", "y, z"]</｜DSML｜parameter>\n'
+    '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
+)
 _HARMONY = (
     "<|channel|>analysis<|message|>We need <b>both</b>.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
     "<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
@@ -96,6 +105,7 @@ CALLS: dict[str, list[str]] = {
         f"I look.[TOOL_CALLS]get_weather[CALL_ID]Ab3xY9kLm[ARGS]{_ONE}[TOOL_CALLS]now{_TWO}",
     ],
     "deepseek_v3": [f"I look.\n{_DEEPSEEK}"],
+    "deepseek_v32": [f"I look.\n\n{_DSML}"],
     "deepseek_v31": [
         f"I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{_ONE}<｜tool▁call▁end｜>"
         f"<｜tool▁call▁begin｜>now<｜tool▁sep｜>{_TWO}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"

@@ -84,12 +84,16 @@ def _named(name: str, written: str, marks: NamedMarks, syntax: CallSyntax) -> Fo
     return Format(name, written, parser, syntax, marks.all)
 
 
-def _elements(name: str, written: str, marks: ElementMarks, syntax: CallSyntax) -> Format:
+def _elements(
+    name: str, written: str, marks: ElementMarks, syntax: CallSyntax, tokens: frozenset[str] = frozenset()
+) -> Format:
+    """`tokens`: parts of marks that are tokens."""
+
     def parser(opening: Opening) -> Parser:
         schemas = {tool.name: tool.schema for tool in opening.tools}
         return ElementParser(marks, schemas, think=opening.think, inside=opening.inside)
 
-    return Format(name, written, parser, syntax, marks.all)
+    return Format(name, written, parser, syntax, marks.all | tokens)
 
 
 def _mistral(opening: Opening) -> Parser:
@@ -114,7 +118,7 @@ HERMES = _tagged(
     ("<tool_call>", "</tool_call>"),
     syntax=CallSyntax('<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", between="\n"),
 )
-_DEEPSEEK, _KIMI, _MINIMAX = named.DEEPSEEK, named.KIMI, elements.MINIMAX
+_DEEPSEEK, _KIMI, _MINIMAX, _DSML = named.DEEPSEEK, named.KIMI, elements.MINIMAX, elements.DEEPSEEK_DSML
 
 # In the order in which they are looked for in a template: what has more marks of its own comes first.
 _ALL = (
@@ -127,6 +131,21 @@ _ALL = (
         think=(harmony.CHANNEL, harmony.END),
         writer=HarmonyWriter,
         always=True,
+    ),
+    _elements(
+        "deepseek_v32",
+        elements.DSML,
+        _DSML,
+        CallSyntax(
+            _DSML.open + "{name}" + _DSML.name_end + "\n",
+            _DSML.close,
+            _DSML.around[0] + "\n",
+            "\n",
+            "\n" + _DSML.around[1],
+            style="deepseek_xml",
+            excludes=(_DSML.value_end,),
+        ),
+        frozenset({elements.DSML}),
     ),
     _named(
         "deepseek_v31",

@@ -17,6 +17,11 @@ tool's schema.
                  <parameter name="a">1</parameter>
                  </invoke>
                  </minimax:tool_call>
+    DeepSeek V3.2  <｜DSML｜function_calls>
+                 <｜DSML｜invoke name="f">
+                 <｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>
+                 </｜DSML｜invoke>
+                 </｜DSML｜function_calls>
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ class ElementMarks:
     close: str
     around: tuple[str, ...] = ()  # all calls, or each
     lines: bool = False  # a line break before and after a value is none of it
+    told: str = ""  # what parts a key from "true" for a value that is a text, "false" for one that is JSON
 
     @property
     def all(self) -> frozenset[str]:
@@ -71,6 +77,18 @@ MINIMAX = ElementMarks(
     "</invoke>",
     ("<minimax:tool_call>", "</minimax:tool_call>"),
 )
+DSML = "｜DSML｜"  # a token
+DEEPSEEK_DSML = ElementMarks(
+    f'<{DSML}invoke name="',
+    '">',
+    f'<{DSML}parameter name="',
+    '">',
+    "",
+    f"</{DSML}parameter>",
+    f"</{DSML}invoke>",
+    (f"<{DSML}function_calls>", f"</{DSML}function_calls>"),
+    told='" string="',
+)
 
 
 class ElementParser(MarkParser):
@@ -91,7 +109,7 @@ class ElementParser(MarkParser):
         self._schema: Mapping[str, Any] = {}
         self._raw = ""  # what would be content if it were no call
         self._keys = 0  # arguments that were begun
-        self._key = ""
+        self._key, self._told = "", ""
         self._value_marks = marks_of(frozenset({marks.value_end}))
         ends = [marks.name_end] if marks.name_end else ["\n", marks.key, marks.close]
         self._name_ends = marks_of(frozenset(ends))
@@ -154,7 +172,8 @@ class ElementParser(MarkParser):
                 return False
             self._break_off()
             return True
-        self._key = self._held[:end].strip()
+        key, _, self._told = self._held[:end].partition(self._call_marks.told or "\0")
+        self._key = key.strip()
         self._held = self._held[end + len(self._call_marks.key_end) :]
         self._add_arguments(("{" if not self._keys else ", ") + json.dumps(self._key, ensure_ascii=False) + ": ")
         self._keys += 1
@@ -175,7 +194,7 @@ class ElementParser(MarkParser):
         return True
 
     def _begin_value(self) -> Any:
-        self._types = value_types(self._schema, self._key)
+        self._types = TOLD.get(self._told) or value_types(self._schema, self._key)
         self._value = None if self._types == {_STRING} else []
         self._value_size, self._edge, self._first = 0, "", True
         if self._value is None:
@@ -239,6 +258,7 @@ def _in_string(text: str) -> str:
 
 
 _ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
+TOLD = {"true": frozenset({_STRING}), "false": _ALL_TYPES - {_STRING}}  # what a value may be that is said to be a text
 
 
 def value_types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
