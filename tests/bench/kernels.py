@@ -3,7 +3,8 @@
 ``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8] [--check]``
 
 One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
-products (for `kernels/tiles.py`), of decode attention and of matmuls in 8 bits (for `kernels/w8a8_tiles.py`).
+products (for `kernels/tiles.py`), of decode attention, of quantised KV caches too (``--only kv``), and of matmuls in 8
+bits (for `kernels/w8a8_tiles.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from cases.timing import Report
 
-SECTIONS = ("small", "sampling", "attention", "split", "dense", "packed")
+SECTIONS = ("small", "sampling", "attention", "split", "kv", "dense", "packed", "w8a8")
 
 
 def main() -> None:
@@ -26,8 +27,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["8b", "0.6b", "135m"], default="8b")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="of x in the matmuls")
-    parser.add_argument("--check", action="store_true", help="w8a8: results are compared, and nothing is timed")
-    parser.add_argument("--check", action="store_true", help="of packed products: results alone, no times")
+    parser.add_argument("--check", action="store_true", help="kv, packed, w8a8: results alone, no times")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -56,6 +56,11 @@ def main() -> None:
             from cases import split
 
             split.measure(arguments.shape, report)
+    if "kv" in wanted:
+        with report.case("kv"):
+            from cases import quantised_kv
+
+            quantised_kv.measure(arguments.shape, arguments.sweep, arguments.check, report)
     if "dense" in wanted:
         with report.case("dense"):
             from cases import dense

@@ -29,6 +29,7 @@ class Compiled:
     spilled: int  # bytes of local memory per thread
     shared: int  # bytes per program
     wgmma: int  # warp-group matrix instructions in the PTX
+    byte_loads: int  # in the PTX, of shared memory
 
 
 class _Hopper:
@@ -81,6 +82,7 @@ def _compiled(cases: dict[str, Callable[[], None]]) -> Iterator[Compiled]:
                 spilled=numbers["STACK"] + numbers["LOCAL"],
                 shared=metadata.shared,
                 wgmma=_ptx(metadata).count("wgmma.mma_async"),
+                byte_loads=len(re.findall(r"ld\.shared\.[bsu]8\b", _ptx(metadata))),
             )
         driver.loaded.clear()
 

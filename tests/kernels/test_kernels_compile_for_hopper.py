@@ -348,8 +348,18 @@ SMALLER = (
     *("rounded inputs, w8a8", "w8a8, 1 row", "fp8_block, 1 row", "w8a8, 8 rows", "fp8_block, 32 rows"),
     *("fp8, 64 rows", "w8a8, 128 rows", "w8a8, 256 rows", "w8a8, 2048 rows", "fp8_block, 2048 rows"),
 )
+# Of quantised keys and values, those that are compiled in the usual run: each kernel, and each way to store them.
+QUANTISED = (
+    *("rotation bf16, fp8 keys and values", "rotation bf16, int4 keys and values"),
+    *("decode attention bf16, int8 keys and values", "decode attention bf16, int8_group8 keys and values"),
+    "split prefill attention bf16, int8 keys and values",
+)
 if not os.environ.get("LIGHTLLMD_LONG_TESTS"):
-    CASES = {case: launch for case, launch in CASES.items() if case not in SMALLER}
+    CASES = {
+        case: launch
+        for case, launch in CASES.items()
+        if case not in SMALLER and (case in QUANTISED or not case.endswith("keys and values"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +390,15 @@ def test_attention_reads_two_tiles_ahead(compiled: list[dict[str, Any]]) -> None
     assert kernels["decode attention bf16", "_decode"]["shared"] >= 2 * 2 * 32 * 128 * 2
     assert kernels["prefill attention bf16", "_prefill"]["shared"] >= 3 * 2 * 128 * 128 * 2
     assert kernels["split prefill attention bf16", "_split_prefill"]["shared"] >= 3 * 2 * 128 * 128 * 2
+
+
+def test_decode_attention_of_8_bits_reads_two_tiles_ahead_and_no_bytes_one_by_one(
+    compiled: list[dict[str, Any]],
+) -> None:
+    kernels = {(kernel["case"], kernel["kernel"]): kernel for kernel in compiled}
+    kernel = kernels["decode attention bf16, int8 keys and values", "_decode"]
+    assert kernel["shared"] >= 2 * 2 * 64 * 128
+    assert kernel["byte_loads"] == 0
 
 
 def test_prefill_attention_multiplies_by_warp_groups(compiled: list[dict[str, Any]]) -> None:
