@@ -411,7 +411,7 @@ def _flags(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]
     problems = []
     for name, value in _flattened(parameters, ""):
         key = name if name in by_key(Config) else f"engine.{name}"
-        if key not in by_key(Config) or not ("." not in key or key.startswith("engine.")):
+        if key not in by_key(Config) or not ("." not in key or key.startswith(("engine.", "quantise."))):
             close = nearest_key(name)
             problems.append(
                 Problem(name, f"unknown parameter; nearest: {close}" if close else "unknown parameter", PLACE)
@@ -426,7 +426,7 @@ def _flags(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]
 def _flattened(parameters: Mapping[str, Any], table: str) -> Iterator[tuple[str, Any]]:
     for name, value in parameters.items():
         key = f"{table}{name}"
-        if isinstance(value, Mapping) and key in ("engine", "engine.fake"):
+        if isinstance(value, Mapping) and key in ("engine", "engine.fake", "quantise"):
             yield from _flattened(value, f"{key}.")
         else:
             yield key, value

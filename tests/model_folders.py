@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from lightllmd.architecture.families import architecture_of
 
 ITEM = {"F16": 2, "BF16": 2, "F32": 4}
@@ -59,3 +62,13 @@ def write_folder(folder: Path, kind: str = "BF16", tokenizer: Mapping[str, Any] 
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer or {})))
     write_safetensors(folder / "model.safetensors", {name: (kind, shape) for name, shape in shapes(LLAMA).items()})
     return folder
+
+
+def fill(folder: Path, seed: int) -> None:
+    """Weights of that seed in place of the ones that are there, of the same shapes."""
+    file, draw = folder / "model.safetensors", np.random.default_rng(seed)
+    save_file(
+        {name: draw.normal(size=one.shape).astype(np.float32) for name, one in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )

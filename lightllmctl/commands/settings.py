@@ -104,12 +104,24 @@ NO_SETTINGS = ("params", "top", "places", "held_keys", "warnings")  # of a Confi
 
 def to_toml(config: dict[str, Any]) -> str:
     """The daemon's Config as the file that would say the same: parameters first, then the tables."""
-    top = dict(config.get("params") or {})
-    tables = {name: value for name, value in config.items() if name not in NO_SETTINGS}
-    lines = _pairs(top)
+    params = dict(config.get("params") or {})
+    tables = {name: value for name, value in params.items() if isinstance(value, dict)}
+    lines = _pairs({name: value for name, value in params.items() if name not in tables})
+    tables |= {name: value for name, value in config.items() if name not in NO_SETTINGS}
+    if models := tables.get("models"):
+        tables["models"] = {name: _nested(entry) for name, entry in models.items()}
     for name, table in tables.items():
         _table(name, table, lines)
     return "\n".join(lines)
+
+
+def _nested(entry: dict[str, Any]) -> dict[str, Any]:
+    """A model's parameters, those of a table, such as quantise.rules, in that table."""
+    made: dict[str, Any] = {}
+    for key, value in entry.items():
+        table, dot, name = key.rpartition(".")
+        (made.setdefault(table, {}) if dot else made)[name] = value
+    return made
 
 
 def _table(name: str, table: Any, lines: list[str]) -> None:

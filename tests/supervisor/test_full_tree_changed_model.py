@@ -6,26 +6,14 @@ import shutil
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from closed_loop import Operator, Timeline
 from harness import Daemon, wait_for
 from long_run import LONG
-from model_folders import write_folder
+from model_folders import fill, write_folder
 
 ASKED = {"inputs": "ab", "parameters": {"max_new_tokens": 8, "ignore_eos": True, "return_details": True}}
-
-
-def fill(folder: Path, seed: int) -> None:
-    """Weights of that seed in place of the ones that are there, of the same shapes."""
-    file, draw = folder / "model.safetensors", np.random.default_rng(seed)
-    save_file(
-        {name: draw.normal(size=one.shape).astype(np.float32) for name, one in load_file(file).items()},
-        file,
-        metadata={"format": "pt"},
-    )
 
 
 def health(daemon: Daemon) -> str:

@@ -77,6 +77,7 @@ EDITS = {
     "slots": lambda config: edited(
         config, "params", max_total_token_num="auto" if config.params.max_total_token_num == 8192 else 8192
     ),
+    "mode": lambda config: edited(config, "params", mode=[] if config.params.mode else ["triton_w8a16"]),
     "model": lambda config: edited(
         config, "params", model_dir="/models/second" if config.params.model_dir == "/models/first" else "/models/first"
     ),
