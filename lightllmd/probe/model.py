@@ -176,7 +176,7 @@ def _outline(path: Path, config: dict[str, Any], code: dict[str, str], load_way:
     if CAUSAL_LM not in code and known and kind not in known:
         neither = f"neither lightllmd ({', '.join(FAMILIES)}) nor transformers has a causal language model of it"
         raise invalid(f"{where}: models of type {show(kind)} are not available yet: {neither}")
-    if config.get("quantization_config"):
+    if settings_of(path, config)[0]:
         raise invalid(f"{where}: quantised checkpoints of models that transformers computes are not available yet")
     if load_way == "DS":
         raise invalid(f"{path}: load_way = {show(load_way)} is not available for models that transformers computes")

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lightllmd.architecture.cpu_storage import cpu_nbytes
 from lightllmd.architecture.storage import weight_bytes
+from lightllmd.config.parameters import Config, Params
+from lightllmd.config.plan import DeviceFacts, Facts, Plan
+from lightllmd.config.resolve import resolve
 from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.errors import ConfigInvalid, WeightsInvalid
 from lightllmd.probe.model import model_facts
@@ -275,6 +278,30 @@ def test_what_is_not_computed_is_refused_by_name_when_the_plan_is_made(
     assert problem.key == "model_dir"
     assert problem.message.startswith(f"{folder / 'config.json'}: ")
     assert words in problem.message
+
+
+@pytest.mark.parametrize("file", ["", "quantize_config.json"])
+def test_models_that_transformers_computes_are_refused(file: str, tmp_path: Path) -> None:
+    folder, _, _ = write_quantised(tmp_path, Case(GPTQ, gptq(), file=file))
+    with pytest.raises(ConfigInvalid, match="quantised checkpoints of models that transformers computes"):
+        model_facts(str(folder), backend="transformers")
+
+
+def test_a_mode_beside_it_can_only_say_the_same(tmp_path: Path) -> None:
+    folder, _, _ = write_quantised(tmp_path, Case(GPTQ, gptq()))
+    device = DeviceFacts("cpu", "a CPU", 1, 1 << 33, 1 << 33, ["float32", "bfloat16"], 2)
+    facts = Facts(model_facts(str(folder)), device)
+    limits = {"max_req_input_len": 100, "max_req_total_len": 200}
+
+    def planned_with(*mode: str) -> Plan:
+        return resolve(Config(params=Params(model_dir=str(folder), mode=list(mode), **limits)), facts)
+
+    own, named = planned_with(), planned_with("triton_w4a16", "g32")
+    assert own.schemes == named.schemes == facts.model.schemes  # type: ignore[union-attr]
+    assert own.budget == named.budget
+    assert any(one.name == "quantisation" and one.value.startswith("GPTQ, 4 bits") for one in own.derived)
+    with pytest.raises(ConfigInvalid, match=r"are stored already, as GPTQ, 4 bits, groups of 32"):
+        planned_with("triton_w8a16")
 
 
 # --- what tools write ---------------------------------------------------------------------------------------------

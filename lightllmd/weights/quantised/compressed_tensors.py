@@ -144,7 +144,7 @@ def _int(where: str, weights: Mapping[str, Any], inputs: Mapping[str, Any], form
             raise refused(
                 f"{where}: packed weights of {bits} bits{_with(inputs)} are not available; of 4 and 8 bits are"
             )
-        return PackedForm(bits, group, symmetric, ordered), said + (", in an order of activations" if ordered else "")
+        return PackedForm(bits, group, symmetric, ordered), said + (", act-order" if ordered else "")
     if bits != 8 or ordered:
         raise refused(
             f"{where}: int weights of {bits} bits{_with(inputs)} in format {show(form)} are not available; "
@@ -168,13 +168,13 @@ def _float(where: str, weights: Mapping[str, Any], inputs: Mapping[str, Any]) ->
         if inputs and (static or whole(inputs, "group_size", default=group) != group):
             raise refused(f"{where}: inputs of blocks need groups of {group}, dynamic")
         scheme = float8(group, rows, inputs=bool(inputs))
-        return ElementwiseForm(scheme), f"FP8, a scale for each {rows} x {group}{_rounded(inputs, False)}"
+        return ElementwiseForm(scheme), f"FP8, blocks of {rows} x {group}{_rounded(inputs, False)}"
     if strategy not in ("tensor", "channel"):
         raise refused(f"{where}.weights: strategy {show(strategy)} of FP8 is not available; tensor, channel, block are")
     static = _static(where, inputs, "float", ("token", "tensor"))
     scaled = "tensor" if strategy == "tensor" else "row"
     scheme = float8(inputs=bool(inputs), static=static)
-    return ElementwiseForm(scheme), f"FP8, a scale for each {scaled}{_rounded(inputs, static)}"
+    return ElementwiseForm(scheme), f"FP8 by {scaled}{_rounded(inputs, static)}"
 
 
 def _static(where: str, inputs: Mapping[str, Any], kind: str, dynamic: tuple[str, ...]) -> bool:

@@ -27,12 +27,12 @@ def read(settings: Mapping[str, Any]) -> CheckpointQuantisation:
     static = _static(settings)
     block = settings.get("weight_block_size")
     if block is None:
-        scheme, words = float8(static=static), "a scale for each tensor or row"
+        scheme, words = float8(static=static), "by tensor or row"
     else:
         rows, group = block_of(block, "weight_block_size")
         if static:
             raise refused("quantization_config.activation_scheme = static with weight_block_size is not available")
-        scheme, words = float8(group, rows), f"a scale for each {rows} x {group} of a weight and {group} of an input"
+        scheme, words = float8(group, rows), f"blocks of {rows} x {group}"
     form = ElementwiseForm(
         scheme, ("weight_scale_inv", "weight_scale") if block else ("weight_scale", "weight_scale_inv")
     )
@@ -80,5 +80,5 @@ def read_modelopt(settings: Mapping[str, Any]) -> CheckpointQuantisation:
         outside = embedding or ".layers." not in f".{module}"
         return None if outside or any(fnmatchcase(module, one) for one in kept) or listed(module, kept) else form
 
-    words = "ModelOpt's FP8, a scale for each tensor, static inputs"
+    words = "ModelOpt's FP8, by tensor, static inputs"
     return CheckpointQuantisation(words, form_of, CACHE_SCALES, (CACHE_NOTE,))

@@ -85,8 +85,8 @@ def read(settings: Mapping[str, Any]) -> CheckpointQuantisation:
             return None
         return whole_model if not inside or any(module.endswith(f".{one}") for one in inside) else None
 
-    order = ", in an order of activations" if whole_model.ordered else ""
-    others = f", {len(of_rules)} rules of its own for some modules" if of_rules else ""
+    order = ", act-order" if whole_model.ordered else ""
+    others = f", {len(of_rules)} rules for some modules" if of_rules else ""
     symmetric = "symmetric" if whole_model.symmetric else "with zeros"
     grouped = groups_in_words(whole_model.group)
     return CheckpointQuantisation(f"GPTQ, {whole_model.bits} bits, {grouped}, {symmetric}{order}{others}", form_of)

@@ -81,7 +81,7 @@ def group_size(settings: Mapping[str, Any], *keys: str, default: int | None = No
 
 def groups_in_words(group: int) -> str:
     """Behind a number of bits."""
-    return f"a scale for each {group} inputs" if group else "a scale for each row"
+    return f"groups of {group}" if group else "no groups"
 
 
 def matches(pattern: str, text: str) -> bool:
