@@ -2,7 +2,8 @@
 decoder is one launch. Meaning: `quantised_rows` and `w8a8_skinny`, with the same values of the inputs.
 
 Each program rounds all inputs for its few rows of the weight, whose first block it has asked for before. int8 values
-are multiplied four at a time, as the weight's bytes lie, which is exact; fp8 values in fp32.
+are multiplied four at a time, as the weight's bytes lie, which is exact; fp8 values two at a time in fp16, where
+products are exact, too.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
@@ -17,7 +18,7 @@ from lightllmd.kernels.activation import activate
 from lightllmd.kernels.gemv import load_weights, weight_row
 from lightllmd.kernels.quantised_rows import inputs_scale, largest_of, rounded
 
-CHUNK = tl.constexpr(16)  # neighbouring values of the weight that one thread loads
+CHUNK = tl.constexpr(16)  # values of the weight side by side that one thread loads
 
 
 @triton.jit
@@ -49,6 +50,74 @@ def _dot4(a, b, sums, NATIVE: tl.constexpr):
     else:
         for byte in tl.static_range(4):
             sums += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+    return sums
+
+
+@triton.jit
+def _quarters(values, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """``[ROWS, 16 * CHUNKS]`` -> four of ``[ROWS, CHUNKS, 4]``: of each 16 values side by side the first four, the
+    second four and so on."""
+    cut = tl.permute(tl.reshape(values, [ROWS, CHUNKS, 2, 2, 4]), (0, 1, 4, 2, 3))
+    even, odd = tl.split(cut)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _products(weights, y, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr):
+    """Sums ``[BLOCK_N, BLOCK_K / 16]`` of 16 products of fp8 values side by side, in fp32. HALF: four are summed in
+    fp16, two at a time, which has each product exactly (of 4 by 4 bits, down to 2 ** -24) and takes a third of the
+    instructions; a sum of four is rounded to 11 bits, the result to no more."""
+    chunks: tl.constexpr = BLOCK_K // CHUNK
+    if HALF:
+        # The largest value of inputs is 448: without the factor products would be beyond fp16's.
+        w0, w1, w2, w3 = _quarters(weights.to(tl.float16), BLOCK_N, chunks)
+        y0, y1, y2, y3 = _quarters((y * 0.00390625).to(tl.float16)[None, :], 1, chunks)
+        sums = tl.sum((w0 * y0 + w1 * y1 + w2 * y2 + w3 * y3).to(tl.float32), 2) * 256.0
+    else:
+        sums = tl.sum(tl.reshape(weights.to(tl.float32) * y[None, :], [BLOCK_N, chunks, CHUNK]), 2)
+    return sums
+
+
+@triton.jit
+def _accumulate(
+    sums,
+    weights,
+    y,
+    scaled,
+    scale,
+    row,
+    start,
+    static,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEVEL: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    NATIVE: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """One block of K, from `start` on: `sums` plus the products of the weight's values with those of the inputs
+    ``y [BLOCK_K]``, which `scaled` rounds. With groups the scale of each does, and scales are in the sums."""
+    columns: tl.constexpr = y.shape[0]
+    if GROUP == 0:
+        y = rounded(y, scaled, LEVEL, static is not None)
+    else:
+        grouped = tl.reshape(y, [columns // GROUP, GROUP])
+        group_scale, group_scaled = inputs_scale(largest_of(grouped, SMALLEST), None, LEVEL)
+        y = tl.reshape(rounded(grouped, group_scaled[:, None], LEVEL, False), [columns])
+    if LEVEL == 127.0:
+        sums = _dot4(weights, tl.broadcast_to(_packed(y, columns // 4)[None, :], weights.shape), sums, NATIVE)
+    else:
+        parts = _products(weights, y, weights.shape[0], columns, HALF)
+        if GROUP != 0:
+            of = (start + tl.arange(0, columns // CHUNK) * CHUNK) // GROUP
+            there = (of < (K + GROUP - 1) // GROUP)[None, :]
+            of_inputs = tl.broadcast_to(group_scale[:, None], [columns // GROUP, GROUP // CHUNK])
+            parts *= tl.reshape(of_inputs, [columns // CHUNK])[None, :]
+            parts *= tl.load(scale + of[None, :] * N + row[:, None], mask=there, other=0.0)
+        sums += parts
     return sums
 
 
@@ -108,32 +177,22 @@ def gemv(
         plain = tl.load(x + every, mask=every < K, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(plain * plain, 0) / K + eps)
     before = factor if static is not None else 1.0  # values are cut off where they would be with the norm
+    scaled = before
     if GROUP == 0:
-        y = tl.reshape(_load_inputs(x, norm, every, K, OFFSET), [1, ALL_K]) * before
-        all_scale, scaled = inputs_scale(largest_of(y, SMALLEST), static, LEVEL)
+        given = tl.reshape(_load_inputs(x, norm, every, K, OFFSET), [1, ALL_K]) * before
+        all_scale, scaled = inputs_scale(largest_of(given, SMALLEST), static, LEVEL)
     k = tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_N, BLOCK_K // step if int8 else BLOCK_K // CHUNK], tl.int32 if int8 else tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        if start > 0:
-            weights = load_weights(tile + start // step, (start // step + word)[None, :], K // step, whole, EVICT)
+    half: tl.constexpr = out.dtype.element_ty != tl.float32
+    y = _load_inputs(x, norm, k, K, OFFSET) * before
+    sums = _accumulate(sums, weights, y, scaled, scale, row, 0, static, N, K, GROUP, LEVEL, SMALLEST, NATIVE, half)
+    for start in tl.range(BLOCK_K, K, BLOCK_K):
+        at = (start // step + word)[None, :]
+        weights = load_weights(tile + start // step, at, K // step, whole, EVICT)
         y = _load_inputs(x, norm, start + k, K, OFFSET) * before
-        if GROUP == 0:
-            y = rounded(y, scaled, LEVEL, static is not None)
-        else:
-            y = tl.reshape(y, [BLOCK_K // GROUP, GROUP])
-            group_scale, group_scaled = inputs_scale(largest_of(y, SMALLEST), None, LEVEL)
-            y = rounded(y, group_scaled[:, None], LEVEL, False)
-            y = tl.reshape(y * group_scale[:, None], [BLOCK_K])
-        if int8:
-            sums = _dot4(weights, tl.broadcast_to(_packed(y, BLOCK_K // 4)[None, :], weights.shape), sums, NATIVE)
-        else:
-            products = weights.to(tl.float32) * y[None, :]
-            parts = tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // CHUNK, CHUNK]), 2)
-            if GROUP != 0:
-                of = (start + tl.arange(0, BLOCK_K // CHUNK) * CHUNK) // GROUP
-                in_rows = (of < (K + GROUP - 1) // GROUP)[None, :]
-                parts *= tl.load(scale + of[None, :] * N + row[:, None], mask=in_rows, other=0.0)
-            sums += parts
+        sums = _accumulate(
+            sums, weights, y, scaled, scale, row, start, static, N, K, GROUP, LEVEL, SMALLEST, NATIVE, half
+        )
     total = tl.sum(sums, 1).to(tl.float32) * factor if static is None else tl.sum(sums, 1).to(tl.float32)
     if GROUP == 0:
         total *= tl.load(scale + row)

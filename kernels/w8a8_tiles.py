@@ -35,7 +35,8 @@ class Tile8(NamedTuple):
 def supports(scheme: Scheme) -> bool:
     """Whether the kernels have it: groups of inputs are blocks of a matmul's K."""
     plain = scheme.symmetric and not scheme.ordered and scheme.inputs == scheme.values and scheme.scales == "float32"
-    return plain and (not scheme.group or (scheme.group in (32, 64, 128, 256) and not scheme.static))
+    grouped = scheme.values == "float8_e4m3fn" and scheme.group in (32, 64, 128, 256) and not scheme.static
+    return plain and (grouped or not scheme.group)
 
 
 def prefers_cublas(m: int, n: int, k: int, dtype: torch.dtype, scheme: Scheme) -> bool:
@@ -97,8 +98,10 @@ def tile_for(m: int, n: int, k: int, group: int, inside: bool) -> Tile8:
     """For ``x [m, k] @ weight [n, k].T``, with so many inputs to a scale (0: all). `inside`: x is one token that the
     matmul rounds."""
     if inside:
+        # Many rows of the weight, for which all inputs are rounded once; no more than give every place a program.
         block_k = min(max(power_above(k), 512), 4096 if k <= 4096 else 2048)
-        return Tile8(True, 8 if n > 8192 else 4, block_k, 8 if block_k >= 2048 else 4)
+        rows = (4 if group and k > 4096 else 8) if n >= 4096 else 4 if n >= 2048 else 2
+        return Tile8(True, rows, block_k, 8 if block_k >= 2048 else 4)
     rows = block_rows(m)
     block_k = 128 if group or k % 256 else 256
     if group:
