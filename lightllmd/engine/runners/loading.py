@@ -51,7 +51,7 @@ def load_model(
     if isinstance(architecture, Outline):
         return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
     kept = _kept(plan, plan.model, architecture, dtype)
-    if kept is not None and kept.path.exists():
+    if kept is not None and os.path.exists(kept.path):
         try:
             log.info("the quantised weights are read from %s", kept.path)
             weights = _of_these_files(kept.read(device, progress), plan.model)
