@@ -78,6 +78,10 @@ _DSML = (
     '<｜DSML｜parameter name="tags" string="false">["x", "y, z"]</｜DSML｜parameter>\n'
     '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
 )
+_GEMMA = (
+    f'<|tool_call>call:get_weather{{city:<|"|>{CITY}<|"|>,days:3,exact:true,where:{{a:[1,{{b:null}}]}},'
+    'tags:[<|"|>x<|"|>,<|"|>y, z<|"|>]}<tool_call|><|tool_call>call:now{}<tool_call|>'
+)
 _HARMONY = (
     "<|channel|>analysis<|message|>We need <b>both</b>.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
     "<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
@@ -105,6 +109,7 @@ CALLS: dict[str, list[str]] = {
         f"I look.[TOOL_CALLS]get_weather[CALL_ID]Ab3xY9kLm[ARGS]{_ONE}[TOOL_CALLS]now{_TWO}",
     ],
     "deepseek_v3": [f"I look.\n{_DEEPSEEK}"],
+    "gemma4": [f"I look.{_GEMMA}", "I look.\n" + _GEMMA.replace(",", ", ").replace("y,  z", "y, z")],
     "deepseek_v32": [f"I look.\n\n{_DSML}"],
     "deepseek_v31": [
         f"I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{_ONE}<｜tool▁call▁end｜>"

@@ -236,6 +236,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
         Literal[
             "auto",
             "harmony",
+            "gemma4",
             "deepseek_v32",
             "deepseek_v31",
             "deepseek_v3",

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lightllmd.dialogue.formats import elements, harmony, mistral, named, pythonic
+from lightllmd.dialogue.formats import elements, gemma, harmony, mistral, named, pythonic
 from lightllmd.dialogue.formats.bare import PYTHON_TAG, BareParser
 from lightllmd.dialogue.formats.elements import ElementMarks, ElementParser
+from lightllmd.dialogue.formats.gemma import GemmaParser
 from lightllmd.dialogue.formats.harmony import HarmonyParser
 from lightllmd.dialogue.formats.mistral import MistralParser
 from lightllmd.dialogue.formats.named import NamedMarks, NamedParser
@@ -108,6 +109,10 @@ def _pythonic(opening: Opening) -> Parser:
     return PythonicParser([tool.name for tool in opening.tools], think=opening.think, inside=opening.inside)
 
 
+def _gemma(opening: Opening) -> Parser:
+    return GemmaParser(think=opening.think, inside=opening.inside)
+
+
 def _harmony(opening: Opening) -> Parser:
     return HarmonyParser(calls=bool(opening.tools), apart=opening.think is not None)
 
@@ -131,6 +136,13 @@ _ALL = (
         think=(harmony.CHANNEL, harmony.END),
         writer=HarmonyWriter,
         always=True,
+    ),
+    Format(
+        "gemma4",
+        r"<\|tool_call>",
+        _gemma,
+        CallSyntax(gemma.OPEN + "call:{name}", gemma.CLOSE, style="gemma", excludes=(gemma.OPEN, gemma.CLOSE)),
+        gemma.MARKS,
     ),
     _elements(
         "deepseek_v32",
@@ -268,6 +280,7 @@ THINKS: tuple[Think, ...] = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought\n", "<channel|>"),
 )
 
 

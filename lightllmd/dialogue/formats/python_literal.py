@@ -66,7 +66,8 @@ class LiteralReader:
             self.broken = len(self._word) > _MOST
             return found.end()
         if self._word:
-            out.append(self._spoken())
+            out.append(spoken(self._word))
+            self._word = ""
             if not self._depth:
                 self.done = True
                 return at
@@ -88,15 +89,16 @@ class LiteralReader:
             return at
         return at + 1
 
-    def _spoken(self) -> str:
-        word, self._word = self._word, ""
-        word = _WORDS.get(word, word)
-        if _JSON_WORD.fullmatch(word):
-            return word
-        try:
-            return json.dumps(ast.literal_eval(word), allow_nan=False)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return json.dumps(word, ensure_ascii=False)  # a name: there is nothing that it could stand for
+
+def spoken(word: str) -> str:
+    """A number or word of Python's or JSON's, as JSON."""
+    word = _WORDS.get(word, word)
+    if _JSON_WORD.fullmatch(word):
+        return word
+    try:
+        return json.dumps(ast.literal_eval(word), allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return json.dumps(word, ensure_ascii=False)  # a name: there is nothing that it could stand for
 
 
 def _escaped(escape: str) -> str:

@@ -27,6 +27,7 @@ EOS = 256
 CLOSERS = frozenset(b'"}],:)')
 TEMPLATES = {  # what a template of the format has of it
     "harmony": "<|channel|>commentary<|message|>",
+    "gemma4": "<|tool_call>call:",
     "deepseek_v32": '<｜DSML｜invoke name="$TOOL_NAME">',
     "deepseek_v31": "<｜tool▁sep｜>",
     "deepseek_v3": "<｜tool▁sep｜>```json",
