@@ -19,7 +19,7 @@ from lightllmd.config.amount import size
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT_ROW, SPARE_WIDTH
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts
-from lightllmd.config.weight_budget import dequantised_rows, weights_row
+from lightllmd.config.weight_budget import dequantised_rows, input_rows, weights_row
 
 # For each logit the copies that ranking makes (probabilities, sorted values and ids, running sums in fp64).
 BYTES_PER_LOGIT = 64
@@ -146,6 +146,7 @@ def demand(
     rows = [
         weights_row(architecture, data_type, schemes, packed_head=data_type != "float16", on_cpu=True),
         *dequantised_rows(architecture, schemes),
+        *input_rows(architecture, schemes, batch_max_tokens, on_cpu=True),
         _activations(spec, batch_max_tokens, data_type),
         *([_logits(spec, item)] if spec.generates else []),
         gpu_budget.embeddings(spec, item, config.params.running_max_req_size)

@@ -24,7 +24,7 @@ from lightllmd.config.bounds import (
 )
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import SPARE_ROW, BudgetRow
-from lightllmd.config.weight_budget import scratch_rows, weights_row
+from lightllmd.config.weight_budget import input_rows, scratch_rows, weights_row
 
 RUNTIME = 1_200_000_000  # CUDA context, cuBLAS, compiled kernels
 # What a process with a CUDA context and nothing else takes: about 0.5 GB on an H100 with CUDA 13.
@@ -55,6 +55,7 @@ def rows(
     return [
         weights_row(architecture, data_type, schemes),
         *scratch_rows(architecture, data_type, schemes),
+        *input_rows(architecture, schemes, most_step_tokens(batch_max_tokens, running)),
         _activations(spec, data_type, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),

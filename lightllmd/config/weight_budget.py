@@ -14,8 +14,11 @@ from lightllmd.architecture.schemes import Scheme
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.architecture.weights import WeightSpec
-from lightllmd.config.amount import count
+from lightllmd.config.amount import count, size
 from lightllmd.config.plan import BudgetRow
+
+# Of each input that torch's operations round: copies in fp32 of it, of what it is divided by and of the result.
+ROUNDED_BYTES = 12
 
 
 def weights_row(
@@ -74,6 +77,24 @@ def scratch_rows(architecture: Architecture | Outline, data_type: str, schemes: 
     if not found:
         return []
     return [BudgetRow("dequantised", max(found), "the most that is made dense of a quantised matrix at a time")]
+
+
+def input_rows(
+    architecture: Architecture | Outline, schemes: WeightSchemes, tokens: int, on_cpu: bool = False
+) -> list[BudgetRow]:
+    """For the rounded inputs of the largest step, of so many tokens; none where no scheme rounds inputs."""
+    if isinstance(architecture, Outline):
+        return []
+    each = ROUNDED_BYTES if on_cpu else 1
+    found = [
+        _stacked(weight)[1] * each + 4 * scheme.groups(_stacked(weight)[1])
+        for weight in architecture.weights
+        if (scheme := schemes.of(weight)).inputs
+    ]
+    if not found:
+        return []
+    how = f"inputs of the widest matrix, rounded for it: {tokens} tokens x {size(max(found))}"
+    return [BudgetRow("quantised inputs", tokens * max(found), how)]
 
 
 def _stacked(weight: WeightSpec) -> tuple[int, int]:

@@ -247,6 +247,17 @@ def test_the_budget_says_how_much_is_stored_by_which_scheme() -> None:
     assert "w4a16 g128" in report(plan)
 
 
+def test_a_step_with_rounded_inputs_takes_room_for_them() -> None:
+    plan = made({"mode": ["triton_w8a8"]}, GPU)
+    tokens = plan.batch_max_tokens + plan.config.params.running_max_req_size
+    assert plan.budget.row("quantised inputs") == tokens * (1536 + 4)  # down has the most inputs
+    assert made({"mode": ["fp8_block"]}, GPU).budget.row("quantised inputs") == tokens * (1536 + 4 * 12)
+    assert made({"mode": ["ppl_w8a8_mixdown"]}, GPU).budget.row("quantised inputs") == tokens * (576 + 4)
+    assert made({"mode": ["fp8"]}).budget.row("quantised inputs") > plan.batch_max_tokens * 1536 * 4
+    for names in ([], ["triton_w4a16"]):
+        assert made({"mode": names}, GPU).budget.row("quantised inputs") == 0
+
+
 def test_the_table_in_the_readme_is_what_is_generated() -> None:
     """With LIGHTLLMD_WRITE_TABLES=1 it is written there."""
     begin, end = "<!-- table of modes -->\n", "\n<!-- end -->"
