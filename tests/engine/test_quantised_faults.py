@@ -34,7 +34,7 @@ from quantised_checkpoints import (
     planned,
     write_quantised,
 )
-from tiny_models import Driver, load, write_tensors
+from tiny_models import DEVICE, Driver, load, write_tensors
 
 IDS = [3, 14, 15, 92, 65]
 Change = Callable[[dict[str, Tensor]], object]
@@ -426,14 +426,16 @@ def test_what_arrives_piece_by_piece_is_what_reading_gives(
 ) -> None:
     monkeypatch.setattr(staged, "PIECE_BYTES", 256)
     folder, _, _ = write_quantised(tmp_path, case, shards=2)
-    facts, cpu = model_facts(str(folder)), torch.device("cpu")
+    facts, devices = model_facts(str(folder)), (torch.device("cpu"), torch.device(DEVICE))
     checkpoint = SafetensorsCheckpoint(facts.files)
     weights = facts.architecture.weights  # type: ignore[union-attr]
     matrices = matrices_of(weights, quantisation_of(facts.quantisation), checkpoint.tensors)
     seen: list[tuple[int, int]] = []
     read, arrived = (
-        list(stream(checkpoint, weights, torch.float32, cpu, lambda *at: seen.append(at), (), matrices, facts.schemes))
-        for stream in (place.stream, staged.stream)
+        list(
+            stream(checkpoint, weights, torch.float32, device, lambda *at: seen.append(at), (), matrices, facts.schemes)
+        )
+        for stream, device in zip((place.stream, staged.stream), devices, strict=True)
     )
     held = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     assert seen.count((held, held)) == 2
@@ -443,7 +445,7 @@ def test_what_arrives_piece_by_piece_is_what_reading_gives(
 
 
 def _dense(tensor: Any) -> Tensor:
-    return tensor if isinstance(tensor, Tensor) else tensor.dense(torch.float32)
+    return (tensor if isinstance(tensor, Tensor) else tensor.dense(torch.float32)).cpu()
 
 
 @pytest.mark.parametrize(
