@@ -109,8 +109,8 @@ def _decode(
             if SHAPE.KV.PAIRED:
                 keys = load_pairs(on.cache, kv_head, slot, inside, SHAPE, 0)
                 values = load_pairs(on.cache, kv_head, slot, inside, SHAPE, 1)
-                scores = tl.dot(query, tl.trans(even_of(keys, SHAPE.KV, TYPE)), input_precision="ieee")
-                odd_keys = odd_of(keys, SHAPE.KV, TYPE)
+                scores = tl.dot(query, tl.trans(even_of(keys, SHAPE, TYPE)), input_precision="ieee")
+                odd_keys = odd_of(keys, SHAPE, TYPE)
                 scores = tl.dot(odd_query, tl.trans(odd_keys), scores, input_precision="ieee") * on.scale
             else:
                 keys = load_keys(on.cache, kv_head, slot, inside, query.dtype, SHAPE)
@@ -128,7 +128,7 @@ def _decode(
                 share *= value_scale[None, :]
             if SHAPE.KV.PAIRED:
                 share = share.to(TYPE)
-                even, odd = even_of(values, SHAPE.KV, TYPE), odd_of(values, SHAPE.KV, TYPE)
+                even, odd = even_of(values, SHAPE, TYPE), odd_of(values, SHAPE, TYPE)
                 value = tl.dot(share, even, value * shrink[:, None], input_precision="ieee")
                 odd_value = tl.dot(share, odd, odd_value * shrink[:, None], input_precision="ieee")
             else:

@@ -109,13 +109,13 @@ def _load(cache, kv_head, slot, inside, DTYPE: tl.constexpr, SHAPE: tl.constexpr
     if KV.VALUES == "":
         tile = tile.to(DTYPE)
     elif KV.FOLDED:
-        tile = _numbers(tile, DTYPE, KV.VALUES)
+        tile = _numbers(tile, DTYPE, KV)
     else:
         G: tl.constexpr = D // KV.GROUP
         EACH: tl.constexpr = 2 * G if KV.VALUES == "uint4" else G
         row_at = cache.scales + kv_head * (2 * EACH) + slot * cache.scale_stride + PART * EACH
         scales_at = row_at[:, None] + tl.arange(0, G)[None, :]
-        numbers = _numbers(tile, tl.float32, KV.VALUES).reshape(slot.shape[0], G, KV.GROUP)
+        numbers = _numbers(tile, tl.float32, KV).reshape(slot.shape[0], G, KV.GROUP)
         numbers *= _load_fp16(scales_at, inside)[:, :, None]
         if KV.VALUES == "uint4":
             numbers += _load_fp16(scales_at + G, inside)[:, :, None]
@@ -130,17 +130,17 @@ def _load_fp16(at, inside):
 
 
 @triton.jit
-def _numbers(stored, DTYPE: tl.constexpr, VALUES: tl.constexpr):
+def _numbers(stored, DTYPE: tl.constexpr, KV: tl.constexpr):
     """What stored values ``[N, W]`` stand for: ``[N, W]``, or ``[N, 2W]`` of two in a byte."""
-    if VALUES == "int8":
+    if KV.VALUES == "int8":
         numbers = stored
-    elif VALUES == "float8_e4m3fn":
+    elif KV.VALUES == "float8_e4m3fn":
         # Sign, exponent and mantissa where fp16 has them, whose exponent counts from 8 below.
         bits = stored.to(tl.int16)
         numbers = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
     else:
         low, high = (stored & 15).to(tl.int32), (stored >> 4).to(tl.int32)
-        if VALUES == "int4":
+        if KV.VALUES == "int4":
             low, high = (low ^ 8) - 8, (high ^ 8) - 8
         numbers = tl.join(low, high).reshape(stored.shape[0], 2 * stored.shape[1])
     return numbers.to(DTYPE)
@@ -160,12 +160,12 @@ def load_pairs(cache, kv_head, slot, inside, SHAPE: tl.constexpr, PART: tl.const
 
 
 @triton.jit
-def even_of(pairs, KV: tl.constexpr, DTYPE: tl.constexpr):
+def even_of(pairs, SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """What the first elements of pairs stand for, in units of `UNIT`, scales apart; exact in fp16."""
     # int8: with the sign turned over, in the mantissa of 1024, of which 1024 + 128 are taken.
     # fp8: sign, exponent and mantissa where fp16 has them, whose exponent counts from 8 below.
-    if KV.VALUES == "int8":
-        if KV.ASSEMBLY:
+    if SHAPE.KV.VALUES == "int8":
+        if SHAPE.KV.ASSEMBLY:
             numbers = tl.inline_asm_elementwise(
                 "{ .reg .b32 t, c; and.b32 t, $1, 0x00FF00FF; xor.b32 t, t, 0x64806480; "
                 "mov.b32 c, 0x64806480; sub.rn.f16x2 $0, t, c; }",
@@ -173,7 +173,7 @@ def even_of(pairs, KV: tl.constexpr, DTYPE: tl.constexpr):
             )
         else:
             numbers = ((pairs & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-    elif KV.ASSEMBLY:
+    elif SHAPE.KV.ASSEMBLY:
         numbers = tl.inline_asm_elementwise(
             "{ .reg .b32 s, m; shl.b32 s, $1, 8; and.b32 s, s, 0x80008000; "
             "shl.b32 m, $1, 7; and.b32 m, m, 0x3F803F80; or.b32 $0, s, m; }",
@@ -185,10 +185,10 @@ def even_of(pairs, KV: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def odd_of(pairs, KV: tl.constexpr, DTYPE: tl.constexpr):
+def odd_of(pairs, SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """As `even_of`, of the second elements."""
-    if KV.VALUES == "int8":
-        if KV.ASSEMBLY:
+    if SHAPE.KV.VALUES == "int8":
+        if SHAPE.KV.ASSEMBLY:
             numbers = tl.inline_asm_elementwise(
                 "{ .reg .b32 t, c; shr.u32 t, $1, 8; and.b32 t, t, 0x00FF00FF; xor.b32 t, t, 0x64806480; "
                 "mov.b32 c, 0x64806480; sub.rn.f16x2 $0, t, c; }",
@@ -196,7 +196,7 @@ def odd_of(pairs, KV: tl.constexpr, DTYPE: tl.constexpr):
             )
         else:
             numbers = (((pairs >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-    elif KV.ASSEMBLY:
+    elif SHAPE.KV.ASSEMBLY:
         numbers = tl.inline_asm_elementwise(
             "{ .reg .b32 s, m; and.b32 s, $1, 0x80008000; shr.u32 m, $1, 1; and.b32 m, m, 0x3F803F80; "
             "or.b32 $0, s, m; }",
@@ -253,7 +253,7 @@ def _store_quantised(cache, head, slot, first, second, inside, kv_heads, HALF: t
             extent_one = tl.maximum(extent_one, extent_two)
             extent_two = extent_one
         low_one, low_two = None, None
-    extent_one, extent_two = _divided(extent_one, KV.VALUES), _divided(extent_two, KV.VALUES)
+    extent_one, extent_two = _divided(extent_one, KV), _divided(extent_two, KV)
     if KV.VALUES == "float8_e4m3fn":
         scale_one = _best_scale(one, two, extent_one)
         scale_two = scale_one
@@ -262,8 +262,8 @@ def _store_quantised(cache, head, slot, first, second, inside, kv_heads, HALF: t
     tl.store(scales_at, scale_one, mask=inside)
     if not WHOLE:
         tl.store(scales_at + PARTS, scale_two, mask=inside)
-    stored_one, read_one = _quantised(one, scale_one, low_one, N, HALF, KV.VALUES)
-    stored_two, read_two = _quantised(two, scale_two, low_two, N, HALF, KV.VALUES)
+    stored_one, read_one = _quantised(one, scale_one, low_one, N, HALF, KV)
+    stored_two, read_two = _quantised(two, scale_two, low_two, N, HALF, KV)
     at = cache.entries + slot * cache.slot_stride + head * (2 * WIDTH) + tl.arange(0, WIDTH)[None, :]
     tl.store(at, stored_one.to(cache.entries.dtype.element_ty), mask=inside)
     tl.store(at + WIDTH, stored_two.to(cache.entries.dtype.element_ty), mask=inside)
@@ -276,9 +276,17 @@ def _fp16(x, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _divided(extent, VALUES: tl.constexpr):
+def _divided(extent, KV: tl.constexpr):
     """By the highest level."""
-    most = 127.0 if VALUES == "int8" else 448.0 if VALUES == "float8_e4m3fn" else 7.0 if VALUES == "int4" else 15.0
+    most = (
+        127.0
+        if KV.VALUES == "int8"
+        else 448.0
+        if KV.VALUES == "float8_e4m3fn"
+        else 7.0
+        if KV.VALUES == "int4"
+        else 15.0
+    )
     return tl.div_rn(extent, tl.full(extent.shape, most, tl.float32))
 
 
@@ -310,26 +318,26 @@ def _counted(half, factor):
 
 
 @triton.jit
-def _quantised(groups, scale, least, N: tl.constexpr, HALF: tl.constexpr, VALUES: tl.constexpr):
+def _quantised(groups, scale, least, N: tl.constexpr, HALF: tl.constexpr, KV: tl.constexpr):
     """Of ``groups [N, G, E]`` above their least values: what is stored, ``[N, HALF / packed]``, and what it stands for,
     ``[N, HALF]``."""
     scale = scale.to(tl.float32)[:, :, None]
     levels = tl.div_rn(groups, tl.broadcast_to(scale, groups.shape))
-    if VALUES == "float8_e4m3fn":
+    if KV.VALUES == "float8_e4m3fn":
         size = tl.minimum(tl.abs(levels), 448.0)
         bits = size.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         code = tl.where(size < 0.015625, _rounded(size * 512.0).to(tl.int32), normal)
         code = code | ((levels.to(tl.int32, bitcast=True) >> 24) & 0x80)
-        number = _numbers(code.to(tl.uint8), tl.float32, VALUES)
+        number = _numbers(code.to(tl.uint8), tl.float32, KV)
     else:
-        most = 127.0 if VALUES == "int8" else 7.0 if VALUES == "int4" else 15.0
-        number = tl.minimum(tl.maximum(_rounded(levels), 0.0 if VALUES == "uint4" else -most), most)
+        most = 127.0 if KV.VALUES == "int8" else 7.0 if KV.VALUES == "int4" else 15.0
+        number = tl.minimum(tl.maximum(_rounded(levels), 0.0 if KV.VALUES == "uint4" else -most), most)
         code = number.to(tl.int32)
     read = number * scale
     if least is not None:
         read += least.to(tl.float32)[:, :, None]
-    if VALUES == "int4" or VALUES == "uint4":
+    if KV.VALUES == "int4" or KV.VALUES == "uint4":
         even, odd = tl.split(code.reshape(N, HALF // 2, 2))
         stored = (even & 15) | ((odd & 15) << 4)
     else:
