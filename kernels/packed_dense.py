@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels.packed_tile import INTERPRETED, block_step, first_block, magic, nibbles
+from lightllmd.kernels.packed_tile import INTERPRETED, MAGIC_BF16, MAGIC_FP16, block_step, first_block, nibbles
 from lightllmd.kernels.packing import BLOCK_INPUTS
 
 SPAN = 4  # blocks of 64 inputs of a program
@@ -32,6 +32,7 @@ def _dense(
     """Program (i, j): 16 rows from ``first + 16 i`` on, SPAN blocks of inputs from ``SPAN * j`` on. The elements of a
     plane are 16 inputs that share a scale."""
     DTYPE: tl.constexpr = out.dtype.element_ty
+    MAGIC: tl.constexpr = MAGIC_BF16 if tl.bfloat16 == DTYPE else MAGIC_FP16
     SHORT: tl.constexpr = tl.float32 != DTYPE
     ROUNDED: tl.constexpr = SHORT and scale.dtype.element_ty == DTYPE
     PARTS: tl.constexpr = 1 if GROUP % 64 == 0 else 2 if GROUP % 32 == 0 else 4  # groups of a block
@@ -60,7 +61,10 @@ def _dense(
         elif SHORT:
             # Exact, two at a time.
             values = nibbles(words, j, DTYPE, ASSEMBLY)
-            values -= (zeros + magic(DTYPE)).to(DTYPE) if zero is not None else magic(DTYPE)
+            if zero is not None:
+                values -= (zeros + MAGIC).to(DTYPE)
+            else:
+                values -= tl.full([1, 1, 1], MAGIC, DTYPE)
         else:
             values = ((words >> 4 * j) & 15).to(tl.float32)
             values -= zeros if zero is not None else 0.0

@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lightllmd.kernels.packed_tile import block_step, first_block, load_inside, magic, nibbles, tile_rows
+from lightllmd.kernels.packed_tile import (
+    MAGIC_BF16,
+    MAGIC_FP16,
+    block_step,
+    first_block,
+    load_inside,
+    nibbles,
+    tile_rows,
+)
 from lightllmd.kernels.tile_matmul import finish, load_residual
 
 
@@ -41,14 +49,17 @@ def _subtracted(zeros, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """What is subtracted from values, ``[SLICES, 16, 1]``. The sum over one element has the compiler move these few
     numbers between threads, in place of the many that they are subtracted from."""
     moved = tl.sum(tl.reshape(zeros.to(tl.float32), [1, zeros.shape[0], zeros.shape[1]]), 0)
-    return (moved + magic(DTYPE) if BITS == 4 else moved).to(DTYPE)[:, :, None]
+    MAGIC: tl.constexpr = MAGIC_BF16 if tl.bfloat16 == DTYPE else MAGIC_FP16
+    offset: tl.constexpr = MAGIC if BITS == 4 else 0.0
+    return (moved + offset).to(DTYPE)[:, :, None]
 
 
 @triton.jit
 def _scaled(sums, total, scales, zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, CENTRED: tl.constexpr):
     """The sums of a group as what they stand for."""
     if CENTRED:
-        offset: tl.constexpr = magic(DTYPE) if BITS == 4 else 0.0
+        MAGIC: tl.constexpr = MAGIC_BF16 if tl.bfloat16 == DTYPE else MAGIC_FP16
+        offset: tl.constexpr = MAGIC if BITS == 4 else 0.0
         if zeros is not None:
             sums -= (zeros.to(tl.float32) + offset)[:, :, None] * total
         else:

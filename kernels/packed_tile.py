@@ -1,7 +1,7 @@
 """Reading packed weights (`packing`) in Triton: where blocks lie, and 16-bit floats out of 4 and 8 bits.
 
 A 4-bit value q is written below the bits of a power of two, whose last bits of the mantissa it becomes: MAGIC + q,
-exactly. MAGIC is 128 in bf16, 1024 in fp16.
+exactly.
 """
 
 # mypy: allow-untyped-defs
@@ -15,6 +15,8 @@ from lightllmd.kernels.gemv import weight_row
 
 INTERPRETED = triton.knobs.runtime.interpret  # machine code is for compilers only
 
+# What is added to each value of 4 bits in bf16, and in fp16.
+MAGIC_BF16, MAGIC_FP16 = tl.constexpr(128.0), tl.constexpr(1024.0)
 # What makes two 16-bit floats of plane j of a register of two words, by dtype.
 BF16_0 = tl.constexpr("lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;")
 BF16_1 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }")
@@ -24,13 +26,6 @@ FP16_0 = tl.constexpr("lop3.b32 $0, $1, 0x000f000f, 0x64006400, 0xea;")
 FP16_1 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }")
 FP16_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }")
 FP16_3 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }")
-
-
-@triton.jit
-def magic(DTYPE: tl.constexpr):
-    """What is added to each value of 4 bits."""
-    value: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
-    return value
 
 
 @triton.jit

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lightllmd.kernels.packed_tile import block_step, first_block, load_inside, magic, nibbles, tile_rows
+from lightllmd.kernels.packed_tile import (
+    MAGIC_BF16,
+    MAGIC_FP16,
+    block_step,
+    first_block,
+    load_inside,
+    nibbles,
+    tile_rows,
+)
 from lightllmd.kernels.segments import last_to_arrive
 from lightllmd.kernels.tile_matmul import finish, load_residual
 
@@ -30,16 +38,14 @@ def _of_rows(stored):
 def _dense(values, scales, zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, ROUNDED: tl.constexpr):
     """``(values - zeros) * scales`` in `DTYPE`, rounded once. ROUNDED: scales have this dtype, so that the product of
     16-bit floats is what that in fp32 rounds to."""
-    offset: tl.constexpr = magic(DTYPE) if BITS == 4 else 0.0
+    MAGIC: tl.constexpr = MAGIC_BF16 if tl.bfloat16 == DTYPE else MAGIC_FP16
+    offset: tl.constexpr = MAGIC if BITS == 4 else 0.0
     if zeros is not None:
         values -= (_of_rows(zeros) + offset).to(DTYPE)
     elif BITS == 4:
-        values -= offset
-    if scales is None:
-        return values
-    if ROUNDED:
-        return values * _of_rows(scales).to(DTYPE)
-    return (values.to(tl.float32) * _of_rows(scales)).to(DTYPE)
+        values -= tl.full([1, 1], offset, DTYPE)
+    of_rows = _of_rows(scales)
+    return values * of_rows.to(DTYPE) if ROUNDED else (values.to(tl.float32) * of_rows).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -123,17 +129,16 @@ def packed_wide(
                     values = tl.load(inputs + k, mask=used, other=0.0)
                 else:
                     values = tl.load(inputs + k, mask=used & (k + c < K)[:, None], other=0.0)
-                if GROUPED and PARTS > 1:
-                    of_group = tl.minimum(k, K - 1) // GROUP * N
-                    scales = tl.load(scale + of_group + row)
-                    if zero is not None:
-                        zeros = tl.load(zero + of_group + row)
                 if BITS == 4:
                     a = nibbles(words, j, DTYPE, ASSEMBLY)
                 else:
                     a = load_inside(at + DEPTH * j, inside, whole).to(DTYPE)
-                if GROUPED:
+                if GROUPED and PARTS == 1:
                     a = _dense(a, scales, zeros, BITS, DTYPE, ROUNDED)
+                elif GROUPED:
+                    of_group = tl.minimum(k, K - 1) // GROUP * N
+                    z = tl.load(zero + of_group + row) if zero is not None else None
+                    a = _dense(a, tl.load(scale + of_group + row), z, BITS, DTYPE, ROUNDED)
                 sums = tl.dot(a, values, sums, input_precision="ieee")
         if GROUPED and PARTS == 1:
             scales = next_scales

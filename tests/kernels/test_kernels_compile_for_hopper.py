@@ -112,6 +112,25 @@ def packed_products(bits: int, rows: int, names: str, dtype: torch.dtype = torch
         multiply(x, weight, out, tile, arrived, norm, None, residual, activation, pdl)
 
 
+def packed_variants(*variants: tuple[int, int, torch.dtype | None, torch.dtype], wide: bool, rows: int) -> None:
+    """Of 1000 outputs, whose last block is no whole one, and 576 inputs: (bits, group, dtype of zeros, of inputs)."""
+    from lightllmd.kernels.packed_matmul import PackedWeight, multiply
+    from lightllmd.kernels.packed_tiles import PackedTile
+
+    n, k = 1000, 576
+    tile = PackedTile(True, 64, 64, 4, 1, 4, splits=2) if wide else PackedTile(False, rows, 32, 4, 1, 3)
+    for bits, group, zeros, dtype in variants:
+        groups = -(-k // group) if group else 1
+        weight = PackedWeight(
+            torch.empty(n * k // 4, dtype=torch.int16) if bits == 4 else torch.empty(n * k, dtype=torch.uint8),
+            torch.empty(groups, n, dtype=dtype if bits == 4 else torch.float32),
+            None if zeros is None else torch.empty(groups, n, dtype=zeros),
+            *(n, k, bits, group),
+        )
+        x, out, bias = torch.empty(rows, k, dtype=dtype), torch.empty(rows, n, dtype=dtype), torch.empty(n, dtype=dtype)
+        multiply(x, weight, out, tile, torch.zeros(64, dtype=torch.int32), None, bias, out)
+
+
 def packed_made_dense(bits: int) -> None:
     from lightllmd.kernels.packed_dense import dense
 
@@ -240,6 +259,11 @@ def attended(
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OFFSET = "at another offset"
+# As `packed_variants` takes them: what checkpoints have.
+PACKED_VARIANTS = [
+    *((4, 16, torch.uint8, BF16), (4, 96, torch.uint8, FP16), (4, 128, None, BF16), (4, 0, torch.uint8, BF16)),
+    *((8, 64, torch.int16, BF16), (8, 32, None, BF16), (8, 0, torch.int16, FP16)),
+]
 CASES: dict[str, Callable[[], None]] = {
     "norms bf16": partial(norms, BF16),
     "rotation bf16, normed": partial(rotation, BF16, True),
@@ -291,6 +315,10 @@ CASES: dict[str, Callable[[], None]] = {
     "packed 8 bits, 32 rows": partial(packed_products, 8, 32, "o"),
     "packed 8 bits, 64 rows": partial(packed_products, 8, 64, "o gate_up"),
     "packed 8 bits, 256 rows": partial(packed_products, 8, 256, "o gate_up"),
+    "packed groups of 32": partial(packed_variants, (4, 32, torch.uint8, BF16), wide=True, rows=60),
+    "packed variants, few rows": partial(packed_variants, *PACKED_VARIANTS, wide=False, rows=8),
+    "packed variants, 32 rows": partial(packed_variants, *PACKED_VARIANTS, wide=False, rows=32),
+    "packed variants, more rows": partial(packed_variants, *PACKED_VARIANTS, wide=True, rows=60),
     "packed 4 bits made dense": partial(packed_made_dense, 4),
     "packed 8 bits made dense": partial(packed_made_dense, 8),
     "gathers bf16": partial(gathers, BF16),
@@ -344,6 +372,7 @@ SMALLER = (
     *("packed 4 bits, 1 row, narrow", "packed 4 bits, 8 rows", "packed 4 bits, 16 rows", "packed 4 bits, 32 rows"),
     *("packed 4 bits, 64 rows", "packed 4 bits, 128 rows", "packed 4 bits, 256 rows at once", "packed 4 bits, fp16"),
     *("packed 8 bits, 1 row", "packed 8 bits, 32 rows", "packed 8 bits, 64 rows", "packed 8 bits, 256 rows"),
+    *("packed variants, few rows", "packed variants, 32 rows", "packed variants, more rows"),
     *("packed 4 bits made dense", "packed 8 bits made dense"),
     *("rounded inputs, w8a8", "w8a8, 1 row", "fp8_block, 1 row", "w8a8, 8 rows", "fp8_block, 32 rows"),
     *("fp8, 64 rows", "w8a8, 128 rows", "w8a8, 256 rows", "w8a8, 2048 rows", "fp8_block, 2048 rows"),
