@@ -37,12 +37,14 @@ def _look(invocation: cli.Invocation) -> int | None:
     from lightllmd.supervisor.change.settings import Settings
 
     try:
-        _, short = preflight.look(Settings.for_model(invocation.config, None), invocation.config_file)
+        plan, short = preflight.look(Settings.for_model(invocation.config, None), invocation.config_file)
     except LightllmdError as refusal:
         console.complain(refusal.message)
         return refusal.exit_code
     for problem in short:
         console.complain(f"warning, for now: {problem}")
+    for warning in plan.warnings:
+        console.complain(f"warning: {warning}")
     return None
 
 

@@ -55,8 +55,12 @@ def test_check_and_start_refuse_a_model_alike(tmp_path: Path, damage: Callable[[
 
 
 def test_a_model_that_can_be_served_is_valid(tmp_path: Path) -> None:
-    done = run(tmp_path, *flags(write_folder(tmp_path / "model")), "--check", os.devnull)
+    folder = write_folder(tmp_path / "model")
+    done = run(tmp_path, *flags(folder), "--check", os.devnull)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_OK, f"{os.devnull}: valid\n", "")
+    warned = run(tmp_path, *flags(folder), "--mode", "ppl_fp16", "triton_w8a16", "--check", os.devnull)
+    assert (warned.returncode, warned.stdout) == (EXIT_OK, f"{os.devnull}: valid\n")
+    assert warned.stderr.startswith("warning: mode ppl_fp16 names a decode kernel of a GPU; ")
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "x" * 100, "a..b"])
