@@ -15,7 +15,6 @@ from lightllmd.architecture.schemes import SCHEMES, scheme_of
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
 from lightllmd.errors import WeightsInvalid
-from lightllmd.kernels import quantised
 from tiny_models import BASE, load, write_model, write_tensors
 
 W8A16 = WeightSchemes.all(SCHEMES["w8a16"])
@@ -43,15 +42,12 @@ def write_zeros(folder: Path, config: dict[str, object]) -> Path:
     return folder
 
 
-def test_loading_takes_the_quantised_model_and_one_layer_at_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_takes_the_quantised_model_and_one_layer_at_most(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 8, "num_hidden_layers": 12}
     config = {**BASE, **shape}
     weights = architecture_of("llama", config).weights
     layer = sum(4 * weight.elements for weight in weights if weight.layer == 0)
     dense, planned = weight_bytes(weights, 4), weight_bytes(weights, 4, W8A16)
-    monkeypatch.setattr(quantised, "CHUNK_ELEMENTS", 64 << 10)
     load(write_model(tmp_path / "small"), schemes=W8A16)  # all libraries are there
     folder = write_zeros(tmp_path / "large", config)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS from here on
