@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.architecture.schemes import DENSE, Scheme
-from lightllmd.kernels.cpu_linears import cpu_linears
+from lightllmd.kernels.cpu.linears import cpu_linears
 from lightllmd.kernels.dequantised_linear import DEQUANTISED, DequantisedLinear
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.eager_attention import attention

@@ -16,8 +16,8 @@ from lightllmd.kernels.fused_linear import FusedDenseHead, FusedDenseLinear
 from lightllmd.kernels.layout import Batch, TableRows
 from lightllmd.kernels.linear import Embedding, Norm
 from lightllmd.kernels.norm import rms_norm
-from lightllmd.kernels.packed_linear import FusedPackedLinears
-from lightllmd.kernels.w8a8_linear import W8A8
+from lightllmd.kernels.packed.linear import FusedPackedLinears
+from lightllmd.kernels.w8a8.linear import W8A8
 
 
 class FusedEmbedding(Embedding):

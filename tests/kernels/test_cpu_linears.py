@@ -12,8 +12,8 @@ from torch import Tensor
 from fake_quantised import stored_inputs
 from lightllmd.architecture.cpu_storage import cpu_nbytes
 from lightllmd.architecture.schemes import SCHEMES, Scheme
-from lightllmd.kernels import int4_linear
-from lightllmd.kernels.cpu_linears import cpu_linears
+from lightllmd.kernels.cpu import int4 as int4_linear
+from lightllmd.kernels.cpu.linears import cpu_linears
 from lightllmd.kernels.dequantised_linear import DequantisedLinear
 from lightllmd.kernels.eager import EagerKernels
 from lightllmd.kernels.linear import Linear, Norm

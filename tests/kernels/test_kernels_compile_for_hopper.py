@@ -86,10 +86,10 @@ def products(dtype: torch.dtype, rows: int, pdl: bool = False, offset: float = 0
 
 def packed_products(bits: int, rows: int, names: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Those of a layer of an 8B model in 4 bits (groups of 128, with zeros) or 8 (a scale for each row)."""
-    from lightllmd.kernels import packed_tiles
     from lightllmd.kernels.cards import H200
     from lightllmd.kernels.linear import Norm
-    from lightllmd.kernels.packed_matmul import PackedWeight, multiply
+    from lightllmd.kernels.packed import tiles as packed_tiles
+    from lightllmd.kernels.packed.matmul import PackedWeight, multiply
 
     for name in names.split():
         n, k = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}[name]
@@ -114,8 +114,8 @@ def packed_products(bits: int, rows: int, names: str, dtype: torch.dtype = torch
 
 def packed_variants(*variants: tuple[int, int, torch.dtype | None, torch.dtype], wide: bool, rows: int) -> None:
     """Of 1000 outputs, whose last block is no whole one, and 576 inputs: (bits, group, dtype of zeros, of inputs)."""
-    from lightllmd.kernels.packed_matmul import PackedWeight, multiply
-    from lightllmd.kernels.packed_tiles import PackedTile
+    from lightllmd.kernels.packed.matmul import PackedWeight, multiply
+    from lightllmd.kernels.packed.tiles import PackedTile
 
     n, k = 1000, 576
     tile = PackedTile(True, 64, 64, 4, 1, 4, splits=2) if wide else PackedTile(False, rows, 32, 4, 1, 3)
@@ -132,7 +132,7 @@ def packed_variants(*variants: tuple[int, int, torch.dtype | None, torch.dtype],
 
 
 def packed_made_dense(bits: int) -> None:
-    from lightllmd.kernels.packed_dense import dense
+    from lightllmd.kernels.packed.dense import dense
 
     n, k, groups = 4096, 4096, 32 if bits == 4 else 1
     values = torch.empty(n * k // 4, dtype=torch.int16) if bits == 4 else torch.empty(n * k, dtype=torch.int8)
@@ -145,7 +145,7 @@ def rounded_inputs(scheme: str) -> None:
     """With the norm before them, as they are, and with the activation of an MLP."""
     from lightllmd.architecture.schemes import SCHEMES
     from lightllmd.kernels.linear import Norm
-    from lightllmd.kernels.quantised_rows import quantise_rows
+    from lightllmd.kernels.w8a8.rounded_rows import quantise_rows
 
     norm, rows = Norm(torch.empty(4096, dtype=BF16), 1e-5), partial(torch.empty, dtype=BF16)
     quantise_rows(rows(8, 4096), SCHEMES[scheme], norm=norm, pdl=True)
@@ -157,8 +157,8 @@ def w8a8(scheme: str, rows: int, *matmuls: str) -> None:
     """Those of a layer of an 8B model, overlapping."""
     from lightllmd.architecture.schemes import SCHEMES
     from lightllmd.kernels.linear import Norm
-    from lightllmd.kernels.quantised_rows import QuantisedRows
-    from lightllmd.kernels.w8a8_matmul import Weight8, launch
+    from lightllmd.kernels.w8a8.matmul import Weight8, launch
+    from lightllmd.kernels.w8a8.rounded_rows import QuantisedRows
 
     stored = SCHEMES[scheme]
     kind = getattr(torch, stored.values)

@@ -16,14 +16,16 @@ pytest.importorskip("triton")
 from covering import covering
 from lightllmd.architecture import gpu_storage
 from lightllmd.architecture.schemes import SCHEMES, Scheme
-from lightllmd.kernels import packed_tiles, packing, reference
+from lightllmd.kernels import reference
 from lightllmd.kernels.cards import H100, H200, Card
 from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Norm
-from lightllmd.kernels.packed_dense import dense
-from lightllmd.kernels.packed_linear import FusedPackedLinear
-from lightllmd.kernels.packed_matmul import PackedWeight, multiply
-from lightllmd.kernels.packed_tiles import PackedTile
+from lightllmd.kernels.packed import layout as packing
+from lightllmd.kernels.packed import tiles as packed_tiles
+from lightllmd.kernels.packed.dense import dense
+from lightllmd.kernels.packed.linear import FusedPackedLinear
+from lightllmd.kernels.packed.matmul import PackedWeight, multiply
+from lightllmd.kernels.packed.tiles import PackedTile
 from lightllmd.kernels.quantised import QuantisedMatrix, quantise
 
 W4, W8 = SCHEMES["w4a16"], SCHEMES["w8a16"]

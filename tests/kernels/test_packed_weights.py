@@ -8,7 +8,7 @@ import torch
 
 from fake_quantised import stored, stored_inputs
 from lightllmd.architecture.schemes import SCHEMES, Scheme, scheme_of
-from lightllmd.kernels.int8_linear import ZERO, W8A8Linear
+from lightllmd.kernels.cpu.int8 import ZERO, W8A8Linear
 from lightllmd.kernels.quantised import quantise, quantised_inputs
 
 QUANTISED = [name for name, scheme in SCHEMES.items() if not scheme.dense]

@@ -13,13 +13,15 @@ pytest.importorskip("triton")
 
 from covering import covering
 from lightllmd.architecture.schemes import SCHEMES, Scheme
-from lightllmd.kernels import reference, w8a8_linear, w8a8_tiles
+from lightllmd.kernels import reference
 from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.quantised import QuantisedMatrix, quantise
-from lightllmd.kernels.quantised_rows import GatedProduct, quantise_rows
-from lightllmd.kernels.w8a8_matmul import Weight8, linear
-from lightllmd.kernels.w8a8_tiles import Tile8, WholeTile
+from lightllmd.kernels.w8a8 import linear as w8a8_linear
+from lightllmd.kernels.w8a8 import tiles as w8a8_tiles
+from lightllmd.kernels.w8a8.matmul import Weight8, linear
+from lightllmd.kernels.w8a8.rounded_rows import GatedProduct, quantise_rows
+from lightllmd.kernels.w8a8.tiles import Tile8, WholeTile
 
 EPS = 1e-5
 NAMES = ("w8a8", "fp8", "fp8_block")

@@ -17,13 +17,14 @@ from cases.timing import BEYOND_CACHE, Deadline, Report, copies_for, median_us, 
 from torch import Tensor
 
 from lightllmd.architecture.schemes import SCHEMES, Scheme
-from lightllmd.kernels import packed_tiles, reference
+from lightllmd.kernels import reference
 from lightllmd.kernels.cards import card_of
 from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Linear, Norm
-from lightllmd.kernels.packed_linear import ARRIVALS, FusedPackedLinear
-from lightllmd.kernels.packed_matmul import PackedWeight, launch
-from lightllmd.kernels.packed_tiles import PackedTile
+from lightllmd.kernels.packed import tiles as packed_tiles
+from lightllmd.kernels.packed.linear import ARRIVALS, FusedPackedLinear
+from lightllmd.kernels.packed.matmul import PackedWeight, launch
+from lightllmd.kernels.packed.tiles import PackedTile
 from lightllmd.kernels.quantised import quantise
 from lightllmd.kernels.skinny import Launch
 

@@ -14,14 +14,14 @@ from cases.timing import Deadline, Report, copies_for, median_us, require_close
 from torch import Tensor
 
 from lightllmd.architecture.schemes import DENSE, SCHEMES, Scheme
-from lightllmd.kernels import w8a8_tiles
 from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Linear, Norm
 from lightllmd.kernels.quantised import LEVELS, QuantisedMatrix, quantised_inputs
-from lightllmd.kernels.quantised_rows import quantise_rows
-from lightllmd.kernels.w8a8_linear import FAST_SUMS, FusedW8A8Linear
-from lightllmd.kernels.w8a8_matmul import linear
-from lightllmd.kernels.w8a8_tiles import Tile8, WholeTile
+from lightllmd.kernels.w8a8 import tiles as w8a8_tiles
+from lightllmd.kernels.w8a8.linear import FAST_SUMS, FusedW8A8Linear
+from lightllmd.kernels.w8a8.matmul import linear
+from lightllmd.kernels.w8a8.rounded_rows import quantise_rows
+from lightllmd.kernels.w8a8.tiles import Tile8, WholeTile
 
 NAMES = ("fp8", "w8a8", "fp8_block")
 BANDWIDTH, RATE = 4.12e12, 1.56e15  # of an H200: bytes copied a second, twice what bf16 reaches

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lightllmd.kernels.packed_tile import (
+from lightllmd.kernels.packed.tile import (
     MAGIC_BF16,
     MAGIC_FP16,
     block_step,

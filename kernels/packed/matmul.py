@@ -1,4 +1,4 @@
-"""Launches the matmul with a packed weight of 4 or 8 bits, cut as `packed_tiles` says."""
+"""Launches the matmul with a packed weight of 4 or 8 bits, cut as `tiles` says."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightllmd.kernels.linear import Norm
-from lightllmd.kernels.packed_skinny import packed_skinny
-from lightllmd.kernels.packed_tile import INTERPRETED
-from lightllmd.kernels.packed_tiles import PackedTile
-from lightllmd.kernels.packed_wide import packed_wide
+from lightllmd.kernels.packed.skinny import packed_skinny
+from lightllmd.kernels.packed.tile import INTERPRETED
+from lightllmd.kernels.packed.tiles import PackedTile
+from lightllmd.kernels.packed.wide import packed_wide
 from lightllmd.kernels.skinny import Launch
 from lightllmd.kernels.tiles import cdiv, power_above
 
@@ -90,7 +90,7 @@ def launch(
         gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         options |= {"POWER": power_above(k), "TILES": tile.block_n // 16, "SLICES": tile.warps}
         return Launch(packed_skinny, tiles, (x, *stored, out, gain, bias, residual, *strides, eps, m), options)
-    assert norm is None, "see packed_tiles.fuses_norm"
+    assert norm is None, "see tiles.fuses_norm"
     options |= {"BLOCK_N": tile.block_n, "SPLITS": tile.splits}
     partial = None
     if tile.splits > 1:

@@ -1,5 +1,5 @@
 """The matmul of one token with a weight of 8-bit values in Triton, inputs rounded inside it: what stands around it in a
-decoder is one launch. Meaning: `quantised_rows` and `w8a8_skinny`, with the same values of the inputs.
+decoder is one launch. Meaning: `rounded_rows` and `skinny`, with the same values of the inputs.
 
 Each program rounds all inputs for its few rows of the weight, whose first block it has asked for before. int8 values
 are multiplied four at a time, as the weight's bytes lie, which is exact; fp8 values two at a time in fp16, where
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lightllmd.kernels.activation import activate
 from lightllmd.kernels.gemv import load_weights, weight_row
-from lightllmd.kernels.quantised_rows import inputs_scale, largest_of, rounded
+from lightllmd.kernels.w8a8.rounded_rows import inputs_scale, largest_of, rounded
 
 CHUNK = tl.constexpr(16)  # values of the weight side by side that one thread loads
 

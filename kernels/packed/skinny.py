@@ -2,7 +2,7 @@
 
 The weight streams through once and is the left operand, 16 rows of it for as few as 8 of x, so that one row of x costs
 what eight do. Each warp of a program has a slice of every step's inputs, and their sums meet at the end: narrow weights
-have too few rows for a warp each. Values become floats in registers (`packed_tile`); scales and zeros are applied to
+have too few rows for a warp each. Values become floats in registers (`tile`); scales and zeros are applied to
 the sums of a group, not to weights: ``scale * (sum of x * (MAGIC + q) - (MAGIC + zero) * sum of x)``, in fp32. The sum
 of x is a product with ones, which the tensor cores have time for.
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lightllmd.kernels.packed_tile import (
+from lightllmd.kernels.packed.tile import (
     MAGIC_BF16,
     MAGIC_FP16,
     block_step,

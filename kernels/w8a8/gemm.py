@@ -1,6 +1,6 @@
 """The matmul of many tokens, rounded to 8 bits, with a weight of 8-bit values in Triton: tiles that Hopper's copy
 engine brings to shared memory and its warp groups multiply, scaled, activated and added to the residual stream before
-they are stored once. Meaning: `w8a8_skinny`.
+they are stored once. Meaning: `skinny`.
 
 cuBLAS's int8 stores int32, and none of its fp8 with groups, or stored as fp16, is in every torch that we run on.
 """

@@ -15,10 +15,10 @@ from lightllmd.kernels.fused_linear import overlaps
 from lightllmd.kernels.linear import Linear, Norm, Unfinished
 from lightllmd.kernels.norm import rms_norm
 from lightllmd.kernels.quantised import QuantisedMatrix
-from lightllmd.kernels.quantised_rows import GatedProduct, QuantisedRows, quantise_rows
-from lightllmd.kernels.w8a8_matmul import Weight8, linear
-from lightllmd.kernels.w8a8_tiles import copies, prefers_cublas, rounds_inside, supports
-from lightllmd.kernels.w8a8_tiles import overlaps as rows_overlap
+from lightllmd.kernels.w8a8.matmul import Weight8, linear
+from lightllmd.kernels.w8a8.rounded_rows import GatedProduct, QuantisedRows, quantise_rows
+from lightllmd.kernels.w8a8.tiles import copies, prefers_cublas, rounds_inside, supports
+from lightllmd.kernels.w8a8.tiles import overlaps as rows_overlap
 
 # Whether fp8 sums stay in the tensor cores' own accumulators, of 14 bits or so, for a whole row. Promoting them to fp32
 # costs cuBLAS a fifth of its rate; the rounding of the inputs is an order of magnitude coarser.

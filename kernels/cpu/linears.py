@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from lightllmd.kernels.int4_linear import Int4Linears
-from lightllmd.kernels.int8_linear import W8A8Linear, W8A16Linear
+from lightllmd.kernels.cpu.int4 import Int4Linears
+from lightllmd.kernels.cpu.int8 import W8A8Linear, W8A16Linear
 from lightllmd.kernels.linear import Linear
 
 

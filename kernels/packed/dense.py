@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels.packed_tile import INTERPRETED, MAGIC_BF16, MAGIC_FP16, block_step, first_block, nibbles
-from lightllmd.kernels.packing import BLOCK_INPUTS
+from lightllmd.kernels.packed.layout import BLOCK_INPUTS
+from lightllmd.kernels.packed.tile import INTERPRETED, MAGIC_BF16, MAGIC_FP16, block_step, first_block, nibbles
 
 SPAN = 4  # blocks of 64 inputs of a program
 

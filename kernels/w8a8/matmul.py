@@ -13,13 +13,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.kernels.linear import Norm
 from lightllmd.kernels.quantised import LEVELS, SMALLEST_INPUT
-from lightllmd.kernels.quantised_rows import QuantisedRows
 from lightllmd.kernels.skinny import Launch
 from lightllmd.kernels.tiles import cdiv
-from lightllmd.kernels.w8a8_gemm import gemm
-from lightllmd.kernels.w8a8_gemv import gemv
-from lightllmd.kernels.w8a8_skinny import skinny
-from lightllmd.kernels.w8a8_tiles import GEMM_ROWS, Tile8, WholeTile, block_rows, tile_for, whole_tile_for
+from lightllmd.kernels.w8a8.gemm import gemm
+from lightllmd.kernels.w8a8.gemv import gemv
+from lightllmd.kernels.w8a8.rounded_rows import QuantisedRows
+from lightllmd.kernels.w8a8.skinny import skinny
+from lightllmd.kernels.w8a8.tiles import GEMM_ROWS, Tile8, WholeTile, block_rows, tile_for, whole_tile_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +48,10 @@ def linear(
     """``out [M, N] = norm(x [M, K]) @ weight [N, K].T + bias [N] + residual [M, N]``, inputs rounded by the scheme.
 
     x is rounded already, or it is one token (``[1, K]``, contiguous) of the model's dtype, for which `norm` may be
-    given: see `w8a8_tiles.rounds_inside`. With an `activation` (a key of `reference.ACTIVATIONS`) the weight is
+    given: see `tiles.rounds_inside`. With an `activation` (a key of `reference.ACTIVATIONS`) the weight is
     ``[2I, K]``, gate first, and out is ``[M, I] = act(gate) * up``, without a residual. The first dimension's stride of
     out and residual is free. `residual` may be `out`. `pdl`, `tile`: as in `skinny.linear`; a `WholeTile` is for rows
-    that are rounded, of a K that `w8a8_tiles.copies` takes.
+    that are rounded, of a K that `tiles.copies` takes.
     """
     kernel, grid, arguments, options = launch(x, weight, out, norm, residual, activation, pdl, tile)
     kernel[grid](*arguments, **options)

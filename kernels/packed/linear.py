@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture import gpu_storage
-from lightllmd.kernels import packed_tiles
 from lightllmd.kernels.activation import gated
 from lightllmd.kernels.cards import card_of
 from lightllmd.kernels.dequantised_linear import DequantisedLinear
 from lightllmd.kernels.fused_linear import FusedLinear, add_matmul, matmul, normed
 from lightllmd.kernels.linear import Linear, Norm
-from lightllmd.kernels.packed_dense import dense
-from lightllmd.kernels.packed_matmul import PackedWeight, multiply
-from lightllmd.kernels.packed_tiles import PackedTile
-from lightllmd.kernels.packing import pack, packs
+from lightllmd.kernels.packed import tiles as packed_tiles
+from lightllmd.kernels.packed.dense import dense
+from lightllmd.kernels.packed.layout import pack, packs
+from lightllmd.kernels.packed.matmul import PackedWeight, multiply
+from lightllmd.kernels.packed.tiles import PackedTile
 from lightllmd.kernels.quantised import QuantisedMatrix
 
 ARRIVALS = 1024  # programs that may share the inputs of their tiles in one launch
