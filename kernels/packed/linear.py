@@ -22,7 +22,7 @@ ARRIVALS = 1024  # programs that may share the inputs of their tiles in one laun
 
 
 class FusedPackedLinear(FusedLinear):
-    """Of a weight in whole blocks (`packing`). Scales and zeros lie with a group's rows side by side."""
+    """Of a weight in whole blocks (`layout`). Scales and zeros lie with a group's rows side by side."""
 
     def __init__(self, weight: QuantisedMatrix, bias: Tensor | None, arrived: Tensor) -> None:
         """Takes over a weight and its bias ``[out]``. `arrived`: ``[ARRIVALS]`` int32 zeros, shared by linears that

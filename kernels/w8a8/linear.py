@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from lightllmd.errors import EngineError
-from lightllmd.kernels.fused_linear import overlaps
-from lightllmd.kernels.linear import Linear, Norm, Unfinished
-from lightllmd.kernels.norm import rms_norm
+from lightllmd.kernels.fused_linear import FusedLinear, overlaps
+from lightllmd.kernels.linear import Norm, Unfinished
 from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.kernels.w8a8.matmul import Weight8, linear
 from lightllmd.kernels.w8a8.rounded_rows import GatedProduct, QuantisedRows, quantise_rows
@@ -25,7 +24,7 @@ from lightllmd.kernels.w8a8.tiles import overlaps as rows_overlap
 FAST_SUMS = True
 
 
-class FusedW8A8Linear(Linear):
+class FusedW8A8Linear(FusedLinear):
     """Of a weight in a scheme that rounds its inputs, to 8 bits as the weight is."""
 
     def __init__(self, weight: QuantisedMatrix, bias: Tensor | None = None) -> None:
@@ -83,11 +82,6 @@ class FusedW8A8Linear(Linear):
             out_dtype=dtype,
             use_fast_accum=FAST_SUMS,
         )
-
-    def _post_normed(self, out: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
-        into = out if residual is None else residual
-        rms_norm(out, norm, into, residual)
-        return into
 
 
 W8A8 = dict.fromkeys(("w8a8", "fp8", "fp8_block"), FusedW8A8Linear)

@@ -4,11 +4,13 @@ mapping would end the process (SIGBUS)."""
 from __future__ import annotations
 
 import os
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from lightllmd.config.files import open_regular
 from lightllmd.errors import WeightsInvalid
+
+if TYPE_CHECKING:  # who looks at headers alone does without
+    import numpy as np
 
 
 class WeightFile:
@@ -32,9 +34,9 @@ class WeightFile:
         """Once, when no thread reads."""
         os.close(self._descriptor)
 
-    def read(self, offset: int, into: np.ndarray) -> None:
+    def read(self, offset: int, into: np.ndarray | bytearray) -> None:
         """Fills `into` (bytes) from `offset` on. The kernel is told beforehand which they are."""
-        wanted, at = into.data, 0
+        wanted, at = memoryview(into), 0
         try:
             os.posix_fadvise(self._descriptor, offset, len(wanted), os.POSIX_FADV_WILLNEED)
             while at < len(wanted):

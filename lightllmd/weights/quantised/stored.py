@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.architecture.weight_schemes import SchemeRule, WeightSchemes
 from lightllmd.architecture.weights import Part, Role, WeightSpec
@@ -122,12 +120,12 @@ def _unlike(weight: WeightSpec, stored: Sequence[StoredMatrix]) -> str:
 
 def _bytes(info: TensorInfo | None) -> bytes:
     """Of a small tensor."""
-    return b"" if info is None else read_bytes(info).tobytes()
+    return b"" if info is None else bytes(read_bytes(info))
 
 
-def read_bytes(info: TensorInfo) -> np.ndarray:
+def read_bytes(info: TensorInfo) -> bytearray:
     """A small tensor's. Raises WeightsInvalid."""
-    found = np.empty(info.nbytes, np.uint8)
+    found = bytearray(info.nbytes)
     with WeightFile(info.file) as file:
         file.read(info.offset, found)
     return found
@@ -160,4 +158,4 @@ def zero_biases(matrices: Matrices, tensors: Mapping[str, TensorInfo]) -> set[st
     WeightsInvalid where a file can't be read."""
     names = {f"{one.module}.bias": one.shape[0] for one in matrices.values()}
     found = {name: tensors[name] for name, rows in names.items() if name in tensors and tensors[name].shape == (rows,)}
-    return {name for name, info in found.items() if not read_bytes(info).any()}
+    return {name for name, info in found.items() if not any(read_bytes(info))}

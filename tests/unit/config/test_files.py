@@ -95,6 +95,7 @@ OPENED_OTHERWISE = {
     "lightllmd/supervisor/journal/report_store.py": "crash reports, ours",
     "lightllmd/probe/transformers_table.py": "transformers' source",
     "lightllmd/weights/device_facts.py": "/proc and /sys",
+    "lightllmd/weights/kept_models.py": "locks of its own files",
     "lightllmd/weights/read_ahead.py": "/dev/null; files by open_regular",
     "lightllmctl/__main__.py": "/dev/null",
     "lightllmctl/load.py": "descriptors it was given",
