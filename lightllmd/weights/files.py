@@ -4,7 +4,7 @@ mapping would end the process (SIGBUS)."""
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightllmd.config.files import open_regular
 from lightllmd.errors import WeightsInvalid
@@ -36,7 +36,7 @@ class WeightFile:
 
     def read(self, offset: int, into: np.ndarray | bytearray) -> None:
         """Fills `into` (bytes) from `offset` on. The kernel is told beforehand which they are."""
-        wanted, at = memoryview(into), 0
+        wanted, at = memoryview(cast("bytearray", into)), 0
         try:
             os.posix_fadvise(self._descriptor, offset, len(wanted), os.POSIX_FADV_WILLNEED)
             while at < len(wanted):
