@@ -111,7 +111,12 @@ class Quantisation:
     def faults(self) -> Iterator[Unservable]:
         """Why this model, or this device, can't take what is asked for."""
         yield from self._faults_of_cache()
-        yield from self._faults_of_device()
+        wrong = []
+        if not isinstance(self.architecture, Outline):
+            wrong = list(self._faults_of_layers(len(self.architecture.spec.layers)))
+            yield from wrong
+        if not wrong:  # else `schemes` would list layers by the thousand million
+            yield from self._faults_of_device()
         said = [f"mode {self._weight_mode[0]}"] if self._weight_mode else []
         said += ["quantise.rules"] if self._layer_rules else []
         if not said:
@@ -124,8 +129,6 @@ class Quantisation:
                 WRITTEN,
             )
             return
-        wrong = list(self._faults_of_layers(len(self.architecture.spec.layers)))
-        yield from wrong
         if self.model.quantised_as and not wrong and not self._says_the_same(self.architecture):
             yield Unservable(
                 f"{what}: the weights of {self.model.path} are stored already, as {self.model.quantised_as}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,20 @@ def test_a_gpu_that_multiplies_no_float8_is_told_what_it_can() -> None:
         made({"mode": [nearest]}, old)
     for device in (CPU, GPU, msgspec.structs.replace(GPU, capability=(8, 9))):
         made({"mode": ["fp8"]}, device)
+
+
+def test_layers_beyond_number_are_refused_on_every_device_without_listing_them() -> None:
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 28), hard))  # a list of them would take gigabytes
+    try:
+        for device in (CPU, GPU, msgspec.structs.replace(GPU, capability=(9, 0))):
+            [problem] = refused({"quantise.rules": ["0-999999999: w8a16"]}, device)
+            assert "names layer 999999999" in problem.message
+            [problem] = refused({"mode": ["ppl_w8a8_mixdown"], "quantise.mixdown": "0-999999999"}, device)
+            assert "names layer 999999999" in problem.message
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def test_the_budget_says_how_much_is_stored_by_which_scheme() -> None:
