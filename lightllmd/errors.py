@@ -17,6 +17,7 @@ EXIT_SYSTEM = 71
 EXIT_TRY_AGAIN = 75
 EXIT_CONFIG = 78
 EXIT_OUT_OF_MEMORY = 80  # a worker's device or host memory ran out: never retried with the same parameters
+EXIT_RANK_GONE = 81  # an engine rank: another rank of its generation ended, and that one's end tells why
 
 # Exit codes of lightllmctl, one table for all verbs.
 CTL_DONE = 0

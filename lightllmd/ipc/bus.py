@@ -19,6 +19,12 @@ def identity(api: int, epoch: int) -> bytes:
     return b"api-%d-%d" % (api, epoch)
 
 
+def meeting_path(endpoint: str) -> str:
+    """The Unix socket at which the other ranks of a generation find rank 0. It is gone as soon as all have come; a rank
+    0 that is killed before that leaves it behind."""
+    return f"{endpoint.removeprefix('ipc://')}.ranks"
+
+
 class EngineSocket:
     """Rank 0's end. Poll `socket` for reading with zmq.Poller, beside the supervisor's channel."""
 
