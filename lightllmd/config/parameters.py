@@ -152,12 +152,14 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     tp: Annotated[
         int,
         Setting(
-            doc="Tensor parallelism: over how many devices the model is split.",
+            doc="Tensor parallelism: over how many devices the model is split, a process (rank) on each: heads, the "
+            "MLP and the vocabulary are cut, so that each device holds and reads its part of the weights and of the KV "
+            "cache. The devices are the first ones that CUDA_VISIBLE_DEVICES leaves, tp for each of [engine] replicas; "
+            "on a CPU the ranks share its cores and memory.",
             group=MODEL,
             unit="devices",
             minimum=1,
             maximum=1024,
-            needs="tensor parallelism",
         ),
     ] = 1
     max_req_input_len: Annotated[
@@ -185,11 +187,12 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     nccl_port: Annotated[
         int,
         Setting(
-            doc="First port of the rendezvous between the ranks of a tensor-parallel model. Unused with tp = 1.",
+            doc="TCP port of 127.0.0.1 where the ranks of a tensor-parallel model find each other; the n-th of "
+            "[engine] replicas takes the n-th port from it on. Where a port is taken, any free one is used, and the "
+            "log says so. Unused with tp = 1.",
             group=SERVING,
             minimum=1,
             maximum=65535,
-            needs="tensor parallelism",
         ),
     ] = 28765
     mode: Annotated[

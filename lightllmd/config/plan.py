@@ -85,8 +85,22 @@ class PromptEmbedding(msgspec.Struct, frozen=True):
     size: int  # values of a vector: the model's hidden size
 
 
+class Device(msgspec.Struct, frozen=True):
+    """One GPU, as the probe child found it."""
+
+    index: int  # CUDA's: device "cuda:INDEX" of a process with the daemon's CUDA_VISIBLE_DEVICES
+    name: str
+    memory_total: int  # bytes
+    memory_free: int  # bytes
+    uuid: str = ""  # NVML's name for it, which stays the same over restarts and for other CUDA_VISIBLE_DEVICES
+    bus_id: str = ""  # where it is plugged in, such as "00000000:19:00.0"
+    capability: tuple[int, int] | None = None
+    fault: str = ""  # why it can't be used, though NVML or CUDA_VISIBLE_DEVICES lists it
+
+
 class DeviceFacts(msgspec.Struct, frozen=True):
-    """Read by the probe child."""
+    """Read by the probe child. What is said of one device is true of each that a plan uses: the names are the first
+    one's, the memory is that of the one with the least free."""
 
     kind: str  # "cpu" | "cuda"
     name: str
@@ -96,6 +110,15 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     fast_dtypes: list[str]  # dtypes this device multiplies at full speed, best first
     cpu_threads: int  # physical cores usable by this process
     capability: tuple[int, int] | None = None  # a GPU's compute capability
+    devices: list[Device] = []  # all GPUs, those that can't be used among them; empty for a CPU
+
+    @property
+    def usable(self) -> list[Device]:
+        """The GPUs that can be used; a CPU is one device."""
+        if not self.devices:
+            alike = Device(0, self.name, self.memory_total, self.memory_free, capability=self.capability)
+            return [msgspec.structs.replace(alike, index=index) for index in range(self.count)]
+        return [device for device in self.devices if not device.fault]
 
 
 class Other(msgspec.Struct, frozen=True):
@@ -190,6 +213,24 @@ class Plan(msgspec.Struct, frozen=True):
     kv_scheme: str = "dense"  # how the KV cache is stored, a key of `architecture.kv_schemes`
     decode_kernel: str = "auto"  # the decode attention's mode on a GPU; "auto": the best for each shape
     warnings: list[str] = []  # about what is served otherwise than its words say
+    ranks: int = 1  # of each replica: processes that the model is cut over (tp, or what degrade left of it)
+    replicas: int = 1  # groups of ranks, each with the whole model (engine.replicas, or what degrade left of it)
+    # Replica r's rank k computes on GPU ``devices[r * ranks + k]``, CUDA's index; empty where all are on the CPU.
+    devices: list[int] = []
+
+    def device_of(self, replica: int, rank: int) -> int:
+        """CUDA's index of the GPU that this rank computes on; 0 on a CPU."""
+        return self.devices[replica * self.ranks + rank] if self.devices else 0
+
+    def rendezvous_port(self, replica: int) -> int:
+        """TCP port where the ranks of this replica find each other, unless it is taken."""
+        return self.config.params.nccl_port + replica
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank: all that compute on one CPU share its cores."""
+        together = self.config.engine.threads or self.device.cpu_threads
+        return max(1, together // (self.ranks * self.replicas)) if self.device.kind == "cpu" else together
 
     @property
     def generates(self) -> bool:

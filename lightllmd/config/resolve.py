@@ -18,6 +18,7 @@ from lightllmd.config import budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
 from lightllmd.config.budget import CoResident, Demand
+from lightllmd.config.devices import Groups, groups_of, too_few
 from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
@@ -111,6 +112,14 @@ class _Maker:
         if self.problems:
             raise ConfigInvalid(self.problems, self.short_of if len(self.problems) == 1 else None)
 
+    @cached_property
+    def groups(self) -> Groups:
+        """Raises ConfigInvalid where there are too few devices."""
+        for key, message in too_few(self.config, self.device):
+            self.problem(message, key)
+        self.stop_if_problems()
+        return groups_of(self.device, self.params.tp, self.config.engine.replicas)
+
     def log_stats_interval(self) -> _Value:
         if self.params.log_stats_interval > 0:
             return _Value(self.params.log_stats_interval)
@@ -141,6 +150,9 @@ class _Fake(_Maker):
             or name_of(self.config)
             or _last_component(params.model_dir or "fake"),
             config_file=self.config_file,
+            ranks=self.groups.ranks,
+            replicas=self.groups.replicas,
+            devices=[device.index for device in self.groups.devices],
             scoring=self._scoring(),
             embedding=None if params.use_reward_model else PromptEmbedding(self._pooling(), fake.embedding_size),
             derived=self.derived,
@@ -217,6 +229,9 @@ class _Real(_Maker):
             vocab_size=vocab,
             model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
             config_file=self.config_file,
+            ranks=self.groups.ranks,
+            replicas=self.groups.replicas,
+            devices=[device.index for device in self.groups.devices],
             derived=self.derived,
             budget=demand.with_slots(slots.value),
             scoring=self._scoring(),

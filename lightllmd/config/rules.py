@@ -160,6 +160,16 @@ def _mode_fits_data_type(config: Config) -> str:
     return "; ".join(wrong)
 
 
+def _ports_for_replicas(config: Config) -> str:
+    first, replicas, last = config.params.nccl_port, config.engine.replicas, 65535
+    if first + replicas - 1 <= last:
+        return ""
+    return (
+        f"nccl_port = {first}: each of engine.replicas = {replicas} takes a port from it on, and {last} is the last "
+        f"one; at most nccl_port = {last - replicas + 1} leaves room"
+    )
+
+
 def _needs_gateway(key: str) -> Rule:
     def broken(config: Config) -> str:
         changed = getattr(config.params, key) != getattr(Params(), key)
@@ -192,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("http.tls_certificate", "http.tls_client_ca"), _client_ca_needs_tls),
     Rule(("http.max_body_bytes", "http.max_body_bytes_in_flight"), _room_for_bodies),
     Rule(("http.trusted_proxies",), _proxies_are_networks),
+    Rule(("engine.replicas", "nccl_port"), _ports_for_replicas),
     Rule(("mode",), _one_cache_mode),
     Rule(("mode",), _one_weight_mode),
     Rule(("mode",), _groups_of_a_mode),

@@ -568,6 +568,26 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             maximum=4096,
         ),
     ] = 0
+    replicas: Annotated[
+        int,
+        Setting(
+            doc="Data parallelism: so many engines serve the same model side by side, each on devices of its own (tp "
+            "of them) and with a KV cache of its own; each request goes to one of them. When one dies, the others "
+            "take over its requests. On a CPU they share its cores and memory.",
+            unit="engines",
+            minimum=1,
+            maximum=64,
+        ),
+    ] = 1
+    degrade: Annotated[
+        bool,
+        Setting(
+            doc="What is done where there are fewer usable GPUs than tp x replicas, as when one was lost. true: as "
+            "many replicas are served as there are GPUs for, and where there are too few for one, it is cut over as "
+            "many as there are; what that costs is told as a warning. false: that is refused.",
+            reload="live",
+        ),
+    ] = False
     memory_fraction: Annotated[
         float,
         Setting(doc="Share of the device's free memory that the engine may plan with.", above=0, maximum=1),

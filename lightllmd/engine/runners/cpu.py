@@ -90,7 +90,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
             yield
 
     def _open(self) -> None:
-        torch.set_num_threads(self._plan.config.engine.threads or self._plan.device.cpu_threads)
+        torch.set_num_threads(self._plan.threads)
         self.slots = self._plan.max_total_token_num
         self.memory = MemoryMeter(_CPU)
 

@@ -156,8 +156,6 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
 
 # Each is valid and refused by name, because its feature is not built yet.
 NOT_AVAILABLE = {
-    "tp": "2",
-    "nccl_port": "28766",
     "enable_multimodal": "true",
     "cache_capacity": "100",
     "cache_reserved_ratio": "0.25",

@@ -84,7 +84,7 @@ def test_flags_override_the_file_and_the_environment_does_not(tmp_path: Path, mo
         (["--eos_id", "2", "x"], "eos_id", '"x" is a string'),
         (["--disable_log_stats=yes"], "disable_log_stats", "expected true or false"),
         (["--data_type", "fp61"], "data_type", 'nearest: "fp16"'),
-        (["--tp", "2"], "tp", "not available yet: tensor parallelism"),
+        (["--enable_multimodal"], "enable_multimodal", "not available yet: vision-language models"),
         (["--max_req_input_len", "5000"], "max_req_input_len", "less than max_req_total_len"),
         (["--router_token_ratio", "nan"], "router_token_ratio", "no finite number"),
     ],
@@ -105,8 +105,9 @@ def test_problems_of_file_and_flags_are_told_together(tmp_path: Path) -> None:
 
 
 def test_a_flag_lifts_what_the_file_asks_for_and_is_not_available(tmp_path: Path) -> None:
-    file = file_with(tmp_path, 'model_dir = "m"\ntp = 2\n')
-    assert cli.parse(["--config", file, "--tp", "1"]).config.params.tp == 1
+    file = file_with(tmp_path, 'model_dir = "m"\ncache_capacity = 2\n')
+    parsed = cli.parse(["--config", file, "--cache_capacity", "200"])
+    assert parsed.config.params.cache_capacity == 200
 
 
 def test_without_the_default_file_a_model_on_the_command_line_is_enough(

@@ -59,8 +59,6 @@ from scheduler_samples import Steps, submit
 
 # Written so they are refused: what they need is not built.
 REFUSED: dict[str, Any] = {
-    "tp": 2,
-    "nccl_port": 28766,
     "enable_multimodal": True,
     "cache_capacity": 100,
     "cache_reserved_ratio": 0.25,
@@ -133,6 +131,13 @@ def port(folder: Path) -> None:
 
 
 @evidence
+def nccl_port(folder: Path) -> None:
+    """Each replica's ranks have a port of their own."""
+    plan = start(folder, nccl_port=28800)
+    assert [plan.rendezvous_port(replica) for replica in range(2)] == [28800, 28801]
+
+
+@evidence
 def use_tgi_api(folder: Path) -> None:
     assert dialects_of(start(folder, use_tgi_api=True))[0] is tgi.DIALECT
     assert dialects_of(start(folder))[0] is native.GENERATING
@@ -164,6 +169,13 @@ def health_monitor(folder: Path) -> None:
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
+
+
+@evidence
+def tp(folder: Path) -> None:
+    """Two processes, which share a CPU."""
+    plan = start(folder, tp=2)
+    assert (plan.ranks, plan.devices, plan.threads) == (2, [], max(1, plan.device.cpu_threads // 2))
 
 
 @evidence
@@ -496,9 +508,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_thirty_five_of_forty_work_and_five_are_refused() -> None:
+def test_thirty_seven_of_forty_work_and_three_are_refused() -> None:
     assert sorted([*EVIDENCE, *REFUSED, "quantise"]) == sorted(Params.__struct_fields__)
-    assert (len(EVIDENCE), len(REFUSED)) == (35, 5)
+    assert (len(EVIDENCE), len(REFUSED)) == (37, 3)
 
 
 @pytest.mark.parametrize("parameter", EVIDENCE)

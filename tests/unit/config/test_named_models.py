@@ -75,7 +75,7 @@ eos_id = [7, 8]
         ('[models.a]\nmodel_dir = "b"\nengine.threads = 1\n', 5, "models.a.engine", "is a table"),
         ('[models.a]\nmodel_dir = "b"\ndata_type = "fp61"\n', 5, "models.a.data_type", 'nearest: "fp16"'),
         ('[models.a]\nmodel_dir = "b"\neos_id = [1,\n-2]\n', 6, "models.a.eos_id", "-2 is out of bounds"),
-        ('[models.a]\nmodel_dir = "b"\ntp = 2\n', 5, "models.a.tp", "not available yet: tensor parallelism"),
+        ('[models.a]\nmodel_dir = "b"\ntp = 2.5\n', 5, "models.a.tp", "2.5 is a number, expected an integer"),
         ('[models.a]\nmodel_dir = "b"\nmode = ["x"]\n', 5, "models.a.mode", '"x" is no known mode'),
         (
             '[models.a]\nmodel_dir = "b"\nmax_req_total_len = 7000\n',
