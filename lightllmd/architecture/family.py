@@ -44,6 +44,7 @@ class Architecture:
     spec: DecoderSpec
     scored: ScoredModel | None = None  # of a model that scores
     unprefixed: bool = False  # its checkpoint names tensors as the decoder by itself does
+    held: tuple[WeightSpec, ...] = ()  # what one rank has of the weights; empty: it has all of them
 
     def of_files(self, headless: bool, unprefixed: bool) -> Architecture:
         """What a checkpoint's files make of it: one of the decoder alone has no head."""
@@ -53,7 +54,7 @@ class Architecture:
     @cached_property
     def weights(self) -> tuple[WeightSpec, ...]:
         """In the order in which they are loaded."""
-        return weights_of(self.spec, self.names)
+        return self.held or weights_of(self.spec, self.names)
 
     @property
     def names(self) -> Names:

@@ -43,6 +43,15 @@ class RmsNorm:
 
 
 @dataclass(frozen=True)
+class SharedHeads:
+    """Of attention whose heads several ranks share: those of all ranks together."""
+
+    heads: int
+    kv_heads: int
+    repeats: bool  # the rank before this one has the same KV head, too
+
+
+@dataclass(frozen=True)
 class GroupedQuery:
     """Attention whose query heads share keys and values in groups (Ainslie et al. 2023).
 
@@ -59,6 +68,7 @@ class GroupedQuery:
     qk_norm: QkNorm | None = None
     window: int | None = None  # tokens that a query sees, its own included; None: all before it
     soft_cap: float | None = None  # attention logits become ``soft_cap * tanh(logits / soft_cap)``
+    shared: SharedHeads | None = None  # where `heads` and `kv_heads` are one rank's
 
     @property
     def q_size(self) -> int:

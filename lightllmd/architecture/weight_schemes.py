@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightllmd.architecture.schemes import DENSE, Scheme
 from lightllmd.architecture.weights import Role, WeightSpec
@@ -36,7 +36,8 @@ class WeightSchemes:
         """How this weight is stored."""
         if not weight.quantisable:
             return DENSE
-        return next((rule.scheme for rule in reversed(self.rules) if rule.covers(weight)), DENSE)
+        scheme = next((rule.scheme for rule in reversed(self.rules) if rule.covers(weight)), DENSE)
+        return replace(scheme, group=weight.group) if weight.group else scheme
 
     @property
     def dense(self) -> bool:

@@ -41,13 +41,25 @@ Names = Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class TensorCut:
+    """What one rank holds of a tensor: `runs` of its rows (axis 0) or columns (axis 1), in their order, each from its
+    first to behind its last one."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    axis: Literal[0, 1]
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Part:
-    """A tensor of the checkpoint, by its Hugging Face name, and the shape that the config makes it have."""
+    """A tensor of the checkpoint, by its Hugging Face name, and the shape that the config makes it have: of what one
+    rank holds of it where there is a `cut`, and behind that there may be rows of zeros."""
 
     kind: str  # key of `Names`
     name: str
     shape: tuple[int, ...]
     shard_unit: int = 1  # rows or columns that stay on one rank: those of a head
+    cut: TensorCut | None = None
 
     @property
     def elements(self) -> int:
@@ -74,6 +86,12 @@ class WeightSpec:
     quantisable: bool = False
     groups: tuple[int, ...] = ()
     neutral: float = 0.0  # what random numbers vary around: where it is a norm, what leaves its input as it is
+    whole: WeightSpec | None = None  # where this is one rank's part: what it is a part of
+    # Of such a part: inputs that share a scale, where it ends inside a group of the scheme; 0: as many as in a group.
+    group: int = 0
+    # Of such a part, where inputs are rounded: neighbouring inputs of the whole weight that share a scale although
+    # several ranks have some of them; 0: there are none.
+    rounded_together: int = 0
 
     @property
     def key(self) -> str:
@@ -135,8 +153,10 @@ class _Maker:
         hidden, unit = self._spec.hidden, spec.head_dim
         if spec.qk_norm:
             whole = spec.qk_norm == "projection"
-            yield self.norm("q_norm", layer, spec.q_size if whole else unit)
-            yield self.norm("k_norm", layer, spec.kv_size if whole else unit)
+            sizes: dict[Role, int] = {"q_norm": spec.q_size, "k_norm": spec.kv_size}
+            for role, size in sizes.items():
+                norm = self.norm(role, layer, size if whole else unit)
+                yield replace(norm, shard_axis=0) if whole else norm
         if "qkv" in self._names:
             groups = spec.q_size // spec.kv_heads, unit, unit
             rows, group = {"qkv": spec.q_size + 2 * spec.kv_size}, sum(groups)

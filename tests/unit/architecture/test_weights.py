@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import pytest
 
@@ -12,7 +11,7 @@ from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.architecture.weight_schemes import WeightSchemes
-from lightllmd.architecture.weights import Role, WeightSpec
+from lightllmd.architecture.weights import Role
 
 CONFIG = {
     "hidden_size": 256,
@@ -33,10 +32,6 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
     return architecture_of(request.param, CONFIG)
 
 
-def nbytes(weights: Iterable[WeightSpec], *, ranks: int = 1) -> int:
-    return weight_bytes(weights, 2, ranks=ranks)
-
-
 def test_each_tensor_of_a_checkpoint_is_read_once_and_each_weight_has_a_key(architecture: Architecture) -> None:
     names = [part.name for weight in architecture.weights for part in weight.stored]
     keys = [weight.key for weight in architecture.weights]
@@ -50,23 +45,7 @@ def test_matrices_of_the_layers_may_be_quantised_and_nothing_else(architecture: 
 
 
 def test_on_one_rank_each_parameter_takes_its_item(architecture: Architecture) -> None:
-    assert nbytes(architecture.weights) == 2 * architecture.parameters
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_all_that_has_an_axis_and_repeat_the_rest(architecture: Architecture, ranks: int) -> None:
-    for weight in architecture.weights:
-        shared = [part for part in weight.stored if weight.shard_axis is not None and len(part.shape) > 1]
-        shared += [part for part in weight.stored if weight.shard_axis == 0 and len(part.shape) == 1]
-        repeated = [part for part in weight.stored if part not in shared]
-        expected = sum(math.prod(part.shape) for part in shared) // ranks
-        expected += sum(math.prod(part.shape) for part in repeated)
-        assert nbytes([weight], ranks=ranks) == 2 * expected, weight.key
-
-
-def test_a_head_stays_whole_where_there_are_more_ranks_than_heads() -> None:
-    qkv = next(weight for weight in architecture_of("qwen2", CONFIG).weights if weight.role == "qkv")
-    assert nbytes([qkv], ranks=8) == 2 * 3 * 32 * (256 + 1)  # a head each of q, k and v, with its bias
+    assert weight_bytes(architecture.weights, 2) == 2 * architecture.parameters
 
 
 def test_a_scheme_stores_what_may_be_quantised_and_the_rest_stays_dense(architecture: Architecture) -> None:
