@@ -235,7 +235,7 @@ class Verbs:
         self._context.log.configure(config.supervisor.log_lines, config.log.level, render)
         pace = math.inf if config.params.disable_log_stats else serving.plan.log_stats_interval
         tune = Tune(config.log.level, pace, config.supervisor.stop_timeout)
-        engines = [engine.child for engine in self._engines if engine.child]
+        engines = [child for engine in self._engines for child in engine.children]
         for child in (*self._front.children(), *engines, *self._pusher.children()):
             child.send(tune)
         self._pusher.in_force()

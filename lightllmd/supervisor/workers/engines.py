@@ -83,13 +83,16 @@ class Engines:
     # --- processes -----------------------------------------------------------------------------------------------
     def children(self) -> list[Child]:
         """The processes of all engines, and the spare's."""
-        present = [*(engine.child for engine in self), self.spare.child]
-        return [child for child in present if child is not None]
+        spare = [self.spare.child] if self.spare.child is not None else []
+        return [*(child for engine in self for child in engine.children), *spare]
 
     @property
     def holders(self) -> list[tuple[Child | None, bool]]:
         """What holds memory of the device, and whether that is all they will: it changes with what is free there."""
-        return [*((engine.child, engine.ready) for engine in self), (self.spare.child, self.spare.begun)]
+        held: list[tuple[Child | None, bool]] = [(self.spare.child, self.spare.begun)]
+        for engine in self:
+            held += [(child, engine.ready) for child in engine.children] or [(None, False)]
+        return held
 
     @property
     def unsettled(self) -> list[Child]:
@@ -97,8 +100,8 @@ class Engines:
         return [engine.child for engine in self if engine.child is not None and not engine.ready]
 
     def owner(self, child: Child) -> Engine | None:
-        """The engine whose generation `child` is."""
-        return next((engine for engine in self if engine.child is child), None)
+        """The engine in whose generation `child` is a rank."""
+        return next((engine for engine in self if child in engine.children), None)
 
     def became_ready(self, engine: Engine) -> None:
         """Its generation is in service; behind the engine in force a spare is kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -18,35 +18,58 @@ from lightllmd.supervisor.workers.spare import EngineProcess, Spare
 
 
 class EngineGeneration:
-    """One engine process, its endpoint, and the record of what it was doing."""
+    """One engine process for each rank, the endpoint of the one that leads, and the record of what that was doing."""
 
-    def __init__(self, context: Context, worker: str, number: int, plan: bytes, process: EngineProcess) -> None:
-        self.child, self._process = process.child, process
+    def __init__(self, context: Context, worker: str, number: int, plan: bytes, ranks: Sequence[EngineProcess]) -> None:
+        self.ranks = list(ranks)  # by rank
         self.number = number
         self._path = context.runtime.endpoint_path(number)
         self.endpoint = f"ipc://{self._path}"
-        metrics_id = context.runtime.take_metrics_id("engine")
-        first = EngineConfigure(
-            plan=plan,
-            generation=number,
-            rank=0,
-            endpoint=self.endpoint,
-            metrics_dir=str(context.runtime.metrics),
-            metrics_id=metrics_id,
-        )
-        self.child.configure(worker, number, metrics_id, first)
+        for rank, process in enumerate(self.ranks):
+            metrics_id = context.runtime.take_metrics_id("engine")
+            first = EngineConfigure(
+                plan=plan,
+                generation=number,
+                rank=rank,
+                endpoint=self.endpoint,
+                metrics_dir=str(context.runtime.metrics),
+                metrics_id=metrics_id,
+                ranks=len(self.ranks),
+            )
+            process.child.configure(rank_name(worker, rank), number, metrics_id, first)
+
+    @property
+    def leader(self) -> Child:
+        """Rank 0: its word is the generation's, and what the generation is told it passes on."""
+        return self.ranks[0].child
+
+    @property
+    def children(self) -> list[Child]:
+        """The processes of all ranks."""
+        return [process.child for process in self.ranks]
+
+    def rename(self, worker: str) -> None:
+        """What its worker is called from now on."""
+        for rank, child in enumerate(self.children):
+            child.worker = rank_name(worker, rank)
 
     def flight(self) -> flight_record.Flight:
         """What it was doing when it died."""
         try:
-            return flight_record.read(self._process.flight)
+            return flight_record.read(self.ranks[0].flight)
         except (msgspec.MsgspecError, OSError):
             return flight_record.Flight()  # it scribbled over its own record: nothing is known of its last step
 
     def dispose(self) -> None:
-        """After its death: lets go of the process's descriptors, removes the endpoint."""
-        self._process.dispose()
+        """After its death: lets go of the processes' descriptors, removes the endpoint."""
+        for process in self.ranks:
+            process.dispose()
         self._path.unlink(missing_ok=True)
+
+
+def rank_name(worker: str, rank: int) -> str:
+    """Of one rank's process: "engine-0" leads "engine-0.1", "engine-0.2", …"""
+    return f"{worker}.{rank}" if rank else worker
 
 
 class Engine:
@@ -79,18 +102,23 @@ class Engine:
         """What its worker is called from now on, in status and log."""
         self.worker.name = name
         if self.generation is not None:
-            self.generation.child.worker = name
+            self.generation.rename(name)
 
     def _launch(self, number: int) -> Child:
         assert self.plan is not None
         process = self._spare.take(self.plan) or EngineProcess(self._context, self.worker.name)
-        self.generation = EngineGeneration(self._context, self.worker.name, number, self.encoded, process)
-        return self.generation.child
+        self.generation = EngineGeneration(self._context, self.worker.name, number, self.encoded, [process])
+        return self.generation.leader
 
     @property
     def child(self) -> Child | None:
-        """The process of its generation, if one lives."""
-        return self.generation.child if self.generation else None
+        """The process that leads its generation, if one lives."""
+        return self.generation.leader if self.generation else None
+
+    @property
+    def children(self) -> list[Child]:
+        """The processes of all ranks of its generation, if one lives."""
+        return self.generation.children if self.generation else []
 
     @property
     def ready(self) -> bool:
@@ -114,7 +142,7 @@ class Engine:
 
     def up(self) -> EngineUp | None:
         """What a new api worker has to be told; None while no generation is in service."""
-        if self.generation is None or self._rest or not self.generation.child.ready:
+        if self.generation is None or self._rest or not self.generation.leader.ready:
             return None
         return EngineUp(self.generation.number, self.generation.endpoint, self.revision)
 
@@ -161,7 +189,7 @@ class Engine:
             self.worker.due = self.worker.due_at = None
             return
         self._tell_apis(EngineDown(generation.number, "asleep", [], revision=self.revision))
-        generation.child.send(Sleep())
+        generation.leader.send(Sleep())
         self._rest = "sleep"
 
     def stage(self) -> None:
@@ -208,13 +236,13 @@ class Engine:
     def api_gone(self, api: int, epoch: int) -> None:
         """That process of that api worker is dead: its requests are to be aborted."""
         if self.generation is not None:
-            self.generation.child.send(ApiGone(api, epoch))
+            self.generation.leader.send(ApiGone(api, epoch))
 
     def restart(self) -> None:
         """Ends the generation, if one lives; another follows."""
         self.worker.reset_failures()
         if self.generation is not None:
-            self.generation.child.terminate("restart requested")
+            self.generation.leader.terminate("restart requested")
 
     def tick(self) -> None:
         """Starts the next generation when it is due and the bytes of its plan are free."""
