@@ -70,28 +70,47 @@ class Bench:
     def stats(self) -> dict[str, int]:
         return {"in_flight": self.ledger.in_flight, "held": self.ledger.held, **self.tally.counts}
 
-    def up(self) -> FakeLink:
+    def up(self, replica: int = 0) -> FakeLink:
+        """The next generation, in that place."""
         self.generation += 1
-        self.ledger.engine_up(self.generation, f"engine-{self.generation}")
+        self.ledger.engine_up(self.generation, f"engine-{self.generation}", replica)
         return self.link
 
-    def down(self, *unproven: int, quarantined: int = 0, outside: bool = False) -> None:
-        self.ledger.engine_down(self.generation, list(unproven), quarantined, outside)
+    def down(self, *unproven: int, quarantined: int = 0, outside: bool = False, generation: int | None = None) -> None:
+        """The newest, or that one."""
+        generation = self.generation if generation is None else generation
+        self.ledger.engine_down(generation, list(unproven), quarantined, outside)
 
-    def open(self, prompt: bytes = b"p", n: int = 1, stop: list[str] | None = None, notify=lambda: None, **params):
+    def open(
+        self,
+        prompt: bytes = b"p",
+        n: int = 1,
+        stop: list[str] | None = None,
+        notify=lambda: None,
+        private: bool = False,
+        only: int | None = None,
+        **params,
+    ):
         params = SamplingParams(n=n, **({"max_new_tokens": 8} | params))
         branches = [
             Branch(index, TOKENIZER.detokenizer(), StopMatcher(StopList(stop), True) if stop else None)
             for index in range(n)
         ]
-        return self.ledger.open(list(prompt), params, branches, notify)
+        return self.ledger.open(list(prompt), params, branches, notify, private=private, only=only)
 
-    def say(self, *rows: tuple[Entry, int, int, int, int], generation: int | None = None) -> None:
-        """Rows of (entry, branch, position, token, finish)."""
+    def say(
+        self,
+        *rows: tuple[Entry, int, int, int, int],
+        generation: int | None = None,
+        replica: int | None = None,
+    ) -> None:
+        """Rows of (entry, branch, position, token, finish). By the group that has the first entry, or that one."""
+        group = rows[0][0].group if replica is None else self.ledger.groups.at(replica)
+        group = group or next(reversed(list(self.ledger.groups)))
         requests, branches, positions, tokens, finishes = (list(c) for c in zip(*rows, strict=True))
-        self.link.inbox.append(
+        group.link.inbox.append(
             StepOutput(
-                self.generation if generation is None else generation,
+                group.generation if generation is None else generation,
                 [entry.request for entry in requests],
                 branches,
                 positions,

@@ -84,6 +84,7 @@ class ApiWorker:
             max_held=http.max_held,
             connect=connect,
             on_end=self._accounts.ended,
+            cached=plan.config.params.use_dynamic_prompt_cache,
         )
         return Revision(plan, tokenizer, ledger, self._accounts)
 

@@ -228,6 +228,9 @@ class Load(msgspec.Struct, tag="load"):
     waiting: int  # branches not yet admitted
     paused: int  # branches that were admitted, then paused (replayed ones too)
     estimated_peak: float  # dynamic_max_load: the admission rule's worst need over slots_total
+    queued_tokens: int = (
+        0  # of prompts (of replayed requests, what they had emitted, too) that are still to be computed
+    )
 
 
 ToApi = StepOutput | Rejected | Load
@@ -291,11 +294,13 @@ class EngineUp(msgspec.Struct, tag="engine-up"):
 
     generation: int
     endpoint: str
-    revision: int = 1  # the plan that it serves; generations of one revision follow each other
+    revision: int = 1  # the plan that it serves
+    replica: int = 0  # its number among those that serve it side by side; generations of one number follow each other
 
 
 class EngineDown(msgspec.Struct, tag="engine-down"):
-    """Generation `generation` is dead or asleep. Close its socket first, then hold what was in flight there."""
+    """Generation `generation` is dead or asleep. Close its socket first, then move what was in flight there to another
+    one of the same revision, or hold it where there is none."""
 
     generation: int
     cause: str  # in words

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from typing import Protocol
 
+from lightllmd.api.inflight.groups import Group
 from lightllmd.errors import RequestError
 from lightllmd.ipc.messages import RequestParams
 from lightllmd.requests.branch import Branch
@@ -16,10 +17,6 @@ from lightllmd.requests.urgency import Turn
 
 class Owner(Protocol):
     """The ledger that an entry is in."""
-
-    @property
-    def connected(self) -> bool:
-        """To an engine."""
 
     def cancel(self, entry: Entry) -> None:
         """The client is gone. Nothing happens to an entry that has ended."""
@@ -38,6 +35,7 @@ class Entry:
         "ended_at",
         "error",
         "first_token_at",
+        "group",
         "held_since",
         "ledger",
         "notify",
@@ -48,11 +46,14 @@ class Entry:
         "prompt_log",
         "prompt_tokens",
         "proven",
+        "queued",
+        "refused_by",
         "request",
         "started_at",
         "strikes",
         "submitted",
         "suspect",
+        "suspect_at",
         "suspect_since",
         "turn",
         "vectors",
@@ -88,10 +89,14 @@ class Entry:
         self.notify = notify
         self.error: RequestError | None = None
         self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
+        self.group: Group | None = None  # where it is; None: it is held
+        self.queued = 0  # of its tokens, those to be computed there before the next one
+        self.refused_by: dict[int, float] = {}  # generations whose queue was full -> seconds to wait
         self.submitted = False  # to any generation
         self.proven = False  # has a token of the generation that it was last submitted to
         self.suspect = 0  # deaths of engines since its last token that it may have caused
         self.suspect_since = 0.0  # seconds of the ledger's clock: the first of them
+        self.suspect_at: int | None = None  # the replica that died, whose next generation it waits for
         self.strikes = 0  # those that tell most likely of it
         self.held_since: float | None = None
         self.arrived_at = arrived_at  # seconds of the ledger's clock: when its HTTP request came

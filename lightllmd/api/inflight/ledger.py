@@ -1,11 +1,13 @@
-"""The record of every request in flight of one revision. It outlives engine generations: what one lost, the next goes
-on with; and where the next revision serves the same model, that revision's ledger takes over what is in flight.
+"""The record of every request in flight of one revision. It outlives engine generations: what one lost, another of the
+same revision goes on with, at once or when it is up; and where the next revision serves the same model, that revision's
+ledger takes over what is in flight.
 
 Pure logic: no HTTP, no sockets, no event loop. A `Link` carries messages to one generation; `notify` of an entry
 tells its reader that something changed. All calls come from one thread.
 
-A request is *held* while there is no link, *replayed* when a new generation is up, and *suspect* when an engine died
-while the request had been admitted and had no token since: see `quarantine`.
+A request is *held* while no generation can take it, *replayed* when it had been on another one, and *suspect* when an
+engine died while the request had been admitted and had no token since: see `quarantine`. A suspect waits for the next
+generation in the place of the one that died: where that dies of it too, the others' requests are not concerned.
 """
 
 from __future__ import annotations
@@ -13,36 +15,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from lightllmd.api.inflight.deadlines import Deadlines, late
 from lightllmd.api.inflight.entry import Entry
+from lightllmd.api.inflight.groups import Group, Groups, Link
 from lightllmd.api.inflight.quarantine import count_death
 from lightllmd.api.inflight.tally import Tally
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
-from lightllmd.ipc import messages
 from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, RequestParams, StepOutput, Submit
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.urgency import ANY_TURN, Turn
 
 log = logging.getLogger(__name__)
 
-
-class Link(Protocol):
-    """The way to one engine generation."""
-
-    def send(self, message: messages.ToEngine) -> None:
-        """Never blocks."""
-
-    def receive(self) -> Iterable[messages.ToApi]:
-        """What came since the last call."""
-
-    def close(self) -> None:
-        """Drops what was sent and what was received but not read."""
+SUSPECT_PATIENCE = 15.0  # seconds that a suspect waits for its own group, while others are up
 
 
 class Ledger:
-    """`connect` opens the link to an endpoint; `on_end` is told of every entry that ended, for statistics."""
+    """`connect` opens the link to an endpoint; `on_end` is told of every entry that ended, for statistics; `cached`:
+    engines keep prompts, which decides where the next one goes."""
 
     def __init__(
         self,
@@ -52,18 +43,17 @@ class Ledger:
         max_held: int,
         connect: Callable[[str], Link],
         on_end: Callable[[Entry], None] = lambda entry: None,
+        cached: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tally = tally
         self.hold_timeout = hold_timeout
         self.max_held = max_held
-        self.generation: int | None = None
-        self.load: Load | None = None  # the scheduler's last word; None without an engine
+        self.groups = Groups(cached)  # that are up
         self.refusal: str | None = None  # the reason while new requests are refused
         self._connect = connect
         self._on_end = on_end
         self._clock = clock
-        self._link: Link | None = None
         self._entries: dict[int, Entry] = {}  # by number, which is arrival order
         self._deadlines = Deadlines()
         self._touched: set[Entry] = set()  # readers to notify once the messages at hand are all read
@@ -82,21 +72,22 @@ class Ledger:
         prompt_tokens: int | None = None,
         batch: int = 0,
         turn: Turn = ANY_TURN,
+        only: int | None = None,
     ) -> Entry:
-        """Takes a request and sends it to the engine or holds it. `branches`: none of one with PoolingParams, whose
+        """Takes a request and sends it to an engine or holds it. `branches`: none of one with PoolingParams, whose
         result is `Entry.vectors`. `prompt_tokens`:
         the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
         opened right before for the first prompt of the same body; 0: this is the first.
 
         Raises NotReady while refusing, DeadlineExceeded when its time is over already, QueueFull when `max_held`
-        requests are held already, but not for the further prompts of a body. A `private` one is taken whenever there
-        is an engine, and only then.
+        requests are held already, but not for the further prompts of a body. A `private` one goes to the generation
+        `only`, or any where that is None; it is taken whenever that is there, and only then.
         """
-        if private and self._link is None:
+        if private and (self.groups.of(only) is None if only is not None else not self.connected):
             raise NotReady("no engine is ready")
         if self.refusal is not None and not private:
             raise NotReady(self.refusal)
-        if self._link is None and not batch and len(self._entries) >= self.max_held:
+        if not self.connected and not batch and len(self._entries) >= self.max_held:
             raise QueueFull(f"{self.max_held} requests are waiting for the engine to be ready", retry_after=5.0)
         number = self.tally.next_number()
         now = self._clock()
@@ -106,10 +97,7 @@ class Ledger:
         entry.batch = batch or number
         if entry.deadline is not None and entry.deadline <= now:
             raise late(entry)
-        if self._link is None:
-            entry.held_since = now
-        else:
-            self._submit(entry)
+        self._place(entry, self.groups.of(only) if only is not None else None)
         self._entries[number] = entry  # not before: what can't be sent would stay for ever
         self._deadlines.add(entry)
         return entry
@@ -149,87 +137,117 @@ class Ledger:
         """No engine will ever serve this ledger again."""
         self.refuse(reason)
         self.cut(reason)
-        if self._link is not None:
-            self._drop_link()
+        for group in list(self.groups):
+            self._drop(group)
 
     def migrate(self, successor: Ledger) -> None:
         """Everything in flight goes on in `successor`, whose revision serves the same model: replayed there, or held
         until its engine is up. Lengths were checked by this revision's limits; what the successor's engine can't take,
         it rejects."""
-        if self._link is not None:
-            self._drop_link()
+        for group in list(self.groups):
+            self._drop(group)
         moved, self._entries = self._entries, {}
         for entry in moved.values():
-            entry.ledger = successor
+            entry.ledger, entry.suspect_at = successor, None
         successor._entries = dict(sorted((successor._entries | moved).items()))
         for entry in moved.values():
             successor._deadlines.add(entry)
-        if successor._link is not None:
-            successor._resume(list(moved.values()))
+        successor._resume(moved.values())
 
     def expire(self) -> None:
         """Ends what is past its deadline, or has been held longer than `hold_timeout`. Call a few times a second."""
         for entry in self._deadlines.passed(self._clock(), self._entries):
             self.fail(entry, late(entry))
-        if self._link is not None:
+        held = [entry for entry in self._entries.values() if entry.held_since is not None]
+        if held and self.connected:
+            self._resume(entry for entry in held if self._patience_over(entry))
             return
         limit = self._clock() - self.hold_timeout
-        for entry in list(self._entries.values()):
+        for entry in held:
             if entry.held_since is not None and entry.held_since <= limit:
                 message = f"no engine became ready within the {self.hold_timeout:g} s that a request is held"
                 self.fail(entry, DeadlineExceeded(message))
 
     # --- generations ------------------------------------------------------------------------------------------
 
-    def engine_up(self, generation: int, endpoint: str) -> None:
-        """Connects; what was in flight is replayed first, then what never ran, both in arrival order."""
-        if self._link is not None:
-            if generation == self.generation:
+    def engine_up(self, generation: int, endpoint: str, replica: int = 0) -> None:
+        """Connects; what is held is replayed first, then what never ran, both in arrival order."""
+        before = self.groups.at(replica)
+        if before is not None:
+            if generation == before.generation:
                 return
-            self._drop_link()
-        self.generation = generation
-        self._link = self._connect(endpoint)
-        self._resume(list(self._entries.values()))
+            self._drop(before)
+        self.groups.add(Group(replica, generation, self._connect(endpoint)))
+        self._resume(self._entries.values())
 
-    def _resume(self, entries: list[Entry]) -> None:
-        replayed = [entry for entry in entries if entry.submitted]
-        self.tally.counts["resumed"] += len(replayed)
-        for entry in replayed + [entry for entry in entries if not entry.submitted]:
-            self._submit(entry)
+    def _resume(self, entries: Iterable[Entry]) -> None:
+        """Those of them that are held."""
+        held = [entry for entry in entries if entry.group is None]
+        for entry in sorted(held, key=lambda entry: not entry.submitted):  # stable
+            if entry.outcome is None:
+                self._place(entry)
 
     def engine_down(self, generation: int, unproven: Iterable[int], quarantined: int, outside: bool = False) -> None:
         """See messages.EngineDown. The socket is closed before anything else is decided, so nothing of the dead arrives
         afterwards."""
-        if self._link is None or generation != self.generation:
+        group = self.groups.of(generation)
+        if group is None:
             return
-        self._drop_link()
+        lost = self._drop(group)
         suspects, now = set(unproven), self._clock()
         if outside or not suspects:  # engines die of something else, so that the strikes may be its doing, too
             for entry in self._entries.values():
                 entry.strikes = 0
+        if outside and self.connected:
+            suspects = set()  # they go on elsewhere at once, together
         for entry in list(self._entries.values()):
             if entry.request not in suspects or entry.proven:
                 continue
             error = count_death(entry, entry.request == quarantined, now, self.hold_timeout)
             if error is not None:
                 self.fail(entry, error)
+            else:
+                entry.suspect_at = group.replica
+        self._resume(lost)
 
-    def _drop_link(self) -> None:
-        assert self._link is not None
-        self._link.close()
-        self._link = None
-        self.load = None
+    def _drop(self, group: Group) -> list[Entry]:
+        """What was there is held now."""
+        group.link.close()
+        self.groups.remove(group)
         now = self._clock()
-        for entry in list(self._entries.values()):
-            entry.held_since = now
+        lost = [entry for entry in self._entries.values() if entry.group is group]
+        for entry in lost:
+            entry.group, entry.held_since, entry.queued = None, now, 0
             if entry.private:
                 self.fail(entry, NotReady("the engine went down"))
+        return lost
 
-    def _submit(self, entry: Entry) -> None:
-        assert self._link is not None
+    def _place(self, entry: Entry, group: Group | None = None) -> None:
+        """Sends it to `group`, or where it is best; where it can go nowhere it is held."""
+        if group is None:
+            group = self._suspects_group(entry) if entry.suspect else None
+        if group is None and (not entry.suspect or self._patience_over(entry)):
+            passed_over = () if entry.submitted else entry.refused_by  # what is replayed no queue turns away
+            group = self.groups.route(entry.prompt_ids, entry.params, passed_over, bool(entry.suspect))
+        if group is None:
+            entry.held_since = self._clock() if entry.held_since is None else entry.held_since
+            return
+        if entry.submitted:
+            self.tally.counts["resumed"] += 1
+        self._submit(entry, group)
+
+    def _suspects_group(self, entry: Entry) -> Group | None:
+        return self.groups.at(entry.suspect_at) if entry.suspect_at is not None else None
+
+    def _patience_over(self, entry: Entry) -> bool:
+        """A suspect's: the group that died while it had it does not come back."""
+        since = entry.held_since
+        return entry.suspect_at is None or (since is not None and self._clock() - since >= SUSPECT_PATIENCE)
+
+    def _submit(self, entry: Entry, group: Group) -> None:
         unfinished = [branch for branch in entry.branches if branch.finish is None]
         generates = bool(entry.branches)
-        self._link.send(
+        group.link.send(
             Submit(
                 entry.request,
                 self.tally.api,
@@ -247,6 +265,8 @@ class Ledger:
                 suspect=entry.suspect,
             )
         )
+        entry.group, entry.queued = group, len(entry.prompt_ids) + sum(len(branch.ids) for branch in unfinished)
+        group.sent(_width(entry), entry.queued, bool(entry.suspect))
         entry.submitted = True
         entry.proven = False
         entry.held_since = None
@@ -255,22 +275,21 @@ class Ledger:
 
     def receive(self) -> None:
         """Reads all that is there; each reader is notified once however many tokens came."""
-        if self._link is None:
-            return
-        for message in self._link.receive():
-            if message.generation != self.generation:
-                continue
-            if isinstance(message, StepOutput):
-                self._step(message)
-            elif isinstance(message, Rejected):
-                self._rejected(message)
-            else:
-                self.load = message
+        for group in list(self.groups):
+            for message in group.link.receive():
+                if message.generation != group.generation:
+                    continue
+                if isinstance(message, StepOutput):
+                    self._step(message, group)
+                elif isinstance(message, Rejected):
+                    self._rejected(message, group)
+                else:
+                    group.heard(message)
         touched, self._touched = self._touched, set()
         for entry in touched:
             entry.notify()
 
-    def _step(self, output: StepOutput) -> None:
+    def _step(self, output: StepOutput, group: Group) -> None:
         self._prompts(output)
         self._pooled(output)
         entries, touched, alternatives = self._entries, self._touched, output.alternatives
@@ -286,7 +305,7 @@ class Ledger:
         )
         for request, index, position, token, logprob, finish, others in rows:
             entry = entries.get(request)
-            if entry is None:
+            if entry is None or entry.group is not group:
                 continue  # ended here while this step was on its way
             branch = entry.branches[index]
             if branch.finish is not None or position < len(branch.ids):
@@ -308,8 +327,8 @@ class Ledger:
                 self.fail(entry, RequestFailed("the tokens of this request could not be turned into text"))
                 continue
             if branch.finish is not None:
-                if stopped and self._link is not None:
-                    self._link.send(Abort(request, [index]))
+                if stopped:
+                    group.link.send(Abort(request, [index]))
                 if all(other.finish is not None for other in entry.branches):
                     self._end(entry, "ok")
             touched.add(entry)
@@ -351,17 +370,29 @@ class Ledger:
             self.fail(entry, RequestFailed("the engine broke off this request"))
             return False
         entry.proven = True
+        if entry.group is not None:
+            entry.group.began(entry.queued)
+            entry.group.suspects -= bool(entry.suspect)
+            entry.queued = 0
         entry.suspect = entry.strikes = 0
+        entry.suspect_at = None
         if entry.first_token_at is None:
             entry.first_token_at = self._clock()
         return True
 
-    def _rejected(self, message: Rejected) -> None:
+    def _rejected(self, message: Rejected, group: Group) -> None:
+        """One that a full queue turns away is tried wherever else it can be before its client hears of that."""
         entry = self._entries.get(message.request)
-        if entry is None:
+        if entry is None or entry.group is not group:
             return
         if message.reason == "queue_full":
-            entry.error = QueueFull(message.message, retry_after=message.retry_after)
+            entry.refused_by[group.generation] = message.retry_after or 0.0
+            if any(other.generation not in entry.refused_by for other in self.groups):
+                self._take_back(entry)
+                entry.submitted = False
+                self._place(entry)
+                return
+            entry.error = QueueFull(message.message, retry_after=min(entry.refused_by.values()))
         elif message.reason == "queue_timeout":
             entry.error = DeadlineExceeded(message.message, retry_after=message.retry_after)
         else:
@@ -372,10 +403,20 @@ class Ledger:
     # --- ends and counts ----------------------------------------------------------------------------------------
 
     def _abort(self, entry: Entry) -> None:
-        if self._link is not None:
-            self._link.send(Abort(entry.request))
+        if entry.group is not None:
+            entry.group.link.send(Abort(entry.request))
+
+    def _take_back(self, entry: Entry) -> None:
+        """It is not where it was any more."""
+        group, entry.group = entry.group, None
+        if group is not None:
+            group.began(entry.queued)
+            group.left(_width(entry), bool(entry.suspect))
+            entry.queued = 0
 
     def _end(self, entry: Entry, outcome: str) -> None:
+        self._take_back(entry)
+        entry.held_since = None
         entry.outcome = outcome
         entry.ended_at = self._clock()
         del self._entries[entry.request]
@@ -386,7 +427,12 @@ class Ledger:
     @property
     def connected(self) -> bool:
         """To an engine."""
-        return self._link is not None
+        return len(self.groups) > 0
+
+    @property
+    def load(self) -> Load | None:
+        """The schedulers' last word; None without an engine."""
+        return self.groups.load
 
     @property
     def entries(self) -> Iterable[Entry]:
@@ -401,4 +447,9 @@ class Ledger:
     @property
     def held(self) -> int:
         """Those of them that wait for an engine."""
-        return 0 if self.connected else len(self._entries)
+        return sum(entry.group is None for entry in self._entries.values())
+
+
+def _width(entry: Entry) -> int:
+    """Sequences that it is in an engine, finished ones included: one for each branch, one where there is none."""
+    return max(1, len(entry.branches))

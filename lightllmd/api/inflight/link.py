@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import zmq
 
-from lightllmd.api.inflight.ledger import Link
+from lightllmd.api.inflight.groups import Link
 from lightllmd.ipc import messages
 from lightllmd.ipc.bus import ApiSocket
 

@@ -50,8 +50,8 @@ class Pending:
 
     @property
     def held(self) -> bool:
-        """Whether its revision has no engine now."""
-        return not self.entries[0].ledger.connected
+        """Whether one of them waits for an engine now."""
+        return any(entry.held_since is not None for entry in self.entries)
 
     @property
     def aborted(self) -> bool:

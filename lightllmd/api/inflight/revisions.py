@@ -50,7 +50,8 @@ class Revisions:
         self._tally = tally
         self._build = build
         self._revisions = {number: build(plan)}
-        self._coming: dict[int, EngineUp | None] = {}  # revisions that are being prepared, each with its engine
+        # Revisions that are being prepared, each with its engines that are up, by replica.
+        self._coming: dict[int, dict[int, EngineUp]] = {}
 
     @property
     def current(self) -> Revision:
@@ -162,7 +163,7 @@ class Revisions:
     def expect(self, number: int) -> None:
         """`prepare` follows; what is said of the revision from now on is for it."""
         if number not in self._revisions:
-            self._coming.setdefault(number, None)
+            self._coming.setdefault(number, {})
 
     async def prepare(self, number: int, plan: bytes) -> str:
         """Why it can't be served; empty: it can."""
@@ -180,11 +181,11 @@ class Revisions:
         if number not in self._coming:
             revision.texts.stop()
             return "it was given up meanwhile"
-        up = self._coming.pop(number)
+        ups = self._coming.pop(number)
         revision.ledger.refuse(self.gate.refusal)
         self._revisions[number] = revision
-        if up is not None:
-            revision.ledger.engine_up(up.generation, up.endpoint)
+        for up in ups.values():
+            revision.ledger.engine_up(up.generation, up.endpoint, up.replica)
         return ""
 
     def commit(self, number: int, carry: bool) -> None:
@@ -219,9 +220,9 @@ class Revisions:
         """A generation of its revision's engine is ready."""
         revision = self._revisions.get(message.revision)
         if revision is not None:
-            revision.ledger.engine_up(message.generation, message.endpoint)
+            revision.ledger.engine_up(message.generation, message.endpoint, message.replica)
         elif message.revision in self._coming:
-            self._coming[message.revision] = message
+            self._coming[message.revision][message.replica] = message
 
     def engine_down(self, message: EngineDown) -> None:
         """A generation of its revision's engine is gone."""
@@ -229,6 +230,6 @@ class Revisions:
         if revision is not None:
             revision.ledger.engine_down(message.generation, message.unproven, message.quarantined, message.outside)
             return
-        up = self._coming.get(message.revision)
-        if up is not None and up.generation == message.generation:
-            self._coming[message.revision] = None
+        ups = self._coming.get(message.revision, {})
+        for replica in [replica for replica, up in ups.items() if up.generation == message.generation]:
+            del ups[replica]

@@ -64,7 +64,7 @@ def view_of(revisions: Revisions) -> View:
         "model": revision.model_name,
         "device": f"{plan.device.kind}, {plan.data_type}",
         "context": f"{revision.limits.max_req_total_len:,} tokens",
-        "generation": str(revision.ledger.generation) if revision.ledger.generation is not None else UNKNOWN,
+        "generation": ", ".join(str(group.generation) for group in revision.ledger.groups) or UNKNOWN,
         "version": __version__,
         "running": f"{load.running:,}" if load is not None else "0",
         "waiting": f"{load.waiting + load.paused:,}" if load is not None else "0",

@@ -535,6 +535,8 @@ class Scheduler:
         """How busy the engine is; `estimated_peak`: share of the slots that the running sequences will ever hold."""
         total = self.limits.max_total_token_num
         worst_case = Admission(self.limits, self.running, used=total, locked=self.keys.locked)
+        in_line = (*self.queues.paused, *self.queues.suspects, *self.queues.waiting)
+        queued = {sequence.request: sequence.length for sequence in in_line}  # those of one request share its prompt
         return Load(
             generation=self.generation,
             slots_total=total,
@@ -543,6 +545,8 @@ class Scheduler:
             waiting=len(self.queues.waiting),
             paused=len(self.queues.paused) + len(self.queues.suspects),
             estimated_peak=worst_case.peak / total,
+            queued_tokens=sum(queued.values())
+            + sum(sequence.target - sequence.fed for sequence in self.running if sequence.feeds),
         )
 
     def check(self) -> None:
