@@ -95,7 +95,14 @@ class Device(msgspec.Struct, frozen=True):
     uuid: str = ""  # NVML's name for it, which stays the same over restarts and for other CUDA_VISIBLE_DEVICES
     bus_id: str = ""  # where it is plugged in, such as "00000000:19:00.0"
     capability: tuple[int, int] | None = None
-    fault: str = ""  # why it can't be used, though NVML or CUDA_VISIBLE_DEVICES lists it
+    mig: bool = False  # it is a part of a GPU: a MIG instance
+    fault: str = ""  # why it can't be used, though it is there; its index then means nothing
+
+    @property
+    def title(self) -> str:
+        """What people know it by."""
+        where = f" at {self.bus_id}" if self.bus_id else ""
+        return f"{self.name}{where}" if self.fault else f"GPU {self.index} ({self.name}{where})"
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):
@@ -110,7 +117,8 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     fast_dtypes: list[str]  # dtypes this device multiplies at full speed, best first
     cpu_threads: int  # physical cores usable by this process
     capability: tuple[int, int] | None = None  # a GPU's compute capability
-    devices: list[Device] = []  # all GPUs, those that can't be used among them; empty for a CPU
+    devices: list[Device] = []  # all visible GPUs, also those that can't be used; empty for a CPU
+    no_gpu: str = ""  # of a CPU that is used because there is no usable GPU: why there is none
 
     @property
     def usable(self) -> list[Device]:

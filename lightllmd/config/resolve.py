@@ -403,7 +403,8 @@ class _Real(_Maker):
         if self.config.engine.device != "auto":
             return _Value(self.config.engine.device)
         found = f"{self.device.name}, {size(self.device.memory_free)} free"
-        return _Value(self.device.kind, found if self.device.kind == "cuda" else f"no usable GPU; {found}")
+        none = self.device.no_gpu or "no usable GPU"
+        return _Value(self.device.kind, found if self.device.kind == "cuda" else f"{none}; {found}")
 
     def _data_type(self) -> _Value:
         written = self.params.data_type

@@ -9,8 +9,8 @@ import msgspec
 from lightllmd.config.parameters import Params
 from lightllmd.config.plan import Facts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem
+from lightllmd.probe.devices import device_facts
 from lightllmd.probe.model import model_facts
-from lightllmd.weights.device_facts import device_facts
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -35,7 +35,8 @@ def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Fact
     """`reading` is called before each model, with its model_dir. Raises ConfigInvalid, WeightsInvalid or
     NoUsableDevice."""
     if request.backend == "fake" or request.device_only:
-        return Facts(None, device_facts("cpu" if request.backend == "fake" else request.device, request.threads))
+        wanted = "cpu" if request.backend == "fake" else request.device
+        return Facts(None, device_facts(wanted, request.threads, quick=request.device_only))
     if request.model_dir is None:
         raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
     reading(request.model_dir)

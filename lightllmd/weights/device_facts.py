@@ -1,35 +1,16 @@
-"""The device's facts: GPUs through NVML, the CPU through /proc, /sys and the process's own limits."""
+"""What the CPU is like and what is free of host memory: through /proc, /sys and the process's own limits."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from lightllmd.config.plan import DeviceFacts
-from lightllmd.errors import NoUsableDevice
-
-
-def device_facts(wanted: str, threads: int) -> DeviceFacts:
-    """`wanted` is "auto", "cpu" or "cuda"; `threads` 0 means the physical cores. Raises NoUsableDevice."""
-    threads = threads or usable_cores()
-    if wanted == "cpu":
-        return cpu_facts(threads)
-    try:
-        return _cuda_facts(threads)
-    except NoUsableDevice:
-        if wanted == "cuda":
-            raise
-        return cpu_facts(threads)
-
-
-# --- CPU ----------------------------------------------------------------------------------------------------------
 
 
 def cpu_facts(threads: int, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> DeviceFacts:
@@ -153,80 +134,3 @@ def cgroup_cpus(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Iterato
             period = _read_number(folder / "cpu.cfs_period_us") or 0
         if quota > 0 and period > 0:
             yield math.ceil(quota / period)
-
-
-# --- CUDA ------------------------------------------------------------------------------------------------------------
-
-
-def torch_cuda_version() -> str | None:
-    """The CUDA version that the installed torch was built for, read from its version.py; None for a CPU build."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    try:
-        text = Path(spec.submodule_search_locations[0], "version.py").read_text()
-    except OSError:
-        return None
-    match = re.search(r"^cuda[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-    return match[1] if match else None
-
-
-def _cuda_facts(threads: int) -> DeviceFacts:
-    if torch_cuda_version() is None:
-        raise NoUsableDevice("the installed torch is a CPU build")
-    try:
-        import pynvml
-    except ImportError:
-        raise NoUsableDevice("no GPU can be asked for: nvidia-ml-py is not installed") from None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise NoUsableDevice(f"no NVIDIA driver: {error}") from None
-    try:
-        handles = [_handle(pynvml, which) for which in _visible(pynvml.nvmlDeviceGetCount())]
-        if not handles:
-            raise NoUsableDevice("no GPU is visible (CUDA_VISIBLE_DEVICES)")
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0])
-        name = pynvml.nvmlDeviceGetName(handles[0])
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handles[0])
-        return DeviceFacts(
-            kind="cuda",
-            name=name.decode() if isinstance(name, bytes) else name,
-            count=len(handles),
-            memory_total=int(memory.total),
-            memory_free=int(memory.free),
-            fast_dtypes=cuda_fast_dtypes((major, minor)),
-            cpu_threads=threads,
-            capability=(major, minor),
-        )
-    except pynvml.NVMLError as error:
-        raise NoUsableDevice(f"the GPU can't be asked: {error}") from None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def cuda_fast_dtypes(capability: tuple[int, ...]) -> list[str]:
-    """The dtypes that a GPU of this compute capability multiplies at full speed, best first."""
-    return ["bfloat16", "float16", "float32"] if capability >= (8, 0) else ["float16", "float32"]
-
-
-def _visible(count: int) -> list[int | str]:
-    """The devices that CUDA_VISIBLE_DEVICES leaves, in its order: indices, or UUIDs. As CUDA, stops at a bad one."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return list(range(count))
-    found: list[int | str] = []
-    for entry in filter(None, (part.strip() for part in listed.split(","))):
-        if entry.startswith(("GPU-", "MIG-")):
-            found.append(entry)
-        elif entry.isdecimal() and int(entry) < count:
-            found.append(int(entry))
-        else:
-            break
-    return found
-
-
-def _handle(pynvml, which: int | str):  # type: ignore[no-untyped-def]
-    if isinstance(which, int):
-        return pynvml.nvmlDeviceGetHandleByIndex(which)
-    return pynvml.nvmlDeviceGetHandleByUUID(which)

@@ -13,6 +13,7 @@ from lightllmd.config.resolve import resolve
 from lightllmd.errors import ConfigInvalid, Problem, TryAgain
 from lightllmd.supervisor.change import planning
 from lightllmd.supervisor.children import probing
+from lightllmd.supervisor.children.process import child_environment
 from lightllmd.supervisor.context import Commands
 from lightllmd.supervisor.host import listeners as http_listeners
 from lightllmd.supervisor.host import unix_listener
@@ -44,7 +45,10 @@ def look(config: Config, config_file: str | None, commands: Commands | None = No
 def _facts(config: Config, config_file: str | None, commands: Commands) -> Facts:
     request = msgspec.json.encode(planning.request(config, planning.kept_beside(config)))
     try:
-        done = subprocess.run(commands.probe(), input=request, capture_output=True, timeout=probing.TIMEOUT)
+        environment = child_environment(os.environ)
+        done = subprocess.run(
+            commands.probe(), input=request, capture_output=True, timeout=probing.TIMEOUT, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise TryAgain(f"reading model and device took longer than {probing.TIMEOUT:g} s") from None
     last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]

@@ -23,10 +23,14 @@ LAST_WORDS = 1 << 20  # bytes read at most of what a dead process left in its pi
 _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", PASSWORD)
 
 
+# CUDA numbers GPUs as NVML and nvidia-smi do: a plan's numbers are the same to the probe and to the engines.
+NUMBERED_ALIKE = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` less what is for us alone; Python's output in it is not buffered."""
     inherited = {name: value for name, value in environment.items() if name not in _OURS_ALONE}
-    return {**inherited, "PYTHONUNBUFFERED": "1"}
+    return {**NUMBERED_ALIKE, **inherited, "PYTHONUNBUFFERED": "1"}
 
 
 class Process:

@@ -93,6 +93,7 @@ OPENED_OTHERWISE = {
     "lightllmd/supervisor/children/process.py": "/proc",
     "lightllmd/supervisor/host/runtime_directory.py": "the lock, ours",
     "lightllmd/supervisor/journal/report_store.py": "crash reports, ours",
+    "lightllmd/probe/devices.py": "torch's version.py",
     "lightllmd/probe/transformers_table.py": "transformers' source",
     "lightllmd/weights/device_facts.py": "/proc and /sys",
     "lightllmd/weights/kept_models.py": "locks of its own files",

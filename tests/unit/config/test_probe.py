@@ -15,14 +15,13 @@ import pytest
 from lightllmd.architecture.families import FAMILIES
 from lightllmd.config.plan import Facts
 from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, ConfigInvalid
+from lightllmd.probe.devices import cuda_fast_dtypes, torch_cuda_version
 from lightllmd.probe.model import model_facts
-from lightllmd.weights import device_facts
 from lightllmd.weights.device_facts import (
     cgroup_cpus,
     cgroup_memory,
     cpu_facts,
     cpu_fast_dtypes,
-    cuda_fast_dtypes,
     usable_cores,
 )
 from model_folders import TOKENIZER
@@ -81,7 +80,7 @@ def test_the_fake_engine_needs_no_model() -> None:
     ],
 )
 def test_an_error_has_a_name_and_its_exit_code(request_: dict[str, Any], code: int, name: str, part: str) -> None:
-    if request_.get("device") == "cuda" and device_facts.torch_cuda_version() is not None:
+    if request_.get("device") == "cuda" and torch_cuda_version() is not None:
         pytest.skip("torch is a CUDA build here")
     done = ask(**request_)
     said = refusal(done)
@@ -339,14 +338,3 @@ def test_hyperthreads_of_one_core_count_once(tmp_path: Path, monkeypatch: pytest
     assert usable_cores(proc, sys_) == 2
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2})
     assert usable_cores(proc, sys_) == 1
-
-
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    [(None, [0, 1, 2]), ("", []), ("2,0", [2, 0]), ("0,7,1", [0]), ("-1", []), ("GPU-abc", ["GPU-abc"])],
-)
-def test_only_visible_gpus_count(listed: str | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if listed is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    assert device_facts._visible(3) == expected

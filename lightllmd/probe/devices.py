@@ -1,0 +1,93 @@
+"""Which device a model is to run on, and what it is like."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from lightllmd.config.plan import Device, DeviceFacts
+from lightllmd.errors import NoUsableDevice
+from lightllmd.probe import cuda_driver
+from lightllmd.probe.gpus import gpus
+from lightllmd.weights.device_facts import cpu_facts, usable_cores
+
+
+def device_facts(wanted: str, threads: int, quick: bool = False) -> DeviceFacts:
+    """`wanted` is "auto", "cpu" or "cuda"; `threads` 0 means the physical cores. `quick`: only memory is wanted, for
+    which the CUDA driver need not be started. Raises NoUsableDevice."""
+    threads = threads or usable_cores()
+    if wanted == "cpu":
+        return cpu_facts(threads)
+    try:
+        return _cuda_facts(threads, quick)
+    except NoUsableDevice as none:
+        if wanted == "cuda":
+            raise
+        return msgspec.structs.replace(cpu_facts(threads), no_gpu=none.message)
+
+
+def _cuda_facts(threads: int, quick: bool) -> DeviceFacts:
+    if torch_cuda_version() is None:
+        raise NoUsableDevice("the installed torch is a CPU build")
+    try:
+        import pynvml
+    except ImportError:
+        raise NoUsableDevice("no GPU can be asked for: nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise NoUsableDevice(f"no NVIDIA driver: {error}") from None
+    # NVML numbers GPUs by where they are plugged in; CUDA does where it is told to, as the daemon tells its children.
+    alike = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    open_devices: Callable[[], list[str]] | None = None if quick and alike else cuda_driver.open_devices
+    try:
+        found = gpus(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), open_devices)
+    except pynvml.NVMLError as error:
+        raise NoUsableDevice(f"the GPUs can't be asked: {error}") from None
+    finally:
+        pynvml.nvmlShutdown()
+    return facts_of(found, threads)
+
+
+def facts_of(devices: list[Device], threads: int) -> DeviceFacts:
+    """Of a host with these GPUs. Raises NoUsableDevice."""
+    usable = [device for device in devices if not device.fault]
+    if not usable:
+        faults = "; ".join(f"{device.title}: {device.fault}" for device in devices)
+        raise NoUsableDevice(f"no GPU can be used: {faults}" if faults else "no GPU is visible (CUDA_VISIBLE_DEVICES)")
+    first, weakest = usable[0], min(device.capability or (0, 0) for device in usable)
+    scarcest = min(usable, key=lambda device: device.memory_free)
+    return DeviceFacts(
+        kind="cuda",
+        name=first.name,
+        count=len(usable),
+        memory_total=scarcest.memory_total,
+        memory_free=scarcest.memory_free,
+        fast_dtypes=cuda_fast_dtypes(weakest),
+        cpu_threads=threads,
+        capability=weakest,
+        devices=devices,
+    )
+
+
+def torch_cuda_version() -> str | None:
+    """The CUDA version that the installed torch was built for, read from its version.py; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        text = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^cuda[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def cuda_fast_dtypes(capability: tuple[int, ...]) -> list[str]:
+    """The dtypes that a GPU of this compute capability multiplies at full speed, best first."""
+    return ["bfloat16", "float16", "float32"] if capability >= (8, 0) else ["float16", "float32"]
