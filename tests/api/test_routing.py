@@ -9,8 +9,8 @@ import sys
 from lightllmd.api.inflight.routing import (
     BLOCK,
     POLICY,
+    GroupView,
     PrefixIndex,
-    View,
     block_hashes,
     bound,
     choose,
@@ -20,34 +20,34 @@ from lightllmd.api.inflight.routing import (
 
 
 def test_longest_cached_prefix_wins_over_less_load():
-    views = [View(0, load=3.0, blocks=4), View(1, load=1.0, blocks=2), View(2, load=0.0)]
+    views = [GroupView(0, load=3.0, blocks=4), GroupView(1, load=1.0, blocks=2), GroupView(2, load=0.0)]
     assert choose(views, first=1).group == 0
 
 
 def test_least_load_decides_among_equal_prefixes():
-    assert choose([View(0, 9.0, 2), View(1, 4.0, 2), View(2, 0.0, 0)], first=1).group == 1
-    assert choose([View(0, 9.0), View(1, 4.0)], first=1).group == 1
+    assert choose([GroupView(0, 9.0, 2), GroupView(1, 4.0, 2), GroupView(2, 0.0, 0)], first=1).group == 1
+    assert choose([GroupView(0, 9.0), GroupView(1, 4.0)], first=1).group == 1
 
 
 def test_group_far_above_the_average_is_passed_over_even_with_the_prefix():
     """The bound: 1.25 times the average, plus two requests."""
-    views = [View(0, load=20.0, blocks=9), View(1, load=10.0)]
+    views = [GroupView(0, load=20.0, blocks=9), GroupView(1, load=10.0)]
     assert bound(views) == 1.25 * 15 + 2 == 20.75
     assert choose(views, first=1).group == 0
-    assert choose([View(0, load=23.0, blocks=9), View(1, load=10.0)], first=1).group == 1
+    assert choose([GroupView(0, load=23.0, blocks=9), GroupView(1, load=10.0)], first=1).group == 1
 
 
 def test_some_group_is_always_below_the_bound():
     chance = random.Random(1)
     for _ in range(2000):
-        views = [View(n, chance.expovariate(0.02), chance.randrange(5)) for n in range(chance.randrange(1, 9))]
+        views = [GroupView(n, chance.expovariate(0.02), chance.randrange(5)) for n in range(chance.randrange(1, 9))]
         assert choose(views, chance.getrandbits(60)) in views
 
 
 def test_equally_busy_groups_share_first_blocks_evenly_and_alike_in_every_process():
     ask = (
         "from lightllmd.api.inflight.routing import *\n"
-        "print([choose([View(g, 1.0) for g in range(4)], first_hash([n, 7])).group for n in range(400)])"
+        "print([choose([GroupView(g, 1.0) for g in range(4)], first_hash([n, 7])).group for n in range(400)])"
     )
     told = [subprocess.check_output([sys.executable, "-c", ask]) for _ in range(2)]
     assert told[0] == told[1]
@@ -57,15 +57,15 @@ def test_equally_busy_groups_share_first_blocks_evenly_and_alike_in_every_proces
 
 def test_a_group_that_goes_takes_no_prompt_of_the_others_along():
     firsts = [first_hash([n, n * 7]) for n in range(300)]
-    before = [choose([View(g, 1.0) for g in range(4)], first).group for first in firsts]
-    after = [choose([View(g, 1.0) for g in range(3)], first).group for first in firsts]
+    before = [choose([GroupView(g, 1.0) for g in range(4)], first).group for first in firsts]
+    after = [choose([GroupView(g, 1.0) for g in range(3)], first).group for first in firsts]
     assert all(was == now for was, now in zip(before, after, strict=True) if was != 3)
 
 
 def test_one_request_more_is_no_reason_to_part_what_begins_alike():
-    first = next(n for n in range(100) if choose([View(0, 1.0), View(1, 1.0)], n).group == 0)
-    assert choose([View(0, 1.0 + POLICY.near), View(1, 1.0)], first).group == 0
-    assert choose([View(0, 1.1 + POLICY.near), View(1, 1.0)], first).group == 1
+    first = next(n for n in range(100) if choose([GroupView(0, 1.0), GroupView(1, 1.0)], n).group == 0)
+    assert choose([GroupView(0, 1.0 + POLICY.near), GroupView(1, 1.0)], first).group == 0
+    assert choose([GroupView(0, 1.1 + POLICY.near), GroupView(1, 1.0)], first).group == 1
 
 
 def test_prompt_tokens_that_wait_count_as_load():

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable
 from typing import Protocol
 
-from lightllmd.api.inflight.groups import Group
+from lightllmd.api.inflight.groups import EngineGroup
 from lightllmd.errors import RequestError
 from lightllmd.ipc.messages import RequestParams
 from lightllmd.requests.branch import Branch
@@ -89,7 +89,7 @@ class Entry:
         self.notify = notify
         self.error: RequestError | None = None
         self.outcome: str | None = None  # "ok" | "cancelled" | "failed"; None while in flight
-        self.group: Group | None = None  # where it is; None: it is held
+        self.group: EngineGroup | None = None  # where it is; None: it is held
         self.queued = 0  # of its tokens, those to be computed there before the next one
         self.refused_by: dict[int, float] = {}  # generations whose queue was full -> seconds to wait
         self.submitted = False  # to any generation

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
 from lightllmd.api.inflight import routing
-from lightllmd.api.inflight.routing import POLICY, Policy, PrefixIndex, View
+from lightllmd.api.inflight.routing import POLICY, GroupView, Policy, PrefixIndex
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import Load, RequestParams
 
@@ -29,7 +29,7 @@ class Link(Protocol):
         """Drops what was sent and what was received but not read."""
 
 
-class Group:
+class EngineGroup:
     """One generation that is up. Changed by its ledger alone."""
 
     def __init__(self, replica: int, generation: int, link: Link) -> None:
@@ -73,39 +73,39 @@ class Group:
         return routing.load_of(max(self._sequences, self._own), self._tokens)
 
 
-class Groups:
+class EngineGroups:
     """Those that are up, by their numbers. `cached`: they have prompt caches."""
 
     def __init__(self, cached: bool, policy: Policy = POLICY) -> None:
         self._cached, self._policy = cached, policy
-        self._groups: dict[int, Group] = {}
+        self._groups: dict[int, EngineGroup] = {}
 
-    def __iter__(self) -> Iterator[Group]:
+    def __iter__(self) -> Iterator[EngineGroup]:
         return iter(self._groups.values())
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def at(self, replica: int) -> Group | None:
+    def at(self, replica: int) -> EngineGroup | None:
         """The generation in that place."""
         return self._groups.get(replica)
 
-    def of(self, generation: int) -> Group | None:
+    def of(self, generation: int) -> EngineGroup | None:
         """The group that this generation is."""
         return next((group for group in self if group.generation == generation), None)
 
-    def add(self, group: Group) -> None:
+    def add(self, group: EngineGroup) -> None:
         """It is up."""
         self._groups[group.replica] = group
         self._groups = dict(sorted(self._groups.items()))
 
-    def remove(self, group: Group) -> None:
+    def remove(self, group: EngineGroup) -> None:
         """It is gone."""
         del self._groups[group.replica]
 
     def route(
         self, prompt: list[int], params: RequestParams, passed_over: Collection[int] = (), suspect: bool = False
-    ) -> Group | None:
+    ) -> EngineGroup | None:
         """Where a request goes, which is noted; None: no group is up but those generations that are `passed_over`.
 
         Requests that engines may have died of (`suspect`) go where such are, all others where none are, if they can.
@@ -116,7 +116,7 @@ class Groups:
             return groups[0] if groups else None
         cached = self._cached and params.use_cache
         hashes = routing.block_hashes(prompt) if cached else []
-        views = [View(group.replica, group.busy, group.prefixes.match(hashes)) for group in groups]
+        views = [GroupView(group.replica, group.busy, group.prefixes.match(hashes)) for group in groups]
         chosen = self._groups[routing.choose(views, routing.first_hash(prompt), self._policy).group]
         chosen.prefixes.add(hashes)
         return chosen

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 
 from lightllmd.api.inflight.deadlines import Deadlines, late
 from lightllmd.api.inflight.entry import Entry
-from lightllmd.api.inflight.groups import Group, Groups, Link
+from lightllmd.api.inflight.groups import EngineGroup, EngineGroups, Link
 from lightllmd.api.inflight.quarantine import count_death
 from lightllmd.api.inflight.tally import Tally
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
@@ -49,7 +49,7 @@ class Ledger:
         self.tally = tally
         self.hold_timeout = hold_timeout
         self.max_held = max_held
-        self.groups = Groups(cached)  # that are up
+        self.groups = EngineGroups(cached)  # that are up
         self.refusal: str | None = None  # the reason while new requests are refused
         self._connect = connect
         self._on_end = on_end
@@ -177,7 +177,7 @@ class Ledger:
             if generation == before.generation:
                 return
             self._drop(before)
-        self.groups.add(Group(replica, generation, self._connect(endpoint)))
+        self.groups.add(EngineGroup(replica, generation, self._connect(endpoint)))
         self._resume(self._entries.values())
 
     def _resume(self, entries: Iterable[Entry]) -> None:
@@ -210,7 +210,7 @@ class Ledger:
                 entry.suspect_at = group.replica
         self._resume(lost)
 
-    def _drop(self, group: Group) -> list[Entry]:
+    def _drop(self, group: EngineGroup) -> list[Entry]:
         """What was there is held now."""
         group.link.close()
         self.groups.remove(group)
@@ -222,7 +222,7 @@ class Ledger:
                 self.fail(entry, NotReady("the engine went down"))
         return lost
 
-    def _place(self, entry: Entry, group: Group | None = None) -> None:
+    def _place(self, entry: Entry, group: EngineGroup | None = None) -> None:
         """Sends it to `group`, or where it is best; where it can go nowhere it is held."""
         if group is None:
             group = self._suspects_group(entry) if entry.suspect else None
@@ -236,7 +236,7 @@ class Ledger:
             self.tally.counts["resumed"] += 1
         self._submit(entry, group)
 
-    def _suspects_group(self, entry: Entry) -> Group | None:
+    def _suspects_group(self, entry: Entry) -> EngineGroup | None:
         return self.groups.at(entry.suspect_at) if entry.suspect_at is not None else None
 
     def _patience_over(self, entry: Entry) -> bool:
@@ -244,7 +244,7 @@ class Ledger:
         since = entry.held_since
         return entry.suspect_at is None or (since is not None and self._clock() - since >= SUSPECT_PATIENCE)
 
-    def _submit(self, entry: Entry, group: Group) -> None:
+    def _submit(self, entry: Entry, group: EngineGroup) -> None:
         unfinished = [branch for branch in entry.branches if branch.finish is None]
         generates = bool(entry.branches)
         group.link.send(
@@ -289,7 +289,7 @@ class Ledger:
         for entry in touched:
             entry.notify()
 
-    def _step(self, output: StepOutput, group: Group) -> None:
+    def _step(self, output: StepOutput, group: EngineGroup) -> None:
         self._prompts(output)
         self._pooled(output)
         entries, touched, alternatives = self._entries, self._touched, output.alternatives
@@ -380,7 +380,7 @@ class Ledger:
             entry.first_token_at = self._clock()
         return True
 
-    def _rejected(self, message: Rejected, group: Group) -> None:
+    def _rejected(self, message: Rejected, group: EngineGroup) -> None:
         """One that a full queue turns away is tried wherever else it can be before its client hears of that."""
         entry = self._entries.get(message.request)
         if entry is None or entry.group is not group:

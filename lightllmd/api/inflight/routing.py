@@ -35,7 +35,7 @@ class Policy:
 POLICY = Policy()
 
 
-class View(NamedTuple):
+class GroupView(NamedTuple):
     """What is known of one group when a request is routed."""
 
     group: int  # its number, the same in all api workers
@@ -63,7 +63,7 @@ def first_hash(prompt: Sequence[int], block: int = BLOCK) -> int:
     return hash((0, *prompt[:block]))
 
 
-def choose(views: Sequence[View], first: int, policy: Policy = POLICY) -> View:
+def choose(views: Sequence[GroupView], first: int, policy: Policy = POLICY) -> GroupView:
     """The group that the request goes to, of one at least. `first`: as `first_hash`."""
     if len(views) == 1:
         return views[0]
@@ -84,7 +84,7 @@ def _mixed(first: int, group: int) -> int:
     return mixed ^ mixed >> 31
 
 
-def bound(views: Sequence[View], policy: Policy = POLICY) -> float:
+def bound(views: Sequence[GroupView], policy: Policy = POLICY) -> float:
     """The load up to which a group gets requests because of its prompt cache."""
     return policy.excess * sum(view.load for view in views) / len(views) + policy.slack
 
