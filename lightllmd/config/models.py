@@ -27,8 +27,8 @@ NAME_FORM = "letters, digits, '.', '_' and '-', beginning with a letter or a dig
 TOP = "the model at the top"  # no NAME: it has spaces
 DOC = (
     "A table [models.NAME] makes a model known by that name: lightllmctl swap NAME brings it into service. What it "
-    "says stands over the top of the file and over flags while it serves. The model at the top is served first; if it "
-    "has the model_dir of such a table, it is that one, unless [http] served_model_name gives it another name."
+    "says stands over the top of the file and over flags while it serves. The model at the top is served first, as the "
+    "top says; it is known by the name of a table that has its model_dir and says nothing else than the top."
 )
 
 Overrides = dict[str, Any]  # checked values by parameter; model_dir is among them
@@ -127,6 +127,13 @@ def contradictions(config: Config, faulty: set[str], faulty_of: Mapping[str, set
             if own:  # else it is the top of the file that is wrong, and it says so itself
                 key = place(name, own[-1])
                 yield Problem(key, message, file, config.places.get(key))
+    named = config.http.served_model_name
+    if named in config.models and config.params.model_dir is not None and not faulty | faulty_of[named]:
+        others = [key for key, value in config.models[named].items() if not _says(config.params, key, value)]
+        if others:
+            key = "http.served_model_name"
+            message = f"{show(named)} is the name of [{TABLE}.{named}], which has another {', '.join(others)}"
+            yield Problem(key, message, file, config.places.get(key))
 
 
 # --- choosing -------------------------------------------------------------------------------------------------
@@ -171,9 +178,13 @@ def _move(places: dict[str, int], key: str, line: int | None) -> None:
 
 
 def choose(config: Config, text: str) -> Config:
-    """`text` as an operator writes it: a name of [models], else a path. Raises NoSuchModel where it is neither."""
+    """`text` as an operator writes it: a name of [models], name or path of the model at the top, else a path. Raises
+    NoSuchModel where it is none of these."""
     if text in config.models:
         return with_model(config, text)
+    own = config.params.model_dir
+    if own is not None and text and (text == config.http.served_model_name or _plain(text) == _plain(own)):
+        return at_top(config)
     if "/" in text or text.startswith("package:") or os.path.exists(text):
         return with_path(config, text)
     raise no_such_model(config, text)
@@ -188,15 +199,24 @@ def no_such_model(config: Config, text: str) -> NoSuchModel:
     return NoSuchModel(f"no model {show(text)}: {known}{hint}", model=text, candidates=names)
 
 
+def at_top(config: Config) -> Config:
+    """The configuration that serves the model at the top, under the name of its entry where it has one."""
+    name = name_of(config)
+    return config if name is None or config.http.served_model_name else with_model(config, name)
+
+
 def name_of(config: Config) -> str | None:
-    """The entry that the configuration serves: the one of that name, else the first with the same `model_dir`."""
+    """The entry that the configuration serves: one that says nothing but what is in force. The one of the name that
+    is given, else the first."""
     if config.params.model_dir is None:
         return None
-    served = _plain(config.params.model_dir)
-    alike = [name for name, entry in config.models.items() if _plain(str(entry["model_dir"])) == served]
-    if config.http.served_model_name in alike:
-        return config.http.served_model_name
-    return next((name for name in alike if _in_force(config.params, config.models[name])), next(iter(alike), None))
+    alike = [
+        name
+        for name, entry in config.models.items()
+        if all(_says(config.params, key, value) for key, value in entry.items())
+    ]
+    given = config.http.served_model_name
+    return given if given in alike else next(iter(alike), None)
 
 
 def others(config: Config) -> dict[str, Params]:
@@ -207,9 +227,7 @@ def others(config: Config) -> dict[str, Params]:
     """
     top, served = config.top or config.params, name_of(config)
     found = {name: _overridden(top, entry) for name, entry in config.models.items() if name != served}
-    taken = [config.params, *found.values()]
-    directories = [_plain(one.model_dir) for one in taken if one.model_dir is not None]
-    if config.models and top.model_dir is not None and _plain(top.model_dir) not in directories:
+    if config.models and not any(_same(top, one) for one in (config.params, *found.values())):
         found[TOP] = top
     return found
 
@@ -219,9 +237,18 @@ def _plain(model_dir: str) -> str:
     return model_dir if model_dir.startswith("package:") else str(PurePath(model_dir))
 
 
-def _in_force(params: Params, entry: Mapping[str, Any]) -> bool:
-    named = {key: value for key, value in entry.items() if key != "model_dir"}
-    return _overridden(params, named) == params
+def _says(params: Params, key: str, value: Any) -> bool:
+    """Whether that value of an entry changes nothing."""
+    if key == "model_dir":
+        return params.model_dir is not None and _plain(params.model_dir) == _plain(str(value))
+    return _overridden(params, {key: value}) == params
+
+
+def _same(top: Params, other: Params) -> bool:
+    """Whether an engine that serves `other` serves `top`, which may name no model."""
+    if top.model_dir is None:
+        return True
+    return _says(top, "model_dir", other.model_dir) and msgspec.structs.replace(top, model_dir=other.model_dir) == other
 
 
 def _overridden(params: Params, entry: Mapping[str, Any]) -> Params:

@@ -120,6 +120,16 @@ class _Maker:
         self.stop_if_problems()
         return groups_of(self.device, self.params.tp, self.config.engine.replicas)
 
+    def model_name(self, of_path: str) -> str:
+        """The one that clients know the model by. `of_path`: its file's or folder's, for one without another."""
+        name = self.config.http.served_model_name or name_of(self.config)
+        if name:
+            return name
+        if of_path not in self.config.models or self.params.model_dir is None:
+            return of_path
+        why = f"[models.{of_path}] is another model; http.served_model_name gives this one a name"
+        return str(self.derive("model name", _Value(self.params.model_dir, why)))
+
     def log_stats_interval(self) -> _Value:
         if self.params.log_stats_interval > 0:
             return _Value(self.params.log_stats_interval)
@@ -146,9 +156,7 @@ class _Fake(_Maker):
             tokenizer_mode="fast",
             log_stats_interval=self.derive("log_stats_interval", self.log_stats_interval()),
             vocab_size=FAKE_VOCABULARY,
-            model_name=self.config.http.served_model_name
-            or name_of(self.config)
-            or _last_component(params.model_dir or "fake"),
+            model_name=self.model_name(_last_component(params.model_dir or "fake")),
             config_file=self.config_file,
             ranks=self.groups.ranks,
             replicas=self.groups.replicas,
@@ -227,7 +235,7 @@ class _Real(_Maker):
             tokenizer_mode=self.derive("tokenizer_mode", self._tokenizer_mode()),
             log_stats_interval=self.derive("log_stats_interval", self.log_stats_interval()),
             vocab_size=vocab,
-            model_name=self.config.http.served_model_name or name_of(self.config) or self._name(),
+            model_name=self.model_name(self._name()),
             config_file=self.config_file,
             ranks=self.groups.ranks,
             replicas=self.groups.replicas,

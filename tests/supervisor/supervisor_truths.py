@@ -72,8 +72,9 @@ class Truths:
         if told.outcome in ("failed", "rolled-back") and not unchanged:
             yield f"job {told.id} {told.outcome} ({told.message}), but what is in force changed"
         if told.verb == "swap" and told.outcome == "done" and "nothing was done" not in told.message:
-            served = plan.config.params.model_dir or "" if plan else ""
-            if unchanged or not served.endswith(told.target):
+            served = plan.config.params.model_dir if plan else None
+            entry = plan.config.models.get(told.target, {}) if plan else {}
+            if unchanged or served != entry.get("model_dir", told.target):
                 yield f"job {told.id} says that {told.target} is in force"
 
     def _unswitched(self) -> Iterator[str]:

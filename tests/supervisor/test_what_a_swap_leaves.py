@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from lightllmd.supervisor.change.switch import Terms
@@ -55,6 +56,21 @@ def test_a_swap_says_what_a_restart_of_the_daemon_serves_and_the_status_does_too
     done(world, "reload", False)
     assert status.build(world.supervisor).config.swapped_to == "second"
     assert "starts anew" not in done(world, "swap", "first", Terms()).message
+    assert status.build(world.supervisor).config.swapped_to is None
+
+
+def test_the_model_at_the_top_and_an_entry_of_the_same_files_are_swapped_between(world: World) -> None:
+    written = world.simulation.settings.written
+    entry = {"model_dir": written.params.model_dir, "mode": ["triton_w8a16"]}
+    world.simulation.file = msgspec.structs.replace(written, models={**written.models, "eight": entry})
+    before = world.supervisor.engines.serving
+    done(world, "reload", False)
+    assert world.supervisor.engines.serving is before, "the top is served as it was"
+    modes = []
+    for model in ("eight", written.params.model_dir):
+        done(world, "swap", model, Terms())
+        modes.append(world.supervisor.context.config.params.mode)
+    assert modes == [["triton_w8a16"], []]
     assert status.build(world.supervisor).config.swapped_to is None
 
 

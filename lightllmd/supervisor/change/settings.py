@@ -43,10 +43,7 @@ class Settings:
     @staticmethod
     def for_model(written: Config, chosen: str | None) -> Config:
         """`chosen` as an operator writes it; None: the file's own model. Raises NoSuchModel."""
-        if chosen is not None:
-            return models.choose(written, chosen)
-        name = models.name_of(written)
-        return written if name is None or written.http.served_model_name else models.with_model(written, name)
+        return models.at_top(written) if chosen is None else models.choose(written, chosen)
 
     @property
     def own_model(self) -> str:

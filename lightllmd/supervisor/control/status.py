@@ -151,8 +151,8 @@ def workers(daemon: Daemon) -> list[snapshot.WorkerStatus]:
 
 
 def models(daemon: Daemon) -> list[snapshot.KnownModel]:
-    """The one in force first."""
-    config, plan = daemon.context.config, daemon.plan
+    """The one in force first; the one at the top of the file where it is no entry, by the word that a swap takes."""
+    config, plan, written = daemon.context.config, daemon.plan, daemon.settings.written
     served = plan.model_name if plan else name_of(config)
     known = [
         snapshot.KnownModel(name=name, model_dir=str(entry["model_dir"]), served=name == served)
@@ -161,6 +161,10 @@ def models(daemon: Daemon) -> list[snapshot.KnownModel]:
     if plan is not None and not any(model.served for model in known):
         where = config.params.model_dir or ""
         known.append(snapshot.KnownModel(name=plan.model_name, model_dir=where, served=True))
+    top = written.params.model_dir
+    if top is not None and daemon.settings.swapped_to is not None and name_of(written) is None:
+        name = written.http.served_model_name or top
+        known.append(snapshot.KnownModel(name=name, model_dir=top, served=False))
     return sorted(known, key=lambda model: not model.served)
 
 

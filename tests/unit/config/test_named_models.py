@@ -232,7 +232,7 @@ def test_an_unknown_name_is_told_with_those_that_there_are(config: Config, text:
 def test_the_name_of_what_is_served(config: Config) -> None:
     assert models.name_of(config) == "small", "the same directory, written another way"
     assert models.name_of(models.with_model(config, "large-1.5")) == "large-1.5"
-    assert models.name_of(models.with_path(config, "package:large")) == "large-1.5"
+    assert models.name_of(models.with_path(config, "package:large")) is None, "the entry's own length is not in force"
     assert models.name_of(models.with_path(config, "/m/other")) is None
     assert models.name_of(Config()) is None
 
@@ -243,6 +243,61 @@ def test_of_two_entries_of_one_directory_the_one_in_force_is_served(tmp_path: Pa
     assert models.name_of(config) == "b", "nothing of a's is in force"
     assert models.name_of(models.with_model(config, "a")) == "a"
     assert models.name_of(load(write(tmp_path, TOP + 'data_type = "fp16"\n' + entries))) == "a"
+
+
+OTHER = '[models.top]\nmodel_dir = "/m/top/"\n'  # with something else than the top says, another model
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        'mode = ["triton_w8a16"]\n',
+        "max_req_total_len = 4000\n",
+        '[models.top.quantise]\nrules = ["all: w8a16"]\n',
+    ],
+)
+def test_the_top_is_no_entry_that_says_anything_else(tmp_path: Path, more: str) -> None:
+    config = load(write(tmp_path, TOP + OTHER + more))
+    assert models.name_of(config) is None
+    assert models.at_top(config) is config
+    served, entry = config.params, models.with_model(config, "top").params
+    assert served != entry
+    assert models.others(config) == {"top": entry}
+    assert models.others(models.with_model(config, "top")) == {models.TOP: served}
+    facts = Facts(None, DeviceFacts("cpu", "CPU", 1, 10**9, 10**9, ["float32"], 1))
+    plan = resolve(
+        msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, backend="fake")), facts
+    )
+    assert plan.model_name == "/m/top", "[models.top] has the name that the path would give"
+    (told,) = [one for one in plan.derived if one.name == "model name"]
+    assert "[models.top] is another model" in told.reason
+
+
+def test_a_swap_back_to_the_top_is_asked_for_by_its_path_or_name(tmp_path: Path) -> None:
+    named = '[http]\nserved_model_name = "base"\n' + OTHER + "max_req_total_len = 4000\n"
+    config = load(write(tmp_path, TOP + named))
+    assert models.choose(config, "top").params.max_req_total_len == 4000
+    for text in ("/m/top", "/m/top/", "base"):
+        assert models.choose(config, text) is config
+    assert diff(config, models.choose(config, "base")) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "which"),
+    [
+        ('model_dir = "/m/other"\nmode = ["triton_w8a16"]\n', "another model_dir, mode"),
+        ('model_dir = "/m/top"\ndata_type = "fp16"\n', "another data_type"),
+        ('model_dir = "/m/top"\n', ""),
+    ],
+)
+def test_the_top_has_no_name_of_another_model(tmp_path: Path, entry: str, which: str) -> None:
+    text = TOP + f'[http]\nserved_model_name = "a"\n[models.a]\n{entry}'
+    if not which:
+        assert models.name_of(load(write(tmp_path, text))) == "a"
+        return
+    (one,) = problems(tmp_path, text)
+    assert (one.line, one.key) == (4, "http.served_model_name")
+    assert one.message == f'"a" is the name of [models.a], which has {which}'
 
 
 def test_overrides_survive_the_way_to_a_child(config: Config) -> None:

@@ -143,9 +143,9 @@ def test_one_models_overrides_say_nothing_of_the_next() -> None:
     for name in (*config.models, None):
         served = models.with_model(config, name) if name else models.with_path(config, "/elsewhere")
         found = models.others(served)
-        assert set(found) == (set(config.models) - {name} if name else set(config.models))
+        assert set(found) == set(config.models) - {name} | {models.TOP}  # no entry says what the top does
         for other, params in found.items():
-            assert params == models.with_model(config, other).params
+            assert params == (config if other == models.TOP else models.with_model(config, other)).params
 
 
 def test_the_model_at_the_top_counts_as_one_unless_it_has_a_name() -> None:
