@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import interpreter
+import lateness
 import work_sharing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -59,8 +60,13 @@ def _ours() -> dict[int, psutil.Process]:
     return found
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    lateness.add_option(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     work_sharing.share_compiling(config)
+    lateness.begin(config)
 
 
 def pytest_collection_finish() -> None:
@@ -75,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     items.sort(key=lambda item: work_sharing.place(item.nodeid.partition("::")[0]))
+    if lateness.drawn is not None:
+        lateness.drawn.shuffle(items)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import httpx
 import msgspec
 
+import lateness
 from fake_embeddings import SIZE, fake_embedding
 from lightllmd.api import server
 from lightllmd.api.inflight.ledger import Ledger
@@ -133,7 +134,7 @@ class ScriptedEngine:
         while True:
             self.listen()
             if self.free_run:
-                self.step()
+                self.step(at_once=1 if lateness.drawn is None else lateness.drawn.tokens())
             await asyncio.sleep(0.0005)
 
     def listen(self) -> None:
