@@ -1,0 +1,153 @@
+"""Collectives of several GPUs, each rank in a process of its own under Triton's interpreter: they really wait for each
+other. On cards `tests/bench/all_reduce.py --check` does the same at speed."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+
+from lightllmd.kernels.collectives_memory import LANES
+from lightllmd.kernels.collectives_one_shot import Mail, one_shot
+from lightllmd.kernels.collectives_two_shot import Exchange, gather, two_shot
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes can't use CUDA")
+
+SECONDS = 120  # that ranks may take; a rank that waits in vain would take for ever
+BLOCK, PROGRAMS = 32, 8  # of two shots
+
+
+def shared(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros that forked processes write to as well."""
+    count = int(np.prod(shape))
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def in_ranks(ranks: int, work: Callable[[int], None]) -> None:
+    """`work` of each rank at the same time."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=(rank,)) for rank in range(ranks)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(SECONDS)
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def mail_of(ranks: int, programs: int = 4) -> Callable[[int], Mail]:
+    boxes = tuple(shared(2 * ranks * programs * LANES * 4, dtype=torch.int32) for _ in range(ranks))
+    calls = [shared(programs, dtype=torch.int32) for _ in range(ranks)]
+    return lambda rank: Mail(boxes, calls[rank], rank)
+
+
+def exchange_of(ranks: int, blocks: int) -> Callable[[int], Exchange]:
+    """`blocks` of the tests' size, in fp32, of each share."""
+    parts, results = (
+        tuple(shared(ranks * blocks * BLOCK * 4, dtype=torch.uint8) for _ in range(ranks)) for _ in range(2)
+    )
+    flags = tuple(shared(2 * PROGRAMS * ranks, dtype=torch.int32) for _ in range(ranks))
+    calls = [shared(PROGRAMS, dtype=torch.int32) for _ in range(ranks)]
+    return lambda rank: Exchange(parts, results, flags, calls[rank], rank, BLOCK)
+
+
+def expected(parts: list[Tensor], residual: Tensor | None) -> Tensor:
+    """In fp32, one rank after the other, rounded once."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    if residual is not None:
+        total = total + residual.float()
+    return total.to(parts[0].dtype)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_come_at_any_time_get_the_same_sums(ranks: int) -> None:
+    """Calls of many sizes and kinds one after the other, each rank held up at random: what a fast one sends is never
+    lost to a slow one, and the sums are those of one order, rounded once."""
+    source = torch.Generator().manual_seed(ranks)
+    wholes = [(1, 2), (3, 64), (1, 1), (2, 512), (5, 8), (1, 1026), (2, 512), (1, 2), (4, 96), (1, 2)]
+    calls = []
+    for at, (rows, columns) in enumerate(wholes):
+        dtype = torch.float16 if columns % 2 == 0 and at % 2 == 0 else torch.float32
+        parts = [(100 * torch.randn(rows, columns, generator=source)).to(dtype) for _ in range(ranks)]
+        residual = torch.randn(rows, columns, generator=source).to(dtype) if at % 3 else None
+        calls.append((parts, residual, at % 4 == 3))
+    found = [[shared(*parts[0].shape, dtype=parts[0].dtype) for parts, _, _ in calls] for _ in range(ranks)]
+    mails = mail_of(ranks)
+
+    def work(rank: int) -> None:
+        delays = random.Random(rank)
+        for (parts, residual, largest), out in zip(calls, found[rank], strict=True):
+            time.sleep(delays.choice([0, 0, 0.02]))
+            if residual is not None and not largest:
+                out.copy_(residual)
+                one_shot(parts[rank], out, out, mails(rank))  # the residual stream is updated in place
+            else:
+                one_shot(parts[rank], None, out, mails(rank), largest=largest)
+
+    in_ranks(ranks, work)
+    for at, (parts, residual, largest) in enumerate(calls):
+        wanted = torch.stack(parts).amax(0) if largest else expected(parts, residual)
+        for rank in range(ranks):
+            assert torch.equal(found[rank][at], wanted), (rank, at)
+
+
+def test_the_largest_of_what_is_no_number_is_none() -> None:
+    parts = [torch.tensor([[1.0, float("nan"), 2.0]]), torch.tensor([[3.0, 1.0, float("inf")]])]
+    found, mails = [shared(1, 3), shared(1, 3)], mail_of(2)
+    in_ranks(2, lambda rank: one_shot(parts[rank], None, found[rank], mails(rank), largest=True))
+    wanted = torch.tensor([[3.0, float("nan"), float("inf")]])
+    assert all(torch.equal(each.nan_to_num(-1), wanted.nan_to_num(-1)) for each in found)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_larger_messages_are_summed_by_shares_and_gathered_beside_them(ranks: int) -> None:
+    """Whole shares, uneven ones, some that have less than a block, and messages in several parts; rows that are
+    gathered stand between them and use the same memory."""
+    source = torch.Generator().manual_seed(ranks)
+    sizes = [(1, 16), (3, 48), (4, 64), (2, 16), (7, 80), (4, 64)]
+    sums = []
+    for at, size in enumerate(sizes):
+        dtype = torch.float16 if at % 2 else torch.float32
+        parts = [torch.randn(size, generator=source).to(dtype) for _ in range(ranks)]
+        sums.append((parts, torch.randn(size, generator=source).to(dtype) if at % 3 else None))
+    wide = [torch.randn(5, 70, generator=source) for _ in range(ranks)]
+    columns = 70 * ranks - 9  # the last rank's part is padded
+    found = [[shared(*parts[0].shape, dtype=parts[0].dtype) for parts, _ in sums] for _ in range(ranks)]
+    rows = [[shared(5, columns) for _ in sums] for _ in range(ranks)]
+    exchanges = exchange_of(ranks, blocks=4)
+
+    def work(rank: int) -> None:
+        delays = random.Random(rank)
+        for (parts, residual), out, row in zip(sums, found[rank], rows[rank], strict=True):
+            time.sleep(delays.choice([0, 0, 0.02]))
+            if residual is not None:
+                out.copy_(residual)
+            two_shot(parts[rank], None if residual is None else out, out, exchanges(rank))
+            gather(wide[rank], row, exchanges(rank))
+
+    in_ranks(ranks, work)
+    whole = torch.cat(wide, 1)[:, :columns]
+    for at, (parts, residual) in enumerate(sums):
+        for rank in range(ranks):
+            assert torch.equal(found[rank][at], expected(parts, residual)), (rank, at)
+            assert torch.equal(rows[rank][at], whole), (rank, at)
+
+
+def test_a_row_that_is_too_wide_to_gather_is_refused() -> None:
+    with pytest.raises(ValueError, match="a row of 1000 columns"):
+        gather(torch.zeros(1, 1000), torch.zeros(1, 2000), exchange_of(2, blocks=4)(0))
