@@ -17,6 +17,7 @@ LANES = 128  # threads of a program of `one_shot`; each sends 8 bytes of a messa
 LANE_BYTES, LETTER_BYTES = 8, 16
 BLOCK = 4096  # elements that a program of `two_shot` moves to each rank
 PROGRAMS = 4096  # the most that `two_shot` and `gather` launch at a time
+MOST_RANKS = 64
 ALIGNMENT = 256  # bytes
 
 # The largest message, in bytes, that each way is taken for, by the number of ranks.
@@ -32,18 +33,24 @@ TWO_SHOT = 32 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
+class MessageLimits:
     """The largest messages, in bytes: up to `one_shot` in one shot, up to `two_shot` in two, then NCCL's."""
 
     one_shot: int
     two_shot: int
 
 
-def limits_of(ranks: int, largest: int = TWO_SHOT) -> Limits:
-    """`largest`: bytes of the largest message that a step may have, such as its tokens times hidden."""
+def largest_message(tokens: int, hidden: int, vocab: int, item: int) -> int:
+    """Bytes of the largest message of steps of up to so many tokens: hidden states of `item` bytes an element, or the
+    fp32 logits of a row, each rank's padded."""
+    return max(tokens * hidden * item, 4 * (vocab + MOST_RANKS))
+
+
+def limits_of(ranks: int, largest: int = TWO_SHOT) -> MessageLimits:
+    """`largest`: see `largest_message`."""
     one_shot = min(limit for count, limit in ONE_SHOT.items() if count <= max(2, ranks))
     two_shot = min(TWO_SHOT, _aligned(max(largest, one_shot)))
-    return Limits(min(one_shot, two_shot), two_shot)
+    return MessageLimits(min(one_shot, two_shot), two_shot)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Regions:
     bytes: int  # of all
 
     @classmethod
-    def of(cls, ranks: int, limits: Limits) -> Regions:
+    def of(cls, ranks: int, limits: MessageLimits) -> Regions:
         """For messages up to these limits."""
         mail_programs = -(-limits.one_shot // (LANES * LANE_BYTES))
         flags = _aligned(2 * ranks * mail_programs * LANES * LETTER_BYTES)
@@ -80,7 +87,7 @@ NCCL_BYTES, NCCL_BYTES_PER_PEER = 250_000_000, 50_000_000
 
 def group_bytes(ranks: int, largest: int) -> int:
     """Bytes of a device that a group of `ranks` takes: its symmetric memory, its counters and what NCCL has.
-    `largest`: bytes of the largest message that a step may have."""
+    `largest`: see `largest_message`."""
     if ranks == 1:
         return 0
     regions = Regions.of(ranks, limits_of(ranks, largest))

@@ -27,7 +27,7 @@ UNIT = 16  # shares and messages are whole multiples of so many elements, so tha
 WARPS = 8
 
 
-class Exchange(NamedTuple):
+class ShareExchange(NamedTuple):
     """Where a rank receives what others store in two shots. Regions are those of each rank, in its own memory."""
 
     parts: tuple[Tensor, ...]  # uint8
@@ -171,9 +171,9 @@ def takes(x: Tensor) -> bool:
     return x.is_contiguous() and x.numel() % UNIT == 0
 
 
-def two_shot(x: Tensor, residual: Tensor | None, out: Tensor, exchange: Exchange) -> None:
+def two_shot(x: Tensor, residual: Tensor | None, out: Tensor, exchange: ShareExchange) -> None:
     """``out = sum(x of all ranks) + residual``, in fp32, in the order of the ranks, rounded once. All have one shape
-    and dtype and `takes` them; a message is computed in parts of `Exchange.room`. `out` may be `x` or `residual`."""
+    and dtype and `takes` them; `ShareExchange.room` of a message is computed at a time. `out` may be `x` or `residual`."""
     flat, into = x.view(-1), out.view(-1)
     before = None if residual is None else residual.view(-1)
     blocks, room = exchange.blocks(x.element_size()), exchange.room(x.element_size())
@@ -197,7 +197,7 @@ def two_shot(x: Tensor, residual: Tensor | None, out: Tensor, exchange: Exchange
         )
 
 
-def gather(part: Tensor, out: Tensor, exchange: Exchange) -> None:
+def gather(part: Tensor, out: Tensor, exchange: ShareExchange) -> None:
     """``out [R, V]``: columns ``[rank * N, (rank + 1) * N)`` are those of ``part [R, N]`` of that rank, as far as V
     goes. Rows may lie apart; as many are computed at a time as there is room for. Raises ValueError where there is none
     for a row."""
@@ -228,7 +228,7 @@ def gather(part: Tensor, out: Tensor, exchange: Exchange) -> None:
         )
 
 
-def _options(exchange: Exchange) -> dict[str, object]:
+def _options(exchange: ShareExchange) -> dict[str, object]:
     return {
         "RANK": exchange.rank,
         "RANKS": exchange.ranks,
