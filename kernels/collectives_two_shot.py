@@ -173,7 +173,7 @@ def takes(x: Tensor) -> bool:
 
 def two_shot(x: Tensor, residual: Tensor | None, out: Tensor, exchange: ShareExchange) -> None:
     """``out = sum(x of all ranks) + residual``, in fp32, in the order of the ranks, rounded once. All have one shape
-    and dtype and `takes` them; `ShareExchange.room` of a message is computed at a time. `out` may be `x` or `residual`."""
+    and dtype and `takes` them. As much is computed at a time as there is room for. `out` may be `x` or `residual`."""
     flat, into = x.view(-1), out.view(-1)
     before = None if residual is None else residual.view(-1)
     blocks, room = exchange.blocks(x.element_size()), exchange.room(x.element_size())
