@@ -102,7 +102,7 @@ class FakeQuantised:
                 "gate_up": [mlp.gate_proj, mlp.up_proj],
                 "down": [mlp.down_proj],
             }.items():
-                scheme = schemes.of(SimpleNamespace(role=role, layer=number, quantisable=True))
+                scheme = schemes.of(SimpleNamespace(role=role, layer=number, quantisable=True, group=0))
                 if not scheme.dense:
                     _fake(parts, scheme, dtype)
 
