@@ -30,6 +30,7 @@ class Compiled:
     shared: int  # bytes per program
     wgmma: int  # warp-group matrix instructions in the PTX
     byte_loads: int  # in the PTX, of shared memory
+    system: list[str]  # instructions in the PTX, each once, that other devices see in order
 
 
 class _Hopper:
@@ -83,6 +84,7 @@ def _compiled(cases: dict[str, Callable[[], None]]) -> Iterator[Compiled]:
                 shared=metadata.shared,
                 wgmma=_ptx(metadata).count("wgmma.mma_async"),
                 byte_loads=len(re.findall(r"ld\.shared\.[bsu]8\b", _ptx(metadata))),
+                system=sorted(set(re.findall(r"\b(?:ld|st|atom|red|fence)(?:\.\w+)*\.sys(?:\.\w+)*", _ptx(metadata)))),
             )
         driver.loaded.clear()
 

@@ -200,6 +200,35 @@ def sampling(
         sample(logits, table, rows, numbers(offset), counts, eos, masks, last, plain, search, **more)
 
 
+def one_shots(dtype: torch.dtype, ranks: int) -> None:
+    """Of decode rows of an 8B model, overlapping; with a residual, without, and the largest of scales."""
+    from lightllmd.kernels.collectives_memory import Regions, limits_of
+    from lightllmd.kernels.collectives_one_shot import Mail, one_shot
+
+    regions = Regions.of(ranks, limits_of(ranks))
+    boxes = tuple(torch.empty(regions.flags // 4, dtype=torch.int32) for _ in range(ranks))
+    mail = Mail(boxes, torch.zeros(regions.mail_programs, dtype=torch.int32), 1)
+    x, scales = torch.empty(8, 4096, dtype=dtype), torch.empty(8, 1)
+    one_shot(x, x.clone(), x, mail, pdl=True)
+    one_shot(x, None, x, mail, pdl=True)
+    one_shot(scales, None, scales, mail, largest=True, pdl=True)
+
+
+def two_shots(dtype: torch.dtype, ranks: int) -> None:
+    """Of a prompt of an 8B model, and the logits of its vocabulary."""
+    from lightllmd.kernels.collectives_memory import PROGRAMS, Regions, limits_of
+    from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot
+
+    regions, each = Regions.of(ranks, limits_of(ranks)), range(ranks)
+    parts, results = (tuple(torch.empty(ranks * regions.share, dtype=torch.uint8) for _ in each) for _ in range(2))
+    flags = tuple(torch.empty(2 * PROGRAMS * ranks, dtype=torch.int32) for _ in each)
+    exchange = ShareExchange(parts, results, flags, torch.zeros(PROGRAMS, dtype=torch.int32), 1)
+    x = torch.empty(512, 4096, dtype=dtype)
+    two_shot(x, x.clone(), x, exchange)
+    two_shot(x, None, x, exchange)
+    gather(torch.empty(4, 128256 // ranks), torch.empty(4, 128256), exchange)
+
+
 def numbers(offset: int) -> Tensor:
     """Four of those that a step uploads together: they begin anywhere."""
     return torch.zeros(16, dtype=torch.int32)[offset : offset + 4]
@@ -324,6 +353,12 @@ CASES: dict[str, Callable[[], None]] = {
     "gathers bf16": partial(gathers, BF16),
     "gathers bf16, scaled": partial(gathers, BF16, scale=59.75),
     "soft cap": soft_cap,
+    "one shot bf16, 2 ranks": partial(one_shots, BF16, 2),
+    "one shot bf16, 8 ranks": partial(one_shots, BF16, 8),
+    "one shot fp16, 4 ranks": partial(one_shots, FP16, 4),
+    "two shots bf16, 2 ranks": partial(two_shots, BF16, 2),
+    "two shots fp16, 3 ranks": partial(two_shots, FP16, 3),
+    "two shots bf16, 8 ranks": partial(two_shots, BF16, 8),
     "decode attention bf16, one segment": partial(decode_attention, BF16, 128, 1),
     "decode attention bf16": partial(decode_attention, BF16, 128, 16),
     "decode attention bf16, one launch": partial(decode_attention, BF16, 128, 64, True),
@@ -365,6 +400,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 # Tiles of as many bytes as another case's, or of fewer than those of the same kernel there.
 SMALLER = (
+    *("one shot bf16, 2 ranks", "one shot fp16, 4 ranks", "two shots bf16, 2 ranks", "two shots fp16, 3 ranks"),
     *("rotation fp16", "decode attention fp16", "prefill attention fp16"),
     *("decode attention fp32, small heads", "prefill attention fp32, small heads"),
     *("prefill attention bf16, small heads, few tokens", "split prefill attention bf16, small heads"),
@@ -428,6 +464,15 @@ def test_decode_attention_of_8_bits_reads_two_tiles_ahead_and_no_bytes_one_by_on
     kernel = kernels["decode attention bf16, int8 keys and values", "_decode"]
     assert kernel["shared"] >= 2 * 2 * 64 * 128
     assert kernel["byte_loads"] == 0
+
+
+def test_ranks_see_what_others_send_in_order(compiled: list[dict[str, Any]]) -> None:
+    """In one shot what is sent is stored with the number of its call, 8 bytes at a time; in two shots flags are stored
+    with release behind it and looked at with acquire. All of it at the scope of the system, nothing by multicast."""
+    seen = {kernel["kernel"]: kernel["system"] for kernel in compiled if kernel["case"].endswith("ranks")}
+    letters = ["ld.relaxed.sys.global.v2.b64", "st.relaxed.sys.global.v2.b64"]
+    flags = ["atom.global.sys.acquire.add.u32", "atom.global.sys.release.exch.b32"]
+    assert seen == {"_one_shot": letters, "_two_shot": flags, "_gather": flags}
 
 
 def test_prefill_attention_multiplies_by_warp_groups(compiled: list[dict[str, Any]]) -> None:
