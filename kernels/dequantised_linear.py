@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightllmd.architecture.schemes import SCHEMES
 from lightllmd.kernels.eager_linear import EagerLinear
+from lightllmd.kernels.linear import ScaledInputs, Unfinished
 from lightllmd.kernels.quantised import QuantisedMatrix, quantised_inputs
 from lightllmd.kernels.schemes import ANY
 
@@ -28,9 +29,15 @@ class DequantisedLinear(EagerLinear):
         super().__init__(len(packed), **held, input_scale=self.input_scale)
         self.bias = bias
 
-    def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _taken(self, x: Unfinished) -> Tensor | Unfinished:
+        return x if isinstance(x, ScaledInputs) else x.tensor()
+
+    def _matmul(self, x: Tensor | ScaledInputs, residual: Tensor | None) -> Tensor:
+        largest = None
+        if isinstance(x, ScaledInputs):
+            x, largest = x.x, x.largest
         if self.scheme.inputs:
-            values, scales = quantised_inputs(x, self.scheme, self.input_scale)
+            values, scales = quantised_inputs(x, self.scheme, self.input_scale, largest)
             rounded = QuantisedMatrix(self.scheme, values, scales)
             out = functional.linear(rounded.dense(torch.float32), self._dense(torch.float32)).to(x.dtype)
             out = out if self.bias is None else out.add_(self.bias)

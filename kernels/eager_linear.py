@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lightllmd.kernels.eager_ops import gated, rms_norm, soft_cap_
-from lightllmd.kernels.linear import Head, Linear, Norm
+from lightllmd.kernels.linear import DenseHead, Linear, Norm
 
 # oneDNN chooses its packed layout for a number of rows; at run time any number works. Measured on an AVX-512 CPU:
 # a layout for 64 is as fast as the best at 1 to 256 rows.
@@ -80,7 +80,7 @@ class PackedLinear(EagerLinear):
         return dtype is torch.float32
 
 
-class EagerHead(Head):
+class EagerHead(DenseHead):
     """The highest `CLOSE` logits of each row are computed again in fp32, which needs the weight's rows.
 
     A second form of a tied weight may be kept beside its rows; that of a head of its own would double its memory.
@@ -100,6 +100,7 @@ class EagerHead(Head):
         self._linear = form(rows) if tied else DenseLinear(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """See `Head.logits`."""
         x = rms_norm(hidden, self._norm.weight, self._norm.eps, self._norm.offset)
         logits = self._linear(x).float()
         if x.dtype is not torch.float32:

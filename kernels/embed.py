@@ -34,14 +34,26 @@ def _embed(
     out_stride,
     columns,
     SCALE: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """With FIRST the embedding has the COUNT rows from that token's on; others are zeros."""
     at = tl.program_id(0).to(tl.int64)
     token, row = tl.load(tokens + at), tl.load(rows + at).to(tl.int64)
     if token < 0:
         token = tl.load(last + row)
     tl.store(table + row * table_stride + tl.load(positions + at), tl.load(slots + at))
-    _copy_row(embedding + token.to(tl.int64) * embedding_stride, out + at * out_stride, columns, SCALE, BLOCK)
+    if FIRST is None:
+        _copy_row(embedding + token.to(tl.int64) * embedding_stride, out + at * out_stride, columns, SCALE, BLOCK)
+    else:
+        token -= FIRST
+        if (token >= 0) & (token < COUNT):
+            _copy_row(embedding + token.to(tl.int64) * embedding_stride, out + at * out_stride, columns, SCALE, BLOCK)
+        else:
+            column = tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], out.dtype.element_ty)
+            tl.store(out + at * out_stride + column, zeros, mask=column < columns)
 
 
 @triton.jit(do_not_specialize_on_alignment=["index"])
@@ -60,8 +72,10 @@ def embed(
     embedding: Tensor,
     out: Tensor,
     scale: float | None = None,
+    first: int | None = None,
 ) -> None:
     """The tokens of a step: their slots join the table, their embeddings go to ``out [T, hidden]``, times `scale`.
+    Where `first` is given, the embedding has rows from that token's on, and tokens without one have zeros.
 
     `tokens`, `rows`, `positions`, `slots`: int32 ``[T]``. A token below 0 stands for the newest of its table row, in
     ``last [R]`` int32. ``table [R, W]`` int32, ``embedding [V, hidden]``.
@@ -82,6 +96,8 @@ def embed(
         out.stride(0),
         columns,
         SCALE=scale,
+        FIRST=first,
+        COUNT=None if first is None else len(embedding),
         BLOCK=block,
         num_warps=min(16, max(4, block // 512)),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightllmd.kernels.collectives import ALONE, Group
 from lightllmd.kernels.dequantised_linear import DEQUANTISED
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.embed import embed
@@ -23,26 +24,28 @@ from lightllmd.kernels.w8a8.linear import W8A8
 class FusedEmbedding(Embedding):
     """Of a batch of `TableRows`: its slots join the table in the same launch."""
 
-    def __init__(self, weight: Tensor, scale: float | None) -> None:
+    def __init__(self, weight: Tensor, scale: float | None, first: int | None) -> None:
+        """`first`: the token of the first row where others have no row."""
         super().__init__(weight)
         # As transformers has it: rounded to the dtype, as the result is.
         self._scale = None if scale is None else float(torch.tensor(scale, dtype=weight.dtype))
+        self._first = first
 
     def __call__(self, batch: Batch[TableRows]) -> Tensor:
         x = self.weight.new_empty(len(batch.tokens), self.weight.shape[1])
         where = (batch.tokens, batch.rows, batch.positions, batch.slots, batch.metadata.last, batch.metadata.table)
-        embed(*where, self.weight, x, self._scale)
+        embed(*where, self.weight, x, self._scale, self._first)
         return x
 
 
 class FusedKernels(Kernels):
     """`decode_kernel` is one of the documented mode names, or "auto" for what is fastest for a shape."""
 
-    def __init__(self, device: torch.device, decode_kernel: str = "auto") -> None:
+    def __init__(self, device: torch.device, decode_kernel: str = "auto", group: Group = ALONE) -> None:
         attention = FusedAttention(device, decode_kernel)
         packed = FusedPackedLinears(device)
         linears = {**DEQUANTISED, **W8A8, "dense": FusedDenseLinear, "w4a16": packed, "w8a16": packed}
-        super().__init__(linears, {"dense": FusedDenseHead}, FusedEmbedding, attention)
+        super().__init__(linears, {"dense": FusedDenseHead}, FusedEmbedding, attention, group)
 
     def normalise_(self, x: Tensor, norm: Norm) -> None:
         rms_norm(x, norm, x)

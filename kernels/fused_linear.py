@@ -11,7 +11,7 @@ from torch import Tensor
 from lightllmd.kernels import skinny
 from lightllmd.kernels.activation import gated, soft_cap_
 from lightllmd.kernels.cards import card_of
-from lightllmd.kernels.linear import Head, Linear, Norm
+from lightllmd.kernels.linear import DenseHead, Linear, Norm
 from lightllmd.kernels.norm import rms_norm
 
 # Matmuls of so many rows are computed in chunks of rows: cuBLAS chooses better tiles for those (TFLOP/s of an 8B
@@ -57,10 +57,11 @@ class FusedDenseLinear(FusedLinear):
         return activated
 
 
-class FusedDenseHead(Head):
+class FusedDenseHead(DenseHead):
     """All logits are fp32 sums, since the matmuls store what they accumulate."""
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """See `Head.logits`."""
         rows = self._rows
         if skinny.prefers(len(hidden), *rows.shape, hidden.dtype, False, card_of(rows.device).kind):
             logits = hidden.new_empty(len(hidden), len(rows), dtype=torch.float32)

@@ -35,6 +35,27 @@ class Unfinished(ABC):
         """``[T, in]``, finished."""
 
 
+@dataclass(frozen=True, eq=False)
+class ScaledInputs(Unfinished):
+    """Inputs that a linear rounds by scales of more than it sees: other ranks have the rest."""
+
+    x: Tensor  # [T, in]
+    largest: Tensor  # fp32 [T, G]: the largest magnitude of each group of inputs, of all ranks
+
+    def tensor(self) -> Tensor:
+        return self.x
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionNorm:
+    """A norm of some columns of a projection, which are those of some heads."""
+
+    norm: Norm  # the weight of these columns
+    columns: slice
+    size: int  # columns of all ranks together
+    repeated: bool = False  # another rank has the same columns, too
+
+
 class Linear(ABC):
     """A fixed map of ``[T, in]`` to ``[T, out]`` (``[T, out / 2]`` with an activation)."""
 
@@ -100,7 +121,7 @@ class Embedding(ABC):
     """The rows of tokens, and how a step's residual stream begins. All that it holds on the device is `weight`."""
 
     def __init__(self, weight: Tensor) -> None:
-        """`weight` ``[vocab, hidden]``."""
+        """`weight` ``[vocab, hidden]``, or of one rank."""
         self.weight = weight
 
     @abstractmethod
@@ -111,11 +132,6 @@ class Embedding(ABC):
 class Head(ABC):
     """The last norm and the language model head."""
 
-    def __init__(self, rows: Tensor, norm: Norm, *, tied: bool, soft_cap: float | None = None) -> None:
-        """`rows` ``[vocab, hidden]``, which are the embedding's where `tied`."""
-        self._rows, self._norm, self._soft_cap = rows, norm, soft_cap
-        self._tensors = {} if tied else {"weight": rows}
-
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 ``[R, vocab]`` of ``hidden [R, hidden]``, capped where the model caps them.
@@ -124,6 +140,18 @@ class Head(ABC):
         only every eighth, so that the best two often tie. The best of each row are therefore those of fp32 sums.
         """
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """As `Linear.tensors`, without the norm's weight; empty where the rows are the embedding's."""
+
+
+class DenseHead(Head):
+    """Of rows in the model's dtype."""
+
+    def __init__(self, rows: Tensor, norm: Norm, *, tied: bool, soft_cap: float | None = None) -> None:
+        """`rows` ``[vocab, hidden]``, which are the embedding's where `tied`."""
+        self._rows, self._norm, self._soft_cap = rows, norm, soft_cap
+        self._tensors = {} if tied else {"weight": rows}
+
+    def tensors(self) -> dict[str, Tensor]:
         return self._tensors

@@ -65,6 +65,20 @@ class QuantisedMatrix:
         zeros = None if self.zeros is None else change(self.zeros)
         return replace(self, values=change(self.values), scales=change(self.scales), zeros=zeros)
 
+    def columns(self, begin: int, end: int) -> QuantisedMatrix:
+        """Of these inputs alone, in memory of its own. Where they begin inside a group its scales are those of smaller
+        groups. Of a scheme that is not ordered."""
+        whole, scheme = self.scheme.group or self.shape[1], self.scheme.cut(begin)
+        firsts = torch.arange(begin, end, scheme.group or end - begin, device=self.values.device)
+        groups = firsts // whole
+        return replace(
+            self,
+            scheme=scheme,
+            values=self.values[:, begin:end].clone(memory_format=torch.contiguous_format),
+            scales=self.scales.index_select(1, groups),
+            zeros=None if self.zeros is None else self.zeros.index_select(1, groups),
+        )
+
     def to(self, device: torch.device) -> QuantisedMatrix:
         """On that device; itself where it is there."""
         order = None if self.order is None else self.order.to(device)
@@ -135,9 +149,12 @@ def _symmetric(weight: Tensor, scheme: Scheme, values: Tensor, scales: Tensor) -
     values.copy_(_cut(padded, values.shape[1]))
 
 
-def quantised_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantised_inputs(
+    x: Tensor, scheme: Scheme, scale: Tensor | None = None, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``x [T, K]`` -> values ``[T, K]`` of the dtype that the scheme rounds inputs to, and fp32 scales ``[T, G]``;
-    `scale`: the one of all, of static inputs, beyond which values are cut.
+    `scale`: the one of all, of static inputs, beyond which values are cut. `largest`: fp32 ``[T, G]``, the magnitudes
+    that scales are made of where that is more than is here.
 
     A token's own scale is the largest magnitude of a group over the largest value, and x is multiplied with its inverse
     in fp32. If a group holds an infinity or what is no number, its scale is that, and so are the outputs of the token:
@@ -146,7 +163,7 @@ def quantised_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> 
     group = scheme.group or x.shape[1]
     level = LEVELS[scheme.inputs]
     padded = functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    largest = padded.abs().amax(2).clamp_(min=SMALLEST_INPUT)
+    largest = (padded.abs().amax(2) if largest is None else largest).clamp(min=SMALLEST_INPUT)
     if scale is None:
         scales, least = _divided(largest, level), -level
         values = padded * (torch.full_like(largest, level) / largest)[..., None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightllmd.architecture.schemes import Scheme
 from lightllmd.kernels.eager_linear import EagerLinear
+from lightllmd.kernels.linear import ScaledInputs, Unfinished
 from lightllmd.kernels.quantised import LEVELS, SMALLEST_INPUT, QuantisedMatrix
 
 ZERO = 128  # what stands for 0 among oneDNN's inputs, which are unsigned
@@ -73,13 +74,20 @@ class W8A8Linear(EagerLinear):
         self._zeros = torch.zeros(rows, dtype=torch.int32)  # oneDNN takes one for each output
         super().__init__(rows, weight=self.weight, scale=self.scale, bias=bias, input_scale=self.input_scale)
 
-    def _matmul(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        values, scale = self.inputs(x)
+    def _taken(self, x: Unfinished) -> Tensor | Unfinished:
+        return x if isinstance(x, ScaledInputs) else x.tensor()
+
+    def _matmul(self, x: Tensor | ScaledInputs, residual: Tensor | None) -> Tensor:
+        largest = None
+        if isinstance(x, ScaledInputs):
+            x, largest = x.x, x.largest
+        values, scale = self.inputs(x, largest)
         return _rounded(self.products(values).mul_(scale), self.bias, residual, x.dtype)
 
-    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [T, in]`` -> `quantised.quantised_inputs` plus `ZERO`, uint8, and fp32 scales ``[T, 1]``."""
-        largest = x.abs().amax(1, True).float().clamp_min_(SMALLEST_INPUT)
+    def inputs(self, x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x [T, in]`` -> `quantised.quantised_inputs` plus `ZERO`, uint8, and fp32 scales ``[T, 1]``. `largest`: fp32
+        ``[T, 1]``, of more than is here, given away."""
+        largest = (x.abs().amax(1, True).float() if largest is None else largest).clamp_min_(SMALLEST_INPUT)
         if self.input_scale is not None:
             steps = torch.div(x.float(), self.input_scale).round_().clamp_(-ZERO, ZERO - 1)
             return _unsigned(steps), torch.where(largest.isfinite(), self.input_scale, largest)

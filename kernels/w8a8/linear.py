@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightllmd.errors import EngineError
 from lightllmd.kernels.fused_linear import FusedLinear, overlaps
-from lightllmd.kernels.linear import Norm, Unfinished
+from lightllmd.kernels.linear import Norm, ScaledInputs, Unfinished
 from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.kernels.w8a8.matmul import Weight8, linear
 from lightllmd.kernels.w8a8.rounded_rows import GatedProduct, QuantisedRows, quantise_rows
@@ -44,19 +44,20 @@ class FusedW8A8Linear(FusedLinear):
     takes = staticmethod(supports)
 
     def _taken(self, x: Unfinished) -> Tensor | Unfinished:
-        return x if isinstance(x, GatedProduct) else x.tensor()
+        return x if isinstance(x, GatedProduct | ScaledInputs) else x.tensor()
 
     def _fused(
         self, x: Tensor | Unfinished, norm: Norm | None, activation: str | None, residual: Tensor | None
     ) -> Tensor | Unfinished:
-        source = x.gate_up if isinstance(x, GatedProduct) else x
+        source, largest = (x.x, x.largest) if isinstance(x, ScaledInputs) else (x, None)
+        source = source.gate_up if isinstance(source, GatedProduct) else source
         assert isinstance(source, Tensor)
         rows, columns = source.shape[0], self.weight.values.shape[1]
         pdl = self._overlaps and rows_overlap(rows)
         inputs: Tensor | QuantisedRows = source
-        if isinstance(x, GatedProduct) or not rounds_inside(rows, columns, self.weight.scheme.values == "int8"):
+        if not isinstance(x, Tensor) or not rounds_inside(rows, columns, self.weight.scheme.values == "int8"):
             gates = x.activation if isinstance(x, GatedProduct) else None
-            given = {"norm": norm, "activation": gates, "static": self.weight.input_scale}
+            given = {"norm": norm, "activation": gates, "static": self.weight.input_scale, "largest": largest}
             inputs, norm = quantise_rows(source, self.weight.scheme, pdl=pdl, **given), None
         if isinstance(inputs, QuantisedRows) and self._on_cublas(rows, source.dtype):
             out = self._cublas(inputs, source.dtype)

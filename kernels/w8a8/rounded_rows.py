@@ -82,6 +82,7 @@ def _quantise(
     x,
     gain,
     static,
+    largest,
     values,
     scales,
     x_stride,
@@ -120,7 +121,12 @@ def _quantise(
             factor = 1.0
     if ACTIVATION is not None:
         y = activate(y, ACTIVATION) * tl.load(at + columns, mask=inside, other=0.0).to(tl.float32)
-    scale, scaled = inputs_scale(largest_of(y, SMALLEST), static, LEVEL)
+    if largest is None:
+        most = largest_of(y, SMALLEST)
+    else:
+        shared = tl.load(largest + row * tl.cdiv(columns, GROUP) + group, mask=group * GROUP < columns, other=1.0)
+        most = largest_of(shared[:, None], SMALLEST)
+    scale, scaled = inputs_scale(most, static, LEVEL)
     y = rounded(y, scaled[:, None], LEVEL, static is not None)
     tl.store(values + row * columns + column, y.to(values.dtype.element_ty), mask=inside)
     tl.store(scales + group * rows + row, scale * factor, mask=group * GROUP < columns)
@@ -133,12 +139,14 @@ def quantise_rows(
     norm: Norm | None = None,
     activation: str | None = None,
     static: Tensor | None = None,
+    largest: Tensor | None = None,
     pdl: bool = False,
 ) -> QuantisedRows:
     """``x [T, K]``, or ``norm(x)``, rounded as `scheme` says, K <= 65536; rows may lie apart.
 
     With an `activation` (a key of `reference.ACTIVATIONS`) x is ``[T, 2K]``, gate first, and what is rounded is
-    ``act(gate) * up``. `static` ``[]``: the scale of all tokens, of static schemes. `pdl`: as in `skinny.linear`; the
+    ``act(gate) * up``. `static` ``[]``: the scale of all tokens, of static schemes. `largest`: as
+    `quantised_inputs` has it, contiguous. `pdl`: as in `skinny.linear`; the
     kernel behind may be started while this one runs.
     """
     rows, width = x.shape
@@ -152,6 +160,7 @@ def quantise_rows(
         x,
         None if norm is None else norm.weight,
         static,
+        largest,
         values,
         scales,
         x.stride(0),

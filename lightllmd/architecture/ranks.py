@@ -98,7 +98,7 @@ def _held(weight: WeightSpec, schemes: WeightSchemes, cuts: list[LayerCut], voca
     if scheme.inputs and not scheme.static:
         together = scheme.group or columns
         together = together if any(first % together for first in firsts) else 0
-    group = math.gcd(scheme.group, firsts[rank.index])
+    group = scheme.cut(firsts[rank.index]).group
     return replace(
         weight,
         parts=parts,

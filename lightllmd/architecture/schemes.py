@@ -61,6 +61,11 @@ class Scheme:
         """Of so many inputs."""
         return -(-inputs // self.group) if self.group else 1
 
+    def cut(self, begin: int) -> Scheme:
+        """Of the columns from `begin` on, of a weight that is stored so: where that is inside a group, the scheme has
+        smaller ones."""
+        return replace(self, group=math.gcd(self.group, begin)) if self.group else self
+
     def nbytes(self, shape: tuple[int, ...], item_bytes: int) -> int:
         """Of a weight of this shape in a model whose elements have so many bytes."""
         if self.dense:

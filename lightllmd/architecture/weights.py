@@ -66,6 +66,14 @@ class Part:
         """Numbers in it."""
         return math.prod(self.shape)
 
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Of what the checkpoint's tensor has of it."""
+        if self.cut is None:
+            return self.shape
+        size = sum(end - begin for begin, end in self.cut.runs)
+        return (*self.shape[: self.cut.axis], size, *self.shape[self.cut.axis + 1 :])
+
 
 @dataclass(frozen=True)
 class WeightSpec:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture.spec import DecoderSpec
-from lightllmd.architecture.weights import Role
+from lightllmd.architecture.weights import Role, WeightSpec
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch, Heads
 from lightllmd.kernels.linear import Head, Linear, Norm
+from lightllmd.kernels.schemes import WHOLE, Shard
 from lightllmd.models.layer import DecoderLayer, LayerWeights
 from lightllmd.models.rope import Rope
 from lightllmd.models.scores import ScoreLinear, Scores
@@ -23,7 +24,8 @@ SCORES: frozenset[Role] = frozenset({"score_inner", "score"})
 
 
 class Decoder:
-    """A `LanguageModel`. Takes over the weights that `weights` yields, dense or quantised, as they come.
+    """A `LanguageModel`. Takes over the weights that `weights` yields, dense or quantised, as they come. Those of one
+    rank (`architecture.ranks`) compute its part of one, with the other ranks of the kernels' group.
 
     What its hidden states are for is `head`, or `scores` where the specification says so: it has one of the two, or
     none where its checkpoint has none. Those that have no `scores` have `states`.
@@ -46,6 +48,7 @@ class Decoder:
         linears: list[dict[Role, Linear]] = [{} for _ in spec.layers]
         norms: list[dict[Role, Norm]] = [{} for _ in spec.layers]
         common: dict[Role, Tensor] = {}
+        shards: dict[Role, Shard] = {}
         scores: list[ScoreLinear] = []
         for weight, tensor, bias in weights:
             if weight.role in SCORES:
@@ -54,14 +57,15 @@ class Decoder:
                 if (in_fp32 := scores[-1].bias) is not None:
                     self._tensors |= {f"{weight.key}.bias": in_fp32}
             elif weight.layer is None:
-                common[weight.role] = tensor
+                common[weight.role], shards[weight.role] = tensor, _shard(weight)
             elif weight.role in LINEARS:
-                linear = linears[weight.layer][weight.role] = kernels.linear(weight.role, tensor, bias)
+                linear = kernels.linear(weight.role, tensor, bias, shard=_shard(weight))
+                linears[weight.layer][weight.role] = linear
                 self._hold(weight.key, linear)
             else:
                 norms[weight.layer][weight.role] = Norm(tensor, spec.norm.eps, spec.norm.offset)
                 self._tensors[weight.key] = tensor
-        self.embedding = kernels.embedding(common["embed"], spec.embedding_scale)
+        self.embedding = kernels.embedding(common["embed"], spec.embedding_scale, shards["embed"])
         self.layers = [
             DecoderLayer(layer, spec, kernels, LayerWeights(*held))
             for layer, held in zip(spec.layers, zip(linears, norms, strict=True), strict=True)
@@ -71,8 +75,10 @@ class Decoder:
         if spec.scores is not None:
             self.scores = Scores(kernels, norm, scores)
         elif spec.generates:
-            rows = common["embed" if spec.tied else "head"]
-            self.head = kernels.head(rows, norm, tied=spec.tied, soft_cap=spec.logit_soft_cap)
+            role: Role = "embed" if spec.tied else "head"
+            self.head = kernels.head(
+                common[role], norm, tied=spec.tied, soft_cap=spec.logit_soft_cap, shard=shards[role]
+            )
             self._hold("head", self.head)
         self._tensors |= {"embed": common["embed"], "norm": common["norm"]}
 
@@ -112,3 +118,12 @@ class Decoder:
             x = layer.forward(x, cache, batch, wanted if layer is last else None)
             beat()
         return x
+
+
+def _shard(weight: WeightSpec) -> Shard:
+    """What is here of all ranks' weight."""
+    cut = weight.parts[0].cut
+    if cut is None:
+        return WHOLE
+    begin = cut.runs[0][0] if cut.runs else cut.shape[cut.axis]
+    return Shard(cut.axis, begin, cut.shape[cut.axis], weight.rounded_together)

@@ -12,7 +12,7 @@ from lightllmd.architecture.weights import Role
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.kv_cache import LayerCache
 from lightllmd.kernels.layout import Batch, Heads
-from lightllmd.kernels.linear import Linear, Norm
+from lightllmd.kernels.linear import Linear, Norm, ProjectionNorm
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,33 @@ class GroupedQueryAttention:
         self._post_norm = weights.norms.get("attention_post_norm")
         self._qkv, self._out = weights.linears["qkv"], weights.linears["attention_out"]
         self._head_norms: tuple[Tensor | None, Tensor | None] = None, None  # of queries and of keys, [D]
-        self._projection_norms: list[tuple[Norm, slice]] = []  # each with the columns of qkv that it is of
+        self._projection_norms: list[ProjectionNorm] = []  # of columns of qkv
         if spec.qk_norm == "head":
             self._head_norms = weights.norms["q_norm"].weight, weights.norms["k_norm"].weight
         elif spec.qk_norm == "projection":
-            q, k = slice(spec.q_size), slice(spec.q_size, spec.q_size + spec.kv_size)
-            self._projection_norms = [(weights.norms["q_norm"], q), (weights.norms["k_norm"], k)]
+            self._projection_norms = _projection_norms(spec, weights.norms["q_norm"], weights.norms["k_norm"])
 
     def forward(self, x: Tensor, cache: LayerCache, batch: Batch, wanted: Tensor | None) -> Tensor:
         """``x [T, hidden]`` -> ``x + post_norm(attention(norm(x)))``, with the norms that there are, perhaps in place;
         with `wanted` [R] of these tokens alone, ``[R, hidden]``: the others have their keys and values stored."""
         qkv = self._qkv(x, norm=self._norm)
-        for norm, columns in self._projection_norms:
-            self._kernels.normalise_(qkv[:, columns], norm)
+        if self._projection_norms:
+            self._kernels.normalise_projections_(qkv, self._projection_norms)
         attended = self._kernels.attention(qkv, cache, batch, self.heads, *self._head_norms, wanted)
         if wanted is not None:
             x = x.index_select(0, wanted)
         return self._out(attended, post_norm=self._post_norm, residual=x)
+
+
+def _projection_norms(spec: GroupedQuery, q_norm: Norm, k_norm: Norm) -> list[ProjectionNorm]:
+    heads, kv_heads, repeats = spec.heads, spec.kv_heads, False
+    if spec.shared is not None:
+        heads, kv_heads, repeats = spec.shared.heads, spec.shared.kv_heads, spec.shared.repeats
+    q, k = slice(spec.q_size), slice(spec.q_size, spec.q_size + spec.kv_size)
+    return [
+        ProjectionNorm(q_norm, q, heads * spec.head_dim),
+        ProjectionNorm(k_norm, k, kv_heads * spec.head_dim, repeats),
+    ]
 
 
 class GatedFeedForward:

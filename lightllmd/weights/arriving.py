@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
-from lightllmd.architecture.weights import Part, WeightSpec
+from lightllmd.architecture.weights import Part, TensorCut, WeightSpec
 from lightllmd.kernels.quantised import QuantisedMatrix, stacked
+from lightllmd.weights.headers import TensorInfo
 from lightllmd.weights.loaded import LoadedWeight, Rooms, room
 from lightllmd.weights.plain import STORED_TYPES
 from lightllmd.weights.quantised.form import Kind
@@ -34,13 +37,21 @@ class Loading:
         return Rooms(self.dtype, self.device, self.passing)
 
 
+class Target(NamedTuple):
+    """A tensor of the files, or what is wanted of it, and its room."""
+
+    name: str
+    out: Tensor
+    cut: TensorCut | None = None
+
+
 class ArrivingWeight:
     """Of one weight. When every tensor of `targets` has been filled, it is `whole`."""
 
     def __init__(self, weight: WeightSpec, how: Loading, rooms: Rooms) -> None:
         self._weight, self._how = weight, how
         self._raw: dict[str, dict[Kind, Tensor]] = {}  # of matrices, by the part's name
-        self.targets: list[tuple[str, Tensor]] = []  # (a tensor of the files, its room)
+        self.targets: list[Target] = []
         quantised = [part for part in weight.parts if part.name in how.matrices]
         self._dense = not quantised or how.schemes.of(weight).dense
         self._tensor = self._filled(weight.parts, rooms.of(weight)) if self._dense else None
@@ -52,14 +63,16 @@ class ArrivingWeight:
         """As far as the files hold it as it is."""
         for part, rows in zip(parts, out.split([part.shape[0] for part in parts]), strict=True):
             if part.name not in self._how.matrices:
-                self.targets.append((part.name, rows))
+                held = part.held_shape
+                rows[held[0] :].zero_()
+                self.targets.append(Target(part.name, rows[: held[0]], part.cut))
         return out
 
     def _rooms(self, matrix: StoredMatrix) -> dict[Kind, Tensor]:
         rooms: dict[Kind, Tensor] = {}
         for kind, info in matrix.tensors.items():
             rooms[kind] = torch.empty(info.shape, dtype=STORED_TYPES[info.type], device=self._how.device)
-            self.targets.append((info.name, rooms[kind]))
+            self.targets.append(Target(info.name, rooms[kind]))
         return rooms
 
     def whole(self) -> LoadedWeight:
@@ -88,3 +101,16 @@ def sources(weight: WeightSpec, matrices: Mapping[str, StoredMatrix]) -> list[st
         matrix = matrices.get(part.name)
         found += [part.name] if matrix is None else [info.name for info in matrix.tensors.values()]
     return found
+
+
+def source_bytes(weight: WeightSpec, tensors: Mapping[str, TensorInfo], matrices: Mapping[str, StoredMatrix]) -> int:
+    """Of what is wanted of them."""
+    wanted = {part.name: part for part in weight.stored}
+    total = 0
+    for name in sources(weight, matrices):
+        info, part = tensors[name], wanted.get(name)
+        share = (
+            1 if part is None or part.cut is None else math.prod(part.held_shape) / max(1, math.prod(part.cut.shape))
+        )
+        total += round(info.nbytes * share)
+    return total

@@ -167,6 +167,7 @@ def _joined(name: str, shards: Sequence[TensorInfo], joint: tuple[Part, WeightSp
         return whole
     part, weight = joint
     axis = weight.shard_axis if part in weight.parts or weight.shard_axis == 0 else None
+    axis = None if len(weight.parts[0].shape) == 1 else axis
     same, is_table = all(one.shape == last.shape for one in shards), weight.layer is None
     if same and (axis is None or (is_table and last.shape == part.shape)):
         return whole

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.weights import TensorCut
 from lightllmd.errors import WeightsInvalid
 from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.weights.files import WeightFile
@@ -45,13 +46,18 @@ class GgufCheckpoint:
             part.name: part.shape[0] // part.shard_unit for part in stored if gguf and part.kind in gguf.paired
         }
 
-    def read(self, name: str, out: Tensor) -> Iterator[int]:
-        """As `Checkpoint.read`; a quantised tensor is dequantised in chunks."""
+    def read(self, name: str, out: Tensor, cut: TensorCut | None = None) -> Iterator[int]:
+        """As `Checkpoint.read`, of cuts by rows; a quantised tensor is dequantised in chunks."""
         info = self.tensors[name]
+        if len(info.shape) == 1 and cut is not None:  # read as a whole, it is small
+            whole = torch.empty(info.shape, dtype=out.dtype)
+            yield from self.read(name, whole)
+            out.copy_(torch.cat([whole[first:behind] for first, behind in cut.runs]))
+            return
         view = self._in_file_order(name, out)
         if len(info.shape) == 1:
             view = view.unsqueeze(0)
-        for rows, stored in self._chunks(info, len(view)):
+        for rows, stored in self._chunks(info, self._units(info), cut):
             values = dequantize(stored, GGMLQuantizationType[info.type])
             if info.type in BLOCKS:
                 _require_numbers(values, info)
@@ -59,35 +65,46 @@ class GgufCheckpoint:
             target.copy_(torch.from_numpy(values).view(target.shape))
             yield stored.nbytes
 
-    def read_matrix(self, name: str, out: QuantisedMatrix) -> Iterator[int]:
+    def read_matrix(self, name: str, out: QuantisedMatrix, cut: TensorCut | None = None) -> Iterator[int]:
         """Fills a matrix of the tensor's shape and of the scheme that holds its blocks, as `read` does."""
         info = self.tensors[name]
         if out.zeros is not None:
             out.zeros.fill_(Q4_0_ZERO)
         all_values, all_scales = self._in_file_order(name, out.values), self._in_file_order(name, out.scales)
-        for rows, stored in self._chunks(info, len(all_values)):
+        for rows, stored in self._chunks(info, self._units(info), cut):
             values, scales = UNPACKED[info.type](stored.reshape(-1, BLOCKS[info.type]))
             _require_numbers(scales, info)
             for target, unpacked in ((all_values[rows], values), (all_scales[rows], scales)):
                 target.copy_(torch.from_numpy(unpacked).reshape(target.shape))
             yield stored.nbytes
 
-    def _chunks(self, info: TensorInfo, units: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """The bytes of a tensor ``[units, …]``, some of them at a time: rows, or heads where those are reordered, or
-        the whole of a vector."""
-        unit_bytes = info.nbytes // units
+    def _units(self, info: TensorInfo) -> int:
+        """What a tensor is read by: rows, or heads where those are reordered, or the whole of a vector."""
+        return self._paired.get(info.name, info.shape[0] if len(info.shape) > 1 else 1)
+
+    def _chunks(self, info: TensorInfo, units: int, cut: TensorCut | None) -> Iterator[tuple[slice, np.ndarray]]:
+        """The bytes of a tensor ``[units, …]``, or of some of its rows, some units at a time, and which of all those
+        that are wanted they are."""
+        unit_bytes, unit_rows = info.nbytes // units, info.shape[0] // units
         step = min(units, max(1, CHUNK_ELEMENTS * units // info.elements))
         stored = np.empty((step, unit_bytes), np.uint8)
+        runs = ((0, info.shape[0]),) if cut is None else cut.runs
+        assert cut is None or cut.axis == 0
+        at = 0
         with WeightFile(info.file) as file:
-            for first in range(0, units, step):
-                chunk = stored[: min(step, units - first)]
-                file.read(info.offset + first * unit_bytes, chunk.reshape(-1))
-                yield slice(first, first + len(chunk)), chunk
+            for begin, end in runs:
+                for first in range(begin // unit_rows, end // unit_rows, step):
+                    chunk = stored[: min(step, end // unit_rows - first)]
+                    file.read(info.offset + first * unit_bytes, chunk.reshape(-1))
+                    yield slice(at, at + len(chunk)), chunk
+                    at += len(chunk)
 
     def _in_file_order(self, name: str, out: Tensor) -> Tensor:
         """`out` seen in the order of the file's rows: as it is, or ``[heads, pair, half, …]`` of reordered ones."""
-        heads = self._paired.get(name)
-        return out if heads is None else out.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+        if name not in self._paired:
+            return out
+        dim = self.tensors[name].shape[0] // self._paired[name]
+        return out.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2)
 
 
 def _require_numbers(numbers: np.ndarray, info: TensorInfo) -> None:

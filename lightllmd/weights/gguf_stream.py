@@ -13,6 +13,7 @@ from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.architecture.weights import WeightSpec
 from lightllmd.kernels.quantised import empty
 from lightllmd.weights import place
+from lightllmd.weights.arriving import source_bytes
 from lightllmd.weights.gguf import GgufCheckpoint
 from lightllmd.weights.gguf_schemes import stored_scheme
 from lightllmd.weights.loaded import LoadedWeight, Progress, room
@@ -28,7 +29,7 @@ def stream(
     passing: Sequence[WeightSpec] = (),
 ) -> Iterator[LoadedWeight]:
     """As `place.stream`; weights that `schemes` stores as the file does stay as they are."""
-    total = sum(checkpoint.tensors[part.name].nbytes for weight in weights for part in weight.stored)
+    total = sum(source_bytes(weight, checkpoint.tensors, {}) for weight in weights)
     done = 0
 
     def told(some: int, of: int) -> None:
@@ -45,7 +46,7 @@ def stream(
             yield from place.stream(checkpoint, run, dtype, device, told, dense)
         else:
             yield from _matrices(checkpoint, run, scheme, dtype, device, told)
-        done += sum(checkpoint.tensors[part.name].nbytes for weight in run for part in weight.stored)
+        done += sum(source_bytes(weight, checkpoint.tensors, {}) for weight in run)
 
 
 def _matrices(
@@ -64,12 +65,12 @@ def _matrices(
         row = 0
         for part in weight.parts:
             rows = itemgetter(slice(row, row := row + part.shape[0]))
-            for count in checkpoint.read_matrix(part.name, matrix.by_rows(rows)):
+            for count in checkpoint.read_matrix(part.name, matrix.by_rows(rows), part.cut):
                 told(done := done + count, 0)
         row = 0
         for part in weight.bias:
             assert bias is not None
-            for count in checkpoint.read(part.name, bias[row : (row := row + part.shape[0])]):
+            for count in checkpoint.read(part.name, bias[row : (row := row + part.shape[0])], part.cut):
                 told(done := done + count, 0)
         yield LoadedWeight(weight, matrix.to(device), None if bias is None else bias.to(device))
         del matrix, bias  # nothing is kept while the next is read

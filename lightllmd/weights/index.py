@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.weights import TensorCut
 from lightllmd.config.plan import ModelFacts
 from lightllmd.config.stamps import require_unchanged
 from lightllmd.weights.headers import TensorInfo
@@ -26,8 +27,9 @@ class Checkpoint(Protocol):
     def readable(self) -> Collection[str]:
         """Types of stored tensors that `read` takes."""
 
-    def read(self, name: str, out: Tensor) -> Iterator[int]:
-        """Fills `out` (the tensor's shape, any float dtype) and yields the bytes of each chunk that it has read.
+    def read(self, name: str, out: Tensor, cut: TensorCut | None = None) -> Iterator[int]:
+        """Fills `out` (the tensor's shape, or that of what `cut` has of it; any float dtype) and yields the bytes of
+        each chunk that it has read.
 
         Raises WeightsInvalid when the file can't be read or holds a type that is no number for a weight.
         """

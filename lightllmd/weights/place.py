@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.architecture.weights import WeightSpec
 from lightllmd.kernels.quantised import QuantisedMatrix
 from lightllmd.weights import staged
-from lightllmd.weights.arriving import ArrivingWeight, Loading, sources
+from lightllmd.weights.arriving import ArrivingWeight, Loading, source_bytes
 from lightllmd.weights.index import Checkpoint
 from lightllmd.weights.loaded import LoadedWeight, Progress
 from lightllmd.weights.plain import PlainCheckpoint
 from lightllmd.weights.quantised.stored import Matrices
+from lightllmd.weights.rank_parts import in_order
 
 
 def stream(
@@ -46,14 +48,9 @@ def stream(
 
 def _in_order(loaded: LoadedWeight) -> LoadedWeight:
     """Also one whose rows came in groups (`WeightSpec.groups`)."""
-    groups = loaded.spec.groups
-    if not groups:
+    if not loaded.spec.groups:
         return loaded
-
-    def ordered(rows: Tensor) -> Tensor:
-        kinds = rows.unflatten(0, (-1, sum(groups))).split(groups, 1)
-        return torch.cat([kind.flatten(0, 1) for kind in kinds])
-
+    ordered = partial(in_order, groups=loaded.spec.groups)
     tensor, bias = loaded.tensor, loaded.bias
     matrix = ordered(tensor) if isinstance(tensor, Tensor) else tensor.by_rows(ordered)
     return LoadedWeight(loaded.spec, matrix, None if bias is None else ordered(bias))
@@ -63,14 +60,14 @@ def _read(
     checkpoint: Checkpoint, weights: Sequence[WeightSpec], how: Loading, progress: Progress
 ) -> Iterator[LoadedWeight]:
     """Each part is converted as it is read, and a tensor goes to the device when it is whole."""
-    total = sum(checkpoint.tensors[name].nbytes for weight in weights for name in sources(weight, how.matrices))
+    total = sum(source_bytes(weight, checkpoint.tensors, how.matrices) for weight in weights)
     here = replace(how, device=torch.device("cpu"))
     rooms, elsewhere = here.rooms, None if how.device.type == "cpu" else how.rooms
     done = 0
     for weight in weights:
         arriving = ArrivingWeight(weight, here, rooms)
-        for name, out in arriving.targets:
-            for count in checkpoint.read(name, out):
+        for target in arriving.targets:
+            for count in checkpoint.read(*target):
                 done += count
                 progress(done, total)
         _, tensor, bias = arriving.whole()
@@ -79,4 +76,4 @@ def _read(
         elif elsewhere is not None:
             tensor = elsewhere.of(weight).copy_(tensor)
         yield LoadedWeight(weight, tensor, None if bias is None else bias.to(how.device))
-        del arriving, out, tensor, bias  # nothing is kept while the next is made
+        del arriving, target, tensor, bias  # nothing is kept while the next is made

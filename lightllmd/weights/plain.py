@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,6 +11,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from lightllmd.architecture.weights import TensorCut
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.headers import SAFETENSORS_READABLE, TensorInfo
 
@@ -55,24 +57,19 @@ class PlainCheckpoint:
         info = self.tensors[name]
         return [shard.file for shard in info.shards or (info,)]
 
-    def runs(self, name: str, out: Tensor, most: int) -> Iterator[Run]:
-        """What fills `out` (the tensor's shape, contiguous), of `most` bytes each at most."""
+    def runs(self, name: str, out: Tensor, most: int, cut: TensorCut | None = None) -> Iterator[Run]:
+        """What fills `out` (the tensor's shape, or that of what `cut` has of it, contiguous), of `most` bytes each at
+        most."""
         info = self.tensors[name]
         item = self.dtype(name).itemsize
-        begin = 0
-        for shard in info.shards or (info,):
-            target = out
-            if info.shards:
-                extent = shard.shape[info.shard_axis]
-                target = out.narrow(info.shard_axis, begin, extent)
-                begin += extent
-            yield from _runs(shard, target, item, max(1, most // item))
+        for shard, target, axis, first in _targets(info, out, cut):
+            yield from _runs(shard, target, item, max(1, most // item), axis, first)
 
-    def read(self, name: str, out: Tensor) -> Iterator[int]:
+    def read(self, name: str, out: Tensor, cut: TensorCut | None = None) -> Iterator[int]:
         """As `Checkpoint.read`; what is stored in the dtype of `out` is read into its place."""
         stored = self.dtype(name)
         room = torch.empty(0, dtype=stored)
-        for path, runs in groupby(self.runs(name, out, CHUNK_BYTES), attrgetter("file")):
+        for path, runs in groupby(self.runs(name, out, CHUNK_BYTES, cut), attrgetter("file")):
             with WeightFile(path) as file:
                 for run in runs:
                     elements = run.nbytes // stored.itemsize
@@ -86,9 +83,37 @@ class PlainCheckpoint:
                     yield run.out.numel() * stored.itemsize
 
 
-def _runs(info: TensorInfo, out: Tensor, item: int, most: int) -> Iterator[Run]:
-    """`item`: bytes of an element; `most`: elements of a run."""
+def _targets(info: TensorInfo, out: Tensor, cut: TensorCut | None) -> Iterator[tuple[TensorInfo, Tensor, int, int]]:
+    """Of each shard what is wanted of it: where that goes, and its first row (axis 0) or column (axis 1)."""
+    begin = 0
+    for shard in info.shards or (info,):
+        end = begin + shard.shape[info.shard_axis] if info.shards else 0
+        if cut is None:
+            yield shard, out.narrow(info.shard_axis, begin, end - begin) if info.shards else out, 0, 0
+            begin = end
+            continue
+        at = 0
+        for first, behind in cut.runs:
+            place, size = at, behind - first
+            at += size
+            target = out
+            if info.shards and info.shard_axis != cut.axis:
+                target = out.narrow(info.shard_axis, begin, end - begin)
+            elif info.shards:
+                place += max(0, begin - first)
+                size = min(behind, end) - max(first, begin)
+                first = max(0, first - begin)
+            if size > 0:
+                yield shard, target.narrow(cut.axis, place, size), cut.axis, first
+        begin = end
+
+
+def _runs(info: TensorInfo, out: Tensor, item: int, most: int, axis: int = 0, first: int = 0) -> Iterator[Run]:
+    """`item`: bytes of an element; `most`: elements of a run. Of the tensor from row or column `first` on."""
     strides = info.strides
+    if not strides and len(info.shape) > 1 and out.shape[1] != info.shape[1]:
+        strides = info.shape[1], 1
+    offset = info.offset + first * (strides or (math.prod(info.shape[1:]), 1))[axis] * item
     if not strides and out.is_contiguous():
         out = out.view(1, -1)
     columns = out.shape[1]
@@ -101,4 +126,4 @@ def _runs(info: TensorInfo, out: Tensor, item: int, most: int) -> Iterator[Run]:
         for column in range(0, columns, most):
             part = out[row : row + step, column : column + most]
             span = (len(part) - 1) * down + part.shape[1]
-            yield Run(info.file, info.offset + (row * down + column) * item, span * item, part, (down, 1))
+            yield Run(info.file, offset + (row * down + column) * item, span * item, part, (down, 1))

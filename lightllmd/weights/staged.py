@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.architecture.weights import WeightSpec
-from lightllmd.weights.arriving import ArrivingWeight, Loading, sources
+from lightllmd.weights.arriving import ArrivingWeight, Loading, Target, source_bytes, sources
 from lightllmd.weights.files import WeightFile
 from lightllmd.weights.loaded import LoadedWeight, Progress
 from lightllmd.weights.plain import PlainCheckpoint
@@ -78,10 +78,10 @@ def stream(
         rooms = how.rooms  # what passes has been taken before a piece of the next is sent
         for weight in weights:
             arriving = ArrivingWeight(weight, how, rooms)
-            pieces = [piece for name, out in arriving.targets for piece in _pieces(checkpoint, files, name, out)]
+            pieces = [piece for target in arriving.targets for piece in _pieces(checkpoint, files, target)]
             yield Arrival(arriving, pieces)
 
-    total = sum(checkpoint.tensors[name].nbytes for names in needed for name in names)
+    total = sum(source_bytes(weight, checkpoint.tensors, how.matrices) for weight in weights)
     # What is uploaded ends before the files that it reads are closed.
     with closing(files), closing(upload(arrivals(), total, device, progress)) as arrived:
         for number, arriving in enumerate(arrived):
@@ -154,9 +154,9 @@ def upload(
             yield from send()
 
 
-def _pieces(checkpoint: PlainCheckpoint, files: _OpenFiles, name: str, out: Tensor) -> Iterator[Piece]:
-    stored = checkpoint.dtype(name)
-    for run in checkpoint.runs(name, out, PIECE_BYTES):
+def _pieces(checkpoint: PlainCheckpoint, files: _OpenFiles, target: Target) -> Iterator[Piece]:
+    stored = checkpoint.dtype(target.name)
+    for run in checkpoint.runs(target.name, target.out, PIECE_BYTES, target.cut):
         yield Piece(partial(files[run.file].read, run.offset), run.nbytes, stored, run.out, run.strides)
 
 

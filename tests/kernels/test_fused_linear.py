@@ -13,7 +13,6 @@ from lightllmd.errors import EngineError
 from lightllmd.kernels import fused_linear, reference, tiles
 from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Norm
-from lightllmd.kernels.schemes import Shard
 
 EPS = 1e-5
 
@@ -100,12 +99,10 @@ def test_what_lies_on_the_device_may_be_freed_and_filled_again_in_place(device: 
     assert torch.equal(linear(x), before)
 
 
-def test_a_scheme_or_a_shard_that_is_not_built_is_refused_by_name(device: str) -> None:
+def test_a_scheme_that_is_not_built_is_refused_by_name(device: str) -> None:
     kernels, weight = FusedKernels(torch.device(device)), torch.zeros(4, 4, device=device)
     with pytest.raises(EngineError, match="qkv: this device has no kernels for weights stored as 'int3'"):
         kernels.linear("qkv", weight, None, Scheme("int3", values="int8"))  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="down: rank 1 of 2 was asked for"):
-        kernels.linear("down", weight, None, shard=Shard(1, 2, 1))
 
 
 def test_a_linear_holds_what_its_scheme_says(device: str) -> None:

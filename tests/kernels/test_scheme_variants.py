@@ -13,7 +13,7 @@ from lightllmd.kernels.eager import EagerKernels
 from lightllmd.kernels.fused import FusedKernels
 from lightllmd.kernels.linear import Linear
 from lightllmd.kernels.quantised import QuantisedMatrix, quantise
-from lightllmd.kernels.schemes import ANY, WHOLE, built
+from lightllmd.kernels.schemes import ANY, built
 
 W8, W4 = SCHEMES["w8a16"], SCHEMES["w4a16"]
 VARIANTS = {
@@ -102,6 +102,6 @@ class OfPlainSchemes(DequantisedLinear):
 
 def test_a_linear_that_does_not_take_a_variant_is_passed_over() -> None:
     kinds: dict[str, type[Linear]] = {"w8a16": OfPlainSchemes, "fp8": DequantisedLinear, ANY: DequantisedLinear}
-    assert built("down", W8, WHOLE, kinds) is OfPlainSchemes
-    assert built("down", VARIANTS["8 bits in groups"], WHOLE, kinds) is DequantisedLinear
-    assert built("down", VARIANTS["static float8"], WHOLE, kinds) is DequantisedLinear
+    assert built("down", W8, kinds) is OfPlainSchemes
+    assert built("down", VARIANTS["8 bits in groups"], kinds) is DequantisedLinear
+    assert built("down", VARIANTS["static float8"], kinds) is DequantisedLinear

@@ -12,6 +12,9 @@ import torch
 
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.ranks import ALONE, Rank, architecture_of_rank
+from lightllmd.architecture.weight_schemes import WeightSchemes
+from lightllmd.architecture.weights import WeightSpec
 from lightllmd.config.plan import ModelFacts, Plan
 from lightllmd.config.stamps import require_unchanged
 from lightllmd.engine.kernel_cache import cache_root
@@ -29,6 +32,7 @@ from lightllmd.weights.quantised.form import NOTHING
 from lightllmd.weights.quantised.formats import quantisation_of
 from lightllmd.weights.quantised.stored import Matrices, matrices_of
 from lightllmd.weights.quantising import quantised
+from lightllmd.weights.rank_parts import as_read, cut
 from lightllmd.weights.safetensors import SafetensorsCheckpoint
 from lightllmd.weights.verify import verify
 
@@ -42,30 +46,32 @@ def load_model(
     dtype: torch.dtype,
     progress: Progress,
     head_dims: Sequence[int] = (),
+    rank: Rank = ALONE,
 ) -> LanguageModel:
-    """The plan's model with the weights of its checkpoint, or with random ones of DUMMY. `head_dims`: sizes of heads
-    that `kernels` are made for; empty: all. Raises ModelChanged, WeightsInvalid, ConfigInvalid, OutOfMemory."""
+    """The plan's model with the weights of its checkpoint, or with random ones of DUMMY; of a `rank` of the kernels'
+    group its part. `head_dims`: sizes of heads that `kernels` are made for; empty: all. Raises ModelChanged,
+    WeightsInvalid, ConfigInvalid, OutOfMemory."""
     if plan.model is None:
         raise EngineError("the plan names no model")
     architecture = plan.model.architecture
     if isinstance(architecture, Outline):
         return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
-    kept = _kept(plan, plan.model, architecture, dtype)
+    mine = architecture_of_rank(architecture, plan.schemes, rank)
+    kept = _kept(plan, plan.model, mine, dtype)
     if kept is not None and os.path.exists(kept.path):
         try:
             log.info("the quantised weights are read from %s", kept.path)
             weights = _of_these_files(kept.read(device, progress), plan.model)
-            return Decoder(architecture.spec, kernels, weights, device)
+            return Decoder(mine.spec, kernels, weights, device)
         except KeptDamaged as damaged:
             log.warning("%s: it is made again", damaged)
             kept.discard()
     noted = _Noted(progress)
-    weights = quantised(
-        _stored_weights(plan, plan.model, architecture, device, dtype, noted), plan.schemes, plan.model.path
-    )
+    stored = _stored_weights(plan, plan.model, architecture, mine.weights, device, dtype, noted)
+    weights = cut(quantised(stored, plan.schemes, plan.model.path), mine.weights)
     if kept is not None:
         weights = kept.keep(weights, noted.again)
-    return Decoder(architecture.spec, kernels, weights, device)
+    return Decoder(mine.spec, kernels, weights, device)
 
 
 class _Noted:
@@ -100,30 +106,36 @@ def _stored_weights(
     plan: Plan,
     model: ModelFacts,
     architecture: Architecture,
+    held: Sequence[WeightSpec],
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
 ) -> Iterator[LoadedWeight]:
-    """What the plan's checkpoint holds, checked as a whole before the first is yielded; random numbers of DUMMY. Its
-    files are closed again at the end."""
-    passing = [weight for weight in architecture.weights if not plan.schemes.of(weight).dense]
+    """What the plan's checkpoint holds, checked as a whole before the first is yielded, of what one rank holds as
+    `as_read` says; random numbers of DUMMY. Its files are closed again at the end."""
     if plan.config.params.load_way == "DUMMY":
-        return dummy.stream(architecture.weights, dtype, device, progress, passing)
+        weights = as_read(held, plan.schemes, (), columns=True)
+        return dummy.stream(weights, dtype, device, progress, _passing(weights, plan.schemes))
     checkpoint = open_checkpoint(model)
     matrices: Matrices = {}
     ignored = NOTHING
     if model.quantisation:
         quantisation = quantisation_of(model.quantisation, model.path)
         matrices, ignored = matrices_of(architecture.weights, quantisation, checkpoint.tensors), quantisation.ignored
-        passing = [weight for weight in passing if weight.parts[0].name not in matrices]
     verify(architecture, checkpoint.tensors, checkpoint.readable, model.path, matrices, ignored)
+    is_gguf = isinstance(checkpoint, GgufCheckpoint)
+    weights = as_read(held, plan.schemes, matrices, columns=not is_gguf)
+    passing = [weight for weight in _passing(weights, plan.schemes) if weight.parts[0].name not in matrices]
     if isinstance(checkpoint, GgufCheckpoint):
-        weights = gguf_stream.stream(checkpoint, architecture.weights, plan.schemes, dtype, device, progress, passing)
+        loaded = gguf_stream.stream(checkpoint, weights, plan.schemes, dtype, device, progress, passing)
     else:
-        weights = place.stream(
-            checkpoint, architecture.weights, dtype, device, progress, passing, matrices, plan.schemes
-        )
-    return _of_these_files(weights, model)
+        loaded = place.stream(checkpoint, weights, dtype, device, progress, passing, matrices, plan.schemes)
+    return _of_these_files(loaded, model)
+
+
+def _passing(weights: Sequence[WeightSpec], schemes: WeightSchemes) -> list[WeightSpec]:
+    """Those that are quantised."""
+    return [weight for weight in weights if not schemes.of(weight).dense]
 
 
 def _of_transformers(
