@@ -15,7 +15,7 @@ from torch import Tensor
 from lightllmd.errors import EngineError
 from lightllmd.kernels import collectives_environment, collectives_memory
 from lightllmd.kernels.collectives import Group
-from lightllmd.kernels.collectives_memory import PROGRAMS, Regions, limits_of
+from lightllmd.kernels.collectives_memory import PROGRAMS, MessageLimits, Regions, limits_of
 from lightllmd.kernels.collectives_one_shot import Mail, one_shot
 from lightllmd.kernels.collectives_one_shot import takes as fits_letters
 from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot
@@ -28,13 +28,16 @@ class DeviceGroup(Group):
     order, eagerly or in graphs. A rank that waits in a kernel for one that has died waits until its process is ended,
     which frees the device at once; by itself it gives up after minutes (`collectives_signals.PATIENCE`)."""
 
-    def __init__(self, processes: dist.ProcessGroup, device: torch.device, largest: int) -> None:
+    def __init__(
+        self, processes: dist.ProcessGroup, device: torch.device, largest: int, limits: MessageLimits | None = None
+    ) -> None:
         """`processes`: has NCCL, and one device for each rank. `device`: this rank's, with its index, which is the
-        current one. `largest`: see `collectives_memory.largest_message`; the same on all ranks. Raises EngineError
-        where the devices can't reach each other's memory."""
+        current one. `largest`: see `collectives_memory.largest_message`; the same on all ranks. `limits`:
+        other ones than `collectives_memory` has. Raises EngineError where the devices can't reach each other's
+        memory."""
         self.rank, self.ranks = processes.rank(), processes.size()
         self._processes, self._device = processes, device
-        self._limits = limits_of(self.ranks, largest)
+        self._limits = limits or limits_of(self.ranks, largest)
         self._overlaps = overlaps(device)
         collectives_environment.settle()
         regions = Regions.of(self.ranks, self._limits)

@@ -77,6 +77,8 @@ class Schemas:
             schema[draw.choice(("minimum", "exclusiveMinimum"))] = low
         if draw.random() < 0.6:
             schema[draw.choice(("maximum", "exclusiveMaximum"))] = round(low + draw.uniform(0.01, 90), 3)
+        if len(schema) == 3 and draw.random() < 0.3:  # few, so that doubles can be their exact multiples
+            schema |= {"multipleOf": draw.choice((0.5, 0.25))}
         return schema
 
     def _boolean(self, depth: int) -> dict[str, Any]:

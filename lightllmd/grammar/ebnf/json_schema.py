@@ -27,13 +27,14 @@ from lightllmd.grammar.ebnf.expressions import (
     shared,
 )
 from lightllmd.grammar.ebnf.lengths import with_length
-from lightllmd.grammar.ebnf.numbers import Interval, integer, number
+from lightllmd.grammar.ebnf.numbers import Interval, integer, multiples, number
 from lightllmd.grammar.ebnf.overlap import disjoint, same, valid
 from lightllmd.grammar.ebnf.reading import Alternative, SchemaDocument, Subschema, literals, refusal, written_types
 from lightllmd.grammar.ebnf.regex import ANY, RegexInvalid, whole
 from lightllmd.grammar.ebnf.shapes import (
     MAX_SIZE,
     ArrayShape,
+    Contained,
     ObjectShape,
     StringShape,
     arrays,
@@ -55,6 +56,7 @@ from lightllmd.grammar.ebnf.strings import (
 )
 
 MAX_RULES = 20_000
+MAX_COUNTED = 4000  # rules of an array that contains something
 MAX_UNIQUE = 6  # values of an enum of which an array has each once at most
 
 
@@ -182,13 +184,17 @@ class _Writer:
         shape = numbers(one)
         if shape.interval.empty:
             return NOTHING
-        if shape.interval == Interval() and shape.divisor == 1:
+        if shape.interval == Interval() and shape.divisor == 1 and shape.step is None:
             return Reference("integer" if shape.integers else "number")
-        if not shape.integers:
+        if shape.step is not None:
+            written = multiples(shape.interval, shape.step)
+        elif not shape.integers:
             return number(shape.interval)
-        written = integer(shape.interval, shape.divisor)
+        else:
+            written = integer(shape.interval, shape.divisor)
         if written is None:
-            raise refusal(shape.divisor_path, f"multiples of {shape.divisor} can't be enforced within these bounds")
+            step = shape.step or shape.divisor
+            raise refusal(shape.divisor_path, f"multiples of {step} can't be enforced within these bounds")
         return written
 
     def _string(self, one: Alternative, name: str) -> Expression:
@@ -215,6 +221,8 @@ class _Writer:
 
     def _array(self, one: Alternative, name: str) -> Expression:
         shape = arrays(one)
+        if shape.contains is not None and (shape.contains.least > 0 or shape.contains.most is not None):
+            return self._bracketed("[", self._containing(shape, shape.contains, name), "]")
         if shape.unique_path is not None and (shape.most is None or shape.most > 1):
             return self._bracketed("[", self._unique(shape, name), "]")
         least, most = _bounded(one, shape.least, shape.most, "minItems")
@@ -237,6 +245,34 @@ class _Writer:
             entry = seq(comma if at else EMPTY, self._value(shape.prefix[at]))
             tail = seq(entry, tail) if at < least else maybe(seq(entry, tail))
         return self._bracketed("[", tail, "]")
+
+    def _containing(self, shape: ArrayShape, contained: Contained, name: str) -> Expression:
+        """So many items that are valid under the schema of `contains`: a rule for each number of items and of those
+        among them that count. What counts for nothing may be valid under it, too, unless there may not be too many."""
+        path = contained.schema.path
+        if shape.unique_path is not None and (shape.most is None or shape.most > 1):
+            raise refusal(path, "can't be enforced together with uniqueItems")
+        behind, most = len(shape.prefix), shape.most
+        if not shape.open:
+            most = behind if most is None else min(most, behind)
+        full = max(1, shape.least, behind) if most is None else most  # more items are as many to the rules
+        enough = contained.least if contained.most is None else contained.most
+        if (full + 1) * (enough + 1) > MAX_COUNTED:
+            raise refusal(path, f"{enough} of {full} items are more than can be counted")
+        other = () if contained.most is None else (Subschema({"not": contained.schema.schema}, f"{path}.not"),)
+        for count in range(full + 1):
+            nodes = shape.prefix[count] if count < behind else shape.rest
+            for found in range(enough + 1):
+                parts: list[Expression] = [EMPTY] if count >= shape.least and found >= contained.least else []
+                if most is None or count < most:
+                    comma = self._form.comma if count else EMPTY
+                    after = f"{name}_{min(count + 1, full)}"
+                    parts.append(seq(comma, self._value([*nodes, *other]), Reference(f"{after}_{found}")))
+                    if found < enough:
+                        counted_one = self._value([*nodes, contained.schema])
+                        parts.append(seq(comma, counted_one, Reference(f"{after}_{found + 1}")))
+                self._add(f"{name}_{count}_{found}", alt(parts) if parts else NOTHING)
+        return Reference(f"{name}_0_0")
 
     def _unique(self, shape: ArrayShape, name: str) -> Expression:
         """Each value of an enum once at most: a rule for each set of those that are there."""

@@ -117,36 +117,77 @@ def _by_remainder(divisor: int) -> Expression:
     return seq(alt(map(Literal, first)), repeat(alt(map(Literal, later)), 0, (MOST_DIGITS - width - 1) // width))
 
 
-def number(interval: Interval) -> Expression:
-    """Numbers, integers among them."""
+def multiples(interval: Interval, step: Decimal) -> Expression | None:
+    """Of a step that is no integer, as decimal numbers are multiples of it: 1.13 is one of 0.01, though the doubles'
+    quotient is no integer. None: that can't be said within the limits."""
+    places = -int(step.normalize().as_tuple().exponent)
+    numerator = int(step.scaleb(places))
     low, high = interval.low, interval.high
-    if low is None and high is None:
+    if low is not None and high is not None and (high - low) / step <= MAX_MULTIPLES:
+        scaled = Interval(low / step, high / step, interval.low_excluded, interval.high_excluded)
+        least, most = scaled.integers
+        assert least is not None
+        assert most is not None
+        return alt(Literal(f"{_stripped(one * step):f}") for one in range(least, most + 1))
+    if numerator == 1:
+        return number(interval, places)
+    if low not in (None, 0) or high not in (None, 0) or 10**places % numerator or 10**places // numerator > MAX_DIVISOR:
+        return None
+    ends = [str(one).zfill(places) for one in range(numerator, 10**places, numerator)]
+    fraction = seq(Literal("."), alt(map(Literal, dict.fromkeys([one.rstrip("0") for one in ends] + ends))))
+    whole = seq(_NONZERO, repeat(_DIGIT, 0, EXACT_DIGITS - places - 1), maybe(fraction))
+    positive = alt([whole, seq(Literal("0"), fraction)])
+    parts = [positive] if high is None else []
+    parts += [Literal("0")] if not interval.both(Interval(Decimal(0), Decimal(0))).empty else []
+    parts += [seq(Literal("-"), positive)] if low is None else []
+    return alt(parts)
+
+
+def _stripped(value: Decimal) -> Decimal:
+    """Without zeros behind the point."""
+    return value.quantize(Decimal(1)) if value == value.to_integral_value() else value.normalize()
+
+
+def number(interval: Interval, places: int | None = None) -> Expression:
+    """Numbers, integers among them. `places`: so many decimals at most."""
+    low, high = interval.low, interval.high
+    if low is None and high is None and places is None:
         whole = alt([Literal("0"), seq(_NONZERO, repeat(_DIGIT, 0, MOST_DIGITS - 1))])
         exponent = seq(chars([(69, 69), (101, 101)]), maybe(chars([(43, 43), (45, 45)])), repeat(_DIGIT, 1, 2))
         fraction = seq(Literal("."), repeat(_DIGIT, 1, MOST_DIGITS))
         return seq(maybe(Literal("-")), whole, maybe(fraction), maybe(exponent))
-    most = max(Decimal(_UNBOUNDED), *(10 * abs(one) for one in (low, high) if one is not None))
+    most = max([Decimal(_UNBOUNDED), *(10 * abs(one) for one in (low, high) if one is not None)])
     inner = Interval(
         -most if low is None else low, most if high is None else high, interval.low_excluded, interval.high_excluded
     )
-    inner = _rounded(inner)
+    inner = _rounded(inner, places)
     assert inner.low is not None
     assert inner.high is not None
     parts: list[Expression] = []
     if inner.high >= 0:
         parts.append(
-            _magnitudes(inner if inner.low >= 0 else Interval(Decimal(0), inner.high, False, inner.high_excluded))
+            _magnitudes(
+                inner if inner.low >= 0 else Interval(Decimal(0), inner.high, False, inner.high_excluded), places
+            )
         )
     if inner.low < 0:
         mirrored = Interval(-inner.high, -inner.low, inner.high_excluded, inner.low_excluded)
         above = Interval(Decimal(0), mirrored.high, True, mirrored.high_excluded)
-        parts.append(seq(Literal("-"), _magnitudes(above if inner.high >= 0 else mirrored)))
+        parts.append(seq(Literal("-"), _magnitudes(above if inner.high >= 0 else mirrored, places)))
     return alt(part for part in parts if part != NOTHING)
 
 
-def _rounded(interval: Interval) -> Interval:
-    """Excluded bounds of many digits are moved inwards: a text of as many could be the bound's own double."""
+def _rounded(interval: Interval, places: int | None) -> Interval:
+    """Bounds of more decimals than `places` are moved inwards, and excluded ones of many digits: a text of as many
+    could be the bound's own double."""
     low, high, strict_low, strict_high = interval.low, interval.high, interval.low_excluded, interval.high_excluded
+    if places is not None:
+        assert low is not None
+        assert high is not None
+        exact, unit = Context(prec=MAX_BOUND.bit_length() + places), Decimal(1).scaleb(-places)
+        least, most = low.quantize(unit, ROUND_CEILING, exact), high.quantize(unit, ROUND_FLOOR, exact)
+        strict_low, strict_high = strict_low and low == least, strict_high and high == most
+        low, high = least, most
     if low is not None and strict_low:
         inside = Context(EXACT_DIGITS, ROUND_CEILING).create_decimal(low)
         low, strict_low = inside, inside == low
@@ -202,15 +243,15 @@ def _digit(first: int, last: int) -> Chars:
     return chars([(48 + first, 48 + last)])
 
 
-def _magnitudes(interval: Interval) -> Expression:
-    """Of numbers that are not negative, within two bounds."""
+def _magnitudes(interval: Interval, places: int | None = None) -> Expression:
+    """Of numbers that are not negative, within two bounds. `places` are at least as many as the bounds have."""
     assert interval.low is not None
     assert interval.high is not None
     if interval.empty:
         return NOTHING
     (low, low_part), (high, high_part) = _split(interval.low), _split(interval.high)
     size = max(0, EXACT_DIGITS - len(str(min(high, max(low, 1)))))
-    digits = max(size, len(low_part), len(high_part))
+    digits = max(size if places is None else min(size, places), len(low_part), len(high_part))
     lower = (low_part, interval.low_excluded)
     upper = (high_part, interval.high_excluded)
     if low == high:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from lightllmd.grammar.ebnf.expressions import matches
@@ -55,9 +56,9 @@ def _kind(value: Any) -> str:
 def _number(document: SchemaDocument, value: Any, alternative: Alternative) -> bool:
     shape = numbers(alternative)
     number, interval = Decimal(repr(value)), shape.interval
-    return not interval.both(type(interval)(number, number)).empty and (
-        shape.divisor == 1 or number % shape.divisor == 0
-    )
+    step = shape.divisor if shape.step is None else shape.step
+    inside = not interval.both(type(interval)(number, number)).empty
+    return inside and (step == 1 or Fraction(number) % Fraction(step) == 0)
 
 
 def _string(document: SchemaDocument, value: str, alternative: Alternative) -> bool:
@@ -76,6 +77,10 @@ def _array(document: SchemaDocument, value: list[Any], alternative: Alternative)
         return False
     if shape.unique_path and any(same(one, other) for at, one in enumerate(value) for other in value[:at]):
         return False
+    if (contained := shape.contains) is not None:
+        count = sum(_valid(document, one, [contained.schema]) for one in value)
+        if count < contained.least or (contained.most is not None and count > contained.most):
+            return False
     nodes = [*shape.prefix[: len(value)], *[shape.rest] * (len(value) - len(shape.prefix))]
     return all(_valid(document, one, own) for one, own in zip(value, nodes, strict=True))
 

@@ -24,7 +24,10 @@ TYPES = ("null", "boolean", "number", "string", "array", "object")
 BY_TYPE: dict[str, tuple[str, ...]] = {
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     "string": ("minLength", "maxLength", "pattern", "format"),
-    "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems"),
+    "array": (
+        *("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems"),
+        *("contains", "minContains", "maxContains"),
+    ),
     "object": (
         *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
         *("minProperties", "maxProperties", "unevaluatedProperties"),
@@ -33,9 +36,6 @@ BY_TYPE: dict[str, tuple[str, ...]] = {
 _ASSERTIONS = frozenset({"type", "enum", "const", *(name for names in BY_TYPE.values() for name in names)})
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas", "dependencies")
 _REFUSED = {
-    "contains": "how many items match can't be enforced",
-    "minContains": "how many items match can't be enforced",
-    "maxContains": "how many items match can't be enforced",
     "$dynamicRef": "only $ref within the schema can be followed",
     "$recursiveRef": "only $ref within the schema can be followed",
     "disallow": "draft 3; use not",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +30,8 @@ class NumberShape:
     interval: Interval
     integers: bool
     divisor: int = 1  # that all are multiples of, which are integers then
-    divisor_path: str = ""
+    divisor_path: str = ""  # of that, or of `step`
+    step: Decimal | None = None  # no integer: that all are multiples of, which may be fractions
 
 
 def numbers(alternative: Alternative) -> NumberShape:
@@ -50,17 +52,32 @@ def numbers(alternative: Alternative) -> NumberShape:
             own = Interval(low=bound, low_excluded=strict) if low else Interval(high=bound, high_excluded=strict)
             interval = interval.both(own)
     _, integers = types(alternative)
-    divisor, where = 1, ""
+    step, where = Fraction(0), ""
     for value, path in alternative.of("multipleOf"):
         one = _decimal(value, path)
         if one <= 0:
             raise refusal(path, f"should be above 0; got {value!r:.80}")
-        if one != one.to_integral_value():
-            if integers and Decimal(1) % one == 0:
-                continue
-            raise refusal(path, f"multiples of a fraction can't be enforced; got {value!r:.80}")
-        divisor, where, integers = math.lcm(divisor, int(one)), path, True
-    return NumberShape(interval, integers, divisor, where)
+        step, where = _common(step, Fraction(one)), path
+    if not step:
+        return NumberShape(interval, integers)
+    if integers or step.denominator == 1:
+        return NumberShape(interval, True, step.numerator, where)
+    return NumberShape(interval, False, 1, where, _exact(step))
+
+
+def _common(one: Fraction, other: Fraction) -> Fraction:
+    """The least multiple of both; 0: of the other."""
+    if not one:
+        return other
+    return Fraction(math.lcm(one.numerator, other.numerator), math.gcd(one.denominator, other.denominator))
+
+
+def _exact(value: Fraction) -> Decimal:
+    """Of a fraction that is one of a power of ten."""
+    places = 0
+    while value.denominator > 1:
+        value, places = value * 10, places + 1
+    return Decimal(value.numerator).scaleb(-places)
 
 
 def _decimal(value: Any, path: str) -> Decimal:
@@ -120,6 +137,15 @@ def _searched(value: str) -> Expression:
 
 
 @dataclass(frozen=True)
+class Contained:
+    """How many items are valid under a schema."""
+
+    schema: Subschema
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True)
 class ArrayShape:
     """Arrays."""
 
@@ -129,6 +155,7 @@ class ArrayShape:
     least: int
     most: int | None
     unique_path: str | None  # of what says that no two items are equal
+    contains: Contained | None
 
 
 def arrays(alternative: Alternative) -> ArrayShape:
@@ -146,7 +173,21 @@ def arrays(alternative: Alternative) -> ArrayShape:
     for value, path in alternative.of("unevaluatedItems"):
         if value is not False or len(alternative.views) > 1:
             raise refusal(path, "can be enforced as false only, in a schema that nothing is combined with")
-    return ArrayShape(prefix, rest, said or not length or least > length, least, most, unique)
+    return ArrayShape(prefix, rest, said or not length or least > length, least, most, unique, _contained(alternative))
+
+
+def _contained(alternative: Alternative) -> Contained | None:
+    found = None
+    for schema, path in alternative.views:
+        if "contains" not in schema:
+            continue  # minContains and maxContains say nothing then
+        least, most = counts(Alternative((Subschema(schema, path),)), "minContains", "maxContains")
+        if "minContains" not in schema:
+            least = 1
+        if found is not None:
+            raise refusal(f"{path}.contains", f"can't be enforced together with {found.schema.path}")
+        found = Contained(Subschema(schema["contains"], f"{path}.contains"), least, most)
+    return found
 
 
 def _items(schema: dict[str, Any], path: str) -> tuple[list[Subschema], list[Subschema], bool]:

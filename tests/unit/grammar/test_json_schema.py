@@ -42,6 +42,21 @@ CASES: list[tuple[dict[str, Any] | bool, list[Any], list[Any]]] = [
     ({"type": "number", "minimum": -1.5, "exclusiveMaximum": 2.25}, [-1.5, 0.1, 2.2499], [-1.51, 2.25, 3, -2]),
     ({"type": "number", "exclusiveMinimum": 0}, [0.001, 7], [0, 0.0, -1]),
     ({"type": "number", "minimum": 0.30000000000000004}, [0.5, 0.30000000000000004], [0.3, 0.1]),
+    ({"type": "number", "multipleOf": 0.01}, [0, 12.25, -3.5, 7], [0.005, 1.001, -2.125]),
+    (
+        {"type": "number", "multipleOf": 0.01, "exclusiveMinimum": 0, "maximum": 10000},
+        [0.01, 9999.5, 10000, 5, 0.25],
+        [0, 0.0, 0.001, 10000.25, -1],
+    ),
+    ({"type": "number", "multipleOf": 0.5, "minimum": 0}, [0, 0.5, 3, 12.5], [0.25, 1.1, -0.5]),
+    ({"type": "number", "multipleOf": 0.75, "minimum": 1, "maximum": 3}, [1.5, 2.25, 3], [0.75, 1, 2.5, 3.75]),
+    (
+        {"allOf": [{"multipleOf": 0.5}, {"multipleOf": 0.75}], "type": "number", "maximum": 9, "minimum": 0},
+        [1.5],
+        [0.75],
+    ),
+    ({"type": "integer", "multipleOf": 0.1}, [0, 7, -12], [0.1]),
+    ({"type": "integer", "multipleOf": 1.5}, [0, 3, 12], [1, 2, 1.5]),
     ({"type": "object", "properties": {}}, [{}], [{"a": 1}]),
     ({"type": ["boolean", "null"]}, [True, False, None], [0, "true"]),
     (
@@ -101,6 +116,48 @@ CASES: list[tuple[dict[str, Any] | bool, list[Any], list[Any]]] = [
     ({"type": "array", "prefixItems": [INTEGER], "items": STRING, "maxItems": 2}, [[1, "x"]], [[1, 2], [1, "x", "y"]]),
     ({"type": "array", "minItems": 1, "maxItems": 2}, [[1], [1, "a"]], [[], [1, 2, 3]]),
     ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True}, [[], ["b", "a"]], [["a", "a"]]),
+    (
+        {"type": "array", "items": STRING, "contains": {"const": "x"}},
+        [["x"], ["a", "x", "b"], ["x", "x"]],
+        [[], ["a"], ["a", "b"], [1, "x"]],
+    ),
+    (
+        {"type": "array", "contains": CATS_AND_DOGS["oneOf"][0], "minItems": 2, "maxItems": 3},
+        [[{"kind": "cat"}, 1], [1, 2, {"kind": "cat"}]],
+        [[{"kind": "cat"}], [1, 2, 3], [1, 2, 3, {"kind": "cat"}]],
+    ),
+    (
+        {"type": "array", "items": INTEGER, "contains": {"minimum": 5}, "minContains": 2},
+        [[5, 6], [1, 7, 2, 8], [5, 5, 5]],
+        [[5], [1, 2], [1, 7, 2]],
+    ),
+    (
+        {"type": "array", "items": {"enum": ["a", "b"]}, "contains": {"const": "a"}, "maxContains": 1},
+        [["a"], ["b", "a", "b"]],
+        [[], ["b"], ["a", "a"], ["a", "b", "a"]],
+    ),
+    (
+        {"type": "array", "items": {"enum": [1, 2]}, "contains": {"const": 1}, "minContains": 0, "maxContains": 1},
+        [[], [2, 2], [2, 1]],
+        [[1, 1]],
+    ),
+    (
+        {"type": "array", "prefixItems": [STRING, INTEGER], "items": INTEGER, "contains": {"const": 7}, "maxItems": 3},
+        [["a", 7], ["a", 1, 7]],
+        [["a"], ["a", 1], [7, 1], ["a", 1, 1, 7]],
+    ),
+    (
+        {"type": "array", "prefixItems": [STRING], "items": False, "contains": INTEGER, "minContains": 0},
+        [[], ["a"]],
+        [[1]],
+    ),
+    ({"enum": [[1, 2], [3], []], "contains": {"const": 3}}, [[3]], [[1, 2], []]),
+    ({"type": "array", "items": INTEGER, "minContains": 3}, [[], [1]], [["a"]]),
+    (
+        {"oneOf": [{"type": "array", "items": INTEGER, "contains": {"const": 1}}, {"type": "string"}]},
+        [[1], "a"],
+        [[2], []],
+    ),
     ({"anyOf": [INTEGER, STRING]}, [1, "a"], [None, [1]]),
     ({"type": "integer", "anyOf": [INTEGER, STRING], "maximum": 5}, [1], ["a", 6]),
     ({"allOf": [{"properties": A_AND_B}, {"required": ["b"]}, {"type": "object"}]}, [{"b": "x"}], [{"a": 1}]),
@@ -148,12 +205,34 @@ def test_what_a_schema_lets_through(
 OPEN = {"type": "object", "properties": {"x": {"type": "integer"}}}
 REFUSED: list[tuple[Any, str]] = [
     ({"properties": {"x": {"not": {"type": "string"}}}}, "f.properties.x.not: what can be generated may be valid"),
-    ({"properties": {"x": {"type": "array", "contains": {}}}}, "f.properties.x.contains: "),
+    (
+        {"properties": {"x": {"items": {"enum": [1, 2]}, "contains": {}, "uniqueItems": True}}},
+        "f.properties.x.contains: ",
+    ),
+    (
+        {"type": "array", "items": INTEGER, "contains": {"minimum": 5}, "maxContains": 1},
+        "f.contains.not.not: what can be",
+    ),
+    (
+        {"type": "array", "allOf": [{"contains": {"const": 1}}, {"contains": {"const": 2}}]},
+        "f.allOf.1.contains: can't be",
+    ),
+    (
+        {"type": "array", "contains": {"const": 1}, "minContains": 10**4},
+        "f.contains: 10000 of 1 items are more than can",
+    ),
+    (
+        {"type": "array", "contains": {"const": 1}, "minContains": -1},
+        "f.minContains: should be an integer of at least 0",
+    ),
+    ({"type": "array", "items": STRING, "contains": INTEGER}, "f: no value is valid"),
     ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "f.uniqueItems: "),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "f.oneOf: two of its schemas may be valid at once"),
     ({"oneOf": [OPEN, OPEN]}, "f.oneOf: two of its schemas"),
     ({"type": "object", "if": {"required": ["a"]}, "then": {}, "properties": {"a": {}}}, "f.if: "),
-    ({"type": "number", "multipleOf": 0.01}, "f.multipleOf: multiples of a fraction can't be enforced; got 0.01"),
+    ({"type": "number", "multipleOf": 0.3}, "f.multipleOf: multiples of 0.3 can't be enforced within these bounds"),
+    ({"type": "number", "multipleOf": 0.5, "minimum": 3}, "f.multipleOf: multiples of 0.5 can't be enforced within"),
+    ({"type": "number", "multipleOf": -0.5}, "f.multipleOf: should be above 0; got -0.5"),
     ({"type": "string", "pattern": "(?=x)"}, r"f.pattern: look-ahead \(\(\?=x…\) can't be enforced, at character 1"),
     ({"type": "string", "pattern": "("}, r"f.pattern: a \) is missing"),
     (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 from decimal import Decimal
+from fractions import Fraction
 
 from lightllmd.grammar.ebnf.expressions import NOTHING, Chars, Expression, Juxtaposed, Literal, OneOf, Repeat, matches
-from lightllmd.grammar.ebnf.numbers import Interval, integer, number
+from lightllmd.grammar.ebnf.numbers import Interval, integer, multiples, number
 
 EDGES = (0.1 + 0.2, 1e-7, 1e20, 1 / 3, -1e-9, 2.0**53, 123456.789, 0.0)
 
@@ -79,3 +80,27 @@ def test_numbers_are_within_their_bounds_as_doubles() -> None:
         if -1e6 < middle < 1e6:
             text = f"{Decimal(repr(middle)):f}"
             assert matches(expression, text) == within(middle, interval) or middle == 0, (interval, text)
+
+
+def test_multiples_of_a_fraction_are_those_within_their_bounds() -> None:
+    draw = random.Random(3)
+    said = 0
+    for _ in range(150):
+        step = Decimal(draw.choice(("0.01", "0.1", "0.5", "0.25", "0.05", "0.001", "1.5", "0.3", "1e-7")))
+        interval = drawn(draw, [round(Decimal(draw.uniform(-9, 99)), draw.randrange(5)) for _ in range(2)])
+        expression = multiples(interval, step)
+        if expression is None:
+            continue
+        said += 1
+        least = interval.low if interval.low is not None else Decimal(-3)
+        for count in range(int(least / step) - 2, int(least / step) + 9):
+            text = f"{(count * step).normalize():f}"
+            inside = not interval.both(Interval(Decimal(text), Decimal(text))).empty
+            assert matches(expression, text) == inside, (interval, step, text)
+            assert not matches(expression, f"{count * step + step / 10:f}")
+        for _ in range(0 if expression == NOTHING else 6):
+            text = some_text(expression, draw)
+            assert Fraction(text) % Fraction(step) == 0, (interval, step, text)
+            assert not interval.both(Interval(Decimal(text), Decimal(text))).empty, (interval, step, text)
+            json.loads(text)
+    assert said > 75
