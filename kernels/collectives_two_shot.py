@@ -14,8 +14,9 @@ waits until the others have read theirs, too.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,8 @@ UNIT = 16  # shares and messages are whole multiples of so many elements, so tha
 WARPS = 8
 
 
-class ShareExchange(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ShareExchange:
     """Where a rank receives what others store in two shots. Regions are those of each rank, in its own memory."""
 
     parts: tuple[Tensor, ...]  # uint8
@@ -36,6 +38,7 @@ class ShareExchange(NamedTuple):
     calls: Tensor  # int32 [programs], this rank's: of each program the calls so far
     rank: int
     block: int = BLOCK  # elements that a program moves to each rank
+    _typed: dict[torch.dtype, tuple[tuple[Tensor, ...], ...]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -45,6 +48,12 @@ class ShareExchange(NamedTuple):
     def blocks(self, item: int) -> int:
         """Blocks of elements of `item` bytes that a rank's share may have."""
         return min(len(self.calls), self.parts[0].numel() // (self.ranks * self.block * item))
+
+    def regions(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
+        """Parts and results as elements of `dtype`. Kept: views cost the host as much as a launch."""
+        if dtype not in self._typed:
+            self._typed[dtype] = tuple(tuple(one.view(dtype) for one in each) for each in (self.parts, self.results))
+        return self._typed[dtype]
 
     def room(self, item: int) -> int:
         """Elements of `item` bytes of the largest message."""
@@ -174,27 +183,29 @@ def takes(x: Tensor) -> bool:
 def two_shot(x: Tensor, residual: Tensor | None, out: Tensor, exchange: ShareExchange) -> None:
     """``out = sum(x of all ranks) + residual``, in fp32, in the order of the ranks, rounded once. All have one shape
     and dtype and `takes` them. As much is computed at a time as there is room for. `out` may be `x` or `residual`."""
-    flat, into = x.view(-1), out.view(-1)
-    before = None if residual is None else residual.view(-1)
     blocks, room = exchange.blocks(x.element_size()), exchange.room(x.element_size())
-    for begin in range(0, len(flat), room):
-        part = slice(begin, begin + room)
-        units = len(flat[part]) // UNIT
-        share_units = triton.cdiv(units, exchange.ranks)
-        _two_shot[(triton.cdiv(share_units * UNIT, exchange.block),)](
-            flat[part],
-            None if before is None else before[part],
-            into[part],
-            tuple(region.view(x.dtype) for region in exchange.parts),
-            tuple(region.view(x.dtype) for region in exchange.results),
-            exchange.flags,
-            exchange.calls,
-            units,
-            share_units,
-            BLOCKS=blocks,
-            UNIT=UNIT,
-            **_options(exchange),
-        )
+    if x.numel() > room:
+        flat, into, before = x.view(-1), out.view(-1), None if residual is None else residual.view(-1)
+        for part in (slice(begin, begin + room) for begin in range(0, len(flat), room)):
+            two_shot(flat[part], None if before is None else before[part], into[part], exchange)
+        return
+    units = x.numel() // UNIT
+    share_units = triton.cdiv(units, exchange.ranks)
+    parts, results = exchange.regions(x.dtype)
+    _two_shot[(triton.cdiv(share_units * UNIT, exchange.block),)](
+        x,
+        residual,
+        out,
+        parts,
+        results,
+        exchange.flags,
+        exchange.calls,
+        units,
+        share_units,
+        BLOCKS=blocks,
+        UNIT=UNIT,
+        **_options(exchange),
+    )
 
 
 def gather(part: Tensor, out: Tensor, exchange: ShareExchange) -> None:
@@ -209,13 +220,14 @@ def gather(part: Tensor, out: Tensor, exchange: ShareExchange) -> None:
         raise ValueError(
             f"a row of {wide} columns is more than the {blocks * exchange.block} that ranks exchange at a time"
         )
+    parts, _ = exchange.regions(part.dtype)
     for begin in range(0, rows, at_once):
         some = slice(begin, begin + at_once)
         count = len(part[some])
         _gather[(count * tiles,)](
             part[some],
             out[some],
-            tuple(region.view(part.dtype) for region in exchange.parts),
+            parts,
             exchange.flags,
             exchange.calls,
             count,

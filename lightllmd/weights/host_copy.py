@@ -108,6 +108,8 @@ class HostCopy:
         if copied is None:
             return
         on_gpu = self._device.type == "cuda"
+        if on_gpu and self._device.index is not None:
+            torch.cuda.set_device(self._device)  # of this thread: else it would make a context on the first GPU, too
         # Its priority is the lowest that there is, which is the default one.
         stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if on_gpu else nullcontext()
         threads = min(THREADS, len(os.sched_getaffinity(0)))

@@ -24,7 +24,8 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool)
+            # What other threads do with the device (copies of weights, NCCL's watchdog) is none of the graph's.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 out = compute()
             finally:
