@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightllmd.architecture import collectives_memory
+from lightllmd.architecture.collectives_memory import PROGRAMS, MessageLimits, Regions, limits_of
 from lightllmd.errors import EngineError
-from lightllmd.kernels import collectives_environment, collectives_memory
+from lightllmd.kernels import collectives_environment
 from lightllmd.kernels.collectives import Group
-from lightllmd.kernels.collectives_memory import PROGRAMS, MessageLimits, Regions, limits_of
 from lightllmd.kernels.collectives_one_shot import Mail, one_shot
 from lightllmd.kernels.collectives_one_shot import takes as fits_letters
 from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lightllmd.kernels.collectives_memory import LANE_BYTES, LANES
+from lightllmd.architecture.collectives_memory import LANE_BYTES, LANES
 from lightllmd.kernels.collectives_signals import glance, receive, send
 
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllmd.kernels.collectives_memory import BLOCK
+from lightllmd.architecture.collectives_memory import BLOCK
 from lightllmd.kernels.collectives_signals import await_flags, raise_flag
 
 UNIT = 16  # shares and messages are whole multiples of so many elements, so that they are moved 16 bytes at a time

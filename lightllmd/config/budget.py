@@ -1,24 +1,27 @@
 """Memory, planned before anything is loaded: what the weights, the worst step and each KV slot take. Pure arithmetic.
 
-All sizes in bytes, for one device. The engine measures what it really took; this is the only place that decides.
+All sizes in bytes, for one device; with several, each has a budget of its own (`rank_budget`). The engine measures what
+it really took; this is the only place that decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.ranks import ALONE, Rank
 from lightllmd.architecture.spec import DecoderSpec, GroupedQuery
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config import gpu_budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import GATHER_PADDING, LOGIT_ROWS, MASK_ROWS, SHORT_ROW, SPARE_WIDTH
 from lightllmd.config.parameters import Config
-from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow, DeviceFacts
+from lightllmd.config.plan import RESERVE_ROW, Budget, BudgetRow
 from lightllmd.config.weight_budget import dequantised_rows, input_rows, weights_row
 
 # For each logit the copies that ranking makes (probabilities, sorted values and ids, running sums in fp64).
@@ -40,6 +43,7 @@ class Demand:
     gather_bytes: int = 0  # per slot: one layer's keys and values, gathered for attention
     spare_slots: int = 0  # that no request ever owns
     co_residents: tuple[CoResident, ...] = ()  # models for any one of which there has to be room beside this one
+    processes: int = 1  # that take it together
 
     @property
     def rest(self) -> int:
@@ -62,9 +66,14 @@ class Demand:
         return min([self.alone, *(co_resident.leaves(self.alone) for co_resident in self.co_residents)])
 
     @property
+    def spare_room(self) -> int:
+        """As `most_slots`, in slots; negative where there is no room even for none."""
+        return self.room // self.slot_cost
+
+    @property
     def most_slots(self) -> int:
         """That fit into `room`."""
-        return max(0, self.room // self.slot_cost)
+        return max(0, self.spare_room)
 
     def largest_co_resident(self, slots: int) -> CoResident | None:
         """That takes the most beside so many slots of this one."""
@@ -75,6 +84,8 @@ class Demand:
         """The whole budget with a KV cache of so many slots."""
         spare = f" and {self.spare_slots} for padding" if self.spare_slots else ""
         how = f"{slots} slots{spare} x {size(self.slot_bytes)}"
+        if self.processes > 1:
+            how += f", in {self.processes} processes"
         slot_rows = [BudgetRow("kv cache", (slots + self.spare_slots) * self.slot_bytes, how)]
         if self.gather_bytes:
             how = f"one layer's keys and values gathered, padded x {GATHER_PADDING}"
@@ -121,27 +132,44 @@ class CoResident:
         return BudgetRow(RESERVE_ROW, self.takes(kv), f"room for {self.name} beside it: {how}")
 
 
-def demand(
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank takes of a device, or all ranks together of a CPU's memory."""
+
+    rows: list[BudgetRow]  # all that does not depend on the number of slots, weights first
+    slot_bytes: int
+    gather_bytes: int = 0
+    spare_slots: int = 0
+    processes: int = 1
+
+    def on(self, memory_free: int, fraction: float, co_residents: tuple[CoResident, ...] = ()) -> Demand:
+        """Of a device with so many bytes free, a `fraction` of which may be planned with."""
+        available = int(memory_free * fraction)
+        how = f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
+        margin = BudgetRow("margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), how)
+        rows = [*self.rows, margin]
+        return Demand(
+            rows, available, self.slot_bytes, self.gather_bytes, self.spare_slots, co_residents, self.processes
+        )
+
+
+def footprint(
     config: Config,
     architecture: Architecture | Outline,
-    device: DeviceFacts,
+    kind: str,
     data_type: str,
     batch_max_tokens: int,
-    co_residents: tuple[CoResident, ...] = (),
     kv_scheme: str = "dense",
     schemes: WeightSchemes = ALL_DENSE,
-) -> Demand:
-    """What this model takes on this device under this configuration, slots apart. Raises ConfigInvalid."""
+    rank: Rank = ALONE,
+) -> Footprint:
+    """What one rank, whose `architecture` it is, takes of a device of this kind. Raises ConfigInvalid."""
     spec = architecture if isinstance(architecture, Outline) else architecture.spec
     item = ITEM_BYTES[data_type]
-    available = int(device.memory_free * config.engine.memory_fraction)
     kv = KvLayout.of(spec.attention, data_type, kv_scheme)
-    margin = BudgetRow(
-        "margin", max(MARGIN_LEAST, int(available * MARGIN_SHARE)), f"{MARGIN_SHARE:.0%}, at least {size(MARGIN_LEAST)}"
-    )
-    if device.kind == "cuda":
-        rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens, schemes)
-        return Demand([*rows, margin], available, kv.slot_bytes, spare_slots=1, co_residents=co_residents)
+    if kind == "cuda":
+        rows = gpu_budget.rows(config, architecture, data_type, item, batch_max_tokens, schemes, rank)
+        return Footprint(rows, kv.slot_bytes, spare_slots=1)
     gathered = gathered_bytes(spec.attention, kv)
     rows = [
         weights_row(architecture, data_type, schemes, packed_head=data_type != "float16", on_cpu=True),
@@ -155,14 +183,40 @@ def demand(
         _tables(config, spec),
         _prefix_masks(config, spec, item),
         _short_rows(config, gathered),
+        *_communication(spec, batch_max_tokens, rank),
         BudgetRow("graphs", 0, "none on a CPU"),
         BudgetRow("runtime", CPU_RUNTIME, "the process before it has loaded anything"),
     ]
-    padded = GATHER_PADDING * gathered
-    return Demand([*rows, margin], available, kv.slot_bytes, gather_bytes=padded, co_residents=co_residents)
+    return Footprint(rows, kv.slot_bytes, gather_bytes=GATHER_PADDING * gathered)
 
 
 # --- on a CPU -----------------------------------------------------------------------------------------------------
+
+
+def together(footprints: Sequence[Footprint], replicas: int) -> Footprint:
+    """Of all ranks of so many replicas, which share one memory; each kind of row is said once."""
+    if len(footprints) * replicas == 1:
+        return footprints[0]
+    rows = []
+    for of_each in zip(*(footprint.rows for footprint in footprints), strict=True):
+        alike = Counter((row.bytes, row.how) for row in of_each)
+        how = "; ".join(
+            f"{count * replicas} x {size(nbytes)}: {how}" if nbytes else how for (nbytes, how), count in alike.items()
+        )
+        rows.append(BudgetRow(of_each[0].name, replicas * sum(row.bytes for row in of_each), how))
+    return Footprint(
+        rows,
+        slot_bytes=replicas * sum(footprint.slot_bytes for footprint in footprints),
+        gather_bytes=replicas * sum(footprint.gather_bytes for footprint in footprints),
+        processes=replicas * len(footprints),
+    )
+
+
+def _communication(spec: DecoderSpec | Outline, tokens: int, rank: Rank) -> Iterator[BudgetRow]:
+    """Of a step's hidden states, an fp32 copy that the ranks sum, and the sum."""
+    if rank.count > 1:
+        each = 2 * 4 * spec.hidden
+        yield BudgetRow("communication", tokens * each, f"sums over ranks in fp32: {tokens} tokens x {size(each)}")
 
 
 def gathered_bytes(attention: Iterable[GroupedQuery], kv: KvLayout) -> int:

@@ -5,9 +5,13 @@ All sizes in bytes. On the device nothing is gathered: the kernels read keys and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from lightllmd.architecture.collectives_memory import group_bytes, largest_message
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.ranks import ALONE, Rank, vocabulary_of
 from lightllmd.architecture.spec import DecoderSpec, ScoreHead
 from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.config.amount import size
@@ -47,8 +51,10 @@ def rows(
     item: int,
     batch_max_tokens: int,
     schemes: WeightSchemes,
+    rank: Rank = ALONE,
 ) -> list[BudgetRow]:
-    """The rows of the budget that do not depend on the number of slots, weights first, `item` bytes an element."""
+    """The rows of the budget that do not depend on the number of slots, weights first, `item` bytes an element; of one
+    rank, whose `architecture` it is."""
     running = config.params.running_max_req_size
     spec = architecture if isinstance(architecture, Outline) else architecture.spec
     width = config.params.max_req_total_len + SPARE_WIDTH
@@ -59,10 +65,11 @@ def rows(
         _activations(spec, data_type, batch_max_tokens, running),
         _decode_workspace(spec, running),
         *_split_workspace(config, spec),
-        *([_logits(spec, item, running)] if spec.generates else []),
+        *([_logits(spec, item, running, rank)] if spec.generates else []),
         embeddings(spec, item, running) if spec.scores is None else scores(spec, spec.scores, item),
         _sampling(spec, running if spec.generates else 0),
         _tables(spec, running, width, batch_max_tokens),
+        *_communication(spec, item, batch_max_tokens, running, rank),
         _graphs(config, spec, data_type, batch_max_tokens),
         BudgetRow("runtime", RUNTIME, "CUDA context, libraries and compiled kernels"),
         *_spare_engine(config),
@@ -124,9 +131,25 @@ def _split_workspace(config: Config, spec: DecoderSpec | Outline) -> list[Budget
     return [BudgetRow("prefill workspace", SPLIT_LINES * each, f"{SPLIT_LINES} parts of heads x {size(each)}")]
 
 
-def _logits(spec: DecoderSpec | Outline, item: int, running: int) -> BudgetRow:
+def _logits(spec: DecoderSpec | Outline, item: int, running: int, rank: Rank) -> BudgetRow:
+    """Each rank has all of them, gathered, and in fp32 its own part before that."""
     chunk, each = scored_rows(running), 4 + item + RANKING_BYTES
-    return BudgetRow("logits", chunk * spec.vocab * each, f"{chunk} rows at a time x {spec.vocab} x {each} B")
+    how = f"{chunk} rows at a time x {spec.vocab} x {each} B"
+    if rank.count == 1:
+        return BudgetRow("logits", chunk * spec.vocab * each, how)
+    part, _ = vocabulary_of(spec.vocab, rank)
+    return BudgetRow("logits", chunk * (spec.vocab * each + 4 * part), f"{how}, and {part} of its own x 4 B")
+
+
+def _communication(
+    spec: DecoderSpec | Outline, item: int, batch_max_tokens: int, running: int, rank: Rank
+) -> Iterator[BudgetRow]:
+    """What the ranks write to each other's devices through, and NCCL's buffers."""
+    if rank.count == 1:
+        return
+    largest = largest_message(most_step_tokens(batch_max_tokens, running), spec.hidden, spec.vocab, item)
+    how = f"NCCL, and memory that all {rank.count} ranks write to, for messages of {size(largest)}"
+    yield BudgetRow("communication", group_bytes(rank.count, largest), how)
 
 
 def _sampling(spec: DecoderSpec | Outline, running: int) -> BudgetRow:

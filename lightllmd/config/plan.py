@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -95,6 +96,7 @@ class Device(msgspec.Struct, frozen=True):
     uuid: str = ""  # NVML's name for it, which stays the same over restarts and for other CUDA_VISIBLE_DEVICES
     bus_id: str = ""  # where it is plugged in, such as "00000000:19:00.0"
     capability: tuple[int, int] | None = None
+    fast_dtypes: list[str] = []  # as `DeviceFacts.fast_dtypes`
     mig: bool = False  # it is a part of a GPU: a MIG instance
     fault: str = ""  # why it can't be used, though it is there; its index then means nothing
 
@@ -106,8 +108,8 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):
-    """Read by the probe child. What is said of one device is true of each that a plan uses: the names are the first
-    one's, the memory is that of the one with the least free."""
+    """Read by the probe child. What is said of one device is said of the first one that can be used; a plan says there
+    what is true of all that it uses: the least memory, and what the weakest one can do."""
 
     kind: str  # "cpu" | "cuda"
     name: str
@@ -124,9 +126,35 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     def usable(self) -> list[Device]:
         """The GPUs that can be used; a CPU is one device."""
         if not self.devices:
-            alike = Device(0, self.name, self.memory_total, self.memory_free, capability=self.capability)
+            alike = Device(
+                0,
+                self.name,
+                self.memory_total,
+                self.memory_free,
+                capability=self.capability,
+                fast_dtypes=self.fast_dtypes,
+            )
             return [msgspec.structs.replace(alike, index=index) for index in range(self.count)]
         return [device for device in self.devices if not device.fault]
+
+    def of(self, devices: list[Device]) -> DeviceFacts:
+        """Of these alone, some of `usable`: what is true of each of them."""
+        scarcest = min(devices, key=lambda device: device.memory_free)
+        return msgspec.structs.replace(
+            self,
+            name=devices[0].name,
+            memory_total=scarcest.memory_total,
+            memory_free=scarcest.memory_free,
+            fast_dtypes=[dtype for dtype in devices[0].fast_dtypes if all(dtype in one.fast_dtypes for one in devices)],
+            capability=min((one.capability for one in devices if one.capability), default=None),
+        )
+
+    def with_free(self, free: Callable[[Device], int]) -> DeviceFacts:
+        """As if each device had so many bytes free."""
+        devices = [msgspec.structs.replace(one, memory_free=max(0, free(one))) for one in self.devices]
+        first = next((one for one in devices if not one.fault), None)
+        own = max(0, free(self.usable[0])) if first is None else first.memory_free
+        return msgspec.structs.replace(self, devices=devices, memory_free=own)
 
 
 class Other(msgspec.Struct, frozen=True):
@@ -225,10 +253,15 @@ class Plan(msgspec.Struct, frozen=True):
     replicas: int = 1  # groups of ranks, each with the whole model (engine.replicas, or what degrade left of it)
     # Replica r's rank k computes on GPU ``devices[r * ranks + k]``, CUDA's index; empty where all are on the CPU.
     devices: list[int] = []
+    device_budgets: list[Budget] = []  # of each of `devices`; empty where there is one, or all are on the CPU
 
     def device_of(self, replica: int, rank: int) -> int:
         """CUDA's index of the GPU that this rank computes on; 0 on a CPU."""
         return self.devices[replica * self.ranks + rank] if self.devices else 0
+
+    def budget_of(self, replica: int, rank: int) -> Budget:
+        """Of the device that this rank computes on; on a CPU of all ranks together."""
+        return self.device_budgets[replica * self.ranks + rank] if self.device_budgets else self.budget
 
     def rendezvous_port(self, replica: int) -> int:
         """TCP port where the ranks of this replica find each other, unless it is taken."""

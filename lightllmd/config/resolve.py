@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any
@@ -13,15 +12,14 @@ import msgspec
 
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.ranks import rank_faults
 from lightllmd.architecture.spec import DecoderSpec
-from lightllmd.config import budget
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
-from lightllmd.config.budget import CoResident, Demand
-from lightllmd.config.devices import Groups, groups_of, too_few
+from lightllmd.config.devices import Groups, asked_for, degraded, groups_of, imbalance, too_few
 from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
-from lightllmd.config.parameters import DATA_TYPES, Config, Params
+from lightllmd.config.parameters import DATA_TYPES, Config
 from lightllmd.config.plan import (
     STEP,
     Budget,
@@ -36,13 +34,16 @@ from lightllmd.config.plan import (
     Scoring,
 )
 from lightllmd.config.quantisation import Quantisation
+from lightllmd.config.rank_budget import CoResidentNeeds
 from lightllmd.config.report import budget_table, report
+from lightllmd.config.shares import shares
+from lightllmd.config.slots import Fitting, NoRoom
+from lightllmd.config.value import Value, batch_max_tokens
 from lightllmd.errors import ConfigInvalid, Problem
 
 __all__ = ["budget_table", "located", "report", "resolve"]
 
 FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where "auto" can't know better
-AUTO_PREFILL = 8192  # tokens
 BUILT_IN_STATS_INTERVAL = 10.0  # seconds
 STEP_ID = 151651  # of STEP in Qwen2.5's vocabulary
 FAKE_VOCABULARY, FAKE_EOS = 257, 256  # bytes, and one id to end with
@@ -59,47 +60,22 @@ def located(problems: list[Problem], config: Config, config_file: str | None) ->
     return [problem_at(config, config_file, (problem.key,), problem.message) for problem in problems]
 
 
-@dataclass(frozen=True)
-class _Value:
-    """One value in force, and why; no reason means that it is as written."""
-
-    value: Any
-    reason: str = ""
-
-
-def _batch_max_tokens(params: Params) -> _Value:
-    """A step holds the longest request, or with splitfuse_mode a block of its prompt."""
-    if params.batch_max_tokens is not None:
-        return _Value(params.batch_max_tokens)
-    key = "splitfuse_block_size" if params.splitfuse_mode else "max_req_total_len"
-    least, slots = getattr(params, key), params.max_total_token_num
-    if slots == "auto":
-        return _Value(max(AUTO_PREFILL, least), f"max({AUTO_PREFILL}, {key}), max_total_token_num being auto")
-    return _Value(max(slots // 6, least), f"max(max_total_token_num / 6 = {slots // 6}, {key} = {least})")
-
-
-def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest number in low … high that fits, where every smaller one does too; None if not even `low` does."""
-    if low > high or not fits(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
 class _Maker:
     """What real and fake plans share: the values in force, their reasons, the problems."""
 
     def __init__(self, config: Config, facts: Facts, config_file: str | None) -> None:
         self.config, self.params = config, config.params
-        self.facts, self.device = facts, facts.device
+        self.facts = facts
+        tp, replicas = asked_for(config)
+        device = facts.device
+        # Those that are used, or where there are too few all.
+        self.device = device if device.kind == "cpu" else device.of(device.usable[: tp * replicas])
         self.config_file = config_file
         self.derived: list[Derived] = []
         self.problems: list[Problem] = []
         self.short_of: tuple[int, int] | None = None  # bytes needed and to be had, of a problem with memory
 
-    def derive(self, name: str, value: _Value) -> Any:
+    def derive(self, name: str, value: Value) -> Any:
         """The value in force, noted with its reason if it has one."""
         if value.reason:
             self.derived.append(Derived(name, value.value, value.reason))
@@ -112,13 +88,25 @@ class _Maker:
         if self.problems:
             raise ConfigInvalid(self.problems, self.short_of if len(self.problems) == 1 else None)
 
+    def rank_faults(self, count: int) -> list[str]:
+        """Why so many ranks can't share the model; nothing if they can."""
+        raise NotImplementedError
+
     @cached_property
     def groups(self) -> Groups:
-        """Raises ConfigInvalid where there are too few devices."""
-        for key, message in too_few(self.config, self.device):
-            self.problem(message, key)
+        """Ranks and replicas in force. Raises ConfigInvalid where they can't be had."""
+        lacking = list(too_few(self.config, self.facts.device))
+        if lacking and self.config.engine.degrade:
+            left = degraded(self.config, self.facts.device, lambda count: not self.rank_faults(count))
+            if left is not None:
+                return left
+        for keys, message in lacking:
+            self.problem(message, *keys)
+        tp, replicas = asked_for(self.config)
+        for message in self.rank_faults(tp):
+            self.problem(message, "tp")
         self.stop_if_problems()
-        return groups_of(self.device, self.params.tp, self.config.engine.replicas)
+        return groups_of(self.facts.device, tp, replicas)
 
     def model_name(self, of_path: str) -> str:
         """The one that clients know the model by. `of_path`: its file's or folder's, for one without another."""
@@ -128,21 +116,24 @@ class _Maker:
         if of_path not in self.config.models or self.params.model_dir is None:
             return of_path
         why = f"[models.{of_path}] is another model; http.served_model_name gives this one a name"
-        return str(self.derive("model name", _Value(self.params.model_dir, why)))
+        return str(self.derive("model name", Value(self.params.model_dir, why)))
 
-    def log_stats_interval(self) -> _Value:
+    def log_stats_interval(self) -> Value:
         if self.params.log_stats_interval > 0:
-            return _Value(self.params.log_stats_interval)
-        return _Value(BUILT_IN_STATS_INTERVAL, "log_stats_interval = 0 means the built-in pace")
+            return Value(self.params.log_stats_interval)
+        return Value(BUILT_IN_STATS_INTERVAL, "log_stats_interval = 0 means the built-in pace")
 
 
 # --- the fake engine --------------------------------------------------------------------------------------------
 
 
 class _Fake(_Maker):
+    def rank_faults(self, count: int) -> list[str]:
+        return []
+
     def plan(self) -> Plan:
         params = self.params
-        eos = _Value([FAKE_EOS], "the fake engine's") if params.eos_id == "auto" else _Value(list(params.eos_id))
+        eos = Value([FAKE_EOS], "the fake engine's") if params.eos_id == "auto" else Value(list(params.eos_id))
         slots = self._slots()
         fake = self.config.engine.fake
         return Plan(
@@ -150,7 +141,7 @@ class _Fake(_Maker):
             model=None,
             device=self.device,
             max_total_token_num=self.derive("max_total_token_num", slots),
-            batch_max_tokens=self.derive("batch_max_tokens", _batch_max_tokens(self.params)),
+            batch_max_tokens=self.derive("batch_max_tokens", batch_max_tokens(self.params)),
             eos_id=self.derive("eos_id", eos),
             data_type=DATA_TYPES.get(params.data_type, "float32" if params.data_type == "auto" else params.data_type),
             tokenizer_mode="fast",
@@ -178,11 +169,11 @@ class _Fake(_Maker):
         written = self.config.engine.pooling
         return Pooling("last" if written == "auto" else written, unit=True)
 
-    def _slots(self) -> _Value:
+    def _slots(self) -> Value:
         if self.params.max_total_token_num != "auto":
-            return _Value(self.params.max_total_token_num)
+            return Value(self.params.max_total_token_num)
         slots = max(FALLBACK_SLOTS, self.params.max_req_total_len + 1)
-        return _Value(slots, "the fake engine has no memory to measure")
+        return Value(slots, "the fake engine has no memory to measure")
 
 
 # --- a model ------------------------------------------------------------------------------------------------------
@@ -192,7 +183,7 @@ class _Real(_Maker):
     def __init__(self, config: Config, facts: Facts, config_file: str | None, model: ModelFacts) -> None:
         super().__init__(config, facts, config_file)
         self.model = model
-        self.co_residents: tuple[CoResident, ...] = ()
+        self.co_residents: tuple[CoResidentNeeds, ...] = ()
 
     @cached_property
     def architecture(self) -> Architecture | Outline:
@@ -219,11 +210,12 @@ class _Real(_Maker):
         data_type = self.derive("data_type", self._data_type())
         self.derived += self.quantisation.derived()
         eos_id = self.derive("eos_id", self._eos_id(vocab))
-        batch = self.derive("batch_max_tokens", _batch_max_tokens(self.params))
+        batch = self.derive("batch_max_tokens", batch_max_tokens(self.params))
+        self._derive_groups()
         self.co_residents = tuple(self._co_residents())
-        demand = self._demand(data_type, self.params)
-        slots = self._slots(demand, data_type)
-        self.stop_if_problems()
+        fitting = self._fitting(data_type)
+        slots = self._slots(fitting)
+        budgets = fitting.needs().budgets(slots.value)
         return Plan(
             config=self.config,
             model=self.model,
@@ -241,39 +233,82 @@ class _Real(_Maker):
             replicas=self.groups.replicas,
             devices=[device.index for device in self.groups.devices],
             derived=self.derived,
-            budget=demand.with_slots(slots.value),
+            budget=max(budgets, key=lambda budget: budget.needed - budget.available),
+            device_budgets=budgets if len(budgets) > 1 else [],
             scoring=self._scoring(),
             embedding=self._embedding(),
             schemes=self.quantisation.schemes,
             kv_scheme=self.quantisation.kv_scheme,
             decode_kernel=self.quantisation.decode_kernel,
-            warnings=list(self.quantisation.warnings()),
+            warnings=[*self.quantisation.warnings(), *self._warnings(slots)],
         )
 
-    def co_resident(self, name: str) -> CoResident:
+    def rank_faults(self, count: int) -> list[str]:
+        return rank_faults(self.architecture, self.quantisation.schemes, count)
+
+    def _fitting(self, data_type: str) -> Fitting:
+        return Fitting(
+            self.config,
+            self.architecture,
+            self.device,
+            data_type,
+            self.quantisation,
+            self.groups,
+            lambda count: not self.rank_faults(count),
+            self.co_residents,
+        )
+
+    def _slots(self, fitting: Fitting) -> Value:
+        """Raises ConfigInvalid."""
+        try:
+            return fitting.slots()
+        except NoRoom as short:
+            self.short_of = short.needed, short.available
+            self.problem(short.message, *short.keys)
+            self.stop_if_problems()
+            raise
+
+    def _derive_groups(self) -> None:
+        """What each rank has of the model."""
+        groups = self.groups
+        if groups.ranks > 1 and isinstance(self.architecture, Architecture):
+            self.derive("tp", Value(groups.ranks, shares(self.architecture, self.quantisation.schemes, groups.ranks)))
+        if groups.replicas > 1:
+            where = "each on GPUs of its own" if groups.devices else "on one CPU"
+            self.derive("replicas", Value(groups.replicas, f"{where}, with a KV cache of max_total_token_num each"))
+
+    def _warnings(self, slots: Value) -> Iterator[str]:
+        """Of what is lost, and of devices that differ."""
+        written = self.params.max_total_token_num
+        for lost in self.groups.lost:
+            less = "" if written == "auto" or slots.value == written else f", with {slots.value} of {written} KV slots"
+            yield lost + less
+        if different := imbalance(self.groups.devices):
+            yield different
+
+    def co_resident(self, name: str) -> CoResidentNeeds:
         """What it takes beside another model. Raises ConfigInvalid where it can't be served at all."""
         self._check()
-        data_type = self._data_type().value
-        demand = self._demand(data_type, self.params)
-        most = self._slots(demand, data_type).value
-        self.stop_if_problems()
+        fitting = self._fitting(self._data_type().value)
+        most = self._slots(fitting).value
         least = self.params.max_req_total_len + 1 if self.params.max_total_token_num == "auto" else most
-        return CoResident(name, demand, least, most)
+        devices = tuple(device.index for device in self.groups.devices) or (0,)
+        return CoResidentNeeds(name, fitting.needs(), devices, least, most)
 
-    def _co_residents(self) -> Iterator[CoResident]:
+    def _co_residents(self) -> Iterator[CoResidentNeeds]:
         """Of those that can't be served nothing is kept: it is said, and the others have to do without them."""
         for name, other in self.facts.others.items():
             try:
                 yield self._co_resident(name, other)
             except ConfigInvalid as invalid:
                 fault = "; ".join(problem.message for problem in invalid.problems)
-                self.derive(f"room for {name}", _Value(0, f"none beside this model: {fault}"))
+                self.derive(f"room for {name}", Value(0, f"none beside this model: {fault}"))
 
-    def _co_resident(self, name: str, other: Other) -> CoResident:
+    def _co_resident(self, name: str, other: Other) -> CoResidentNeeds:
         if other.model is None:
             raise ConfigInvalid([Problem("model_dir", other.fault)])
         config = msgspec.structs.replace(self.config, params=other.params)
-        return _Real(config, Facts(other.model, self.device), self.config_file, other.model).co_resident(name)
+        return _Real(config, Facts(other.model, self.facts.device), self.config_file, other.model).co_resident(name)
 
     def _check(self) -> None:
         """What the probe lets through can be served by itself; here it's whether this configuration can. Raises
@@ -336,7 +371,7 @@ class _Real(_Maker):
         unit = own is None or own.unit
         kind = "last" if written == "auto" else written
         if written == "auto" and own is not None:
-            kind = self.derive("engine.pooling", _Value(own.kind, "the model's own settings for embeddings"))
+            kind = self.derive("engine.pooling", Value(own.kind, "the model's own settings for embeddings"))
         return PromptEmbedding(Pooling(kind, unit), self.spec.hidden)
 
     def _check_pooling(self) -> None:
@@ -360,7 +395,7 @@ class _Real(_Maker):
                 f"write max_req_total_len = {context} and a smaller max_req_input_len",
                 "max_req_total_len",
             )
-        self.derive("context", _Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
+        self.derive("context", Value(total, f"context {total} of the model's {context} (max_req_total_len)"))
 
     def _check_rotations(self) -> None:
         """Keys that were rotated for one prompt's length are wrong for another's; transformers' modules would rotate
@@ -386,158 +421,77 @@ class _Real(_Maker):
                 "use_dynamic_prompt_cache",
             )
 
-    def _backend(self) -> _Value:
+    def _backend(self) -> Value:
         written, outline = self.config.engine.backend, self.model.outline
         if written != "auto" or outline is None:
-            return _Value(written)
+            return Value(written)
         kind = self.model.model_type
         why = "brings its own code" if self.model.remote_code else f"is of no family that lightllmd computes: {kind}"
-        return _Value("transformers", f"{outline.architecture}; the model {why}")
+        return Value("transformers", f"{outline.architecture}; the model {why}")
 
     def _derive_remote_code(self) -> None:
         """What becomes of the code that the checkpoint names; of its tokenizer `_tokenizer_mode` tells."""
         for role, reference in self.model.remote_code.items():
             if role == "AutoConfig":
-                self.derive(role, _Value(reference, "completes config.json, in a process of its own"))
+                self.derive(role, Value(reference, "completes config.json, in a process of its own"))
             elif role == "custom_generate":
-                self.derive(role, _Value(reference, "is not used: tokens are drawn as requests say"))
+                self.derive(role, Value(reference, "is not used: tokens are drawn as requests say"))
             elif role == "AutoModelForCausalLM" and self.model.outline is not None:
-                self.derive(role, _Value(reference, "runs in the engine"))
+                self.derive(role, Value(reference, "runs in the engine"))
             elif role != "AutoTokenizer":
                 why = "" if self.model.outline else f": {self.model.model_type} is built in"
-                self.derive(role, _Value(reference, f"is not used{why}"))
+                self.derive(role, Value(reference, f"is not used{why}"))
 
-    def _device(self) -> _Value:
+    def _device(self) -> Value:
         if self.config.engine.device != "auto":
-            return _Value(self.config.engine.device)
+            return Value(self.config.engine.device)
         found = f"{self.device.name}, {size(self.device.memory_free)} free"
         none = self.device.no_gpu or "no usable GPU"
-        return _Value(self.device.kind, found if self.device.kind == "cuda" else f"{none}; {found}")
+        return Value(self.device.kind, found if self.device.kind == "cuda" else f"{none}; {found}")
 
-    def _data_type(self) -> _Value:
+    def _data_type(self) -> Value:
         written = self.params.data_type
         if written != "auto":
-            return _Value(DATA_TYPES.get(written, written))
+            return Value(DATA_TYPES.get(written, written))
         native, fast = self.model.checkpoint_dtype, self.device.fast_dtypes
         only = self.quantisation.data_type()
         if only is not None:
             wanted, name = only
             if self.device.kind == "cuda" or wanted in fast:
-                return _Value(wanted, f"mode {name} computes in nothing else")
+                return Value(wanted, f"mode {name} computes in nothing else")
             how = f"mode {name} computes in {wanted} on a GPU; this CPU is slow at it and fast at {', '.join(fast)}"
-            return _Value(native if native in fast else fast[0], how)
+            return Value(native if native in fast else fast[0], how)
         wanted = native or FALLBACK_DATA_TYPE
         reason = "the checkpoint's own" if native else f"the checkpoint names none, so {FALLBACK_DATA_TYPE}"
         if wanted in fast:
-            return _Value(wanted, reason)
+            return Value(wanted, reason)
         where = "this CPU" if self.device.kind == "cpu" else self.device.name
-        return _Value(fast[0], f"{reason}; but {where} is slow at {wanted} and fast at {', '.join(fast)}")
+        return Value(fast[0], f"{reason}; but {where} is slow at {wanted} and fast at {', '.join(fast)}")
 
-    def _eos_id(self, vocab: int) -> _Value:
+    def _eos_id(self, vocab: int) -> Value:
         written = self.params.eos_id
         if written == "auto":
             if self.model.eos_ids:
-                return _Value(self.model.eos_ids, "named by the model")
-            return _Value(FALLBACK_EOS, "the model names none")
+                return Value(self.model.eos_ids, "named by the model")
+            return Value(FALLBACK_EOS, "the model names none")
         beyond = [str(eos) for eos in written if eos >= vocab]
         if beyond:
             self.problem(f"{', '.join(beyond)} is not in the model's vocabulary of {vocab} tokens", "eos_id")
-        return _Value(list(written))
+        return Value(list(written))
 
-    def _tokenizer_mode(self) -> _Value:
+    def _tokenizer_mode(self) -> Value:
         if not self.model.has_tokenizer:
-            return _Value("fast", "no tokenizer files: text is token ids in decimal")
+            return Value("fast", "no tokenizer files: text is token ids in decimal")
         if own := self.model.remote_code.get("AutoTokenizer"):
             mode = "slow" if self.params.tokenizer_mode == "slow" else "fast"
-            return _Value(mode, f"the checkpoint's own {own}, in a process of its own")
+            return Value(mode, f"the checkpoint's own {own}, in a process of its own")
         if self.params.tokenizer_mode != "auto":
-            return _Value(self.params.tokenizer_mode)
-        return _Value("fast", "auto: exact, and the faster one")
+            return Value(self.params.tokenizer_mode)
+        return Value("fast", "auto: exact, and the faster one")
 
     def _name(self) -> str:
         path = PurePath(self.model.path)
         return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) if path.suffix == ".gguf" else path.name
-
-    # --- slots ------------------------------------------------------------------------------------------------
-
-    def _demand(self, data_type: str, params: Params) -> Demand:
-        config = msgspec.structs.replace(self.config, params=params)
-        tokens = _batch_max_tokens(params).value
-        return budget.demand(
-            config,
-            self.architecture,
-            self.device,
-            data_type,
-            tokens,
-            self.co_residents,
-            self.quantisation.kv_scheme,
-            self.quantisation.schemes,
-        )
-
-    def _slots(self, demand: Demand, data_type: str) -> _Value:
-        """The size of the KV cache, or a problem that says what would fit."""
-        written, total = self.params.max_total_token_num, self.params.max_req_total_len
-        replace = msgspec.structs.replace
-        if written == "auto":
-            if demand.most_slots > total:
-                return self._auto_slots(demand)
-            key = "max_req_total_len"
-            largest = _largest(
-                lambda n: self._demand(data_type, replace(self.params, max_req_total_len=n)).most_slots > n, 2, total
-            )
-        else:
-            if demand.most_slots >= written:
-                return _Value(written)
-            key = "max_total_token_num"
-            largest = _largest(
-                lambda n: self._demand(data_type, replace(self.params, max_total_token_num=n)).most_slots >= n,
-                total,
-                written,
-            )
-        asked = total if written == "auto" else written
-        needed = demand.with_slots(asked)
-        self.short_of = (needed.needed, demand.available)
-        short, keys = "does not fit", ["model_dir"]
-        if co_resident := demand.largest_co_resident(asked):
-            kept = f'{size(needed.reserve)} for {co_resident.name} beside it, which supervisor.swap = "beside" keeps'
-            short = f"{short} with {kept}"
-            if demand.alone > total * demand.slot_cost:
-                keys = ["supervisor.swap"]
-        short += f": {size(demand.available)} ({self.config.engine.memory_fraction:g} of the free memory) may be used"
-        if largest is None:
-            self.problem(f"{short}; without KV cache it needs {_rows(demand)}", *keys)
-        else:
-            self.problem(
-                f"{key} = {asked} {short}; a slot takes {size(demand.slot_cost)}, the rest {_rows(demand)}; "
-                f"at most {key} = {largest} fits",
-                key,
-            )
-        return _Value(0)
-
-    def _auto_slots(self, demand: Demand) -> _Value:
-        params, most = self.params, demand.most_slots
-        useful = params.running_max_req_size * params.max_req_total_len + 1
-        rest = "after the rest"
-        if co_resident := demand.largest_co_resident(most):
-            rest += f" and with room for {co_resident.name} beside it"
-        chosen = _Value(most, f"what {size(demand.room)} hold at {size(demand.slot_bytes)} a slot, {rest}")
-        if useful < most:
-            chosen = _Value(useful, "running_max_req_size x max_req_total_len + 1: more could never be used")
-        if self.device.kind != "cpu":
-            return chosen
-        capped = max(budget.CPU_KV_CAP // demand.slot_bytes, params.max_req_total_len + 1)
-        if capped >= chosen.value:
-            return chosen
-        return _Value(
-            capped,
-            f"{size(capped * demand.slot_bytes)} of KV cache: on a CPU no more than {size(budget.CPU_KV_CAP)} (or one "
-            f"longest request) is taken unasked; {most} slots would fit, max_total_token_num = N takes as many",
-        )
-
-
-def _rows(demand: Demand) -> str:
-    total = size(sum(row.bytes for row in demand.rows))
-    return f"{total} ({', '.join(f'{row.name} {size(row.bytes)}' for row in demand.rows if row.bytes)})"
 
 
 def _last_component(model_dir: str) -> str:

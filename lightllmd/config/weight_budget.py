@@ -33,6 +33,9 @@ def weights_row(
     if isinstance(architecture, Outline):
         return BudgetRow("weights", architecture.weight_bytes(item), how)
     weights = architecture.weights
+    if architecture.held:
+        whole = sum((weight.whole or weight).elements for weight in weights)
+        how = f"{count(architecture.parameters)} of {count(whole)} parameters in {data_type}"
     how += "".join(_quantised(weights, schemes))
     if packed_head and architecture.spec.tied:
         weights += tuple(weight for weight in weights if weight.role == "embed")

@@ -60,17 +60,16 @@ def facts_of(devices: list[Device], threads: int) -> DeviceFacts:
     if not usable:
         faults = "; ".join(f"{device.title}: {device.fault}" for device in devices)
         raise NoUsableDevice(f"no GPU can be used: {faults}" if faults else "no GPU is visible (CUDA_VISIBLE_DEVICES)")
-    first, weakest = usable[0], min(device.capability or (0, 0) for device in usable)
-    scarcest = min(usable, key=lambda device: device.memory_free)
+    first = usable[0]
     return DeviceFacts(
         kind="cuda",
         name=first.name,
         count=len(usable),
-        memory_total=scarcest.memory_total,
-        memory_free=scarcest.memory_free,
-        fast_dtypes=cuda_fast_dtypes(weakest),
+        memory_total=first.memory_total,
+        memory_free=first.memory_free,
+        fast_dtypes=first.fast_dtypes,
         cpu_threads=threads,
-        capability=weakest,
+        capability=first.capability,
         devices=devices,
     )
 
@@ -86,8 +85,3 @@ def torch_cuda_version() -> str | None:
         return None
     match = re.search(r"^cuda[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
     return match[1] if match else None
-
-
-def cuda_fast_dtypes(capability: tuple[int, ...]) -> list[str]:
-    """The dtypes that a GPU of this compute capability multiplies at full speed, best first."""
-    return ["bfloat16", "float16", "float32"] if capability >= (8, 0) else ["float16", "float32"]

@@ -51,8 +51,14 @@ def _device(nvml: Any, handle: Any, bus_id: str, gpu: Any, mig: bool = False) ->
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         bus_id=bus_id,
         capability=(major, minor),
+        fast_dtypes=cuda_fast_dtypes((major, minor)),
         mig=mig,
     )
+
+
+def cuda_fast_dtypes(capability: tuple[int, ...]) -> list[str]:
+    """The dtypes that a GPU of this compute capability multiplies at full speed, best first."""
+    return ["bfloat16", "float16", "float32"] if capability >= (8, 0) else ["float16", "float32"]
 
 
 def _instances(nvml: Any, handle: Any) -> list[Any] | None:

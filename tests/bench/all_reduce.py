@@ -150,7 +150,7 @@ class Rank:
 
     def opened(self) -> Any:
         """A group with room for all sizes in each way that can be had."""
-        from lightllmd.kernels import collectives_memory
+        from lightllmd.architecture import collectives_memory
         from lightllmd.kernels.collectives_device import DeviceGroup
 
         torch, dist, path = self.torch, self.dist, self.given.memory

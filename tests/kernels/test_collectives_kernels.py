@@ -19,9 +19,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 
-from lightllmd.kernels import collectives_memory
+from lightllmd.architecture import collectives_memory
+from lightllmd.architecture.collectives_memory import LANES, Regions, limits_of
 from lightllmd.kernels.collectives_device import DeviceGroup
-from lightllmd.kernels.collectives_memory import LANES, Regions, limits_of
 from lightllmd.kernels.collectives_one_shot import Mail, one_shot
 from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot
 

@@ -202,7 +202,7 @@ def sampling(
 
 def one_shots(dtype: torch.dtype, ranks: int) -> None:
     """Of decode rows of an 8B model, overlapping; with a residual, without, and the largest of scales."""
-    from lightllmd.kernels.collectives_memory import Regions, limits_of
+    from lightllmd.architecture.collectives_memory import Regions, limits_of
     from lightllmd.kernels.collectives_one_shot import Mail, one_shot
 
     regions = Regions.of(ranks, limits_of(ranks))
@@ -216,7 +216,7 @@ def one_shots(dtype: torch.dtype, ranks: int) -> None:
 
 def two_shots(dtype: torch.dtype, ranks: int) -> None:
     """Of a prompt of an 8B model, and the logits of its vocabulary."""
-    from lightllmd.kernels.collectives_memory import PROGRAMS, Regions, limits_of
+    from lightllmd.architecture.collectives_memory import PROGRAMS, Regions, limits_of
     from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot
 
     regions, each = Regions.of(ranks, limits_of(ranks)), range(ranks)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lightllmd.config.plan import Device
+from lightllmd.config.plan import Device, DeviceFacts
 from lightllmd.errors import NoUsableDevice
 from lightllmd.probe import cuda_driver, devices
 from lightllmd.probe.cuda_driver import DriverFault
@@ -65,7 +65,7 @@ def test_numbers_are_the_drivers_not_nvmls() -> None:
 def test_a_lost_gpu_and_one_that_cuda_cannot_open_are_named_and_not_used() -> None:
     host = Nvml([Gpu(lost=True), Gpu(), Gpu(opens=False), Gpu(free=100 * GB)])
     facts = facts_of(gpus(host, None, host.open_devices), threads=4)
-    assert (facts.count, facts.memory_free) == (2, 100 * GB)
+    assert (facts.count, facts.memory_free, facts.of(facts.usable).memory_free) == (2, 140 * GB, 100 * GB)
     assert [device.index for device in facts.usable] == [0, 1]
     assert [(device.bus_id[9:11], device.fault) for device in facts.devices if device.fault] == [
         ("10", "NVML: GPU is lost"),
@@ -111,7 +111,18 @@ def test_a_gpu_without_mig_mode_is_one_device() -> None:
 def test_dtypes_are_those_that_all_gpus_are_fast_at() -> None:
     host = Nvml([Gpu(), Gpu(capability=(7, 0))])
     facts = facts_of(gpus(host, None, host.open_devices), threads=1)
-    assert (facts.capability, facts.fast_dtypes) == ((7, 0), ["float16", "float32"])
+    assert (facts.capability, facts.fast_dtypes[0]) == ((9, 0), "bfloat16")
+    both = facts.of(facts.usable)
+    assert (both.capability, both.fast_dtypes) == ((7, 0), ["float16", "float32"])
+
+
+def test_memory_that_would_be_free_is_said_of_each_device() -> None:
+    host = Nvml([Gpu(lost=True), Gpu(free=10 * GB), Gpu(free=20 * GB)])
+    facts = facts_of(gpus(host, None, host.open_devices), threads=1)
+    freed = facts.with_free(lambda device: device.memory_free + device.index * GB - 15 * GB)
+    assert ([device.memory_free for device in freed.usable], freed.memory_free) == ([0, 6 * GB], 0)
+    alone = DeviceFacts("cpu", "CPU", 1, 9 * GB, 5 * GB, ["float32"], 1).with_free(lambda device: 7 * GB)
+    assert (alone.memory_free, alone.devices, alone.usable[0].memory_free) == (7 * GB, [], 7 * GB)
 
 
 def test_the_driver_is_not_started_where_only_memory_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

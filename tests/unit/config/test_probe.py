@@ -15,7 +15,8 @@ import pytest
 from lightllmd.architecture.families import FAMILIES
 from lightllmd.config.plan import Facts
 from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, ConfigInvalid
-from lightllmd.probe.devices import cuda_fast_dtypes, torch_cuda_version
+from lightllmd.probe.devices import torch_cuda_version
+from lightllmd.probe.gpus import cuda_fast_dtypes
 from lightllmd.probe.model import model_facts
 from lightllmd.weights.device_facts import (
     cgroup_cpus,
