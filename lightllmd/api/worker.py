@@ -172,7 +172,7 @@ class ApiWorker:
             case messages.Models():
                 revisions.names = message.names
             case messages.Probe():
-                self._start(self._probe(message.number))
+                self._start(self._probe(message))
             case messages.Tune():
                 logging.getLogger().setLevel(message.log_level.upper())
                 self._stop_timeout = message.stop_timeout
@@ -219,13 +219,13 @@ class ApiWorker:
         error = await self.revisions.prepare(message.revision, message.plan)
         self._channel.send(messages.Prepared(message.revision, error))
 
-    async def _probe(self, number: int) -> None:
+    async def _probe(self, message: messages.Probe) -> None:
         error = ""
         try:
-            await self.revisions.current.probe()
+            await self.revisions.current.probe(message.generation)
         except RequestError as failure:
             error = failure.message
-        self._channel.send(messages.Probed(number, error))
+        self._channel.send(messages.Probed(message.number, error))
 
     def _leave(self, reason: str) -> None:
         """Streams end with an error frame; responses that clients don't read are cut at the end."""

@@ -417,6 +417,7 @@ class Probe(msgspec.Struct, tag="probe"):
     """To an api worker: run one token on the revision in force as a request of your own, then say `Probed`."""
 
     number: int
+    generation: int | None = None  # where; None: on any
 
 
 class Tune(msgspec.Struct, tag="tune"):

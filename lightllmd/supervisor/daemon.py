@@ -70,8 +70,8 @@ class Daemon:
     @property
     def starting(self) -> bool:
         """On the way to the first readiness; beyond the start limit systemd's own patience shall decide."""
-        workers = [self.engines.serving.worker, *(api.worker for api in self.front.apis)]
-        on_the_way = self.plan is None or not any(worker.limited or worker.fatal for worker in workers)
+        stuck = any(api.worker.limited or api.worker.fatal for api in self.front.apis) or self.engines.serving.given_up
+        on_the_way = self.plan is None or not stuck
         return self.served_since is None and self.verbs.stopping is None and on_the_way
 
     def children(self) -> list[Child]:

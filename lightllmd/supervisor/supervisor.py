@@ -39,6 +39,7 @@ from lightllmd.supervisor.host.procfs import is_stopped, memory_kills, resident
 from lightllmd.supervisor.systemd import SystemdReport
 from lightllmd.supervisor.workers.generation import Engine
 from lightllmd.supervisor.workers.memory_gate import Measured
+from lightllmd.supervisor.workers.replicas import Replicas
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 TICK = 0.1  # seconds between two looks at deadlines
@@ -219,15 +220,15 @@ class Supervisor(Daemon):
         for warning in plan.warnings:
             self.context.events.add("warning", warning, level="warning")
         self.front.start()
-        self.engines.serving.worker.start()
+        self.engines.serving.start()
         self.pusher.in_force()
 
     def _retire_drained(self) -> None:
         """Ends the engines that have finished what they had before they were replaced."""
-        for engine in self.engines.leaving:
-            if engine.wanted and (self.front.none_of(engine.revision) or engine.permanently_failed):
-                self.front.forget(engine.revision, "the model was replaced")
-                engine.end("replaced")
+        for replicas in self.engines.leaving:
+            if replicas.wanted and (self.front.none_of(replicas.revision) or replicas.permanently_failed):
+                self.front.forget(replicas.revision, "the model was replaced")
+                replicas.end("replaced")
         self.engines.forget_ended()
 
     def _on_message(self, child: Child) -> None:
@@ -258,8 +259,7 @@ class Supervisor(Daemon):
             self.front.died(api, child, ending, again)
         elif engine is not None:
             self.engines.died(engine, child, ending, again)
-            if again and engine.wanted and (held := self.front.in_flight_of(engine.revision)):
-                self.context.events.add("held", f"{held} requests are held for the next generation")
+            self._tell_held(engine, again)
         elif self.engines.spare.owns(child):
             self.engines.spare.died(ending)
             self._report(child, ending, None, None)
@@ -270,10 +270,18 @@ class Supervisor(Daemon):
             return
         if not ending.changed:  # no crash, and tried again and again: reports of crashes are not to give way to it
             self._report(child, ending, engine or self.engines.serving, flight)
-        if ending.exit_code is not None and again and not child.asked and self.served_since is None:
+        hopeless = engine is None or self.engines.serving.permanently_failed
+        if ending.exit_code is not None and again and not child.asked and self.served_since is None and hopeless:
             self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
 
-    def _report(self, child: Child, ending: Ending, engine: Engine | None, flight: Flight | None) -> None:
+    def _tell_held(self, engine: Engine, again: bool) -> None:
+        """What becomes of the requests of its revision now that its generation is dead."""
+        if again and engine.wanted and (held := self.front.in_flight_of(engine.revision)):
+            others = [other for other in self.engines if other.revision == engine.revision and other.up()]
+            what = "go on with the other engines" if others else "are held for the next generation"
+            self.context.events.add("held", f"{held} requests {what}")
+
+    def _report(self, child: Child, ending: Ending, engine: Engine | Replicas | None, flight: Flight | None) -> None:
         """`engine`: that it was, or whose revision was in force for it."""
         plan = engine.plan if engine else None
         self.crashes.add(

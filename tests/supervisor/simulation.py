@@ -250,7 +250,7 @@ class Simulation:
         if isinstance(message, messages.Cut) and not self.forced:
             self.violated("requests are ended that nobody asked to end")
         if isinstance(message, messages.Commit) and not self.kept:
-            child = self.supervisor.engines.serving.child
+            child = self.supervisor.engines.serving.engines[0].child
             if child is None or child.ready_at is None:
                 self.violated(f"revision {message.revision} is committed unproven")
         process.ledger.append(message)

@@ -200,7 +200,7 @@ class Truths:
     def _shown(self) -> Iterator[str]:
         supervisor = self.simulation.supervisor
         ready, reason = status.health(supervisor)
-        child = supervisor.engines.serving.child
+        child = supervisor.engines.serving.engines[0].child
         able = child is not None and child.ready and not supervisor.verbs.draining and not supervisor.front.holding
         if ready != able:
             yield f"health says {ready} ({reason}), it is {able}"
@@ -219,7 +219,7 @@ class Truths:
             yield "systemd waits for a reload to end"
         if ("STOPPING" in said) != (supervisor.verbs.stopping is not None):
             yield f"a stop: {supervisor.verbs.stopping}, systemd was told {said}"
-        child = supervisor.engines.serving.child
+        child = supervisor.engines.serving.engines[0].child
         if status.health(supervisor)[0] and child is not None and not simulation.moves():
             program = simulation.program(child)
             if program.phase != "ready" or not program.process.alive:

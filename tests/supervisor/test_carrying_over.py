@@ -10,7 +10,7 @@ import pytest
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import DeviceFacts, Facts, Plan
 from lightllmd.config.resolve import resolve
-from lightllmd.supervisor.change.switch import goes_on
+from lightllmd.supervisor.change.carrying import goes_on
 
 FACTS = Facts(None, DeviceFacts("cpu", "a CPU", 1, 1 << 34, 1 << 33, ["float32"], 2))
 

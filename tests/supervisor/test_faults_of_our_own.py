@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from lightllmd.errors import EXIT_FAILED, LightllmdError
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.change.placement import Placement
 from lightllmd.supervisor.change.settings import Settings
-from lightllmd.supervisor.change.switch import Switch, Terms
+from lightllmd.supervisor.change.switch import Switch
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller, Verbs
 from lightllmd.supervisor.workers.api_workers import ApiWorkers

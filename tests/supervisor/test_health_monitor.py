@@ -142,7 +142,8 @@ class Scene:
         self.places = [Place(index) for index in range(apis)]
         for place in self.places:
             place.worker.ready = True
-        self.engines: Any = SimpleNamespace(serving=SimpleNamespace(child=self.engine))
+        self.place = SimpleNamespace(child=self.engine)
+        self.engines: Any = SimpleNamespace(serving=SimpleNamespace(engines=[self.place]))
         front: Any = SimpleNamespace(
             apis=self.places,
             children=lambda: [place.worker.child for place in self.places],
@@ -179,7 +180,7 @@ class Scene:
         self.run(0.1)
 
     def next_engine(self) -> None:
-        self.engine = self.engines.serving.child = Stub("engine-0", self.engine.number + 1)
+        self.engine = self.place.child = Stub("engine-0", self.engine.number + 1)
 
 
 def test_every_api_worker_is_probed_and_the_next_round_comes_an_interval_after_the_answers() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
 from supervisor import simulation
@@ -56,7 +56,7 @@ def world() -> Iterator[World]:
 def test_a_plan_counts_what_an_engine_between_two_starts_will_take(world: World, order: int, ticks: int) -> None:
     """Also where it starts, or becomes ready, while the facts of that plan are read."""
     world.order = random.Random(order)
-    world.simulation.supervisor.engines.serving.child.process.die(-9)
+    world.simulation.supervisor.engines.serving.engines[0].child.process.die(-9)
     world.pass_time(ticks)
     job = world.swap("large")
     world.finish(job)
@@ -71,8 +71,8 @@ def test_a_plan_counts_what_a_leaving_engine_will_take_again(world: World, monke
     (leaving,) = engines.leaving
     room_for_two = engines.serving.plan.budget.needed + leaving.plan.budget.taken
     monkeypatch.setattr(simulation, "DEVICE", room_for_two + leaving.plan.budget.taken // 2)
-    leaving.child.process.die(-9)
-    while leaving.child is not None:
+    leaving.engines[0].child.process.die(-9)
+    while leaving.engines[0].child is not None:
         world.pass_time(1)
     job = world.swap("first")
     world.finish(job)

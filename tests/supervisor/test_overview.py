@@ -65,7 +65,7 @@ def test_what_is_said_beside_a_new_health_is_no_older_than_it(world: World) -> N
     world.ticks(10)
     ledger = world.simulation.apis()[0].ledger
     before = len(ledger)
-    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.worker.number)
+    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.engines[0].worker.number)
     assert engine is not None
     engine.process.die(-9)
     world.until(lambda: any(isinstance(message, Health) and message.ready for message in ledger[before:]))
@@ -87,7 +87,7 @@ def test_a_worker_that_did_not_read_is_told_the_latest_when_it_does(
     world.until(lambda: ready(world))
     world.ticks(10)
     one = world.simulation.apis()[0]
-    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.worker.number)
+    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.engines[0].worker.number)
     assert engine is not None
     one.stopped = True
     for _ in range(40):
@@ -110,7 +110,7 @@ def test_nothing_is_said_where_nothing_changed(world: World) -> None:
 
 def test_tokens_per_second_are_those_of_the_last_seconds(world: World) -> None:
     world.until(lambda: ready(world))
-    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.worker.number)
+    engine = world.simulation.engine(world.simulation.supervisor.engines.serving.engines[0].worker.number)
     assert engine is not None
     before = len(world.told)
     seconds = 60

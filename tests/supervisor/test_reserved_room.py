@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lightllmd.config.plan import Budget
-from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
 from supervisor import simulation
@@ -97,11 +97,11 @@ def test_a_model_that_cant_be_read_is_named_and_hinders_no_start(world: World) -
 def test_a_restart_does_not_wait_for_the_room_that_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "DEVICE", DEVICE - world.budget.reserve)
     supervisor = world.simulation.supervisor
-    before = supervisor.engines.serving.worker.number
-    supervisor.engines.serving.child.process.send_signal(signal.SIGKILL)
+    before = supervisor.engines.serving.engines[0].worker.number
+    supervisor.engines.serving.engines[0].child.process.send_signal(signal.SIGKILL)
     world.pass_time()
     assert supervisor.state == "serving"
-    assert supervisor.engines.serving.worker.number == before + 1
+    assert supervisor.engines.serving.engines[0].worker.number == before + 1
     assert not world.said("waiting at most")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lightllmd.config.gpu_budget import SPARE_CONTEXT
 from lightllmd.config.plan import Budget
-from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
 from supervisor.simulated_children import CONTEXT, KEPT_ASLEEP, Engine
@@ -72,7 +72,7 @@ def test_the_spares_context_is_on_the_device_once_its_engine_serves(world: World
 def test_a_restart_does_not_wait_for_what_its_spare_holds(world: World) -> None:
     supervisor, (spare,) = world.simulation.supervisor, world.waiting()
     for _ in range(2):
-        supervisor.engines.serving.child.process.send_signal(signal.SIGKILL)
+        supervisor.engines.serving.engines[0].child.process.send_signal(signal.SIGKILL)
         world.pass_time()
     assert spare.configured is not None
     assert supervisor.state == "serving"
@@ -104,7 +104,7 @@ def test_a_context_waits_for_an_engine_whose_plan_has_the_bytes(world: World) ->
     simulation.ask(lambda: simulation.supervisor.verbs.reload(Caller()))
     world.pass_time()
     assert [one.memory for one in world.waiting()] == [0]
-    simulation.supervisor.engines.serving.child.process.send_signal(signal.SIGKILL)
+    simulation.supervisor.engines.serving.engines[0].child.process.send_signal(signal.SIGKILL)
     world.pass_time()
     assert [one.memory for one in world.waiting()] == [CONTEXT]
     assert simulation.supervisor.state == "serving"

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lightllmd.config.parameters import Config
 from lightllmd.errors import LightllmdError
-from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.verbs import Caller
@@ -234,7 +234,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.simulation.forced |= force
         self.simulation.kept |= keep
         engines = self.supervisor.engines
-        quiet = engines.serving.worker.ready and not engines.leaving and drain_timeout is None and not keep
+        quiet = engines.serving.engines[0].worker.ready and not engines.leaving and drain_timeout is None and not keep
         answer = self.ask("swap", model, Terms(drain_timeout, force, keep), plan_only)
         if quiet and model in GOOD and isinstance(answer, RunningJob):
             self.sure.append(answer)
@@ -372,7 +372,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         supervisor = self.supervisor
         if supervisor.verbs.jobs.running() or supervisor.engines.leaving or supervisor.front.dismissed:
             return False
-        workers = [supervisor.engines.serving.worker, *(api.worker for api in supervisor.front.apis)]
+        workers = [supervisor.engines.serving.engines[0].worker, *(api.worker for api in supervisor.front.apis)]
         if any(process.still for process in self.simulation.processes if process.program.configured):
             return False  # that is noticed
         if any(process.program.in_flight for process in self.simulation.apis()) and workers[0].fatal is None:
@@ -394,7 +394,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     def serves_or_says_why_not(self) -> None:
         supervisor = self.supervisor
-        engine, apis = supervisor.engines.serving.worker, supervisor.front.apis
+        engine, apis = supervisor.engines.serving.engines[0].worker, supervisor.front.apis
         if supervisor.verbs.draining:
             assert status.state(supervisor) == "drained"
             self.ask("resume")
@@ -426,7 +426,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         serving = supervisor.engines.serving
         apis = [api.worker.child.process for api in supervisor.front.apis]
         assert len(apis) == simulation.context.config.http.workers, story
-        expected = {serving.child.process, *apis}
+        expected = {serving.engines[0].child.process, *apis}
         if supervisor.engines.spare.child is not None:
             expected.add(supervisor.engines.spare.child.process)
         pushing = supervisor.pusher.children()
@@ -438,7 +438,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert api.revision == serving.revision, story
             assert set(api.fronts) == {serving.revision}, story
             assert not api.coming, story
-            assert api.fronts[api.revision].link == serving.generation.number, story
+            assert api.fronts[api.revision].link == serving.engines[0].generation.number, story
             assert not any((api.shut, api.refusing, api.retired, api.in_flight)), story
 
     def nothing_failed_without_a_fault(self) -> None:

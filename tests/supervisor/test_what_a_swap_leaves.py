@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.snapshot import JobStatus
@@ -36,17 +36,17 @@ def done(world: World, verb: str, *arguments: object) -> JobStatus:
 def test_a_swap_to_the_model_in_force_says_so_and_restarts_nothing(model: str, plan_only: bool, world: World) -> None:
     if model.startswith("/"):
         done(world, "swap", model, Terms())  # under the name that the path gives it
-    before = world.supervisor.engines.serving, world.supervisor.engines.serving.child
+    before = world.supervisor.engines.serving, world.supervisor.engines.serving.engines[0].child
     message = done(world, "swap", model, Terms(), plan_only).message
     assert message == "first is in force already; nothing was done"
-    assert (world.supervisor.engines.serving, world.supervisor.engines.serving.child) == before
+    assert (world.supervisor.engines.serving, world.supervisor.engines.serving.engines[0].child) == before
 
 
 def test_a_swap_to_the_model_in_force_starts_it_where_it_was_given_up(world: World) -> None:
-    worker = world.supervisor.engines.serving.worker
+    worker = world.supervisor.engines.serving.engines[0].worker
     worker.limited = True
     assert "is in force, " in done(world, "swap", "first", Terms()).message
-    assert world.supervisor.engines.serving.worker is not worker
+    assert world.supervisor.engines.serving.engines[0].worker is not worker
 
 
 def test_a_swap_says_what_a_restart_of_the_daemon_serves_and_the_status_does_too(world: World) -> None:
@@ -75,8 +75,10 @@ def test_the_model_at_the_top_and_an_entry_of_the_same_files_are_swapped_between
 
 
 def test_restarts_are_counted_over_reloads_and_swaps(world: World) -> None:
-    world.supervisor.engines.serving.child.process.send_signal(signal.SIGKILL)
-    world.until(lambda: world.supervisor.state == "serving" and world.supervisor.engines.serving.worker.restarts == 1)
+    world.supervisor.engines.serving.engines[0].child.process.send_signal(signal.SIGKILL)
+    world.until(
+        lambda: world.supervisor.state == "serving" and world.supervisor.engines.serving.engines[0].worker.restarts == 1
+    )
     world.simulation.file = EDITS["engine"](world.simulation.settings.written)
     done(world, "reload", False)
     done(world, "swap", "second", Terms())

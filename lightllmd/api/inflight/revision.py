@@ -113,9 +113,9 @@ class Revision:
         """Requests that this revision has, or is about to."""
         return self.ledger.in_flight + self.entering
 
-    async def probe(self) -> None:
-        """Has the engine make one token, or score, that no client asked for. Raises RequestError when it can't, or dies
-        first."""
+    async def probe(self, generation: int | None = None) -> None:
+        """Has an engine, or that generation, make one token, or score, that no client asked for. Raises RequestError
+        when it can't, or dies first."""
         signal = Signal()
         params: RequestParams
         if self.plan.generates:
@@ -123,7 +123,7 @@ class Revision:
             branches = open_branches(1, _PROBE, TextOptions(), self.tokenizer)
         else:
             params, branches = PoolingParams(), []
-        entry = self.ledger.open(_PROBE, params, branches, signal.set, private=True)
+        entry = self.ledger.open(_PROBE, params, branches, signal.set, private=True, only=generation)
         while entry.outcome is None:
             await signal.wait()
         if entry.error is not None:

@@ -9,7 +9,7 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.errors import ConfigInvalid, DoesNotFit
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.generation import Engine
+from lightllmd.supervisor.workers.replicas import Replicas
 
 
 class Placement:
@@ -24,10 +24,10 @@ class Placement:
         """The plan, and the facts that it was made from: beside where that costs no KV slots (or is asked for), else
         after. Raises ConfigInvalid, DoesNotFit."""
         how, old = self._config.supervisor.swap, self._engines.serving
-        leaving = sum(map(self._yet_to_be_taken, self._engines.leaving))
+        leaving = sum(self._yet_to_be_taken(replicas, facts) for replicas in self._engines.leaving)
         facts = _with_free(facts, self._held_by_spare(facts) - leaving)
         alone = _with_free(facts, _given_back(old))
-        facts = _with_free(facts, -self._yet_to_be_taken(old))
+        facts = _with_free(facts, -self._yet_to_be_taken(old, facts))
         if how == "beside" and facts.others:
             undivided = self._undivided(alone)
             beside = self._try(undivided)
@@ -63,13 +63,16 @@ class Placement:
             return 0
         return self._engines.spare.context_bytes
 
-    def _yet_to_be_taken(self, engine: Engine) -> int:
-        """Bytes that are free only until its next generation has started, or the present one has: what it has of them
-        by now can't be told. When it is ready a spare follows, which is the candidate's as well if that plans one."""
-        if engine.plan is None or not engine.restarts or engine.ready:
+    def _yet_to_be_taken(self, replicas: Replicas, facts: Facts) -> int:
+        """Bytes that are free only until their next generations have started, or the present ones have: what they have
+        of them by now can't be told. When one is ready a spare follows, which is the candidate's as well if that plans
+        one. Of GPUs, each of which has one engine of a revision: the most that it is of any."""
+        starting = [engine for engine in replicas.engines if engine.restarts and not engine.ready]
+        if replicas.plan is None or not starting:
             return 0
-        budget = engine.plan.budget
-        return budget.taken if self._config.supervisor.spare_engine else budget.taken + budget.spare
+        budget = replicas.plan.budget
+        each = budget.taken if self._config.supervisor.spare_engine else budget.taken + budget.spare
+        return each if facts.device.kind == "cuda" else each * len(starting)
 
     def _try(self, facts: Facts) -> Plan | ConfigInvalid:
         try:
@@ -89,12 +92,15 @@ def _with_free(facts: Facts, more: int) -> Facts:
     return msgspec.structs.replace(facts, device=device)
 
 
-def _given_back(engine: Engine) -> int:
-    """Bytes that become free when it sleeps; 0 while it starts, since its account is older or newer than the facts."""
-    if engine.plan is None or engine.child is None or not engine.ready:
+def _given_back(replicas: Replicas) -> int:
+    """Bytes that become free when they sleep: of a CPU all that do, of GPUs the least that do of any. 0 for one that
+    starts, since its account is older or newer than the facts."""
+    if replicas.plan is None:
         return 0
-    if engine.plan.device.kind != "cuda":
+    if replicas.plan.device.kind != "cuda":
         # The weights stay in the same memory; of slots that were never used nothing was taken.
-        return min(engine.plan.budget.row("kv cache"), engine.child.memory)
+        cache, ready = replicas.plan.budget.row("kv cache"), [e.child for e in replicas.engines if e.ready]
+        return sum(min(cache, child.memory) for child in ready if child is not None)
     # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
-    return int(engine.child.stats.get("memory_used", 0))
+    stats = [engine.child.stats if engine.child is not None and engine.ready else {} for engine in replicas.engines]
+    return int(min(one.get("memory_used", 0) for one in stats))

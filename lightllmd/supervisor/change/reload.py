@@ -18,8 +18,9 @@ from lightllmd.config.tls import TlsInvalid, TlsPair
 from lightllmd.errors import ConfigInvalid, ControlError, Problem, RolledBack, SystemFailure
 from lightllmd.supervisor.change import planning
 from lightllmd.supervisor.change.certificate import CertificateInForce
+from lightllmd.supervisor.change.handover import Steps, Waiting
 from lightllmd.supervisor.change.settings import Settings
-from lightllmd.supervisor.change.switch import Steps, Switch, Waiting, await_background
+from lightllmd.supervisor.change.switch import Switch, await_background
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.host import listeners as http_listeners

@@ -1,48 +1,32 @@
 """From the revision in force to the next one, for a swap or a reload: planned, prepared, proven, then committed; or
 rolled back, with the old one serving on.
 
-*Beside*: the candidate starts next to the old engine, which serves until the commit and then finishes what it has.
+*Beside*: the candidate starts next to the old engines, which serve until the commit and then finish what they have.
 *After*: new requests wait, the old engine finishes what it has and sleeps, its weights in host memory; then the
-candidate starts. It is woken if the candidate fails.
+candidate starts. It is woken if the candidate fails. Where several engines serve this goes one by one, and no request
+waits: see `rolling`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Coroutine, Generator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import Facts, Plan
 from lightllmd.config.report import report
-from lightllmd.errors import ControlError, DoesNotFit, LightllmdError, RolledBack
+from lightllmd.errors import DoesNotFit, LightllmdError
 from lightllmd.supervisor.background import BackgroundTask
 from lightllmd.supervisor.change import planning
+from lightllmd.supervisor.change.carrying import goes_on
+from lightllmd.supervisor.change.handover import Handover, Result, Steps, Terms, Waiting
 from lightllmd.supervisor.change.placement import Placement
+from lightllmd.supervisor.change.rolling import Roll
 from lightllmd.supervisor.children.read_ahead import ReadAheadChild
-from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
-from lightllmd.supervisor.workers.generation import Engine
-
-# A job in the making: yields (phase, progress or None) for as long as it has to wait, returns what it did.
-Result = TypeVar("Result")
-Waiting = Generator[tuple[str, float | None], None, Result]
-Steps = Waiting[str]
-
-
-_CUT_AGAIN = 1.0  # seconds; a request may have passed the gate and not be in flight yet
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the operator asks of a switch."""
-
-    drain_timeout: float | None = None  # seconds that requests on the old model may take; None: as long as they take
-    force: bool = False  # then they are ended
-    keep: bool = False  # a candidate that fails stays in force, by the restart policy, instead of the old one
+from lightllmd.supervisor.workers.replicas import Replicas
 
 
 def await_background(context: Context, work: Coroutine[Any, Any, Result], phase: str) -> Waiting[Result]:
@@ -71,23 +55,32 @@ class Switch:
         in_force: Callable[[Config], None],
     ) -> None:
         self._context, self._engines, self._front = context, engines, front
-        self._config, self._config_file, self._terms = config, config_file, terms
+        self._config, self._config_file = config, config_file
+        self._hand = Handover(context, engines, front, terms, details, in_force)
         self.details = details
-        self._in_force = in_force
         self._carry = False  # what is in flight moves to the candidate
         self._placement = Placement(engines, config, config_file)
         self._reading: BackgroundTask[None] | None = None
         self._slept = False  # the old engine was told to
-        self._phases: list[tuple[str, float]] = []
-        self._entered = time.monotonic()
 
     # --- the way ---------------------------------------------------------------------------------------------------
     def plan(self) -> Waiting[tuple[Plan, Facts]]:
         """Raises ConfigInvalid, DoesNotFit; nothing has been touched then."""
         made = yield from self._planned()
         self.details |= {"how": "beside" if self._placement.beside else "after", "plan": report(made[0])}
-        self._passed("plan")
+        if self._rolls:
+            order = Roll.order(self._engines.serving, made[0])
+            self.details["order"] = order
+            self.details["plan"] += "".join(
+                ["\nwhile the others serve, one after the other:", *(f"\n  {one}" for one in order)]
+            )
+        self._hand.passed("plan")
         return made
+
+    @property
+    def _rolls(self) -> bool:
+        """Whether engines are replaced one by one."""
+        return not self._placement.beside and len(self._engines.serving.engines) > 1
 
     def _planned(self) -> Waiting[tuple[Plan, Facts]]:
         """From facts under which no engine changed. If the model needs the old engine's memory, engines that are
@@ -136,23 +129,31 @@ class Switch:
         self._carry = not self._placement.beside and goes_on(old.plan, plan)
         candidate = self._engines.propose(plan, facts)
         try:
+            if self._rolls:
+                self._read_ahead(plan)
+                yield from Roll(self._hand, old, candidate, self._carry).steps()
+                return self._done(plan)
             yield from self._prove(candidate, old)
         except LightllmdError:
             raise  # and all is as it was
         except BaseException:  # cancelled, or a fault of ours
-            self._undo(candidate, "given up")
-            self._front.release()
+            if self._engines.candidate is candidate:
+                self._undo(candidate, "given up")
+                self._front.release()
             raise
         finally:
             if self._reading is not None:
                 self._reading.cancel()
         self._commit(plan)
         yield from self._wait_for_old(old)
-        self.details["phases"] = self._phases
-        taken = sum(seconds for _, seconds in self._phases)
+        return self._done(plan)
+
+    def _done(self, plan: Plan) -> str:
+        self.details["phases"] = self._hand.phases
+        taken = sum(seconds for _, seconds in self._hand.phases)
         return f"{plan.model_name} is in force, {self.details['how']} the old one, after {taken:.1f} s"
 
-    def _stage_early(self, old: Engine) -> bool:
+    def _stage_early(self, old: Replicas) -> bool:
         """While the plan is made: an engine that took what its GPU had is all but sure to have to sleep."""
         if old.plan is None or old.plan.device.kind != "cuda" or self._config.supervisor.swap == "beside":
             return False
@@ -161,8 +162,9 @@ class Switch:
         old.stage()
         return True
 
-    def _prove(self, candidate: Engine, old: Engine) -> Waiting[None]:
+    def _prove(self, candidate: Replicas, old: Replicas) -> Waiting[None]:
         """Until the candidate can be committed. Raises RolledBack, or ControlError if that failed too."""
+        hand = self._hand
         try:
             if not self._placement.beside:
                 yield from self._make_room(old, candidate)
@@ -170,169 +172,70 @@ class Switch:
         except LightllmdError as failure:
             yield from self._roll_back(candidate, failure)
         try:
-            yield from self._bring_up(candidate)
+            yield from hand.bring_up(candidate.engines, candidate)
+            hand.passed("start")
         except LightllmdError as failure:
-            if self._terms.keep:
-                yield from self._wait_for_front_end(candidate)
-            if not self._terms.keep or self._front.unprepared(candidate.revision):
+            if hand.terms.keep:
+                yield from hand.wait_for_front_end(candidate)
+            if not hand.terms.keep or self._front.unprepared(candidate.revision):
                 yield from self._roll_back(candidate, failure)
             self.details["kept"] = failure.message
 
-    def _make_room(self, old: Engine, candidate: Engine) -> Waiting[None]:
+    def _make_room(self, old: Replicas, candidate: Replicas) -> Waiting[None]:
         old.stage()
-        if candidate.plan is not None and candidate.plan.model is not None:
-            self._reading = BackgroundTask(self._context, ReadAheadChild(self._context).run(candidate.plan.model.files))
+        assert candidate.plan is not None
+        self._read_ahead(candidate.plan)
         self._front.hold()
         if not self._carry:
-            yield from self._wait_for_requests(old)
-            if not (self._front.none_of(old.revision) or old.permanently_failed):
-                raise ControlError(
-                    f"{self._front.in_flight_of(old.revision)} requests were still in flight after "
-                    f"{self._terms.drain_timeout:g} s; with force they are ended"
-                )
-        self._passed("drain")
+            yield from self._hand.drain(old)
+        self._hand.passed("drain")
         self._slept = True
-        old.sleep()
-        late = self._context.clock.now + self._context.config.supervisor.load_timeout
-        while old.child is not None and not old.asleep:
-            if self._context.clock.now >= late:
-                old.child.kill("it did not fall asleep")
-                raise ControlError("the old engine did not fall asleep")
-            yield "putting the old engine to sleep", None
-        self._passed("sleep")
+        yield from self._hand.sleep(old.engines)
+        self._hand.passed("sleep")
 
-    def _wait_for_requests(self, old: Engine) -> Waiting[None]:
-        """Until `old` has none left that it can finish, or the terms' deadline; under force they are ended then."""
-        clock, timeout = self._context.clock, self._terms.drain_timeout
-        late = None if timeout is None else clock.now + timeout
-        name = old.plan.model_name if old.plan else ""
-        while not (self._front.none_of(old.revision) or old.permanently_failed):
-            count = self._front.in_flight_of(old.revision)
-            yield f"waiting for {count} requests on {name}" if count else "draining", None
-            if late is not None and clock.now >= late:
-                if not self._terms.force:
-                    return
-                late = clock.now + _CUT_AGAIN
-                self._front.cut(old.revision, "the model was replaced")
-
-    def _bring_up(self, candidate: Engine) -> Waiting[None]:
-        candidate.worker.start()
-        while not (candidate.worker.ready and self._front.prepared(candidate.revision)):
-            if candidate.child is None:
-                last = candidate.worker.last_exit
-                raise ControlError(last.cause if last else "the candidate did not start")
-            if fault := self._front.unprepared(candidate.revision):
-                raise ControlError(f"the HTTP front end can't serve it: {fault}")
-            yield f"{self._name(candidate)}: {describe(candidate.worker)}", fraction(candidate.worker)
-        self._passed("start")
-
-    def _wait_for_front_end(self, candidate: Engine) -> Waiting[None]:
-        while not (self._front.prepared(candidate.revision) or self._front.unprepared(candidate.revision)):
-            yield "preparing the HTTP front end", None
+    def _read_ahead(self, plan: Plan) -> None:
+        """The candidate's files are read while the old engine still has the device."""
+        if plan.model is not None:
+            self._reading = BackgroundTask(self._context, ReadAheadChild(self._context).run(plan.model.files))
 
     def _commit(self, plan: Plan) -> None:
         old = self._engines.commit()
-        if self._engines.serving.child is None:
-            self._engines.serving.worker.reset_failures()
-        self._front.commit(self._engines.serving.revision, old.revision, self._carry)
+        for engine in self._engines.serving.engines:
+            if engine.child is None:
+                engine.worker.reset_failures()
+        self._hand.commit(self._engines.serving, old, self._carry)
         self._front.release()
-        self._in_force(plan.config)
-        self._context.events.add("swap", f"{plan.model_name} is in force (revision {self._engines.serving.revision})")
         for warning in plan.warnings:
             self._context.events.add("warning", warning, level="warning")
         if not self._placement.beside:
             old.end("replaced", now=True)
             self._front.forget(old.revision, "the model was replaced")
 
-    def _wait_for_old(self, old: Engine) -> Waiting[None]:
+    def _wait_for_old(self, old: Replicas) -> Waiting[None]:
         """Beside: until the old engine has finished and ended, or the terms' deadline; it goes on without us then."""
         if self._placement.beside:
-            yield from self._wait_for_requests(old)
+            yield from self._hand.wait_for_requests(old)
         while old in self._engines.leaving and (not self._placement.beside or self._front.none_of(old.revision)):
             yield "ending the old engine", None
-        self._passed("retire")
+        self._hand.passed("retire")
 
-    def _roll_back(self, candidate: Engine, failure: LightllmdError) -> Waiting[None]:
+    def _roll_back(self, candidate: Replicas, failure: LightllmdError) -> Waiting[None]:
         """Raises RolledBack once the old revision serves as before; ControlError if it can't."""
         cause, old = failure.message, self._engines.serving
-        self._context.events.add("swap", f"{self._name(candidate)} failed: {cause}; rolling back", level="warning")
+        self._hand.tell_failure(candidate, cause)
         self._undo(candidate, "rolled back")
-        while self._slept and old.up() is None:
-            if old.worker.fatal is not None or old.worker.limited:
+        if self._slept:
+            try:
+                yield from self._hand.come_back(old.engines, cause)
+            except LightllmdError:
                 self._front.release()
-                last = old.worker.last_exit
-                raise ControlError(f"{cause}; and the old model does not come back: {last.cause if last else ''}")
-            yield f"rolling back: {describe(old.worker)}", fraction(old.worker)
+                raise
         self._front.release()
-        self._passed("roll back")
-        self.details["phases"] = self._phases
-        name = old.plan.model_name if old.plan else "the old model"
-        raise RolledBack(f"{cause}; {name} serves on", cause=cause)
+        self._hand.rolled_back(old, cause)
 
-    def _undo(self, candidate: Engine, why: str) -> None:
+    def _undo(self, candidate: Replicas, why: str) -> None:
         """All but the release of held requests; the old engine is on its way back then."""
         self._engines.drop_candidate(why)
         self._front.forget(candidate.revision, why)
         if not self._placement.beside:
             self._engines.serving.wake(after=candidate)
-
-    def _name(self, engine: Engine) -> str:
-        return engine.plan.model_name if engine.plan else engine.worker.name
-
-    def _passed(self, phase: str) -> None:
-        now = time.monotonic()
-        self._phases.append((phase, round(now - self._entered, 3)))
-        self._entered = now
-
-
-def goes_on(old: Plan | None, new: Plan) -> bool:
-    """Whether requests of the old plan can be replayed on the new one: the same model, and none is too long or has too
-    many branches. How many slots there are doesn't matter: each holds the longest request, and the rest waits."""
-    if old is None:
-        return False
-    before, now = old.config.params, new.config.params
-    if before.beam_mode and old.max_total_token_num > new.max_total_token_num:
-        return False  # the beams of a request need slots together
-    return (
-        _identity(old) == _identity(new)
-        and before.max_req_total_len <= now.max_req_total_len
-        and before.running_max_req_size <= now.running_max_req_size
-    )
-
-
-def _identity(plan: Plan) -> tuple[Any, ...]:
-    """What makes tokens, or scores, mean the same."""
-    model = plan.model
-    where = (model.path, *(stamp.content for stamp in model.stamps)) if model else plan.config.params.model_dir
-    return (
-        where,
-        plan.eos_id,
-        plan.vocab_size,
-        plan.tokenizer_mode,
-        plan.config.params.beam_mode,
-        plan.scoring,
-        plan.schemes,
-        plan.kv_scheme,
-    )
-
-
-def fraction(worker: Worker) -> float | None:
-    """How far a loading worker has come, 0..1."""
-    vitals = worker.child.vitals if worker.child else None
-    if vitals is None or vitals.phase != "load" or not vitals.total:
-        return None
-    return min(vitals.progress / vitals.total, 1.0)
-
-
-def describe(worker: Worker) -> str:
-    """Where a worker's start has got to, for people."""
-    if worker.child is None:
-        return "down" if worker.due is None else "waiting for the next try"
-    vitals = worker.child.vitals
-    if vitals.phase == "load":
-        if vitals.total:
-            done = f"{vitals.progress / 1e9:.1f}/{vitals.total / 1e9:.1f} GB"
-            return f"Loading weights {vitals.progress / vitals.total:.0%} ({done})"
-        return "Loading weights"
-    words = {"boot": "Starting", "warmup": "Warming up", "ready": "Ready", "asleep": "Asleep"}
-    return words.get(vitals.phase, vitals.phase)

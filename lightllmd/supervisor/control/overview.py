@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from lightllmd.ipc.messages import Overview, WorkerSeen
-from lightllmd.supervisor.change.switch import describe
+from lightllmd.supervisor.change.handover import describe
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.control import status
 from lightllmd.supervisor.daemon import Daemon
@@ -21,7 +21,7 @@ class OverviewFeed:
         self._daemon = daemon
         self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)  # running clock, tokens
         self._missed = False  # a worker that doesn't read now has not been told of the last
-        self._process: int | None = None  # the pid of the engine that they count
+        self._processes: list[int] = []  # the pids of the engines that they count
 
     def tell(self) -> None:
         """Tells the api workers, if there is something new to tell."""
@@ -54,16 +54,17 @@ class OverviewFeed:
 
     def _rate(self) -> float:
         """Tokens per second; counts of an engine that is gone are of no use."""
-        child = self._daemon.engines.serving.worker.child
-        if child is None or not child.ready:
+        engines = [engine.child for engine in self._daemon.engines.serving.engines if engine.ready]
+        children = [child for child in engines if child is not None]
+        if not children:
             self._looks.clear()
             return 0.0
-        if child.pid != self._process:
+        if (processes := [child.pid for child in children]) != self._processes:
             self._looks.clear()
-            self._process = child.pid
+            self._processes = processes
         now = self._daemon.context.clock.now
         if not self._looks or now - self._looks[-1][0] >= _APART:
-            self._looks.append((now, child.stats.get("tokens_out", 0.0)))
+            self._looks.append((now, sum(child.stats.get("tokens_out", 0.0) for child in children)))
         (first, before), (last, after) = self._looks[0], self._looks[-1]
         return round((after - before) / (last - first), 1) if last > first else 0.0
 

@@ -27,7 +27,7 @@ from lightllmd.errors import LightllmdError, NoSuchWorker, NotPermitted, TryAgai
 from lightllmd.http import server as http
 from lightllmd.http.traffic import Traffic
 from lightllmd.supervisor import snapshot
-from lightllmd.supervisor.change.switch import Terms
+from lightllmd.supervisor.change.handover import Terms
 from lightllmd.supervisor.control import parsing, status
 from lightllmd.supervisor.control.jobs import RunningJob
 from lightllmd.supervisor.control.peers import ControlConnection, Peer, bounds, may_mutate

@@ -5,15 +5,16 @@ from __future__ import annotations
 from lightllmd import __version__
 from lightllmd.config.models import name_of
 from lightllmd.supervisor import snapshot
-from lightllmd.supervisor.change.switch import describe, fraction
+from lightllmd.supervisor.change.handover import describe, fraction
 from lightllmd.supervisor.daemon import Daemon
+from lightllmd.supervisor.workers.generation import Engine
 
 EVENTS_SHOWN = 10
 
 
 def health(daemon: Daemon) -> tuple[bool, str]:
     """Whether new requests are served, and why or why not. The reason changes with the state, not with progress."""
-    verbs, worker = daemon.verbs, daemon.engines.serving.worker
+    verbs, serving = daemon.verbs, daemon.engines.serving
     if verbs.stopping is not None:
         return False, "stopping"
     if verbs.draining:
@@ -22,17 +23,34 @@ def health(daemon: Daemon) -> tuple[bool, str]:
         return False, "planning: reading the model's headers"
     if daemon.front.holding:
         return False, "the model is being replaced: new requests wait"
-    if worker.ready:
-        return True, "; ".join(["ready", *filter(None, (daemon.monitor.trouble, _crowded(daemon)))])
+    if serving.ready:
+        return True, "; ".join(["ready", *filter(None, (_fewer(daemon), daemon.monitor.trouble, _crowded(daemon)))])
+    return False, _why_down(serving.first, "the engine")
+
+
+def _why_down(engine: Engine, name: str) -> str:
+    worker = engine.worker
+    if not engine.wanted or engine.on_trial:
+        return f"{name} is being replaced"
     if worker.child is not None and worker.child.dying:
-        return False, "the engine is dying"
+        return f"{name} is dying"
     if worker.fatal is not None:
-        return False, f"the engine is not started again: {worker.fatal.cause}"
-    if daemon.engines.serving.memory.short:
-        return False, "waiting for memory to become free"
+        return f"{name} is not started again: {worker.fatal.cause}"
+    if engine.memory.short:
+        return "waiting for memory to become free"
     if worker.last_exit is not None:
-        return False, f"the engine is restarting: {worker.last_exit.cause}"
-    return False, "the model is loading"
+        return f"{name} is restarting: {worker.last_exit.cause}"
+    return "the model is loading"
+
+
+def _fewer(daemon: Daemon) -> str:
+    """What is said while some of several engines don't serve."""
+    serving = daemon.engines.serving
+    down = serving.down
+    if not down:
+        return ""
+    ready = len(serving.engines) - len(down)
+    return f"{ready} of {len(serving.engines)} engines serve; {_why_down(down[0], down[0].worker.name)}"
 
 
 def _crowded(daemon: Daemon) -> str:
@@ -55,13 +73,17 @@ def state(daemon: Daemon) -> str:
         return "starting"
     if daemon.front.holding:
         return "swapping"
-    workers = [daemon.engines.serving.worker, *(api.worker for api in daemon.front.apis)]
+    engines = daemon.engines
+    if engines.candidate is not None and engines.serving.ready and engines.serving.down:
+        return "swapping"  # one engine after the other
+    workers = [*(engine.worker for engine in engines.serving.engines), *(api.worker for api in daemon.front.apis)]
     return "serving" if all(worker.ready for worker in workers) else "degraded"
 
 
 def sentence(daemon: Daemon) -> str:
     """The state in one line, as systemctl status shows it."""
-    verbs, worker = daemon.verbs, daemon.engines.serving.worker
+    verbs, serving = daemon.verbs, daemon.engines.serving
+    worker = serving.first.worker
     if verbs.stopping is not None:
         return f"Stopping: {verbs.stopping.snapshot.phase}"
     if verbs.draining:
@@ -72,14 +94,16 @@ def sentence(daemon: Daemon) -> str:
         return f"{job.snapshot.verb.capitalize()}: {job.snapshot.phase}"
     if worker.ready:
         if daemon.front.ready:
-            return f"Serving {daemon.plan.model_name}"
+            fewer = _fewer(daemon)
+            return f"Serving {daemon.plan.model_name}" + (f": {fewer}" if fewer else "")
         worker = daemon.front.apis[0].worker
     why = f" after: {worker.last_exit.cause}" if worker.last_exit else ""
     return f"{worker.name}: {describe(worker)}{why}" if worker.kind == "api" else describe(worker) + why
 
 
 def _model(daemon: Daemon) -> snapshot.Model | None:
-    plan, worker = daemon.plan, daemon.engines.serving.worker
+    plan, serving = daemon.plan, daemon.engines.serving
+    worker = serving.first.worker
     if plan is None:
         return None
     if worker.ready:
@@ -88,7 +112,6 @@ def _model(daemon: Daemon) -> snapshot.Model | None:
         how = "failed"
     else:
         how = "loading" if worker.child is not None else "down"
-    stats = worker.child.stats if worker.child else {}
     return snapshot.Model(
         name=plan.model_name,
         state=how,
@@ -99,24 +122,28 @@ def _model(daemon: Daemon) -> snapshot.Model | None:
         tensor_parallel=plan.config.params.tp,
         weights=plan.schemes.title,
         kv_cache=plan.kv_scheme,
-        kv_slots_used=int(stats.get("slots_used", 0)),
-        kv_slots_total=int(stats.get("slots_total", plan.max_total_token_num)),
+        kv_slots_used=int(serving.stat("slots_used")),
+        kv_slots_total=int(serving.stat("slots_total")) or plan.max_total_token_num * plan.replicas,
     )
 
 
 def cache(daemon: Daemon) -> snapshot.Cache | None:
-    """None where no engine in service has a prompt cache."""
-    child = daemon.engines.serving.worker.child
-    stats = child.stats if child is not None and child.ready else {}
-    if "cache_tokens" not in stats:
+    """Of all engines in service together; None where none of them has a prompt cache."""
+    children = [engine.child for engine in daemon.engines.serving.engines if engine.child is not None and engine.ready]
+    stats = [child.stats for child in children if "cache_tokens" in child.stats]
+    if not stats:
         return None
+
+    def total(name: str) -> int:
+        return int(sum(one[name] for one in stats))
+
     return snapshot.Cache(
-        tokens=int(stats["cache_tokens"]),
-        evictable=int(stats["cache_evictable"]),
-        kv_slots_total=int(stats["slots_total"]),
-        lookup_tokens=int(stats["cache_lookups_tokens"]),
-        hit_tokens=int(stats["cache_hits_tokens"]),
-        evicted_tokens=int(stats["cache_evicted_tokens"]),
+        tokens=total("cache_tokens"),
+        evictable=total("cache_evictable"),
+        kv_slots_total=total("slots_total"),
+        lookup_tokens=total("cache_lookups_tokens"),
+        hit_tokens=total("cache_hits_tokens"),
+        evicted_tokens=total("cache_evicted_tokens"),
     )
 
 
@@ -136,8 +163,8 @@ def _requests(daemon: Daemon) -> snapshot.Requests:
 
 
 def measured_memory(daemon: Daemon) -> dict[str, int]:
-    """Bytes by the engine's own account; empty before it is ready, and with the fake engine."""
-    child = daemon.engines.serving.worker.child
+    """Bytes by an engine's own account; empty before one is ready, and with the fake engine."""
+    child = daemon.engines.serving.first.child
     stats = child.stats if child else {}
     return {name: int(value) for name, value in stats.items() if name.startswith("memory_")}
 
@@ -184,7 +211,7 @@ def build(daemon: Daemon) -> snapshot.Status:
         ready=ready and daemon.front.ready,
         health=reason if daemon.front.ready or not ready else "no api worker is ready",
         heartbeat_age_s=max(ages, default=None),
-        generation=daemon.engines.serving.worker.number,
+        generation=daemon.engines.serving.number,
         restarts=sum(worker.restarts for worker in shown),
         config=snapshot.ConfigSource(
             file=daemon.config_file,

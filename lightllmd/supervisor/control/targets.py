@@ -15,16 +15,15 @@ from lightllmd.supervisor.workers.pusher import Pusher
 class Targets:
     """Some of the workers in service, or all of them."""
 
-    engine: Engine | None
+    engines: list[Engine]
     apis: list[Api]
     pusher: Pusher | None
 
     @property
     def workers(self) -> list[Worker]:
         """Of all of them."""
-        engine = [self.engine.worker] if self.engine is not None else []
         pusher = [self.pusher.worker] if self.pusher is not None else []
-        return [*engine, *(api.worker for api in self.apis), *pusher]
+        return [*(engine.worker for engine in self.engines), *(api.worker for api in self.apis), *pusher]
 
     def named(self, target: str) -> Targets:
         """Those of the kind or name `target`; empty: all. Raises NoSuchWorker."""
@@ -35,7 +34,7 @@ class Targets:
             names = [worker.name for worker in self.workers]
             raise NoSuchWorker(f"no worker {target!r}: there are {', '.join(names)}", worker=target, candidates=names)
         return Targets(
-            self.engine if self.engine is not None and self.engine.worker in chosen else None,
+            [engine for engine in self.engines if engine.worker in chosen],
             [api for api in self.apis if api.worker in chosen],
             self.pusher if self.pusher is not None and self.pusher.worker in chosen else None,
         )

@@ -25,9 +25,10 @@ from lightllmd.errors import (
 )
 from lightllmd.ipc.messages import Drain, FlushCache, Keys, Models, Resume, Tune
 from lightllmd.supervisor.change.certificate import CertificateInForce
+from lightllmd.supervisor.change.handover import Steps, Terms, describe, fraction
 from lightllmd.supervisor.change.reload import Reload
 from lightllmd.supervisor.change.settings import Settings
-from lightllmd.supervisor.change.switch import Steps, Switch, Terms, describe, fraction
+from lightllmd.supervisor.change.switch import Switch
 from lightllmd.supervisor.children.crashes import words
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
@@ -140,11 +141,11 @@ class Verbs:
     def check_cached(self) -> None:
         """Raises PromptCacheOff, and TryAgain where no engine has anything in its cache yet."""
         self._check_planned()
-        plan, worker = self._engines.serving.plan, self._engines.serving.worker
+        plan = self._engines.serving.plan
         assert plan is not None
         if not plan.config.params.use_dynamic_prompt_cache:
             raise PromptCacheOff("there is no prompt cache: use_dynamic_prompt_cache = false")
-        if not worker.ready:
+        if not self._engines.serving.ready:
             raise TryAgain("no engine is ready: the prompt cache of the next one will be empty")
 
     def stop(self, asked: Caller, now: bool = False) -> RunningJob:
@@ -166,10 +167,10 @@ class Verbs:
     # --- what they do ------------------------------------------------------------------------------------------
     def _restart(self, targets: Targets) -> Steps:
         done = []
-        if targets.engine is not None:
-            worker = targets.engine.worker
+        for engine in targets.engines:
+            worker = engine.worker
             old = worker.number
-            targets.engine.restart()
+            engine.restart()
             while worker.number == old:
                 yield f"ending generation {worker.number}", None
             while not worker.ready:
@@ -203,7 +204,7 @@ class Verbs:
     def _swap(self, switch: Switch, model: str, plan_only: bool, same: bool) -> Steps:
         """`same`: its configuration is the one in force."""
         serving = self._engines.serving
-        if same and not (serving.worker.fatal or serving.worker.limited):
+        if same and not serving.given_up:
             plan, facts = yield from switch.plan()
             if serving.facts is not None and facts.model == serving.facts.model:
                 return f"{plan.model_name} is in force already; nothing was done"
@@ -267,18 +268,25 @@ class Verbs:
         yield  # makes this a generator like the others
 
     def _flush_cache(self) -> Steps:
-        """The engine counts what it flushed in its heartbeats."""
-        worker = self._engines.serving.worker
-        child = worker.child
-        assert child is not None
-        before = child.stats
-        child.send(FlushCache())
-        while child.stats["cache_flushes"] == before["cache_flushes"]:
-            if worker.child is not child:
-                return "the engine ended meanwhile, and its prompt cache with it"
-            yield "waiting for the engine's present step", None
-        flushed = child.stats["cache_flushed_tokens"] - before["cache_flushed_tokens"]
-        kept = child.stats["cache_tokens"]
+        """Engines count what they flushed in their heartbeats."""
+        asked = [engine for engine in self._engines.serving.engines if engine.ready]
+        befores = {}
+        for engine in asked:
+            child = engine.child
+            assert child is not None
+            befores[engine] = child, child.stats
+            child.send(FlushCache())
+        flushed, kept, ended = 0.0, 0.0, 0
+        for engine, (child, before) in befores.items():
+            while engine.child is child and child.stats["cache_flushes"] == before["cache_flushes"]:
+                yield "waiting for the engine's present step", None
+            if engine.child is not child:
+                ended += 1
+                continue
+            flushed += child.stats["cache_flushed_tokens"] - before["cache_flushed_tokens"]
+            kept += child.stats["cache_tokens"]
+        if ended == len(asked):
+            return "the engine ended meanwhile, and its prompt cache with it"
         return f"{flushed:.0f} tokens forgotten" + (f"; requests use {kept:.0f} more" if kept else "")
 
     def _stop(self) -> Steps:
@@ -355,7 +363,7 @@ class Verbs:
                 raise Busy(f"job {number} ({verb}: {job.snapshot.phase}) is not finished", job=number)
 
     def _check_premise(self, asked: Caller) -> None:
-        number = self._engines.serving.worker.number
+        number = self._engines.serving.number
         if asked.if_match is not None and asked.if_match != number:
             raise StaleGeneration(f"generation {number} is in force, not {asked.if_match}", generation=number)
 
@@ -366,7 +374,7 @@ class Verbs:
     def _targets(self, target: str) -> Targets:
         """Empty: all. Raises NoSuchWorker."""
         pusher = self._pusher if self._pusher.snapshot() is not None else None
-        return Targets(self._engines.serving, self._front.apis, pusher).named(target)
+        return Targets(self._engines.serving.engines, self._front.apis, pusher).named(target)
 
     @staticmethod
     def _fail_if_given_up(worker: Worker) -> None:

@@ -24,7 +24,7 @@ from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
-from lightllmd.supervisor.workers.generation import Engine
+from lightllmd.supervisor.workers.replicas import Replicas
 
 TOTALS = ("ok", "cancelled", "failed", "resumed")  # count since the start of the api worker's epoch
 _BEATS_TO_BELIEVE = 2  # heartbeats after `Drain` until in_flight is known to count what came before it
@@ -166,7 +166,7 @@ class ApiWorkers:
         self.apis = [self._place(index) for index in range(workers)]
         self.dismissed: list[Api] = []  # places that there are too many of; their processes finish what they have
         self._past: Counter[str] = Counter()  # totals of the processes that are gone
-        self._candidate: Engine | None = None
+        self._candidate: Replicas | None = None
         self._answers: dict[Child, Prepared] = {}  # about the candidate
         self.holding = False  # new requests wait
         self._marks: dict[int | None, dict[Child, int]] = {}  # see `_mark`
@@ -236,7 +236,7 @@ class ApiWorkers:
             api.tick()
 
     # --- revisions -----------------------------------------------------------------------------------------------
-    def prepare(self, candidate: Engine) -> None:
+    def prepare(self, candidate: Replicas) -> None:
         """Every api worker, those to come too, gets ready to serve it beside the revision in force."""
         self._candidate, self._answers = candidate, {}
         self.tell(Prepare(candidate.revision, candidate.encoded))

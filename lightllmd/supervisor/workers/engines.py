@@ -1,4 +1,4 @@
-"""All engines: that of the revision in force, the candidate to replace it, and those that finish what they have."""
+"""All engines: those of the revision in force, the candidates to replace them, and those that finish what they have."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.workers.generation import Engine
+from lightllmd.supervisor.workers.replicas import CANDIDATE, LEAVING, SERVING, Replicas
 from lightllmd.supervisor.workers.spare import Spare
-
-SERVING, CANDIDATE, LEAVING = "engine-0", "candidate", "leaving"  # what their workers are called
 
 
 class Engines:
@@ -24,44 +23,66 @@ class Engines:
         self._tell_apis = tell_apis
         self._revisions = itertools.count(1)
         self.spare = Spare(context)
-        self.serving = self._engine(SERVING)
-        self.candidate: Engine | None = None
-        self.leaving: list[Engine] = []
+        self.serving = self._replicas(SERVING)
+        self.candidate: Replicas | None = None
+        self.leaving: list[Replicas] = []
 
-    def _engine(self, name: str) -> Engine:
-        return Engine(self._context, next(self._revisions), name, self.spare, self._tell_apis)
+    def _replicas(self, role: str) -> Replicas:
+        return Replicas(self._context, next(self._revisions), role, self.spare, self._tell_apis)
 
-    def __iter__(self) -> Iterator[Engine]:
+    @property
+    def revisions(self) -> Iterator[Replicas]:
+        """The one in force first."""
         yield self.serving
         if self.candidate is not None:
             yield self.candidate
         yield from self.leaving
 
+    def __iter__(self) -> Iterator[Engine]:
+        for replicas in self.revisions:
+            yield from replicas.all
+
     # --- revisions -----------------------------------------------------------------------------------------------
-    def propose(self, plan: Plan, facts: Facts) -> Engine:
+    def propose(self, plan: Plan, facts: Facts) -> Replicas:
         """A new candidate; it is not started."""
         assert self.candidate is None
-        self.candidate = self._engine(CANDIDATE)
+        self.candidate = self._replicas(CANDIDATE)
         self.candidate.plan_for(plan, facts)
+        for engine in self.candidate.engines:
+            engine.on_trial = True
         return self.candidate
 
-    def commit(self) -> Engine:
-        """Puts the candidate in force; the engine that was, which is leaving now."""
+    def commit(self) -> Replicas:
+        """Puts the candidate in force; the engines that were, which are leaving now."""
+        old = self.exchange()
+        for engine in self.serving.engines:
+            engine.on_trial = False
+        self.dismiss_candidate()
+        return old
+
+    def exchange(self) -> Replicas:
+        """Puts the candidate in force as far as it is up; what was is kept in its place, and may come back."""
         assert self.candidate is not None
-        old, self.serving, self.candidate = self.serving, self.candidate, None
+        old, self.serving, self.candidate = self.serving, self.candidate, self.serving
         old.rename(LEAVING)
         self.serving.rename(SERVING)
-        self.serving.worker.succeed(old.worker)
-        self.leaving.append(old)
+        self.serving.succeed(old)
+        for engine in self.serving.engines:
+            engine.on_trial = engine.on_trial and not engine.ready
         self.in_force()
         self._plan_spare()
         return old
 
+    def dismiss_candidate(self) -> None:
+        """It is none any more: it finishes what it has."""
+        if self.candidate is not None:
+            self.leaving.append(self.candidate)
+            self.candidate = None
+
     def in_force(self) -> None:
-        """Everything that starts from now on gets the serving engine's plan."""
-        engine = self.serving
-        assert engine.plan is not None
-        self._context.plan, self._context.revision = engine.encoded, engine.revision
+        """Everything that starts from now on gets the plan of those that serve."""
+        assert self.serving.plan is not None
+        self._context.plan, self._context.revision = self.serving.encoded, self.serving.revision
 
     def _plan_spare(self) -> None:
         """Not at a mere change of settings: the memory is divided as the plan said that the engine started with."""
@@ -70,15 +91,16 @@ class Engines:
 
     def drop_candidate(self, why: str) -> None:
         """Given up; it is no candidate any more and ends at once."""
-        engine, self.candidate = self.candidate, None
-        if engine is not None:
-            engine.rename(LEAVING)
-            engine.end(why, now=True)
-            self.leaving.append(engine)
+        if self.candidate is not None:
+            self.candidate.rename(LEAVING)
+            self.candidate.end(why, now=True)
+            self.dismiss_candidate()
 
     def forget_ended(self) -> None:
         """Lets go of those that left: nothing of them lives or will."""
-        self.leaving = [engine for engine in self.leaving if engine.wanted or engine.generation is not None]
+        self.leaving = [replicas for replicas in self.leaving if not replicas.gone]
+        for replicas in self.revisions:
+            replicas.forget_dismissed()
 
     # --- processes -----------------------------------------------------------------------------------------------
     def children(self) -> list[Child]:
@@ -104,18 +126,20 @@ class Engines:
         return next((engine for engine in self if child in engine.children), None)
 
     def became_ready(self, engine: Engine) -> None:
-        """Its generation is in service; behind the engine in force a spare is kept."""
+        """Its generation is in service; behind the engines in force a spare is kept. A candidate's plan isn't in force
+        yet: the commit follows, and asks for a spare."""
         engine.became_ready()
-        if engine is self.serving:  # a candidate's plan isn't in force yet: the commit follows, and asks for a spare
+        if engine in self.serving.engines:
             self._plan_spare()
             self.spare.keep()
 
     def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> None:
         """Its generation, whose process `child` was, is dead. `again`: policy may start another."""
-        # A candidate that dies has failed: its switch decides what follows.
-        engine.died(child, ending, again and engine is not self.candidate)
+        engine.died(child, ending, again)
         if again:
-            self.serving.tick()  # it may have waited for this one's memory
+            for waiting in self.serving.engines:
+                if not waiting.on_trial:
+                    waiting.tick()  # it may have waited for this one's memory
 
     def api_gone(self, api: int, epoch: int) -> None:
         """Tells all engines that this process of that api worker is dead."""
@@ -125,7 +149,7 @@ class Engines:
     def tick(self) -> None:
         """Starts the generations that are due."""
         for engine in self:
-            if engine is not self.candidate:
+            if not engine.on_trial:
                 engine.tick()
         self.forget_ended()
 

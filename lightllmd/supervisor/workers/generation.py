@@ -76,13 +76,20 @@ class Engine:
     """Keeps one generation of a revision in service. `tell_apis` sends a message to every api worker."""
 
     def __init__(
-        self, context: Context, revision: int, name: str, spare: Spare, tell_apis: Callable[[Down], None]
+        self,
+        context: Context,
+        revision: int,
+        replica: int,
+        name: str,
+        spare: Spare,
+        tell_apis: Callable[[Down], None],
     ) -> None:
         self._context = context
         self._tell_apis = tell_apis
         self._spare = spare
         self.revision = revision
-        self.worker = Worker(context, "engine", 0, self._launch, context.generations)
+        self.replica = replica  # its number among those of its revision
+        self.worker = Worker(context, "engine", replica, self._launch, context.generations)
         self.worker.name = name
         self.generation: EngineGeneration | None = None
         self.memory = MemoryGate(context)
@@ -90,6 +97,7 @@ class Engine:
         self.facts: Facts | None = None  # what it was made from
         self.encoded = b""  # the plan
         self.wanted = True  # a generation that dies is followed by another
+        self.on_trial = False  # ... but while this holds: one that dies has failed, and a switch decides what follows
         self._rest = ""  # what the generation was told last: "sleep", or "wake", which it is not ready again after
         self._after: Engine | None = None  # it is not woken, nor started, before that one has let go of the device
 
@@ -144,7 +152,7 @@ class Engine:
         """What a new api worker has to be told; None while no generation is in service."""
         if self.generation is None or self._rest or not self.generation.leader.ready:
             return None
-        return EngineUp(self.generation.number, self.generation.endpoint, self.revision)
+        return EngineUp(self.generation.number, self.generation.endpoint, self.revision, self.replica)
 
     def became_ready(self) -> None:
         """Its generation is in service, for the first time or after sleep: the api workers are told."""
@@ -177,20 +185,28 @@ class Engine:
                 f"generation {generation.number} died in step {flight.step}: {flight.kind}, {flight.rows} rows, "
                 f"{flight.tokens} tokens, requests without a token yet: {len(flight.unproven)}",
             )
-        self.worker.died(ending, again and self.wanted)
-        if again:
+        self.worker.died(ending, again and self.wanted and not self.on_trial)
+        if again and not self.on_trial:
             self.tick()
 
     def sleep(self) -> None:
-        """Takes it out of service, what is in flight there is held; its device's memory is free when it is `asleep`."""
-        generation = self.generation
+        """Takes it out of service, what is in flight there is held, or moves to others of its revision; its device's
+        memory is free when it is `asleep`."""
+        self._leave("asleep")
+        if self.generation is not None:
+            self.generation.leader.send(Sleep())
+            self._rest = "sleep"
+
+    def dismiss(self, why: str) -> None:
+        """As `sleep`, for good: its process ends."""
+        self._leave(why)
+        self.end(why)
+
+    def _leave(self, why: str) -> None:
         self.wanted = False
-        if generation is None:
-            self.worker.due = self.worker.due_at = None
-            return
-        self._tell_apis(EngineDown(generation.number, "asleep", [], revision=self.revision))
-        generation.leader.send(Sleep())
-        self._rest = "sleep"
+        self.worker.due = self.worker.due_at = None
+        if (up := self.up()) is not None:
+            self._tell_apis(EngineDown(up.generation, why, [], revision=self.revision))
 
     def stage(self) -> None:
         """Its weights are copied to host memory, beside what it does."""

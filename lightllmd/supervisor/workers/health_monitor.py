@@ -7,7 +7,7 @@ answer: a lost connection between api worker and engine, a request that is never
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -106,21 +106,44 @@ class Round:
 
 
 class Monitor:
-    """Belongs to the single-writer loop; `tick` is called at each of its ticks."""
+    """Belongs to the single-writer loop; `tick` is called at each of its ticks. Each of several engines in force has
+    rounds of its own."""
 
     def __init__(self, context: Context, engines: Engines, front: ApiWorkers) -> None:
         self._context, self._engines, self._front = context, engines, front
         self._numbers = itertools.count(1)
+        self._watches: list[_Watch] = []  # by replica
+
+    @property
+    def trouble(self) -> str:
+        """What the last rounds found; empty: all well, or health_monitor is off."""
+        return next((watch.trouble for watch in self._watches if watch.trouble), "")
+
+    def tick(self, steady: bool) -> None:
+        """`steady`: requests are served and no job changes which workers do."""
+        answers = [(child, answer) for child in self._front.children() for answer in _take_answers(child)]
+        children = [engine.child for engine in self._engines.serving.engines]
+        self._watches += [
+            _Watch(self._context, self._front, self._numbers) for _ in range(len(self._watches), len(children))
+        ]
+        del self._watches[len(children) :]
+        for watch, child in zip(self._watches, children, strict=True):
+            watch.tick(child, answers, steady)
+
+
+class _Watch:
+    """Over the generations of one engine."""
+
+    def __init__(self, context: Context, front: ApiWorkers, numbers: Iterator[int]) -> None:
+        self._context, self._front = context, front
+        self._numbers = numbers
         self._round: Round | None = None
         self._due = 0.0  # running clock: when the next round begins
         self._errors: dict[Child, int] = {}  # rounds in a row that ended with an error
         self._engine_tried = False
         self.trouble = ""  # what the last round found; empty: all well, or health_monitor is off
 
-    def tick(self, steady: bool) -> None:
-        """`steady`: requests are served and no job changes which workers do."""
-        answers = [(child, answer) for child in self._front.children() for answer in _take_answers(child)]
-        engine = self._engines.serving.child
+    def tick(self, engine: Child | None, answers: list[tuple[Child, Probed]], steady: bool) -> None:
         if not self._context.config.params.health_monitor:
             self._round, self.trouble, self._engine_tried = None, "", False
             self._errors.clear()
@@ -142,7 +165,7 @@ class Monitor:
         self._errors = {child: count for child, count in self._errors.items() if child in answers}
         self._round = Round(next(self._numbers), engine.number, Work(now, _look(engine)), now, answers)
         for child in answers:
-            child.send(Probe(self._round.number))
+            child.send(Probe(self._round.number, engine.number))
 
     def _go_on(self, running: Round, engine: Child, answers: list[tuple[Child, Probed]]) -> None:
         now, timeout = self._context.clock.now, self._context.config.supervisor.health_timeout
