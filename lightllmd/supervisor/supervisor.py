@@ -270,8 +270,8 @@ class Supervisor(Daemon):
             return
         if not ending.changed:  # no crash, and tried again and again: reports of crashes are not to give way to it
             self._report(child, ending, engine or self.engines.serving, flight)
-        hopeless = engine is None or self.engines.serving.permanently_failed
-        if ending.exit_code is not None and again and not child.asked and self.served_since is None and hopeless:
+        all_failed = engine is None or self.engines.serving.permanently_failed
+        if ending.exit_code is not None and again and not child.asked and self.served_since is None and all_failed:
             self._give_up(f"{child.worker}: {ending.cause}", ending.exit_code)
 
     def _tell_held(self, engine: Engine, again: bool) -> None:

@@ -129,7 +129,7 @@ class Roll:
         hand.passed("commit")
 
     def _drained(self) -> Waiting[None]:
-        """Old engines that were in nobody's way finish what they have."""
+        """Old engines that no new one replaced finish what they have."""
         if not self._committed:
             self._commit()
         if not self._carry:
