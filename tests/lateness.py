@@ -119,14 +119,23 @@ class Lateness:
 
 
 def _descendants(pid: int) -> list[int]:
+    """But for machines of their own, with a systemd that counts seconds."""
     found, seen = [], [pid]
     while seen:
         parent = seen.pop()
+        if _name(parent) == "unshare":
+            continue
         for children in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):
                 seen += map(int, children.read_text().split())
         found.append(parent)
     return found[1:]
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _state(pid: int) -> str:

@@ -56,7 +56,7 @@ from lightllmd.grammar.ebnf.strings import (
 )
 
 MAX_RULES = 20_000
-MAX_COUNTED = 4000  # rules of an array that contains something
+MAX_COUNTED = 1000  # rules of an array that contains something
 MAX_UNIQUE = 6  # values of an enum of which an array has each once at most
 
 
