@@ -21,10 +21,16 @@ import psutil
 
 
 def free_port() -> int:
-    """A port that was free a moment ago, outside the range from which the kernel picks for others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that was free a moment ago, outside the range from which the kernel picks for others: it stays free but
+    for other tests, which draw among thousands."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [port for port in range(10_000, 1 << 16) if not low <= port <= high]
+    for _ in range(100):
+        port = random.SystemRandom().choice(ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 60.0, what: str = "") -> Any:
@@ -173,17 +179,16 @@ class Killer:
 
     def __init__(self, daemon: Daemon, number: int, kills: int, total: int, seed: int) -> None:
         self.daemon, self.number = daemon, number
-        # Not near the end: a kill waits until the one before it has had its effect, and needs a token to come after it.
+        # Not near the end: a kill waits until the one before it has had its effect, and the clients wait for it.
         self.moments = sorted(random.Random(seed).sample(range(1, total * 3 // 4), kills), reverse=True)
         self.seen = 0
         self.killed: list[int] = []
-        self._task: asyncio.Task[None] | None = None
 
     def __call__(self) -> None:
         self.seen += 1
-        if self.moments and self.seen >= self.moments[-1] and (self._task is None or self._task.done()):
+        if self.moments and self.seen >= self.moments[-1]:
             self.moments.pop()
-            self._task = asyncio.ensure_future(asyncio.to_thread(self._kill))
+            self._kill()
 
     def _kill(self) -> None:
         def fresh_engine() -> int | None:

@@ -54,7 +54,7 @@ class Lateness:
         items[:] = [item for group in groups for item in group]
 
     def begin(self) -> None:
-        self._delay(asyncio.base_events.BaseEventLoop, "_run_once", before=(0.05, 0.03), after=(0, 0))
+        self._delay(asyncio.base_events.BaseEventLoop, "_run_once", before=(0.05, 0.03), after=(0.001, 1.0))
         self._delay(pool._WorkItem, "run", before=(0.2, 0.03), after=(0.2, 0.03))
         self._delay_threads()
         os.kill = self._kill_of_a_test

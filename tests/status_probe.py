@@ -16,7 +16,7 @@ import time
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("control", timeout=10)
+        super().__init__("control", timeout=60)
         self._path = path
 
     def connect(self) -> None:

@@ -196,7 +196,7 @@ class Service:
         if (stored := self.show("NFileDescriptorStore")) != "0":
             found.append(f"{stored} stored descriptors")
         with contextlib.suppress(ConnectionRefusedError):
-            self.ask(timeout=5)
+            self.ask(timeout=60)
             found.append(f"a listener on port {self.port}")
         return found
 

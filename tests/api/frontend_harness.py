@@ -29,7 +29,7 @@ from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP
 
 EOS = 256
-PATIENCE = 20.0  # seconds; a bound, never a measure
+PATIENCE = 60.0  # seconds; a bound, never a measure
 
 
 def make_plan(
@@ -284,6 +284,11 @@ class Stack:
     async def prepare(self, revision: int, plan: Plan) -> None:
         self.tell(messages.Prepare(revision, encode_plan(plan)))
         assert (await self.answer(messages.Prepared, revision)).error == ""
+
+    async def expire(self, streams: int) -> None:
+        """What is held has been so for too long, now that so many streams have begun to answer."""
+        await until(lambda: sum(stream.started for stream in self.worker.revisions.streams) >= streams)
+        self.ledger.hold_timeout = 0.4
 
     async def token(self) -> None:
         """Returns when a running request has one."""

@@ -137,13 +137,14 @@ def test_errors_are_the_package_s_exceptions(tmp_path):
 
 def test_an_error_within_a_stream_is_an_exception(tmp_path):
     async def scenario():
-        async with stack(tmp_path, engine=False, hold_timeout=0.3) as one, client(one) as ours:
+        async with stack(tmp_path, engine=False) as one, client(one) as ours:
             engine = await one.up()
             asking = asyncio.create_task(ours.messages.create(**ASKED, stream=True))
             await engine.submitted(1)
             engine.step()
             stream = await asking
             await one.kill()
+            await one.expire(1)
             with pytest.raises(anthropic.APIStatusError) as failed:
                 _ = [event async for event in stream]
             assert failed.value.type == "timeout_error"

@@ -245,13 +245,14 @@ def test_a_quiet_stream_gets_comments_before_its_message_and_pings_within(tmp_pa
 
 def test_what_can_not_go_on_ends_with_an_error_event(tmp_path):
     async def scenario():
-        async with stack(tmp_path, engine=False, hold_timeout=0.3) as one:
+        async with stack(tmp_path, engine=False) as one:
             engine = await one.up()
             streamed = asyncio.create_task(post(one, BODY | {"stream": True}))
             await engine.submitted(1)
             engine.step()
             await one.token()
             await one.kill()
+            await one.expire(1)
             *_, last = events((await streamed).text)
             assert last["type"] == "error"
             assert last["error"]["type"] == "timeout_error"

@@ -135,18 +135,20 @@ def test_stream_waiting_in_the_queue_is_kept_alive_too(tmp_path):
 
 def test_held_too_long_is_504_or_an_error_frame(tmp_path):
     async def scenario():
-        async with stack(tmp_path, engine=False, hold_timeout=0.6, hold_keepalive=0.1) as one:
+        async with stack(tmp_path, engine=False, hold_keepalive=0.1) as one:
             whole = asyncio.create_task(one.generate("w", max_new_tokens=3))
             openai = asyncio.create_task(
                 one.client.post("/v1/completions", json={"prompt": "w", "stream": True, "max_tokens": 2})
             )
-            raw = await stream_text(one, "s", parameters={"max_new_tokens": 3})
-            (frame,) = frames(raw)
+            streamed = asyncio.create_task(stream_text(one, "s", parameters={"max_new_tokens": 3}))
+            await until(lambda: one.stats["held"] == 3)
+            await one.expire(2)
+            (frame,) = frames(await streamed)
             assert frame["status"] == 504
-            assert "0.6 s" in frame["message"]
+            assert "0.4 s" in frame["message"]
             answer = await whole
             assert answer.status_code == 504
-            assert "0.6 s" in answer.json()["message"]
+            assert "0.4 s" in answer.json()["message"]
             chunks = frames((await openai).text)
             assert chunks[-1]["error"]["type"] == "timeout_error"
             assert (await openai).text.endswith("data: [DONE]\n\n")
@@ -156,13 +158,14 @@ def test_held_too_long_is_504_or_an_error_frame(tmp_path):
 
 def test_death_in_mid_stream_that_nothing_follows_is_an_error_frame(tmp_path):
     async def scenario():
-        async with stack(tmp_path, engine=False, hold_timeout=0.4) as one:
+        async with stack(tmp_path, engine=False) as one:
             engine = await one.up()
             running = asyncio.create_task(stream_text(one, "s", parameters={"max_new_tokens": 9}))
             await engine.submitted(1)
             engine.step()
             await until(lambda: next(iter(one.ledger.entries)).branches[0].ids)
             await one.kill()
+            await one.expire(1)
             got = frames(await running)
             assert [("token" in frame, frame.get("status")) for frame in got] == [(True, None), (False, 504)]
 

@@ -55,7 +55,7 @@ class Slow:
     def __call__(self, plan: Any, **options: Any) -> Any:
         self.calls += 1
         if self.calls > 1:
-            assert self.go.wait(20)
+            assert self.go.wait(120)
         return load_tokenizer(plan, **options)
 
 

@@ -71,7 +71,7 @@ def test_a_stream_has_every_token_once_wherever_engines_die(tmp_path):
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_stream_that_no_engine_goes_on_with_ends_with_an_error_event(tmp_path, begun):
     async def scenario():
-        async with stack(tmp_path, TGI, engine=False, hold_timeout=0.4, hold_keepalive=0.05) as one:
+        async with stack(tmp_path, TGI, engine=False, hold_keepalive=0.05) as one:
             engine = await one.up()
             running = asking(one, "/generate_stream", "s", 9)
             await engine.submitted(1)
@@ -79,6 +79,7 @@ def test_a_stream_that_no_engine_goes_on_with_ends_with_an_error_event(tmp_path,
                 engine.step()
                 await until(lambda: next(iter(one.ledger.entries)).generated)
             await one.kill()
+            await one.expire(1)
             answer = await running
             assert answer.status_code == 200
             *events, error = frames(answer.text)

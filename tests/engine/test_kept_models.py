@@ -267,7 +267,7 @@ def test_a_disk_that_fails_costs_no_start(
     loaded(planned(folder))
     monkeypatch.setattr(kept_models, "PATIENCE", 0.0)
     gate = threading.Event()
-    monkeypatch.setattr(kept_models.KeptFileWriter, "write", lambda self, one: gate.wait(10))
+    monkeypatch.setattr(kept_models.KeptFileWriter, "write", lambda self, one: gate.wait(120))
     monkeypatch.setenv("CACHE_DIRECTORY", str(cache.parent))
     runner = CpuRunner()
     runner.load(planned(folder), lambda done, total: None)

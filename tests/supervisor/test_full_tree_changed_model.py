@@ -18,7 +18,7 @@ ASKED = {"inputs": "ab", "parameters": {"max_new_tokens": 8, "ignore_eos": True,
 
 def health(daemon: Daemon) -> str:
     """Why it is not ready."""
-    answer = httpx.get(f"{daemon.url}/health", timeout=10)
+    answer = httpx.get(f"{daemon.url}/health", timeout=60)
     return answer.text if answer.status_code == 503 else ""
 
 

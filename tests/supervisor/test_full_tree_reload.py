@@ -132,7 +132,7 @@ def test_a_new_port_opens_before_the_old_one_closes(tmp_path: Path) -> None:
                 assert fresh.status_code == 200
                 gone = ports[0] if port == ports[1] else ports[1]
                 with pytest.raises(httpx.ConnectError):
-                    httpx.get(f"http://127.0.0.1:{gone}/health", timeout=5)
+                    httpx.get(f"http://127.0.0.1:{gone}/health", timeout=60)
         assert load.faults(expected, timeline) == []
 
 

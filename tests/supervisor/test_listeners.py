@@ -206,7 +206,7 @@ def test_a_listener_outlives_the_daemon(systemd: Systemd, monkeypatch: pytest.Mo
     port = ports(first)[0]
     assert systemd.ports() == {"http-0": port}
     close(*first)
-    with socket.create_connection(("127.0.0.1", port), timeout=10):
+    with socket.create_connection(("127.0.0.1", port), timeout=60):
         second, _ = systemd.start("127.0.0.1", port, monkeypatch)
         accepted = wait_for(lambda: _accept(second[0]))
     assert systemd.ports() == {"http-0": port}, "it is there already"
@@ -238,7 +238,7 @@ def test_a_listener_that_fits_the_configuration_no_more_is_given_up(
     second, _ = systemd.start("127.0.0.2", 0, monkeypatch)
     assert list(systemd.ports().values()) == ports(second)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", old), timeout=10)
+        socket.create_connection(("127.0.0.1", old), timeout=60)
     close(*second)
 
 
@@ -279,7 +279,7 @@ def test_our_own_listener_is_not_in_the_way_of_one_beside_it(before: str, after:
     with pytest.raises(SystemFailure, match="in use"):
         sockets.bind(after, port, patience=0)  # as a second daemon would
     close(*kept)
-    with socket.create_connection(("127.0.0.1", port), timeout=10):
+    with socket.create_connection(("127.0.0.1", port), timeout=60):
         close(wait_for(lambda: _accept(new[0])))
     close(*new)
 

@@ -20,7 +20,7 @@ def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[so
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         address = str(tmp_path / "notify") if request.param == "path" else f"@lightllmd-test-{os.getpid()}"
         sock.bind(address.replace("@", "\0", 1))
-        sock.settimeout(5)
+        sock.settimeout(60)
         yield sock, address
         (tmp_path / "notify").unlink(missing_ok=True)
 

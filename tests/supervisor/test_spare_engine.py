@@ -91,9 +91,9 @@ def test_a_stopped_spare_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_spare_may_wait_longer_than_a_boot(tmp_path: Path) -> None:
-    with on_gpu(tmp_path, "--supervisor.boot_timeout", "3").start() as daemon:
+    with on_gpu(tmp_path, "--supervisor.boot_timeout", "8").start() as daemon:
         kept = spare(daemon)
-        wait_for(lambda: time.time() - psutil.Process(kept).create_time() > 4)
+        wait_for(lambda: time.time() - psutil.Process(kept).create_time() > 9)
         kill(daemon)
         assert daemon.wait_worker("engine-0", state="running", generation=2)["pid"] == kept
         assert "SIGABRT" not in daemon.log_text()

@@ -32,7 +32,7 @@ def test_a_restart_refuses_no_connection(service: Service) -> None:
 
 
 def test_a_frozen_supervisor_is_replaced(service: Service) -> None:
-    service.drop_in("[Service]\nWatchdogSec=3s\n")
+    service.drop_in("[Service]\nWatchdogSec=6s\n")
     service.start()
     frozen = service.main_pid
     service.kill("STOP")

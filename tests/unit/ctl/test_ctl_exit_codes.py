@@ -202,7 +202,7 @@ def test_1_when_the_daemon_says_nothing(ctl: Any, daemon: Any, monkeypatch: pyte
     from lightllmctl import client
 
     monkeypatch.setattr(client.Client.__init__, "__kwdefaults__", {"timeout": 0.2})
-    daemon.get("/v1/status", lambda: release.wait(10) and {})
+    daemon.get("/v1/status", lambda: release.wait(120) and {})
     result = ctl("status")
     release.set()
     assert result.code == 1

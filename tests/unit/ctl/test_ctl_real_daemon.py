@@ -129,7 +129,7 @@ def test_logs_follow(real: Daemon, run: Any) -> None:
         assert run("resume")[0] == 0
         assert "resume asked" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(120) == 130
 
 
 def test_configuration(real: Daemon, run: Any) -> None:

@@ -15,7 +15,7 @@ from lightllmd.http.connection import Connection
 from lightllmd.http.server import Acceptor
 from lightllmd.http.traffic import Traffic
 
-PATIENCE = 20  # seconds; a bound, never a measure
+PATIENCE = 60  # seconds; a bound, never a measure
 GET = b"GET /answer HTTP/1.1\r\nHost: x\r\n\r\n"
 CHUNKED = b"POST /answer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
