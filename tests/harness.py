@@ -95,12 +95,16 @@ class Daemon:
         return self.process.returncode
 
     def __enter__(self) -> Daemon:
-        return self if self.process else self.start()
+        try:
+            return self if self.process else self.start()
+        except BaseException as failed:
+            self.__exit__(type(failed), failed, None)
+            raise
 
     def __exit__(self, *failure: object) -> None:
         if failure[0]:
             print(self.log_text()[-8000:])
-        if self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
             try:
