@@ -52,7 +52,7 @@ class Pod:
         return child
 
     def ask(self, probe: str) -> int:
-        """The status of a probe by HTTP; 0: nobody answers."""
+        """The status of a probe by HTTP; 0: there is no answer."""
         try:
             return httpx.get(self.url + self.container[probe]["httpGet"]["path"], timeout=2).status_code
         except httpx.TransportError:
