@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import msgspec
 
 from lightllmd.config import resolve
 from lightllmd.config.parameters import Config
-from lightllmd.config.plan import Facts, Plan
+from lightllmd.config.plan import Device, Facts, Plan
 from lightllmd.errors import ConfigInvalid, DoesNotFit
 from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.replicas import Replicas
+
+Bytes = Mapping[int, int]  # by the number of a GPU; 0 is a CPU
 
 
 class Placement:
@@ -24,10 +28,11 @@ class Placement:
         """The plan, and the facts that it was made from: beside where that costs no KV slots (or is asked for), else
         after. Raises ConfigInvalid, DoesNotFit."""
         how, old = self._config.supervisor.swap, self._engines.serving
-        leaving = sum(self._yet_to_be_taken(replicas, facts) for replicas in self._engines.leaving)
-        facts = _with_free(facts, self._held_by_spare(facts) - leaving)
-        alone = _with_free(facts, _given_back(old))
-        facts = _with_free(facts, -self._yet_to_be_taken(old, facts))
+        facts = _with_more(facts, self._held_by_spare(facts))
+        for replicas in self._engines.leaving:
+            facts = _with_less(facts, self._yet_to_be_taken(replicas, facts))
+        alone = _with_more(facts, _given_back(old, facts))
+        facts = _with_less(facts, self._yet_to_be_taken(old, facts))
         if how == "beside" and facts.others:
             undivided = self._undivided(alone)
             beside = self._try(undivided)
@@ -54,25 +59,34 @@ class Placement:
         before = self._engines.serving.facts
         if before is None or before.device.kind != alone.device.kind:
             return alone
-        return _with_free(alone, max(before.device.memory_free - alone.device.memory_free, 0))
+        had = {device.index: device.memory_free for device in before.device.usable}
+        return _with_free(alone, lambda device: max(device.memory_free, had.get(device.index, 0)))
 
-    def _held_by_spare(self, facts: Facts) -> int:
-        """Bytes that aren't free because of a context that the candidate takes over, and its plan counts. They are told
-        as the plan's own row for the next spare tells them: whatever a context takes, the two cancel each other."""
-        if facts.device.kind != "cuda" or not self._config.supervisor.spare_engine:
-            return 0
-        return self._engines.spare.context_bytes
+    def _held_by_spare(self, facts: Facts) -> Bytes:
+        """What isn't free because of contexts that the candidate takes over, and its plan counts: one for each rank of
+        the first replica. They are told as the plan's own row for the next spare tells them: whatever a context takes,
+        the two cancel each other."""
+        plan = self._engines.serving.plan
+        if plan is None or facts.device.kind != "cuda" or not self._config.supervisor.spare_engine:
+            return {}
+        return {plan.device_of(0, rank): self._engines.spare.context_bytes for rank in range(plan.ranks)}
 
-    def _yet_to_be_taken(self, replicas: Replicas, facts: Facts) -> int:
-        """Bytes that are free only until their next generations have started, or the present ones have: what they have
-        of them by now can't be told. When one is ready a spare follows, which is the candidate's as well if that plans
-        one. Of GPUs, each of which has one engine of a revision: the most that it is of any."""
+    def _yet_to_be_taken(self, replicas: Replicas, facts: Facts) -> Bytes:
+        """What is free only until their next generations have started, or the present ones have: what they have of it
+        by now can't be told. When one is ready a spare follows, which is the candidate's as well if that plans one."""
+        plan = replicas.plan
+        if plan is None or plan.device.kind != facts.device.kind:
+            return {}
         starting = [engine for engine in replicas.engines if engine.restarts and not engine.ready]
-        if replicas.plan is None or not starting:
-            return 0
-        budget = replicas.plan.budget
-        each = budget.taken if self._config.supervisor.spare_engine else budget.taken + budget.spare
-        return each if facts.device.kind == "cuda" else each * len(starting)
+        unkept = not self._config.supervisor.spare_engine
+        if plan.device.kind != "cuda":
+            return {0: plan.budget.taken * len(starting) // plan.replicas}
+        taken = {}
+        for engine in starting:
+            for rank in range(plan.ranks):
+                budget = plan.budget_of(engine.replica, rank)
+                taken[plan.device_of(engine.replica, rank)] = budget.taken + (budget.spare if unkept else 0)
+        return taken
 
     def _try(self, facts: Facts) -> Plan | ConfigInvalid:
         try:
@@ -83,24 +97,38 @@ class Placement:
 
 def _fits(plan: Plan, facts: Facts) -> bool:
     """Whether what it takes is free now: the room that the old engine's plan kept, if no other process has it."""
-    may_use = int(facts.device.memory_free * plan.config.engine.memory_fraction)
-    return plan.budget.needed - plan.budget.reserve <= may_use
+    fraction = plan.config.engine.memory_fraction
+    free = {device.index: device.memory_free for device in facts.device.usable}
+    places = zip(plan.devices or [0], plan.device_budgets or [plan.budget], strict=True)
+    return all(budget.needed - budget.reserve <= int(free.get(index, 0) * fraction) for index, budget in places)
 
 
-def _with_free(facts: Facts, more: int) -> Facts:
-    device = msgspec.structs.replace(facts.device, memory_free=max(facts.device.memory_free + more, 0))
-    return msgspec.structs.replace(facts, device=device)
+def _with_free(facts: Facts, free: Callable[[Device], int]) -> Facts:
+    return msgspec.structs.replace(facts, device=facts.device.with_free(free))
 
 
-def _given_back(replicas: Replicas) -> int:
-    """Bytes that become free when they sleep: of a CPU all that do, of GPUs the least that do of any. 0 for one that
-    starts, since its account is older or newer than the facts."""
-    if replicas.plan is None:
-        return 0
-    if replicas.plan.device.kind != "cuda":
-        # The weights stay in the same memory; of slots that were never used nothing was taken.
-        cache, ready = replicas.plan.budget.row("kv cache"), [e.child for e in replicas.engines if e.ready]
-        return sum(min(cache, child.memory) for child in ready if child is not None)
-    # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
-    stats = [engine.child.stats if engine.child is not None and engine.ready else {} for engine in replicas.engines]
-    return int(min(one.get("memory_used", 0) for one in stats))
+def _with_more(facts: Facts, more: Bytes) -> Facts:
+    return _with_free(facts, lambda device: device.memory_free + more.get(device.index, 0))
+
+
+def _with_less(facts: Facts, less: Bytes) -> Facts:
+    return _with_free(facts, lambda device: device.memory_free - less.get(device.index, 0))
+
+
+def _given_back(replicas: Replicas, facts: Facts) -> Bytes:
+    """What becomes free when they sleep; nothing of one that starts, since its account is older or newer than the
+    facts."""
+    plan = replicas.plan
+    if plan is None or plan.device.kind != facts.device.kind:
+        return {}
+    given: dict[int, int] = {}
+    for engine in (engine for engine in replicas.engines if engine.ready):
+        for rank, child in enumerate(engine.children):
+            if plan.device.kind != "cuda":
+                # The weights stay in the same memory; of slots that were never used nothing was taken.
+                cache = plan.budget.row("kv cache") // (plan.ranks * plan.replicas)
+                given[0] = given.get(0, 0) + min(cache, child.memory)
+            else:
+                # torch's account, all of which comes back: a sleeping process keeps its context, which isn't in it.
+                given[plan.device_of(engine.replica, rank)] = int(child.stats.get("memory_used", 0))
+    return given

@@ -38,7 +38,7 @@ def look(config: Config, config_file: str | None, commands: Commands | None = No
     except ConfigInvalid as invalid:
         if invalid.short_of is None:
             raise
-        empty = msgspec.structs.replace(facts.device, memory_free=facts.device.memory_total)
+        empty = facts.device.with_free(lambda device: device.memory_total)
         return resolve(config, msgspec.structs.replace(facts, device=empty), config_file), invalid.problems
 
 
