@@ -1,8 +1,8 @@
-"""What a peer reaches on one H100 80GB HBM3 in bf16, and our goals there.
+"""What a peer reaches on one H100 80GB HBM3, and on one and two H200s, in bf16, and our goals there.
 
-Peer: vLLM 0.25.0, torch 2.11.0+cu130, FlashAttention 3, torch.compile, full CUDA graphs, asynchronous scheduling;
-offline `LLM.generate` on token ids, random weights of the model's shape, greedy, ignore_eos, prefix cache off,
-max_num_seqs 256, max_model_len 16384, no detokenisation.
+Peer: vLLM (0.25.0 on the H100, 0.26.0 on the H200), torch 2.11.0+cu130, FlashAttention 3, torch.compile, full CUDA
+graphs, asynchronous scheduling; two GPUs without NVLink multicast; offline `LLM.generate` on token ids, random weights
+of the model's shape, greedy, ignore_eos, prefix cache off, max_num_seqs 256, max_model_len 16384, no detokenisation.
 """
 
 from __future__ import annotations
@@ -10,10 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 # (hidden_size, num_hidden_layers, vocab_size) -> name
-SHAPES = {(4096, 32, 128256): "llama-3.1-8b", (1024, 28, 151936): "qwen3-0.6b"}
+SHAPES = {
+    (4096, 32, 128256): "llama-3.1-8b",
+    (8192, 80, 128256): "llama-3.1-70b",
+    (1024, 28, 151936): "qwen3-0.6b",
+}
 
-# shape -> work -> (peer, goal); times in ms, rates per second
-ANCHORS: dict[str, dict[str, tuple[float | None, float]]] = {
+Anchors = dict[str, tuple[float | None, float | None]]  # work -> (peer, goal); times in ms, rates per second
+
+# Of one H100, by shape
+ANCHORS: dict[str, Anchors] = {
     "llama-3.1-8b": {
         "start": (85.5, 12),
         "decode 1 @ 512": (6.37, 5.5),
@@ -46,6 +52,40 @@ ANCHORS: dict[str, dict[str, tuple[float | None, float]]] = {
     },
 }
 
+# Of H200s, by shape and how many
+ON_H200: dict[tuple[str, int], Anchors] = {
+    ("llama-3.1-8b", 1): {
+        "decode 1 @ 512": (4.86, None),
+        "decode 8 @ 512": (5.18, None),
+        "decode 32 @ 512": (5.75, None),
+        "decode 128 @ 512": (8.53, None),
+        "decode 256 @ 512": (13.83, None),
+        "prefill 1x128": (10.17, None),
+        "prefill 1x2048": (48.7, None),
+        "prefill 1x8192": (208.0, None),
+        "prefill 16x2048": (42_686, None),
+        "uniform": (10_242, None),
+    },
+    ("llama-3.1-8b", 2): {
+        "decode 1 @ 512": (3.31, 2.5),
+        "decode 8 @ 512": (3.35, None),
+        "decode 32 @ 512": (3.82, 3.1),
+        "decode 64 @ 512": (4.21, None),
+        "decode 128 @ 512": (5.47, 4.6),
+        "decode 256 @ 512": (8.68, 7.3),
+        "prefill 1x2048": (33.6, 27),
+        "prefill 1x8192": (124, None),
+        "prefill 16x2048": (69_793, 78_000),
+    },
+    ("llama-3.1-70b", 2): {
+        "decode 1 @ 512": (20.7, 19.0),
+        "decode 8 @ 512": (21.3, None),
+        "decode 32 @ 512": (21.7, 20.0),
+        "decode 128 @ 512": (28.6, 25.5),
+        "prefill 1x2048": (249, None),
+        "prefill 16x2048": (8_368, None),
+    },
+}
 
 # Modes that choose a kernel and leave weights and cache as they are; what was measured and the limits are for these.
 PLAIN = {
@@ -57,7 +97,11 @@ PLAIN = {
 }
 
 
-def anchors_of(config: dict[str, Any], card: str, dtype: str, mode: list[str]) -> dict[str, tuple[float | None, float]]:
+def anchors_of(config: dict[str, Any], card: str, dtype: str, mode: list[str], tp: int) -> Anchors:
     """By the name of the work; empty where nothing comparable was measured."""
     name = SHAPES.get((config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]), "")
-    return ANCHORS.get(name, {}) if "H100" in card and dtype == "bfloat16" and PLAIN.issuperset(mode) else {}
+    if dtype != "bfloat16" or not PLAIN.issuperset(mode):
+        return {}
+    if "H200" in card:
+        return ON_H200.get((name, tp), {})
+    return ANCHORS.get(name, {}) if "H100" in card and tp == 1 else {}

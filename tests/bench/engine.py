@@ -1,6 +1,7 @@
 """The engine's speed through the offline interface, beside the card's limits and a peer's figures.
 
-``python tests/bench/engine.py --model DIR [--work decode,prefill,uniform,sharegpt] [--mode NAME,…] [--set KEY=VALUE]``
+``python tests/bench/engine.py --model DIR [--work decode,prefill,uniform,sharegpt] [--mode NAME,…] [--set KEY=VALUE]
+[--tp N] [--replicas M] [--profile FILE]``
 
 Greedy, ignore_eos, token ids in and out. A directory with no weights gets random ones (``--load-way DUMMY``).
 
@@ -12,6 +13,9 @@ Greedy, ignore_eos, token ids in and out. A directory with no weights gets rando
 
 All works run in one engine that is loaded once. The mixes report the median of `--repeats`. `host` in a RESULT line:
 milliseconds per step that the CPU spends in the scheduler, in launching, in waiting for the device and in completing.
+
+``--tp N``: of a group of N ranks; limits are those of N cards that need not talk, and ``--profile`` tells that, in
+all and in one layer. ``--replicas M``: M engines at once, each on GPUs of its own; see several.py.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from anchors import PLAIN, anchors_of
 from roofline import Card, Roofline, card_of
 from settings import load_way, settings
+from several import gate, run_several
 from works import HOST_PHASES, Bench, Result
 
 from lightllmd import LLM
@@ -61,6 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", default=",".join(WORKS))
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=1, help="engines at once")
+    parser.add_argument("--gated", action="store_true", help=argparse.SUPPRESS)  # of each of several
     parser.add_argument("--mode", default="", help="names of modes, with commas")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--load-way", choices=["HF", "DUMMY"], help="default: DUMMY where there are no weights")
@@ -132,6 +139,15 @@ def run(bench: Bench, given: argparse.Namespace) -> Iterator[Result]:
             yield from bench.sharegpt(rows)
 
 
+def after_gates(works: Iterator[Result]) -> Iterator[Result]:
+    while True:
+        gate()
+        result = next(works, None)
+        if result is None:
+            return
+        yield result
+
+
 def commit_of(otherwise: str) -> str:
     folder = Path(__file__).parent
     try:
@@ -157,7 +173,7 @@ class Report:
             "mode": mode,
             "tp": given.tp,
         }
-        self._anchors = anchors_of(config, plan.device.name, plan.data_type, mode) if given.tp == 1 else {}
+        self._anchors = anchors_of(config, plan.device.name, plan.data_type, mode, given.tp)
         self._lines: list[tuple[str, ...]] = []
 
     def add(self, result: Result) -> None:
@@ -218,6 +234,9 @@ def problems_told() -> Iterator[None]:
 
 def main() -> None:
     given = arguments()
+    if given.replicas > 1 and not given.gated:
+        run_several(sys.argv, given.replicas, given.tp)
+        return
     with problems_told(), open_llm(given) as llm:
         ready = time.time() - psutil.Process().create_time()
         plan = llm.plan
@@ -228,7 +247,10 @@ def main() -> None:
         report = Report(given, llm)
         report.add(Result("start", ready, "s", None, {}, {}))
         bench = Bench(llm, roofline, given.repeats)
-        for result in run(bench, given):
+        works = run(bench, given)
+        if given.gated:
+            works = after_gates(works)
+        for result in works:
             report.add(result)
         print(f"\n{report.table()}", flush=True)
         if given.profile:

@@ -24,8 +24,8 @@ class Card:
     arithmetic: float  # FLOP per second of an 8192^3 matmul in 16 bits
 
 
-# H100 80GB HBM3 (SXM), random data.
-KNOWN = {"H100": (2.97e12, 794e12)}
+# H100 80GB HBM3 (SXM) and H200, random data.
+KNOWN = {"H100": (2.97e12, 794e12), "H200": (4.12e12, 779e12)}
 
 
 def card_of(device: str, name: str, dtype: str) -> Card | None:

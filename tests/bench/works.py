@@ -140,8 +140,10 @@ class Bench:
         with times.window(lambda step: step.kind == "decode", skip=24, steps=steps):
             self.seconds(self.prompts([context] * batch), 24 + 2 * steps)
         decode = times.table(f"decode, batch {batch} at context {context}, per step")
+        layer = times.layer()
         prompts = self.prompts([prefill])
         self.seconds(prompts, 1)
         with times.window(lambda step: step.kind == "prefill", skip=0, steps=1):
             self.seconds(prompts, 2)
-        return f"{decode}\n\n{times.table(f'prefill of {prefill} tokens')}"
+        filled = times.table(f"prefill of {prefill} tokens")
+        return "\n\n".join([decode, layer, filled, times.layer()])
