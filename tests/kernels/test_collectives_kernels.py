@@ -3,15 +3,10 @@ other. On cards `tests/bench/all_reduce.py --check` does the same at speed."""
 
 from __future__ import annotations
 
-import mmap
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,37 +14,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 
+from forked_ranks import ForkedGroup, in_ranks, shared
 from lightllmd.architecture import collectives_memory
 from lightllmd.architecture.collectives_memory import LANES, Regions, limits_of
-from lightllmd.kernels.collectives_device import DeviceGroup
 from lightllmd.kernels.collectives_one_shot import Mail, one_shot
 from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes can't use CUDA")
 
-SECONDS = 120  # that ranks may take; a rank that waits in vain would take for ever
 BLOCK, PROGRAMS = 32, 8  # of two shots
-
-
-def shared(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros that forked processes write to as well."""
-    count = int(np.prod(shape))
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
-
-
-def in_ranks(ranks: int, work: Callable[[int], None]) -> None:
-    """`work` of each rank at the same time."""
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=work, args=(rank,)) for rank in range(ranks)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(SECONDS)
-        assert [process.exitcode for process in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def mail_of(ranks: int, programs: int = 4) -> Callable[[int], Mail]:
@@ -157,30 +130,13 @@ def test_a_row_that_is_too_wide_to_gather_is_refused() -> None:
         gather(torch.zeros(1, 1000), torch.zeros(1, 2000), exchange_of(2, blocks=4)(0))
 
 
-class ForkedGroup(DeviceGroup):
-    """On memory that forked processes share. What would go to NCCL is kept."""
-
-    memories: ClassVar[list[Tensor]]
-    by_nccl = 0
-
-    def _symmetric(self, size: int) -> list[Tensor]:
-        return [memory[:size] for memory in self.memories]
-
-    def _meet(self) -> None:
-        pass  # the memory is zeros
-
-    def _summed_by_nccl(self, x: Tensor) -> Tensor:
-        self.by_nccl += 1
-        return x.mul_(self.ranks)
-
-
 def test_a_group_chooses_by_size_and_all_ways_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message at each limit and one past it, maxima and sums of more numbers than go at once, columns beside them."""
     monkeypatch.setattr(collectives_memory, "ONE_SHOT", {2: 1024})
     monkeypatch.setattr(collectives_memory, "TWO_SHOT", 4096)
     monkeypatch.setattr(collectives_memory, "BLOCK", BLOCK)
     limits = limits_of(2, 1 << 20)
-    ForkedGroup.memories = [shared(Regions.of(2, limits).bytes, dtype=torch.uint8) for _ in range(2)]
+    memories = [shared(Regions.of(2, limits).bytes, dtype=torch.uint8) for _ in range(2)]
     source = torch.Generator().manual_seed(0)
     sizes = [limits.one_shot // 4, limits.one_shot // 4 + 16, limits.two_shot // 4, limits.two_shot // 4 + 16]
     parts = [[torch.randn(1, size, generator=source) for size in sizes] for _ in range(2)]
@@ -190,8 +146,7 @@ def test_a_group_chooses_by_size_and_all_ways_follow_each_other(monkeypatch: pyt
     small = [(shared(3, 100), shared(3, 100), shared(3, 195)) for _ in range(2)]
 
     def work(rank: int) -> None:
-        processes = SimpleNamespace(rank=lambda: rank, size=lambda: 2)
-        group = ForkedGroup(processes, torch.device("cpu"), 1 << 20)  # type: ignore[arg-type]
+        group = ForkedGroup(rank, memories, 1 << 20)
         for part, before, out in zip(parts[rank], residual, found[rank], strict=True):
             out.copy_(group.sum_(part, before.clone()))
             small[rank][0].copy_(group.max_(many[rank].clone()))
