@@ -75,6 +75,9 @@ class Kernels(ABC):
         EngineError for what is not built."""
         if isinstance(weight, Tensor) and not scheme.dense:
             weight = quantise(weight, scheme)
+        order = None
+        if shard.axis == 1 and isinstance(weight, QuantisedMatrix):
+            order, weight = weight.order, weight.unordered()
         scheme = scheme if isinstance(weight, Tensor) else weight.scheme
         made = built(role, scheme, self._linears)(weight, bias)
         if shard.axis != 1:
@@ -82,7 +85,7 @@ class Kernels(ABC):
         scales, stored = None, weight if isinstance(weight, Tensor) else weight.values
         if shard.rounded_together:
             scales = SharedScales(scheme, stored.shape[1], shard, self.group, stored.device)
-        return RowParallelLinear(made, self.group, scales)
+        return RowParallelLinear(made, self.group, scales, order)
 
     def embedding(self, weight: Tensor, scale: float | None = None, shard: Shard = WHOLE) -> Embedding:
         """Takes over the rows of the vocabulary ``[vocab, hidden]``. The scale is rounded to their dtype."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lightllmd.architecture.schemes import Scheme
+from lightllmd.architecture.schemes import FILLED_COLUMNS, Scheme
 
 VERSION = 1  # of what `quantise` makes: counted on when that changes, so that what was kept is made again
 LEVELS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value that a scale maps to, of symmetric schemes
@@ -67,17 +67,38 @@ class QuantisedMatrix:
 
     def columns(self, begin: int, end: int) -> QuantisedMatrix:
         """Of these inputs alone, in memory of its own. Where they begin inside a group its scales are those of smaller
-        groups. Of a scheme that is not ordered."""
+        groups. If it is ordered, `order` has ``end - begin`` for columns that it is filled up with."""
+        if self.order is not None:
+            return self._ordered_columns(begin, end)
         whole, scheme = self.scheme.group or self.shape[1], self.scheme.cut(begin)
         firsts = torch.arange(begin, end, scheme.group or end - begin, device=self.values.device)
-        groups = firsts // whole
-        return replace(
-            self,
-            scheme=scheme,
-            values=self.values[:, begin:end].clone(memory_format=torch.contiguous_format),
-            scales=self.scales.index_select(1, groups),
-            zeros=None if self.zeros is None else self.zeros.index_select(1, groups),
-        )
+        values = self.values[:, begin:end].clone(memory_format=torch.contiguous_format)
+        return self._some(scheme, values, firsts // whole)
+
+    def _ordered_columns(self, begin: int, end: int) -> QuantisedMatrix:
+        assert self.order is not None
+        whole, scheme = self.scheme.group or self.shape[1], self.scheme.cut(begin)
+        each = scheme.group or end - begin
+        held = ((self.order >= begin) & (self.order < end)).nonzero().flatten()
+        # Of each group the columns that are held, and filled up to a multiple of `each`.
+        counts = (held // whole).bincount(minlength=-(-self.shape[1] // whole))
+        smaller = -(-counts // each)
+        more = -int(smaller.sum()) * each % FILLED_COLUMNS // each if scheme.group else 0
+        groups = torch.arange(len(counts), device=held.device).repeat_interleave(smaller)
+        groups = torch.cat([groups, groups[-1:].expand(more)])
+        starts = (smaller.cumsum(0) - smaller) * each - (counts.cumsum(0) - counts)  # of columns among `held`
+        places = torch.arange(len(held), device=held.device) + starts[held // whole]
+        columns = held.new_zeros(len(groups) * each).index_copy_(0, places, held)
+        order = torch.full_like(columns, end - begin).index_copy_(0, places, self.order[held].long() - begin)
+        return replace(self._some(scheme, self.values.index_select(1, columns), groups), order=order.int())
+
+    def _some(self, scheme: Scheme, values: Tensor, groups: Tensor) -> QuantisedMatrix:
+        zeros = None if self.zeros is None else self.zeros.index_select(1, groups)
+        return replace(self, scheme=scheme, values=values, scales=self.scales.index_select(1, groups), zeros=zeros)
+
+    def unordered(self) -> QuantisedMatrix:
+        """Without its order: of inputs that are in it."""
+        return replace(self, scheme=replace(self.scheme, ordered=False), order=None)
 
     def to(self, device: torch.device) -> QuantisedMatrix:
         """On that device; itself where it is there."""

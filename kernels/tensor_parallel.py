@@ -22,18 +22,21 @@ from lightllmd.kernels.schemes import Shard
 class RowParallelLinear(Linear):
     """Of a weight whose inputs are shared out: the results of all ranks are summed, then comes what is behind them."""
 
-    def __init__(self, part: Linear, group: Group, scales: SharedScales | None) -> None:
-        """`part`: of this rank; the bias is in one rank's. `scales`: of inputs that are rounded together."""
-        super().__init__(part.out_features, **part.tensors())
-        self._part, self._group, self._scales = part, group, scales
+    def __init__(self, part: Linear, group: Group, scales: SharedScales | None, order: Tensor | None) -> None:
+        """`part`: of this rank; the bias is in one rank's. `scales`: of inputs that are rounded together. `order`: of
+        each column of the part its input, where they are not in their order; one behind the last is 0."""
+        super().__init__(part.out_features, **part.tensors(), order=order)
+        self._part, self._group, self._scales, self._order = part, group, scales, order
 
     def _taken(self, x: Unfinished) -> Tensor | Unfinished:
-        return x if self._scales is None else x.tensor()
+        return x if self._scales is None and self._order is None else x.tensor()
 
     def _fused(self, x: Any, norm: Norm | None, activation: str | None, residual: Tensor | None) -> Any:
         # Both would need the inputs, or the outputs, of all ranks.
         assert norm is None
         assert activation is None
+        if self._order is not None:
+            x = functional.pad(x, (0, 1)).index_select(1, self._order)
         if self._scales is not None:
             x = ScaledInputs(x, self._scales.largest(x))
         return self._group.sum_(self._part(x), residual)
@@ -50,7 +53,7 @@ class SharedScales:
         self._group, self._each = group, scheme.group or columns
         self._places: Tensor | None = None  # of this rank's groups among those of the whole
         self._count = -(-shard.size // shard.rounded_together)
-        if self._count > 1:
+        if self._count > 1 or columns > self._each:
             firsts = torch.arange(shard.begin, shard.begin + columns, self._each, device=device)
             self._places = firsts // shard.rounded_together
 

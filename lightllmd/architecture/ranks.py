@@ -87,21 +87,23 @@ def _held(weight: WeightSpec, schemes: WeightSchemes, cuts: list[LayerCut], voca
         rows, run = vocabulary_of(vocab, rank)
         return replace(weight, parts=tuple(_part(part, 0, [run], rows) for part in weight.parts), whole=weight)
     cut = cuts[weight.layer]
-    parts = tuple(_part(part, axis, cut.runs(part.kind)) for part in weight.parts)
     if axis == 0:
+        parts = tuple(_part(part, axis, cut.runs(part.kind)) for part in weight.parts)
         bias = tuple(_part(part, 0, cut.runs(part.kind)) for part in weight.bias)
         groups = cut.groups if weight.groups else ()
         return replace(weight, parts=parts, bias=bias, groups=groups, whole=weight)
     scheme, columns = schemes.of(weight), weight.parts[0].shape[1]
+    run = cut.runs(weight.parts[0].kind)[0]
+    filled = scheme.cut_columns(*run, columns)
     firsts = [other.runs(weight.parts[0].kind)[0][0] for other in cut.of_all_ranks()]
     together = 0
     if scheme.inputs and not scheme.static:
         together = scheme.group or columns
         together = together if any(first % together for first in firsts) else 0
-    group = scheme.cut(firsts[rank.index]).group
+    group = scheme.cut(run[0]).group
     return replace(
         weight,
-        parts=parts,
+        parts=tuple(_part(part, axis, [run], filled) for part in weight.parts),
         bias=weight.bias if rank.index == 0 else (),  # added to the sum once
         whole=weight,
         group=group if group != scheme.group else 0,
@@ -109,9 +111,9 @@ def _held(weight: WeightSpec, schemes: WeightSchemes, cuts: list[LayerCut], voca
     )
 
 
-def _part(part: Part, axis: Literal[0, 1], runs: Sequence[Run], padded: int = 0) -> Part:
-    """`padded`: rows in all, zeros included."""
-    size = padded or sum(end - begin for begin, end in runs)
+def _part(part: Part, axis: Literal[0, 1], runs: Sequence[Run], filled: int = 0) -> Part:
+    """`filled`: rows or columns with those that are zeros."""
+    size = filled or sum(end - begin for begin, end in runs)
     shape = (*part.shape[:axis], size, *part.shape[axis + 1 :])
     return replace(part, shape=shape, cut=TensorCut(part.shape, axis, tuple(runs)))
 

@@ -15,6 +15,10 @@ from lightllmd.architecture.dtypes import ITEM_BYTES
 SchemeName = Literal["dense", "w8a16", "w4a16", "w8a8", "fp8", "fp8_block"]
 
 
+# Of a rank's part of a weight whose columns are in an order of their own: kernels want such groups, and columns.
+ORDERED_GROUP, FILLED_COLUMNS = 32, 64
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A way to store a weight ``[out, in]``, and what its inputs are rounded to before they are multiplied with it.
@@ -62,9 +66,19 @@ class Scheme:
         return -(-inputs // self.group) if self.group else 1
 
     def cut(self, begin: int) -> Scheme:
-        """Of the columns from `begin` on, of a weight that is stored so: where that is inside a group, the scheme has
-        smaller ones."""
-        return replace(self, group=math.gcd(self.group, begin)) if self.group else self
+        """Of some columns, from `begin` on, of a weight that is stored so: where they begin inside a group it has
+        smaller ones, and where columns are in an order of their own, of which any may be missing, it always has."""
+        group = math.gcd(ORDERED_GROUP, self.group // 2) or 1 if self.ordered else math.gcd(self.group, begin)
+        return replace(self, group=group) if self.group else self
+
+    def cut_columns(self, begin: int, end: int, whole: int) -> int:
+        """How many columns there may be of those from `begin` to `end` of a weight of so many: where they are in an
+        order of their own, what is left of each group is filled up to smaller ones."""
+        columns = end - begin
+        if not (self.ordered and self.group):
+            return columns
+        more = self.groups(whole) * (self.cut(begin).group - 1)
+        return -(-(columns + more) // FILLED_COLUMNS) * FILLED_COLUMNS
 
     def nbytes(self, shape: tuple[int, ...], item_bytes: int) -> int:
         """Of a weight of this shape in a model whose elements have so many bytes."""

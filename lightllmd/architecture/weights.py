@@ -53,7 +53,7 @@ class TensorCut:
 @dataclass(frozen=True)
 class Part:
     """A tensor of the checkpoint, by its Hugging Face name, and the shape that the config makes it have: of what one
-    rank holds of it where there is a `cut`, and behind that there may be rows of zeros."""
+    rank holds of it where there is a `cut`, with the rows and columns of zeros that it may be filled up with."""
 
     kind: str  # key of `Names`
     name: str

@@ -43,10 +43,10 @@ def groups() -> Iterator[dict[int, OnAll[Any]]]:
         yield {count: held.enter_context(ranks(count)) for count in (2, 3)}
 
 
-def walk(runner: CpuRunner) -> Tensor:
+def walk(runner: CpuRunner, poisoned: bool = True) -> Tensor:
     """The logits after each of 32 tokens: whole, in blocks, behind a cached prefix and decoded, in one row and with
     others around it."""
-    driver = Driver(runner, scattered=True, poisoned=True)
+    driver = Driver(runner, scattered=True, poisoned=poisoned)
     logits = driver.logits(driver.row(3, IDS[5:18]), driver.row(0, IDS[:17], prompt_length=29))
     logits += driver.logits(driver.row(3, [7], 1), driver.row(0, IDS[17:29], prompt_length=29))
     for place, token in enumerate(IDS[29:32]):
