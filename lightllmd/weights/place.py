@@ -43,11 +43,11 @@ def stream(
         arriving = staged.stream(checkpoint, weights, dtype, device, progress, passing, matrices, schemes)
     else:
         arriving = _read(checkpoint, weights, Loading(dtype, device, passing, matrices or {}, schemes), progress)
-    yield from map(_in_order, arriving)  # which keeps none while the next is read
+    yield from map(in_decoder_order, arriving)  # which keeps none while the next is read
 
 
-def _in_order(loaded: LoadedWeight) -> LoadedWeight:
-    """Also one whose rows came in groups (`WeightSpec.groups`)."""
+def in_decoder_order(loaded: LoadedWeight) -> LoadedWeight:
+    """Rows that came in groups (`WeightSpec.groups`) as the decoder has them."""
     if not loaded.spec.groups:
         return loaded
     ordered = partial(in_order, groups=loaded.spec.groups)

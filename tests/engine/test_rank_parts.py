@@ -1,0 +1,146 @@
+"""What ranks load, put together, is what one loads, to the bit: dense, quantised, and cut inside groups."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightllmd.architecture.families import FAMILIES, architecture_of
+from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.ranks import Rank, architecture_of_rank
+from lightllmd.architecture.schemes import DENSE, SCHEMES, Scheme, scheme_of
+from lightllmd.architecture.weight_schemes import WeightSchemes
+from lightllmd.architecture.weights import WeightSpec
+from lightllmd.kernels.quantised import QuantisedMatrix, quantise
+from lightllmd.weights import dummy
+from lightllmd.weights.loaded import LoadedWeight
+from lightllmd.weights.place import in_decoder_order
+from lightllmd.weights.quantising import quantised
+from lightllmd.weights.rank_parts import as_read, cut
+
+CPU = torch.device("cpu")
+CHOICES = st.sampled_from([DENSE, *(scheme_of(name, 32) for name in SCHEMES if name != "dense")])
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[Architecture, int]:
+    kv_heads = draw(st.integers(1, 5))
+    heads = kv_heads * draw(st.integers(2, 4))
+    config = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 9)),
+        "intermediate_size": draw(st.integers(8, 200)),
+        "vocab_size": draw(st.integers(1, 90)),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "bias": True,
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    return architecture_of(family, config), draw(st.integers(2, min(heads, 5)))
+
+
+def load(weights: tuple[WeightSpec, ...], schemes: WeightSchemes) -> dict[str, LoadedWeight]:
+    read = as_read(weights, schemes, (), columns=True)
+    drawn = map(in_decoder_order, dummy.stream(read, torch.float32, CPU, lambda done, total: None))
+    return {one.spec.key: one for one in cut(quantised(drawn, schemes, "test"), weights)}
+
+
+def numbers(one: LoadedWeight) -> Tensor:
+    return one.tensor if isinstance(one.tensor, Tensor) else one.tensor.dense(torch.float32)
+
+
+def joined(whole: LoadedWeight, parts: list[LoadedWeight], ranks: list[Architecture]) -> Tensor:
+    """The parts put together as the decoder has the whole: by what heads are whose."""
+    role = whole.spec.role
+    if role in ("attention_out", "down"):
+        return torch.cat([numbers(part) for part in parts], 1)
+    if role in ("embed", "head"):
+        return torch.cat([numbers(part) for part in parts])[: whole.spec.parts[0].shape[0]]
+    if role == "gate_up":
+        sides = zip(*(numbers(part).chunk(2) for part in parts), strict=True)
+        return torch.cat([half for side in sides for half in side])
+    specs = [rank.spec.attention[0] for rank in ranks]
+    kinds: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+    for spec, part in zip(specs, parts, strict=True):
+        found = numbers(part)
+        if role in ("q_norm", "k_norm"):
+            named = {role[0]: found}
+        else:
+            named = dict(zip("qkv", found.split([spec.q_size, spec.kv_size, spec.kv_size]), strict=True))
+        for kind, rows in named.items():
+            if kind == "q" or not (spec.shared and spec.shared.repeats):
+                kinds[kind].append(rows)
+            else:
+                assert torch.equal(rows, kinds[kind][-1])
+    return torch.cat([rows for kind in kinds.values() for rows in kind])
+
+
+@settings(max_examples=40, deadline=None)
+@given(models(), CHOICES)
+def test_what_ranks_load_put_together_is_what_one_loads(model: tuple[Architecture, int], scheme: Scheme) -> None:
+    architecture, count = model
+    schemes = WeightSchemes.all(scheme)
+    ranks = [architecture_of_rank(architecture, schemes, Rank(index, count)) for index in range(count)]
+    whole, parts = load(architecture.weights, schemes), [load(rank.weights, schemes) for rank in ranks]
+    for key, one in whole.items():
+        mine = [part[key] for part in parts]
+        for rank, part in zip(ranks, mine, strict=True):
+            planned = next(weight for weight in rank.weights if weight.key == key)
+            scheme_here = DENSE if isinstance(part.tensor, Tensor) else part.tensor.scheme
+            assert (part.tensor.shape, scheme_here) == (shape(planned), schemes.of(planned))
+        if one.spec.shard_axis is None:
+            assert all(torch.equal(numbers(part), numbers(one)) for part in mine)
+        else:
+            assert torch.equal(joined(one, mine, ranks), numbers(one))
+        if one.bias is not None and one.spec.shard_axis == 1:
+            assert [part.bias is None for part in mine] == [False, *[True] * (count - 1)]
+            assert torch.equal(mine[0].bias, one.bias)
+        elif one.bias is not None:
+            as_weights = [part._replace(tensor=part.bias, bias=None) for part in mine]
+            assert torch.equal(joined(one, as_weights, ranks), one.bias)
+
+
+def shape(weight: WeightSpec) -> tuple[int, ...]:
+    return (sum(part.shape[0] for part in weight.parts), *weight.parts[0].shape[1:])
+
+
+def test_a_dense_model_is_never_read_whole_and_rows_of_a_quantised_one_neither() -> None:
+    architecture = architecture_of("llama", {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256,
+                                             "num_hidden_layers": 1, "vocab_size": 100})  # fmt: skip
+    for name in SCHEMES:
+        schemes = WeightSchemes.all(scheme_of(name, 32))
+        mine = architecture_of_rank(architecture, schemes, Rank(1, 2)).weights
+        whole = {weight.role for weight in as_read(mine, schemes, (), columns=True) if weight.whole is None}
+        shared = {"attention_norm", "feed_forward_norm", "norm"}
+        # Scales of a whole row, or of blocks that begin in another part, are made of what other ranks have.
+        needed = {"fp8_block": {"qkv", "gate_up"}, "w4a16": set(), "dense": set()}.get(name, {"attention_out", "down"})
+        assert whole - shared == needed
+
+
+@pytest.mark.parametrize(("group", "begin", "end"), [(32, 17, 90), (128, 0, 64), (128, 64, 200), (0, 30, 100)])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_columns_in_an_order_of_their_own_are_cut(group: int, begin: int, end: int, zeros: bool) -> None:
+    columns, draw = 200, torch.Generator().manual_seed(0)
+    scheme = Scheme("w4a16", "uint4", "", group, 1, False) if zeros else Scheme("w8a16", "int8", "float32", group)
+    order = torch.randperm(columns, generator=draw)
+    weight = quantise(torch.randn(6, columns, generator=draw), scheme)
+    ordered = Scheme(**{**scheme.__dict__, "ordered": True})
+    matrix = QuantisedMatrix(ordered, weight.values, weight.scales, weight.zeros, order.int())
+    part = matrix.columns(begin, end)
+    x = torch.randn(3, end - begin, generator=draw, dtype=torch.float64)
+    truth = x @ matrix.dense(torch.float64)[:, begin:end].T
+    filled = torch.cat([x, x.new_zeros(3, 1)], 1).index_select(1, part.order)
+    assert torch.allclose(filled @ part.unordered().dense(torch.float64).T, truth, atol=1e-6)
+    assert part.shape[1] <= ordered.cut_columns(begin, end, columns)
+    assert part.scheme.group == ordered.cut(begin).group
+    assert part.scales.shape[1] == part.scheme.groups(part.shape[1])
+    assert math.prod(part.values.shape) == part.values.untyped_storage().nbytes()
