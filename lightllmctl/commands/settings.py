@@ -91,6 +91,20 @@ def _print_effective(context: CommandContext, answer: dict[str, Any]) -> None:
     )
     memory.append(("total", units.size(needed), verdict))
     context.console.print("", table(("MEMORY", "BYTES", "HOW"), memory, right=(1,)), sep="\n")
+    if devices := answer.get("devices") or []:
+        lines = [
+            (
+                clean(place.get("device", "?")),
+                str(place.get("replica", "?")),
+                str(place.get("rank", "?")),
+                units.size(place.get("free", 0)),
+                f"{units.size(place.get('needed', 0))} of {units.size(place.get('available', 0))}",
+            )
+            for place in devices
+        ]
+        context.console.print(
+            "", table(("DEVICE", "REPLICA", "RANK", "FREE", "PLANNED"), lines, right=(1, 2, 3)), sep="\n"
+        )
     measured = [
         f"{clean(name.removeprefix('memory_')).replace('_', ' ')} {units.size(value)}"
         for name, value in (answer.get("measured") or {}).items()

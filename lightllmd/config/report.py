@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from lightllmd.config.amount import count, size
 from lightllmd.config.plan import Plan
 from lightllmd.errors import show
@@ -45,21 +47,41 @@ def _model(plan: Plan) -> str:
     )
 
 
+class Place(msgspec.Struct, frozen=True):
+    """A device that one rank computes on, and what is planned for it. All sizes in bytes."""
+
+    replica: int
+    rank: int
+    device: str  # its title
+    free: int
+    needed: int
+    available: int  # of what is free, what may be planned with
+
+
+def places(plan: Plan) -> list[Place]:
+    """By replica and rank; none where there is one device."""
+    by_index = {device.index: device for device in plan.device.usable}
+    found = []
+    for number, (index, budget) in enumerate(zip(plan.devices, plan.device_budgets, strict=False)):
+        replica, rank = divmod(number, plan.ranks)
+        device = by_index[index]
+        found.append(Place(replica, rank, device.title, device.memory_free, budget.needed, budget.available))
+    return found
+
+
 def _devices(plan: Plan) -> Iterator[str]:
     """One a line: who computes there, what it has free, what is planned; then those that can't be used."""
-    facts, used = plan.device, len(plan.devices)
-    yield f"devices: {facts.kind}, {used} of {len(facts.usable)} usable"
-    by_index = {device.index: device for device in facts.usable}
-    for place, (index, budget) in enumerate(zip(plan.devices, plan.device_budgets, strict=True)):
-        device = by_index[index]
-        planned = f"{size(budget.needed)} of {size(budget.available)} planned with"
-        yield f"  {_process(plan, place)}: {device.title}, {size(device.memory_free)} free, {planned}"
+    facts = plan.device
+    yield f"devices: {facts.kind}, {len(plan.devices)} of {len(facts.usable)} usable"
+    for number, place in enumerate(places(plan)):
+        planned = f"{size(place.needed)} of {size(place.available)} planned with"
+        yield f"  {_process(plan, number)}: {place.device}, {size(place.free)} free, {planned}"
     yield from (f"  {device.title}: can't be used: {device.fault}" for device in facts.devices if device.fault)
 
 
-def _process(plan: Plan, place: int) -> str:
-    """Which one computes on `Plan.devices` [place]."""
-    replica, rank = divmod(place, plan.ranks)
+def _process(plan: Plan, number: int) -> str:
+    """Which one computes on `Plan.devices` [number]."""
+    replica, rank = divmod(number, plan.ranks)
     named = [(f"replica {replica}", plan.replicas > 1), (f"rank {rank}", plan.ranks > 1)]
     return ", ".join(name for name, counts in named if counts)
 

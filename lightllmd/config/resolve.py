@@ -272,7 +272,9 @@ class _Real(_Maker):
         """What each rank has of the model."""
         groups = self.groups
         if groups.ranks > 1 and isinstance(self.architecture, Architecture):
-            self.derive("tp", Value(groups.ranks, shares(self.architecture, self.quantisation.schemes, groups.ranks)))
+            self.derive(
+                "ranks", Value(groups.ranks, shares(self.architecture, self.quantisation.schemes, groups.ranks))
+            )
         if groups.replicas > 1:
             where = "each on GPUs of its own" if groups.devices else "on one CPU"
             self.derive("replicas", Value(groups.replicas, f"{where}, with a KV cache of max_total_token_num each"))

@@ -17,7 +17,7 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     config: str | None = None  # path of a lightllmd.toml on every node
     settings: dict[str, Any] = {}  # or its settings: tables within tables, or dotted keys
     num_cpus: float = 1.0  # of a replica, as Ray counts them
-    num_gpus: float | None = None  # None: one for each rank, none where engine.device is "cpu"
+    num_gpus: float | None = None  # None: one for each rank of each engine replica, none where engine.device is "cpu"
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: float = 32.0  # of a replica; above it the autoscaler adds one
@@ -32,7 +32,7 @@ def gpus(asked: Arguments, config: Config) -> float:
         return asked.num_gpus
     if config.engine.device == "cpu" or config.engine.backend == "fake":
         return 0.0
-    return float(config.params.tp)
+    return float(config.params.tp * config.engine.replicas)
 
 
 def read(given: dict[str, Any]) -> Arguments:

@@ -48,6 +48,7 @@ from typing import Any
 import msgspec
 
 from lightllmd.config.plan import Budget, Derived
+from lightllmd.config.report import Place
 
 API = 1
 
@@ -243,8 +244,9 @@ class Effective(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any]  # as written, defaults filled in
     values: dict[str, Any]  # what replaced "auto" and unset values
     derived: list[Derived]  # each with its reason
-    budget: Budget
+    budget: Budget  # of several devices that of the one with the least room
     budget_needed: int  # bytes
+    devices: list[Place]  # by replica and rank; empty where there is one
     measured: dict[str, int]  # what the engine says it took: memory_loaded, memory_worst_step, memory_used; bytes
     report: str  # the same as text, as it was printed at the start
 

@@ -18,7 +18,7 @@ from api.frontend_harness import Stack, make_plan, run, stack, until
 from lightllmd import __version__
 from lightllmd.api.page.files import HEADERS, PageFiles
 from lightllmd.api.page.routes import Page
-from lightllmd.api.page.view import duration
+from lightllmd.api.page.view import device_of, duration
 from lightllmd.config import keys
 from lightllmd.config.plan import ModelFacts, Pooling, Scoring
 from lightllmd.ipc import messages
@@ -57,6 +57,12 @@ class Document(HTMLParser):
     def named(self, name: str) -> dict[str, str | None]:
         """The attributes of the element with that id."""
         return next(attributes for _, attributes in self.elements if attributes.get("id") == name)
+
+
+def test_the_page_tells_over_how_many_processes_a_model_runs():
+    plan = make_plan()
+    assert device_of(plan) == "cpu, float32"
+    assert device_of(msgspec.structs.replace(plan, ranks=4, replicas=2)) == "cpu, float32, tp 4, 2 replicas"
 
 
 def test_the_page_tells_what_the_worker_knows(tmp_path):

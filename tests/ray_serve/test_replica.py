@@ -236,5 +236,7 @@ def test_a_replica_asks_for_the_gpus_that_its_daemon_plans_with() -> None:
     asked = arguments.read({})
     assert arguments.gpus(asked, checked(None, FAKE)) == 0
     assert arguments.gpus(asked, checked(None, {"model_dir": "/models/m"})) == 1
+    several = {"model_dir": "/models/m", "tp": 2, "engine.replicas": 2}
+    assert arguments.gpus(asked, checked(None, several)) == 4
     assert arguments.gpus(asked, checked(None, {"model_dir": "/models/m", "engine.device": "cpu"})) == 0
     assert arguments.gpus(arguments.read({"num_gpus": 0.5}), checked(None, FAKE)) == 0.5

@@ -10,6 +10,7 @@ import msgspec
 from lightllmd import __version__
 from lightllmd.api.inflight.revision import Revision
 from lightllmd.api.inflight.revisions import Revisions
+from lightllmd.config.plan import Plan
 
 # What the model is for: messages, plain text, or numbers alone.
 Kind = Literal["chat", "text", "scores", "vectors"]
@@ -62,7 +63,7 @@ def view_of(revisions: Revisions) -> View:
     share = used / total if total else 0.0
     texts = {
         "model": revision.model_name,
-        "device": f"{plan.device.kind}, {plan.data_type}",
+        "device": device_of(plan),
         "context": f"{revision.limits.max_req_total_len:,} tokens",
         "generation": ", ".join(str(group.generation) for group in revision.ledger.groups) or UNKNOWN,
         "version": __version__,
@@ -85,6 +86,13 @@ def view_of(revisions: Revisions) -> View:
     }
     workers = [WorkerShown(one.name, _said(one.said, one.restarts), one.ready) for one in overview.workers]
     return View(ready, health, overview.sentence, kind_of(revision), rate, share, texts, workers)
+
+
+def device_of(plan: Plan) -> str:
+    """What computes, and over how many processes."""
+    tp = [f"tp {plan.ranks}"] if plan.ranks > 1 else []
+    replicas = [f"{plan.replicas} replicas"] if plan.replicas > 1 else []
+    return ", ".join([plan.device.kind, plan.data_type, *tp, *replicas])
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from lightllmd import __version__
 from lightllmd.config.load import load
 from lightllmd.config.parameters import Config
-from lightllmd.config.report import report
+from lightllmd.config.report import places, report
 from lightllmd.errors import LightllmdError, NoSuchWorker, NotPermitted, TryAgain, Usage
 from lightllmd.http import server as http
 from lightllmd.http.traffic import Traffic
@@ -48,6 +48,8 @@ VALUES = (
     "log_stats_interval",
     "vocab_size",
     "model_name",
+    "ranks",
+    "replicas",
 )  # of a plan: what is in force where the configuration may say "auto" or nothing
 
 
@@ -153,6 +155,7 @@ class ControlPlane:
                 derived=plan.derived,
                 budget=plan.budget,
                 budget_needed=plan.budget.needed,
+                devices=places(plan),
                 measured=status.measured_memory(self._daemon),
                 report=report(plan),
             )

@@ -126,10 +126,10 @@ def test_the_fullest_rank_decides_where_heads_do_not_divide() -> None:
     first, second = plan.device_budgets
     assert first.row("kv cache") == 2 * second.row("kv cache")
     assert plan.budget == first
-    assert "1 to 2 of 3 KV heads" in reason(plan, "tp")
+    assert "1 to 2 of 3 KV heads" in reason(plan, "ranks")
     repeated = made({"tp": 4, "max_total_token_num": 10_000}, gpus(*[140] * 4))
     assert len({budget.row("kv cache") for budget in repeated.device_budgets}) == 1
-    assert "1 of 3 KV heads, which several ranks hold alike" in reason(repeated, "tp")
+    assert "1 of 3 KV heads, which several ranks hold alike" in reason(repeated, "ranks")
 
 
 def test_replicas_each_have_all_slots() -> None:
@@ -144,7 +144,7 @@ def test_a_model_of_one_device_has_the_budget_that_it_had() -> None:
     alone = made({}, gpus(140), LLAMA)
     assert alone.budget.row("communication") == 0
     assert "communication" not in [row.name for row in alone.budget.rows]
-    assert "tp" not in [derived.name for derived in alone.derived]
+    assert "ranks" not in [derived.name for derived in alone.derived]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

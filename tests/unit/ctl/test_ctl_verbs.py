@@ -344,6 +344,24 @@ def test_effective_configuration_has_reasons_and_the_memory_budget(ctl: Any, dae
         "kv cache  138 MB  6,000 slots",
         "total     408 MB  of 4.00 GB; fits",
     ]
+    places = [
+        {
+            "replica": 0,
+            "rank": rank,
+            "device": f"GPU {rank} (H200)",
+            "free": 10**10,
+            "needed": 10**9,
+            "available": 9 * 10**9,
+        }
+        for rank in range(2)
+    ]
+    daemon.get("/v1/config", {**effective, "devices": places})
+    assert ctl("config", "--effective").out.splitlines()[-3:] == [
+        "DEVICE        REPLICA  RANK     FREE  PLANNED",
+        "GPU 0 (H200)        0     0  10.0 GB  1.00 GB of 9.00 GB",
+        "GPU 1 (H200)        0     1  10.0 GB  1.00 GB of 9.00 GB",
+    ]
+    daemon.get("/v1/config", effective)
     effective["measured"] = {"memory_loaded": 300_000_000, "memory_used": 400_000_000}
     assert ctl("config", "--effective").out.splitlines()[-1] == "measured: loaded 300 MB, used 400 MB"
     del effective["measured"]
