@@ -1,8 +1,8 @@
 """Anonymous shared memory in which an engine notes what it is doing, so that its death can be explained.
 
 The supervisor makes the memory (a memfd: no name, nothing to leak) and hands the descriptor to the child; the
-engine writes before each step whose membership changed; the supervisor reads after the process is dead, so the
-two never touch it at the same time, and it survives SIGKILL.
+engine writes before each step whose membership changed; the supervisor reads when the process is dead or has been
+sent SIGKILL, which it survives.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 
 import msgspec
 
+_LOOKS = 10
 SIZE = 1 << 18  # bytes: room for some 25,000 request numbers
 
 
@@ -58,8 +59,15 @@ class FlightRecorder:
 
 
 def read(fd: int) -> Flight:
-    """The record of a process that is dead. An unwritten or half-written one reads as an idle step 0."""
-    length = int.from_bytes(os.pread(fd, 4, 0), "little")
-    if not length:
-        return Flight()
-    return msgspec.msgpack.decode(os.pread(fd, length, 4), type=Flight)
+    """The record of a process that is dead, or has just been killed. An unwritten or half-written one reads as an idle
+    step 0."""
+    body = _body(fd)
+    for _ in range(_LOOKS):  # a process that was killed may write for some microseconds more
+        before, body = body, _body(fd)
+        if before == body:
+            break
+    return msgspec.msgpack.decode(body, type=Flight) if body else Flight()
+
+
+def _body(fd: int) -> bytes:
+    return os.pread(fd, int.from_bytes(os.pread(fd, 4, 0), "little"), 4)

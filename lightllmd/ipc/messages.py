@@ -251,6 +251,7 @@ class EngineConfigure(msgspec.Struct, tag="engine-configure"):
     metrics_id: str  # names its files there; no other living process has it
     ranks: int = 1  # processes of this generation
     device: int = 0  # index of this rank's GPU
+    replica: int = 0  # which of the plan's groups of ranks this generation is one of
 
 
 class ApiConfigure(msgspec.Struct, tag="api-configure"):

@@ -175,6 +175,9 @@ class Supervisor(Daemon):
         self._ticks += 1
         for child in self.children():
             child.check()
+        for child in (*self.front.children(), *self.pusher.children()):
+            child.check_hang()
+        self.engines.check_hang()
         self.monitor.tick(steady=self.state in ("serving", "degraded") and not self.verbs.jobs.running())
         self._start_due()
         if self._ticks % _SLOW_EVERY == 1:
@@ -241,8 +244,8 @@ class Supervisor(Daemon):
             self.front.heard(child)
             if became_ready:
                 api.became_ready(child)
-        elif became_ready and (engine := self.engines.owner(child)):
-            self.engines.became_ready(engine)
+        elif engine := self.engines.owner(child):
+            self.engines.heard(engine, child, became_ready)
         elif became_ready and self.pusher.owns(child):
             self.pusher.worker.became_ready()
 
@@ -251,17 +254,19 @@ class Supervisor(Daemon):
         if ending is None:
             return
         again = not self.verbs.ending
-        api, engine = self.front.owner(child), self.engines.owner(child)
-        flight = engine.generation.flight() if engine and engine.generation else None
+        api, engine, flight = self.front.owner(child), self.engines.owner(child), None
         if api is not None:
             self.engines.api_gone(api.index, child.number)
             child.dispose()
             self.front.died(api, child, ending, again)
         elif engine is not None:
-            self.engines.died(engine, child, ending, again)
+            first = self.engines.died(engine, child, ending, again)
+            if first is None:
+                return
+            child, ending, flight = first.child, first.ending, first.flight
             self._tell_held(engine, again)
-        elif self.engines.spare.owns(child):
-            self.engines.spare.died(ending)
+        elif self.engines.spares.owns(child):
+            self.engines.spares.died(child, ending)
             self._report(child, ending, None, None)
             return
         elif self.pusher.owns(child):

@@ -32,6 +32,7 @@ class Api:
 
     last_breath = 0
     memory = 0
+    device = -1
 
     def __init__(self, process: SimulatedProcess) -> None:
         self.process = process

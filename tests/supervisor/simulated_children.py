@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from lightllmd.config.plan import Facts, Plan, decode_plan
-from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_OUT_OF_MEMORY
+from lightllmd.errors import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_OUT_OF_MEMORY, EXIT_RANK_GONE
 from lightllmd.ipc import messages
 from supervisor.simulated_api import Api
 
@@ -53,6 +53,8 @@ class World(Protocol):
     def generation_is_ready(self, generation: int) -> bool: ...
 
     def count_token(self, generation: int) -> None: ...
+
+    def ranks(self, generation: int) -> list[Engine]: ...
 
     def violated(self, what: str) -> None: ...
 
@@ -147,6 +149,7 @@ class SimulatedProcess:
         self.taken_down = 0  # ticks that the kernel still takes for that
         self.exit_seen = self.reaped = self.disposed = False
         self.stopped = self.hung = False  # by SIGSTOP; by itself
+        self.killed = False  # by the supervisor
         self.link: Link | None = None
         self.ledger: list[Any] = []  # all that it was told
         self.program: Api | Engine | Probe | Push | Reader
@@ -172,6 +175,7 @@ class SimulatedProcess:
     def send_signal(self, number: int) -> None:
         if self.code is not None:
             return
+        self.killed = self.killed or number == signal.SIGKILL
         if number == signal.SIGKILL or not self.stopped:
             self.die(-number)
 
@@ -238,8 +242,9 @@ class SimulatedProcess:
 
 
 class Engine:
-    """As `lightllmd.engine.worker`; what it holds of the device counts from its load on. A spare one has something to
-    do `early`; the context that it makes counts at once."""
+    """As `lightllmd.engine.worker` and its followers; what it holds of its device counts from its load on. A spare one
+    has something to do `early`; the context that it makes counts at once. No rank goes on to the next phase before all
+    have done their work in the present one; one that misses another waits for it, or ends."""
 
     AFTER = {"boot": "load", "load": "warmup", "warmup": "ready", "sleep": "asleep"}
 
@@ -248,9 +253,11 @@ class Engine:
         self.early = early
         self.configured: messages.EngineConfigure | None = None
         self.plan: Plan | None = None
+        self.device = 0
         self.phase = "boot"
         self.progress = 0
         self.left = 1  # units of work in this phase
+        self.phases = 0  # that it has entered
         self.fate = process.world.fate("engine")
         self.memory = 0
         self.tokens = 0
@@ -261,7 +268,19 @@ class Engine:
         return self.process.world.duration() if self.memory else 0
 
     def __repr__(self) -> str:
-        return f"{self.phase} g{self.configured.generation if self.configured else '-'}"
+        if self.configured is None:
+            return f"{self.phase} g-"
+        return f"{self.phase} g{self.configured.generation}.{self.configured.rank}"
+
+    @property
+    def group(self) -> list[Engine]:
+        """All ranks of its generation, itself included, of which some may be dead."""
+        assert self.configured is not None
+        return self.process.world.ranks(self.configured.generation)
+
+    @property
+    def leads(self) -> bool:
+        return self.configured is not None and self.configured.rank == 0
 
     @property
     def ready(self) -> bool:
@@ -269,6 +288,7 @@ class Engine:
 
     def enter(self, phase: str) -> None:
         self.phase, self.progress, self.left = phase, 0, self.process.world.duration()
+        self.phases += 1
         assert self.plan is not None
         if phase == "load":
             self.memory = self.plan.budget.taken
@@ -298,10 +318,18 @@ class Engine:
         if self.plan is None:
             self._begin()
             return
+        assert self.configured is not None
+        group = self.group
+        missing = len(group) < self.configured.ranks or not all(one.process.alive for one in group)
+        if missing and self.phase != "boot" and self.process.world.duration() == 1:
+            self.process.die(EXIT_RANK_GONE)
+            return
         if self.phase in self.AFTER:
-            self.left -= 1
-            self.progress += 1
-            if self.left <= 0:
+            if self.left > 0:
+                self.left -= 1
+                self.progress += 1
+            done = [one.phases > self.phases or (one.phases == self.phases and one.left <= 0) for one in group]
+            if all(done) and not missing:
                 self.enter(self.AFTER[self.phase])
                 return
         if self.phase in ("ready", "asleep"):
@@ -312,7 +340,8 @@ class Engine:
     def _begin(self) -> None:
         if not self.early:
             return
-        if self.early[-1] == "cuda":
+        if self.early[-1].startswith("cuda"):
+            self.device = int(self.early[-1].removeprefix("cuda:"))
             self.memory = CONTEXT
             self.process.world.context_made(self.process)
         self.early = ()
@@ -327,10 +356,12 @@ class Engine:
 
     def hear(self, message: Any) -> None:
         if isinstance(message, messages.EngineConfigure):
-            self.configured, self.plan = message, _decode(message.plan)
+            self.configured, self.plan, self.device = message, _decode(message.plan), message.device
             self.enter("boot")
         elif isinstance(message, messages.Stop):
             self.process.die(0)
+        elif not self.leads and not isinstance(message, messages.Tune):
+            self.process.world.violated(f"{self.process} was told {message}, which is for its leader")
         else:
             self.pending.append(message)
             if self.phase in ("ready", "asleep"):
@@ -342,9 +373,15 @@ class Engine:
         for message in pending:
             match message:
                 case messages.Sleep() if self.phase == "ready":
-                    self.enter("sleep")
+                    self._enter_all("sleep")
                 case messages.Wake() if self.phase == "asleep":
-                    self.enter("load")
+                    self._enter_all("load")
+
+    def _enter_all(self, phase: str) -> None:
+        """The leader passes it on; who doesn't read it now, doesn't do it."""
+        for one in self.group:
+            if not one.process.still:
+                one.enter(phase)
 
 
 class Probe:
@@ -352,6 +389,7 @@ class Probe:
 
     last_breath = 0
     memory = 0
+    device = -1
     configured = True
 
     def __init__(self, process: SimulatedProcess, request: dict[str, Any]) -> None:
@@ -396,6 +434,7 @@ class Reader:
 
     last_breath = 0
     memory = 0
+    device = -1
     configured = True
 
     def __init__(self, process: SimulatedProcess) -> None:
@@ -416,6 +455,7 @@ class Push:
 
     last_breath = 0
     memory = 0
+    device = -1
 
     def __init__(self, process: SimulatedProcess) -> None:
         self.process = process

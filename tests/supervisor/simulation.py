@@ -9,9 +9,10 @@ next one all of them have happened.
 from __future__ import annotations
 
 import random
+import re
 import signal
 import tempfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,7 +24,7 @@ import msgspec
 
 from lightllmd.config.cli import Invocation
 from lightllmd.config.parameters import Config, Params
-from lightllmd.config.plan import DeviceFacts, Facts, Other
+from lightllmd.config.plan import Device, DeviceFacts, Facts, Other
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, SystemFailure
 from lightllmd.ipc import messages
 from lightllmd.supervisor import supervisor
@@ -38,14 +39,15 @@ from lightllmd.supervisor.host.fd_store import FdStore
 from lightllmd.supervisor.host.runtime_directory import RuntimeDirectory
 from lightllmd.supervisor.journal import logs
 from lightllmd.supervisor.workers import memory_gate as memory
-from lightllmd.supervisor.workers import spare
+from lightllmd.supervisor.workers import ranks, spare
 from supervisor.simulated_api import Api
 from supervisor.simulated_children import Engine, Fate, Link, SimulatedProcess, TheirEnd
 from supervisor.simulated_host import Listener, Loop, NoControlServer, SimulatedCommands, Systemd
 from supervisor.simulated_models import model_facts
 
 TICK = 0.5  # virtual seconds; the most that one turn of the supervisor counts
-DEVICE = 10 * 10**9  # bytes
+DEVICE = 10 * 10**9  # bytes, of each
+DEVICES = 3
 
 
 class Simulation:
@@ -63,6 +65,8 @@ class Simulation:
         self.loop.set_exception_handler(lambda _, told: self.violated(f"{told['message']}: {told.get('exception')!r}"))
         self.links: dict[int, Link] = {}
         self.processes: list[SimulatedProcess] = []
+        # By generation and rank, of those that could be told their configuration.
+        self.members: defaultdict[int, dict[int, SimulatedProcess]] = defaultdict(dict)
         self.listeners: list[Listener] = []
         self.fates: dict[str, deque[Fate]] = {"api": deque(), "engine": deque(), "probe": deque(), "push": deque()}
         self.violations: list[str] = []
@@ -123,6 +127,7 @@ class Simulation:
         replace(supervisor, "resident", lambda pid: 1)
         replace(supervisor, "is_stopped", self._is_stopped)
         replace(spare, "is_stopped", self._is_stopped)
+        replace(ranks, "is_stopped", self._is_stopped)
         replace(supervisor.orphans, "become_subreaper", lambda: None)
         replace(supervisor.orphans, "reap_orphans", self._reap)
         replace(supervisor.server, "ControlServer", NoControlServer)
@@ -171,8 +176,9 @@ class Simulation:
 
     # --- what children find -----------------------------------------------------------------------------------------
     def facts(self, request: dict[str, Any]) -> Facts | str:
-        free = max(DEVICE - sum(process.program.memory for process in self.processes), 0)
-        device = DeviceFacts("cuda", "Simulated GPU", 1, DEVICE, free, ["bfloat16"], 4)
+        free = [max(DEVICE - self.taken(index), 0) for index in range(DEVICES)]
+        devices = [Device(index, "Simulated GPU", DEVICE, free[index]) for index in range(DEVICES)]
+        device = DeviceFacts("cuda", "Simulated GPU", DEVICES, DEVICE, min(free), ["bfloat16"], 4, devices=devices)
         path = request.get("model_dir", "")
         if path == "/models/missing":
             return f"{path} does not exist"
@@ -186,21 +192,26 @@ class Simulation:
             return Other(params, model_facts(path))
         return Other(params, fault=f"{path} can't be read")
 
+    def taken(self, device: int) -> int:
+        """Bytes of that device."""
+        return sum(one.program.memory for one in self.processes if one.program.device == device)
+
     def may_end(self, revision: int) -> bool:
         """Whether requests of it may be ended: nobody could finish them, or the daemon stops."""
         return self.stopping or revision in self.permanently_failed
 
     def memory_short(self, process: SimulatedProcess) -> bool:
         """As `process` begins to load."""
-        taken = sum(one.program.memory for one in self.processes)
-        dying = sum(one.program.memory for one in self.processes if not one.alive)
+        device = process.program.device
+        taken = self.taken(device)
+        dying = sum(one.program.memory for one in self.processes if one.program.device == device and not one.alive)
         if taken > DEVICE >= taken - dying and self.measured:
             self.violated(f"{process} does not wait for memory that is about to be free")
         return taken > DEVICE
 
     def context_made(self, process: SimulatedProcess) -> None:
         """By a spare engine."""
-        taken = sum(one.program.memory for one in self.processes)
+        taken = self.taken(process.program.device)
         if taken > DEVICE and self.measured:
             self.violated(f"{process} takes {taken - DEVICE} bytes that the plan in force has given away")
 
@@ -209,11 +220,16 @@ class Simulation:
         return self.pace.choice((1, 1, 2, 3))
 
     def engine(self, generation: int) -> Engine | None:
-        for process in reversed(self.processes):
-            program = process.program
-            if isinstance(program, Engine) and program.configured and program.configured.generation == generation:
-                return program
-        return None
+        """The one that leads it."""
+        return next((engine for engine in self.ranks(generation) if engine.leads), None)
+
+    def ranks(self, generation: int) -> list[Engine]:
+        """Those that have read their configuration."""
+        return [
+            process.program
+            for process in self.processes
+            if isinstance(process.program, Engine) and _generation(process.program) == generation
+        ]
 
     def generation_is_ready(self, generation: int) -> bool:
         engine = self.engine(generation)
@@ -241,7 +257,8 @@ class Simulation:
         program = process.program
         if isinstance(program, Engine) and isinstance(message, messages.EngineConfigure):
             last = max((g for p in self.engines() if (g := _generation(p.program)) is not None), default=0)
-            if message.generation <= last:
+            self.members[message.generation][message.rank] = process
+            if message.generation < last or (message.generation == last and message.rank == 0):
                 self.violated(f"generation {message.generation} follows {last}")
         if isinstance(message, messages.Forget):
             engines = [engine for engine in self.supervisor.engines if engine.revision == message.revision]
@@ -249,11 +266,30 @@ class Simulation:
                 self.permanently_failed.add(message.revision)
         if isinstance(message, messages.Cut) and not self.forced:
             self.violated("requests are ended that nobody asked to end")
+        if isinstance(message, messages.EngineDown) and (fault := self._misnamed(message)):
+            self.violated(fault)
         if isinstance(message, messages.Commit) and not self.kept:
             child = self.supervisor.engines.serving.engines[0].child
             if child is None or child.ready_at is None:
                 self.violated(f"revision {message.revision} is committed unproven")
         process.ledger.append(message)
+
+    def _misnamed(self, down: messages.EngineDown) -> str:
+        """Whether it is said of the wrong rank that it ended first."""
+        named = re.match(r"rank (\d+) \(pid (\d+)\): (hung)?", down.cause)
+        if named is None:
+            return ""
+        culprit = self.members[down.generation].get(int(named[1]))
+        if culprit is None:
+            return ""
+        group = list(self.members[down.generation].values())
+        if culprit.pid != int(named[2]):
+            return f"{down} names none of {group}"
+        if named[3] is None and culprit.killed and not culprit.stopped and any(not one.killed for one in group):
+            return f"{down}: it was killed because of another of {group}"
+        if named[3] and not culprit.still and any(one.alive and one.still for one in group):
+            return f"{down}: it waited for another of {group}"
+        return ""
 
     # --- time and events ----------------------------------------------------------------------------------------------
     def settle(self) -> None:

@@ -178,8 +178,8 @@ class Truths:
             if engine.revision not in view.known:
                 continue
             up = engine.up()
-            should = up.generation if up is not None and engine.child is not None and engine.child.ready else None
-            dying = engine.child is not None and (engine.child.dying or engine.child.asked is not None)
+            should = up.generation if up is not None else None
+            dying = engine.ending or any(child.asked is not None for child in engine.children)
             if view.known[engine.revision] != should and not dying:
                 yield f"{name}: generation of revision {engine.revision} is {should}, told {view.known}"
         if strange := set(view.known) - {engine.revision for engine in supervisor.engines}:
@@ -221,9 +221,9 @@ class Truths:
             yield f"a stop: {supervisor.verbs.stopping}, systemd was told {said}"
         child = supervisor.engines.serving.engines[0].child
         if status.health(supervisor)[0] and child is not None and not simulation.moves():
-            program = simulation.program(child)
-            if program.phase != "ready" or not program.process.alive:
-                yield f"it says that it is ready, its engine is {program.process}"
+            programs = [simulation.program(one) for one in supervisor.engines.serving.children]
+            if any(program.phase != "ready" or not program.process.alive for program in programs):
+                yield f"it says that it is ready, its engine's ranks are {programs}"
 
 
 class ToldView:

@@ -320,7 +320,7 @@ def test_an_engine_that_heartbeats_and_answers_nobody_is_replaced_with_its_stack
         daemon.order("live", probe=None)
         down = daemon.wait_heard("api-1", "EngineDown")
         daemon.order("live")
-        assert down["cause"] == "hung: health probe: no answer for 1 s; ended by SIGABRT"
+        assert down["cause"] == "hung: health probe: no answer for 1 s"
         daemon.wait_worker("engine-0", state="running", generation=2)
         wait_for(lambda: daemon.status()["health"] == "ready")
         with daemon.control_client() as client:

@@ -113,10 +113,10 @@ def test_a_context_waits_for_an_engine_whose_plan_has_the_bytes(world: World) ->
 def test_no_spare_is_made_once_the_daemon_stops(world: World) -> None:
     """An engine may still become ready then, which asks for one."""
     supervisor = world.simulation.supervisor
-    spare = supervisor.engines.spare
-    spare.end("the daemon stops")
+    spares = supervisor.engines.spares
+    spares.end("the daemon stops")
     world.pass_time()
-    assert spare.child is None
-    spare.plan_for(supervisor.plan)
-    spare.keep()
-    assert spare.child is None
+    assert not spares.children()
+    spares.plan_for(supervisor.plan)
+    spares.keep()
+    assert not spares.children()

@@ -51,8 +51,9 @@ def test_a_hung_worker_is_aborted_and_its_stacks_are_kept(tmp_path: Path) -> Non
         daemon.order("live", hang="engine")
         down = daemon.wait_heard("api-1", "EngineDown")
         daemon.order("live")
-        assert down["cause"] == "hung: no progress for 3 s in phase ready; ended by SIGABRT"
+        assert down["cause"] == "hung: no progress for 3 s in phase ready", "told before it is dead"
         exit_ = daemon.wait_worker("engine-0", state="running", generation=2)["last_exit"]
+        assert exit_["cause"] == f"{down['cause']}; ended by SIGABRT"
         assert any("most recent call first" in line for line in exit_["stderr"])
 
 
@@ -61,7 +62,7 @@ def test_a_stopped_worker_is_killed(tmp_path: Path) -> None:
         os.kill(daemon.worker("engine-0")["pid"], signal.SIGSTOP)
         down = daemon.wait_heard("api-1", "EngineDown")
         assert down["cause"].startswith("hung: ")
-        assert down["cause"].endswith(" for 3 s in phase ready; ended by SIGKILL")
+        assert down["cause"].endswith(" for 3 s in phase ready")
         api = daemon.wait_worker("api-0", state="running")["pid"]
         os.kill(api, signal.SIGSTOP)
         assert daemon.wait_worker("api-0", state="running", generation=2)["pid"] != api
@@ -74,7 +75,7 @@ def test_a_worker_stopped_before_its_first_word_is_killed_too(tmp_path: Path) ->
         os.kill(daemon.worker("engine-0")["pid"], signal.SIGKILL)
         down = wait_for(lambda: (downs := daemon.heard("api-1", "EngineDown"))[1:] and downs[1])
         daemon.order("engine")
-        assert down["cause"] == "hung: stopped by a signal for 3 s in phase boot; ended by SIGKILL"
+        assert down["cause"] == "hung: stopped by a signal for 3 s in phase boot"
         daemon.wait_worker("engine-0", state="running")
 
 

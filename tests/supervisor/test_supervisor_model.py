@@ -77,6 +77,7 @@ EDITS = {
     "slots": lambda config: edited(
         config, "params", max_total_token_num="auto" if config.params.max_total_token_num == 8192 else 8192
     ),
+    "ranks": lambda config: edited(config, "params", tp=config.params.tp % 3 + 1),
     "mode": lambda config: edited(config, "params", mode=[] if config.params.mode else ["triton_w8a16"]),
     "model": lambda config: edited(
         config, "params", model_dir="/models/second" if config.params.model_dir == "/models/first" else "/models/first"
@@ -97,6 +98,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         traffic=st.sampled_from([0.0, 0.2, 0.8]),
         pace=ORDERS,
         share=st.sampled_from([0.9, 1.0]),
+        tp=st.sampled_from([1, 1, 2, 3]),
     )
     def start(
         self,
@@ -109,10 +111,11 @@ class SupervisorMachine(RuleBasedStateMachine):
         traffic: float,
         pace: int,
         share: float,
+        tp: int,
     ) -> None:
         """`serving`: it comes to serve before anything is done to it. `faults`: of host and children, not of models.
         `share`: of the device's memory, that a plan may use."""
-        flags = {"supervisor.swap": swap, "http.workers": workers, "engine.memory_fraction": share}
+        flags = {"supervisor.swap": swap, "http.workers": workers, "engine.memory_fraction": share, "tp": tp}
         if gateway:
             flags["metric_gateway"] = "gateway:9091"
         self.simulation = Simulation(configuration(health_monitor=monitor, **flags), traffic, pace)
@@ -312,8 +315,9 @@ class SupervisorMachine(RuleBasedStateMachine):
         if whom == "api":
             return self.simulation.apis()[choice % 2 :][:1]
         found = {"serving": [engines.serving], "candidate": [engines.candidate], "leaving": engines.leaving}[whom]
-        processes = [engine.child.process for engine in found if engine is not None and engine.child is not None]
-        return [process for process in processes if process.alive][:1]
+        processes = [child.process for engine in found if engine is not None for child in engine.children]
+        living = [process for process in processes if process.alive]
+        return living[choice % len(living) :][:1] if living else []
 
     # --- what must hold -----------------------------------------------------------------------------------------------
     @invariant()
@@ -426,9 +430,10 @@ class SupervisorMachine(RuleBasedStateMachine):
         serving = supervisor.engines.serving
         apis = [api.worker.child.process for api in supervisor.front.apis]
         assert len(apis) == simulation.context.config.http.workers, story
-        expected = {serving.engines[0].child.process, *apis}
-        if supervisor.engines.spare.child is not None:
-            expected.add(supervisor.engines.spare.child.process)
+        (engine,) = serving.engines
+        expected = {*(child.process for child in engine.children), *apis}
+        assert len(engine.children) == serving.plan.ranks, story
+        expected |= {child.process for child in supervisor.engines.spares.children()}
         pushing = supervisor.pusher.children()
         assert bool(pushing) == (simulation.context.config.params.metric_gateway is not None), story
         expected |= {child.process for child in pushing}

@@ -63,13 +63,11 @@ class Placement:
         return _with_free(alone, lambda device: max(device.memory_free, had.get(device.index, 0)))
 
     def _held_by_spare(self, facts: Facts) -> Bytes:
-        """What isn't free because of contexts that the candidate takes over, and its plan counts: one for each rank of
-        the first replica. They are told as the plan's own row for the next spare tells them: whatever a context takes,
-        the two cancel each other."""
-        plan = self._engines.serving.plan
-        if plan is None or facts.device.kind != "cuda" or not self._config.supervisor.spare_engine:
+        """What isn't free because of contexts that the candidate takes over, and its plan counts. They are told as the
+        plan's own row for the next spare tells them: whatever a context takes, the two cancel each other."""
+        if facts.device.kind != "cuda" or not self._config.supervisor.spare_engine:
             return {}
-        return {plan.device_of(0, rank): self._engines.spare.context_bytes for rank in range(plan.ranks)}
+        return self._engines.spares.context_bytes
 
     def _yet_to_be_taken(self, replicas: Replicas, facts: Facts) -> Bytes:
         """What is free only until their next generations have started, or the present ones have: what they have of it

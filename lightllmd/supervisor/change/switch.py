@@ -97,9 +97,9 @@ class Switch:
             else:
                 if self._placement.beside or not unsettled:
                     return made
-            waited = not all(child.dying for child in unsettled)
-            while left := [child for child in unsettled if child in self._engines.unsettled]:
-                yield f"waiting until {left[0].worker} is up or down", None
+            waited = not all(generation.ending for generation in unsettled)
+            while left := [generation for generation in unsettled if generation in self._engines.unsettled]:
+                yield f"waiting until {left[0].leader.worker} is up or down", None
 
     def _read_facts(self) -> Waiting[Facts]:
         """Read again if an engine started, became ready or ended meanwhile: what was free then says nothing now."""

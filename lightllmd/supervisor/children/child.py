@@ -68,7 +68,8 @@ class Child:
         self.tail: deque[str] = deque(maxlen=TAIL)
         self.asked: str | None = None  # what it was asked to end for; its end is no failure then
         self.hung: str | None = None
-        self._held = False  # what it is ended for as hung is not its own doing
+        self.held = False  # what it is ended for as hung is not its own doing
+        self._killed = False  # by us
         self.failed: Failed | None = None
         self.said: list[Prepared | Probed] = []  # answers, taken out by the part that asked
         self.exited = False
@@ -110,15 +111,16 @@ class Child:
 
     @property
     def ready(self) -> bool:
-        """In service: it said so, and is alive."""
-        return self.ready_at is not None and not self.exited and not self.dying
+        """In service: it said so, is alive, and nothing ends it."""
+        ends = self.exited or self.dying or self._killed or self.hung is not None or self.failed is not None
+        return self.ready_at is not None and not ends
 
     @property
     def state(self) -> str:
         """ "starting", "running", "stopping" or "exited"."""
         if self.exited:
             return "exited"
-        if self._escalation or self.asked:
+        if self._escalation or self.asked or self.hung:
             return "stopping"
         return "running" if self.ready else "starting"
 
@@ -239,23 +241,32 @@ class Child:
 
     def kill(self, why: str) -> None:
         """SIGKILL now, to its whole process group."""
-        self.asked = why
+        self.asked, self._killed = why, True
         self._escalate((self._context.clock.now, signal.SIGKILL))
 
+    def expect_end(self) -> None:
+        """It said that it failed: SIGKILL where it doesn't end soon."""
+        if self.failed is not None and not self._escalation:
+            self._escalate((self._context.clock.now + self._context.config.supervisor.abort_grace, signal.SIGKILL))
+
     def check(self) -> None:
-        """At every tick: sends the signals that are due and looks for a hang."""
+        """At every tick: sends the signals that are due."""
+        if not self.exited:
+            self._escalate(*self._escalation)
+
+    def check_hang(self) -> None:
+        """At every tick: ends it where it is overdue."""
         now, settings = self._context.clock.now, self._context.config.supervisor
-        if self.exited:
+        if self.exited or not self.configured or self.hung is not None:
             return
-        if self.configured and self.hung is None and (reason := hang_rule.overdue(self.vitals, settings, now)):
+        if reason := hang_rule.overdue(self.vitals, settings, now):
             self.abort(reason, held=self.vitals.stopped is not None)
-        self._escalate(*self._escalation)
 
     def abort(self, reason: str, *, held: bool) -> None:
         """Ends it as hung: SIGABRT, on which faulthandler prints every thread's stack, then SIGKILL. `held`: what it
         was computing is not the cause."""
         now, grace = self._context.clock.now, self._context.config.supervisor.abort_grace
-        self.hung, self._held = reason, held
+        self.hung, self.held = reason, held
         self._context.events.add("hang", f"{reason}: SIGABRT", self.worker, "error")
         # A stopped process can't print; SIGKILL always works.
         self._escalate((now, signal.SIGABRT), (now + grace, signal.SIGKILL))
@@ -279,7 +290,7 @@ class Child:
             returncode,
             failed=self.failed,
             hung=self.hung,
-            held=self._held,
+            held=self.held,
             asked=self.asked,
             memory_ran_out=memory_ran_out,
         )

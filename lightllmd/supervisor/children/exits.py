@@ -22,6 +22,7 @@ _KIND_OF_CODE = {
     errors.EXIT_CONFIG: "config",
     errors.EXIT_NO_DEVICE: "device",
     errors.EXIT_OUT_OF_MEMORY: "memory",
+    errors.EXIT_RANK_GONE: "rank",
 }
 _WORDS = {
     "config": "configuration error",
@@ -40,6 +41,7 @@ class Ending:
     outside: bool = False  # certainly caused from outside, so no request can be
     exit_code: int | None = None  # permanent: not tried again with the same plan; the daemon's exit code then
     changed: bool = False  # the model's files are others: tried again, since they may be put back
+    follows: bool = False  # from the end of another rank of its generation
 
     @property
     def permanent(self) -> bool:
@@ -81,11 +83,13 @@ def classify(
         return Ending(_WORDS[kind] + detail, True, exit_code=PERMANENT[kind])
     if failed and kind == "changed":
         return Ending(failed.message, False, outside=True, changed=True)
+    if kind == "rank":
+        return Ending(failed.message if failed else "another rank is gone", False, follows=True)
+    if failed:
+        return Ending(failed.message, True)
     if returncode < 0:
         name, fault = signal_name(-returncode), -returncode in FAULTS
         if -returncode == signal.SIGKILL and memory_ran_out:
             return Ending(f"killed by {name}: the kernel killed for want of memory", False)
         return Ending(f"killed by {name}", fault, outside=not fault)
-    if failed:
-        return Ending(failed.message, True)
     return Ending(f"ended by itself with exit {returncode}", True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightllmd.config.parameters import SupervisorSettings
 from lightllmd.ipc.messages import Heartbeat
 
 LONGEST_STEP = 0.5  # seconds that one turn of the supervisor's loop may count for
+SILENT = 2.0  # seconds without a heartbeat, of which one comes every half second
 
 
 class RunningClock:
@@ -81,3 +82,23 @@ def overdue(vitals: Vitals, settings: SupervisorSettings, now: float) -> str | N
     silent = vitals.heard is None or now - vitals.heard > limit
     what = "heartbeat" if silent else "progress"
     return f"no {what} for {limit:g} s in phase {vitals.phase}"
+
+
+def slowest(group: Sequence[Vitals], settings: SupervisorSettings, now: float) -> tuple[int, str]:
+    """Of workers that wait for each other, at least one of which is overdue: the index of the one that the others wait
+    for, as far as can be told, and why it counts as hung. One that is stopped by a signal is that, then the one whose
+    heartbeats ceased first, unless all of them beat."""
+    stopped = [index for index, vitals in enumerate(group) if vitals.stopped is not None]
+    silent = [index for index, vitals in enumerate(group) if _silence(vitals, now) > SILENT]
+    late = [index for index, vitals in enumerate(group) if overdue(vitals, settings, now) is not None]
+    found = (stopped or sorted(silent, key=lambda index: -_silence(group[index], now)) or late)[0]
+    if reason := overdue(group[found], settings, now):
+        return found, reason
+    phase = group[found].phase
+    if stopped:
+        return found, f"stopped by a signal in phase {phase}"
+    return found, f"no heartbeat for {_silence(group[found], now):.1f} s in phase {phase}"
+
+
+def _silence(vitals: Vitals, now: float) -> float:
+    return now - vitals.heard if vitals.heard is not None else now - vitals.moved

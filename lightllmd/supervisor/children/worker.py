@@ -83,11 +83,16 @@ class Worker:
         pid = self.child.pid if self.child else 0
         self._context.events.add("ready", f"ready (pid {pid}{back})", self.name)
 
-    def died(self, ending: Ending, again: bool) -> None:
-        """Its process is dead and disposed of. `again`: it is wanted, so policy decides when it comes back."""
+    def died(self, ending: Ending, again: bool, first: Child | None = None, asked: bool | None = None) -> None:
+        """Its process is dead and disposed of. `again`: it is wanted, so policy decides when it comes back.
+
+        Where it was one of several: `first` was the cause, and `asked` tells whether that was told to end.
+        """
         child, self.child = self.child, None
         assert child is not None
-        self._schedule_restart(ending, proved=child.proved, tail=list(child.tail), again=again, asked=bool(child.asked))
+        first = first or child
+        asked = bool(first.asked) if asked is None else asked
+        self._schedule_restart(ending, proved=child.proved, tail=list(first.tail), again=again, asked=asked)
 
     def _schedule_restart(
         self, ending: Ending, *, proved: bool, tail: list[str], again: bool = True, asked: bool = False
@@ -159,23 +164,24 @@ class Worker:
             return "fatal"
         return "backoff" if self.due is not None else "exited"
 
-    def snapshot(self) -> snapshot.WorkerStatus:
-        """As the control plane shows it."""
-        child = self.child
+    def snapshot(self, rank: int | None = None, member: Child | None = None) -> snapshot.WorkerStatus:
+        """As the control plane shows it, or, of an engine, `rank`, whose process `member` is; that of rank 0 may be
+        missing."""
+        child = member or self.child
         heard = child.vitals.heard if child else None
         return snapshot.WorkerStatus(
-            name=self.name,
+            name=member.worker if member else self.name,
             kind=self.kind,
             index=self.index,
-            rank=self.index if self.kind == "engine" else None,
-            pid=child.pid if child else None,
-            state=self.state,
+            rank=rank,
+            pid=child.pid if child and not child.exited else None,
+            state=child.state if child else self.state,
             phase=child.vitals.phase if child else "",
             progress=child.vitals.progress if child else 0,
             progress_total=child.vitals.total if child else 0,
             restarts=self.restarts,
             generation=child.number if child else self.number,  # a replacement that failed has the newest
-            memory_bytes=child.memory if child else 0,
+            memory_bytes=child.memory if child and not child.exited else 0,
             heartbeat_age_s=round(self._context.clock.now - heard, 3) if heard is not None else None,
             started=child.started if child else None,
             last_exit=self.last_exit,

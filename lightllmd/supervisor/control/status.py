@@ -32,7 +32,7 @@ def _why_down(engine: Engine, name: str) -> str:
     worker = engine.worker
     if not engine.wanted or engine.on_trial:
         return f"{name} is being replaced"
-    if worker.child is not None and worker.child.dying:
+    if engine.ending:
         return f"{name} is dying"
     if worker.fatal is not None:
         return f"{name} is not started again: {worker.fatal.cause}"
@@ -119,7 +119,7 @@ def _model(daemon: Daemon) -> snapshot.Model | None:
         device=plan.device.kind,
         data_type=plan.data_type,
         weight_bytes=plan.budget.row("weights"),
-        tensor_parallel=plan.config.params.tp,
+        tensor_parallel=plan.ranks,
         weights=plan.schemes.title,
         kv_cache=plan.kv_scheme,
         kv_slots_used=int(serving.stat("slots_used")),
@@ -170,11 +170,11 @@ def measured_memory(daemon: Daemon) -> dict[str, int]:
 
 
 def workers(daemon: Daemon) -> list[snapshot.WorkerStatus]:
-    """Api workers, engines, then the spare and what pushes metrics."""
-    places = [*(api.worker for api in daemon.front.apis), *(engine.worker for engine in daemon.engines)]
-    spare = daemon.engines.spare.snapshot()
+    """Api workers, the ranks of engines, then spare ones and what pushes metrics."""
+    apis = [api.worker.snapshot() for api in daemon.front.apis]
+    ranks = [rank for engine in daemon.engines for rank in engine.snapshots()]
     pusher = [daemon.pusher.worker.snapshot()] if daemon.pusher.snapshot() or daemon.pusher.children() else []
-    return [*(worker.snapshot() for worker in places), *([spare] if spare else []), *pusher]
+    return [*apis, *ranks, *daemon.engines.spares.snapshots(), *pusher]
 
 
 def models(daemon: Daemon) -> list[snapshot.KnownModel]:

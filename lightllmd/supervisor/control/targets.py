@@ -30,6 +30,8 @@ class Targets:
         if not target:
             return self
         chosen = [worker for worker in self.workers if target in (worker.kind, worker.name)]
+        # No rank can be replaced alone.
+        chosen += [one.worker for one in self.engines if target in [child.worker for child in one.children[1:]]]
         if not chosen:
             names = [worker.name for worker in self.workers]
             raise NoSuchWorker(f"no worker {target!r}: there are {', '.join(names)}", worker=target, candidates=names)

@@ -231,7 +231,7 @@ class Verbs:
         if serving.plan is None:
             return
         self._engines.in_force()
-        self._engines.spare.keep()
+        self._engines.spares.keep()
         render = renderer(config.log.format, self._context.journal)
         self._context.log.configure(config.supervisor.log_lines, config.log.level, render)
         pace = math.inf if config.params.disable_log_stats else serving.plan.log_stats_interval

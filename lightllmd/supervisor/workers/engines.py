@@ -11,8 +11,9 @@ from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.workers.generation import Engine
+from lightllmd.supervisor.workers.ranks import EngineGeneration, FirstEnd
 from lightllmd.supervisor.workers.replicas import CANDIDATE, LEAVING, SERVING, Replicas
-from lightllmd.supervisor.workers.spare import Spare
+from lightllmd.supervisor.workers.spare import Spares
 
 
 class Engines:
@@ -22,13 +23,13 @@ class Engines:
         self._context = context
         self._tell_apis = tell_apis
         self._revisions = itertools.count(1)
-        self.spare = Spare(context)
+        self.spares = Spares(context)
         self.serving = self._replicas(SERVING)
         self.candidate: Replicas | None = None
         self.leaving: list[Replicas] = []
 
     def _replicas(self, role: str) -> Replicas:
-        return Replicas(self._context, next(self._revisions), role, self.spare, self._tell_apis)
+        return Replicas(self._context, next(self._revisions), role, self.spares, self._tell_apis)
 
     @property
     def revisions(self) -> Iterator[Replicas]:
@@ -87,7 +88,7 @@ class Engines:
     def _plan_spare(self) -> None:
         """Not at a mere change of settings: the memory is divided as the plan said that the engine started with."""
         assert self.serving.plan is not None
-        self.spare.plan_for(self.serving.plan)
+        self.spares.plan_for(self.serving.plan)
 
     def drop_candidate(self, why: str) -> None:
         """Given up; it is no candidate any more and ends at once."""
@@ -104,26 +105,36 @@ class Engines:
 
     # --- processes -----------------------------------------------------------------------------------------------
     def children(self) -> list[Child]:
-        """The processes of all engines, and the spare's."""
-        spare = [self.spare.child] if self.spare.child is not None else []
-        return [*(child for engine in self for child in engine.children), *spare]
+        """The living processes of all engines, and the spare ones."""
+        return [*(child for engine in self for child in engine.children), *self.spares.children()]
 
     @property
     def holders(self) -> list[tuple[Child | None, bool]]:
         """What holds memory of the device, and whether that is all they will: it changes with what is free there."""
-        held: list[tuple[Child | None, bool]] = [(self.spare.child, self.spare.begun)]
+        held: list[tuple[Child | None, bool]] = self.spares.holders
         for engine in self:
             held += [(child, engine.ready) for child in engine.children] or [(None, False)]
         return held
 
     @property
-    def unsettled(self) -> list[Child]:
+    def unsettled(self) -> list[EngineGeneration]:
         """They are starting or dying: what they hold of the device at this moment can't be told."""
-        return [engine.child for engine in self if engine.child is not None and not engine.ready]
+        return [engine.generation for engine in self if engine.generation is not None and not engine.ready]
 
     def owner(self, child: Child) -> Engine | None:
         """The engine in whose generation `child` is a rank."""
-        return next((engine for engine in self if child in engine.children), None)
+        return next((one for one in self if one.generation is not None and child in one.generation.children), None)
+
+    def heard(self, engine: Engine, child: Child, became_ready: bool) -> None:
+        """A rank of its generation said something, or closed its channel."""
+        if became_ready and child is engine.child and engine.ready:
+            self.became_ready(engine)
+        engine.look()
+
+    def check_hang(self) -> None:
+        """At every tick."""
+        for engine in self:
+            engine.check_hang()
 
     def became_ready(self, engine: Engine) -> None:
         """Its generation is in service; behind the engines in force a spare is kept. A candidate's plan isn't in force
@@ -131,15 +142,16 @@ class Engines:
         engine.became_ready()
         if engine in self.serving.engines:
             self._plan_spare()
-            self.spare.keep()
+            self.spares.keep()
 
-    def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> None:
-        """Its generation, whose process `child` was, is dead. `again`: policy may start another."""
-        engine.died(child, ending, again)
+    def died(self, engine: Engine, child: Child, ending: Ending, again: bool) -> FirstEnd | None:
+        """The process of a rank of its generation is dead. `again`: policy may start another. As `Engine.died`."""
+        first = engine.died(child, ending, again)
         if again:
             for waiting in self.serving.engines:
                 if not waiting.on_trial:
                     waiting.tick()  # it may have waited for this one's memory
+        return first
 
     def api_gone(self, api: int, epoch: int) -> None:
         """Tells all engines that this process of that api worker is dead."""
@@ -157,4 +169,4 @@ class Engines:
         """All of them, for good."""
         for engine in self:
             engine.end(why)
-        self.spare.end(why)
+        self.spares.end(why)

@@ -2,74 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 
 from lightllmd.config.plan import Facts, Plan, encode_plan
-from lightllmd.ipc import flight_record
-from lightllmd.ipc.messages import ApiGone, Down, EngineConfigure, EngineDown, EngineUp, Sleep, Stage, Wake
+from lightllmd.errors import SystemFailure
+from lightllmd.ipc.messages import ApiGone, Down, EngineDown, EngineUp, Sleep, Stage, Wake
+from lightllmd.supervisor import snapshot
 from lightllmd.supervisor.children.child import Child
 from lightllmd.supervisor.children.exits import Ending
 from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.workers.memory_gate import MemoryGate
-from lightllmd.supervisor.workers.spare import EngineProcess, Spare
-
-
-class EngineGeneration:
-    """One engine process for each rank, the endpoint of the one that leads, and the record of what that was doing."""
-
-    def __init__(self, context: Context, worker: str, number: int, plan: bytes, ranks: Sequence[EngineProcess]) -> None:
-        self.ranks = list(ranks)  # by rank
-        self.number = number
-        self._path = context.runtime.endpoint_path(number)
-        self.endpoint = f"ipc://{self._path}"
-        for rank, process in enumerate(self.ranks):
-            metrics_id = context.runtime.take_metrics_id("engine")
-            first = EngineConfigure(
-                plan=plan,
-                generation=number,
-                rank=rank,
-                endpoint=self.endpoint,
-                metrics_dir=str(context.runtime.metrics),
-                metrics_id=metrics_id,
-                ranks=len(self.ranks),
-            )
-            process.child.configure(rank_name(worker, rank), number, metrics_id, first)
-
-    @property
-    def leader(self) -> Child:
-        """Rank 0: its word is the generation's, and what the generation is told it passes on."""
-        return self.ranks[0].child
-
-    @property
-    def children(self) -> list[Child]:
-        """The processes of all ranks."""
-        return [process.child for process in self.ranks]
-
-    def rename(self, worker: str) -> None:
-        """What its worker is called from now on."""
-        for rank, child in enumerate(self.children):
-            child.worker = rank_name(worker, rank)
-
-    def flight(self) -> flight_record.Flight:
-        """What it was doing when it died."""
-        try:
-            return flight_record.read(self.ranks[0].flight)
-        except (msgspec.MsgspecError, OSError):
-            return flight_record.Flight()  # it scribbled over its own record: nothing is known of its last step
-
-    def dispose(self) -> None:
-        """After its death: lets go of the processes' descriptors, removes the endpoint."""
-        for process in self.ranks:
-            process.dispose()
-        self._path.unlink(missing_ok=True)
-
-
-def rank_name(worker: str, rank: int) -> str:
-    """Of one rank's process: "engine-0" leads "engine-0.1", "engine-0.2", …"""
-    return f"{worker}.{rank}" if rank else worker
+from lightllmd.supervisor.workers.ranks import EngineGeneration, FirstEnd
+from lightllmd.supervisor.workers.spare import EngineProcess, Spares, rank_name
 
 
 class Engine:
@@ -81,12 +28,12 @@ class Engine:
         revision: int,
         replica: int,
         name: str,
-        spare: Spare,
+        spares: Spares,
         tell_apis: Callable[[Down], None],
     ) -> None:
         self._context = context
         self._tell_apis = tell_apis
-        self._spare = spare
+        self._spares = spares
         self.revision = revision
         self.replica = replica  # its number among those of its revision
         self.worker = Worker(context, "engine", replica, self._launch, context.generations)
@@ -113,9 +60,23 @@ class Engine:
             self.generation.rename(name)
 
     def _launch(self, number: int) -> Child:
+        """Raises SystemFailure where the host has no process for the first rank; where it has none for another, the
+        generation ends at once."""
         assert self.plan is not None
-        process = self._spare.take(self.plan) or EngineProcess(self._context, self.worker.name)
-        self.generation = EngineGeneration(self._context, self.worker.name, number, self.encoded, [process])
+        ranks: list[EngineProcess] = []
+        refused = None
+        for rank in range(self.plan.ranks):
+            device = self.plan.device_of(self.replica, rank)
+            try:
+                name = rank_name(self.worker.name, rank)
+                ranks.append(self._spares.take(self.plan, device) or EngineProcess(self._context, name, device))
+            except SystemFailure as refusal:
+                if not ranks:
+                    raise
+                refused = refusal
+                break
+        name = self.worker.name
+        self.generation = EngineGeneration(self._context, name, number, self.replica, self.encoded, ranks, refused)
         return self.generation.leader
 
     @property
@@ -125,13 +86,18 @@ class Engine:
 
     @property
     def children(self) -> list[Child]:
-        """The processes of all ranks of its generation, if one lives."""
-        return self.generation.children if self.generation else []
+        """The living processes of all ranks."""
+        return self.generation.living if self.generation else []
 
     @property
     def ready(self) -> bool:
         """It has taken all the memory that it will."""
-        return self.child is not None and self.child.ready
+        return self.generation is not None and self.generation.ready
+
+    @property
+    def ending(self) -> bool:
+        """Its generation is on its way out, of which not everything may be known yet."""
+        return self.generation is not None and self.generation.ending
 
     @property
     def restarts(self) -> bool:
@@ -141,16 +107,23 @@ class Engine:
     @property
     def asleep(self) -> bool:
         """Its weights are in host memory, the device's memory is free."""
-        return self.child is not None and self.child.vitals.phase == "asleep"
+        generation = self.generation
+        return generation is not None and not generation.ending and generation.leader.vitals.phase == "asleep"
 
     @property
     def permanently_failed(self) -> bool:
         """No generation of it will ever finish what is held for it, unless an operator steps in."""
         return self.child is None and (self.worker.fatal is not None or self.worker.changed)
 
+    def snapshots(self) -> list[snapshot.WorkerStatus]:
+        """Of each rank, as the control plane shows it; the first tells of the engine's own life."""
+        followers = self.generation.children[1:] if self.generation else []
+        rest = [self.worker.snapshot(rank, child) for rank, child in enumerate(followers, 1)]
+        return [self.worker.snapshot(0), *(msgspec.structs.replace(one, restarts=0, last_exit=None) for one in rest)]
+
     def up(self) -> EngineUp | None:
         """What a new api worker has to be told; None while no generation is in service."""
-        if self.generation is None or self._rest or not self.generation.leader.ready:
+        if self.generation is None or self._rest or not self.generation.ready:
             return None
         return EngineUp(self.generation.number, self.generation.endpoint, self.revision, self.replica)
 
@@ -162,32 +135,55 @@ class Engine:
         if up := self.up():
             self._tell_apis(up)
 
-    def died(self, child: Child, ending: Ending, again: bool) -> None:
-        """The api workers hear of it before anything else is done."""
-        generation, self.generation, self._rest = self.generation, None, ""
-        assert generation is not None
-        asked, flight = child.asked is not None, generation.flight()
+    def look(self) -> None:
+        """After anything that happened to a rank: once it is known why the generation ends the api workers hear of
+        that, before anything else is done."""
+        generation = self.generation
+        if generation is None or not generation.look():
+            return
+        first, self._rest = generation.first, ""
+        assert first is not None
+        ending, flight = first.ending, first.flight
         self._tell_apis(
             EngineDown(
                 generation=generation.number,
                 cause=ending.cause,
-                unproven=[] if asked else flight.unproven,
+                unproven=[] if first.asked else flight.unproven,
                 quarantined=0 if ending.outside else flight.quarantined,
                 outside=ending.outside,
                 revision=self.revision,
             )
         )
-        generation.dispose()
-        self._context.runtime.release_metrics_id(child.metrics_id)
-        if flight.step and not asked:
+        if flight.step and not first.asked:
             self._context.log.own(
                 "warning",
                 f"generation {generation.number} died in step {flight.step}: {flight.kind}, {flight.rows} rows, "
                 f"{flight.tokens} tokens, requests without a token yet: {len(flight.unproven)}",
             )
-        self.worker.died(ending, again and self.wanted and not self.on_trial)
-        if again and not self.on_trial:
-            self.tick()
+
+    def died(self, child: Child, ending: Ending, again: bool) -> FirstEnd | None:
+        """The process of a rank is dead. `again`: policy may start another generation when this one is gone. What the
+        generation ended by, once, when that process is dead."""
+        generation = self.generation
+        assert generation is not None
+        known, again = generation.first_dead, again and not self.on_trial
+        generation.died(child, ending)
+        self.look()
+        first = generation.first
+        if generation.gone:
+            assert first is not None
+            self.generation = None
+            generation.dispose()
+            self.worker.died(first.ending, again and self.wanted, first.child, first.asked)
+            if again:
+                self.tick()
+        return first if generation.first_dead and not known else None
+
+    def check_hang(self) -> None:
+        """At every tick."""
+        if self.generation is not None:
+            self.generation.check_hang()
+            self.look()
 
     def sleep(self) -> None:
         """Takes it out of service, what is in flight there is held, or moves to others of its revision; its device's
@@ -242,12 +238,16 @@ class Engine:
         """For good."""
         self.wanted = False
         self.worker.due = self.worker.due_at = None
-        if self.child is None or self.child.asked is not None:
-            return
         if now:
-            self.child.kill(why)
-        else:
-            self.child.stop(why)
+            self.kill(why)
+            return
+        for child in self.generation.to_end if self.generation else []:
+            child.stop(why)
+
+    def kill(self, why: str) -> None:
+        """Its generation, at once; another follows if one is wanted."""
+        for child in self.generation.to_end if self.generation else []:
+            child.kill(why)
 
     def api_gone(self, api: int, epoch: int) -> None:
         """That process of that api worker is dead: its requests are to be aborted."""
@@ -257,8 +257,8 @@ class Engine:
     def restart(self) -> None:
         """Ends the generation, if one lives; another follows."""
         self.worker.reset_failures()
-        if self.generation is not None:
-            self.generation.leader.terminate("restart requested")
+        for child in self.generation.to_end if self.generation else []:
+            child.terminate("restart requested")
 
     def tick(self) -> None:
         """Starts the next generation when it is due and the bytes of its plan are free."""

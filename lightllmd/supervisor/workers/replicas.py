@@ -9,7 +9,7 @@ from lightllmd.config.plan import Facts, Plan, encode_plan
 from lightllmd.ipc.messages import Down
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.workers.generation import Engine
-from lightllmd.supervisor.workers.spare import Spare
+from lightllmd.supervisor.workers.spare import Spares
 
 SERVING, CANDIDATE, LEAVING = "engine", "candidate", "leaving"  # what their workers are called
 
@@ -18,9 +18,9 @@ class Replicas:
     """There is one engine until the plan is made. `tell_apis` sends a message to every api worker."""
 
     def __init__(
-        self, context: Context, revision: int, role: str, spare: Spare, tell_apis: Callable[[Down], None]
+        self, context: Context, revision: int, role: str, spares: Spares, tell_apis: Callable[[Down], None]
     ) -> None:
-        self._context, self._spare, self._tell_apis = context, spare, tell_apis
+        self._context, self._spares, self._tell_apis = context, spares, tell_apis
         self._role = role
         self.revision = revision
         self.plan: Plan | None = None  # None: not made yet
@@ -30,7 +30,7 @@ class Replicas:
         self.dismissed: list[Engine] = []  # that there are too many of; they end
 
     def _engine(self, replica: int) -> Engine:
-        return Engine(self._context, self.revision, replica, self._name(replica), self._spare, self._tell_apis)
+        return Engine(self._context, self.revision, replica, self._name(replica), self._spares, self._tell_apis)
 
     def _name(self, replica: int) -> str:
         alone = self.plan is None or self.plan.replicas == 1

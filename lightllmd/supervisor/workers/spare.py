@@ -1,7 +1,8 @@
-"""A second engine process, with its imports done, that waits for the next restart or swap."""
+"""Engine processes, with their imports done, that wait for the next restart or swap."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -15,15 +16,24 @@ from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.host.procfs import is_stopped
 
 
-class EngineProcess:
-    """A process that is to become a generation, and the record of what it will be doing. Raises SystemFailure.
+def rank_name(worker: str, rank: int) -> str:
+    """Of one rank's process: "engine-0" leads "engine-0.1", "engine-0.2", …; spare ones are named alike."""
+    return f"{worker}.{rank}" if rank else worker
 
-    `early`: modules that it imports at once. `context_bytes`: of a GPU, for a context that it makes there at once.
+
+class EngineProcess:
+    """A process that is to become a rank of a generation, and the record of what it will be doing. Raises
+    SystemFailure.
+
+    `device`: the index of its GPU; what a CPU's is doesn't matter. `early`: modules that it imports at once.
+    `context_bytes`: of the GPU, for a context that it makes there at once.
     """
 
-    def __init__(self, context: Context, worker: str, early: Sequence[str] = (), context_bytes: int = 0) -> None:
-        self.context_bytes = context_bytes
-        context_on = "cuda" if context_bytes else None
+    def __init__(
+        self, context: Context, worker: str, device: int = 0, early: Sequence[str] = (), context_bytes: int = 0
+    ) -> None:
+        self.device, self.context_bytes = device, context_bytes
+        context_on = f"cuda:{device}" if context_bytes else None
         try:
             self.flight = flight_record.create()
         except OSError as refused:
@@ -49,90 +59,9 @@ class EngineProcess:
         self.child.dispose()
         os.close(self.flight)
 
-
-class Spare:
-    """At most one at a time. It takes part in nothing until it is taken: what it has imported serves any plan.
-
-    Of a GPU it has a context and nothing else, where the plan has the bytes for that; a CPU it doesn't touch. One that
-    can't make its context ends.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._early: Sequence[str] = ()  # what the next one imports; empty: none is kept
-        self._bytes = 0  # what its context may take of a GPU; 0: it makes none
-        self._process: EngineProcess | None = None
-        self._ended = False  # the daemon stops; engines may still become ready meanwhile
-
-    @property
-    def child(self) -> Child | None:
-        """Its process, if there is one."""
-        return self._process.child if self._process else None
-
-    @property
-    def begun(self) -> bool:
-        """It can be taken: all is done that can be before it's configured."""
-        return self._process is not None and self._process.begun
-
-    @property
-    def context_bytes(self) -> int:
-        """Of a GPU, as planned: what isn't free there because of it, and becomes its generation's own context."""
-        return self._process.context_bytes if self._process is not None and self.begun else 0
-
-    def owns(self, child: Child) -> bool:
-        """Whether `child` is the spare's process."""
-        return self.child is child
-
-    def plan_for(self, plan: Plan) -> None:
-        """What the next spare imports, and the bytes that it may take of a GPU, are this plan's."""
-        self._early, self._bytes = self._context.commands.early(plan), plan.budget.spare
-
-    def keep(self) -> None:
-        """Called when the engine in force has become ready, or the setting changed: only then, so a spare that can't
-        live isn't tried in a loop."""
-        if self._ended:
-            return
-        if not self._early or not self._context.config.supervisor.spare_engine:
-            if self.child is not None and self.child.asked is None:
-                self.child.terminate("no spare engine is wanted")
-            return
-        if self._process is not None:
-            return
-        try:
-            self._process = EngineProcess(self._context, "spare", self._early, self._bytes)
-        except SystemFailure as refused:
-            self._context.log.own("warning", f"no spare engine: {refused.message}")
-
-    def take(self, plan: Plan) -> EngineProcess | None:
-        """The spare, which is the caller's from now on; None where there is none that lives. Any plan's will do, but
-        for one with a context that `plan` has no use for."""
-        process = self._process
-        if process is None or process.child.asked is not None:
-            return None
-        if process.child.process.reap() is not None or process.child.channel.closed:
-            return None  # what is dead or dying stays here until its exit is handled
-        if is_stopped(process.child.pid):
-            process.child.kill("stopped by a signal")
-            return None
-        if process.context_bytes and plan.device.kind != "cuda":
-            process.child.terminate("its device is out of use")
-            return None
-        self._process = None
-        return process
-
-    def died(self, ending: Ending) -> None:
-        """Its process is dead. None follows until `keep` is called again."""
-        assert self._process is not None
-        if self._process.child.asked is None:
-            self._context.log.own("warning", f"the spare engine: {ending.cause}")
-        self._process.dispose()
-        self._process = None
-
-    def snapshot(self) -> snapshot.WorkerStatus | None:
-        """As the control plane shows it; None without a process."""
-        if self._process is None:
-            return None
-        child, begun = self._process.child, self.begun
+    def snapshot(self) -> snapshot.WorkerStatus:
+        """As the control plane shows a spare one."""
+        child, begun = self.child, self.begun
         return snapshot.WorkerStatus(
             name=child.worker,
             kind="spare",
@@ -152,8 +81,110 @@ class Spare:
             next_try_at=None,
         )
 
+
+class Spares:
+    """At most one for each rank of the plan in force, of each GPU's engine. They take part in nothing until they are taken: what they have
+    imported serves any plan.
+
+    Of a GPU, its rank's, each has a context and nothing else, where the plan has the bytes for that; a CPU they don't
+    touch. One that can't make its context ends.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._early: Sequence[str] = ()  # what the next ones import; empty: none is kept
+        self._bytes = 0  # what the context of each may take of its GPU; 0: it makes none
+        self._devices: list[int] = []  # of the ranks
+        self._processes: list[EngineProcess] = []
+        self._ended = False  # the daemon stops; engines may still become ready meanwhile
+
+    def children(self) -> list[Child]:
+        """Their processes."""
+        return [process.child for process in self._processes]
+
+    @property
+    def holders(self) -> list[tuple[Child | None, bool]]:
+        """What holds memory of a device, and whether that is all they will."""
+        return [(process.child, process.begun) for process in self._processes]
+
+    @property
+    def context_bytes(self) -> int:
+        """Of each GPU, as planned: what isn't free there because of one that can be taken, and becomes its rank's own
+        context."""
+        return max((process.context_bytes for process in self._processes if process.begun), default=0)
+
+    def owns(self, child: Child) -> bool:
+        """Whether `child` is a spare process."""
+        return child in self.children()
+
+    def plan_for(self, plan: Plan) -> None:
+        """What the next spares import, where, and the bytes that each may take of a GPU, are this plan's."""
+        self._early, self._bytes = self._context.commands.early(plan), plan.budget.spare
+        self._devices = list(plan.devices) or [0] * plan.ranks
+
+    def keep(self) -> None:
+        """Called when the engine in force has become ready, or the setting changed: only then, so a spare that can't
+        live isn't tried in a loop."""
+        if self._ended:
+            return
+        if not self._early or not self._context.config.supervisor.spare_engine:
+            self._dismiss(self._processes, "no spare engine is wanted")
+            return
+        wanted = list(self._devices)
+        for process in self._processes:
+            if process.device in wanted:
+                wanted.remove(process.device)
+            else:
+                self._dismiss([process], "its device is out of use")
+        for device in wanted:
+            taken = {child.worker for child in self.children()}
+            name = next(name for rank in itertools.count() if (name := rank_name("spare", rank)) not in taken)
+            try:
+                self._processes.append(EngineProcess(self._context, name, device, self._early, self._bytes))
+            except SystemFailure as refused:
+                self._context.log.own("warning", f"no spare engine: {refused.message}")
+                return
+
+    def take(self, plan: Plan, device: int) -> EngineProcess | None:
+        """One for a rank on this device, which is the caller's from now on; None where there is none that lives. Any
+        plan's will do, but for one with a context that `plan` has no use for, or on another device."""
+        for process in list(self._processes):
+            if process.child.asked is not None or process.child.process.reap() is not None:
+                continue  # what is dead or dying stays here until its exit is handled
+            if process.child.channel.closed:
+                continue
+            if is_stopped(process.child.pid):
+                process.child.kill("stopped by a signal")
+                continue
+            if process.context_bytes and plan.device.kind != "cuda":
+                self._dismiss([process], "its device is out of use")
+                continue
+            if process.context_bytes and process.device != device:
+                continue
+            self._processes.remove(process)
+            process.device = device
+            return process
+        return None
+
+    def _dismiss(self, processes: Sequence[EngineProcess], why: str) -> None:
+        for process in processes:
+            if process.child.asked is None:
+                process.child.terminate(why)
+
+    def died(self, child: Child, ending: Ending) -> None:
+        """That process is dead. None follows until `keep` is called again."""
+        process = next(process for process in self._processes if process.child is child)
+        if child.asked is None:
+            number = "" if child.worker == "spare" else f" {child.worker}"
+            self._context.log.own("warning", f"the spare engine{number}: {ending.cause}")
+        process.dispose()
+        self._processes.remove(process)
+
+    def snapshots(self) -> list[snapshot.WorkerStatus]:
+        """As the control plane shows them."""
+        return [process.snapshot() for process in self._processes]
+
     def end(self, why: str) -> None:
         """For good."""
         self._ended = True
-        if self.child is not None:
-            self.child.terminate(why)
+        self._dismiss(self._processes, why)
