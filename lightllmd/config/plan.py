@@ -263,6 +263,14 @@ class Plan(msgspec.Struct, frozen=True):
         """Of the device that this rank computes on; on a CPU of all ranks together."""
         return self.device_budgets[replica * self.ranks + rank] if self.device_budgets else self.budget
 
+    def budgets_of(self, replica: int) -> dict[int, Budget]:
+        """By the index of the device, what this replica's ranks take there; on a CPU, number 0, its share of what all
+        take together."""
+        if self.devices:
+            return {self.device_of(replica, rank): self.budget_of(replica, rank) for rank in range(self.ranks)}
+        rows = [msgspec.structs.replace(row, bytes=row.bytes // self.replicas) for row in self.budget.rows]
+        return {0: Budget(rows, self.budget.available)}
+
     def rendezvous_port(self, replica: int) -> int:
         """TCP port where the ranks of this replica find each other, unless it is taken."""
         return self.config.params.nccl_port + replica

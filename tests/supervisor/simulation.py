@@ -177,7 +177,9 @@ class Simulation:
     # --- what children find -----------------------------------------------------------------------------------------
     def facts(self, request: dict[str, Any]) -> Facts | str:
         free = [max(DEVICE - self.taken(index), 0) for index in range(DEVICES)]
-        devices = [Device(index, "Simulated GPU", DEVICE, free[index]) for index in range(DEVICES)]
+        devices = [
+            Device(index, "Simulated GPU", DEVICE, free[index], fast_dtypes=["bfloat16"]) for index in range(DEVICES)
+        ]
         device = DeviceFacts("cuda", "Simulated GPU", DEVICES, DEVICE, min(free), ["bfloat16"], 4, devices=devices)
         path = request.get("model_dir", "")
         if path == "/models/missing":

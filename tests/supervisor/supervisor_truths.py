@@ -221,7 +221,7 @@ class Truths:
             yield f"a stop: {supervisor.verbs.stopping}, systemd was told {said}"
         child = supervisor.engines.serving.engines[0].child
         if status.health(supervisor)[0] and child is not None and not simulation.moves():
-            programs = [simulation.program(one) for one in supervisor.engines.serving.children]
+            programs = [simulation.program(one) for one in supervisor.engines.serving.engines[0].children]
             if any(program.phase != "ready" or not program.process.alive for program in programs):
                 yield f"it says that it is ready, its engine's ranks are {programs}"
 

@@ -51,7 +51,7 @@ class Engine:
     def plan_for(self, plan: Plan, facts: Facts) -> None:
         """Of the next generation; the present one goes on as it is."""
         self.plan, self.facts, self.encoded = plan, facts, encode_plan(plan)
-        self.memory.plan_for(plan)
+        self.memory.plan_for(plan, self.replica)
 
     def rename(self, name: str) -> None:
         """What its worker is called from now on, in status and log."""

@@ -21,7 +21,7 @@ class Measured:
 
     gate: MemoryGate  # that asked
     due: int  # the number of the due start that it was asked for
-    free: int | None
+    free: dict[int, int] | None  # by the index of the GPU
 
 
 class MemoryGate:
@@ -33,7 +33,7 @@ class MemoryGate:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._needed = 0
+        self._needed: dict[int, int] = {}  # by the index of the device, of which a CPU is number 0
         self._on_gpu = False
         self.asking: BackgroundTask[None] | None = None  # at most one probe is under way
         # Of the start that is due:
@@ -41,15 +41,16 @@ class MemoryGate:
         self._since: float | None = None  # running clock: when it first asked; None: none is due
         self._next = 0.0  # running clock: when the GPU is asked again
         self._known = False  # there is an answer
-        self._free: int | None = None  # and this is it
+        self._free: dict[int, int] | None = None  # and this is it
         self.short = False  # a start waits because too little is free
 
-    def plan_for(self, plan: Plan) -> None:
-        """The bytes that the next start needs are this plan's."""
+    def plan_for(self, plan: Plan, replica: int) -> None:
+        """The bytes that the next start needs are this plan's, for the ranks of `replica`."""
         # What the next spare takes is left out, which is made behind the start. So the start waits for no byte that the
         # present one holds: its context becomes the engine's own, and is in the plan already.
         # Nor does it wait for the room of a model that isn't there.
-        self._needed, self._on_gpu = plan.budget.taken, plan.device.kind == "cuda"
+        self._needed = {device: budget.taken for device, budget in plan.budgets_of(replica).items()}
+        self._on_gpu = plan.device.kind == "cuda"
 
     def opens(self, name: str) -> bool:
         """Whether the start of `name`, which is due, may begin. True forgets it: the next one is asked for anew."""
@@ -57,22 +58,32 @@ class MemoryGate:
         if self._since is None:
             self._since, self._next = now, now
         if not self._on_gpu:
-            self._free, self._known = available_memory(), True
+            available = available_memory()
+            self._free, self._known = None if available is None else {0: available}, True
         elif self.asking is None and now >= self._next:
             self.asking = BackgroundTask(self._context, self._ask(self._due))
-        enough = self._known and (self._free is None or self._free >= self._needed)
+        short = self._short()
+        enough = self._known and short is None
         if enough or now - self._since >= patience:
             self._due += 1
             self._since, self._free, self._known, self.short = None, None, False, False
             return True
-        if self._known and not self.short and self._free is not None:
+        if self._known and not self.short and short is not None and self._free is not None:
             self.short = True
+            where = f" of GPU {short}" if len(self._needed) > 1 else ""
             self._context.log.own(
                 "warning",
-                f"{name}: the plan needs {size(self._needed)} and {size(self._free)} are free: waiting at most "
-                f"{patience:g} s",
+                f"{name}: the plan needs {size(self._needed[short])}{where} and {size(self._free.get(short, 0))} are "
+                f"free: waiting at most {patience:g} s",
             )
         return False
+
+    def _short(self) -> int | None:
+        """A device that has too little free for all that is known."""
+        free = self._free
+        if free is None:
+            return None
+        return next((device for device, needed in self._needed.items() if free.get(device, 0) < needed), None)
 
     def measured(self, answer: Measured) -> None:
         """Takes in what a probe found; an answer for an earlier start is passed over."""
@@ -91,4 +102,5 @@ class MemoryGate:
             self._context.log.own("warning", f"how much memory is free can't be told: {failure.message}")
             self._context.post(Measured(self, due, None))
         else:
-            self._context.post(Measured(self, due, facts.device.memory_free))
+            free = {device.index: device.memory_free for device in facts.device.usable}
+            self._context.post(Measured(self, due, free))

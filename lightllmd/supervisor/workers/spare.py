@@ -83,8 +83,8 @@ class EngineProcess:
 
 
 class Spares:
-    """At most one for each rank of the plan in force, of each GPU's engine. They take part in nothing until they are taken: what they have
-    imported serves any plan.
+    """At most one for each rank of the plan in force, on each GPU of its engines. They take part in nothing until they
+    are taken: what they have imported serves any plan.
 
     Of a GPU, its rank's, each has a context and nothing else, where the plan has the bytes for that; a CPU they don't
     touch. One that can't make its context ends.
@@ -108,10 +108,10 @@ class Spares:
         return [(process.child, process.begun) for process in self._processes]
 
     @property
-    def context_bytes(self) -> int:
+    def context_bytes(self) -> dict[int, int]:
         """Of each GPU, as planned: what isn't free there because of one that can be taken, and becomes its rank's own
         context."""
-        return max((process.context_bytes for process in self._processes if process.begun), default=0)
+        return {process.device: process.context_bytes for process in self._processes if process.begun}
 
     def owns(self, child: Child) -> bool:
         """Whether `child` is a spare process."""
