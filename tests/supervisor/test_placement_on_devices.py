@@ -25,7 +25,7 @@ def engine(plan: Plan, *used: int, replica: int = 0, ready: bool = True) -> Any:
 
 def place(flags: dict[str, Any], facts: Any, old: Plan | None, *engines: Any) -> tuple[Plan, bool]:
     serving = SimpleNamespace(plan=old, facts=None, engines=engines)
-    known: Any = SimpleNamespace(serving=serving, leaving=[], spare=SimpleNamespace(context_bytes=0))
+    known: Any = SimpleNamespace(serving=serving, leaving=[], spares=SimpleNamespace(context_bytes={}))
     placement = Placement(known, load(None, {"model_dir": "m", "supervisor.spare_engine": False, **flags}), None)
     plan, _ = placement.decide(Facts(MODEL, facts))
     return plan, placement.beside
