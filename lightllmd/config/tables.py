@@ -48,10 +48,10 @@ class SupervisorSettings(msgspec.Struct, frozen=True, kw_only=True):
     spare_engine: Annotated[
         bool,
         Setting(
-            doc="Keep a second engine process that waits, with its imports done and on a GPU with its CUDA context "
-            "made: the next restart or swap takes it, which makes either some seconds shorter. Takes about 0.5 GB of "
-            "host memory, and about 0.5 GB of a GPU's, for which the memory budget reserves 0.6 GB (the KV cache of "
-            "4,600 tokens of an 8B model). false keeps none; the KV cache grows with the engine's next start.",
+            doc="Keep a second engine process (one for each rank) that waits, with its imports done and on a GPU with "
+            "its CUDA context made: the next restart or swap takes it, which makes either some seconds shorter. Takes "
+            "about 0.5 GB of host memory, and about 0.5 GB of its GPU's, for which the budget reserves 0.6 GB (the KV "
+            "cache of 4,600 tokens of an 8B model). false keeps none; the KV cache grows with the engine's next start.",
             reload="live",
         ),
     ] = True
