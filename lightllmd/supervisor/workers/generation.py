@@ -166,7 +166,7 @@ class Engine:
         generation ended by, once, when that process is dead."""
         generation = self.generation
         assert generation is not None
-        known, again = generation.first_dead, again and not self.on_trial
+        again = again and not self.on_trial
         generation.died(child, ending)
         self.look()
         first = generation.first
@@ -177,7 +177,7 @@ class Engine:
             self.worker.died(first.ending, again and self.wanted, first.child, first.asked)
             if again:
                 self.tick()
-        return first if generation.first_dead and not known else None
+        return generation.take_first()
 
     def check_hang(self) -> None:
         """At every tick."""

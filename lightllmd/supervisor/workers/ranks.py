@@ -58,6 +58,7 @@ class EngineGeneration:
         self._suspects: list[Child] = []
         self._endings: dict[Child, Ending] = {}  # of the processes that are dead
         self.first: FirstEnd | None = None  # once it is known
+        self._taken = False
         if refused is not None:
             self._suspects = [self.leader]
             self.first = FirstEnd(self.leader, Ending(refused.message, False), False, flight_record.Flight())
@@ -116,10 +117,12 @@ class EngineGeneration:
         """A rank is dead or will be by itself, so all are."""
         return bool(self._suspects)
 
-    @property
-    def first_dead(self) -> bool:
-        """What it ends by is known, and that process is dead."""
-        return self.first is not None and self.first.child.exited
+    def take_first(self) -> FirstEnd | None:
+        """What it ended by, once, when that process is dead."""
+        if self.first is None or self.first.child not in self._endings or self._taken:
+            return None
+        self._taken = True
+        return self.first
 
     @property
     def gone(self) -> bool:
