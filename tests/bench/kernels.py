@@ -1,6 +1,6 @@
 """What each kernel reaches on one GPU: GB/s or TFLOP/s, each result checked against torch before it is timed.
 
-``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|135m] [--sweep] [--rows 1,8] [--check]``
+``python tests/bench/kernels.py [--only attention,split] [--shape 8b|0.6b|…|8b/2] [--sweep] [--rows 1,8] [--check]``
 
 One ``RESULT {json}`` line per measurement, a table at the end. `--sweep` times the candidate tiles of the dense
 products (for `kernels/tiles.py`), of decode attention, of quantised KV caches too (``--only kv``), and of matmuls in 8
@@ -24,7 +24,7 @@ SECTIONS = ("small", "sampling", "attention", "split", "kv", "dense", "packed", 
 def main() -> None:
     parser = argparse.ArgumentParser(description="achieved GB/s and TFLOP/s of the kernels")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
-    parser.add_argument("--shape", choices=["8b", "0.6b", "135m"], default="8b")
+    parser.add_argument("--shape", choices=["8b", "0.6b", "135m", "8b/2", "70b/2"], default="8b")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="of x in the matmuls")
     parser.add_argument("--check", action="store_true", help="kv, packed, w8a8: results alone, no times")

@@ -2,7 +2,7 @@
 
 Times candidate tiles of every linear of a model's shape, over rows of x, each result checked, and prints the tables as
 the source holds them: `TUNED` of `kernels/tiles.py` (dense) and of `kernels/packed_tiles.py` (w4a16, w8a16). Paste what
-it prints under the card's kind. A shape takes about five minutes.
+it prints under the card's kind. A shape takes about five minutes; ``8b/2`` is what each of two ranks has of one.
 
 ``--dry`` is for machines without a card: it compiles the candidates for Hopper and prints registers, spills and
 shared memory of each.

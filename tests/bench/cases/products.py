@@ -47,6 +47,9 @@ SHAPES = {
     "8b": Shape(32, 4096, 32, 8, 128, 14336, 128256),
     "0.6b": Shape(28, 1024, 16, 8, 128, 3072, 151936),
     "135m": Shape(30, 576, 9, 3, 64, 1536, 49152),
+    # What each of two ranks has. Its o and down are summed with the other's, so they add nothing to the residual.
+    "8b/2": Shape(32, 4096, 16, 4, 128, 7168, 64128),
+    "70b/2": Shape(80, 8192, 32, 4, 128, 14336, 64128),
 }
 
 
