@@ -119,11 +119,12 @@ class Lateness:
 
 
 def _descendants(pid: int) -> list[int]:
-    """But for machines of their own, with a systemd that counts seconds."""
+    """But for what enters or is a machine of its own: its systemd counts seconds, and ``nsenter`` stops itself with what
+    it runs, and is not continued with it."""
     found, seen = [], [pid]
     while seen:
         parent = seen.pop()
-        if _name(parent) == "unshare":
+        if _name(parent) in ("unshare", "nsenter"):
             continue
         for children in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):

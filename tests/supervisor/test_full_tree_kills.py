@@ -26,7 +26,7 @@ STREAMS = 64 if LONG else 16
 OVERLAP = ("--engine.fake.overlap", "true")
 TOKENS = 200
 PATTERN = "([a-z]{2}[0-9]-?)+"
-HANGS = ("--supervisor.hang_timeout", "4")  # a worker that the machine is busy for is late by less
+HANGS = ("--supervisor.hang_timeout", "3")  # a worker that the machine is busy for is late by less
 FAST_FAKE = ("--engine.fake.tokens_per_second", "100", "--engine.fake.load_seconds", "0.1")
 
 

@@ -156,7 +156,7 @@ def hit_during_swap(
 def test_a_death_in_any_phase_of_a_swap_ends_in_one_model_or_the_other(tmp_path: Path, how: str) -> None:
     """No request is lost but those of a killed front end, which end; the job has an outcome; the outcome is true."""
     draw, hits, codes = random.Random(SEED), Counter(), Counter()
-    flags = ("--supervisor.swap", how, "--supervisor.hang_timeout", "4", "--supervisor.retry_interval", "0.2")
+    flags = ("--supervisor.swap", how, "--supervisor.hang_timeout", "3", "--supervisor.retry_interval", "0.2")
     with daemon_with_models(tmp_path, *flags, "--supervisor.start_limit_burst", "1000").start() as daemon:
         expected = learnt(daemon)
         timeline = Timeline("alpha")

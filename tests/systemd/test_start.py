@@ -13,8 +13,8 @@ from systemd_machine import Service
 
 
 def test_a_start_returns_when_requests_are_served_however_long_loading_takes(service: Service) -> None:
-    service.configure(engine__fake="load_seconds = 14\nload_bytes = 8_000_000_000")
-    service.drop_in("[Service]\nTimeoutStartSec=12s\n")
+    service.configure(engine__fake="load_seconds = 11\nload_bytes = 8_000_000_000")
+    service.drop_in("[Service]\nTimeoutStartSec=9s\n")
     start = subprocess.Popen(service.machine.command("systemctl", "start", service.unit))
     seen: list[str] = []
 

@@ -9,12 +9,12 @@ import httpx
 from harness import generate_stream, run
 from systemd_machine import Service
 
-TOKENS = 130
+TOKENS = 100
 
 
 def test_a_stop_lets_a_stream_end_even_beyond_the_units_patience(service: Service) -> None:
     service.configure(engine__fake="tokens_per_second = 20")
-    service.drop_in("[Service]\nTimeoutStopSec=4s\n")
+    service.drop_in("[Service]\nTimeoutStopSec=3s\n")
     service.start()
     seen: list[subprocess.Popen[bytes]] = []
 
