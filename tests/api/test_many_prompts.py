@@ -67,7 +67,7 @@ def test_others_have_their_turn_and_every_part_is_of_the_same_body(tmp_path):
 def test_what_the_engine_turns_away_is_not_entered_to_its_end(tmp_path):
     async def work(one: Stack, engine: ScriptedEngine, opening: asyncio.Task[Pending]) -> None:
         first = next(iter(one.ledger.entries))
-        one.ledger._rejected(messages.Rejected(1, first.request, "queue_full", "full", 1.0))
+        one.ledger._rejected(messages.Rejected(1, first.request, "queue_full", "full", 1.0), first.group)
         pending = await opening
         assert len(pending.entries) < len(PROMPTS)
         assert pending.error is first.error

@@ -31,7 +31,7 @@ from supervisor.simulated_models import BAD, GOOD, UNPLANNABLE, configuration
 from supervisor.simulation import TICK, Simulation
 from supervisor.supervisor_truths import Truths
 
-pytestmark = pytest.mark.timeout(3600 if LONG else 300)
+pytestmark = pytest.mark.timeout(3600 if LONG else 900)
 PATIENCE = round(200 / TICK)  # ticks; more than every time-out of the configuration in a row
 _ENDS = ("config", "exit", "fault", "hang", "slow", "stall")
 ENGINE_FATES = [
