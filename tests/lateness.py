@@ -119,8 +119,8 @@ class Lateness:
 
 
 def _descendants(pid: int) -> list[int]:
-    """But for what enters or is a machine of its own: its systemd counts seconds, and ``nsenter`` stops itself with what
-    it runs, and is not continued with it."""
+    """But for what enters or is a machine of its own: its systemd counts seconds, and ``nsenter`` stops itself with
+    what it runs, and is not continued with it."""
     found, seen = [], [pid]
     while seen:
         parent = seen.pop()
