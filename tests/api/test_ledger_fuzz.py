@@ -27,7 +27,8 @@ class RandomEngine:
     """
 
     def __init__(self, bench: Bench, chance: random.Random) -> None:
-        self.bench, self.chance, self.link = bench, chance, bench.link
+        """The newest generation of `bench`."""
+        self.bench, self.chance, self.link, self.generation = bench, chance, bench.link, bench.generation
         self.read = 0
         self.rows: dict[tuple[int, int], list] = {}  # (request, branch) -> [submit, position]
         self.untold: dict[int, PromptLogprobs] = {}  # request -> what is still to be said of its prompt
@@ -66,9 +67,7 @@ class RandomEngine:
                 self.rows[key][1] += 1
         if moved or prompts:
             requests, branches, positions, tokens, finishes = columns
-            output = StepOutput(
-                self.bench.generation, requests, branches, positions, tokens, [0.0] * len(tokens), finishes
-            )
+            output = StepOutput(self.generation, requests, branches, positions, tokens, [0.0] * len(tokens), finishes)
             output.prompts = prompts
             self.link.inbox.append(messages.decode_to_api(messages.encode(output)))
 
@@ -86,30 +85,49 @@ def prompt_logprobs(prompt_ids: list[int]) -> list[float]:
     return [-prompt_ids[at] - at / 8 for at in range(1, len(prompt_ids))]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_deaths_change_no_byte_of_any_stream(seed):
-    """Requests come, go and are cancelled while generations die at random; what ends is what would have been."""
+def turned_away(bench: Bench, entry: Entry, chance: random.Random) -> set[int]:
+    """By a full queue, before anything was made of it; perhaps by those of all groups, so that its client hears of
+    it."""
+    for _ in range(chance.choice([1, 1, 3])):
+        group = entry.group
+        if group is None or entry.outcome is not None:
+            break
+        group.link.sent.pop()  # that engine doesn't have it
+        group.link.inbox.append(messages.Rejected(group.generation, entry.request, "queue_full", "full", 1.0))
+        bench.ledger.receive()
+    return {entry.request} if entry.outcome == "failed" else set()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(16))
+def test_random_deaths_change_no_byte_of_any_stream(seed, groups):
+    """Requests come, go, are turned away and are cancelled while generations die at random, of one group or of several
+    that serve side by side; what ends is what would have been."""
     chance = random.Random(seed)
-    bench = Bench()
-    engine: RandomEngine | None = None
+    bench = Bench(cached=seed % 2 == 0)
+    engines: dict[int, RandomEngine] = {}
     streams: dict[int, tuple[Entry, int | None]] = {}
-    cancelled = set()
+    cancelled, refused = set(), set()
     deaths = 0
     for turn in range(3000):
-        act = chance.random()
-        if engine is None:
-            if act < 0.2:
-                bench.up()
-                engine = RandomEngine(bench, chance)
-        elif act < 0.04:
-            unproven = [e.request for e in bench.ledger.entries if e.submitted and not e.proven]
-            alone = [r for r in unproven if streams[r][0].suspect and streams[r][0].strikes < 2]  # never its third
-            if alone and chance.random() < 0.5:
-                unproven = [chance.choice(alone)]
-                bench.down(*unproven, quarantined=unproven[0])
-            else:
-                bench.down(*unproven)
-            engine, deaths = None, deaths + 1
+        bench.now += 0.05
+        for replica in range(groups):
+            act = chance.random()
+            if replica not in engines:
+                if act < 0.2 / groups:
+                    bench.up(replica)
+                    engines[replica] = RandomEngine(bench, chance)
+            elif act < 0.04 / groups:
+                here = [e for e in bench.ledger.entries if e.group is bench.ledger.groups.at(replica)]
+                unproven = [e.request for e in here if not e.proven]
+                alone = [r for r in unproven if streams[r][0].suspect and streams[r][0].strikes < 2]  # never its third
+                generation = engines.pop(replica).generation
+                if alone and chance.random() < 0.5:
+                    unproven = [chance.choice(alone)]
+                    bench.down(*unproven, quarantined=unproven[0], generation=generation)
+                else:
+                    bench.down(*unproven, generation=generation, outside=chance.random() < 0.3)
+                deaths += 1
         if turn < 2000 and chance.random() < 0.05:
             sampled = chance.random() < 0.5
             entry = bench.open(
@@ -121,25 +139,30 @@ def test_random_deaths_change_no_byte_of_any_stream(seed):
                 stop=["e", "zq"] if chance.random() < 0.3 else None,
             )
             streams[entry.request] = (entry, entry.params.seed if sampled else 0)
-        if engine is not None:
+            if entry.group is not None and chance.random() < 0.1:
+                refused |= turned_away(bench, entry, chance)
+        for engine in engines.values():
             engine.turn()
-            if chance.random() < 0.6:
-                bench.ledger.receive()
+        if chance.random() < 0.6:
+            bench.ledger.receive()
+        bench.ledger.expire()
         if streams and chance.random() < 0.005:
             victim = chance.choice(list(streams.values()))[0]
             if victim.outcome is None:
                 bench.ledger.cancel(victim)
                 cancelled.add(victim.request)
-    if engine is None:
-        bench.up()
-        engine = RandomEngine(bench, chance)
+    for replica in range(groups):
+        if replica not in engines:
+            bench.up(replica)
+            engines[replica] = RandomEngine(bench, chance)
     for _ in range(400):
-        engine.turn()
+        for engine in engines.values():
+            engine.turn()
         bench.ledger.receive()
     assert deaths > 5
     assert len(streams) > 50
     for entry, seed_used in streams.values():
-        if entry.request in cancelled:
+        if entry.request in cancelled | refused:
             continue
         assert entry.outcome == "ok"
         told = prompt_logprobs(entry.prompt_ids) if entry.params.prompt_logprobs >= 0 else []
@@ -157,5 +180,7 @@ def test_random_deaths_change_no_byte_of_any_stream(seed):
                 assert branch.text.endswith(("e", "zq"))
     stats = bench.stats
     assert stats["in_flight"] == 0
-    assert stats["ok"] + stats["cancelled"] == len(streams)
+    assert stats["ok"] + stats["cancelled"] + stats["failed"] == len(streams)
+    assert stats["failed"] == len(refused)
+    assert all(group.busy == 0 and group.suspects == 0 for group in bench.ledger.groups)
     assert len(bench.ended) == len(streams)
