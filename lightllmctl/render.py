@@ -94,6 +94,7 @@ def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
         *(("Models", Text(line)) for line in _others(status)),
         *(("Cache", Text(line)) for line in _cache(status)),
         ("Requests", _requests(status.get("requests") or {})),
+        *(("Engines" if i == 0 else "", line) for i, line in enumerate(_replicas(status))),
         *(("Metrics", line) for line in _pushes(status, now)),
         *_tree(_workers(status, now), "Workers", glyphs),
         *(("Job" if i == 0 else "", job_line(job, now)) for i, job in enumerate(status.get("jobs") or [])),
@@ -194,6 +195,22 @@ def _certificate(status: Json, now: float) -> list[Text]:
     if fault := certificate.get("fault"):
         line.append(f"   not taken up: {clean(fault)}", BAD)
     return [line]
+
+
+def _replicas(status: Json) -> list[Text]:
+    """A line for each of several engines in force."""
+    lines = []
+    for one in status.get("replicas") or []:
+        line = Text(short_name(one.get("name", "?")))
+        line.append("  ").append("serves" if one.get("ready") else "down", GOOD if one.get("ready") else BAD)
+        line.append(f"  {one.get('running', 0)} running, {one.get('waiting', 0)} waiting")
+        if total := one.get("kv_slots_total"):
+            line.append(f"  KV {one.get('kv_slots_used', 0) / total:.0%} of {units.count(total)} tokens")
+        cache = one.get("cache") or {}
+        if looked := cache.get("lookup_tokens"):
+            line.append(f"  prompt cache {cache.get('hit_tokens', 0) / looked:.0%} found")
+        lines.append(line)
+    return lines
 
 
 def _cache(status: Json) -> list[str]:

@@ -59,7 +59,7 @@ class EngineWorker:
         self._gate = GrammarGate(self._grammars, lambda: compiler_of(plan))
         self._scheduler = scheduler_for(plan, configure.generation, self._grammars)
         params, engine = plan.config.params, plan.config.engine
-        self._metrics = EngineMetrics()
+        self._metrics = EngineMetrics(configure.replica, plan.replicas)
         self._statistics = Statistics(math.inf if params.disable_log_stats else plan.log_stats_interval)
         # The defaults set no pace and no fault.
         settings = engine.fake if engine.backend == "fake" else FakeSettings()
@@ -366,6 +366,7 @@ class EngineWorker:
         if cache := self._scheduler.cache_stats():
             self._metrics.cache(cache)
             stats |= {**cache, "cache_flushes": self._flushes, "cache_flushed_tokens": self._flushed_tokens}
+        self._metrics.of_replica(stats)
         if self._grammars.ready:
             gate = self._gate
             self._metrics.grammars(gate.compiled, gate.seconds, self._grammars.hits, self._grammars.size)

@@ -31,10 +31,21 @@ log = logging.getLogger(__name__)
 
 # Bytes of a process's file for metrics of each kind: twice what those below take. Beyond it prometheus_client would let
 # the file grow without taking the room.
-_ROOM = {"counter": 1 << 14, "gauge_livesum": 1 << 14, "gauge_livemostrecent": 1 << 12, "histogram": 1 << 18}
+_ROOM = {"counter": 1 << 14, "gauge_livesum": 1 << 16, "gauge_livemostrecent": 1 << 12, "histogram": 1 << 18}
 _SECONDS = [0.001 * 1.5**i for i in range(1, 36)]
 _BATCH_SIZES = [float(size) for size in range(1, 129)]
 KEY_REFUSALS = ("unauthorized", "forbidden", "requests_per_minute", "tokens_per_minute", "max_concurrent")
+_OF_REPLICAS = {  # by the names of heartbeats' stats
+    "running": "Branches running in one of several engines",
+    "waiting": "Branches never admitted yet there",
+    "paused": "Branches paused there",
+    "slots_used": "KV slots in use there",
+    "slots_total": "KV slots there",
+    "tokens_out": "Tokens generated there since its process started",
+    "cache_tokens": "Tokens in its prompt cache",
+    "cache_lookups_tokens": "Prompt tokens that were looked up there since its process started",
+    "cache_hits_tokens": "Of them, found in its prompt cache",
+}
 _RATIOS = [i / 10 for i in range(11)]
 
 
@@ -181,9 +192,10 @@ class ApiMetrics(_Metrics):
 
 
 class EngineMetrics(_Metrics):
-    """What the scheduler's process knows. Sizes count branches."""
+    """What the scheduler's process knows. Sizes count branches. Where several engines serve side by side, those with
+    the label ``replica`` tell of each what others tell of all together."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: int = 0, replicas: int = 1) -> None:
         super().__init__()
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         count = counter("batch_inference_count", "Steps run", "method")
@@ -210,6 +222,20 @@ class EngineMetrics(_Metrics):
             counter("grammar_cache_hit_count", "Requests whose grammar was compiled already"),
         )
         self._grammars_counted = (0.0, 0.0, 0.0)
+        self._replica: dict[str, Gauge] = {}  # this one's; none where there is no other
+        if replicas > 1:
+            for name, text in _OF_REPLICAS.items():
+                of_all = Gauge(
+                    f"lightllm_replica_{name}", text, ("replica",), registry=self.registry, multiprocess_mode="livesum"
+                )
+                for other in range(replicas):  # the process before with these files may have been another one
+                    of_all.labels(str(other)).set(0)
+                self._replica[name] = of_all.labels(str(replica))
+
+    def of_replica(self, stats: Mapping[str, float]) -> None:
+        """What its heartbeat says of this one of several engines."""
+        for name, gauge in self._replica.items():
+            gauge.set(stats.get(name, 0.0))
 
     def step(self, kind: StepKind, seconds: float, begun: int) -> None:
         """`begun`: branches whose first step it is."""

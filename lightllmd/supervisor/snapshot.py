@@ -67,7 +67,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str  # "api-0", "engine-0": kind and index, stable over restarts; "spare"
     kind: str  # "api" | "engine" | "push" | "spare": an engine that waits, "running" and "ready" once it can be taken
-    index: int  # the api worker's number, the engine's rank
+    index: int  # the api worker's number, the engine's among those that serve side by side
     rank: int | None  # engines only
     pid: int | None  # None: no process now
     state: str  # "starting" | "running" | "backoff" | "stopping" | "exited" | "fatal"
@@ -108,7 +108,8 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cache(msgspec.Struct, frozen=True, kw_only=True):
-    """The prompt cache of the engine in force. The last three count since the start of its process."""
+    """The prompt cache of the engine in force, or of all of them. The last three count since the start of its
+    process."""
 
     tokens: int  # kept: each has a KV slot
     evictable: int  # of them, not used by any running request: they give way as soon as slots are needed
@@ -116,6 +117,20 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     lookup_tokens: int  # of the prompts that were looked up
     hit_tokens: int  # of them, found
     evicted_tokens: int
+
+
+class Replica(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several engines in force that serve side by side."""
+
+    name: str  # of its worker: "engine-0"
+    generation: int
+    ready: bool
+    running: int  # branches in its running batch
+    waiting: int  # branches queued or paused there
+    kv_slots_used: int
+    kv_slots_total: int
+    tokens_out: int  # generated since its process started
+    cache: Cache | None  # None: it has no prompt cache, or isn't ready
 
 
 class Requests(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +236,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     models: list[KnownModel]  # as `GET /v1/models`
     cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests
+    replicas: list[Replica] = []  # one for each engine in force; empty where there is only one
     push: Push | None  # None: no gateway is configured
     certificate: Certificate | None = None  # None: HTTP is served
     workers: list[WorkerStatus]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,12 +13,14 @@ import msgspec
 from lightllmd.config import tls
 from lightllmd.config.diff import Change, blend, diff
 from lightllmd.config.parameters import Config
+from lightllmd.config.plan import Plan
+from lightllmd.config.resolve import resolve
 from lightllmd.config.stamps import differing, touched
 from lightllmd.config.tls import TlsInvalid, TlsPair
-from lightllmd.errors import ConfigInvalid, ControlError, Problem, RolledBack, SystemFailure
+from lightllmd.errors import ConfigInvalid, ControlError, LightllmdError, Problem, RolledBack, SystemFailure
 from lightllmd.supervisor.change import planning
 from lightllmd.supervisor.change.certificate import CertificateInForce
-from lightllmd.supervisor.change.handover import Steps, Waiting
+from lightllmd.supervisor.change.handover import Steps, Waiting, describe, fraction
 from lightllmd.supervisor.change.settings import Settings
 from lightllmd.supervisor.change.switch import Switch, await_background
 from lightllmd.supervisor.children.child import Child
@@ -28,6 +30,7 @@ from lightllmd.supervisor.host import unix_listener
 from lightllmd.supervisor.workers.api_workers import Api, ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
 
+REPLICAS = "engine.replicas"
 RESTORE_TRIES = 3  # to bring a process of the old settings up
 _SHOWN = 3  # names of files in a message
 
@@ -68,6 +71,12 @@ class Reload:
         if before_pair and pair and before_pair != pair and old.http.tls_files == new.http.tls_files:
             was, now = (f"valid until {one.until}" for one in (before_pair, pair))
             changes.append(Change("http.tls_certificate", was, now, "live"))
+        resizes = self._resizes(new, changes)
+        if resizes:
+            changes = [
+                msgspec.structs.replace(change, reload="live") if change.key == REPLICAS else change
+                for change in changes
+            ]
         self._details["changes"] = [msgspec.to_builtins(change) for change in changes]
         if not changes:
             self._settings.take(written)
@@ -89,6 +98,8 @@ class Reload:
                 yield from self._replace_front_end(between, listeners, pair)
             if engine:
                 yield from self._switch_to(new, self._details).steps()
+            elif resizes:
+                yield from self._resize(between, new)
             else:
                 self._in_force(new)
         except Exception:
@@ -101,6 +112,36 @@ class Reload:
         self._close(listener for listener in before if listener not in listeners)
         self._settings.take(written)
         return f"in force: {', '.join(change.key for change in changes)}"
+
+    def _resizes(self, new: Config, changes: Sequence[Change]) -> bool:
+        """Whether engines come or go and no other has to change: each would be planned as those that serve are."""
+        if [change.key for change in changes if change.reload == "engine"] != [REPLICAS]:
+            return False
+        serving = self._engines.serving
+        if serving.plan is None or serving.facts is None:
+            return False
+        try:
+            plan = resolve(new, serving.facts, self._settings.invocation.config_file)
+        except LightllmdError:
+            return False  # from newer facts it may do; else those say why not
+        return _of_one(plan) == _of_one(serving.plan)
+
+    def _resize(self, old: Config, new: Config) -> Waiting[None]:
+        """Raises RolledBack where an engine that comes does not come up; none of the others noticed anything."""
+        self._in_force(new)
+        coming = [engine for engine in self._engines.serving.engines if not engine.worker.starts]
+        for engine in coming:
+            engine.on_trial = True
+            engine.worker.start()
+        while waiting := [engine for engine in coming if not engine.ready]:
+            failed = next((engine for engine in waiting if engine.child is None), None)
+            if failed is not None:
+                cause = failed.worker.trouble
+                self._in_force(old)
+                raise RolledBack(f"{failed.worker.name} failed: {cause}; the others serve on", cause=cause)
+            yield f"starting {waiting[0].worker.name}: {describe(waiting[0].worker)}", fraction(waiting[0].worker)
+        for engine in coming:
+            engine.on_trial = False
 
     def _changed_files(self, config: Config) -> Waiting[list[Change]]:
         """Files of the served model that are not as its plan was made from. Raises LightllmdError where they can't be
@@ -221,3 +262,14 @@ class Reload:
         for listener in listeners:
             self._context.fd_store.forget([listener])
             http_listeners.close([listener])
+
+
+def _of_one(plan: Plan) -> tuple[object, ...]:
+    """What is planned for each engine, however many there are; of their devices the first engine's."""
+    return (
+        plan.ranks,
+        plan.devices[: plan.ranks],
+        plan.max_total_token_num,
+        plan.batch_max_tokens,
+        [budget.taken for budget in plan.budgets_of(0).values()],
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightllmd import __version__
 from lightllmd.config.models import name_of
 from lightllmd.supervisor import snapshot
@@ -129,7 +131,11 @@ def _model(daemon: Daemon) -> snapshot.Model | None:
 
 def cache(daemon: Daemon) -> snapshot.Cache | None:
     """Of all engines in service together; None where none of them has a prompt cache."""
-    children = [engine.child for engine in daemon.engines.serving.engines if engine.child is not None and engine.ready]
+    return _cache_of(daemon.engines.serving.engines)
+
+
+def _cache_of(engines: Sequence[Engine]) -> snapshot.Cache | None:
+    children = [engine.child for engine in engines if engine.child is not None and engine.ready]
     stats = [child.stats for child in children if "cache_tokens" in child.stats]
     if not stats:
         return None
@@ -144,6 +150,26 @@ def cache(daemon: Daemon) -> snapshot.Cache | None:
         lookup_tokens=total("cache_lookups_tokens"),
         hit_tokens=total("cache_hits_tokens"),
         evicted_tokens=total("cache_evicted_tokens"),
+    )
+
+
+def _replicas(daemon: Daemon) -> list[snapshot.Replica]:
+    engines = daemon.engines.serving.engines
+    return [_replica(engine) for engine in engines] if len(engines) > 1 else []
+
+
+def _replica(engine: Engine) -> snapshot.Replica:
+    stats = engine.child.stats if engine.child is not None else {}
+    return snapshot.Replica(
+        name=engine.worker.name,
+        generation=engine.worker.number,
+        ready=engine.ready,
+        running=int(stats.get("running", 0)),
+        waiting=int(stats.get("waiting", 0) + stats.get("paused", 0)),
+        kv_slots_used=int(stats.get("slots_used", 0)),
+        kv_slots_total=int(stats.get("slots_total", 0)),
+        tokens_out=int(stats.get("tokens_out", 0)),
+        cache=_cache_of([engine]),
     )
 
 
@@ -226,6 +252,7 @@ def build(daemon: Daemon) -> snapshot.Status:
         models=models(daemon),
         cache=cache(daemon),
         requests=_requests(daemon),
+        replicas=_replicas(daemon),
         push=daemon.pusher.snapshot(),
         certificate=daemon.certificate.snapshot(),
         workers=shown,

@@ -132,6 +132,17 @@ def test_the_prompt_cache_has_a_line_where_there_is_one(status: dict[str, Any], 
     assert not any("Cache" in line for line in lines(status, now))
 
 
+def test_each_of_several_engines_has_a_line(status: dict[str, Any], now: float) -> None:
+    each = {"running": 3, "waiting": 1, "kv_slots_used": 500, "kv_slots_total": 1000}
+    status["replicas"] = [
+        {"name": "engine-0", "ready": True, "cache": {"lookup_tokens": 100, "hit_tokens": 40}, **each},
+        {"name": "engine-1", "ready": False, "cache": None},
+    ]
+    page = status_page(status, now).plain
+    assert "Engines: engine-0  serves  3 running, 1 waiting  KV 50% of 1,000 tokens  prompt cache 40% found" in page
+    assert "engine-1  down  0 running, 0 waiting\n" in page
+
+
 def test_several_api_workers_are_numbered(status: dict[str, Any], new_worker: Any, now: float) -> None:
     status["workers"] = [new_worker("api-0"), new_worker("api-1", pid=902)]
     page = lines(status, now)

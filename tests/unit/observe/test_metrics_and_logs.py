@@ -98,6 +98,17 @@ def test_steps_of_every_kind_are_counted_and_what_begins_in_them() -> None:
     assert (value("lightllm_batch_next_size_count"), value("lightllm_batch_next_size_sum")) == (2, 5)
 
 
+def test_each_of_several_engines_is_told_by_its_number_and_an_engine_alone_is_not() -> None:
+    metrics = EngineMetrics(replica=1, replicas=2)
+    metrics.of_replica({"running": 3.0, "tokens_out": 70.0, "memory_used": 1.0})
+    value = metrics.registry.get_sample_value
+    assert [value("lightllm_replica_running", {"replica": number}) for number in "01"] == [0, 3]
+    assert value("lightllm_replica_tokens_out", {"replica": "1"}) == 70
+    alone = EngineMetrics()
+    alone.of_replica({"running": 3.0})
+    assert not any("replica" in metric.name for metric in alone.registry.collect())
+
+
 def test_the_caches_counts_become_counters() -> None:
     metrics = EngineMetrics()
     stats = {"cache_lookups_tokens": 100.0, "cache_hits_tokens": 60.0, "cache_evicted_tokens": 0.0}
