@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import RESERVE_ROW, DeviceFacts, Facts, ModelFacts, Other, Plan
 from lightllmd.config.resolve import report, resolve
 from lightllmd.errors import ConfigInvalid, Problem
+from several_devices import gpus
 
 SHAPE = {
     "model_type": "llama",
@@ -280,3 +282,36 @@ def test_any_model_fits_beside_any_other(
             if other != name:
                 assert own(plan) + own(plans[other]) <= plan.budget.available
                 assert plan.budget.reserve > 0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    known=st.lists(st.tuples(MODELS, ENTRIES, st.integers(1, 3)), min_size=2, max_size=3),
+    free=st.lists(st.floats(10, 300), min_size=3, max_size=3),
+    replicas=st.integers(1, 3),
+)
+def test_any_model_fits_beside_any_other_on_each_of_several_devices(
+    known: list[tuple[ModelFacts, dict[str, Any], int]], free: list[float], replicas: int
+) -> None:
+    """Each cut over as many of them as it says."""
+    facts = {f"m{number}": facts for number, (facts, _, _) in enumerate(known)}
+    entries = {f"m{number}": {**entry, "tp": tp} for number, (_, entry, tp) in enumerate(known)}
+    lengths = {"max_req_total_len": 4096, "max_req_input_len": 4000, "engine.replicas": replicas}
+    config = configured(entries, **lengths)
+    plans = []
+    for name in facts:
+        try:
+            plans.append(planned(models.with_model(config, name), facts, gpus(*free)))
+        except ConfigInvalid:
+            continue
+    taken = []
+    for plan in plans:
+        budgets = dict(zip(plan.devices, plan.device_budgets or [plan.budget], strict=True))
+        assert all(budget.needed <= budget.available for budget in budgets.values())
+        assert len(budgets) == plan.ranks * plan.replicas
+        taken.append(budgets)
+    for one, other in itertools.combinations(taken, 2):
+        for device in one.keys() & other.keys():
+            both = sum(budget.needed - budget.reserve for budget in (one[device], other[device]))
+            assert both <= one[device].available
+            assert min(one[device].reserve, other[device].reserve) > 0
