@@ -8,7 +8,7 @@ whose products all ranks sum. It holds some of the vocabulary's rows. Norms and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,6 +69,31 @@ def architecture_of_rank(architecture: Architecture, schemes: WeightSchemes, ran
     held = [_held(weight, schemes, cuts, architecture.spec.vocab, rank) for weight in architecture.weights]
     spec = replace(architecture.spec, layers=tuple(cut.spec for cut in cuts))
     return replace(architecture, spec=spec, held=tuple(held))
+
+
+def sizes_of_rank(architecture: Architecture, schemes: WeightSchemes, rank: Rank) -> Hashable:
+    """What decides how many bytes a rank takes: ranks with equal ones take as many. Much cheaper than its
+    architecture."""
+    spec = architecture.spec
+    groups = {weight.layer: schemes.of(weight).group for weight in architecture.weights if weight.role == "down"}
+    found: dict[Hashable, Hashable] = {}
+    for weight in architecture.weights:
+        if weight.layer is None or weight.shard_axis != 1:
+            continue
+        layer, scheme, (part,) = spec.layers[weight.layer], schemes.of(weight), weight.parts
+        key = (layer, groups[weight.layer], part.kind, part.shape, scheme)
+        if key not in found:
+            cut = LayerCut(layer, groups[weight.layer], rank)
+            (run,), bias = cut.runs(part.kind), bool(weight.bias) and rank.index == 0
+            columns = scheme.cut_columns(*run, part.shape[1])
+            found[key] = (
+                replace(cut.spec.attention, shared=None),
+                cut.spec.feed_forward,
+                columns,
+                scheme.cut(run[0]),
+                bias,
+            )
+    return tuple(found.values())
 
 
 def vocabulary_of(vocab: int, rank: Rank) -> tuple[int, Run]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
-from lightllmd.architecture.ranks import ALONE, Rank, architecture_of_rank
+from lightllmd.architecture.ranks import ALONE, Rank, architecture_of_rank, sizes_of_rank
 from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.config.budget import CoResident, Demand, Footprint, together
 from lightllmd.config.devices import Groups
@@ -72,19 +72,15 @@ class Ranks:
         """Ranks that hold something different, and which of them each rank is like."""
         if self.count == 1 or isinstance(self._whole, Outline):
             return [(ALONE, self._whole)], [0]
-        found: dict[object, int] = {}
+        found: dict[Hashable, int] = {}
         distinct: list[tuple[Rank, Architecture | Outline]] = []
         alike = []
-        for index in range(self.count):
-            rank = Rank(index, self.count)
-            made = architecture_of_rank(self._whole, self._schemes, rank)
-            layers = [(each.attention.heads, each.attention.kv_heads, each.feed_forward) for each in made.spec.layers]
-            shapes = [(weight.group, *(part.shape for part in weight.stored)) for weight in made.weights]
-            key = repr((layers, shapes))
-            if key not in found:
-                found[key] = len(distinct)
-                distinct.append((rank, made))
-            alike.append(found[key])
+        for rank in (Rank(index, self.count) for index in range(self.count)):
+            sizes = sizes_of_rank(self._whole, self._schemes, rank)
+            if sizes not in found:
+                found[sizes] = len(distinct)
+                distinct.append((rank, architecture_of_rank(self._whole, self._schemes, rank)))
+            alike.append(found[sizes])
         return distinct, alike
 
     def footprints(self, footprint: Callable[[Architecture | Outline, Rank], Footprint]) -> list[Footprint]:

@@ -215,7 +215,7 @@ class _Real(_Maker):
         self.co_residents = tuple(self._co_residents())
         fitting = self._fitting(data_type)
         slots = self._slots(fitting)
-        budgets = fitting.needs().budgets(slots.value)
+        budgets = fitting.own_needs.budgets(slots.value)
         return Plan(
             config=self.config,
             model=self.model,
@@ -295,7 +295,7 @@ class _Real(_Maker):
         most = self._slots(fitting).value
         least = self.params.max_req_total_len + 1 if self.params.max_total_token_num == "auto" else most
         devices = tuple(device.index for device in self.groups.devices) or (0,)
-        return CoResidentNeeds(name, fitting.needs(), devices, least, most)
+        return CoResidentNeeds(name, fitting.own_needs, devices, least, most)
 
     def _co_residents(self) -> Iterator[CoResidentNeeds]:
         """Of those that can't be served nothing is kept: it is said, and the others have to do without them."""

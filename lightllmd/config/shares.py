@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from lightllmd.architecture.family import Architecture
-from lightllmd.architecture.ranks import Rank, architecture_of_rank, vocabulary_of
+from lightllmd.architecture.ranks import Rank, heads_of, intermediate_of, vocabulary_of
 from lightllmd.architecture.weight_schemes import WeightSchemes
 
 
 def shares(architecture: Architecture, schemes: WeightSchemes, count: int) -> str:
     """Of the first layer, and the vocabulary."""
-    whole = architecture.spec.layers[0]
-    ranks = [architecture_of_rank(architecture, schemes, Rank(index, count)).spec.layers[0] for index in range(count)]
-    kv_heads = [rank.attention.kv_heads for rank in ranks]
-    repeated = ", which several ranks hold alike" if sum(kv_heads) > whole.attention.kv_heads else ""
-    rows, _ = vocabulary_of(architecture.spec.vocab, Rank(0, count))
+    spec, ranks = architecture.spec, [Rank(index, count) for index in range(count)]
+    attention, size = spec.layers[0].attention, spec.layers[0].feed_forward.intermediate
+    group = next(schemes.of(weight).group for weight in architecture.weights if weight.role == "down")
+    heads = [heads_of(attention, rank) for rank in ranks]
+    kv_heads = [_length(each.kv) for each in heads]
+    repeated = ", which several ranks hold alike" if sum(kv_heads) > attention.kv_heads else ""
+    inner = [_length(intermediate_of(size, group, rank)) for rank in ranks]
+    rows, _ = vocabulary_of(spec.vocab, ranks[0])
     return ", ".join(
         [
-            f"each rank has {_each([rank.attention.heads for rank in ranks])} of {whole.attention.heads} query heads",
-            f"{_each(kv_heads)} of {whole.attention.kv_heads} KV heads{repeated}",
-            f"{_each([rank.feed_forward.intermediate for rank in ranks])} of {whole.feed_forward.intermediate} "
-            "elements of an MLP",
-            f"{rows} of {architecture.spec.vocab} rows of the vocabulary",
+            f"each rank has {_each([_length(each.query) for each in heads])} of {attention.heads} query heads",
+            f"{_each(kv_heads)} of {attention.kv_heads} KV heads{repeated}",
+            f"{_each(inner)} of {size} elements of an MLP",
+            f"{rows} of {spec.vocab} rows of the vocabulary",
         ]
     )
+
+
+def _length(run: tuple[int, int]) -> int:
+    return run[1] - run[0]
 
 
 def _each(numbers: list[int]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 
@@ -43,8 +44,14 @@ class Fitting:
     groups: Groups
     can_share: Callable[[int], bool]  # whether so many ranks can share the model
     co_residents: tuple[CoResidentNeeds, ...] = ()
+    cut: dict[int, Ranks] = field(default_factory=dict)  # by how many ranks, as needed
 
-    def needs(self, params: Params | None = None, groups: Groups | None = None, ranks: Ranks | None = None) -> Needs:
+    @cached_property
+    def own_needs(self) -> Needs:
+        """As it is configured. Raises ConfigInvalid."""
+        return self.needs()
+
+    def needs(self, params: Params | None = None, groups: Groups | None = None) -> Needs:
         """Under these parameters; unset: the configuration's, and on its own devices. Raises ConfigInvalid."""
         groups = groups or self.groups
         config = msgspec.structs.replace(self.config, params=params) if params else self.config
@@ -56,31 +63,30 @@ class Fitting:
                 config, architecture, self.device.kind, self.data_type, tokens, kv_scheme, schemes, rank
             )
 
-        ranks = ranks or self._ranks(groups)
         fraction = self.config.engine.memory_fraction
-        return needs_of(ranks.footprints(footprint), groups, self.device, fraction, self.co_residents)
+        return needs_of(
+            self._ranks(groups.ranks).footprints(footprint), groups, self.device, fraction, self.co_residents
+        )
 
-    def _ranks(self, groups: Groups) -> Ranks:
-        return Ranks(self.architecture, self.quantisation.schemes, groups.ranks)
+    def _ranks(self, count: int) -> Ranks:
+        if count not in self.cut:
+            self.cut[count] = Ranks(self.architecture, self.quantisation.schemes, count)
+        return self.cut[count]
 
     def slots(self) -> Value:
         """The size of the KV cache. Raises NoRoom."""
         params = self.config.params
         written, total = params.max_total_token_num, params.max_req_total_len
-        ranks, replace = self._ranks(self.groups), msgspec.structs.replace
-        needs = self.needs(ranks=ranks)
+        replace = msgspec.structs.replace
+        needs = self.own_needs
         if written == "auto":
             if needs.most_slots > total:
                 return self._auto(needs)
-            largest = _largest(
-                lambda n: self.needs(replace(params, max_req_total_len=n), ranks=ranks).most_slots > n, 2, total
-            )
+            largest = _largest(lambda n: self.needs(replace(params, max_req_total_len=n)).most_slots > n, 2, total)
             raise self._no_room(needs, "max_req_total_len", total, total + 1, largest)
         if needs.most_slots >= written:
             return Value(written)
-        largest = _largest(
-            lambda n: self.needs(replace(params, max_total_token_num=n), ranks=ranks).most_slots >= n, total, written
-        )
+        largest = _largest(lambda n: self.needs(replace(params, max_total_token_num=n)).most_slots >= n, total, written)
         if largest is not None and self.groups.lost:
             return Value(largest, f"what is left of max_total_token_num = {written}: more does not fit")
         raise self._no_room(needs, "max_total_token_num", written, written, largest)

@@ -21,6 +21,7 @@ from lightllmd.config.parameters import Config
 from lightllmd.config.plan import RESERVE_ROW, DeviceFacts, Facts, ModelFacts, Other, Plan
 from lightllmd.config.resolve import report, resolve
 from lightllmd.errors import ConfigInvalid, Problem
+from long_run import LONG
 from several_devices import gpus
 
 SHAPE = {
@@ -284,7 +285,7 @@ def test_any_model_fits_beside_any_other(
                 assert plan.budget.reserve > 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40 if LONG else 6)
 @given(
     known=st.lists(st.tuples(MODELS, ENTRIES, st.integers(1, 3)), min_size=2, max_size=3),
     free=st.lists(st.floats(10, 300), min_size=3, max_size=3),

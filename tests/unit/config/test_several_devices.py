@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.family import Architecture
-from lightllmd.architecture.ranks import Rank, architecture_of_rank, rank_faults
-from lightllmd.architecture.schemes import SCHEMES
+from lightllmd.architecture.ranks import Rank, architecture_of_rank, rank_faults, sizes_of_rank
+from lightllmd.architecture.schemes import SCHEMES, Scheme, scheme_of
 from lightllmd.architecture.storage import weight_bytes
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config import gpu_budget
@@ -319,16 +320,23 @@ def models(draw: st.DrawFn) -> tuple[Architecture, int]:
     )
 
 
-@given(models(), st.sampled_from(sorted(SCHEMES)))
+ORDERED = replace(SCHEMES["w4a16"], group=32, ordered=True)
+
+
+@settings(max_examples=50)
+@given(models(), st.sampled_from([*SCHEMES.values(), scheme_of("w4a16", 32), ORDERED]))
 def test_planned_bytes_are_those_of_the_lists_of_weights_and_together_all_of_the_model(
-    model: tuple[Architecture, int], name: str
+    model: tuple[Architecture, int], scheme: Scheme
 ) -> None:
     whole, count = model
-    schemes = ALL_DENSE if name == "dense" else WeightSchemes.all(SCHEMES[name])
+    schemes = WeightSchemes.all(scheme)
     assert rank_faults(whole, schemes, count) == []
     ranks = [architecture_of_rank(whole, schemes, Rank(index, count)) for index in range(count)]
     planned = [weights_row(rank, "bfloat16", schemes).bytes for rank in ranks]
     assert planned == [weight_bytes(rank.weights, 2, schemes) for rank in ranks]
+    sizes = [sizes_of_rank(whole, schemes, Rank(index, count)) for index in range(count)]
+    assert len(set(zip(sizes, planned, strict=True))) == len(set(sizes)), "equal sizes, equal bytes"
+    ranks = [architecture_of_rank(whole, ALL_DENSE, Rank(index, count)) for index in range(count)]
     dense = [weights_row(rank, "bfloat16", ALL_DENSE).bytes for rank in ranks]
     attention, rows = whole.spec.attention[0], 300 + 16 * count
     copies = sum(rank.spec.attention[0].kv_heads for rank in ranks) - attention.kv_heads
