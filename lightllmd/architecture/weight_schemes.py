@@ -37,7 +37,7 @@ class WeightSchemes:
         if not weight.quantisable:
             return DENSE
         scheme = next((rule.scheme for rule in reversed(self.rules) if rule.covers(weight)), DENSE)
-        return replace(scheme, group=weight.group) if weight.group else scheme
+        return replace(scheme, group=weight.group) if weight.group and scheme.group else scheme
 
     @property
     def dense(self) -> bool:

@@ -50,13 +50,15 @@ class KeptModel:
         weights: Sequence[WeightSpec],
         schemes: WeightSchemes,
         dtype: torch.dtype,
+        ranks: int = 1,
     ) -> None:
-        """`stamps`: of the files that the weights come from. `name`: for people."""
+        """`stamps`: of the files that the weights come from. `name`: for people. `ranks`: each of so many has a file
+        with its part of the weights."""
         made_of = [FORMAT, quantised.VERSION, TYPES[dtype], [stamp.content for stamp in stamps]]
         listed = [*made_of, [(weight, schemes.of(weight)) for weight in weights]]
         key = hashlib.sha256(msgspec.msgpack.encode(listed)).hexdigest()
         self.contents = Contents(key, weights, schemes, dtype)
-        self._folder = folder
+        self._folder, self._ranks = folder, ranks
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64] or "model"
         self.path = folder / f"{readable}-{key[:32]}{WHOLE}"
 
@@ -79,7 +81,7 @@ class KeptModel:
         """Passes them on, and writes them beside that; `beat` is called while the disk is waited for. Of a load that
         does not come to its end nothing stays."""
         try:
-            writer = _open(self.path, self.contents)
+            writer = _open(self.path, self.contents, self._ranks)
         except OSError as refused:
             log.warning("the quantised weights are not kept in %s: %s", self._folder, refused)
             writer = None
@@ -139,7 +141,7 @@ class _BackgroundWriter:
             os.close(self._descriptor)  # and its lock with it
 
 
-def _open(path: Path, contents: Contents) -> _BackgroundWriter | None:
+def _open(path: Path, contents: Contents, ranks: int) -> _BackgroundWriter | None:
     """None where another process writes the same, or there is too little room. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = path.with_suffix(PART)
@@ -148,7 +150,7 @@ def _open(path: Path, contents: Contents) -> _BackgroundWriter | None:
         log.info("another process keeps the same quantised weights")
         return None
     try:
-        _make_room(path.parent, contents.nbytes)
+        _make_room(path.parent, contents.nbytes, ranks)
         os.ftruncate(descriptor, 0)
         return _BackgroundWriter(descriptor, part, path, contents)
     except OSError:
@@ -171,16 +173,16 @@ def _locked(part: Path, create: bool) -> int | None:
     return None
 
 
-def _make_room(folder: Path, needed: int) -> None:
+def _make_room(folder: Path, needed: int, ranks: int) -> None:
     """Kept files may take half of what would be free without them; those that were used the longest ago go. Raises
-    OSError where that does not suffice."""
+    OSError where that does not suffice for the files of all ranks."""
     for part in folder.glob(f"*{PART}"):
         _remove_left(part)
     kept = sorted(_kept_in(folder))
     taken = sum(nbytes for _, nbytes, _ in kept)
     most = (shutil.disk_usage(folder).free + taken) // 2
-    if needed > most:
-        raise OSError(f"they take {size(needed)}, of its disk {size(most)} may be used")
+    if needed * ranks > most:
+        raise OSError(f"they take {size(needed * ranks)}, of its disk {size(most)} may be used")
     for _, nbytes, found in kept:
         if taken + needed <= most:
             return

@@ -26,6 +26,7 @@ from lightllmd.errors import ModelChanged
 from lightllmd.kernels import quantised
 from lightllmd.weights import kept_file, kept_models, staged
 from lightllmd.weights.place import stream
+from rank_models import load_rank, ranks
 from tiny_models import plan_for, write_model
 
 W4A16 = WeightSchemes.all(scheme_of("w4a16", 32))
@@ -91,6 +92,25 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(loading.place, "stream", noted)
     return seen
+
+
+def test_each_rank_keeps_its_part(folder: Path, cache: Path, read: list[str]) -> None:
+    plan = planned(folder)
+
+    def parts() -> list[dict[str, Tensor]]:
+        with ranks(2) as on_all:
+            found = on_all(lambda group: load_rank(group, plan).decoder.tensors())
+        finish()
+        return found
+
+    made = parts()
+    names = sorted(file.name for file in cache.iterdir())
+    assert ["-rank-0-of-2-" in names[0], "-rank-1-of-2-" in names[1]] == [True, True]
+    assert len(read) == 2
+    assert all(same(*pair) for pair in zip(parts(), made, strict=True))
+    assert len(read) == 2
+    assert not same(loaded(plan), made[0])  # that of one is another file
+    assert len(read) == 3
 
 
 @pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if not scheme.dense])

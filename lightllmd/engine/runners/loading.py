@@ -57,7 +57,7 @@ def load_model(
     if isinstance(architecture, Outline):
         return _of_transformers(plan, plan.model, architecture.padded(head_dims), kernels, device, dtype, progress)
     mine = architecture_of_rank(architecture, plan.schemes, rank)
-    kept = _kept(plan, plan.model, mine, dtype)
+    kept = _kept(plan, plan.model, mine, dtype, rank)
     if kept is not None and os.path.exists(kept.path):
         try:
             log.info("the quantised weights are read from %s", kept.path)
@@ -88,10 +88,13 @@ class _Noted:
         self._progress(*self._at)
 
 
-def _kept(plan: Plan, model: ModelFacts, architecture: Architecture, dtype: torch.dtype) -> KeptModel | None:
-    """Where what quantising makes is kept; None where nothing is quantised, or it is not asked for."""
-    ours = [plan.schemes.of(weight) for weight in architecture.weights]
-    theirs = [model.schemes.of(weight) for weight in architecture.weights]
+def _kept(
+    plan: Plan, model: ModelFacts, architecture: Architecture, dtype: torch.dtype, rank: Rank
+) -> KeptModel | None:
+    """Where what quantising makes is kept, of each rank by itself; None where nothing is quantised, or it is not asked
+    for."""
+    whole = [weight.whole or weight for weight in architecture.weights]
+    ours, theirs = [plan.schemes.of(weight) for weight in whole], [model.schemes.of(weight) for weight in whole]
     if not plan.config.engine.keep_quantised or ours == theirs or plan.schemes.dense or not model.weight_stamps:
         return None
     root = cache_root(os.environ)
@@ -99,7 +102,8 @@ def _kept(plan: Plan, model: ModelFacts, architecture: Architecture, dtype: torc
         log.warning("the quantised weights are not kept: there is no home directory")
         return None
     stamps, name = model.weight_stamps, PurePath(model.path).name
-    return KeptModel(root / "quantised", name, stamps, architecture.weights, plan.schemes, dtype)
+    name += f"-rank-{rank.index}-of-{rank.count}" if rank.count > 1 else ""
+    return KeptModel(root / "quantised", name, stamps, architecture.weights, plan.schemes, dtype, rank.count)
 
 
 def _stored_weights(
