@@ -114,6 +114,12 @@ class NoUsableDevice(LightllmdError):
     exit_code = EXIT_NO_DEVICE
 
 
+class RankGone(LightllmdError):
+    """Another rank of the engine's generation has ended, whose end tells why."""
+
+    exit_code = EXIT_RANK_GONE
+
+
 class SystemFailure(LightllmdError):
     """Address in use, no permission, no descriptor left: the host refuses."""
 

@@ -7,7 +7,8 @@
             print(output.text)
 
 Parameters, plan, scheduler, step loop and runner are those of the daemon's engine, in this process and this thread;
-a request's fields mean what they mean to the native HTTP API.
+a request's fields mean what they mean to the native HTTP API. With ``tp=N`` this process is rank 0, and the other ranks
+are child processes, which end with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 from lightllmd.config.load import load, nearest_key
@@ -31,7 +32,10 @@ from lightllmd.config.resolve import resolve
 from lightllmd.config.setting import by_key
 from lightllmd.engine.backends import runner_for, scheduler_for
 from lightllmd.engine.loop import StepLoop
-from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem
+from lightllmd.engine.ranks.children import ChildRanks
+from lightllmd.engine.ranks.leading import LeadingRunner
+from lightllmd.engine.ranks.member import Member
+from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem, RankGone
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
 from lightllmd.offline_jobs import Embedded, Generated, OfflineJob, Output, Scored, ScoreJob, open_jobs, pooling_jobs
@@ -78,10 +82,17 @@ class LLM:
 
     def _start(self, plan: Plan, progress: bool) -> None:
         self.plan = plan
-        self._runner = runner_for(self.plan)
-        with LoadBar(self.plan.model_name, progress) as bar:
-            self._runner.load(self.plan, bar.update)
-        self._runner.prepare(_nothing)
+        self._ranks = ChildRanks(plan) if plan.ranks > 1 else None
+        try:
+            with self._blaming():
+                make = partial(runner_for, self.plan)
+                self._runner = self._ranks.lead(make) if self._ranks else make(Member(device=plan.device_of(0, 0)))
+                with LoadBar(self.plan.model_name, progress) as bar:
+                    self._runner.load(self.plan, bar.update)
+                self._runner.prepare(self._beat)
+        except BaseException:
+            self._end_ranks()
+            raise
         self._scheduler = scheduler_for(self.plan, generation=1)
         self._loop = StepLoop(self._scheduler, self._runner)
         inline = Inline(lambda: self.tokenizer, RequestLimits.of(self.plan))
@@ -289,7 +300,8 @@ class LLM:
     def _turn(self) -> list[StepOutput]:
         """One turn of the engine. What breaks it leaves scheduler and runner of two minds, so nothing may follow."""
         try:
-            outputs = list(self._loop.turn(_nothing).values())
+            with self._blaming():
+                outputs = list(self._loop.turn(self._beat).values())
         except BaseException as failure:
             self._unusable = f"it broke off with {type(failure).__name__}: {failure}"
             raise
@@ -325,12 +337,41 @@ class LLM:
         self._unusable = self._unusable or "it is closed"
         if "tokenizer" in self.__dict__:
             self.tokenizer.close()
+        self._end_ranks()
         for name in ("_loop", "_scheduler", "_runner"):
             self.__dict__.pop(name, None)
         gc.collect()
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+    # --- other ranks ----------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Between layers, and while the device is waited for."""
+        if self._ranks:
+            self._ranks.check()
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """What ended another rank is raised instead of what that did to this one."""
+        try:
+            yield
+        except RankGone as gone:
+            assert self._ranks is not None
+            raise self._ranks.failure(gone) from gone
+
+    def _end_ranks(self) -> None:
+        """If there are any."""
+        runner, ranks = self.__dict__.get("_runner"), self.__dict__.pop("_ranks", None)
+        if isinstance(runner, LeadingRunner):
+            runner.close()
+        if ranks is not None:
+            ranks.close()
+            if "torch" in sys.modules:
+                from lightllmd.engine.ranks.process_group import close_process_group
+
+                close_process_group()
 
     def __enter__(self) -> Self:
         return self
@@ -344,7 +385,7 @@ class LLM:
 
 
 def _nothing() -> None:
-    """No supervisor waits for this engine's heartbeats."""
+    pass
 
 
 @contextmanager

@@ -19,54 +19,22 @@ from lightllmd.ipc.messages import Heartbeat, Load, SamplingParams, StepOutput, 
 PATIENCE = 60.0  # seconds; a bound, never a measure
 
 
-class EngineProcess:
-    """A spawned engine and the supervisor's ends of its channels."""
+class RankProcess:
+    """A spawned rank of an engine and the supervisor's ends of its channels."""
 
-    def __init__(
-        self, folder: Path, *, params: dict[str, object] | None = None, slots: int = 4000, **fake: object
-    ) -> None:
-        metrics = folder / "metrics"
-        metrics.mkdir()
-        self.metrics = str(metrics)
-        self.endpoint = f"ipc://{folder}/engine"
-        plan = Plan(
-            config=Config(
-                params=Params(**(params or {})), engine=EngineSettings(backend="fake", fake=FakeSettings(**fake))
-            ),
-            model=None,
-            device=DeviceFacts("cpu", "test", 1, 1, 1, [], 1),
-            derived=[],
-            budget=Budget([], 0),
-            max_total_token_num=slots,
-            batch_max_tokens=slots,
-            eos_id=[256],
-            data_type="float32",
-            tokenizer_mode="fast",
-            log_stats_interval=0.05,
-            vocab_size=257,
-            model_name="fake",
-        )
+    def __init__(self, stderr: Path) -> None:
         self.flight_fd = flight_record.create()
         self.link, theirs = channel.pair()
         words = [str(number) for number in (theirs.fileno(), os.getpid(), self.flight_fd)]
-        with (folder / "stderr").open("wb") as stderr:
+        with stderr.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lightllmd.engine", *words],
                 pass_fds=[theirs.fileno(), self.flight_fd],
-                stderr=stderr,
+                stderr=file,
             )
         theirs.close()
-        self.stderr = folder / "stderr"
+        self.stderr = stderr
         self.up: list[messages.Up] = []  # all that it said to the supervisor
-        self.link.send(messages.EngineConfigure(encode_plan(plan), 3, 0, self.endpoint, self.metrics, "engine-0"))
-
-    def hear(self, until: Callable[[], object]) -> None:
-        """Takes in messages until a condition holds."""
-        deadline = time.monotonic() + PATIENCE
-        while not until():
-            assert time.monotonic() < deadline, (self.up[-3:], self.stderr.read_text())
-            select.select([self.link], [], [], 0.05)
-            self.up += self.link.receive()
 
     def phases(self) -> list[str]:
         return list(dict.fromkeys(beat.phase for beat in self.beats()))
@@ -74,14 +42,8 @@ class EngineProcess:
     def beats(self) -> list[Heartbeat]:
         return [message for message in self.up if isinstance(message, Heartbeat)]
 
-    def wait_ready(self) -> EngineProcess:
-        self.hear(lambda: "ready" in self.phases())
-        return self
-
-    def wait_end(self) -> int:
-        self.hear(lambda: self.process.poll() is not None)
-        self.up += self.link.receive()
-        return self.process.returncode
+    def failures(self) -> list[str]:
+        return [message.kind for message in self.up if isinstance(message, messages.Failed)]
 
     def flight(self) -> flight_record.Flight:
         return flight_record.read(self.flight_fd)
@@ -92,6 +54,82 @@ class EngineProcess:
             self.process.wait()
         self.link.close()
         os.close(self.flight_fd)
+
+
+def fake_plan(params: dict[str, object], slots: int, ranks: int, **fake: object) -> Plan:
+    return Plan(
+        config=Config(params=Params(**params), engine=EngineSettings(backend="fake", fake=FakeSettings(**fake))),
+        model=None,
+        device=DeviceFacts("cpu", "test", 1, 1, 1, [], 1),
+        derived=[],
+        budget=Budget([], 0),
+        max_total_token_num=slots,
+        batch_max_tokens=slots,
+        eos_id=[256],
+        data_type="float32",
+        tokenizer_mode="fast",
+        log_stats_interval=0.05,
+        vocab_size=257,
+        model_name="fake",
+        ranks=ranks,
+    )
+
+
+class EngineProcess(RankProcess):
+    """A spawned engine: rank 0, and the others that follow it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        params: dict[str, object] | None = None,
+        slots: int = 4000,
+        ranks: int = 1,
+        plan: Plan | None = None,
+        **fake: object,
+    ) -> None:
+        """`plan`: of another back end than the fake one."""
+        super().__init__(folder / "stderr")
+        self.others = [RankProcess(folder / f"stderr-{rank}") for rank in range(1, ranks)]
+        metrics = folder / "metrics"
+        metrics.mkdir()
+        self.metrics = str(metrics)
+        self.endpoint = f"ipc://{folder}/engine"
+        encoded = encode_plan(plan or fake_plan(params or {}, slots, ranks, **fake))
+        for rank, process in enumerate(self.all):
+            first = messages.EngineConfigure(
+                encoded, 3, rank, self.endpoint, self.metrics, f"engine-{rank}", ranks=ranks
+            )
+            process.link.send(first)
+
+    @property
+    def all(self) -> list[RankProcess]:
+        """By rank."""
+        return [self, *self.others]
+
+    def hear(self, until: Callable[[], object]) -> None:
+        """Takes in messages until a condition holds."""
+        deadline = time.monotonic() + PATIENCE
+        while not until():
+            assert time.monotonic() < deadline, [(one.up[-3:], one.stderr.read_text()) for one in self.all]
+            select.select([one.link for one in self.all if not one.link.closed], [], [], 0.05)
+            for one in self.all:
+                one.up += one.link.receive()
+
+    def wait_ready(self) -> EngineProcess:
+        self.hear(lambda: all("ready" in one.phases() for one in self.all))
+        return self
+
+    def wait_end(self) -> int:
+        self.hear(lambda: all(one.process.poll() is not None for one in self.all))
+        for one in self.all:
+            one.up += one.link.receive()
+        return self.process.returncode
+
+    def close(self) -> None:
+        for one in self.others:
+            one.close()
+        super().close()
         Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
 

@@ -541,6 +541,9 @@ class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
             example='"fault"',
         ),
     ] = ""
+    fault_rank: Annotated[
+        int, Setting(doc="Which of the tp ranks goes wrong, or dies of poison.", minimum=0, maximum=1023)
+    ] = 0
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
     (errors.ModelChanged, "changed", errors.EXIT_TRY_AGAIN),
     (errors.NoUsableDevice, "device", errors.EXIT_NO_DEVICE),
     (errors.OutOfMemory, "memory", errors.EXIT_OUT_OF_MEMORY),
+    (errors.RankGone, "rank", errors.EXIT_RANK_GONE),
     (MemoryError, "memory", errors.EXIT_OUT_OF_MEMORY),
     (errors.SystemFailure, "error", errors.EXIT_SYSTEM),
 )
@@ -52,7 +53,12 @@ def main(arguments: list[str]) -> None:
         log.set_up_child(plan.config.log.level)
         if plan.model is not None:
             require_unchanged(plan.model.weight_stamps)  # before seconds are spent; who reads them asks again
-            ReadAhead(plan.model.files)  # while torch is imported, and for as long as loading takes
+            if configure.rank == 0:
+                ReadAhead(plan.model.files)  # while torch is imported, and for as long as loading takes
+        if configure.rank:
+            from lightllmd.engine.ranks.following import Follower
+
+            Follower(link, configure, plan).run()
         # Before prometheus_client is imported, which the worker does.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = configure.metrics_dir
         from lightllmd.engine.worker import EngineWorker

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightllmd.config.plan import Plan
 from lightllmd.engine import kernel_cache, openmp
 from lightllmd.engine.grammar_vocabulary import compiler_here
+from lightllmd.engine.ranks.member import SOLE, Member
 from lightllmd.engine.runners import fake
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars
@@ -16,21 +17,22 @@ from lightllmd.text.healing import writable
 from lightllmd.text.tokenizer import load_tokenizer
 
 
-def runner_for(plan: Plan) -> Runner:
-    """A runner that has loaded nothing yet. Imports torch unless the back end is the fake one."""
+def runner_for(plan: Plan, member: Member = SOLE) -> Runner:
+    """A runner that has loaded nothing yet: of a model that one process has whole, or of a member of a group. Imports
+    torch unless the back end is the fake one."""
     if plan.config.engine.backend == "fake":
-        return fake.FakeRunner(plan.config.engine.fake)
+        return fake.FakeRunner(plan.config.engine.fake, member)
     if plan.model is not None and plan.model.outline is not None:
         kernel_cache.settle_modules()
     if plan.device.kind == "cuda":
         kernel_cache.settle(plan)
         from lightllmd.engine.runners.gpu import GpuRunner
 
-        return GpuRunner()
+        return GpuRunner(member)
     openmp.settle()
     from lightllmd.engine.runners.cpu import CpuRunner
 
-    return CpuRunner()
+    return CpuRunner(member)
 
 
 def grammars_for(plan: Plan) -> CompiledGrammars:

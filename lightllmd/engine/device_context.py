@@ -13,6 +13,8 @@ def make_context(device: str) -> None:
     The process is no use after that: driver and torch may remember the failure, and find no device later on.
     """
     try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(torch.device(device).index or 0)  # or one on the first GPU is made as well
         torch.empty(1, device=device)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the block that the tensor was in

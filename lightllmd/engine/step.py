@@ -151,7 +151,9 @@ class Runner(Protocol):
     Steps are launched in order and collected in the same order, each once.
     """
 
-    overlaps: bool  # the next step may be launched before the one before it is collected
+    @property
+    def overlaps(self) -> bool:
+        """The next step may be launched before the one before it is collected."""
 
     def load(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         """Loads the model. Calls ``progress(done, total)`` (bytes) several times a second.

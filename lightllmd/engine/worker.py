@@ -1,4 +1,5 @@
-"""A rank's main loop: one thread that takes requests in, lets the scheduler decide, runs steps and sends tokens out.
+"""The main loop of a generation's rank 0: one thread that takes requests in, lets the scheduler decide, runs steps and
+sends tokens out.
 
 Heartbeats go through this same loop, so a loop that is stuck falls silent. While nothing runs it sleeps in poll; while
 a step is out and there is nothing to launch it waits in the runner.
@@ -12,6 +13,7 @@ import math
 import sys
 import time
 from collections import deque
+from functools import partial
 from typing import NoReturn
 
 import zmq
@@ -23,6 +25,9 @@ from lightllmd.engine.backends import grammars_for, runner_for, scheduler_for
 from lightllmd.engine.grammar_gate import GrammarGate, Refused, Waiting
 from lightllmd.engine.grammar_vocabulary import compiler_of
 from lightllmd.engine.loop import StepLoop
+from lightllmd.engine.ranks.guard import end_process
+from lightllmd.engine.ranks.leading import LeadingRunner, lead
+from lightllmd.engine.ranks.member import Member
 from lightllmd.engine.runners import fake
 from lightllmd.engine.scheduling.sequence import SELF, Owner
 from lightllmd.engine.scheduling.submissions import RETRY_AFTER
@@ -52,6 +57,7 @@ class EngineWorker:
     ) -> None:
         self._link = link
         self._recorder = recorder
+        self._configure = configure
         self._generation = configure.generation
         self._endpoint = configure.endpoint
         self._plan = plan
@@ -63,7 +69,7 @@ class EngineWorker:
         self._statistics = Statistics(math.inf if params.disable_log_stats else plan.log_stats_interval)
         # The defaults set no pace and no fault.
         settings = engine.fake if engine.backend == "fake" else FakeSettings()
-        self._pace, self._faults = fake.Pace(settings), fake.Faults(settings, params.model_dir or "")
+        self._pace, self._faults = fake.Pace(settings), fake.Faults(settings, params.model_dir or "", rank=0)
         self._runner: Runner
         self._loop: StepLoop
         self._socket: EngineSocket
@@ -90,7 +96,7 @@ class EngineWorker:
         except zmq.ZMQError as refused:
             raise errors.SystemFailure(f"can't listen on {self._endpoint}: {refused}") from refused
         try:
-            self._runner = runner_for(self._plan)
+            self._runner = self._make_runner()
             self._loop = StepLoop(self._scheduler, self._runner, self._launching)
             try:
                 self._enter("load")
@@ -100,8 +106,15 @@ class EngineWorker:
                 self._serve()
             finally:
                 self._runner.unstage()  # or its thread would go on
+                if isinstance(self._runner, LeadingRunner):
+                    self._runner.close()
         finally:
             self._socket.close()
+
+    def _make_runner(self) -> Runner:
+        if self._configure.ranks == 1:
+            return runner_for(self._plan, Member(device=self._configure.device))
+        return lead(self._plan, self._configure, partial(runner_for, self._plan), end_process, self._layer)
 
     def _get_ready(self) -> None:
         """From loaded weights on."""

@@ -528,7 +528,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
 class Failed(msgspec.Struct, tag="failed"):
     """Said before an exit that the child foresaw; the supervisor's cause in words."""
 
-    kind: str  # "config" | "device" | "memory" | "weights" | "changed" | "error"
+    kind: str  # "config" | "device" | "memory" | "weights" | "changed" | "rank" (another one ended) | "error"
     message: str
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from lightllmd.engine.step import Masks, Step
 
-
-class Load(msgspec.Struct, tag="load"):
-    """`Runner.load` of the plan that the rank was configured with."""
+Method = Literal["load", "prepare", "stage", "unstage", "release", "restore"]
 
 
-class Prepare(msgspec.Struct, tag="prepare"):
-    """`Runner.prepare`."""
+class Call(msgspec.Struct, tag="call"):
+    """That method of the `Runner`; its end is acknowledged."""
+
+    method: Method
 
 
-class Launch(msgspec.Struct, tag="launch"):
+class LaunchStep(msgspec.Struct, tag="launch"):
     """`Runner.launch`. It is collected without a word: when more steps are out than the runner overlaps."""
 
     step: Step
@@ -28,23 +30,7 @@ class LateMasks(msgspec.Struct, tag="masks"):
     masks: Masks
 
 
-class Stage(msgspec.Struct, tag="stage"):
-    """`Runner.stage`."""
-
-
-class Unstage(msgspec.Struct, tag="unstage"):
-    """`Runner.unstage`."""
-
-
-class Release(msgspec.Struct, tag="release"):
-    """`Runner.release`."""
-
-
-class Restore(msgspec.Struct, tag="restore"):
-    """`Runner.restore`."""
-
-
-Command = Load | Prepare | Launch | LateMasks | Stage | Unstage | Release | Restore
+Command = Call | LaunchStep | LateMasks
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Command).decode

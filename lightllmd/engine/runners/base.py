@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 from lightllmd.config.plan import Plan
+from lightllmd.engine.ranks.member import SOLE, Member
 from lightllmd.engine.step import Masks, Row, SamplingRow, Step, StepResult
 
 Beat = Callable[[], None]  # called as work goes on, which keeps heartbeats going
@@ -87,6 +88,10 @@ class BaseRunner(ABC, Generic[Packed, Hidden, Staged]):
     _plan: Plan
     _pending: deque[PendingResult]  # of the steps that are out, oldest first
     _staged: Staged | None  # since `stage`
+
+    def __init__(self, member: Member = SOLE) -> None:
+        """`member`: of which group it is; of a rank other than 0 what its steps make is not asked for."""
+        self._member = member
 
     # --- life ---------------------------------------------------------------------------------------------------------
     def load(self, plan: Plan, progress: Progress) -> None:

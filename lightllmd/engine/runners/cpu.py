@@ -15,12 +15,15 @@ from torch import Tensor
 
 from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
+from lightllmd.engine.ranks.process_group import open_process_group
 from lightllmd.engine.runners.base import BaseRunner, Beat, KeptWeights, Progress, ReadyResult
 from lightllmd.engine.runners.cpu_batch import SlotTable
 from lightllmd.engine.runners.loading import load_model, memory_errors
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
 from lightllmd.engine.step import Alternatives, Masks, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
+from lightllmd.kernels.collectives import ALONE, Group
+from lightllmd.kernels.collectives_gloo import GlooGroup
 from lightllmd.kernels.devices import kernels_for
 from lightllmd.kernels.kv_cache import LayerCache, allocate
 from lightllmd.kernels.layout import Batch, GatheredRows
@@ -83,6 +86,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
     table: SlotTable
     sampler: Sampler
     memory: MemoryMeter
+    _group: Group = ALONE
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -93,10 +97,13 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
         torch.set_num_threads(self._plan.threads)
         self.slots = self._plan.max_total_token_num
         self.memory = MemoryMeter(_CPU)
+        if self._member.rendezvous is not None:
+            self._group = GlooGroup(open_process_group(self._member, _CPU))
 
     def _load_weights(self, progress: Progress) -> None:
         dtype = getattr(torch, self._plan.data_type)
-        self.decoder = load_model(self._plan, kernels_for(_CPU, dtype), _CPU, dtype, progress)
+        kernels = kernels_for(_CPU, dtype, self._group)
+        self.decoder = load_model(self._plan, kernels, _CPU, dtype, progress, rank=self._member.rank)
 
     def _allocate(self) -> None:
         plan, spec, params = self._plan, self.decoder.spec, self._plan.config.params

@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn
 
 from lightllmd.config.files import read_bytes
 from lightllmd.config.parameters import FakeSettings
+from lightllmd.engine.ranks.member import SOLE, Member
 from lightllmd.engine.runners.base import BaseRunner, Beat, KeptWeights, Progress
 from lightllmd.engine.runners.fake_model import (
     EMPTY,
@@ -61,14 +62,17 @@ class Pace:
 
 
 class Faults:
-    """What goes wrong, and when: `fault` and `fault_file` of the settings. `model`: the model_dir."""
+    """What goes wrong, and when: `fault` and `fault_file` of the settings, in the rank `fault_rank`. `model`: the
+    model_dir."""
 
-    def __init__(self, settings: FakeSettings, model: str) -> None:
-        self._settings = settings
+    def __init__(self, settings: FakeSettings, model: str, rank: int) -> None:
+        self._settings, self._ours = settings, rank == settings.fault_rank
         self._file = os.path.join(model, settings.fault_file) if settings.fault_file else ""
 
     @property
     def _due(self) -> str:
+        if not self._ours:
+            return ""
         if not self._file:
             return self._settings.fault
         try:
@@ -152,10 +156,11 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     Its scores are `fake_score`'s, its hidden states `fake_state`'s.
     """
 
-    def __init__(self, settings: FakeSettings) -> None:
+    def __init__(self, settings: FakeSettings, member: Member = SOLE) -> None:
+        super().__init__(member)
         self.overlaps = settings.overlap
         self._settings = settings
-        self._poison = settings.poison.encode()
+        self._poison = settings.poison.encode() if member.rank.index == settings.fault_rank else b""
         self._model = ""  # the plan's model_dir
         self._vocab: int | None = None  # None: as many as a mask has bits
         self._processed = False  # as [engine] logprobs
@@ -175,7 +180,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _load_weights(self, progress: Progress) -> None:
         """Pretends to read load_bytes for load_seconds."""
         total = self._settings.load_bytes or 1
-        faults = Faults(self._settings, self._model)
+        faults = Faults(self._settings, self._model, self._member.rank.index)
         begun = time.monotonic()
         while True:
             elapsed = time.monotonic() - begun

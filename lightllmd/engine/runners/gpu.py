@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from lightllmd.architecture.collectives_memory import largest_message
+from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.kv_layout import KvLayout
 from lightllmd.config.bounds import (
     DEVICE_HEAD_DIMS,
@@ -32,6 +34,8 @@ from lightllmd.config.bounds import (
     prefill_sizes,
     scored_rows,
 )
+from lightllmd.engine.ranks.member import Member
+from lightllmd.engine.ranks.process_group import open_process_group
 from lightllmd.engine.runners.base import BaseRunner, Beat, Progress
 from lightllmd.engine.runners.gpu_batch import Packed, Packer
 from lightllmd.engine.runners.graphs import StepGraphs
@@ -45,6 +49,8 @@ from lightllmd.engine.sampling.prompt_logprobs import PromptScores
 from lightllmd.engine.step import Masks, Row, SamplingRow, Step, StepResult, no_decode
 from lightllmd.errors import NoUsableDevice
 from lightllmd.kernels import whole_prompts
+from lightllmd.kernels.collectives import ALONE, Group
+from lightllmd.kernels.collectives_device import DeviceGroup
 from lightllmd.kernels.devices import fused_kernels
 from lightllmd.kernels.embed import gather_rows
 from lightllmd.kernels.kv_cache import LayerCache, allocate
@@ -93,6 +99,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
     decoder: LanguageModel
     caches: list[LayerCache]  # one per layer; the last slot is padding's
     memory: MemoryMeter
+    _group: Group = ALONE
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -100,18 +107,37 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             yield
 
     def _open(self) -> None:
-        self._device = _usable(self._plan.device.kind)
+        self._device = _usable(self._plan.device.kind, self._member)
+        if self._member.rank.count > 1:  # the ranks share the cores
+            torch.set_num_threads(max(1, self._plan.device.cpu_threads // self._member.rank.count))
         self.overlaps = self._plan.config.engine.overlap
         self.slots = self._plan.max_total_token_num
         self._rows = self._plan.config.params.running_max_req_size
         self._dtype: torch.dtype = getattr(torch, self._plan.data_type)
         self.memory = MemoryMeter(self._device)
+        if self._member.rendezvous is not None:
+            self._group = self._open_group()
+
+    def _open_group(self) -> DeviceGroup:
+        """All ranks do it at the same time."""
+        plan = self._plan
+        assert plan.model is not None
+        assert isinstance(plan.model.architecture, Architecture)  # others are no group's, see `rank_faults`
+        spec = plan.model.architecture.spec
+        tokens = most_step_tokens(plan.batch_max_tokens, self._rows)
+        largest = largest_message(tokens, spec.hidden, spec.vocab, self._dtype.itemsize)
+        group = DeviceGroup(open_process_group(self._member, self._device), self._device, largest)
+        with self._computing():
+            group.warm(spec.hidden, spec.vocab, self._dtype)
+        return group
 
     def _load_weights(self, progress: Progress) -> None:
-        kernels = fused_kernels(self._device, self._plan.decode_kernel)
+        kernels = fused_kernels(self._device, self._plan.decode_kernel, self._group)
         with ThreadPoolExecutor(1) as beside:  # libraries take about a second to load, as weights do
             loaded = beside.submit(_load_libraries, self._device, self._dtype)
-            self.decoder = load_model(self._plan, kernels, self._device, self._dtype, progress, DEVICE_HEAD_DIMS)
+            self.decoder = load_model(
+                self._plan, kernels, self._device, self._dtype, progress, DEVICE_HEAD_DIMS, self._member.rank
+            )
             loaded.result()
 
     def _allocate(self) -> None:
@@ -219,12 +245,13 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             at_once = scored_rows(self._rows)
             where = packed.targets, packed.before
             scores = PromptScores(step.rows, *where, self.decoder.head, hidden, at_once)
-        vectors = None
-        if packed.pooled is not None:
-            vectors = Download([self._vectors(hidden, packed)], self._device)
+        vectors = self._vectors(hidden, packed) if packed.pooled is not None else None
+        if not self._member.leads:
+            return _Pending(self._sampler, [], None, [], None, Download([], self._device))
+        arriving = Download([vectors], self._device) if vectors is not None else None
         pooled = [row.pooling.vectors for row in step.rows if row.pooling is not None]
-        end = None if chunks or scores or vectors else Download([], self._device)
-        return _Pending(self._sampler, chunks, scores, pooled, vectors, end)
+        end = None if chunks or scores or arriving else Download([], self._device)
+        return _Pending(self._sampler, chunks, scores, pooled, arriving, end)
 
     def _vectors(self, hidden: Tensor, packed: Packed) -> Tensor:
         """fp32 ``[V, values]`` of a step that has some."""
@@ -273,7 +300,8 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
 
     # --- sampling -----------------------------------------------------------------------------------------------
     def _draw(self, rows: list[int], hidden: Tensor, packed: Packed) -> list[tuple[list[int], Download]]:
-        """`rows` are the table rows that count; `hidden` is padded as what is sampled."""
+        """`rows` are the table rows that count; `hidden` is padded as what is sampled. Nothing is downloaded where that
+        is not asked for."""
         chunks = []
         for first in range(0, len(rows), DEVICE_LOGIT_ROWS):
             part = slice(first, first + DEVICE_LOGIT_ROWS)
@@ -281,20 +309,26 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
             drawn = self._sampler.sample(
                 logits, rows[part], packed.table_rows[part], packed.generated[part], self._last
             )
-            chunks.append((rows[part], Download(drawn, self._device)))
+            if self._member.leads:
+                chunks.append((rows[part], Download(drawn, self._device)))
         return chunks
 
 
-def _usable(kind: str) -> torch.device:
-    """A GPU; a CPU is taken where Triton interprets its kernels, which tests do. Raises NoUsableDevice."""
+def _usable(kind: str, member: Member) -> torch.device:
+    """The member's GPU, the current one of this thread from now on; a CPU is taken where Triton interprets its kernels,
+    which tests do. Raises NoUsableDevice."""
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise NoUsableDevice("no CUDA device can be used by this build of torch")
+        if member.device >= torch.cuda.device_count():
+            raise NoUsableDevice(f"GPU {member.device} is planned with, but {torch.cuda.device_count()} can be used")
+        torch.cuda.set_device(member.device)
         try:
             driver.active.get_current_device()
         except (RuntimeError, OSError, CalledProcessError) as error:
             message = f"Triton can't reach the GPU: {error}; it needs a C compiler and Python's headers"
             raise NoUsableDevice(f"{message} (Debian: gcc, python3-dev)") from error
+        return torch.device(kind, member.device)
     return torch.device(kind)
 
 

@@ -21,7 +21,7 @@ from lightllmd.errors import SystemFailure
 
 GROUP = "lightllmd"
 LONGEST_PATH = 107  # bytes of a Unix socket's path (sun_path less its final zero)
-_LONGEST_OWN = "ipc/4194304-engine-99999"  # the longest name that is made in the directory
+_LONGEST_OWN = "ipc/4194304-engine-99999.ranks"  # the longest name that is made in the directory
 
 
 def control_socket_path(configured: str, environment: Mapping[str, str], uid: int) -> Path:
@@ -149,7 +149,7 @@ class RuntimeDirectory:
     def _clear_stale(self) -> None:
         """What daemons left behind that are dead (or had our number before us)."""
         for path in (*self.ipc.glob("*-engine-*"), *self.directory.glob("*-*"), *self.directory.glob(".*")):
-            match = re.fullmatch(r"\.(\d+)|(?:metrics|responses)-(\d+)|(\d+)-engine-\d+", path.name)
+            match = re.fullmatch(r"\.(\d+)|(?:metrics|responses)-(\d+)|(\d+)-engine-\d+(?:\.ranks)?", path.name)
             if match is None:
                 continue
             owner = int(next(filter(None, match.groups())))
