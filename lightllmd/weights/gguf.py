@@ -57,7 +57,7 @@ class GgufCheckpoint:
         view = self._in_file_order(name, out)
         if len(info.shape) == 1:
             view = view.unsqueeze(0)
-        for rows, stored in self._chunks(info, self._units(info), cut):
+        for rows, stored in self._chunks(info, self._units(name), cut):
             values = dequantize(stored, GGMLQuantizationType[info.type])
             if info.type in BLOCKS:
                 _require_numbers(values, info)
@@ -71,16 +71,17 @@ class GgufCheckpoint:
         if out.zeros is not None:
             out.zeros.fill_(Q4_0_ZERO)
         all_values, all_scales = self._in_file_order(name, out.values), self._in_file_order(name, out.scales)
-        for rows, stored in self._chunks(info, self._units(info), cut):
+        for rows, stored in self._chunks(info, self._units(name), cut):
             values, scales = UNPACKED[info.type](stored.reshape(-1, BLOCKS[info.type]))
             _require_numbers(scales, info)
             for target, unpacked in ((all_values[rows], values), (all_scales[rows], scales)):
                 target.copy_(torch.from_numpy(unpacked).reshape(target.shape))
             yield stored.nbytes
 
-    def _units(self, info: TensorInfo) -> int:
+    def _units(self, name: str) -> int:
         """What a tensor is read by: rows, or heads where those are reordered, or the whole of a vector."""
-        return self._paired.get(info.name, info.shape[0] if len(info.shape) > 1 else 1)
+        shape = self.tensors[name].shape
+        return self._paired.get(name, shape[0] if len(shape) > 1 else 1)
 
     def _chunks(self, info: TensorInfo, units: int, cut: TensorCut | None) -> Iterator[tuple[slice, np.ndarray]]:
         """The bytes of a tensor ``[units, …]``, or of some of its rows, some units at a time, and which of all those
