@@ -255,8 +255,10 @@ class Router:
         self._random = random.Random(scene.seed * 1000 + number)
         self._turn = self._random.randrange(scene.replicas)
         self._prefixes = [PrefixIndex(SLOTS // BLOCK) for _ in replicas]
+        self._sent_to: dict[int, set[int]] = {}  # by a prompt's first block, replicas that may know it
         self._loads: list[float] = [0.0] * len(replicas)
         self._seen = -math.inf  # when _loads were the replicas'
+        self._views: list[GroupView] = []  # of all, for a prompt that none knows
 
     def round_robin(self, request: Request, now: float) -> int:
         self._turn = (self._turn + 1) % len(self._replicas)
@@ -274,19 +276,22 @@ class Router:
 
     def affinity(self, request: Request, now: float) -> int:
         self._look(now)
-        blocks = request.blocks
-        views = [
-            GroupView(number, load, prefixes.match(blocks))
-            for number, (load, prefixes) in enumerate(zip(self._loads, self._prefixes, strict=True))
-        ]
+        blocks, views = request.blocks, self._views
+        known = self._sent_to.setdefault(blocks[0], set())
+        for number in known:
+            views[number] = GroupView(number, self._loads[number], self._prefixes[number].match(blocks))
         chosen = choose(views, blocks[0])
         self._prefixes[chosen.group].add(blocks)
         self._loads[chosen.group] += load_of(1, request.tokens - chosen.blocks * BLOCK)
+        known.add(chosen.group)
+        for number in known:
+            views[number] = GroupView(number, self._loads[number])
         return chosen.group
 
     def _look(self, now: float) -> None:
         if now - self._seen >= self._age:
             self._loads, self._seen = [replica.load for replica in self._replicas], now
+            self._views = [GroupView(number, load) for number, load in enumerate(self._loads)]
 
 
 POLICIES: dict[str, Callable[[Router, Request, float], int]] = {

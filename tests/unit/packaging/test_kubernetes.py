@@ -215,14 +215,14 @@ def test_the_autoscaler_follows_gauges_that_are_exported_and_that_the_adapter_ha
 @each_overlay
 def test_a_gpu_pod_has_one_for_each_rank_and_shared_memory(overlay: str, tmp_path: Path) -> None:
     resources = rendered(overlay)
-    params = config_of(resources, tmp_path).params
+    config = config_of(resources, tmp_path)
     for template in pod_templates(resources):
         container = container_of(template)
         limits = container["resources"]["limits"]
         if "nvidia.com/gpu" not in limits:
             assert settings(resources)["model_dir"].startswith("package:")
             continue
-        assert int(limits["nvidia.com/gpu"]) == params.tp
+        assert int(limits["nvidia.com/gpu"]) == config.params.tp * config.engine.replicas
         assert container["resources"]["requests"] == limits
         [shm] = [one["name"] for one in container["volumeMounts"] if one["mountPath"] == "/dev/shm"]
         [volume] = [one for one in template["spec"]["volumes"] if one["name"] == shm]
