@@ -44,15 +44,22 @@ class Nvml:
                 if instance is not None:
                     instance.uuid = f"MIG-{number:08d}-0000-0000-0000-{place + 1:012d}"
 
-    def open_devices(self, order: list[int] | None = None) -> list[str]:
+    def open_devices(self, visible: str | None = None, order: list[int] | None = None) -> list[str]:
         """As the CUDA driver: one MIG instance, or all GPUs in this order."""
         gpus = [self.gpus[number] for number in (order or range(len(self.gpus)))]
+        if visible is not None:
+            gpus = [gpu for gpu in gpus if gpu.uuid in visible.split(",")]
         for instance in (instance for gpu in gpus for instance in gpu.instances or []):
             if instance is not None:
                 return [instance.uuid.removeprefix("MIG-")]
         return [gpu.uuid.removeprefix("GPU-") for gpu in gpus if gpu.opens and not gpu.lost]
 
-    def no_driver(self) -> list[str]:
+    def all_or_none(self, visible: str | None = None) -> list[str]:
+        """As where cuInit fails if a lost GPU is visible."""
+        found = self.open_devices(visible)
+        return found if visible is not None or not any(gpu.lost for gpu in self.gpus) else self.no_driver()
+
+    def no_driver(self, visible: str | None = None) -> list[str]:
         """As where cuInit fails."""
         raise DriverFault("cuInit: CUDA_ERROR_SYSTEM_NOT_READY")
 

@@ -120,6 +120,9 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     cpu_threads: int  # physical cores usable by this process
     capability: tuple[int, int] | None = None  # a GPU's compute capability
     devices: list[Device] = []  # all visible GPUs, also those that can't be used; empty for a CPU
+    # The CUDA_VISIBLE_DEVICES that processes need for `Device.index` to mean what it says, where the daemon's own won't
+    # do: a lost GPU keeps CUDA from starting. Empty: the daemon's.
+    visible: str = ""
     no_gpu: str = ""  # of a CPU that is used because there is no usable GPU: why there is none
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightllmd.config.plan import Plan
-from lightllmd.engine import kernel_cache, openmp
+from lightllmd.engine import kernel_cache, openmp, visible_devices
 from lightllmd.engine.grammar_vocabulary import compiler_here
 from lightllmd.engine.ranks.member import SOLE, Member
 from lightllmd.engine.runners import fake
@@ -25,6 +25,7 @@ def runner_for(plan: Plan, member: Member = SOLE) -> Runner:
     if plan.model is not None and plan.model.outline is not None:
         kernel_cache.settle_modules()
     if plan.device.kind == "cuda":
+        visible_devices.settle(plan)
         kernel_cache.settle(plan)
         from lightllmd.engine.runners.gpu import GpuRunner
 

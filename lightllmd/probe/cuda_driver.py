@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 import uuid
 
 LIBRARY = "libcuda.so.1"
@@ -12,9 +16,15 @@ class DriverFault(Exception):
     """CUDA can't be used at all, and why."""
 
 
-def open_devices() -> list[str]:
+PATIENCE = 30.0  # seconds, for a driver that takes its time to start
+
+
+def open_devices(visible: str | None = None) -> list[str]:
     """UUIDs without their prefix, in the order in which CUDA numbers the devices. It heeds CUDA_VISIBLE_DEVICES and
-    CUDA_DEVICE_ORDER; of MIG instances it opens one. Raises DriverFault."""
+    CUDA_DEVICE_ORDER; of MIG instances it opens one. `visible`: as a process finds them that has this for
+    CUDA_VISIBLE_DEVICES; a driver that did not start in this process is not asked again. Raises DriverFault."""
+    if visible is not None:
+        return _asked_elsewhere(visible)
     try:
         cuda = ctypes.CDLL(LIBRARY)
     except OSError as error:
@@ -38,3 +48,21 @@ def _call(cuda: ctypes.CDLL, name: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         cuda.cuGetErrorName(code, ctypes.byref(text))
         raise DriverFault(f"{name}: {text.value.decode() if text.value else f'error {code}'}")
+
+
+def _asked_elsewhere(visible: str) -> list[str]:
+    command, environment = [sys.executable, "-m", __name__], {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        raise DriverFault(f"a process that sees {visible} alone: {fault}") from None
+    if done.returncode:
+        raise DriverFault("".join(done.stderr.strip().splitlines()[-1:]))
+    return [str(uuid) for uuid in json.loads(done.stdout)]
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(open_devices()))
+    except DriverFault as fault:
+        sys.exit(str(fault))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -44,17 +43,17 @@ def _cuda_facts(threads: int, quick: bool) -> DeviceFacts:
         raise NoUsableDevice(f"no NVIDIA driver: {error}") from None
     # NVML numbers GPUs by where they are plugged in; CUDA does where it is told to, as the daemon tells its children.
     alike = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    open_devices: Callable[[], list[str]] | None = None if quick and alike else cuda_driver.open_devices
+    open_devices = None if quick and alike else cuda_driver.open_devices
     try:
-        found = gpus(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), open_devices)
+        found, visible = gpus(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), open_devices)
     except pynvml.NVMLError as error:
         raise NoUsableDevice(f"the GPUs can't be asked: {error}") from None
     finally:
         pynvml.nvmlShutdown()
-    return facts_of(found, threads)
+    return facts_of(found, threads, visible)
 
 
-def facts_of(devices: list[Device], threads: int) -> DeviceFacts:
+def facts_of(devices: list[Device], threads: int, visible: str = "") -> DeviceFacts:
     """Of a host with these GPUs. Raises NoUsableDevice."""
     usable = [device for device in devices if not device.fault]
     if not usable:
@@ -71,6 +70,7 @@ def facts_of(devices: list[Device], threads: int) -> DeviceFacts:
         cpu_threads=threads,
         capability=first.capability,
         devices=devices,
+        visible=visible,
     )
 
 

@@ -14,15 +14,18 @@ from lightllmd.probe.cuda_driver import DriverFault
 NO_INDEX = -1  # of a device that CUDA doesn't number
 
 
-def gpus(nvml: Any, visible: str | None, open_devices: Callable[[], list[str]] | None) -> list[Device]:
-    """Those that `visible` (CUDA_VISIBLE_DEVICES) leaves; what can't be used has a `fault`.
+OpenDevices = Callable[[str | None], list[str]]  # as `cuda_driver.open_devices`
 
-    `nvml` is pynvml, initialised, or what stands in for it. `open_devices` as `cuda_driver.open_devices`; None: the
-    driver isn't asked, and numbers them as NVML does. Raises nvml.NVMLError where it can't tell how many there are.
+
+def gpus(nvml: Any, visible: str | None, open_devices: OpenDevices | None) -> tuple[list[Device], str]:
+    """Those that `visible` (CUDA_VISIBLE_DEVICES) leaves; what can't be used has a `fault`. And `DeviceFacts.visible`.
+
+    `nvml` is pynvml, initialised, or what stands in for it. Without `open_devices` the driver isn't asked, and numbers
+    them as NVML does. Raises nvml.NVMLError where it can't tell how many there are.
     """
     listed = [_listed(nvml, number) for number in range(nvml.nvmlDeviceGetCount())]
     left = _left(listed, visible)
-    return _numbered(left) if open_devices is None else _opened(left, open_devices)
+    return (_numbered(left), "") if open_devices is None else _opened(left, open_devices)
 
 
 def _listed(nvml: Any, number: int) -> list[Device]:
@@ -104,12 +107,21 @@ def _numbered(devices: list[Device]) -> list[Device]:
     return [device if device.fault else replace(device, index=next(numbers)) for device in devices]
 
 
-def _opened(devices: list[Device], open_devices: Callable[[], list[str]]) -> list[Device]:
-    """With CUDA's numbers, in their order, and those that it doesn't open behind them."""
+def _opened(devices: list[Device], open_devices: OpenDevices) -> tuple[list[Device], str]:
+    """With CUDA's numbers, in their order, and those that it doesn't open behind them. Where the driver does not start
+    because of a GPU that NVML can't ask, it may for processes that don't see that one."""
+    visible, good = "", [device.uuid for device in devices if not device.fault]
     try:
-        numbers = {uuid: number for number, uuid in enumerate(open_devices())}
+        try:
+            uuids = open_devices(None)
+        except DriverFault:
+            if len(good) in (0, len(devices)):
+                raise
+            visible = ",".join(good)
+            uuids = open_devices(visible)
     except DriverFault as fault:
-        return [_refused(device, f"CUDA can't be used: {fault}") for device in devices]
+        return [_refused(device, f"CUDA can't be used: {fault}") for device in devices], ""
+    numbers = {uuid: number for number, uuid in enumerate(uuids)}
     found = []
     for device in devices:
         number = numbers.get(device.uuid.partition("-")[2])
@@ -119,7 +131,7 @@ def _opened(devices: list[Device], open_devices: Callable[[], list[str]]) -> lis
             found.append(_refused(device, "CUDA opens one MIG instance in a process, and not this one"))
         else:
             found.append(_refused(device, "NVML lists it, CUDA can't open it"))
-    return sorted(found, key=lambda device: device.index if device.index != NO_INDEX else len(found))
+    return sorted(found, key=lambda device: device.index if device.index != NO_INDEX else len(found)), visible
 
 
 def _refused(device: Device, fault: str) -> Device:

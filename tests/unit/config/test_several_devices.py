@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightllmd.config import gpu_budget
 from lightllmd.config.plan import Budget, Plan, decode_plan, encode_plan
 from lightllmd.config.report import report
 from lightllmd.config.weight_budget import weights_row
+from lightllmd.engine import visible_devices
 from lightllmd.errors import ConfigInvalid
 from resolved import CPU, MODEL, PHI2, made, reason, refused, small
 from several_devices import GB, LOST, gpus
@@ -366,3 +368,12 @@ def test_the_report_names_devices_ranks_and_rendezvous() -> None:
 def test_facts_without_a_list_of_devices_are_of_equal_ones() -> None:
     facts = msgspec.structs.replace(gpus(140, 140), devices=[])
     assert made({"tp": 2}, facts, LLAMA).devices == [0, 1]
+
+
+def test_engines_see_the_devices_that_a_plan_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    facts = gpus(140, 140, 140, lost=[1])
+    visible_devices.settle(made({"tp": 2}, facts, LLAMA))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2"
+    visible_devices.settle(made({"tp": 2}, msgspec.structs.replace(facts, visible="GPU-0,GPU-2"), LLAMA))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-2"
