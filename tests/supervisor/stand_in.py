@@ -1,4 +1,5 @@
 """A child that speaks the channel's protocol and does nothing else: `stand_in.py api|engine <channel's arguments>`.
+A rank other than 0 has the kind "engine.RANK".
 
 It obeys $STAND_IN/<kind>.json, read when it starts (later ones `live` at each turn), and writes each message that it
 gets to $STAND_IN/<kind>-<number>.jsonl with the time of its arrival.
@@ -47,6 +48,8 @@ def main() -> None:
     link = child.adopt(sys.argv[2:])
     first = child.first_message(link)
     number = first.generation if isinstance(first, EngineConfigure) else first.epoch
+    if isinstance(first, EngineConfigure) and first.rank:
+        kind = f"{kind}.{first.rank}"  # what follows rank 0 has orders and a record of its own
     told = orders(kind)
     record = (HOME / f"{kind}-{number}.jsonl").open("a", buffering=1)
     if told.get("stop_self"):
