@@ -90,6 +90,7 @@ def status_page(status: Json, now: float, glyphs: Glyphs = UNICODE) -> Text:
         ("Main PID", _main_pid(status)),
         ("Listen", Text(clean(", ".join([*status.get("listeners", []), status.get("control_socket", "")])))),
         ("Model", _model(status)),
+        *(("Lost", Text(clean(name), BAD)) for name in status.get("lost_devices") or []),
         *(("TLS", line) for line in _certificate(status, now)),
         *(("Models", Text(line)) for line in _others(status)),
         *(("Cache", Text(line)) for line in _cache(status)),

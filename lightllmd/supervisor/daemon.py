@@ -23,6 +23,7 @@ from lightllmd.supervisor.host import listeners as http_listeners
 from lightllmd.supervisor.workers.api_workers import ApiWorkers
 from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.health_monitor import Monitor
+from lightllmd.supervisor.workers.lost_devices import LostDevices
 from lightllmd.supervisor.workers.pusher import Pusher
 
 
@@ -49,6 +50,7 @@ class Daemon:
         self.overview: Overview | None = None  # as well; None: they show no page
         self.front = ApiWorkers(context, context.config.http.workers, self._send_state)
         self.engines = Engines(context, self.front.tell)
+        self.lost = LostDevices(context, self.engines)
         self.pusher = Pusher(context)
         self.certificate = CertificateInForce(context, self.front.tell)
         self.verbs = Verbs(context, self.engines, self.front, self.pusher, settings, self.certificate, self._relisten)

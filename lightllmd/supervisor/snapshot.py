@@ -233,6 +233,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     listeners: list[str]  # URLs
     control_socket: str
     model: Model | None  # None before the plan is made
+    lost_devices: list[str] = []  # GPUs that the engines were planned for and that can't be used any more, and why
     models: list[KnownModel]  # as `GET /v1/models`
     cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests

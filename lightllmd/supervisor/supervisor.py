@@ -140,6 +140,9 @@ class Supervisor(Daemon):
         self._systemd.reload()
         self.certificate.step()
         self.keys.step()
+        self.lost.step()
+        if self.lost.to_replan() and self.verbs.replan():
+            self.lost.replanned()
         self.verbs.step()
         self._systemd.reload()
         self._retire_drained()
@@ -264,6 +267,8 @@ class Supervisor(Daemon):
             if first is None:
                 return
             child, ending, flight = first.child, first.ending, first.flight
+            if not first.asked:
+                self.lost.look()
             self._tell_held(engine, again)
         elif self.engines.spares.owns(child):
             self.engines.spares.died(child, ending)

@@ -46,6 +46,8 @@ class World(Protocol):
 
     def may_end(self, revision: int) -> bool: ...
 
+    def is_lost(self, device: int) -> bool: ...
+
     def memory_short(self, process: SimulatedProcess) -> bool: ...
 
     def context_made(self, process: SimulatedProcess) -> None: ...
@@ -298,6 +300,8 @@ class Engine:
         what = self._inherent()
         if phase == "load" and self.process.world.memory_short(self.process):
             what = "memory"
+        if phase == "load" and self.process.world.is_lost(self.device):
+            what = "device"
         if self.fate is not None and self.fate.phase == phase:
             fate, self.fate = self.fate, None
             what = fate.what

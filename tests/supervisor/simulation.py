@@ -22,6 +22,7 @@ from unittest import mock
 
 import msgspec
 
+from lightllmd.config import resolve
 from lightllmd.config.cli import Invocation
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import Device, DeviceFacts, Facts, Other
@@ -67,6 +68,7 @@ class Simulation:
         self.processes: list[SimulatedProcess] = []
         # By generation and rank, of those that could be told their configuration.
         self.members: defaultdict[int, dict[int, SimulatedProcess]] = defaultdict(dict)
+        self.lost: set[int] = set()  # devices that are gone
         self.listeners: list[Listener] = []
         self.fates: dict[str, deque[Fate]] = {"api": deque(), "engine": deque(), "probe": deque(), "push": deque()}
         self.violations: list[str] = []
@@ -131,6 +133,7 @@ class Simulation:
         replace(supervisor.orphans, "become_subreaper", lambda: None)
         replace(supervisor.orphans, "reap_orphans", self._reap)
         replace(supervisor.server, "ControlServer", NoControlServer)
+        replace(resolve, "shares", lambda *_: "")  # words of the report, which take a while
         replace(memory, "available_memory", lambda: DEVICE)
         replace(sockets, "bind", self._bind)
 
@@ -178,9 +181,19 @@ class Simulation:
     def facts(self, request: dict[str, Any]) -> Facts | str:
         free = [max(DEVICE - self.taken(index), 0) for index in range(DEVICES)]
         devices = [
-            Device(index, "Simulated GPU", DEVICE, free[index], fast_dtypes=["bfloat16"]) for index in range(DEVICES)
+            Device(
+                index,
+                "Simulated GPU",
+                DEVICE,
+                free[index],
+                uuid=f"GPU-{index}",
+                fast_dtypes=["bfloat16"],
+                fault="GPU is lost" if index in self.lost else "",
+            )
+            for index in range(DEVICES)
         ]
-        device = DeviceFacts("cuda", "Simulated GPU", DEVICES, DEVICE, min(free), ["bfloat16"], 4, devices=devices)
+        usable = DEVICES - len(self.lost)
+        device = DeviceFacts("cuda", "Simulated GPU", usable, DEVICE, min(free), ["bfloat16"], 4, devices=devices)
         path = request.get("model_dir", "")
         if path == "/models/missing":
             return f"{path} does not exist"
@@ -201,6 +214,9 @@ class Simulation:
     def may_end(self, revision: int) -> bool:
         """Whether requests of it may be ended: nobody could finish them, or the daemon stops."""
         return self.stopping or revision in self.permanently_failed
+
+    def is_lost(self, device: int) -> bool:
+        return device in self.lost
 
     def memory_short(self, process: SimulatedProcess) -> bool:
         """As `process` begins to load."""

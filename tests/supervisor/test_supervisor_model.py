@@ -315,7 +315,13 @@ class SupervisorMachine(RuleBasedStateMachine):
         if whom == "api":
             return self.simulation.apis()[choice % 2 :][:1]
         found = {"serving": [engines.serving], "candidate": [engines.candidate], "leaving": engines.leaving}[whom]
-        processes = [child.process for engine in found if engine is not None for child in engine.children]
+        processes = [
+            child.process
+            for replicas in found
+            if replicas is not None
+            for one in replicas.all
+            for child in one.children
+        ]
         living = [process for process in processes if process.alive]
         return living[choice % len(living) :][:1] if living else []
 
@@ -451,7 +457,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         if self.faults:
             return
         story = "\n".join(self.story())
-        assert {crash.worker for crash in self.supervisor.crashes.all()} <= (
+        assert {crash.worker.partition(".")[0] for crash in self.supervisor.crashes.all()} <= (
             {"engine-0"} if self.simulation.kept else set()
         ) | {"candidate", "leaving"}, story
         assert self.supervisor.front.total("failed") == 0 or self.simulation.kept, story
@@ -484,7 +490,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
 TestSupervisorModel = SupervisorMachine.TestCase
 TestSupervisorModel.settings = settings(
-    max_examples=4000 if LONG else 200,
+    max_examples=4000 if LONG else 150,
     stateful_step_count=60 if LONG else 40,
     deadline=None,
     derandomize=not LONG,

@@ -31,6 +31,7 @@ class Terms:
     drain_timeout: float | None = None  # seconds that requests on the old model may take; None: as long as they take
     force: bool = False  # then they are ended
     keep: bool = False  # a candidate that fails stays in force, by the restart policy, instead of the old one
+    after: bool = False  # the old engine is given no chance to serve beside the candidate, which gets its requests
 
 
 class Handover:

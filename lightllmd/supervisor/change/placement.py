@@ -19,15 +19,17 @@ Bytes = Mapping[int, int]  # by the number of a GPU; 0 is a CPU
 class Placement:
     """Of one candidate with this configuration."""
 
-    def __init__(self, engines: Engines, config: Config, config_file: str | None) -> None:
+    def __init__(self, engines: Engines, config: Config, config_file: str | None, after: bool = False) -> None:
+        """`after`: never beside."""
         self._engines = engines
+        self._how = "after" if after else config.supervisor.swap
         self._config, self._config_file = config, config_file
         self.beside = True  # as last decided
 
     def decide(self, facts: Facts) -> tuple[Plan, Facts]:
         """The plan, and the facts that it was made from: beside where that costs no KV slots (or is asked for), else
         after. Raises ConfigInvalid, DoesNotFit."""
-        how, old = self._config.supervisor.swap, self._engines.serving
+        how, old = self._how, self._engines.serving
         facts = _with_more(facts, self._held_by_spare(facts))
         for replicas in self._engines.leaving:
             facts = _with_less(facts, self._yet_to_be_taken(replicas, facts))

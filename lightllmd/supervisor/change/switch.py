@@ -59,7 +59,7 @@ class Switch:
         self._hand = Handover(context, engines, front, terms, details, in_force)
         self.details = details
         self._carry = False  # what is in flight moves to the candidate
-        self._placement = Placement(engines, config, config_file)
+        self._placement = Placement(engines, config, config_file, terms.after)
         self._reading: BackgroundTask[None] | None = None
         self._slept = False  # the old engine was told to
 

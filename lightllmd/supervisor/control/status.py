@@ -249,6 +249,7 @@ def build(daemon: Daemon) -> snapshot.Status:
         listeners=daemon.urls,
         control_socket=str(daemon.context.runtime.control_socket),
         model=_model(daemon),
+        lost_devices=daemon.lost.named,
         models=models(daemon),
         cache=cache(daemon),
         requests=_requests(daemon),

@@ -40,6 +40,7 @@ from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.pusher import Pusher
 
 DRY_RUN = "dry run"  # the target of such a reload
+REPLAN = "without lost GPUs"  # of one that the daemon asks for itself
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,16 @@ class Verbs:
             relisten=self._relisten,
         )
         return self._open("reload", asked, reload.steps(dry_run), DRY_RUN if dry_run else "", details)
+
+    def replan(self) -> bool:
+        """A plan of the configuration in force is made from fresh facts, and put in the place of one that can't serve
+        any more. False: not now, since another job goes on."""
+        if self.jobs.running() or self.draining or self.ending:
+            return False
+        details: dict[str, Any] = {}
+        switch = self._switch(self._context.config, Terms(after=True), details)
+        self._open("reload", Caller(), switch.steps(), REPLAN, details)
+        return True
 
     @property
     def reloading(self) -> bool:
