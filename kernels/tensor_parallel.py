@@ -59,8 +59,9 @@ class SharedScales:
 
     def largest(self, x: Tensor) -> Tensor:
         """Of this rank's ``x [T, K]``, fp32 ``[T, G]``."""
-        groups = functional.pad(x, (0, -x.shape[1] % self._each)).unflatten(1, (-1, self._each))
-        own = torch.linalg.vector_norm(groups, float("inf"), 2, dtype=torch.float32)
+        if more := -x.shape[1] % self._each:
+            x = functional.pad(x, (0, more))
+        own = torch.linalg.vector_norm(x.unflatten(1, (-1, self._each)), float("inf"), 2, dtype=torch.float32)
         if self._places is None:
             return self._group.max_(own)
         places = self._places.expand(len(own), -1)

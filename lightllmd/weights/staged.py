@@ -183,9 +183,9 @@ class Slot:
         piece.read(self._numbers[: piece.nbytes])
 
     def upload(self, piece: Piece) -> None:
-        """Sends what `fill` read to its place, converted to the decoder's dtype there."""
+        """Sends what `fill` read to its place; gaps are left out and numbers converted to the decoder's dtype there."""
         values = self._room[: piece.nbytes].view(piece.stored)
-        if piece.stored != piece.out.dtype:
+        if piece.stored != piece.out.dtype or piece.nbytes != piece.stored_bytes:
             values = values.to(piece.out.device, non_blocking=True)
         piece.out.copy_(values.as_strided(piece.out.shape, piece.strides), non_blocking=True)
         self._copying()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightllmd.architecture.families import FAMILIES, architecture_of
@@ -15,15 +19,19 @@ from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.ranks import Rank, architecture_of_rank
 from lightllmd.architecture.schemes import DENSE, SCHEMES, Scheme, scheme_of
 from lightllmd.architecture.weight_schemes import WeightSchemes
-from lightllmd.architecture.weights import WeightSpec
+from lightllmd.architecture.weights import Part, WeightSpec
 from lightllmd.kernels.quantised import QuantisedMatrix, quantise
-from lightllmd.weights import dummy
+from lightllmd.weights import dummy, place, plain, staged
 from lightllmd.weights.loaded import LoadedWeight
 from lightllmd.weights.place import in_decoder_order
 from lightllmd.weights.quantising import quantised
 from lightllmd.weights.rank_parts import as_read, cut
+from lightllmd.weights.safetensors import SafetensorsCheckpoint
+from tiny_models import write_model
 
 CPU = torch.device("cpu")
+TIED = {"vocab_size": 131, "tie_word_embeddings": True}
+INTERNLM2 = {"model_type": "internlm2", "num_attention_heads": 8, "num_key_value_heads": 2, "bias": True}
 CHOICES = st.sampled_from([DENSE, *(scheme_of(name, 32) for name in SCHEMES if name != "dense")])
 
 
@@ -124,6 +132,41 @@ def test_a_dense_model_is_never_read_whole_and_rows_of_a_quantised_one_neither()
         # Scales of a whole row, or of blocks that begin in another part, are made of what other ranks have.
         needed = {"fp8_block": {"qkv", "gate_up"}, "w4a16": set(), "dense": set()}.get(name, {"attention_out", "down"})
         assert whole - shared == needed
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 131, "tie_word_embeddings": True}, INTERNLM2], ids=["llama", "internlm2"]
+)
+def test_both_ways_of_reading_files_read_the_parts(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is read at a time: that of GPUs, too, which reads pieces beside each other."""
+    folder = write_model(tmp_path, changes)
+    config = json.loads((folder / "config.json").read_bytes())
+    architecture = architecture_of(config["model_type"], config)
+    whole = load_file(folder / "model.safetensors")
+    mine = architecture_of_rank(architecture, WeightSchemes(), Rank(1, 3)).weights
+    told: list[tuple[int, int]] = []
+    for pieces, chunks in ((8 << 20, 16 << 20), (512, 640)):
+        monkeypatch.setattr(staged, "PIECE_BYTES", pieces)
+        monkeypatch.setattr(plain, "CHUNK_BYTES", chunks)
+        checkpoint = SafetensorsCheckpoint([str(folder / "model.safetensors")])
+        for stream in (place.stream, staged.stream):
+            for spec, tensor, _ in stream(checkpoint, mine, torch.bfloat16, CPU, lambda *at: told.append(at)):
+                rows = tensor.split([part.shape[0] for part in spec.parts])
+                if spec.groups and stream is place.stream:
+                    continue  # in the decoder's order, which the property above is of
+                for part, found in zip(spec.parts, rows, strict=True):
+                    assert torch.equal(found, expected(part, whole[part.name]).bfloat16())
+            assert told[-1][0] == told[-1][1]
+
+
+def expected(part: Part, whole: Tensor) -> Tensor:
+    if part.cut is None:
+        return whole
+    held = torch.cat([whole.narrow(part.cut.axis, begin, end - begin) for begin, end in part.cut.runs], part.cut.axis)
+    padding = part.shape[0] - len(held) if part.cut.axis == 0 else 0
+    return torch.cat([held, held.new_zeros(padding, *held.shape[1:])])
 
 
 @pytest.mark.parametrize(("group", "begin", "end"), [(32, 17, 90), (128, 0, 64), (128, 64, 200), (0, 30, 100)])
