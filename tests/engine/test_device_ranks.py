@@ -18,12 +18,9 @@ from lightllmd.architecture.collectives_memory import Regions, largest_message, 
 from lightllmd.architecture.ranks import Rank
 from lightllmd.architecture.schemes import SCHEMES
 from lightllmd.architecture.weight_schemes import WeightSchemes
-from lightllmd.config.bounds import DEVICE_HEAD_DIMS
-from lightllmd.engine.runners.base import Progress
+from lightllmd.engine.ranks.member import Member
 from lightllmd.engine.runners.gpu import GpuRunner
-from lightllmd.engine.runners.loading import load_model
 from lightllmd.kernels.collectives import Group
-from lightllmd.kernels.devices import fused_kernels
 from tiny_models import VARIANTS, Driver, load_on_device, plan_for, write_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes can't use CUDA")
@@ -33,14 +30,11 @@ MODELS = {"qwen3": VARIANTS["qwen3"], "olmo2": VARIANTS["olmo2"], "gemma2": VARI
 CASES = [(name, scheme) for name in MODELS for scheme in ("dense", "w8a8", "w4a16")] if ALL else [("olmo2", "w8a8")]
 
 
-class RankRunner(GpuRunner):
-    """One rank's."""
-
-    group: Group
-
-    def _load_weights(self, progress: Progress) -> None:
-        kernels, rank = fused_kernels(self._device, "auto", self.group), Rank(self.group.rank, self.group.ranks)
-        self.decoder = load_model(self._plan, kernels, self._device, self._dtype, progress, DEVICE_HEAD_DIMS, rank)
+def rank_of(group: Group) -> GpuRunner:
+    """One rank's runner, which has loaded nothing."""
+    runner = GpuRunner(Member(Rank(group.rank, group.ranks)))
+    runner._group = group
+    return runner
 
 
 class ToldGroup(Group):
@@ -88,8 +82,7 @@ def test_logits_are_those_of_one_device(name: str, scheme: str, tmp_path: Path) 
 
     def work(rank: int) -> None:
         torch.set_num_threads(1)  # those of this process did not come along
-        runner = RankRunner()
-        runner.group = ForkedGroup(rank, memories, largest)
+        runner = rank_of(ForkedGroup(rank, memories, largest))
         runner.load(plan_for(model, device="cpu", **options), lambda done, total: None)
         found[rank].copy_(walk(runner))
 
@@ -108,8 +101,8 @@ def test_all_ranks_ask_for_the_same_in_the_same_order(tmp_path: Path) -> None:
     plan = plan_for(model, device="cpu", schemes=WeightSchemes.all(SCHEMES[scheme]), **limits)
     told = []
     for rank in range(2):
-        runner = RankRunner()
-        runner.group = group = ToldGroup(rank, 2)
+        group = ToldGroup(rank, 2)
+        runner = rank_of(group)
         runner.load(plan, lambda done, total: None)
         runner.prepare(lambda: None)
         told.append(group.told)

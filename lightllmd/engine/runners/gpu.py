@@ -116,7 +116,8 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         self._dtype: torch.dtype = getattr(torch, self._plan.data_type)
         self.memory = MemoryMeter(self._device)
         if self._member.rendezvous is not None:
-            self._group = self._open_group()
+            with self.memory.opening_group():
+                self._group = self._open_group()
 
     def _open_group(self) -> DeviceGroup:
         """All ranks do it at the same time."""
@@ -334,7 +335,9 @@ def _usable(kind: str, member: Member) -> torch.device:
 
 @torch.inference_mode()
 def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """cuBLAS and cuDNN begin with their first use."""
+    """cuBLAS and cuDNN begin with their first use. In a thread of its own, whose current device is the first one."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
     square = torch.zeros((128, 128), dtype=dtype, device=device)
     torch.mm(square, square)
     heads = Heads(query=1, kv=1, dim=128, scale=1.0, norm_eps=0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -21,6 +23,7 @@ class MemoryMeter:
         self.loaded = 0  # weights and tables, set by `mark_loaded`
         self.worst_step = 0  # most that a step took beyond what it found
         self.graphs = 0  # with all that compiling and loading kernels took
+        self.group = 0  # what the ranks exchange messages in, and NCCL's buffers: not torch's allocator's
         self.asleep: int | None = None  # set by `mark_asleep`
         self._free_when_loaded = 0
 
@@ -29,6 +32,14 @@ class MemoryMeter:
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device)
         return int(self._process.memory_info().rss)
+
+    @contextmanager
+    def opening_group(self) -> Iterator[None]:
+        """Around what opens the group of ranks, on a GPU."""
+        before, reserved = torch.cuda.mem_get_info(self.device)[0], self.used()
+        yield
+        torch.cuda.empty_cache()
+        self.group = before - torch.cuda.mem_get_info(self.device)[0] - (self.used() - reserved)
 
     def mark_loaded(self) -> None:
         """Weights and tables are there."""
@@ -76,6 +87,8 @@ class MemoryMeter:
         }
         if self.device.type == "cuda":
             stats["memory_graphs"] = float(self.graphs)
+        if self.group:
+            stats["memory_group"] = float(self.group)
         if self.asleep is not None:
             stats["memory_asleep"] = float(self.asleep)
         return stats
