@@ -146,7 +146,11 @@ class Service:
         self.machine.systemctl("daemon-reload")
 
     def start(self) -> None:
-        self.machine.systemctl("start", self.unit)
+        try:
+            self.machine.systemctl("start", self.unit)
+        except AssertionError:
+            print(self.machine.journal(f"--unit={self.unit}"))
+            raise
 
     def show(self, name: str) -> str:
         return self.machine.systemctl("show", "--value", f"--property={name}", self.unit).stdout.strip()
