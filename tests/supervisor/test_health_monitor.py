@@ -310,7 +310,8 @@ def test_no_probe_is_sent_while_it_is_switched_off() -> None:
 
 # --- the daemon ------------------------------------------------------------------------------------------------------
 
-QUICK_PROBES = ("--health_monitor", "--supervisor.health_interval", "0.2", "--supervisor.health_timeout", "1")
+PATIENT = ("--supervisor.abort_grace", "30")  # with a process that writes its stacks and ends
+QUICK_PROBES = ("--health_monitor", "--supervisor.health_interval", "0.2", "--supervisor.health_timeout", "1", *PATIENT)
 
 
 def test_an_engine_that_heartbeats_and_answers_nobody_is_replaced_with_its_stacks_kept(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_a_fault_of_its_own_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_hung_worker_is_aborted_and_its_stacks_are_kept(tmp_path: Path) -> None:
-    with StandInDaemon(tmp_path, "--supervisor.hang_timeout", "3") as daemon:
+    patient = ("--supervisor.abort_grace", "30")  # with a process that writes its stacks and ends
+    with StandInDaemon(tmp_path, "--supervisor.hang_timeout", "3", *patient) as daemon:
         daemon.order("live", hang="engine")
         down = daemon.wait_heard("api-1", "EngineDown")
         daemon.order("live")
