@@ -36,6 +36,18 @@ _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
 
 
 def main(arguments: list[str]) -> None:
+    try:
+        _run(arguments)
+    except SystemExit as ending:
+        if (distributed := sys.modules.get("torch.distributed")) is not None and distributed.is_initialized():
+            # The interpreter's orderly end takes the process group apart, which may wait for ranks that are gone.
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(ending.code if isinstance(ending.code, int) else errors.EXIT_OK)
+        raise
+
+
+def _run(arguments: list[str]) -> None:
     # Between layers and in every wait, so SIGTERM ends a long prefill too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.EXIT_OK))
     link = child.adopt(arguments)

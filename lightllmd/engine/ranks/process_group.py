@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 
 import torch
@@ -39,7 +38,7 @@ def open_process_group(member: Member, device: torch.device) -> dist.ProcessGrou
             is_master=member.leads,
             timeout=_MEETING,
             wait_for_workers=False,
-            master_listen_fd=_given_away(member.listener) if member.listener is not None else None,
+            master_listen_fd=member.listener.detach() if member.listener is not None else None,
         )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -65,8 +64,3 @@ def close_process_group() -> None:
         dist.distributed_c10d._abort_process_group()  # NCCL's orderly end would wait for the others
     else:
         dist.destroy_process_group()
-
-
-def _given_away(listener: socket.socket) -> int:
-    """A descriptor that the store closes."""
-    return os.dup(listener.fileno())
