@@ -54,9 +54,9 @@ def test_every_rank_is_ready_after_a_token_and_does_each_step(
     assert not (tmp_path / "engine").exists()
 
 
-@pytest.mark.parametrize("dead", [0, pytest.param(1, marks=long), pytest.param(2, marks=long)])
+@long
+@pytest.mark.parametrize("dead", [0, 1, 2])
 def test_the_death_of_one_rank_ends_the_others_at_once(start: Start, dead: int) -> None:
-    """Of one that follows: `test_a_rank_that_fails_…` has it usually."""
     engine = start(ranks=3).wait_ready()
     engine.all[dead].process.kill()
     engine.wait_end()
@@ -107,6 +107,7 @@ def test_the_meeting_is_the_users_own_and_others_are_refused(start: Start) -> No
     assert not path.exists()
 
 
+@long
 def test_a_rank_that_hangs_falls_silent_and_keeps_no_other_from_ending(start: Start, connect: Connect) -> None:
     engine = start(ranks=2).wait_ready()
     follower = engine.others[0]

@@ -23,7 +23,8 @@ QUIET = {"device": "cpu", "threads": 1, "data_type": "float32", "progress": Fals
 TINY = {"max_req_input_len": 100, "max_req_total_len": 200, "max_total_token_num": 1000, "running_max_req_size": 8}
 PROMPTS = [[5, 9, 17, 30, 31, 8, 77], [60, 5], [5, 9, 17, 30, 31, 8, 77, 3, 4, 90]]
 TOLERANCE = 1e-4
-COUNTS = [2, pytest.param(3, marks=pytest.mark.skipif(not LONG, reason="LIGHTLLMD_LONG_TESTS is not set"))]
+long = pytest.mark.skipif(not LONG, reason="LIGHTLLMD_LONG_TESTS is not set")
+COUNTS = [2, pytest.param(3, marks=long)]
 DRAWN = {"do_sample": True, "temperature": 1.2, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
@@ -81,8 +82,13 @@ def ways(llm: LLM, **sampling: Any) -> list[Output]:
 @pytest.mark.parametrize("tp", COUNTS)
 @pytest.mark.parametrize(
     "modes",
-    [{}, {"use_dynamic_prompt_cache": True, "splitfuse_mode": True, "splitfuse_block_size": 4}],
-    ids=["plain", "prompt cache and splitfuse"],
+    [
+        pytest.param({}, id="plain", marks=long),
+        pytest.param(
+            {"use_dynamic_prompt_cache": True, "splitfuse_mode": True, "splitfuse_block_size": 4},
+            id="prompt cache and splitfuse",
+        ),
+    ],
 )
 def test_every_way_of_generating(model: Path, modes: dict[str, Any], tp: int) -> None:
     with LLM(model, **QUIET, **TINY, **modes) as llm:
