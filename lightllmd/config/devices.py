@@ -81,6 +81,12 @@ def degraded(config: Config, facts: DeviceFacts, shares: Callable[[int], bool]) 
     return Groups(ranks, left, made.devices, [f"{said}{_usable(facts)}: {' and '.join(lost)}"])
 
 
+def unlike(devices: list[Device]) -> str:
+    """In words, where these are of different kinds; else nothing."""
+    names = list(dict.fromkeys(device.name for device in devices))
+    return f"{' and '.join(names)} compute together, at the pace of the slower" if len(names) > 1 else ""
+
+
 def imbalance(devices: list[Device]) -> str:
     """In words, where some of these have clearly less free than others; else nothing."""
     if len(devices) < 2:

@@ -16,7 +16,7 @@ from lightllmd.architecture.ranks import rank_faults
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
-from lightllmd.config.devices import Groups, asked_for, degraded, groups_of, imbalance, too_few
+from lightllmd.config.devices import Groups, asked_for, degraded, groups_of, imbalance, too_few, unlike
 from lightllmd.config.load import problem_at
 from lightllmd.config.models import name_of
 from lightllmd.config.parameters import DATA_TYPES, Config
@@ -285,8 +285,7 @@ class _Real(_Maker):
         for lost in self.groups.lost:
             less = "" if written == "auto" or slots.value == written else f", with {slots.value} of {written} KV slots"
             yield lost + less
-        if different := imbalance(self.groups.devices):
-            yield different
+        yield from filter(None, (imbalance(self.groups.devices), self.groups.ranks > 1 and unlike(self.groups.devices)))
 
     def co_resident(self, name: str) -> CoResidentNeeds:
         """What it takes beside another model. Raises ConfigInvalid where it can't be served at all."""

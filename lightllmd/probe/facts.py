@@ -22,6 +22,7 @@ class Request(msgspec.Struct, frozen=True):
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     threads: int = 0  # 0: the physical cores
     device_only: bool = False  # no model is looked for
+    memory_only: bool = False  # of the device what it has free is wanted, for which CUDA need not be started
     tokenizer_mode: str = "auto"
     trust_remote_code: bool = False
     others: dict[str, Params] = {}  # models beside that one, by name: what can't be read of them is told, no error
@@ -36,7 +37,7 @@ def probe(request: Request, reading: Callable[[str], None] = _unwatched) -> Fact
     NoUsableDevice."""
     if request.backend == "fake" or request.device_only:
         wanted = "cpu" if request.backend == "fake" else request.device
-        return Facts(None, device_facts(wanted, request.threads, quick=request.device_only))
+        return Facts(None, device_facts(wanted, request.threads, quick=request.memory_only))
     if request.model_dir is None:
         raise ConfigInvalid([Problem("model_dir", "is missing: which model shall be served?")])
     reading(request.model_dir)

@@ -96,7 +96,7 @@ class MemoryGate:
         """Posts `Measured`. Cancelled, it ends the probe."""
         try:
             facts = await FactsProbe(self._context).ask(
-                device_only=True, device="cuda", threads=self._context.config.engine.threads
+                device_only=True, memory_only=True, device="cuda", threads=self._context.config.engine.threads
             )
         except LightllmdError as failure:
             self._context.log.own("warning", f"how much memory is free can't be told: {failure.message}")

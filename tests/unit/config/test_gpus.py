@@ -10,6 +10,7 @@ from lightllmd.config.plan import Device, DeviceFacts
 from lightllmd.errors import NoUsableDevice
 from lightllmd.probe import cuda_driver
 from lightllmd.probe import devices as probe_devices
+from lightllmd.probe import facts as probe_facts
 from lightllmd.probe.cuda_driver import DriverFault
 from lightllmd.probe.devices import device_facts, facts_of, torch_cuda_version
 from lightllmd.probe.gpus import gpus
@@ -161,6 +162,19 @@ def test_the_driver_is_not_started_where_only_memory_is_wanted(monkeypatch: pyte
     assert (cpu.kind, cpu.no_gpu) == ("cpu", "no GPU can be used: GPU 0 at 00000000:10:00.0: NVML: GPU is lost")
     with pytest.raises(NoUsableDevice):
         device_facts("cuda", 1)
+
+
+def test_a_look_at_devices_asks_the_driver_and_one_at_memory_alone_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(wanted: str, threads: int, quick: bool = False) -> DeviceFacts:
+        asked.append((wanted, quick))
+        return facts_of(gpus(Nvml([Gpu()]), None, None)[0], threads)
+
+    monkeypatch.setattr(probe_facts, "device_facts", noted)
+    for memory_only in (False, True):
+        probe_facts.probe(probe_facts.Request(device_only=True, device="auto", memory_only=memory_only))
+    assert asked == [("auto", False), ("auto", True)]
 
 
 def test_a_host_without_the_driver_has_a_fault_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:

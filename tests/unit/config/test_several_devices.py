@@ -115,6 +115,14 @@ def test_slots_are_what_the_device_with_the_least_room_holds() -> None:
     assert even.warnings == made({"tp": 2}, gpus(60, 59), LLAMA).warnings == []
 
 
+def test_ranks_on_gpus_of_different_kinds_are_warned_of_once() -> None:
+    mixed = gpus(140, 140)
+    mixed.devices[1] = msgspec.structs.replace(mixed.devices[1], name="NVIDIA L4", memory_free=139 * GB)
+    (warning,) = made({"tp": 2}, mixed, LLAMA).warnings
+    assert warning == "NVIDIA H200 and NVIDIA L4 compute together, at the pace of the slower"
+    assert made({"engine.replicas": 2}, mixed, LLAMA).warnings == [], "each at its own"
+
+
 def test_two_ranks_hold_more_than_twice_the_slots_of_one() -> None:
     one, two = made({}, gpus(40), LLAMA), made({"tp": 2}, gpus(40, 40), LLAMA)
     assert two.max_total_token_num > 2 * one.max_total_token_num
