@@ -93,12 +93,16 @@ def joined(whole: LoadedWeight, parts: list[LoadedWeight], ranks: list[Architect
 
 
 @settings(max_examples=40, deadline=None)
-@given(models(), CHOICES)
-def test_what_ranks_load_put_together_is_what_one_loads(model: tuple[Architecture, int], scheme: Scheme) -> None:
+@given(models(), CHOICES, st.sampled_from([17, 100, 1000, 1 << 20]))
+def test_what_ranks_load_put_together_is_what_one_loads(
+    model: tuple[Architecture, int], scheme: Scheme, chunk: int
+) -> None:
     architecture, count = model
     schemes = WeightSchemes.all(scheme)
     ranks = [architecture_of_rank(architecture, schemes, Rank(index, count)) for index in range(count)]
-    whole, parts = load(architecture.weights, schemes), [load(rank.weights, schemes) for rank in ranks]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dummy, "CHUNK_ELEMENTS", chunk)  # inside a row, and several rows
+        whole, parts = load(architecture.weights, schemes), [load(rank.weights, schemes) for rank in ranks]
     for key, one in whole.items():
         mine = [part[key] for part in parts]
         for rank, part in zip(ranks, mine, strict=True):
