@@ -326,7 +326,7 @@ def test_an_engine_that_heartbeats_and_answers_nobody_is_replaced_with_its_stack
         wait_for(lambda: daemon.status()["health"] == "ready")
         with daemon.control_client() as client:
             report = client.get("/v1/crashes/1").json()
-        assert report["cause"] == down["cause"]
+        assert report["cause"] == f"{down['cause']}; ended by SIGABRT"
         assert any("most recent call first" in line for line in report["stderr"])
 
         daemon.order("live", probe="boom")
