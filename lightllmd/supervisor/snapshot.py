@@ -65,10 +65,10 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child process, or the place of one that will be started again."""
 
-    name: str  # "api-0", "engine-0": kind and index, stable over restarts; "spare"
+    name: str  # "api-0", "engine-0": kind and index, stable over restarts; "engine-0.1": its rank 1; "spare"
     kind: str  # "api" | "engine" | "push" | "spare": an engine that waits, "running" and "ready" once it can be taken
     index: int  # the api worker's number, the engine's among those that serve side by side
-    rank: int | None  # engines only
+    rank: int | None  # engines only; restarts and the last exit are told with rank 0, which leads
     pid: int | None  # None: no process now
     state: str  # "starting" | "running" | "backoff" | "stopping" | "exited" | "fatal"
     phase: str  # as its heartbeats say: "boot" | "load" | "warmup" | "ready"; "" without a process

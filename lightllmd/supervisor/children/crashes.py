@@ -45,7 +45,7 @@ class CrashSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     id: int  # grows by one; goes on over restarts of the daemon where there is a state directory
     at: float  # Unix seconds
-    worker: str  # "engine-0", "api-0", "spare"; "lightllmd": the supervisor itself, which may have gone on
+    worker: str  # "engine-0", "engine-0.1": its rank 1, "api-0", "spare"; "lightllmd": the supervisor, which may go on
     pid: int
     generation: int  # the engine's generation, the api worker's epoch; 0: a spare
     revision: int  # of the plan in force for it; 0: none
