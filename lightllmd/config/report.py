@@ -90,7 +90,7 @@ def _rendezvous(plan: Plan) -> Iterator[str]:
     if plan.ranks > 1 or plan.replicas > 1:
         processes = f"{plan.replicas} x " if plan.replicas > 1 else ""
         yield f"processes: {processes}{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
-    if plan.ranks > 1:
+    if plan.ranks > 1 and plan.model is not None:  # fake ranks have nothing to compute together
         ports = (f"127.0.0.1:{plan.rendezvous_port(replica)}" for replica in range(plan.replicas))
         yield f"rendezvous: {', '.join(ports)}, or free ports where these are taken"
 

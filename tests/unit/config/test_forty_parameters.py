@@ -30,6 +30,7 @@ from lightllmd.config.load import load
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.plan import Plan, encode_plan
 from lightllmd.config.resolve import resolve
+from lightllmd.engine.ranks import rendezvous
 from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.worker import EngineWorker
@@ -132,9 +133,13 @@ def port(folder: Path) -> None:
 
 @evidence
 def nccl_port(folder: Path) -> None:
-    """Each replica's ranks have a port of their own."""
-    plan = start(folder, nccl_port=28800)
-    assert [plan.rendezvous_port(replica) for replica in range(2)] == [28800, 28801]
+    """Rank 0 listens there; each replica's has a port of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        number = free.getsockname()[1]
+    plan = start(folder, nccl_port=number, tp=2)
+    with rendezvous.listen(plan.rendezvous_port(0)) as listener:
+        assert listener.getsockname() == ("127.0.0.1", number)
+    assert plan.rendezvous_port(1) == number + 1
 
 
 @evidence
