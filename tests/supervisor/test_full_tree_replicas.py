@@ -14,13 +14,14 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from closed_loop import CLIENTS, WAYS, ClosedLoop, Expected, Operator, Question, Timeline, ctl, jobs_of
 from harness import Daemon, generate_stream, run, wait_for
 from leftovers import wait_ended
 from lightllmd.engine.runners.fake_model import fake_token
 from long_run import LONG
-from swap_models import write_fake_models
+from swap_models import write_fake_models, write_tiny_models
 
 STREAMS = 64 if LONG else 16
 TOKENS = 300
@@ -188,3 +189,40 @@ def test_swaps_and_reloads_roll_with_one_engine_serving_at_all_times_and_no_requ
         family = daemon.processes()
         assert daemon.stop() == 0
         wait_ended(family)
+
+
+@pytest.mark.skipif(not LONG, reason="a real model's start twice; the usual runs have the fake engine's")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_real_model_goes_on_in_the_other_engine_with_the_tokens_that_it_would_have_had(
+    tmp_path: Path, ranks: int
+) -> None:
+    model, _ = write_tiny_models(tmp_path / "models")
+    flags = ("--engine.replicas", "2", "--data_type", "fp32", "--max_total_token_num", "8000", "--engine.threads", "2")
+    flags += ("--max_req_total_len", "512", "--max_req_input_len", "256")
+    more = ("--tp", str(ranks), "--use_dynamic_prompt_cache", "true")
+    with Daemon(tmp_path / "daemon", "--model_dir", str(model), *flags, *more, fake=False).start() as daemon:
+        wait_for(lambda: both_serve(daemon))
+        killed: list[int] = []
+
+        async def all_streams(kill: bool) -> list[tuple[list[int], str]]:
+            seen = 0
+
+            def count() -> None:
+                nonlocal seen
+                seen += 1
+                if kill and seen == 100:
+                    killed.append((engine(daemon, "engine-0") or {})["pid"])
+                    os.kill(killed[0], signal.SIGKILL)
+
+            async with httpx.AsyncClient(timeout=120) as client:
+                streams = [generate_stream(client, daemon.url, f"stream {i}", 200, count) for i in range(8)]
+                return await asyncio.gather(*streams)
+
+        undisturbed = run(all_streams(kill=False))
+        assert run(all_streams(kill=True)) == undisturbed
+        assert killed
+        status = daemon.status()
+        assert status["requests"]["failed"] == 0
+        assert status["requests"]["resumed"] > 0
+        wait_for(lambda: both_serve(daemon))
+        assert daemon.stop() == 0
