@@ -266,17 +266,17 @@ class Stack:
 
         return await until(heard)
 
-    def launch(self, revision: int = 1, **options: Any) -> ScriptedEngine:
-        """The next generation; the worker is told of it."""
+    def launch(self, revision: int = 1, replica: int = 0, **options: Any) -> ScriptedEngine:
+        """The next generation, one of several side by side with `replica`; the worker is told of it."""
         self.generation += 1
         self.engine = ScriptedEngine(self.folder, self.generation, **options)
         self.engines.append(self.engine)
-        self.tell(messages.EngineUp(self.generation, self.engine.endpoint, revision))
+        self.tell(messages.EngineUp(self.generation, self.engine.endpoint, revision, replica))
         return self.engine
 
-    async def up(self, revision: int = 1, **options: Any) -> ScriptedEngine:
+    async def up(self, revision: int = 1, replica: int = 0, **options: Any) -> ScriptedEngine:
         """The next generation, ready and connected."""
-        engine = self.launch(revision, **options)
+        engine = self.launch(revision, replica, **options)
         self.tell(messages.Health(True, "ready"))
         await until(lambda: any(isinstance(m, messages.Hello) for m in engine.heard) and self.healthy)
         return engine
@@ -305,6 +305,12 @@ class Stack:
         self.tell(messages.Health(False, "the engine died"))
         self.tell(messages.EngineDown(self.generation, "killed", unproven or [], quarantined))
         await until(lambda: not self.ledger.connected)
+
+    async def kill_one(self, engine: ScriptedEngine, unproven: list[int] | None = None) -> None:
+        """One of several side by side; the others serve on."""
+        engine.die()
+        self.tell(messages.EngineDown(engine.generation, "killed", unproven or []))
+        await until(lambda: self.ledger.groups.of(engine.generation) is None)
 
     async def stop(self) -> None:
         for engine in self.engines:

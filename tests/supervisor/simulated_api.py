@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ class Front:
     """A revision in an api worker."""
 
     in_flight: int = 0
-    link: int | None = None  # the generation that it is connected to
+    links: dict[int, int] = field(default_factory=dict)  # the generations that it is connected to, by replica
     held: int = 0  # ticks without one
     left: int = 0  # ticks until it is prepared
 
@@ -47,7 +47,7 @@ class Api:
         self.shut = self.refusing = self.retired = False
         self.gated = 0
         self.counts = Counter(ok=0, failed=0, cancelled=0, resumed=0)
-        self.probes: list[int] = []
+        self.probes: list[messages.Probe] = []
 
     def __repr__(self) -> str:
         flights = {number: front.in_flight for number, front in self.fronts.items()}
@@ -74,17 +74,15 @@ class Api:
         """Revisions of which a request can get its last token."""
         ready = self.process.world.generation_is_ready
         return [
-            number
-            for number, front in self.fronts.items()
-            if front.in_flight and front.link is not None and ready(front.link)
+            number for number, front in self.fronts.items() if front.in_flight and any(map(ready, front.links.values()))
         ]
 
     def finish(self, revision: int) -> None:
         front = self.fronts[revision]
         front.in_flight -= 1
         self.counts["ok"] += 1
-        assert front.link is not None
-        self.process.world.count_token(front.link)
+        world = self.process.world
+        world.count_token(next(link for link in front.links.values() if world.generation_is_ready(link)))
 
     # --- life
     def work(self) -> None:
@@ -106,9 +104,9 @@ class Api:
                 return
             self.fronts[number] = self.coming.pop(number)
             self.process.say(messages.Prepared(number))
-        self.probes = [number for number in self.probes if not self._answer(number)]
+        self.probes = [probe for probe in self.probes if not self._answer(probe)]
         for front in self.fronts.values():
-            front.held = front.held + 1 if front.in_flight and front.link is None else 0
+            front.held = front.held + 1 if front.in_flight and not front.links else 0
             if front.held > TIMED_OUT:
                 self.counts["failed"] += front.in_flight
                 front.in_flight = 0
@@ -134,14 +132,15 @@ class Api:
             self.process.suffer(fate)
         return True
 
-    def _answer(self, number: int) -> bool:
+    def _answer(self, probe: messages.Probe) -> bool:
         front = self.fronts[self.revision]
-        if front.link is None:
-            self.process.say(messages.Probed(number, "no engine is ready"))
+        assert probe.generation is not None
+        if probe.generation not in front.links.values():
+            self.process.say(messages.Probed(probe.number, "no engine is ready"))
             return True
-        if self.process.world.generation_is_ready(front.link):
-            self.process.world.count_token(front.link)
-            self.process.say(messages.Probed(number))
+        if self.process.world.generation_is_ready(probe.generation):
+            self.process.world.count_token(probe.generation)
+            self.process.say(messages.Probed(probe.number))
             return True
         return False
 
@@ -165,11 +164,11 @@ class Api:
             case messages.EngineUp():
                 front = self.fronts.get(message.revision) or self.coming.get(message.revision)
                 if front is not None:
-                    front.link = message.generation
+                    front.links[message.replica] = message.generation
             case messages.EngineDown():
                 front = self.fronts.get(message.revision) or self.coming.get(message.revision)
-                if front is not None and front.link == message.generation:
-                    front.link = None
+                if front is not None:
+                    front.links = {k: link for k, link in front.links.items() if link != message.generation}
             case messages.Prepare():
                 if message.revision in self.fronts:
                     self.process.say(messages.Prepared(message.revision))
@@ -208,7 +207,7 @@ class Api:
                 self.refusing = False
                 self.beat()
             case messages.Probe():
-                self.probes.append(message.number)
+                self.probes.append(message)
             case messages.Retire():
                 self.retired = True
             case messages.Stop():

@@ -287,8 +287,8 @@ class Simulation:
         if isinstance(message, messages.EngineDown) and (fault := self._misnamed(message)):
             self.violated(fault)
         if isinstance(message, messages.Commit) and not self.kept:
-            child = self.supervisor.engines.serving.engines[0].child
-            if child is None or child.ready_at is None:
+            serving = [engine.child for engine in self.supervisor.engines.serving.engines]
+            if not any(child is not None and child.ready_at is not None for child in serving):
                 self.violated(f"revision {message.revision} is committed unproven")
         process.ledger.append(message)
 

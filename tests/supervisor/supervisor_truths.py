@@ -121,9 +121,12 @@ class Truths:
     # --- engines and processes --------------------------------------------------------------------------------------
     def _engines(self) -> Iterator[str]:
         supervisor = self.simulation.supervisor
-        numbers = [engine.revision for engine in supervisor.engines]
+        numbers = [replicas.revision for replicas in supervisor.engines.revisions]
         if len(set(numbers)) < len(numbers):
             yield f"revisions {numbers}"
+        serving = supervisor.engines.serving
+        if serving.plan is not None and len(serving.engines) != serving.plan.replicas:
+            yield f"{len(serving.engines)} engines, planned are {serving.plan.replicas}"
         if supervisor.plan is not None and supervisor.engines.serving.revision != self.simulation.context.revision:
             yield "two revisions are said to be in force"
 
@@ -180,7 +183,7 @@ class Truths:
             up = engine.up()
             should = up.generation if up is not None else None
             dying = engine.ending or any(child.asked is not None for child in engine.children)
-            if view.known[engine.revision] != should and not dying:
+            if view.known[engine.revision].get(engine.replica) != should and not dying:
                 yield f"{name}: generation of revision {engine.revision} is {should}, told {view.known}"
         if strange := set(view.known) - {engine.revision for engine in supervisor.engines}:
             yield f"{name} still has revisions {strange}"
@@ -200,8 +203,8 @@ class Truths:
     def _shown(self) -> Iterator[str]:
         supervisor = self.simulation.supervisor
         ready, reason = status.health(supervisor)
-        child = supervisor.engines.serving.engines[0].child
-        able = child is not None and child.ready and not supervisor.verbs.draining and not supervisor.front.holding
+        up = any(engine.ready for engine in supervisor.engines.serving.engines)
+        able = up and not supervisor.verbs.draining and not supervisor.front.holding
         if ready != able:
             yield f"health says {ready} ({reason}), it is {able}"
         shown = status.build(supervisor)
@@ -219,11 +222,11 @@ class Truths:
             yield "systemd waits for a reload to end"
         if ("STOPPING" in said) != (supervisor.verbs.stopping is not None):
             yield f"a stop: {supervisor.verbs.stopping}, systemd was told {said}"
-        child = supervisor.engines.serving.engines[0].child
-        if status.health(supervisor)[0] and child is not None and not simulation.moves():
-            programs = [simulation.program(one) for one in supervisor.engines.serving.engines[0].children]
-            if any(program.phase != "ready" or not program.process.alive for program in programs):
-                yield f"it says that it is ready, its engine's ranks are {programs}"
+        if status.health(supervisor)[0] and not simulation.moves():
+            for engine in supervisor.engines.serving.engines:
+                programs = [simulation.program(one) for one in engine.children]
+                if engine.ready and any(one.phase != "ready" or not one.process.alive for one in programs):
+                    yield f"it says that {engine.worker.name} is ready, its ranks are {programs}"
 
 
 class ToldView:
@@ -232,7 +235,7 @@ class ToldView:
     def __init__(self, ledger: list[object]) -> None:
         self.configured = False
         self.revision = 0
-        self.known: dict[int, int | None] = {}  # revision -> generation that it is connected to
+        self.known: dict[int, dict[int, int]] = {}  # revision -> replica -> generation that it is connected to
         self.held = self.drains = False
         self.health: messages.Health | None = None
         self.names: list[str] = []
@@ -240,17 +243,18 @@ class ToldView:
             match message:
                 case messages.ApiConfigure():
                     self.configured, self.revision = True, message.revision
-                    self.known[message.revision] = None
+                    self.known[message.revision] = {}
                 case messages.Prepare():
-                    self.known.setdefault(message.revision, None)
+                    self.known.setdefault(message.revision, {})
                 case messages.Commit():
                     self.revision = message.revision
                 case messages.Forget():
                     self.known.pop(message.revision, None)
                 case messages.EngineUp() if message.revision in self.known:
-                    self.known[message.revision] = message.generation
-                case messages.EngineDown() if self.known.get(message.revision) == message.generation:
-                    self.known[message.revision] = None
+                    self.known[message.revision][message.replica] = message.generation
+                case messages.EngineDown() if message.revision in self.known:
+                    known = self.known[message.revision]
+                    self.known[message.revision] = {k: one for k, one in known.items() if one != message.generation}
                 case messages.Hold():
                     self.held = True
                 case messages.Release():

@@ -98,7 +98,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         traffic=st.sampled_from([0.0, 0.2, 0.8]),
         pace=ORDERS,
         share=st.sampled_from([0.9, 1.0]),
-        tp=st.sampled_from([1, 1, 2, 3]),
+        groups=st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 1), (1, 2), (1, 2), (1, 3)]),
     )
     def start(
         self,
@@ -111,11 +111,12 @@ class SupervisorMachine(RuleBasedStateMachine):
         traffic: float,
         pace: int,
         share: float,
-        tp: int,
+        groups: tuple[int, int],
     ) -> None:
         """`serving`: it comes to serve before anything is done to it. `faults`: of host and children, not of models.
-        `share`: of the device's memory, that a plan may use."""
-        flags = {"supervisor.swap": swap, "http.workers": workers, "engine.memory_fraction": share, "tp": tp}
+        `share`: of the device's memory, that a plan may use. `groups`: tp and replicas."""
+        flags = {"supervisor.swap": swap, "http.workers": workers, "engine.memory_fraction": share}
+        flags["tp"], flags["engine.replicas"] = groups
         if gateway:
             flags["metric_gateway"] = "gateway:9091"
         self.simulation = Simulation(configuration(health_monitor=monitor, **flags), traffic, pace)
@@ -237,7 +238,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.simulation.forced |= force
         self.simulation.kept |= keep
         engines = self.supervisor.engines
-        quiet = engines.serving.engines[0].worker.ready and not engines.leaving and drain_timeout is None and not keep
+        quiet = not engines.serving.down and not engines.leaving and drain_timeout is None and not keep
         answer = self.ask("swap", model, Terms(drain_timeout, force, keep), plan_only)
         if quiet and model in GOOD and isinstance(answer, RunningJob):
             self.sure.append(answer)
@@ -382,18 +383,21 @@ class SupervisorMachine(RuleBasedStateMachine):
         supervisor = self.supervisor
         if supervisor.verbs.jobs.running() or supervisor.engines.leaving or supervisor.front.dismissed:
             return False
-        workers = [supervisor.engines.serving.engines[0].worker, *(api.worker for api in supervisor.front.apis)]
+        engines = [engine.worker for engine in supervisor.engines.serving.engines]
         if any(process.still for process in self.simulation.processes if process.program.configured):
             return False  # that is noticed
-        if any(process.program.in_flight for process in self.simulation.apis()) and workers[0].fatal is None:
+        if any(process.program.in_flight for process in self.simulation.apis()) and any(
+            worker.fatal is None for worker in engines
+        ):
             return False
         if any(api.spare is not None or api.retiring or api.outdated is not None for api in supervisor.front.apis):
             return False
-        if self.kept_a_bad_one and workers[0].limited:
-            workers.pop(0)  # it is tried again for ever
+        if self.kept_a_bad_one:
+            engines = [worker for worker in engines if not worker.limited]  # they are tried again for ever
         pushing, wanted = supervisor.pusher.worker, supervisor.context.config.params.metric_gateway is not None
         if pushing.ready != wanted or any(child.asked is not None for child in supervisor.pusher.children()):
             return False
+        workers = [*engines, *(api.worker for api in supervisor.front.apis)]
         return all(worker.fatal is not None or worker.ready for worker in workers)
 
     @property
@@ -404,12 +408,12 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     def serves_or_says_why_not(self) -> None:
         supervisor = self.supervisor
-        engine, apis = supervisor.engines.serving.engines[0].worker, supervisor.front.apis
+        serving, apis = supervisor.engines.serving, supervisor.front.apis
         if supervisor.verbs.draining:
             assert status.state(supervisor) == "drained"
             self.ask("resume")
-        if not engine.ready:
-            last = engine.fatal or engine.last_exit
+        if serving.down:
+            last = serving.down[0].worker.fatal or serving.down[0].worker.last_exit
             assert last is not None
             assert last.cause in status.health(supervisor)[1]
             assert status.state(supervisor) in ("degraded", "starting")
@@ -420,7 +424,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert isinstance(answer, RunningJob), answer
             self.comes_to_rest()
             assert answer.snapshot.outcome == "done", "\n".join([str(answer.snapshot), *self.story()])
-        if not engine.ready or any(api.worker.fatal for api in apis):
+        if supervisor.engines.serving.down or any(api.worker.fatal for api in apis):
             self.ask("reset_failed", "")
             self.comes_to_rest()
         self.pass_time(8, 0)
@@ -436,9 +440,8 @@ class SupervisorMachine(RuleBasedStateMachine):
         serving = supervisor.engines.serving
         apis = [api.worker.child.process for api in supervisor.front.apis]
         assert len(apis) == simulation.context.config.http.workers, story
-        (engine,) = serving.engines
-        expected = {*(child.process for child in engine.children), *apis}
-        assert len(engine.children) == serving.plan.ranks, story
+        expected = {*(child.process for engine in serving.engines for child in engine.children), *apis}
+        assert all(len(engine.children) == serving.plan.ranks for engine in serving.engines), story
         expected |= {child.process for child in supervisor.engines.spares.children()}
         pushing = supervisor.pusher.children()
         assert bool(pushing) == (simulation.context.config.params.metric_gateway is not None), story
@@ -449,7 +452,8 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert api.revision == serving.revision, story
             assert set(api.fronts) == {serving.revision}, story
             assert not api.coming, story
-            assert api.fronts[api.revision].link == serving.engines[0].generation.number, story
+            generations = {engine.replica: engine.generation.number for engine in serving.engines}
+            assert api.fronts[api.revision].links == generations, story
             assert not any((api.shut, api.refusing, api.retired, api.in_flight)), story
 
     def nothing_failed_without_a_fault(self) -> None:
@@ -457,13 +461,19 @@ class SupervisorMachine(RuleBasedStateMachine):
         if self.faults:
             return
         story = "\n".join(self.story())
-        assert {crash.worker.partition(".")[0] for crash in self.supervisor.crashes.all()} <= (
-            {"engine-0"} if self.simulation.kept else set()
-        ) | {"candidate", "leaving"}, story
+        crashed = {crash.worker.partition(".")[0].partition("-")[0] for crash in self.supervisor.crashes.all()}
+        assert crashed <= ({"engine"} if self.simulation.kept or self.rolls else set()) | {"candidate", "leaving"}, (
+            story
+        )
         assert self.supervisor.front.total("failed") == 0 or self.simulation.kept, story
         assert self.supervisor.front.total("cancelled") == 0 or self.simulation.forced, story
         for job in self.sure:
             assert job.snapshot.outcome == "done", "\n".join([str(job.snapshot), story])
+
+    @property
+    def rolls(self) -> bool:
+        """Engines are replaced one by one: a bad one may be in force for a while."""
+        return len(self.supervisor.engines.serving.engines) > 1
 
     def stops(self) -> None:
         self.told_to_stop = True
