@@ -119,7 +119,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     evicted_tokens: int
 
 
-class Replica(msgspec.Struct, frozen=True, kw_only=True):
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One of several engines in force that serve side by side."""
 
     name: str  # of its worker: "engine-0"
@@ -237,7 +237,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     models: list[KnownModel]  # as `GET /v1/models`
     cache: Cache | None  # None: there is no prompt cache, or no engine is ready
     requests: Requests
-    replicas: list[Replica] = []  # one for each engine in force; empty where there is only one
+    replicas: list[EngineStatus] = []  # one for each engine in force; empty where there is only one
     push: Push | None  # None: no gateway is configured
     certificate: Certificate | None = None  # None: HTTP is served
     workers: list[WorkerStatus]

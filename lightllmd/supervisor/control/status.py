@@ -153,14 +153,14 @@ def _cache_of(engines: Sequence[Engine]) -> snapshot.Cache | None:
     )
 
 
-def _replicas(daemon: Daemon) -> list[snapshot.Replica]:
+def _replicas(daemon: Daemon) -> list[snapshot.EngineStatus]:
     engines = daemon.engines.serving.engines
     return [_replica(engine) for engine in engines] if len(engines) > 1 else []
 
 
-def _replica(engine: Engine) -> snapshot.Replica:
+def _replica(engine: Engine) -> snapshot.EngineStatus:
     stats = engine.child.stats if engine.child is not None else {}
-    return snapshot.Replica(
+    return snapshot.EngineStatus(
         name=engine.worker.name,
         generation=engine.worker.number,
         ready=engine.ready,
