@@ -166,7 +166,7 @@ def health_monitor(folder: Path) -> None:
         context = SimpleNamespace(config=start(folder, health_monitor=on).config, clock=SimpleNamespace(now=10.0))
         monitor = Monitor(
             context,  # type: ignore[arg-type]
-            SimpleNamespace(serving=SimpleNamespace(child=engine)),  # type: ignore[arg-type]
+            SimpleNamespace(serving=SimpleNamespace(engines=[SimpleNamespace(child=engine)])),  # type: ignore[arg-type]
             SimpleNamespace(apis=[api], children=list),  # type: ignore[arg-type]
         )
         monitor.tick(steady=True)
