@@ -500,7 +500,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
 TestSupervisorModel = SupervisorMachine.TestCase
 TestSupervisorModel.settings = settings(
-    max_examples=4000 if LONG else 150,
+    max_examples=4000 if LONG else 80,
     stateful_step_count=60 if LONG else 40,
     deadline=None,
     derandomize=not LONG,
