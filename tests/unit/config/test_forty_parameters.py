@@ -170,7 +170,7 @@ def health_monitor(folder: Path) -> None:
             SimpleNamespace(apis=[api], children=list),  # type: ignore[arg-type]
         )
         monitor.tick(steady=True)
-        assert sent == ([messages.Probe(1)] if on else [])
+        assert sent == ([messages.Probe(1, generation=1)] if on else [])
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
