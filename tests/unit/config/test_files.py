@@ -88,6 +88,7 @@ OPENED_OTHERWISE = {
     "lightllmd/batch/lines.py": "the output, which it writes",
     "lightllmd/supervisor/host/unix_listener.py": "a folder",
     "lightllmd/console.py": "descriptors it was given, and /dev/null",
+    "lightllmd/engine/ranks/children.py": "what its ranks print, ours",
     "lightllmd/observe/metrics.py": "its own files",
     "lightllmd/supervisor/host/procfs.py": "/proc",
     "lightllmd/supervisor/children/process.py": "/proc",
