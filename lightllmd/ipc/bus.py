@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import PurePath
 
 import zmq
 
@@ -22,7 +23,7 @@ def identity(api: int, epoch: int) -> bytes:
 def meeting_path(endpoint: str) -> str:
     """The Unix socket at which the other ranks of a generation find rank 0. It is gone as soon as all have come; a rank
     0 that is killed before that leaves it behind."""
-    return f"{endpoint.removeprefix('ipc://')}.ranks"
+    return str(PurePath(endpoint.removeprefix("ipc://")).with_suffix(".ranks"))
 
 
 class EngineSocket:

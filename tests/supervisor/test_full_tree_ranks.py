@@ -67,4 +67,4 @@ def test_signals_at_any_rank_lose_no_stream_and_leave_nothing(tmp_path: Path) ->
         left = [psutil.Process(pid) for pid in ready_ranks(daemon, 2, gone)]
         assert daemon.stop() == 0
         wait_ended(left)
-    assert not list(tmp_path.rglob("*engine-*")), "no socket is left"
+    assert not [*tmp_path.rglob("*.engine"), *tmp_path.rglob("*.ranks")], "no socket is left"

@@ -39,9 +39,14 @@ def dead_pid() -> int:
 def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path: Path) -> None:
     dead, living = dead_pid(), os.getppid()
     (tmp_path / "ipc").mkdir()
-    stale = [tmp_path / f".{dead}", tmp_path / "ipc" / f"{dead}-engine-3", tmp_path / f"metrics-{dead}"]
+    stale = [
+        tmp_path / f".{dead}",
+        tmp_path / "ipc" / f"{dead}-3.engine",
+        tmp_path / "ipc" / f"{dead}-4.ranks",
+        tmp_path / f"metrics-{dead}",
+    ]
     stale.append(tmp_path / f"responses-{dead}")
-    kept = [tmp_path / "ipc" / f"{living}-engine-1", tmp_path / f"metrics-{living}", tmp_path / "mine.txt"]
+    kept = [tmp_path / "ipc" / f"{living}-1.engine", tmp_path / f"metrics-{living}", tmp_path / "mine.txt"]
     for path in stale + kept:
         if path.name.startswith(("metrics", "responses")):
             path.mkdir()

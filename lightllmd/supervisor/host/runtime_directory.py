@@ -21,7 +21,7 @@ from lightllmd.errors import SystemFailure
 
 GROUP = "lightllmd"
 LONGEST_PATH = 107  # bytes of a Unix socket's path (sun_path less its final zero)
-_LONGEST_OWN = "ipc/4194304-engine-99999.ranks"  # the longest name that is made in the directory
+_LONGEST_OWN = "ipc/4194304-99999.engine"  # the longest name that is made in the directory
 
 
 def control_socket_path(configured: str, environment: Mapping[str, str], uid: int) -> Path:
@@ -93,7 +93,7 @@ class RuntimeDirectory:
 
     def endpoint_path(self, generation: int) -> Path:
         """The socket of one engine generation."""
-        return self.ipc / f"{self.pid}-engine-{generation}"
+        return self.ipc / f"{self.pid}-{generation}.engine"
 
     def take_metrics_id(self, kind: str) -> str:
         """A name for a new worker's metrics files: the first that no living worker of its kind has."""
@@ -148,8 +148,8 @@ class RuntimeDirectory:
 
     def _clear_stale(self) -> None:
         """What daemons left behind that are dead (or had our number before us)."""
-        for path in (*self.ipc.glob("*-engine-*"), *self.directory.glob("*-*"), *self.directory.glob(".*")):
-            match = re.fullmatch(r"\.(\d+)|(?:metrics|responses)-(\d+)|(\d+)-engine-\d+(?:\.ranks)?", path.name)
+        for path in (*self.ipc.glob("*-*.*"), *self.directory.glob("*-*"), *self.directory.glob(".*")):
+            match = re.fullmatch(r"\.(\d+)|(?:metrics|responses)-(\d+)|(\d+)-\d+\.(?:engine|ranks)", path.name)
             if match is None:
                 continue
             owner = int(next(filter(None, match.groups())))
