@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import PurePath
 
 import zmq
 
@@ -18,12 +17,6 @@ from lightllmd.ipc import messages
 def identity(api: int, epoch: int) -> bytes:
     """The ZeroMQ routing id of one process of an api worker."""
     return b"api-%d-%d" % (api, epoch)
-
-
-def meeting_path(endpoint: str) -> str:
-    """The Unix socket at which the other ranks of a generation find rank 0. It is gone as soon as all have come; a rank
-    0 that is killed before that leaves it behind."""
-    return str(PurePath(endpoint.removeprefix("ipc://")).with_suffix(".ranks"))
 
 
 class EngineSocket:

@@ -246,7 +246,7 @@ class EngineConfigure(msgspec.Struct, tag="engine-configure"):
     plan: bytes  # a config.plan.Plan in MessagePack
     generation: int
     rank: int
-    endpoint: str  # ZeroMQ endpoint that rank 0 binds; the ranks meet at `bus.meeting_path` of it
+    endpoint: str  # ZeroMQ endpoint that rank 0 binds; the ranks meet at `endpoints.meeting_path` of it
     metrics_dir: str
     metrics_id: str  # names its files there; no other living process has it
     ranks: int = 1  # processes of this generation

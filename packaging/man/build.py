@@ -141,6 +141,7 @@ def daemon() -> str:
             ),
             ("TRITON_CACHE_DIR", "Where they are kept instead, whatever the others say."),
             ("CUDA_VISIBLE_DEVICES", "Which GPUs the engine may use."),
+            ("CUDA_DEVICE_ORDER", "Set to PCI_BUS_ID for all workers, so that each numbers GPUs alike."),
             (
                 ", ".join((push.USER, push.PASSWORD)),
                 "With `enable_monitor_auth`: user and password for the gateway of metrics. The password "

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from covering import ALL
-from forked_ranks import ForkedGroup, in_ranks, shared
+from forked_ranks import IN_FRESH_PROCESS, ForkedGroup, in_ranks, shared
 from lightllmd.architecture.collectives_memory import Regions, largest_message, limits_of
 from lightllmd.architecture.ranks import Rank
 from lightllmd.architecture.schemes import SCHEMES
@@ -23,7 +23,7 @@ from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.kernels.collectives import Group
 from tiny_models import VARIANTS, Driver, load_on_device, plan_for, write_model
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes can't use CUDA")
+pytestmark = IN_FRESH_PROCESS
 
 VOCAB = 131
 MODELS = {"qwen3": VARIANTS["qwen3"], "olmo2": VARIANTS["olmo2"], "gemma2": VARIANTS["gemma2"]}

@@ -15,7 +15,7 @@ from lightllmd.architecture.schemes import scheme_of
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config.weight_budget import weights_row
 from rank_models import OnAll, load_rank, ranks
-from tiny_models import BASE, VARIANTS, write_model
+from tiny_models import BASE, VARIANTS, plan_for, write_model
 
 # Three KV heads of two ranks, and matrices that fill blocks of 64 rows.
 UNEVEN: dict[str, Any] = {
@@ -45,8 +45,8 @@ def test_a_rank_holds_the_bytes_that_are_planned_for_it(
     written = VARIANTS.get(family, {}) | UNEVEN
     schemes = ALL_DENSE if scheme == "dense" else WeightSchemes.all(scheme_of(scheme, 32))
     model = write_model(tmp_path, written)
-    options = {"dtype": "float32", "slots": SLOTS, "schemes": schemes}
-    runners = pair(lambda group: load_rank(group, model, **options))
+    plan = plan_for(model, slots=SLOTS, schemes=schemes)
+    runners = pair(lambda group: load_rank(group, plan))
     kind = str(written.get("model_type", "llama"))
     whole = architecture_of(kind, BASE | written)
     for index, runner in enumerate(runners):

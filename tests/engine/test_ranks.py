@@ -14,7 +14,7 @@ import pytest
 from engine_process import Connect, Start, expected
 from lightllmd import errors
 from lightllmd.ipc import messages
-from lightllmd.ipc.bus import meeting_path
+from lightllmd.ipc.endpoints import meeting_path
 from long_run import LONG
 
 long = pytest.mark.skipif(not LONG, reason="LIGHTLLMD_LONG_TESTS is not set")

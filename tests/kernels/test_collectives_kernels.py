@@ -14,13 +14,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 
-from forked_ranks import ForkedGroup, in_ranks, shared
+from forked_ranks import IN_FRESH_PROCESS, ForkedGroup, in_ranks, shared
 from lightllmd.architecture import collectives_memory
 from lightllmd.architecture.collectives_memory import LANES, Regions, limits_of
 from lightllmd.kernels.collectives_one_shot import Mail, one_shot
 from lightllmd.kernels.collectives_two_shot import ShareExchange, gather, two_shot
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes can't use CUDA")
+pytestmark = IN_FRESH_PROCESS
 
 BLOCK, PROGRAMS = 32, 8  # of two shots
 

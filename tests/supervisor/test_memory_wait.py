@@ -17,7 +17,9 @@ PLAN = ("--engine.fake.load_bytes", str(NEEDED))
 
 
 def probes(daemon: StandInDaemon) -> list[dict]:
-    return [json.loads(line) for line in (daemon.home / "probed.jsonl").read_text().splitlines()]
+    """Without those that look for lost GPUs, which any GPU may answer."""
+    asked = [json.loads(line) for line in (daemon.home / "probed.jsonl").read_text().splitlines()]
+    return [probe for probe in asked if not probe.get("device_only") or probe["device"] == "cuda"]
 
 
 def kill(daemon: StandInDaemon) -> None:

@@ -25,8 +25,8 @@ from lightllmd.engine.ranks.ring import RingReader
 from lightllmd.engine.runners import fake
 from lightllmd.engine.step import Masks, Runner
 from lightllmd.ipc import messages
-from lightllmd.ipc.bus import meeting_path
 from lightllmd.ipc.channel import Channel
+from lightllmd.ipc.endpoints import meeting_path
 
 HEARTBEAT = 0.25  # seconds
 # Seconds that the next message is looked for without sleeping, about a decode step of a GPU. A CPU's ranks compute on

@@ -17,7 +17,7 @@ from lightllmd.engine.ranks.ring import RingWriter
 from lightllmd.engine.runners.base import Beat, Progress
 from lightllmd.engine.step import Masks, Runner, Step, StepResult
 from lightllmd.errors import SystemFailure
-from lightllmd.ipc.bus import meeting_path
+from lightllmd.ipc.endpoints import meeting_path
 from lightllmd.ipc.messages import EngineConfigure
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from lightllmd.errors import SystemFailure
 from lightllmd.ipc import flight_record
-from lightllmd.ipc.bus import meeting_path
+from lightllmd.ipc.endpoints import meeting_path
 from lightllmd.ipc.messages import EngineConfigure
 from lightllmd.supervisor.children import hang_rule
 from lightllmd.supervisor.children.child import Child

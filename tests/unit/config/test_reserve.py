@@ -251,7 +251,7 @@ MODELS = st.builds(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=100 if LONG else 25)
 @given(
     known=st.lists(st.tuples(MODELS, ENTRIES), min_size=2, max_size=5),
     free=st.integers(10 * GB, 300 * GB),
