@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from lightllmd.config.plan import Budget, DeviceFacts, Plan, encode_plan
 from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import bus, channel, flight_record, messages
 from lightllmd.ipc.messages import Heartbeat, Load, SamplingParams, StepOutput, Submit
+from lightllmd.ipc.waiting import wait_ready
 
 PATIENCE = 60.0  # seconds; a bound, never a measure
 
@@ -112,7 +112,7 @@ class EngineProcess(RankProcess):
         deadline = time.monotonic() + PATIENCE
         while not until():
             assert time.monotonic() < deadline, [(one.up[-3:], one.stderr.read_text()) for one in self.all]
-            select.select([one.link for one in self.all if not one.link.closed], [], [], 0.05)
+            wait_ready([one.link for one in self.all if not one.link.closed], 0.05)
             for one in self.all:
                 one.up += one.link.receive()
 

@@ -7,12 +7,12 @@ import faulthandler
 import fcntl
 import os
 import resource
-import select
 import signal
 import sys
 
 from lightllmd.ipc import channel, messages
 from lightllmd.ipc.signals import ignore_meaningless
+from lightllmd.ipc.waiting import wait_ready
 
 PR_SET_PDEATHSIG = 1
 # The channel's place among a child's descriptors. The kernel lets go of a dying process's files from the highest
@@ -58,7 +58,7 @@ def _up_to_limit(fd: int) -> int:
 def first_message(link: channel.Channel[messages.Down]) -> messages.Down:
     """Blocks for the configuration; ends the process when the supervisor is gone."""
     while True:
-        select.select([link], [], [])
+        wait_ready([link])
         for message in link.receive():
             return message
         if link.closed:

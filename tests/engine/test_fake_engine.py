@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import select
 import signal
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightllmd import errors
 from lightllmd.engine.runners.fake_model import fake_token
 from lightllmd.ipc import messages
 from lightllmd.ipc.messages import Failed, Load, StepOutput
+from lightllmd.ipc.waiting import wait_ready
 
 
 def test_it_is_ready_only_after_a_real_token_and_has_imported_no_torch(start: Start) -> None:
@@ -209,7 +209,7 @@ def silent(engine: EngineProcess) -> None:
     """Nothing more comes, for six times the interval of heartbeats; a few may have been on their way."""
     for _ in range(5):
         engine.up += engine.link.receive()
-        readable, _, _ = select.select([engine.link], [], [], 1.5)
+        readable = wait_ready([engine.link], 1.5)
         if not readable:
             return
     raise AssertionError("heartbeats go on")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import select
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightllmd.engine.scheduling.grammar_rows import CompiledGrammars, GrammarRo
 from lightllmd.errors import EngineError
 from lightllmd.grammar.compiler import GrammarCompiler
 from lightllmd.ipc.messages import Grammar, SamplingParams, StepOutput, Submit
+from lightllmd.ipc.waiting import wait_ready
 from lightllmd.offline import _plan
 from lightllmd.text import ByteTokenizer
 from lightllmd.text.healing import writable
@@ -49,7 +49,7 @@ class Held:
         self.may.set()
         taken: list[Any] = []
         while len(taken) < count:
-            assert select.select([self.gate], [], [], 30)[0]
+            assert wait_ready([self.gate], 30)
             taken += self.gate.take()
         return taken
 

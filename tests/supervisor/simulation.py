@@ -8,6 +8,7 @@ next one all of them have happened.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -115,6 +116,11 @@ class Simulation:
                 move()
             if self.task.done():
                 break
+        for engine in self.supervisor.engines:
+            for process in engine.generation.ranks if engine.generation else ():
+                os.close(process.flight)
+        for process in self.supervisor.engines.spares._processes:
+            os.close(process.flight)
         self.context.runtime.close()
         self._patches.close()
         self.loop.close()

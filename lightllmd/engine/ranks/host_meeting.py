@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import select
 import socket
 import struct
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import msgspec
 
 from lightllmd.engine.ranks.stream import watch_link
 from lightllmd.errors import SystemFailure
+from lightllmd.ipc.waiting import wait_ready
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class HostMeeting:
                 break
             open_ones = [connection for both in self._here.values() for connection in both.values()]
             waited = [self._listener, *(visitor.connection for visitor in self._visitors), *open_ones]
-            select.select(waited, [], [], _LOOK)
+            wait_ready(waited, _LOOK)
             self._accept()
             self._hear()
             self._drop_ended()
@@ -222,7 +222,7 @@ def join_host(
         say(life, HostJoin(rank, ranks, settings, process, "life"))
         visitor, joined = _Visitor(steps), None
         while joined is None:
-            select.select([steps], [], [], _LOOK)
+            wait_ready([steps], _LOOK)
             joined = visitor.hear(HostJoined)
             wait(0)
         if joined.refused:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import msgspec
 
 from lightllmd.engine.ranks.rendezvous import Rendezvous
 from lightllmd.errors import SystemFailure
+from lightllmd.ipc.waiting import wait_ready
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Meeting:
         waits. The socket is gone then."""
         joined: dict[int, socket.socket] = {}
         while len(joined) < self._ranks - 1:
-            select.select([self._listener, *self._waiting], [], [], _AGAIN)
+            wait_ready([self._listener, *self._waiting], _AGAIN)
             self._accept()
             for connection in list(self._waiting):
                 rank = self._heard(connection)
@@ -143,7 +143,7 @@ def join(
             raise SystemFailure(f"{path} is another user's")
         connection.send(msgspec.msgpack.encode(Join(generation, rank)))
         connection.setblocking(False)
-        while not select.select([connection], [], [], _AGAIN)[0]:
+        while not wait_ready([connection], _AGAIN):
             wait(0)
         message, fds, _, _ = socket.recv_fds(connection, _LONGEST, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:

@@ -9,13 +9,13 @@ A link that is cut says nothing. So the kernel is told to give a connection up w
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from lightllmd.errors import SystemFailure
+from lightllmd.ipc.waiting import wait_ready
 
 SILENCE = 4  # seconds; a restart of a switch's port is longer, a lost packet's second try is shorter
 NOTES = 6  # as many as the ring has
@@ -56,7 +56,7 @@ class StreamWriter:
         rest = [reader.send(memoryview(frame)) for reader in self._readers]
         while any(rest):
             blocked = [reader.connection for reader, left in zip(self._readers, rest, strict=True) if left]
-            select.select([], blocked, [], _PATIENCE)
+            wait_ready([], _PATIENCE, writing=blocked)
             wait()
             rest = [reader.send(left) if left else left for reader, left in zip(self._readers, rest, strict=True)]
         self.messages += 1
@@ -76,7 +76,7 @@ class StreamWriter:
             if all(reader.told.get(number, 0) >= self.messages for reader in self._readers):
                 return
             wait()
-            select.select([reader.connection for reader in self._readers], [], [], _PATIENCE)
+            wait_ready([reader.connection for reader in self._readers], _PATIENCE)
 
     def notes(self, note: int) -> list[int]:
         """What each reader noted under that number, 0 … NOTES - 1; 0 before it does."""
