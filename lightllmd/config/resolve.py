@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import PurePath
@@ -60,7 +61,7 @@ def located(problems: list[Problem], config: Config, config_file: str | None) ->
     return [problem_at(config, config_file, (problem.key,), problem.message) for problem in problems]
 
 
-class _Maker:
+class _Maker(ABC):
     """What real and fake plans share: the values in force, their reasons, the problems."""
 
     def __init__(self, config: Config, facts: Facts, config_file: str | None) -> None:
@@ -88,9 +89,9 @@ class _Maker:
         if self.problems:
             raise ConfigInvalid(self.problems, self.short_of if len(self.problems) == 1 else None)
 
+    @abstractmethod
     def rank_faults(self, count: int) -> list[str]:
         """Why so many ranks can't share the model; nothing if they can."""
-        raise NotImplementedError
 
     @cached_property
     def groups(self) -> Groups:

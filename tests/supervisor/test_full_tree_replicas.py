@@ -1,5 +1,5 @@
 """Two engines side by side through the whole process tree: kills, rolling swaps and reloads under clients that check
-every byte, while somebody keeps asking whether the daemon is ready."""
+every byte, while a client keeps asking whether the daemon is ready."""
 
 from __future__ import annotations
 
