@@ -169,17 +169,14 @@ def _string(field: Field, value: Any) -> str:
 
 
 def refusals(field: Field, value: Any) -> list[Fault]:
-    """Why a valid value can't be had in this version: its feature is not built yet, or its name is unknown."""
-    setting = field.setting
+    """Why a value of the right form can't be had: what it names is unknown, or not built."""
     if field.key == "mode":
         return [Fault(said, index) for index, name in enumerate(value) if (said := mode_fault(name))]
     if field.key == "quantise.rules":
         return [Fault(said, index) for index, text in enumerate(value) if (said := _said_by(layer_rules.rule, text))]
     if field.key == "quantise.mixdown":
         return [Fault(said)] if (said := _said_by(layer_rules.layers, value)) else []
-    if value == field.default or not setting.needs:
-        return []
-    return [Fault(f"{show(value)} is not available yet: {setting.needs}")]
+    return []
 
 
 def _said_by(read: Callable[[str], Any], text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from lightllmd.config.images import ImagesSettings
 from lightllmd.config.keys import KeyRing
 from lightllmd.config.modes import GROUPS, IN_WORDS
 from lightllmd.config.setting import Setting
@@ -27,6 +28,7 @@ __all__ = [
     "EngineSettings",
     "FakeSettings",
     "HttpSettings",
+    "ImagesSettings",
     "LogSettings",
     "Params",
     "SupervisorSettings",
@@ -327,32 +329,35 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = False
     enable_multimodal: Annotated[
-        bool,
+        bool | Literal["auto"],
         Setting(
-            doc="Serves a vision-language model: requests may bring images.",
+            doc="Requests may bring images, which a process of its own, the visual worker, fetches, decodes and "
+            "encodes: see [images]. The model has to be one that sees; auto: if it is one. false: of such a model the "
+            "text part is served, and its vision tower is not loaded.",
             group=IMAGES,
-            needs="vision-language models",
         ),
     ] = False
     cache_capacity: Annotated[
         int,
         Setting(
-            doc="Images whose encoding is kept. Unused without enable_multimodal.",
+            doc="Images that are kept encoded, by their content: one that is asked about again is not encoded again. "
+            "Those of running requests count, and no request may bring more. They are in host memory, which the "
+            "largest ones have to have room in. Unused without enable_multimodal.",
             group=IMAGES,
             unit="images",
             minimum=1,
             maximum=1_000_000,
-            needs="vision-language models",
         ),
     ] = 200
     cache_reserved_ratio: Annotated[
         float,
         Setting(
-            doc="Share of the image cache that stays filled when room is made. Unused without enable_multimodal.",
+            doc="Share of cache_capacity that stays filled when the image cache is full and room is made: of images "
+            "that no request uses, those that were used the longest ago go until that many are left. Unused without "
+            "enable_multimodal.",
             group=IMAGES,
             minimum=0,
             maximum=1,
-            needs="vision-language models",
         ),
     ] = 0.5
     data_type: Annotated[
@@ -479,6 +484,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
     engine: EngineSettings = EngineSettings()
+    images: ImagesSettings = ImagesSettings()
     top: Params | None = None  # what `params` were before those of a named model, or a path, took their place
     models: dict[str, dict[str, Any]] = {}  # [models.NAME]: checked values of parameters, model_dir among them
     # where each key that is not a default was set ("models.NAME.key" too): its line in the file, 0: command line

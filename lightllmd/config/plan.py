@@ -51,6 +51,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     quantised_as: str = ""  # the same in words
     schemes: WeightSchemes = ALL_DENSE  # what a quantised checkpoint's weights are stored by
     dequantised: list[str] = []  # its weights that are made dense while they are loaded, in words, and why
+    preprocessor: dict[str, Any] = {}  # preprocessor_config.json of a model that sees; empty: it has none
 
     @property
     def architecture(self) -> Architecture | Outline:
@@ -228,6 +229,17 @@ class Budget(msgspec.Struct, frozen=True):
         return self.needed - self.spare - self.reserve
 
 
+class Vision(msgspec.Struct, frozen=True):
+    """The visual workers, one for each replica: what they encode images to, where, and in how much memory."""
+
+    data_type: str  # of embeddings: the engine's
+    most_tokens: int  # of one image
+    token_bytes: int  # of one token's embedding, with what further layers are given
+    cached_bytes: int  # of host memory, that cache_capacity of the largest images take
+    rows: list[BudgetRow] = []  # what each takes of its device; rows of that device's budget, too
+    devices: list[int] = []  # by replica, the GPU; empty: the CPU
+
+
 class Plan(msgspec.Struct, frozen=True):
     """A configuration with nothing left open. `config` keeps what was written; the fields below are in force."""
 
@@ -248,6 +260,7 @@ class Plan(msgspec.Struct, frozen=True):
     config_file: str | None = None
     scoring: Scoring | None = None  # of a model that scores
     embedding: PromptEmbedding | None = None  # of any other
+    vision: Vision | None = None  # where requests may bring images
     schemes: WeightSchemes = ALL_DENSE  # how weights are stored
     kv_scheme: str = "dense"  # how the KV cache is stored, a key of `architecture.kv_schemes`
     decode_kernel: str = "auto"  # the decode attention's mode on a GPU; "auto": the best for each shape

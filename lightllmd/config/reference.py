@@ -48,8 +48,6 @@ def facts(field: Field) -> list[str]:
     if setting.page_default is not SAME:
         said.append(f"documented page: {toml_value(setting.page_default)}")
     said.append(f"reload: {setting.reload}")
-    if setting.needs:
-        said.append("not available yet")
     return said
 
 

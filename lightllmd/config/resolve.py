@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.ranks import rank_faults
@@ -33,6 +34,7 @@ from lightllmd.config.plan import (
     Pooling,
     PromptEmbedding,
     Scoring,
+    Vision,
 )
 from lightllmd.config.quantisation import Quantisation
 from lightllmd.config.rank_budget import CoResidentNeeds
@@ -48,6 +50,7 @@ FALLBACK_SLOTS, FALLBACK_EOS, FALLBACK_DATA_TYPE = 6000, [2], "float16"  # where
 BUILT_IN_STATS_INTERVAL = 10.0  # seconds
 STEP_ID = 151651  # of STEP in Qwen2.5's vocabulary
 FAKE_VOCABULARY, FAKE_EOS = 257, 256  # bytes, and one id to end with
+FAKE_EMBEDDINGS = "float32"  # of images
 
 
 def resolve(config: Config, facts: Facts, config_file: str | None = None) -> Plan:
@@ -155,6 +158,7 @@ class _Fake(_Maker):
             devices=[device.index for device in self.groups.devices],
             scoring=self._scoring(),
             embedding=None if params.use_reward_model else PromptEmbedding(self._pooling(), fake.embedding_size),
+            vision=self._vision(),
             derived=self.derived,
             budget=Budget([BudgetRow("weights", fake.load_bytes, "pretended")], self.device.memory_free),
         )
@@ -165,6 +169,14 @@ class _Fake(_Maker):
             return None
         marker = None if fake.score_marker < 0 else fake.score_marker
         return Scoring([f"LABEL_{number}" for number in range(fake.score_labels)], marker=marker)
+
+    def _vision(self) -> Vision | None:
+        if not self.params.enable_multimodal:
+            return None
+        fake = self.config.engine.fake
+        each = fake.embedding_size * ITEM_BYTES[FAKE_EMBEDDINGS]
+        cached = self.params.cache_capacity * fake.image_tokens * each
+        return Vision(FAKE_EMBEDDINGS, fake.image_tokens, each, cached)
 
     def _pooling(self) -> Pooling:
         written = self.config.engine.pooling
@@ -320,6 +332,7 @@ class _Real(_Maker):
         self._check_mode()
         self._check_scoring()
         self._check_pooling()
+        self._check_vision()
         self.stop_if_problems()
         if self.device.kind == "cuda":
             self._check_heads()
@@ -381,6 +394,13 @@ class _Real(_Maker):
             self.problem(
                 f'{self.model.pooling_refused}; [engine] pooling = "last", "mean" or "cls" takes no account of that',
                 "model_dir",
+            )
+
+    def _check_vision(self) -> None:
+        if self.params.enable_multimodal is True:
+            self.problem(
+                f"enable_multimodal = true, but {self.model.path} is a model of text ({self.model.model_type})",
+                "enable_multimodal",
             )
 
     def _check_mode(self) -> None:

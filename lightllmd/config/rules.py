@@ -10,6 +10,7 @@ from ipaddress import ip_network
 
 from lightllmd.config import push
 from lightllmd.config.features import Feature, pairs
+from lightllmd.config.images import network_faults
 from lightllmd.config.modes import MODES, groups, of_kind
 from lightllmd.config.parameters import DATA_TYPES, Config, Params
 
@@ -202,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("http.tls_certificate", "http.tls_client_ca"), _client_ca_needs_tls),
     Rule(("http.max_body_bytes", "http.max_body_bytes_in_flight"), _room_for_bodies),
     Rule(("http.trusted_proxies",), _proxies_are_networks),
+    Rule(("images.allowed_networks",), lambda config: network_faults(config.images)),
     Rule(("engine.replicas", "nccl_port"), _ports_for_replicas),
     Rule(("mode",), _one_cache_mode),
     Rule(("mode",), _one_weight_mode),

@@ -45,7 +45,6 @@ class Setting:
     group: str = ""  # heading in --help; "" inside a table, whose own title is the heading
     page_default: Any = SAME  # what the documented parameter page says, where we default to something else
     reload: Reload = "engine"  # what has to be replaced for a new value to take effect
-    needs: str = ""  # a feature that is not built yet: values but the default are refused, by this name
     example: str = ""  # TOML, shown in the sample file where the default says nothing
 
 

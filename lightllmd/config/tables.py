@@ -518,6 +518,10 @@ class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = -1
     embedding_size: Annotated[int, Setting(doc="How many values an embedding has.", minimum=1, maximum=65536)] = 8
+    image_tokens: Annotated[
+        int,
+        Setting(doc="With enable_multimodal, how many tokens each image is.", unit="tokens", minimum=1, maximum=65536),
+    ] = 4
     poison: Annotated[
         str,
         Setting(

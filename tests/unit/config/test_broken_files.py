@@ -145,6 +145,21 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
         "data_type",
         'computes in float16, not in data_type = "bf16"',
     ),
+    "images-of-no-kind": (MODEL + 'enable_multimodal = "yes"\n', 2, "enable_multimodal", '"auto" or true or false'),
+    "image-cache-without-room": (MODEL + "cache_capacity = 0\n", 2, "cache_capacity", "out of bounds: 1 …"),
+    "more-than-all-reserved": (MODEL + "cache_reserved_ratio = 1.5\n", 2, "cache_reserved_ratio", "out of bounds"),
+    "network-with-host-bits-wrong": (
+        MODEL + '[images]\nallowed_networks = ["10.0.0.0/40"]\n',
+        3,
+        "images.allowed_networks",
+        "10.0.0.0/40",
+    ),
+    "host-with-a-scheme": (
+        MODEL + '[images]\nallowed_hosts = ["http://example.org"]\n',
+        3,
+        "images.allowed_hosts",
+        "without scheme and port",
+    ),
     "syntax": (MODEL + "port = \n", 2, "", "TOML syntax"),
     "unclosed-string": (MODEL + 'host = "a\n', 2, "", "TOML syntax"),
     "unclosed-array": (MODEL + "eos_id = [1,\n2\n", 3, "", "TOML syntax"),
@@ -152,13 +167,6 @@ BROKEN: dict[str, tuple[str, int | None, str, str]] = {
     "bare-switch": (MODEL + "disable_log_stats\n", 2, "", "TOML syntax"),
     "deep-nesting": (MODEL + "eos_id = " + "[" * 5000 + "]" * 5000 + "\n", None, "", ""),
     "huge-integer": (MODEL + "port = " + "9" * 5000 + "\n", None, "", ""),
-}
-
-# Each is valid and refused by name, because its feature is not built yet.
-NOT_AVAILABLE = {
-    "enable_multimodal": "true",
-    "cache_capacity": "100",
-    "cache_reserved_ratio": "0.25",
 }
 
 
@@ -206,19 +214,6 @@ def test_a_broken_file_exits_78_with_line_and_key(name: str, tmp_path: Path, che
         said.startswith(place) and (not key or f" {key}: " in said) and part in said
         for said in done.stderr.splitlines()
     ), done.stderr
-
-
-@pytest.mark.parametrize("key", NOT_AVAILABLE)
-def test_what_is_not_built_is_refused_by_name(key: str, tmp_path: Path) -> None:
-    found = problems_of(write(tmp_path, f"{MODEL}{key} = {NOT_AVAILABLE[key]}\n"))
-    assert any(one.key == key and one.line == 2 and "not available yet" in one.message for one in found), found
-
-
-def test_every_setting_that_needs_a_missing_feature_is_in_the_list() -> None:
-    from lightllmd.config.parameters import Config
-    from lightllmd.config.setting import fields
-
-    assert {field.key for field in fields(Config) if field.setting.needs} == set(NOT_AVAILABLE)
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

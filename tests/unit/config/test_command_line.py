@@ -84,7 +84,7 @@ def test_flags_override_the_file_and_the_environment_does_not(tmp_path: Path, mo
         (["--eos_id", "2", "x"], "eos_id", '"x" is a string'),
         (["--disable_log_stats=yes"], "disable_log_stats", "expected true or false"),
         (["--data_type", "fp61"], "data_type", 'nearest: "fp16"'),
-        (["--enable_multimodal"], "enable_multimodal", "not available yet: vision-language models"),
+        (["--enable_multimodal=yes"], "enable_multimodal", 'expected "auto" or true or false'),
         (["--max_req_input_len", "5000"], "max_req_input_len", "less than max_req_total_len"),
         (["--router_token_ratio", "nan"], "router_token_ratio", "no finite number"),
     ],

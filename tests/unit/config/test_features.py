@@ -32,7 +32,6 @@ def test_a_feature_is_off_by_default_and_works_alone(feature: Feature) -> None:
     assert not feature.is_on(Params())
     assert feature.is_on(Params(**{feature.key: feature.on}))
     assert problems_of({feature.key: feature.on}) == []
-    assert not by_key(Config)[feature.key].setting.needs
 
 
 @pytest.mark.parametrize(
