@@ -43,6 +43,19 @@ class PoolingRow(msgspec.Struct):
         return min(1, len(self.at)) if self.summed else len(self.at)
 
 
+class ImagePart(msgspec.Struct):
+    """Embeddings that take the place of those of some of a row's fed tokens: a part of an image span, or all of it.
+
+    `values` holds ``[layers, rows, hidden]`` numbers, little-endian, of the plan's data type: what the decoder begins
+    with at each token, then what is added to the outputs of its first layers, one after the other. It may be a view of
+    memory that the visual worker shares, so it is read only."""
+
+    first: int  # index among the row's fed tokens of the first one
+    rows: int  # tokens
+    values: memoryview
+    layers: int = 1
+
+
 class Row(msgspec.Struct):
     """One branch that is fed tokens which the scheduler names. Invariant: ``len(slots) == len(tokens)``, at least one
     unless it is a sibling.
@@ -71,6 +84,11 @@ class Row(msgspec.Struct):
     targets: list[int] | None = None
     top_targets: int = 0  # alternatives reported beside each target
     pooling: PoolingRow | None = None  # of each row of a request with PoolingParams, which never has `sample`
+    images: list[ImagePart] | None = None  # ascending by `first`; None: all fed tokens are embedded by their ids
+    # Of a model whose rotary positions are in the grids of images: int32 little-endian [3, len(tokens)], frame, row and
+    # column of each fed token; None: all three are its index + `shift`, which they are of each token behind the prompt.
+    positions: bytes | None = None
+    shift: int = 0  # 0 or less; the same for as long as the row stays, decode rows included
 
     @property
     def enters(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
-PROTOCOL = 2  # raised when a message changes its meaning; both ends must agree
+PROTOCOL = 3  # raised when a message changes its meaning; both ends must agree
 
 
 def request_id(api: int, epoch: int, sequence: int) -> int:
@@ -122,6 +122,18 @@ class PoolingParams(msgspec.Struct, frozen=True, omit_defaults=True, tag="poolin
 RequestParams: TypeAlias = SamplingParams | PoolingParams
 
 
+class ImageSpan(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The run of a prompt's tokens whose embeddings are those of one image. Their ids are the model's placeholder and
+    say nothing of the image; whatever depends on the image's content goes by `key`."""
+
+    start: int  # index of its first token in the prompt
+    tokens: int  # how many; at least 1
+    # 16 bytes, equal for equal embeddings alone: BLAKE2b, with a random key of the daemon, of the decoded picture and
+    # all else that its embeddings depend on. Nobody outside can choose two pictures with one key.
+    key: bytes
+    grid: tuple[int, int, int] = (1, 0, 0)  # frames, rows and columns, where rotary positions are those of a grid
+
+
 class Submit(msgspec.Struct, tag="submit"):
     """A request enters (or, after an engine's death, re-enters) an engine generation."""
 
@@ -141,6 +153,7 @@ class Submit(msgspec.Struct, tag="submit"):
     # Engines that died of it, perhaps: deaths since its last token with a part of its prompt in a step that was out.
     # If there are any, it runs alone, see Scheduler.
     suspect: int = 0
+    images: list[ImageSpan] = []  # ascending by start, none overlaps another or reaches beyond the prompt
 
 
 class Abort(msgspec.Struct, tag="abort"):
