@@ -85,7 +85,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-UNLIKE_LLAMA = ("gemma2", "internlm2", "olmo2")  # their tensors are those of the list of weights
+IN_GRIDS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+UNLIKE_LLAMA = ("gemma2", "internlm2", "olmo2", *IN_GRIDS)  # their tensors are those of the list of weights
 
 
 def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:

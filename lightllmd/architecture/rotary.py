@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,3 +50,30 @@ def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
         factors = tuple(number({"long_factor": one}, "long_factor", within="rope_scaling") for one in divisors)
         return Rotary("divided", head_dim, base, divisors=factors)
     raise not_built(f"rope type {show(kind)} is not available yet (default, linear, dynamic and llama3 are)")
+
+
+def grid_rotary(
+    config: Mapping[str, Any], head_dim: int, sections: tuple[int, int, int], interleaved: bool = False
+) -> Rotary:
+    """As `rotary`, of positions in the grids of images. `sections`: how many frequencies frame, row and column have
+    where the config names none (``mrope_section``): each of them the next so many or, `interleaved`, in turns, which
+    begin with the frame's and go on until those of row and column are used up. Raises ConfigInvalid."""
+    words = rope_words(config)
+    kind = word(words, "rope_type") or word(words, "type")
+    if kind in ("mrope", None):
+        words |= {"rope_type": "default"}
+    turned = rotary({**config, "rope_scaling": None, "rope_parameters": words}, head_dim)
+    if turned.kind == "dynamic":
+        raise not_built("rope type 'dynamic' is not available yet for positions in the grids of images")
+    counts = words.get("mrope_section")
+    counts = list(sections) if counts is None else counts
+    if not isinstance(counts, list) or len(counts) != 3 or any(type(one) is not int or one < 0 for one in counts):
+        raise invalid(f"mrope_section is {show(counts)}, three numbers of frequencies are needed")
+    pairs = head_dim // 2
+    if sum(counts) != pairs or (interleaved and 3 * max(counts[1:]) > pairs + 2):
+        raise invalid(f"mrope_section {counts} is not made for head_dim {head_dim}: it has {pairs} frequencies")
+    if interleaved:
+        axes = [axis if pair < 3 * counts[axis] else 0 for pair in range(pairs) for axis in (pair % 3,)]
+    else:
+        axes = [axis for axis, count in enumerate(counts) for _ in range(count)]
+    return replace(turned, axes=tuple(axes))

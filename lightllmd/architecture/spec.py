@@ -22,6 +22,9 @@ class Rotary:
     linear: every frequency divided by `factor` (Chen et al. 2023). dynamic: the base grows with the sequence's
     length ("NTK-aware"). llama3: low frequencies divided by `factor`, high ones kept, a ramp between.
     divided: frequency i divided by ``divisors[i]``.
+
+    With `axes` a token's position is three numbers (frame, row, column of an image; three equal ones of text), and
+    frequency i is that of number ``axes[i]`` (Wang et al. 2024, "Qwen2-VL", multimodal rotary position embedding).
     """
 
     kind: RotaryKind
@@ -32,6 +35,7 @@ class Rotary:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     divisors: tuple[float, ...] = ()
+    axes: tuple[int, ...] = ()  # [dim / 2], each 0, 1 or 2; empty: a position is one number
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ RANKING_BYTES = 8
 COUNT_BYTES = 2  # per entry of the penalties' counts
 ROW_PARAMETERS = 512  # sampling parameters of one table row
 STEP_NUMBERS = 64  # of one token or row of a step: ids, positions, slots, tiles, 32 bits each, and spare ones
+GRID_NUMBERS = 12  # the same, of a model whose tokens have positions in the grids of images
 
 
 def rows(
@@ -161,9 +162,12 @@ def _sampling(spec: DecoderSpec | Outline, running: int) -> BudgetRow:
 
 def _tables(spec: DecoderSpec | Outline, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
     rotated = spec.attention[0].head_dim if isinstance(spec, Outline) else spec.positions.dim
-    requests, rope = (running + 1) * width * 4, width * rotated * 4
-    numbers = (batch_max_tokens + 2 * running) * STEP_NUMBERS
-    how = f"slots of {running + 1} rows x {width} x 4 B, rotations of {width} positions, a step's numbers"
+    rotations, tokens = width, batch_max_tokens + 2 * running
+    numbers = tokens * STEP_NUMBERS
+    if isinstance(spec, DecoderSpec) and spec.positions.axes:  # each token of a step may be an image's
+        rotations, numbers = width + tokens, numbers + tokens * GRID_NUMBERS
+    requests, rope = (running + 1) * width * 4, rotations * rotated * 4
+    how = f"slots of {running + 1} rows x {width} x 4 B, rotations of {rotations} positions, a step's numbers"
     return BudgetRow("tables", requests + rope + numbers, how)
 
 

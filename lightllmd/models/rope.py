@@ -17,14 +17,21 @@ class Rope:
         self.spec = spec
         self._exponents = torch.arange(0, spec.dim, 2, device=device).float() / spec.dim
         self._frequencies = _frequencies(spec, self._exponents)
+        self._axes = torch.tensor(spec.axes, device=device, dtype=torch.int64)
 
     @property
     def by_length(self) -> bool:
         """Whether a token's angles depend on how long its sequence is."""
         return self.spec.kind == "dynamic"
 
+    @property
+    def in_grids(self) -> bool:
+        """Whether a token of an image has three positions: see `Rotary.axes`."""
+        return bool(self.spec.axes)
+
     def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fp32 ``[T, D]`` for ``positions [T]``: the cosines of half a head, then the sines.
+        """fp32 ``[T, D]`` for ``positions [T]``, or for ``[3, T]`` where they may be `in_grids`: the cosines of half a
+        head, then the sines. Of a token whose three positions are equal they are those of the one.
 
         `lengths` [T] is read by `dynamic` alone: how long the sequence was when the token first entered, the whole
         prompt for a prompt's token, its position + 1 for a generated one. So a token's angles never change, whether
@@ -36,14 +43,15 @@ class Rope:
             frequencies = _dynamic_frequencies(self.spec, self._exponents, lengths)
         else:
             frequencies = self._frequencies
-        half = positions[:, None].float() * frequencies
+        by_pair = positions[self._axes].T if positions.dim() == 2 else positions[:, None]
+        half = by_pair.float() * frequencies
         return torch.cat([half.cos(), half.sin()], -1)
 
 
 class NoRope:
     """Angles of 0, for a model that has its positions elsewhere: heads are stored as they are."""
 
-    by_length = False
+    by_length = in_grids = False
 
     def __init__(self, dim: int) -> None:
         self._dim = dim

@@ -114,6 +114,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
         processed = plan.config.engine.logprobs == "processed"
         self.sampler = Sampler(rows, width, spec.vocab, plan.eos_id, _CPU, processed=processed)
         self._newest = [0] * rows  # each table row's newest token
+        self._shifts = [0] * rows  # of each table row, see `Row.shift`
         self.memory.mark_loaded()
 
     def prepare(self, beat: Beat) -> None:
@@ -125,7 +126,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
         return KeptWeights(sum(tensor.nbytes for tensor in self.decoder.tensors().values()))
 
     def _free(self, weights_stay: bool) -> None:
-        del self.caches, self.table, self.sampler, self._newest
+        del self.caches, self.table, self.sampler, self._newest, self._shifts
         if not weights_stay:
             del self.decoder
         gc.collect()
@@ -170,9 +171,22 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
 
     def _rows(self, step: Step) -> list[Row]:
         decode = step.decode
+        for row in step.rows:
+            self._shifts[row.table_row] = row.shift
         going_on = zip(decode.table_rows, decode.starts, decode.slots, decode.positions, strict=True)
         return [
-            Row(table_row, 0, 0, start, [self._newest[table_row]], [slot], True, position, None)
+            Row(
+                table_row,
+                0,
+                0,
+                start,
+                [self._newest[table_row]],
+                [slot],
+                True,
+                position,
+                None,
+                shift=self._shifts[table_row],
+            )
             for table_row, start, slot, position in going_on
         ] + step.rows
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllmd.config.bounds import GATHER_PADDING, SHORT_ROW
@@ -60,6 +62,8 @@ class SlotTable:
         if rope is None:
             return None, None
         lengths = [length for row in rows for length in rope_lengths(row)] if rope.by_length else None
+        if rope.in_grids and any(row.positions is not None or row.shift for row in rows):
+            positions = torch.from_numpy(np.concatenate([grid_positions(row) for row in rows], 1)).to(self._device)
         angles = rope.cos_sin(positions, None if lengths is None else self._to_device(lengths))
         cos, sin = angles.unsqueeze(1).chunk(2, -1)
         return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)
@@ -126,3 +130,11 @@ def rope_lengths(row: Row) -> list[int]:
     end = row.start + len(row.tokens)
     prompt = row.prompt_length or end - row.position
     return [max(prompt, position + 1) for position in range(row.start, end)]
+
+
+def grid_positions(row: Row) -> NDArray[np.int32]:
+    """``[3, len(row.tokens)]``: frame, row and column of each fed token, see `Row.positions`."""
+    if row.positions is not None:
+        return np.frombuffer(row.positions, "<i4").reshape(3, -1)
+    first = row.start + row.shift
+    return np.broadcast_to(np.arange(first, first + len(row.tokens), dtype=np.int32), (3, len(row.tokens)))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllmd.config.bounds import FEW_ROWS, PREFILL_ROWS
-from lightllmd.engine.runners.cpu_batch import rope_lengths
+from lightllmd.engine.runners.cpu_batch import grid_positions, rope_lengths
 from lightllmd.engine.runners.step_shapes import StepShape, first_tokens
 from lightllmd.engine.runners.transfers import Numbers, Upload, pinned
 from lightllmd.engine.step import DecodeRows, Row, Step
@@ -62,11 +62,13 @@ class Packer:
         self._rope = rope if rope is not None else NoRope(heads.dim)
         self._group, self._kv_heads = group, heads.kv
         self.longest_whole = 0  # the longest row that `whole_prompts` has planned for
-        # Of a token: id, table row, position, slot, length, and target with the place before it or a vector's place
-        # with its number; of a row: three of what is
+        # Of a token: id, table row, position, slot, length or angles, and target with the place before it or a vector's
+        # place with its number, and its three positions in an image; of a row: three of what is
         # sampled, four of its tiles; of a step: how many tiles it has.
         most = rows + PREFILL_ROWS + 1
-        self._upload = Upload(7 * tokens + 7 * most + 2 * (tokens * group // 64 + most) + 1, device)
+        self._upload = Upload(
+            (10 if self._rope.in_grids else 7) * tokens + 7 * most + 2 * (tokens * group // 64 + most) + 1, device
+        )
         self._newest = np.full(max(rows, FEW_ROWS), -1, np.int32)
         self._counting = torch.arange(tokens, dtype=torch.int32, device=device)
         # The angles of all positions or, where they depend on lengths too, of the step's tokens.
@@ -74,6 +76,10 @@ class Packer:
         self._cos_sin = self._rope.cos_sin(angles, angles if self._rope.by_length else None)
         if self._rope.by_length:
             self._cos_sin = self._cos_sin.repeat(tokens, 1)
+        self._width = width
+        if self._rope.in_grids:  # behind those of all positions the angles of the step's tokens of images
+            self._cos_sin = torch.cat([self._cos_sin, self._cos_sin[:1].expand(tokens, -1)])
+        self._shifts = np.zeros(rows, np.int32)  # of each table row, see `Row.shift`
 
     def pack(self, step: Step, shape: StepShape, sampled: int) -> Packed:
         """A step that fits `shape`; what is sampled of it is padded to so many."""
@@ -86,6 +92,9 @@ class Packer:
     def _take_over(self, rows: list[Row]) -> None:
         """The slots of tokens that are in the cache join the table, behind all that read it before. torch does not
         give the pinned buffer away before the copies are done."""
+        if self._rope.in_grids:
+            for row in rows:
+                self._shifts[row.table_row] = row.shift
         entering = [row for row in rows if row.past]
         if not entering:
             return
@@ -103,6 +112,8 @@ class Packer:
         self._upload.put(rows.slots + [self._pad_slot] * pad)
         if self._rope.by_length:
             self._upload.put([start + 1 for start in rows.starts] + [1] * pad)
+        if self._rope.in_grids:
+            self._upload.put(np.concatenate([self._shifted(rows), np.zeros(pad, np.int32)]))
         self._upload.put(rows.positions + [0] * pad)
         *fed, generated = self._upload.send()
         return Packed(shape, self._batch(fed, size, None), None, fed[1], generated)
@@ -143,6 +154,18 @@ class Packer:
                 (rope_lengths(row) for row in longer),
                 1,
             )
+        of_images: list[NDArray[np.int32]] = []
+        if self._rope.in_grids:
+            angles = self._angles([*single, *longer], of_images)
+            self._put(
+                [
+                    self._shifted(decode),
+                    *angles[: len(single)],
+                    [0] * spare[0],
+                    *angles[len(single) :],
+                    [0] * spare[1],
+                ]
+            )
         pairs, segments = pairs_per_tile(shape.prefill_tokens, self._group), 1
         if shape.padded and shape.decode_tokens and shape.prefill_tokens:
             segments = split_prefill.segments_for(
@@ -168,8 +191,10 @@ class Packer:
             self._put([_ints(pooling.at) + first for pooling, first in pooled])
             owned = owners_of([(len(pooling.at), pooling.summed) for pooling, _ in pooled])
             self._put([owned])
+        if of_images:
+            self._put([np.concatenate(of_images, 1).reshape(-1)])
         sent = iter(self._upload.send())
-        tokens = [next(sent) for _ in range(5 if self._rope.by_length else 4)]
+        tokens = [next(sent) for _ in range(5 if self._rope.by_length or self._rope.in_grids else 4)]
         prefill = None
         if shape.prefill_tokens:
             flat, *others = (next(sent) for _ in range(6))
@@ -180,7 +205,30 @@ class Packer:
             packed.targets, packed.before = next(sent), next(sent)
         if pooled:
             packed.pooled, packed.owners, packed.owned = next(sent), next(sent), owned
+        if of_images:
+            positions = next(sent).view(3, -1)
+            self._cos_sin[self._width : self._width + positions.shape[1]] = self._rope.cos_sin(positions)
         return packed
+
+    def _shifted(self, rows: DecodeRows) -> NDArray[np.int32]:
+        """The rotary positions of the tokens that decode rows feed: those of text, so rows of `_cos_sin`."""
+        return _ints(rows.starts) + self._shifts[rows.table_rows]
+
+    def _angles(self, rows: list[Row], of_images: list[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+        """The rows of `_cos_sin` that the fed tokens of each row have: those of text are there, those whose three
+        positions differ come behind them, from `of_images` [3, N], which such positions are added to."""
+        found = []
+        behind = self._width
+        for row in rows:
+            positions = grid_positions(row)
+            angles = positions[0]
+            if row.positions is not None and (apart := (positions != angles).any(0)).any():
+                of_images.append(positions[:, apart])
+                first, behind = behind, behind + of_images[-1].shape[1]
+                angles = angles.copy()
+                angles[apart] = np.arange(first, behind)
+            found.append(angles)
+        return found
 
     def _put_tiles(
         self,
@@ -220,11 +268,11 @@ class Packer:
 
     def _batch(self, fed: list[Tensor], decode: int, prefill: PrefillTiles | None) -> Batch[TableRows]:
         """`fed`: of each token its id, table row, position, slot and, where angles depend on it, length."""
-        tokens, table_rows, positions, slots, *lengths = fed
-        angles = positions
-        if lengths:
+        tokens, table_rows, positions, slots, *apart = fed
+        angles = apart[0] if self._rope.in_grids else positions
+        if self._rope.by_length:
             angles = self._counting[: len(positions)]
-            self._cos_sin[: len(positions)] = self._rope.cos_sin(positions, lengths[0])
+            self._cos_sin[: len(positions)] = self._rope.cos_sin(positions, apart[0])
         metadata = TableRows(decode, prefill, angles, self._cos_sin, self._table, self._last)
         return Batch(tokens, table_rows, positions, slots, metadata)
 

@@ -38,6 +38,7 @@ def models(draw: st.DrawFn) -> tuple[Architecture, int]:
         "bias": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
     }
+    config["rope_scaling"] = {"mrope_section": [config["head_dim"] // 2, 0, 0]}  # where a family has such positions
     family = draw(st.sampled_from(sorted(FAMILIES)))
     return architecture_of(family, CONFIG | config), draw(st.integers(2, min(heads, 16)))
 

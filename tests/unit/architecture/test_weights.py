@@ -23,6 +23,7 @@ CONFIG = {
     "vocab_size": 1000,
     "attention_bias": True,
     "tie_word_embeddings": False,
+    "rope_scaling": {"mrope_section": [4, 6, 6]},
 }
 LINEARS: set[Role] = {"qkv", "attention_out", "gate_up", "down"}
 
