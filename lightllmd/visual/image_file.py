@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -37,16 +38,9 @@ class ImageFile:
     @classmethod
     def of(cls, data: bytes | memoryview) -> ImageFile:
         """A copy of `data`. Raises OSError."""
-        fd = new_memory("image")
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            seal(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(fd, len(data))
+        with MemoryWriter("image") as out:
+            out.write([data])
+            return out.finish()
 
     def read(self) -> bytes:
         """All of it, copied."""
@@ -58,8 +52,41 @@ class ImageFile:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        self.close()  # what a thread has made for a task that was cancelled meanwhile
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class MemoryWriter:
+    """An image's bytes on their way into a memfd, which is closed unless all went well."""
+
+    def __init__(self, name: str) -> None:
+        """Raises OSError."""
+        self._fd = new_memory(name)
+        self.size = 0  # bytes so far
+
+    def write(self, parts: Iterable[bytes | memoryview]) -> None:
+        """Behind what is there. Raises OSError."""
+        for part in parts:
+            view = memoryview(part)
+            self.size += len(view)
+            while view:
+                view = view[os.write(self._fd, view) :]
+
+    def finish(self) -> ImageFile:
+        """Sealed."""
+        seal(self._fd)
+        fd, self._fd = self._fd, -1
+        return ImageFile(fd, self.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)

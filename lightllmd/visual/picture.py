@@ -44,6 +44,9 @@ class Picture:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        self.close()  # what a thread has made for a task that was cancelled meanwhile
+
     def __enter__(self) -> Self:
         return self
 

@@ -29,5 +29,5 @@ def test_pixels_outlive_the_descriptor() -> None:
         picture.close()
         assert bytes(pixels) == bytes(range(18))
         pixels.release()
-    with Picture(file.fd, 3, 2) as picture:
+    with Picture(os.dup(file.fd), 3, 2) as picture:
         assert picture.image().getpixel((2, 1)) == (15, 16, 17)
