@@ -30,6 +30,7 @@ from lightllmd.ipc.channel import Channel
 from lightllmd.ipc.quota import Quota
 from lightllmd.observe.metrics import ApiMetrics
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.seeing import Sight
 from lightllmd.text import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,11 @@ class ApiWorker:
             on_end=self._accounts.ended,
             cached=plan.config.params.use_dynamic_prompt_cache,
         )
-        return Revision(plan, tokenizer, ledger, self._accounts)
+        return Revision(plan, tokenizer, ledger, self._accounts, self._sight(plan))
+
+    def _sight(self, plan: Plan) -> Sight | None:
+        """The way to the visual worker of this plan."""
+        return None
 
     async def run(self) -> None:
         """Serves until told to retire or to stop."""

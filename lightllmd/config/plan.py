@@ -51,6 +51,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     quantised_as: str = ""  # the same in words
     schemes: WeightSchemes = ALL_DENSE  # what a quantised checkpoint's weights are stored by
     dequantised: list[str] = []  # its weights that are made dense while they are loaded, in words, and why
+    sees: bool = False  # it has a vision tower
     preprocessor: dict[str, Any] = {}  # preprocessor_config.json of a model that sees; empty: it has none
 
     @property

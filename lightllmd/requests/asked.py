@@ -11,6 +11,7 @@ from lightllmd.dialogue.tools import Dialogue
 from lightllmd.ipc.messages import SamplingParams
 from lightllmd.requests.branch import TextOptions
 from lightllmd.requests.constraint import Constraint
+from lightllmd.requests.images import AskedImage, taken_out
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,13 @@ class Chat:
 
     messages: Sequence[dict[str, Any]]
     options: dict[str, Any]  # as `ChatTemplate.render`
+    images: Sequence[AskedImage] = ()  # one for each part of the messages that is one, in their order
+
+    @staticmethod
+    def of(messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> Chat:
+        """Of messages among whose parts there may be an AskedImage."""
+        images: list[AskedImage] = []
+        return Chat([taken_out(message, images) for message in messages], options, images)
 
     @property
     def size(self) -> int:
@@ -79,6 +87,8 @@ class Prompt:
     content: str | list[int] | array[int] | Chat
     field: str
     continued: bool  # it is a text that the output goes on with, so that its last tokens may be healed
+    images: Sequence[AskedImage] = ()  # of a text: one for each of the model's tags for an image in it
+    markdown: bool = False  # of a text: its images are Markdown's, where images are served
 
 
 @dataclass(frozen=True)

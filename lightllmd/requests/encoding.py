@@ -6,11 +6,14 @@ border as they are; a prompt that will be cut anyway comes with its ends only, s
 
 from __future__ import annotations
 
+import secrets
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lightllmd.errors import InvalidRequest
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.text.image_places import ImageText, encode_parts
 from lightllmd.text.interface import Tokenizer
 
 FIRST_LOOK = 1 << 16  # characters of a long text that are tokenised to see whether all of it may fit
@@ -43,6 +46,52 @@ class Encoder:
         """`options` as `ChatTemplate.render`. Raises InvalidRequest."""
         return self._tokenizer.render_chat(messages, **options)
 
+    def encode_seeing(
+        self, text: str, field: str, add_special_tokens: bool, cut: bool, image: ImageText, images: int
+    ) -> tuple[array[int], list[int]]:
+        """The ids of a text with the model's tag in the place of each of its `images`, an id for each, and the index
+        of each among them. Raises InvalidRequest for another number of tags."""
+        parts = image.parts(text)
+        if len(parts) - 1 != images:
+            raise InvalidRequest(
+                f"{field}: it has {len(parts) - 1} image tags ({image.tag}), the request {images} images; each image "
+                "has a tag in its place",
+                param=field,
+            )
+        return self._seeing(parts, field, add_special_tokens, cut, image)
+
+    def encode_chat_seeing(
+        self,
+        messages: Sequence[dict[str, Any]],
+        options: dict[str, Any],
+        field: str,
+        cut: bool,
+        image: ImageText,
+        images: int,
+    ) -> tuple[array[int], list[int]]:
+        """The same of a conversation, of whose messages so many parts are images. A tag in a client's text is no
+        image."""
+        inside = secrets.token_hex(16)
+
+        def broken(text: str) -> str:
+            return image.tags.sub(lambda tag: tag[0][:1] + inside + tag[0][1:], text)
+
+        text = self.render(_texts(messages, broken), {**_texts(options, broken), "image_tag": image.tag})
+        parts = image.parts(text)
+        if len(parts) - 1 != images:
+            raise InvalidRequest(
+                f"{field}: the model's chat template shows {len(parts) - 1} of {images} images", param=field
+            )
+        return self._seeing([part.replace(inside, "") for part in parts], field, False, cut, image)
+
+    def _seeing(
+        self, parts: Sequence[str], field: str, add_special_tokens: bool, cut: bool, image: ImageText
+    ) -> tuple[array[int], list[int]]:
+        if not cut:
+            self._refuse_long(sum(map(len, parts)), field)
+        ids, places = encode_parts(self._tokenizer, parts, image, add_special_tokens)
+        return array("i", ids), places
+
     def count(self, text: str, add_special_tokens: bool) -> int:
         """Tokens of a text of any length."""
         return len(self._tokenizer.encode(text, add_special_tokens))
@@ -56,16 +105,28 @@ class Encoder:
         limits, encode = self._limits, self._tokenizer.encode
         size = max(FIRST_LOOK, 8 * limits.max_req_input_len)
         if len(text) > size and not cut and limits.long_truncation_mode is None:
-            longest = self._tokenizer.longest_token
-            if longest is not None:
-                limits.at_least(-(-len(text) // longest), field)
+            self._refuse_long(len(text), field)
             while size < len(text):
                 limits.at_least(len(encode(text[:size], add_special_tokens)) // 2, field)
                 size *= 2
         return encode(text, add_special_tokens)
+
+    def _refuse_long(self, characters: int, field: str) -> None:
+        longest = self._tokenizer.longest_token
+        if longest is not None and self._limits.long_truncation_mode is None:
+            self._limits.at_least(-(-characters // longest), field)
 
     def checked(self, ids: list[int], field: str, cut: bool) -> array[int]:
         """Ids that `bounded` gave, of a length that the plan allows."""
         if not cut:
             self._limits.prompt(ids, field)
         return self._limits.ends(array("i", ids))
+
+
+def _texts(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON data with each text changed; names in objects stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _texts(one, change) for name, one in value.items()}
+    return [_texts(one, change) for one in value] if isinstance(value, list | tuple) else value

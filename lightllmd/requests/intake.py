@@ -14,13 +14,15 @@ from lightllmd.config.plan import Plan
 from lightllmd.dialogue.conventions import Conventions, PreparedChat
 from lightllmd.dialogue.parser import Parser
 from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import RequestParams, SamplingParams
+from lightllmd.ipc.messages import ImageSpan, RequestParams, SamplingParams
 from lightllmd.requests.asked import Asked, Chat, Prompt
 from lightllmd.requests.branch import Branch, TextOptions, open_branches
 from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.faults import naming
+from lightllmd.requests.images import AskedImage
 from lightllmd.requests.limits import Ids, RequestLimits
 from lightllmd.requests.scoring import ScoresAsked, ScoringIntake, ScoringJob
+from lightllmd.requests.seeing import EncodedPrompt, Holding, ImageIntake, SeenImages, Sight
 from lightllmd.requests.shortening import share, without_oldest
 from lightllmd.requests.text_work import JOB_COST, STOP_COST, TextWork
 from lightllmd.text.healing import roll_back
@@ -46,6 +48,14 @@ class Job(Protocol):
     def params(self) -> RequestParams:
         """As the engine gets them."""
 
+    @property
+    def images(self) -> Sequence[ImageSpan]:
+        """As `Submit.images`."""
+
+    @property
+    def seen(self) -> SeenImages | None:
+        """Which have to be released when it has ended."""
+
     def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
         """What its tokens go to."""
 
@@ -60,6 +70,8 @@ class AdmittedJob:
     params: SamplingParams  # with the seed
     text: TextOptions
     parsers: Callable[[], Parser] | None = None  # makes one for each sequence; None: all output is content
+    images: Sequence[ImageSpan] = ()
+    seen: SeenImages | None = None
 
     def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
         """Without a tokenizer they have no text."""
@@ -69,15 +81,23 @@ class AdmittedJob:
 class _Fitted(NamedTuple):
     """A prompt within the limits."""
 
-    ids: list[int]
+    given: EncodedPrompt
     cut: bool
     new_tokens: int
 
+    @property
+    def ids(self) -> Ids:
+        """Its tokens."""
+        return self.given.ids
+
 
 class Intake:
-    """Of one plan; serves the HTTP dialects and the offline class. `tokenizer` is called when it is needed."""
+    """Of one plan; serves the HTTP dialects and the offline class. `tokenizer` is called when it is needed; `sight`:
+    None where no images are served."""
 
-    def __init__(self, plan: Plan, tokenizer: Callable[[], Tokenizer], work: TextWork) -> None:
+    def __init__(
+        self, plan: Plan, tokenizer: Callable[[], Tokenizer], work: TextWork, sight: Sight | None = None
+    ) -> None:
         params = plan.config.params
         self.limits = RequestLimits.of(plan)
         self.beams = self.limits.beam_mode  # n > 1 is a beam search
@@ -87,7 +107,8 @@ class Intake:
         self._tokenizer = tokenizer
         self._work = work
         self._http = plan.config.http
-        self._scores = ScoringIntake(plan, self.limits, work)
+        self._images = ImageIntake(plan, work, sight)
+        self._scores = ScoringIntake(plan, self.limits, work, self._images)
 
     async def of(self, asked: Asked | ScoresAsked) -> Sequence[Job]:
         """One job for each prompt. Raises InvalidRequest, which names the dialect's own field, its value and the
@@ -101,8 +122,22 @@ class Intake:
     async def jobs(self, asked: Asked) -> list[AdmittedJob]:
         """As `of`."""
         self._scores.refuse_generation()
-        with naming(asked.names.subject):
-            return await self._checked(asked)
+        with naming(asked.names.subject), Holding() as holding:
+            return await self._checked(asked, holding)
+
+    async def ids(self, prompt: Prompt, *, add_special_tokens: bool = False) -> Ids:
+        """The tokens of a prompt of any length with images, at least one. Raises InvalidRequest, and what `Sight.show`
+        raises."""
+        content, images = prompt.content, _images(prompt)
+        assert isinstance(content, str | Chat)
+        holding = Holding()
+        try:
+            given = await self._images.given(
+                content, images, prompt.field, holding, cut=True, add_special_tokens=add_special_tokens
+            )
+            return given.ids
+        finally:
+            holding.release()
 
     @cached_property
     def conventions(self) -> Conventions:
@@ -116,22 +151,24 @@ class Intake:
             reasoning=self._http.reasoning == "apart",
         )
 
-    async def _checked(self, asked: Asked) -> list[AdmittedJob]:
+    async def _checked(self, asked: Asked, holding: Holding) -> list[AdmittedJob]:
         if asked.dialogue is None:
-            return await self._admitted(asked)
+            return await self._admitted(asked, holding)
         (prompt,) = asked.prompts
         assert isinstance(prompt.content, Chat)
         prepared = self.conventions.prepare(prompt.content.messages, prompt.content.options, asked.dialogue)
-        chat = Chat(prepared.messages, prepared.options)
+        chat = Chat(prepared.messages, prepared.options, prompt.content.images)
         asked = replace(asked, prompts=[replace(prompt, content=chat)], text=replace(asked.text, marks=prepared.marks))
-        return await self._admitted(asked, prepared)
+        return await self._admitted(asked, holding, prepared)
 
     def _prompt_end(self, prepared: PreparedChat, ids: Sequence[int]) -> str:
         if prepared.think is None:
             return ""
         return self._tokenizer().decode(ids[-_PROMPT_END:], skip_special_tokens=False)
 
-    async def _admitted(self, asked: Asked, prepared: PreparedChat | None = None) -> list[AdmittedJob]:
+    async def _admitted(
+        self, asked: Asked, holding: Holding, prepared: PreparedChat | None = None
+    ) -> list[AdmittedJob]:
         """`prepared`: the only prompt, which says more of the output once it is rendered."""
         names, sequences = asked.names, asked.params.n
         if names.prompts is not None:
@@ -139,7 +176,7 @@ class Intake:
         self.limits.branches(sequences, names.sequences)
         self._expected_beams(asked)
         if asked.prompts_first or prepared is not None:
-            prompts = await self._prompts(asked)
+            prompts = await self._prompts(asked, holding)
             if prepared is not None:
                 end = self._prompt_end(prepared, prompts[0].ids)
                 asked = replace(asked, constraint=prepared.constraint(end, asked.constraint))
@@ -148,7 +185,7 @@ class Intake:
         else:
             params = await self._params(asked)
             text = await self._text(asked)
-            prompts = await self._prompts(asked)
+            prompts = await self._prompts(asked, holding)
         size = _size([prompt.ids for prompt in prompts])
         jobs: list[AdmittedJob] = await self._work.compute(size, self._jobs, asked, prompts, params, text)
         if prepared is not None and prepared.parsed:
@@ -202,9 +239,12 @@ class Intake:
         await self._work.compute(stops.size * STOP_COST, stops.build)
         return replace(asked.text, stops=stops)
 
-    async def _prompts(self, asked: Asked) -> list[_Fitted]:
+    async def _prompts(self, asked: Asked, holding: Holding) -> list[_Fitted]:
         cut = asked.keep_last is not None
-        texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str)]
+        asked = replace(asked, prompts=[self._read(prompt) for prompt in asked.prompts])
+        for prompt in asked.prompts:
+            self._images.check(_images(prompt))
+        texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str) and not prompt.images]
         encoded = iter(
             await self._work.encode(
                 [str(prompt.content) for prompt in texts],
@@ -215,20 +255,43 @@ class Intake:
             if texts
             else ()
         )
-        given: list[Ids] = []
+        given: list[EncodedPrompt] = []
         for prompt in asked.prompts:
-            if isinstance(prompt.content, str):
-                given.append(next(encoded))
-            elif isinstance(prompt.content, Chat):
-                given.append(await self._chat(asked, prompt.content, prompt.field))
+            if isinstance(prompt.content, Chat):
+                given.append(await self._chat(asked, prompt.content, prompt.field, holding))
+            elif prompt.images:
+                special = asked.add_special_tokens
+                given.append(await self._seeing(prompt, holding, add_special_tokens=special, cut=cut))
             else:
-                given.append(prompt.content)
-        return await self._work.compute(_size(given), self._fitted, asked, given)
+                given.append(EncodedPrompt(next(encoded) if isinstance(prompt.content, str) else prompt.content))
+        return await self._work.compute(_size([one.ids for one in given]), self._fitted, asked, given)
 
-    async def _chat(self, asked: Asked, chat: Chat, field: str) -> Ids:
+    def _read(self, prompt: Prompt) -> Prompt:
+        """Raises InvalidRequest."""
+        if not prompt.markdown or not isinstance(prompt.content, str):
+            return prompt
+        text, images = self._images.read(prompt.content, prompt.field)
+        return replace(prompt, content=text, images=images, markdown=False)
+
+    async def _seeing(self, prompt: Prompt, holding: Holding, *, add_special_tokens: bool, cut: bool) -> EncodedPrompt:
+        """A text with images."""
+        prompt = self._read(prompt)
+        assert isinstance(prompt.content, str)
+        return await self._images.given(
+            prompt.content, prompt.images, prompt.field, holding, add_special_tokens=add_special_tokens, cut=cut
+        )
+
+    async def _chat(self, asked: Asked, chat: Chat, field: str, holding: Holding) -> EncodedPrompt:
         """Its tokens; without its oldest messages, where those are to go for the others."""
+        shown = await self._images.show(chat.images, holding) if chat.images and asked.drops_oldest else None
+
+        async def encode(chat: Chat, cut: bool) -> EncodedPrompt:
+            if not chat.images:
+                return EncodedPrompt(await self._work.encode_chat(chat, field, cut=cut))
+            return await self._images.given(chat, chat.images, field, holding, cut=cut, shown=shown)
+
         if not asked.drops_oldest:
-            return await self._work.encode_chat(chat, field, cut=asked.keep_last is not None)
+            return await encode(chat, asked.keep_last is not None)
         limits = self.limits
         most = max(1, min(limits.max_req_input_len, limits.room(asked.new_tokens or 1, asked.params.n)))
         too_many = chat.size - most * _LONGEST
@@ -236,26 +299,29 @@ class Intake:
             if too_many > 0:
                 shorter = without_oldest(chat, too_many)
                 if shorter is None:
-                    return await self._work.encode_chat(chat, field, cut=False)
+                    return await encode(chat, False)
                 chat = shorter
-            ids = await self._work.encode_chat(chat, field, cut=True)
-            if len(ids) <= most:
-                return ids
-            too_many = share(chat, len(ids), most)
+            given = await encode(chat, True)
+            if len(given.ids) <= most:
+                return given
+            too_many = share(chat, len(given.ids), most)
 
-    def _fitted(self, asked: Asked, given: Sequence[Ids]) -> list[_Fitted]:
-        return [self._fit(asked, prompt, ids) for prompt, ids in zip(asked.prompts, given, strict=True)]
+    def _fitted(self, asked: Asked, given: Sequence[EncodedPrompt]) -> list[_Fitted]:
+        return [self._fit(asked, prompt, one) for prompt, one in zip(asked.prompts, given, strict=True)]
 
-    def _fit(self, asked: Asked, prompt: Prompt, given: Ids) -> _Fitted:
-        limits, sequences = self.limits, asked.params.n
-        ids = [*limits.prompt(_last(given, asked.keep_last, limits.max_req_input_len), prompt.field)]
+    def _fit(self, asked: Asked, prompt: Prompt, given: EncodedPrompt) -> _Fitted:
+        limits, sequences, length = self.limits, asked.params.n, len(given.ids)
+        given = given.without(*_first(length, asked.keep_last, limits.max_req_input_len), prompt.field)
+        given = given.without(*limits.cut(len(given.ids), prompt.field), prompt.field)
+        ids = [*given.ids]
+        limits.token_ids(ids, prompt.field)
         new_tokens = asked.new_tokens
         if new_tokens is None:
             room = limits.room(len(ids), sequences)
             most = asked.default_new_tokens
             new_tokens = max(1, room if most is None else min(room, most))
         limits.new_tokens(len(ids), new_tokens, sequences, asked.names.new_tokens or prompt.field)
-        return _Fitted(ids, len(ids) != len(given), max(1, new_tokens))
+        return _Fitted(given._replace(ids=ids), len(ids) != length, max(1, new_tokens))
 
     def _jobs(
         self, asked: Asked, prompts: list[_Fitted], params: SamplingParams, text: TextOptions
@@ -273,9 +339,10 @@ class Intake:
         self, asked: Asked, prompt: Prompt, fitted: _Fitted, params: SamplingParams, text: TextOptions
     ) -> AdmittedJob:
         """A prompt whose log-probabilities were asked for is scored whole, so it isn't healed."""
-        ids, cut, new_tokens = fitted
+        given, cut, new_tokens = fitted
+        ids: list[int] = given.ids  # type: ignore[assignment]  # made by _fit
         run, healing, prompt_logprobs = ids, b"", params.prompt_logprobs
-        if prompt.continued and self._heals and prompt_logprobs < 0:
+        if prompt.continued and self._heals and prompt_logprobs < 0 and not given.ends_with_image():
             # As many tokens may pass before one shows, and they count.
             run, healing = roll_back(ids, self._tokenizer(), most=min(2, new_tokens - 1))
         if asked.shows_prompt and self.scores_prompts:
@@ -289,7 +356,12 @@ class Intake:
             prompt_logprobs=prompt_logprobs,
             stops=text.for_search() if self.beams and params.n > 1 and text.stops else None,
         )
-        return AdmittedJob(ids, cut, run, own, text)
+        return AdmittedJob(ids, cut, run, own, text, images=given.images, seen=given.seen)
+
+
+def _images(prompt: Prompt) -> Sequence[AskedImage]:
+    """Those of a prompt of any kind."""
+    return prompt.content.images if isinstance(prompt.content, Chat) else prompt.images
 
 
 def _size(prompts: Sequence[Ids]) -> int:
@@ -297,12 +369,9 @@ def _size(prompts: Sequence[Ids]) -> int:
     return sum(map(len, prompts)) // 4 + len(prompts) * JOB_COST
 
 
-def _last(ids: Ids, most: int | None, fitting: int) -> Ids:
-    """What is kept of a prompt, see `Asked.keep_last`."""
-    if most is None:
-        return ids
-    kept = fitting if most < 0 else most
-    return ids if len(ids) <= kept else ids[-kept:] if kept else ids[:0]
+def _first(length: int, most: int | None, fitting: int) -> tuple[int, int]:
+    """What goes of a prompt, from its first token on, see `Asked.keep_last`."""
+    return 0, 0 if most is None else max(0, length - (fitting if most < 0 else most))
 
 
 def _json(value: bool) -> str:

@@ -53,16 +53,24 @@ class RequestLimits:
 
         Those ids are checked here too: a tokenizer may know more of them than the model has embeddings.
         """
-        length, limit = len(ids), self.max_req_input_len
-        if not ids:
-            raise InvalidRequest(f"{field}: the prompt has no tokens", param=field)
-        if length > limit:
-            if self.long_truncation_mode is None:
-                raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
-            half = limit // 2 if self.long_truncation_mode == "center" else 0
-            ids = ids[:half] + ids[half - limit :]  # type: ignore[operator]
+        first, end = self.cut(len(ids), field)
+        if first < end:
+            ids = ids[:first] + ids[end:]  # type: ignore[operator]
         self.token_ids(ids, field)
         return ids
+
+    def cut(self, length: int, field: str) -> tuple[int, int]:
+        """Of a prompt of so many tokens the first one that `long_truncation_mode` leaves out, and the next one that is
+        kept. Raises InvalidRequest for one that is too long without it, or has no tokens."""
+        limit = self.max_req_input_len
+        if not length:
+            raise InvalidRequest(f"{field}: the prompt has no tokens", param=field)
+        if length <= limit:
+            return 0, 0
+        if self.long_truncation_mode is None:
+            raise _overflow(f"your prompt resulted in {length} tokens", "max_req_input_len", limit, field)
+        half = limit // 2 if self.long_truncation_mode == "center" else 0
+        return half, length - (limit - half)
 
     def at_least(self, tokens: int, field: str) -> None:
         """Raises InvalidRequest if a prompt of so many tokens or more can't fit."""

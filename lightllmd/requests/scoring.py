@@ -40,11 +40,12 @@ from dataclasses import dataclass
 
 from lightllmd.config.plan import Plan, Scoring
 from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import PoolingParams
+from lightllmd.ipc.messages import ImageSpan, PoolingParams
 from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.faults import naming
-from lightllmd.requests.limits import Ids, RequestLimits
+from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.seeing import EncodedPrompt, Holding, ImageIntake, SeenImages
 from lightllmd.requests.text_work import JOB_COST, TextWork
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.pairs import NO_CUT, PairCut
@@ -83,6 +84,8 @@ class ScoringJob:
     cut: bool  # because it was too long
     prompt_ids: list[int]  # what is run of it
     params: PoolingParams
+    images: Sequence[ImageSpan] = ()
+    seen: SeenImages | None = None
 
     def branches(self, tokenizer: Tokenizer | None) -> list[Branch]:
         """None: nothing is generated."""
@@ -92,9 +95,9 @@ class ScoringJob:
 class ScoringIntake:
     """From what is asked to jobs: every rule that needs the plan, once for all dialects."""
 
-    def __init__(self, plan: Plan, limits: RequestLimits, work: TextWork) -> None:
+    def __init__(self, plan: Plan, limits: RequestLimits, work: TextWork, images: ImageIntake) -> None:
         self._scoring, self._embedding, self._generates = plan.scoring, plan.embedding, plan.generates
-        self._limits, self._work = limits, work
+        self._limits, self._work, self._images = limits, work, images
         # Tokens that a prompt which ends with one has at its end, too, where it is cut.
         ending = None if plan.scoring is None else plan.scoring.ending
         self._endings = frozenset(plan.eos_id if plan.scoring is None else [] if ending is None else [ending])
@@ -124,9 +127,9 @@ class ScoringIntake:
                 code="no_reward_model",
             )
         self._limits.at_once(len(asked.prompts), asked.prompts_field)
-        with naming(asked.prompts_field):
-            given = await self._given(asked, scoring)
-            size = sum(map(len, given)) // 4 + len(given) * JOB_COST
+        with naming(asked.prompts_field), Holding() as holding:
+            given = await self._given(asked, scoring, holding)
+            size = sum(len(one.ids) for one in given) // 4 + len(given) * JOB_COST
             return await self._work.compute(size, self._checked, asked, scoring, given)
 
     def _check_embedding(self, asked: ScoresAsked) -> None:
@@ -144,10 +147,10 @@ class ScoringIntake:
                 param="dimensions",
             )
 
-    async def _given(self, asked: ScoresAsked, scoring: Scoring | None) -> Sequence[Ids]:
-        """The ids of each prompt."""
+    async def _given(self, asked: ScoresAsked, scoring: Scoring | None, holding: Holding) -> Sequence[EncodedPrompt]:
+        """Each prompt."""
         if isinstance(asked.prompts, TextPairs):
-            return await self._work.encode_pairs(asked.prompts, asked.pair_cut)
+            return [EncodedPrompt(ids) for ids in await self._work.encode_pairs(asked.prompts, asked.pair_cut)]
         cut = asked.keep_first is not None or asked.keep_last is not None
         texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str)]
         encoded: Iterator[list[int]] = iter(())
@@ -160,25 +163,30 @@ class ScoringIntake:
                     cut=cut,
                 )
             )
-        given: list[Ids] = []
+        given: list[EncodedPrompt] = []
         for prompt in asked.prompts:
             content = prompt.content
             if isinstance(content, str):
-                given.append(next(encoded))
+                given.append(EncodedPrompt(next(encoded)))
+            elif isinstance(content, Chat) and content.images:
+                seen = await self._images.given(content, content.images, prompt.field, holding, cut=cut)
+                given.append(seen._replace(ids=_ended([*seen.ids], scoring)))
             elif isinstance(content, Chat):
-                given.append(_ended(await self._work.encode_chat(content, prompt.field, cut=cut), scoring))
+                given.append(
+                    EncodedPrompt(_ended(await self._work.encode_chat(content, prompt.field, cut=cut), scoring))
+                )
             else:
-                given.append(content)
+                given.append(EncodedPrompt(content))
         return given
 
-    def _checked(self, asked: ScoresAsked, scoring: Scoring | None, given: Sequence[Ids]) -> list[ScoringJob]:
+    def _checked(self, asked: ScoresAsked, scoring: Scoring | None, given: Sequence[EncodedPrompt]) -> list[ScoringJob]:
         prompts = asked.prompts
         fields = (
             map(prompts.second.of, range(len(prompts)))
             if isinstance(prompts, TextPairs)
             else (prompt.field for prompt in prompts)
         )
-        jobs = [self._job(asked, scoring, field, ids) for field, ids in zip(fields, given, strict=True)]
+        jobs = [self._job(asked, scoring, field, one) for field, one in zip(fields, given, strict=True)]
         places = sum(1 if job.params.at is None else len(job.params.at) for job in jobs)
         if scoring is not None:
             self._limits.vectors(places, len(scoring.labels), asked.prompts_field)
@@ -186,13 +194,16 @@ class ScoringIntake:
             self._limits.vectors(places, asked.dimensions or self._embedding.size, asked.prompts_field)
         return jobs
 
-    def _job(self, asked: ScoresAsked, scoring: Scoring | None, field: str, given: Ids) -> ScoringJob:
-        kept = self._kept(asked, given)
-        if kept[-1:] != given[-1:] and given[-1] in self._endings:
-            kept = [*kept[:-1], given[-1]]  # where the model is read stays the end
-        ids = [*self._limits.prompt(kept, field)]
+    def _job(self, asked: ScoresAsked, scoring: Scoring | None, field: str, given: EncodedPrompt) -> ScoringJob:
+        length, last = len(given.ids), given.ids[-1:]
+        given = self._kept(asked, given, field)
+        if given.ids[-1:] != last and last[0] in self._endings and not given.ends_with_image():
+            given = given._replace(ids=[*given.ids[:-1], last[0]])  # where the model is read stays the end
+        given = given.without(*self._limits.cut(len(given.ids), field), field)
+        ids = [*given.ids]
+        self._limits.token_ids(ids, field)
         params = self._embedded(asked) if scoring is None else self._scored(asked, scoring, field, ids)
-        return ScoringJob(ids, len(ids) != len(given), ids, params)
+        return ScoringJob(ids, len(ids) != length, ids, params, given.images, given.seen)
 
     def _scored(self, asked: ScoresAsked, scoring: Scoring, field: str, ids: list[int]) -> PoolingParams:
         if scoring.marker is None:
@@ -218,12 +229,13 @@ class ScoringIntake:
             unit=pooling.unit or 0 < size < embedding.size if asked.unit is None else asked.unit,
         )
 
-    def _kept(self, asked: ScoresAsked, ids: Ids) -> Ids:
+    def _kept(self, asked: ScoresAsked, given: EncodedPrompt, field: str) -> EncodedPrompt:
         for most, last in ((asked.keep_first, False), (asked.keep_last, True)):
             if most is not None:
-                kept = min(len(ids), self._limits.max_req_input_len if most < 0 else most)
-                ids = ids[len(ids) - kept :] if last else ids[:kept]
-        return ids
+                length = len(given.ids)
+                kept = min(length, self._limits.max_req_input_len if most < 0 else most)
+                given = given.without(0, length - kept, field) if last else given.without(kept, length, field)
+        return given
 
 
 def _ended(ids: list[int], scoring: Scoring | None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lightllmd.requests.asked import Chat, characters
+from lightllmd.requests.images import image_parts
 
 
 def without_oldest(chat: Chat, size: int) -> Chat | None:
@@ -22,7 +23,9 @@ def without_oldest(chat: Chat, size: int) -> Chat | None:
         at = beginning
         if dropped >= size:
             break
-    return Chat([*messages[:head], *messages[at:]], chat.options)
+    before, behind = (sum(map(image_parts, messages[:end])) for end in (head, at))
+    images = [*chat.images[:before], *chat.images[behind:]]
+    return Chat([*messages[:head], *messages[at:]], chat.options, images)
 
 
 def share(chat: Chat, tokens: int, most: int) -> int:

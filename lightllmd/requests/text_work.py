@@ -11,9 +11,11 @@ from lightllmd.ipc.messages import Grammar
 from lightllmd.requests.asked import Chat, TextPairs
 from lightllmd.requests.bad_words import bad_word_ids
 from lightllmd.requests.constraint import Constraint
+from lightllmd.requests.encoding import Encoder
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
 from lightllmd.text.healing import writable
+from lightllmd.text.image_places import ImageText
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.pairs import PairCut
 
@@ -34,6 +36,12 @@ class TextWork(Protocol):
 
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
         """As `encode`, and for a conversation that the model's template refuses, or if the model has none."""
+
+    async def encode_seeing(
+        self, content: str | Chat, field: str, image: ImageText, images: int, *, add_special_tokens: bool, cut: bool
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a text or a conversation with so many images, each of which is one id, and the index of each.
+        Raises InvalidRequest for another number of tags in a text."""
 
     async def encode_pairs(self, pairs: TextPairs, cut: PairCut) -> list[list[int]]:
         """See PairEncoder."""
@@ -63,6 +71,16 @@ class Inline(TextWork):
 
     async def encode_chat(self, chat: Chat, field: str, *, cut: bool) -> list[int]:
         return self._tokenizer().encode_chat(chat.messages, **chat.options)
+
+    async def encode_seeing(
+        self, content: str | Chat, field: str, image: ImageText, images: int, *, add_special_tokens: bool, cut: bool
+    ) -> tuple[list[int], list[int]]:
+        encoder = Encoder(self._tokenizer(), self._limits)
+        if isinstance(content, str):
+            ids, places = encoder.encode_seeing(content, field, add_special_tokens, cut, image, images)
+        else:
+            ids, places = encoder.encode_chat_seeing(content.messages, content.options, field, cut, image, images)
+        return ids.tolist(), places
 
     async def encode_pairs(self, pairs: TextPairs, cut: PairCut) -> list[list[int]]:
         return [ids.tolist() for ids in PairEncoder(self._tokenizer(), self._limits).encode(pairs, cut)]

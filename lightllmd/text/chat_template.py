@@ -25,6 +25,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from lightllmd.errors import InvalidRequest
+from lightllmd.text.message_parts import PartsWriter, knows_images
 from lightllmd.text.tool_messages import as_texts, described, suited, with_contents
 
 MAX_MESSAGES = 4096
@@ -121,6 +122,7 @@ class ChatTemplate:
         # Else they are described in a message.
         self.takes_tools = "tool_use" in named or _TOOLS.search(self.text) is not None
         self._takes_system = not _NO_SYSTEM.search(self.text)
+        self._knows_images = knows_images(self.text)
 
     @property
     def joins_pairs(self) -> bool:
@@ -158,29 +160,34 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        image_tag: str | None = None,
         clock: Callable[[], float] = time.process_time,
     ) -> str:
         """The prompt, special tokens included: encode it with ``add_special_tokens=False``.
 
-        A message has a ``role`` and a ``content`` (a string, None, or a list of text parts); other keys reach the
-        template as they are. The role ``developer`` is ``system`` to a template that doesn't know it. `variables` are
-        further names that the template may know, such as ``enable_thinking``. With `continue_final_message` the prompt
-        ends where the last message's content does, so that the answer goes on with it.
+        A message has a ``role`` and a ``content`` (a string, None, or a list of parts); other keys reach the
+        template as they are. Parts are texts or, with an `image_tag`, images (``{"type": "image"}``); for a template
+        that knows no such parts they are that tag in the message's text. The role ``developer`` is ``system`` to a
+        template that doesn't know it. `variables` are further names that the template may know, such as
+        ``enable_thinking``. With `continue_final_message` the prompt ends where the last message's content does, so
+        that the answer goes on with it.
         A template that knows no `tools` is told of them, and of calls and their results, in messages.
         Raises InvalidRequest with the template's own words when it refuses the conversation.
         """
         if len(messages) > MAX_MESSAGES:
             raise InvalidRequest(f"messages: {len(messages)} messages, at most {MAX_MESSAGES}")
         name = self._choose(bool(tools))
-        plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        parts = PartsWriter(image_tag, self._knows_images)
+        plain = [_message(message, f"messages[{index}]", parts) for index, message in enumerate(messages)]
         if not self.takes_tools:
-            plain = described(plain, tools or (), takes_system=self._takes_system)
+            plain = described(parts.flat(plain, bool(tools)), tools or (), takes_system=self._takes_system)
         elif any(message.get("tool_calls") for message in plain):
             plain = suited(plain, self.text)
         if name not in self._knows_developer:
             for message in plain:
                 message["role"] = _SYSTEM if message["role"] == _DEVELOPER else message["role"]
         mark = _mark_end(plain) if continue_final_message else None
+        parts.suit(plain)
         names = {
             **self._special_tokens,
             "documents": None,
@@ -247,14 +254,14 @@ def _pair_template(named: Mapping[str, str]) -> str | None:
     return known
 
 
-def _message(message: object, where: str) -> dict[str, Any]:
+def _message(message: object, where: str, parts: PartsWriter) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{where}: must be an object with role and content")
     if not isinstance(message.get("role"), str):
         raise InvalidRequest(f"{where}.role: must be a string")
     plain = _plain(message, where)
     if "content" in plain:
-        plain["content"] = _content(plain["content"], f"{where}.content")
+        plain["content"] = parts.content(plain["content"], f"{where}.content")
     calls = plain.get("tool_calls")
     for call in calls if isinstance(calls, list) else []:
         _parse_arguments(call)
@@ -264,10 +271,13 @@ def _message(message: object, where: str) -> dict[str, Any]:
 def _mark_end(messages: list[dict[str, Any]]) -> str:
     """Puts a text behind the last message that no client can know, to find it again in the prompt."""
     last = messages[-1] if messages else {}
-    if not isinstance(last.get("content"), str):
+    content, name = last, "content"
+    if isinstance(last.get("content"), list) and last["content"]:
+        content, name = last["content"][-1], "text"
+    if not isinstance(content.get(name), str):
         raise InvalidRequest("messages: the last one has no text that could be continued", param="messages")
     mark = f"<{secrets.token_hex(16)}>"
-    last["content"] += mark
+    content[name] += mark
     return mark
 
 
@@ -279,23 +289,6 @@ def _up_to(text: str, mark: str) -> str:
             param="continue_final_message",
         )
     return head.replace(mark, "")
-
-
-def _content(content: object, where: str) -> str | None:
-    """Text parts are joined by line breaks: most templates take a string only."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{where}: must be a string or a list of parts")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind != "text":
-            raise InvalidRequest(f"{where}[{index}]: parts of type {kind!r} are not supported by this model, text is")
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{where}[{index}].text: must be a string")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _parse_arguments(call: object) -> None:

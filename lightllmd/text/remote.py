@@ -143,6 +143,8 @@ _RESULTS: dict[str, Callable[[Any], Any]] = {
     "encode_pairs": lambda result: [_ids(one) for one in result],
     "encode_batch": lambda result: [_ids(one) for one in result],
     "encode_chat": _ids,
+    "encode_seeing": lambda result: (_ids(result[0]), msgspec.convert(result[1], list[int])),
+    "encode_chat_seeing": lambda result: (_ids(result[0]), msgspec.convert(result[1], list[int])),
     "render": lambda result: msgspec.convert(result, str),
     "render_chat": lambda result: msgspec.convert(result, str),
     "count": lambda result: msgspec.convert(result, int),

@@ -21,8 +21,15 @@ from lightllmd.api import server
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.worker import ApiWorker
 from lightllmd.config import keys
-from lightllmd.config.parameters import Config, EngineSettings, HttpSettings, Params, SupervisorSettings
-from lightllmd.config.plan import Budget, DeviceFacts, Plan, Pooling, PromptEmbedding, Scoring, encode_plan
+from lightllmd.config.parameters import (
+    Config,
+    EngineSettings,
+    HttpSettings,
+    ImagesSettings,
+    Params,
+    SupervisorSettings,
+)
+from lightllmd.config.plan import Budget, DeviceFacts, Plan, Pooling, PromptEmbedding, Scoring, Vision, encode_plan
 from lightllmd.engine.runners.fake_model import fake_score, fake_token
 from lightllmd.ipc import channel, messages
 from lightllmd.ipc.bus import EngineSocket
@@ -38,17 +45,21 @@ def make_plan(
     names: Iterable[str] = (),
     scoring: Scoring | None = None,
     pooling: Pooling | None = None,
+    sees: bool = False,
+    images: dict[str, Any] | None = None,
     **http: Any,
 ) -> Plan:
-    """`scoring`: of a reward model; `pooling`: of any other, whose embeddings have SIZE values."""
+    """`sees`: requests may bring images, under the settings `images`. `scoring`: of a reward model; `pooling`: of any
+    other, whose embeddings have SIZE values."""
     settings = HttpSettings(**http)
     read = {setting: keys.read(path) for setting, path in settings.key_files.items()}
     ring = keys.ring(read.get("http.api_keys_file"), read.get("http.metrics_key"), settings.metrics_key)
     config = Config(
         held_keys=ring,
         models={name: {} for name in names},
-        params=Params(**({"max_total_token_num": 6000} | (params or {}))),
+        params=Params(**({"max_total_token_num": 6000, "enable_multimodal": sees} | (params or {}))),
         http=settings,
+        images=ImagesSettings(**(images or {})),
         engine=EngineSettings(backend="fake"),
         supervisor=SupervisorSettings(stop_timeout=4.0),
     )
@@ -66,6 +77,7 @@ def make_plan(
         log_stats_interval=10.0,
         vocab_size=257,
         scoring=scoring,
+        vision=Vision("float32", 4, 32, 200 * 4 * 32) if sees else None,
         embedding=PromptEmbedding(pooling or Pooling("last", unit=True), SIZE) if scoring is None else None,
         model_name=model,
     )

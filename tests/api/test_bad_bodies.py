@@ -57,7 +57,7 @@ NATIVE: list[tuple[str, bytes, str]] = [
     ("add_special_tokens as number", _p(add_special_tokens=1), "add_special_tokens"),
     ("unknown parameter", _p(topp=0.5), "did you mean 'top_p'"),
     ("unknown parameter, nothing near", _p(zzzzqq=1), "known are"),
-    ("images", b'{"inputs": "x", "multimodal_params": {"images": [{"type": "url"}]}}', "not available yet"),
+    ("images", b'{"inputs": "x", "multimodal_params": {"images": [{"type": "url"}]}}', "images.0.data: required"),
     ("no schema", _p(guided_json=[]), "parameters.guided_json: should be a valid dictionary; got []"),
     ("integer as text", _p(max_new_tokens="5"), "got '5'"),
     ("integer as float", _p(max_new_tokens=2.5), "got 2.5"),
@@ -243,7 +243,7 @@ OPENAI: list[tuple[str, str, bytes, str]] = [
         json.dumps(
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}
         ).encode(),
-        "image_url is not available yet",
+        "this server takes no images: enable_multimodal is false",
     ),
     (
         "tool role",

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from lightllmd.api.helpers.texts import off_loop
 from lightllmd.api.inflight.event_stream import EventStream, Frames
 from lightllmd.api.inflight.pending import Pending
-from lightllmd.api.inflight.revision import Revision
+from lightllmd.api.inflight.revision import Revision, let_go_if_refused
 from lightllmd.api.inflight.revisions import Revisions
 from lightllmd.api.web import bodies, limits
 from lightllmd.api.web.errors import ErrorBody, ErrorShape, ErrorStatus, own_status
@@ -126,8 +126,9 @@ class Responder:
             async with revisions.entered(request.receive, urgency.deadline(arrived_at)) as revision:
                 revisions.check_name(revision, asked.model)
                 jobs = await revision.intake.of(asked)
-                limits.take_prompts(request.scope, sum(len(job.given_ids) for job in jobs))
-                reply = await translation.reply(revision, body, jobs)
+                with let_go_if_refused(jobs):
+                    limits.take_prompts(request.scope, sum(len(job.given_ids) for job in jobs))
+                    reply = await translation.reply(revision, body, jobs)
                 pending = await revision.open(jobs, arrived_at, revision.tenants.turn(request.scope, urgency))
                 limits.follow(request.scope, pending.entries)
         if translation.streamed(body):

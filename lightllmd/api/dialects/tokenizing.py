@@ -20,7 +20,7 @@ from lightllmd.api.web.errors import openai_error
 from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.api.web.responses import encoded_response, json_response
 from lightllmd.dialogue.tools import MAX_TOOLS, Dialogue, check_tools
-from lightllmd.requests.asked import Chat
+from lightllmd.requests.asked import Chat, Prompt
 from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import Body, Count, packed
 
@@ -87,7 +87,11 @@ def router(revisions: Revisions) -> APIRouter:
         if body.messages is not None:
             chat = body.chat(body.messages)
             prepared = revision.intake.conventions.prepare(chat.messages, chat.options, body.dialogue)
-            text, special = await texts.render(Chat(prepared.messages, prepared.options)), False
+            chat = Chat(prepared.messages, prepared.options, chat.images)
+            if chat.images:
+                ids = await revision.intake.ids(Prompt(chat, "messages", False))
+                return encoded_response(await texts.shown_ids(ids, strings=body.return_token_strs))
+            text, special = await texts.render(chat), False
         return encoded_response(await texts.tokenized(text, add_special_tokens=special, strings=body.return_token_strs))
 
     @routes.post("/detokenize", openapi_extra=bodies.documented(DetokenizeBody))

@@ -19,6 +19,8 @@ def encoding_tasks(tokenizer: Tokenizer, limits: RequestLimits) -> dict[str, Tas
     return {
         "encode": encoder.encode,
         "encode_chat": encoder.encode_chat,
+        "encode_seeing": encoder.encode_seeing,
+        "encode_chat_seeing": encoder.encode_chat_seeing,
         "encode_pairs": PairEncoder(tokenizer, limits).encode,
         "render": encoder.render,
         "count": encoder.count,

@@ -22,6 +22,7 @@ from lightllmd.requests.constraint import Constraint
 from lightllmd.requests.fields import Body
 from lightllmd.requests.limits import RequestLimits
 from lightllmd.requests.pair_encoding import PairEncoder
+from lightllmd.text.image_places import ImageText
 from lightllmd.text.interface import Tokenizer
 from lightllmd.text.pairs import PairCut
 from lightllmd.text.remote import RemoteTokenizer
@@ -53,10 +54,8 @@ class TextHelpers:
 
     def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         encoding = encoding_tasks(tokenizer, limits)
-        others: dict[str, Task] = {
-            "decode": bodies.decode_noting,
-            "detokenize": TokenViews(tokenizer, limits).detokenize,
-        }
+        self._views = TokenViews(tokenizer, limits)
+        others: dict[str, Task] = {"decode": bodies.decode_noting, "detokenize": self._views.detokenize}
         self._tokenizer = tokenizer
         self._pairs = PairEncoder(tokenizer, limits)
         self._hosted = isinstance(tokenizer, RemoteTokenizer)  # it encodes nothing in this process
@@ -94,6 +93,20 @@ class TextHelpers:
         text = await self.render(chat)
         (encoded,) = await self.encode([text], [field], add_special_tokens=False, cut=cut)
         return encoded
+
+    async def encode_seeing(
+        self, content: str | Chat, field: str, image: ImageText, images: int, *, add_special_tokens: bool, cut: bool
+    ) -> tuple[list[int], list[int]]:
+        """See TextWork. Always in a helper process, as a chat."""
+        arguments: tuple[Any, ...]
+        if isinstance(content, str):
+            arguments = ("encode_seeing", content, field, add_special_tokens, cut, image, images)
+            heavy = len(content) > _LONG
+        else:
+            arguments = ("encode_chat_seeing", content.messages, content.options, field, cut, image, images)
+            heavy = content.size > _LONG or len(content.messages) > _MANY_MESSAGES
+        ids, places = await self.encoders.run(*arguments, heavy=heavy)
+        return await off_loop(len(ids), ids.tolist), places
 
     async def encode_pairs(self, pairs: TextPairs, cut: PairCut) -> list[list[int]]:
         """See TextWork. Where a template joins them it runs in a helper process, as for a chat."""
@@ -144,6 +157,10 @@ class TextHelpers:
     async def tokenized(self, text: str, *, add_special_tokens: bool, strings: bool) -> bytes:
         """See TokenViews."""
         return await self.encoders.run("tokenize", text, add_special_tokens, strings, heavy=len(text) > _LONG)
+
+    async def shown_ids(self, ids: Sequence[int], *, strings: bool) -> bytes:
+        """See TokenViews.tokenized."""
+        return await off_loop(len(ids), self._views.tokenized, ids, strings)
 
     async def detokenized(self, ids: Sequence[int]) -> bytes:
         """See TokenViews."""

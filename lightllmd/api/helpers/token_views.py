@@ -23,7 +23,10 @@ class TokenViews:
 
     def tokenize(self, text: str, add_special_tokens: bool, strings: bool) -> bytes:
         """`strings`: with the tokens as the model's files write them. Raises InvalidRequest."""
-        ids = self._tokenizer.encode(text, add_special_tokens)
+        return self.tokenized(self._tokenizer.encode(text, add_special_tokens), strings)
+
+    def tokenized(self, ids: Sequence[int], strings: bool) -> bytes:
+        """The same of ids."""
         shown = {
             "count": len(ids),
             "max_model_len": self._limits.max_req_total_len,

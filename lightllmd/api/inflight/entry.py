@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lightllmd.api.inflight.groups import EngineGroup
 from lightllmd.errors import RequestError
-from lightllmd.ipc.messages import RequestParams
+from lightllmd.ipc.messages import ImageSpan, RequestParams
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.prompt_log import PromptLog
+from lightllmd.requests.seeing import SeenImages
 from lightllmd.requests.urgency import Turn
 
 
@@ -37,6 +38,7 @@ class Entry:
         "first_token_at",
         "group",
         "held_since",
+        "images",
         "ledger",
         "notify",
         "outcome",
@@ -49,6 +51,7 @@ class Entry:
         "queued",
         "refused_by",
         "request",
+        "seen",
         "started_at",
         "strikes",
         "submitted",
@@ -72,6 +75,8 @@ class Entry:
         private: bool,
         prompt_tokens: int,
         turn: Turn,
+        images: Sequence[ImageSpan] = (),
+        seen: SeenImages | None = None,
     ) -> None:
         self.ledger = ledger  # whose it is now; another one's after it migrated
         self.request = request
@@ -81,6 +86,8 @@ class Entry:
         self.arrival_ns = time.monotonic_ns()
         self.prompt_ids = prompt_ids
         self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back
+        self.images = images  # in the prompt
+        self.seen = seen  # the same, kept where they were seen until it has ended
         self.prompt_log = PromptLog()
         self.cached = 0  # prompt tokens that the engine that gave the first token found in its prompt cache
         self.params = params

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from lightllmd.api.inflight.deadlines import Deadlines, late
 from lightllmd.api.inflight.entry import Entry
@@ -22,8 +22,9 @@ from lightllmd.api.inflight.groups import EngineGroup, EngineGroups, Link
 from lightllmd.api.inflight.quarantine import count_death
 from lightllmd.api.inflight.tally import Tally
 from lightllmd.errors import DeadlineExceeded, InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
-from lightllmd.ipc.messages import FINISH_ABORT, Abort, Load, Rejected, RequestParams, StepOutput, Submit
+from lightllmd.ipc.messages import FINISH_ABORT, Abort, ImageSpan, Load, Rejected, RequestParams, StepOutput, Submit
 from lightllmd.requests.branch import Branch
+from lightllmd.requests.seeing import SeenImages
 from lightllmd.requests.urgency import ANY_TURN, Turn
 
 log = logging.getLogger(__name__)
@@ -73,11 +74,14 @@ class Ledger:
         batch: int = 0,
         turn: Turn = ANY_TURN,
         only: int | None = None,
+        images: Sequence[ImageSpan] = (),
+        seen: SeenImages | None = None,
     ) -> Entry:
         """Takes a request and sends it to an engine or holds it. `branches`: none of one with PoolingParams, whose
         result is `Entry.vectors`. `prompt_tokens`:
         the prompt's length as it was given; None: `prompt_ids` are all of it. `batch`: the number of the entry that was
-        opened right before for the first prompt of the same body; 0: this is the first.
+        opened right before for the first prompt of the same body; 0: this is the first. `seen`: where the prompt's
+        `images` are, released when the entry ends, and only then: not where this raises.
 
         Raises NotReady while refusing, DeadlineExceeded when its time is over already, QueueFull when `max_held`
         requests are held already, but not for the further prompts of a body. A `private` one goes to the generation
@@ -93,7 +97,21 @@ class Ledger:
         now = self._clock()
         arrived_at = now if arrived_at is None else arrived_at
         prompt_tokens = len(prompt_ids) if prompt_tokens is None else prompt_tokens
-        entry = Entry(self, number, prompt_ids, params, branches, notify, arrived_at, now, private, prompt_tokens, turn)
+        entry = Entry(
+            self,
+            number,
+            prompt_ids,
+            params,
+            branches,
+            notify,
+            arrived_at,
+            now,
+            private,
+            prompt_tokens,
+            turn,
+            images,
+            seen,
+        )
         entry.batch = batch or number
         if entry.deadline is not None and entry.deadline <= now:
             raise late(entry)
@@ -263,6 +281,7 @@ class Ledger:
                 priority=entry.turn.urgency.priority or 0,
                 replay=entry.submitted,
                 suspect=entry.suspect,
+                images=[*entry.images],
             )
         )
         entry.group, entry.queued = group, len(entry.prompt_ids) + sum(len(branch.ids) for branch in unfinished)
@@ -420,6 +439,8 @@ class Ledger:
         entry.outcome = outcome
         entry.ended_at = self._clock()
         del self._entries[entry.request]
+        if entry.seen is not None:
+            entry.seen.release()
         if not entry.private:
             self.tally.counts[outcome] += 1
             self._on_end(entry)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lightllmd.api.helpers.texts import TextHelpers
 from lightllmd.api.inflight.accounts import Accounts
@@ -14,10 +15,11 @@ from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
 from lightllmd.dialogue.tools import Dialogue
 from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams
-from lightllmd.requests.asked import Chat
+from lightllmd.requests.asked import Chat, Prompt
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.intake import Intake, Job
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.seeing import Sight
 from lightllmd.requests.urgency import Turn
 from lightllmd.text.interface import Tokenizer
 
@@ -29,14 +31,17 @@ _IDS = 1 << 14  # of prompts, which are sent to the engine in the time that a se
 class Revision:
     """One of `Revisions`. All calls come from one event loop."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts) -> None:
+    def __init__(
+        self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts, sight: Sight | None = None
+    ) -> None:
+        """`sight`: None where the plan serves no images."""
         self.plan = plan
         self.tokenizer = tokenizer
         self.special_ids = tokenizer.special_ids
         self.ledger = ledger
         self.limits = RequestLimits.of(plan)
         self.texts = TextHelpers(tokenizer, self.limits)
-        self.intake = Intake(plan, lambda: tokenizer, self.texts)
+        self.intake = Intake(plan, lambda: tokenizer, self.texts, sight)
         self.http = plan.config.http
         self.tenants = Tenants(self.http)
         self.model_name = plan.config.http.served_model_name or plan.model_name
@@ -45,8 +50,8 @@ class Revision:
         self._accounts = accounts
 
     async def open(self, jobs: Sequence[Job], arrived_at: float, turn: Turn) -> Pending:
-        """Enters every job of a body into the ledger, or none. `arrived_at`: seconds of the ledger's clock. Raises
-        NotReady, QueueFull, DeadlineExceeded.
+        """Enters every job of a body into the ledger, or none, whose images are released then. `arrived_at`: seconds
+        of the ledger's clock. Raises NotReady, QueueFull, DeadlineExceeded.
 
         A body of many jobs is entered in parts, between which the event loop has its turn. Other bodies may be entered
         then, the engine may go or come, and the revision may be migrated; the client's leaving is noticed afterwards.
@@ -54,12 +59,14 @@ class Revision:
         signal = Signal()
         entries: list[Entry] = []
         try:
-            for part in _parts(jobs):
-                if entries:
-                    await asyncio.sleep(0)
-                    if any(entry.error is not None for entry in entries):
-                        break  # the others would be for nothing; `Pending` has the error
-                self._last._enter(part, entries, signal, arrived_at, turn)
+            with let_go_if_refused(jobs):
+                for part in _parts(jobs):
+                    if entries:
+                        await asyncio.sleep(0)
+                        if any(entry.error is not None for entry in entries):
+                            break  # the others would be for nothing; `Pending` has the error
+                    self._last._enter(part, entries, signal, arrived_at, turn)
+                let_go(jobs[len(entries) :])
         except BaseException:
             for entry in entries:
                 entry.ledger.cancel(entry)
@@ -67,10 +74,12 @@ class Revision:
         return Pending(entries, signal)
 
     async def count_chat(self, chat: Chat, dialogue: Dialogue) -> int:
-        """Tokens of the prompt that a conversation becomes. Raises InvalidRequest."""
+        """Tokens of the prompt that a conversation becomes. Raises InvalidRequest, and what `Sight.show` raises."""
         prepared = self.intake.conventions.prepare(chat.messages, chat.options, dialogue)
-        text = await self.texts.render(Chat(prepared.messages, prepared.options))
-        return await self.texts.count(text, add_special_tokens=False)
+        chat = Chat(prepared.messages, prepared.options, chat.images)
+        if chat.images:
+            return len(await self.intake.ids(Prompt(chat, "messages", False)))
+        return await self.texts.count(await self.texts.render(chat), add_special_tokens=False)
 
     @property
     def _last(self) -> Revision:
@@ -99,6 +108,8 @@ class Revision:
                 prompt_tokens=len(job.given_ids),
                 batch=entries[0].request if entries else 0,
                 turn=turn,
+                images=job.images,
+                seen=job.seen,
             )
             entries.append(entry)
             self._accounts.submitted(entry)
@@ -128,6 +139,23 @@ class Revision:
             await signal.wait()
         if entry.error is not None:
             raise entry.error
+
+
+@contextmanager
+def let_go_if_refused(jobs: Iterable[Job]) -> Iterator[None]:
+    """Of their images, where they will not run."""
+    try:
+        yield
+    except BaseException:
+        let_go(jobs)
+        raise
+
+
+def let_go(jobs: Iterable[Job]) -> None:
+    """Of their images, if any."""
+    for job in jobs:
+        if job.seen is not None:
+            job.seen.release()
 
 
 def _parts(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from lightllmd.errors import InvalidRequest
 from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import Body
+from lightllmd.requests.images import AskedImage, content_of, image_at, image_of_base64, unseen
 
 MAX_MESSAGES = 4096
 MAX_NAME = 256  # characters of a tool's name, and of a call's id
@@ -35,6 +36,40 @@ class TextBlock(Block):
 
     type: Literal["text"]
     text: str
+
+
+class ImageInBody(Body):
+    """An image that the request has in it."""
+
+    lenient = True
+
+    type: Literal["base64"]
+    media_type: str = Field(default="", max_length=MAX_NAME, description="not looked at: the image says it itself")
+    data: Annotated[str, Field(min_length=1)]
+
+    def image(self, field: str) -> AskedImage:
+        """In no dialect."""
+        return image_of_base64(self.data, f"{field}.data")
+
+
+class ImageAtUrl(Body):
+    """An image elsewhere."""
+
+    lenient = True
+
+    type: Literal["url"]
+    url: Annotated[str, Field(min_length=1)]
+
+    def image(self, field: str) -> AskedImage:
+        """In no dialect. Raises InvalidRequest."""
+        return image_at(self.url, f"{field}.url")
+
+
+class ImageBlock(Block):
+    """An image."""
+
+    type: Literal["image"]
+    source: Annotated[ImageInBody | ImageAtUrl, Field(discriminator="type")]
 
 
 class ThinkingBlock(Block):
@@ -67,6 +102,9 @@ class ToolUseBlock(Block):
     input: dict[str, Any]
 
 
+ResultBlock = Annotated[TextBlock | ImageBlock, Field(discriminator="type")]
+
+
 class ToolResultBlock(Block):
     """What a tool answered."""
 
@@ -74,27 +112,31 @@ class ToolResultBlock(Block):
 
     type: Literal["tool_result"]
     tool_use_id: Name
-    content: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[ResultBlock], Field(fail_fast=True)] | None = None
     is_error: bool = False
 
-    @property
-    def text(self) -> str:
+    def shown(self, field: str) -> str | list[Any]:
         """All of it. An error says so if it says nothing."""
-        return joined(self.content or "") or ("error" if self.is_error else "")
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = content_of(_part(block, f"{field}.content.{at}") for at, block in enumerate(content))
+        return content or ("error" if self.is_error else "")
 
 
 AnyBlock = Annotated[
-    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
 ]
 _KNOWN: dict[str, type[Block]] = {
     "text": TextBlock,
+    "image": ImageBlock,
     "thinking": ThinkingBlock,
     "redacted_thinking": RedactedThinkingBlock,
     "tool_use": ToolUseBlock,
     "tool_result": ToolResultBlock,
 }
 _ROLES: dict[str, tuple[type[Block], ...]] = {
-    "user": (TextBlock, ToolResultBlock),
+    "user": (TextBlock, ImageBlock, ToolResultBlock),
     "assistant": (TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
     "system": (TextBlock,),
 }
@@ -137,8 +179,8 @@ def turns(system: Texts | None, messages: Sequence[BlockMessage]) -> list[Turn]:
     found: list[Turn] = []
     if system and (text := joined(system)):
         found.append({"role": "system", "content": text})
-    for message in messages:
-        for turn in _turns(message):
+    for index, message in enumerate(messages):
+        for turn in _turns(message, f"messages.{index}.content"):
             if found and found[-1]["role"] == turn["role"] != "tool":
                 _add(found[-1], turn)
             else:
@@ -146,21 +188,25 @@ def turns(system: Texts | None, messages: Sequence[BlockMessage]) -> list[Turn]:
     return found
 
 
-def _turns(message: BlockMessage) -> Iterator[Turn]:
+def _turns(message: BlockMessage, field: str) -> Iterator[Turn]:
     if message.role == "assistant":
         yield _answer(message.blocks)
         return
-    texts: list[str] = []
-    for block in message.blocks:
-        if isinstance(block, TextBlock):
-            texts.append(block.text)
+    parts: list[str | AskedImage] = []
+    for index, block in enumerate(message.blocks):
+        if not isinstance(block, ToolResultBlock):
+            parts.append(_part(block, f"{field}.{index}"))
             continue
-        if texts:
-            yield {"role": message.role, "content": "\n".join(texts)}
-            texts = []
-        yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
-    if texts or not message.blocks:
-        yield {"role": message.role, "content": "\n".join(texts)}
+        if parts:
+            yield {"role": message.role, "content": content_of(parts)}
+            parts = []
+        yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.shown(f"{field}.{index}")}
+    if parts or not message.blocks:
+        yield {"role": message.role, "content": content_of(parts)}
+
+
+def _part(block: TextBlock | ImageBlock, field: str) -> str | AskedImage:
+    return block.text if isinstance(block, TextBlock) else block.source.image(f"{field}.source")
 
 
 def _answer(blocks: Iterable[Any]) -> Turn:
@@ -184,12 +230,21 @@ def _answer(blocks: Iterable[Any]) -> Turn:
 
 
 def _add(turn: Turn, following: Turn) -> None:
+    if isinstance(turn["content"], list) or isinstance(following["content"], list):
+        turn["content"] = [*_listed(turn["content"]), *_listed(following["content"])]
+        return  # a user's
     for name in ("content", "reasoning_content"):
         texts = [text for text in (turn.get(name), following.get(name)) if text]
         if texts:
             turn[name] = "\n".join(texts)
     if "tool_calls" in following:
         turn["tool_calls"] = [*turn.get("tool_calls", ()), *following["tool_calls"]]
+
+
+def _listed(content: str | list[Any]) -> list[Any]:
+    if isinstance(content, list):
+        return content
+    return [{"type": "text", "text": content}] if content else []
 
 
 # --- before the check ---------------------------------------------------------------------------------------------
@@ -221,12 +276,28 @@ def _prepared(block: Any, path: str) -> Any:
     if not isinstance(kind, str):
         return block
     known = _KNOWN.get(kind)
+    unseen(kind, f"{path}.type")
     if known is None:
         raise InvalidRequest(
             f"{path}.type: blocks of type {shown(kind)} are not available here; {', '.join(_KNOWN)} are",
             param=f"{path}.type",
         )
     kept = {name: value for name, value in block.items() if name not in known.dropped}
+    if known is ImageBlock:
+        _check_source(kept.get("source"), f"{path}.source")
     if known is ToolResultBlock and "content" in kept:
         kept["content"] = prepared_blocks(kept["content"], f"{path}.content")
     return kept
+
+
+def _check_source(source: Any, path: str) -> None:
+    if not isinstance(source, dict):
+        return
+    kind = source.get("type")
+    if kind is None:
+        raise InvalidRequest(f"{path}.type: required; base64 and url are known", param=f"{path}.type")
+    if isinstance(kind, str) and kind not in ("base64", "url"):
+        raise InvalidRequest(
+            f"{path}.type: sources of type {shown(kind)} are not available here; base64 and url are",
+            param=f"{path}.type",
+        )

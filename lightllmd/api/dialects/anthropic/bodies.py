@@ -203,7 +203,7 @@ class ConversationBody(Body):
             "continue_final_message": self.continued,
             "variables": {} if self.thinks is None else dict.fromkeys(THINKING_SWITCHES, self.thinks),
         }
-        return Chat(turns(self.system, self.messages), options)
+        return Chat.of(turns(self.system, self.messages), options)
 
 
 class CountTokensBody(ConversationBody):

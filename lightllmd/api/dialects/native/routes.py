@@ -25,6 +25,7 @@ from lightllmd.api.web.errors import native_error
 from lightllmd.api.web.ignored_fields import NamingRoute
 from lightllmd.api.web.responses import json_response, on_each
 from lightllmd.errors import RequestError
+from lightllmd.requests.asked import Prompt
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.intake import AdmittedJob
 
@@ -213,10 +214,13 @@ def counting(revisions: Revisions) -> APIRouter:
 
     @on_each(routes, "/tokens", ["GET", "POST"], openapi_extra=bodies.documented(TokensBody))
     async def tokens(request: Request) -> Response:
-        """Counts a text's tokens, special ones included."""
+        """Counts a text's tokens, special ones and those of images included."""
         body = await parse(request, TokensBody)
-        special = body.parameters.add_special_tokens
-        count = await revisions.current.texts.count(body.text, add_special_tokens=special)
+        special, revision = body.parameters.add_special_tokens, revisions.current
+        if images := body.multimodal_params.asked():
+            ids = await revision.intake.ids(Prompt(body.text, "text", False, images), add_special_tokens=special)
+            return json_response({"ntokens": len(ids)})
+        count = await revision.texts.count(body.text, add_special_tokens=special)
         return json_response({"ntokens": count})
 
     return routes

@@ -11,6 +11,7 @@ from lightllmd.errors import InvalidRequest
 from lightllmd.requests.asked import Chat
 from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import Body
+from lightllmd.requests.images import image_at, unseen
 
 MAX_MESSAGES = 4096
 MAX_CALLS = 128  # of one message
@@ -35,7 +36,27 @@ class RefusalPart(Body):
     refusal: str
 
 
-Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+class ImageUrl(Body):
+    """Where an image is."""
+
+    lenient = True
+
+    url: Annotated[str, Field(min_length=1)] = Field(description="http, https, data: with base64, or file:")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        default=None, description="without effect: the model's own processor says how large an image becomes"
+    )
+
+
+class ImageUrlPart(Body):
+    """A part of a message that is an image."""
+
+    lenient = True
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | RefusalPart | ImageUrlPart, Field(discriminator="type")]
 
 
 class CalledFunction(Body):
@@ -98,6 +119,13 @@ class Message(Body):
         if not isinstance(self.content, str) and any(isinstance(part, RefusalPart) for part in self.content):
             raise contradiction("content", f"content: only an assistant refuses; the role is {self.role!r}")
 
+    @model_validator(mode="after")
+    def _shows_nothing(self) -> Self:
+        parts = self.content if self.role == "assistant" and isinstance(self.content, list) else ()
+        if any(isinstance(part, ImageUrlPart) for part in parts):
+            raise contradiction("content", "content: an assistant shows no images; the role is 'assistant'")
+        return self
+
     @property
     def calls(self) -> list[ToolCall]:
         """Those of an assistant, in either form; the older one has no ids."""
@@ -110,11 +138,18 @@ class Message(Body):
         """The id of the call that this is the result of."""
         return f"call_{self.name}" if self.role == "function" else self.tool_call_id
 
-    def plain(self) -> dict[str, Any]:
-        """As a chat template takes it. An answer without content is empty, but null where it called a tool."""
+    def plain(self, field: str) -> dict[str, Any]:
+        """As `Chat.of` takes it. An answer without content is empty, but null where it called a tool. `field`: the
+        message's own."""
         content: Any = self.content
         if isinstance(content, list):
-            content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
+            content = [
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else image_at(part.image_url.url, f"{field}.content.{index}.image_url.url")
+                for index, part in enumerate(content)
+                if not isinstance(part, RefusalPart)
+            ]
         calls = self.calls
         plain: dict[str, Any] = {"role": self.role, "content": content or (None if calls else "")}
         if calls:
@@ -169,7 +204,7 @@ class Conversation(Body):
             "continue_final_message": self.continue_final_message,
             "variables": self.chat_template_kwargs,
         }
-        return Chat([message.plain() for message in messages], options)
+        return Chat.of([message.plain(f"messages.{index}") for index, message in enumerate(messages)], options)
 
 
 def check_answers(messages: Sequence[Message], field: str = "messages") -> None:
@@ -191,11 +226,19 @@ def _message(message: Any, path: str) -> Any:
         if name in message and message[name] not in idle:
             raise InvalidRequest(f"{path}.{name}: not available yet", param=f"{path}.{name}")
     if isinstance(message.get("content"), list):
-        for part in message["content"]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image_url", "input_audio", "file", "video_url", "audio_url"):
-                raise InvalidRequest(f"{path}.content: {kind} is not available yet", param=f"{path}.content")
+        for index, part in enumerate(message["content"]):
             if isinstance(part, dict):
+                _check_part(part, f"{path}.content.{index}")
                 part.pop("cache_control", None)
     dropped = Message._harmless | Message._not_yet.keys()
     return {name: value for name, value in message.items() if name not in dropped}
+
+
+def _check_part(part: dict[str, Any], path: str) -> None:
+    """Brings vLLM's short form of an image into OpenAI's. Raises InvalidRequest for kinds that there are not here."""
+    kind = part.get("type")
+    unseen(kind, f"{path}.type")
+    if kind == "file":
+        raise InvalidRequest(f"{path}.type: file is not available here; text and image_url are", param=f"{path}.type")
+    if kind == "image_url" and isinstance(part.get("image_url"), str):
+        part["image_url"] = {"url": part["image_url"]}

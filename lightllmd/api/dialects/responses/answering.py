@@ -100,7 +100,7 @@ class Answering:
     @property
     def chat(self) -> Chat:
         """What the prompt is made of."""
-        return Chat(self._messages, {"add_generation_prompt": True, "variables": self.body.variables})
+        return Chat.of(self._messages, {"add_generation_prompt": True, "variables": self.body.variables})
 
     def asked(self, body: ResponsesBody) -> Asked:
         """See `Translation`."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lightllmd.errors import InvalidRequest
+from lightllmd.requests.faults import contradiction
 from lightllmd.requests.fields import Body
+from lightllmd.requests.images import content_of, image_at, unseen
 
 MAX_ITEMS = 4096
 MAX_ID = 128  # characters of an item's or a call's id
@@ -40,6 +42,22 @@ class InputText(Body):
     text: str
 
 
+class InputImage(Body):
+    """A part of a message, or of what a function returned, that is an image."""
+
+    lenient = True
+
+    type: Literal["input_image"]
+    image_url: Annotated[str, Field(min_length=1)] = Field(description="http, https, data: with base64, or file:")
+    detail: Literal["auto", "low", "high", "original"] = Field(
+        default="auto", description="without effect: the model's own processor says how large an image becomes"
+    )
+
+    def part(self) -> dict[str, Any]:
+        """As an answer has it."""
+        return {"type": "input_image", "detail": self.detail, "image_url": self.image_url}
+
+
 class OutputText(Body):
     """A part of an answer."""
 
@@ -59,7 +77,8 @@ class Refusal(Body):
     refusal: str
 
 
-ContentPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
+ContentPart = Annotated[InputText | InputImage | OutputText | Refusal, Field(discriminator="type")]
+OutputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
 
 
 class InputMessage(Body):
@@ -73,19 +92,19 @@ class InputMessage(Body):
     id: Identifier | None = None
     status: Status | None = None
 
+    @model_validator(mode="after")
+    def _shows_nothing(self) -> Self:
+        for index, part in enumerate(self.content if self.role == "assistant" else ()):
+            if isinstance(part, InputImage):
+                words = f"content.{index}: an assistant shows no images; the role is 'assistant'"
+                raise contradiction(f"content.{index}", words)
+        return self
+
     def item(self) -> Item:
         """As an answer has it."""
-        mine = self.role == "assistant"
         given = self.content
-        texts = [given] if isinstance(given, str) else [part.text for part in given if not isinstance(part, Refusal)]
-        content: list[dict[str, Any]] = [
-            {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-            if mine
-            else {"type": "input_text", "text": text}
-            for text in texts
-        ]
-        if not isinstance(given, str):
-            content += [{"type": "refusal", "refusal": part.refusal} for part in given if isinstance(part, Refusal)]
+        content = [self._text(given)] if isinstance(given, str) else [self._part(part) for part in given]
+        content.sort(key=lambda part: bool(part["type"] == "refusal"))  # stable
         return {
             "id": self.id or new_id("msg"),
             "type": "message",
@@ -93,6 +112,16 @@ class InputMessage(Body):
             "role": self.role,
             "content": content,
         }
+
+    def _part(self, part: InputText | InputImage | OutputText | Refusal) -> dict[str, Any]:
+        if isinstance(part, InputImage):
+            return part.part()
+        return {"type": "refusal", "refusal": part.refusal} if isinstance(part, Refusal) else self._text(part.text)
+
+    def _text(self, text: str) -> dict[str, Any]:
+        if self.role == "assistant":
+            return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "input_text", "text": text}
 
 
 class FunctionCall(Body):
@@ -126,7 +155,7 @@ class FunctionCallOutput(Body):
 
     type: Literal["function_call_output"]
     call_id: Identifier
-    output: str | Annotated[list[InputText], Field(fail_fast=True)]
+    output: str | Annotated[list[OutputPart], Field(fail_fast=True)]
     id: Identifier | None = None
     status: Status | None = None
 
@@ -140,7 +169,10 @@ class FunctionCallOutput(Body):
             "call_id": self.call_id,
             "output": output
             if isinstance(output, str)
-            else [{"type": "input_text", "text": part.text} for part in output],
+            else [
+                part.part() if isinstance(part, InputImage) else {"type": "input_text", "text": part.text}
+                for part in output
+            ],
         }
 
 
@@ -206,7 +238,7 @@ InputItem = Annotated[
 Items = Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
 _ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning", "item_reference"})
-_PARTS = frozenset({"input_text", "output_text", "refusal"})
+_PARTS = frozenset({"input_text", "input_image", "output_text", "refusal"})
 
 
 def prepared(given: Any) -> Any:
@@ -233,11 +265,19 @@ def _prepared(item: Any, path: str) -> Any:
     for field in ("content", "output"):
         parts = item.get(field)
         for index, part in enumerate(parts if isinstance(parts, list) and kind != "reasoning" else ()):
-            part_kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(part_kind, str) and part_kind not in _PARTS:
-                where = f"{path}.{field}.{index}.type"
-                raise InvalidRequest(f"{where}: {part_kind[:MAX_ID]!r} is not available here; text is", param=where)
+            if isinstance(part, dict):
+                _check_part(part, f"{path}.{field}.{index}")
     return item | {"type": kind} if kind is not None else item
+
+
+def _check_part(part: dict[str, Any], path: str) -> None:
+    kind, where = part.get("type"), f"{path}.type"
+    unseen(kind, where)
+    if isinstance(kind, str) and kind not in _PARTS:
+        raise InvalidRequest(f"{where}: {kind[:MAX_ID]!r} is not available here; text and images are", param=where)
+    if kind == "input_image" and part.get("file_id") is not None:
+        where = f"{path}.file_id"
+        raise InvalidRequest(f"{where}: there are no files here; image_url is what an image has", param=where)
 
 
 def resolved(items: Sequence[Item], stored: Callable[[str], Item | None]) -> list[Item]:
@@ -270,11 +310,12 @@ def turns(instructions: str | None, items: Iterable[Item]) -> list[Turn]:
             continue
         if kind == "message" and item["role"] != "assistant":
             answer = None
-            text = _texts(item["content"])
-            if instructions is not None and len(said) == 1 and item["role"] != "user":
-                said[0]["content"] += f"\n\n{text}"  # many templates take one system message only
+            content = _content(item["content"])
+            one = instructions is not None and len(said) == 1 and item["role"] != "user"
+            if one and isinstance(content, str):
+                said[0]["content"] += f"\n\n{content}"  # many templates take one system message only
             else:
-                said.append({"role": item["role"], "content": text})
+                said.append({"role": item["role"], "content": content})
             continue
         if answer is None or not _goes_on(answer, kind):
             answer = {"role": "assistant", "content": ""}
@@ -305,9 +346,18 @@ def _result(item: Item, names: dict[str, str]) -> Turn:
     if call not in names:
         raise InvalidRequest(f"No tool call found for function call output with call_id {call}.", param="input")
     output = item["output"]
-    content = output if isinstance(output, str) else _texts(output)
+    content = output if isinstance(output, str) else _content(output)
     return {"role": "tool", "tool_call_id": call, "name": names[call], "content": content}
 
 
 def _texts(parts: Sequence[dict[str, Any]]) -> str:
     return "\n".join(part["text"] for part in parts if "text" in part)
+
+
+def _content(parts: Sequence[dict[str, Any]]) -> str | list[Any]:
+    """Of a message that is no answer. A refusal is not shown again."""
+    return content_of(
+        image_at(part["image_url"], "input") if part["type"] == "input_image" else part["text"]
+        for part in parts
+        if part["type"] != "refusal"
+    )

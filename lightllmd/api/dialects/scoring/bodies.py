@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lightllmd.api.dialects.openai.bodies import MAX_PROMPTS, PromptIds
 from lightllmd.api.dialects.openai.conversation import Conversation, Messages
 from lightllmd.errors import InvalidRequest
-from lightllmd.requests.asked import Chat, FieldOfTexts, TextPairs
+from lightllmd.requests.asked import FieldOfTexts, TextPairs
 from lightllmd.requests.faults import contradiction, shown
 from lightllmd.requests.fields import MAX_COUNT, Body, RefusedField
 from lightllmd.requests.guided import GuidedFields
@@ -278,7 +278,7 @@ class PromptsBody(Conversation, ScoringBody):
         if self.messages is not None:
             chat = self.chat(self.messages)
             options = chat.options | {"add_generation_prompt": self.add_generation_prompt is True}
-            return [ScoredPrompt(Chat(chat.messages, options), "messages")]
+            return [ScoredPrompt(replace(chat, options=options), "messages")]
         assert self.input is not None
         if isinstance(self.input, (str, array)):
             return [ScoredPrompt(self.input, "input")]

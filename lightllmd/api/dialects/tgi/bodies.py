@@ -212,7 +212,7 @@ class TgiBody(Body):
                 "got true"
             )
         return Asked(
-            [Prompt(self.inputs, "inputs", True)],
+            [Prompt(self.inputs, "inputs", True, markdown=True)],
             given.sampling(),
             TextOptions(include_stop=True, spaces_between_special_tokens=False, min_tokens=given.min_new_tokens),
             _NAMES,

@@ -1,0 +1,53 @@
+"""What sees images without pixels, fetching or a process: of each image the text that a request names it by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from lightllmd.errors import InvalidRequest
+from lightllmd.requests.images import AskedImage
+
+TOKENS = 4
+
+
+@dataclass(frozen=True)
+class FakeFacts:
+    key: bytes
+    tokens: int
+    grid: tuple[int, int, int] = (1, 0, 0)
+
+
+def key_of(content: str) -> bytes:
+    return blake2b(content.encode(), digest_size=16).digest()
+
+
+class FakeSeen:
+    def __init__(self, sight: FakeSight, images: Sequence[AskedImage]) -> None:
+        self.images = images
+        self.facts = [FakeFacts(key_of(one.content), sight.tokens) for one in images]
+        self.released = 0
+        self._sight = sight
+
+    def release(self) -> None:
+        self.released += 1
+        self._sight.held.discard(self)
+
+
+class FakeSight:
+    """Refuses what has "broken" in its name."""
+
+    def __init__(self, tokens: int = TOKENS) -> None:
+        self.tokens = tokens
+        self.shown: list[AskedImage] = []
+        self.held: set[FakeSeen] = set()
+
+    async def show(self, images: Sequence[AskedImage]) -> FakeSeen:
+        for image in images:
+            if "broken" in image.content:
+                raise InvalidRequest(f"{image.field}: no image", param=image.field)
+        self.shown += images
+        seen = FakeSeen(self, images)
+        self.held.add(seen)
+        return seen
