@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightllmd.architecture.families import architecture_of
+from lightllmd.architecture.vision import text_config
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config.parameters import Config, EngineSettings, Params
 from lightllmd.config.plan import Budget, DeviceFacts, ModelFacts, Plan
@@ -209,7 +210,7 @@ def plan_for(
         data_type=dtype,
         tokenizer_mode="fast",
         log_stats_interval=10.0,
-        vocab_size=config["vocab_size"],
+        vocab_size=text_config(config)["vocab_size"],
         model_name="tiny",
         schemes=schemes,
         kv_scheme=kv_scheme,

@@ -21,6 +21,9 @@ MOST = {
     "max_position_embeddings": 1 << 31,
     "original_max_position_embeddings": 1 << 31,
     "sliding_window": 1 << 31,
+    "image_size": 1 << 14,
+    "patch_size": 1 << 10,
+    "num_channels": 3,
 }
 
 

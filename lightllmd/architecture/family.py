@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from lightllmd.architecture.heads import ScoredModel
+from lightllmd.architecture.prefixes import PLAIN, Prefixes
 from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Names, WeightSpec, weights_of
-
-PREFIX = "model."  # of the names of a decoder's tensors beside a head
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,17 @@ class Architecture:
     family: Family
     spec: DecoderSpec
     scored: ScoredModel | None = None  # of a model that scores
-    unprefixed: bool = False  # its checkpoint names tensors as the decoder by itself does
+    prefixes: Prefixes = PLAIN  # of the names that its checkpoint has
+    untied: bool = False  # it has a head of its own although the config of its decoder says otherwise
+    beside: str = r"(?!)"  # pattern of the names of its checkpoint that are no decoder's: of a vision tower
     held: tuple[WeightSpec, ...] = ()  # what one rank has of the weights; empty: it has all of them
 
-    def of_files(self, headless: bool, unprefixed: bool) -> Architecture:
-        """What a checkpoint's files make of it: one of the decoder alone has no head."""
+    def of_files(self, headless: bool, prefixes: Prefixes, untied: bool = False) -> Architecture:
+        """What a checkpoint's files make of it: one of the decoder alone has no head; `untied`: it has one of its own
+        whatever the decoder's config says."""
         spec = replace(self.spec, headless=True, logit_soft_cap=None) if headless else self.spec
-        return replace(self, spec=spec, unprefixed=unprefixed)
+        spec = replace(spec, tied=False) if untied else spec
+        return replace(self, spec=spec, prefixes=prefixes, untied=untied)
 
     @cached_property
     def weights(self) -> tuple[WeightSpec, ...]:
@@ -60,7 +63,7 @@ class Architecture:
     def names(self) -> Names:
         """Of all tensors of a checkpoint."""
         names = self.family.names if self.scored is None else {**self.family.names, **self.scored.names}
-        return {kind: name.removeprefix(PREFIX) for kind, name in names.items()} if self.unprefixed else names
+        return names if self.prefixes == PLAIN else {kind: self.prefixes.text(name) for kind, name in names.items()}
 
     @cached_property
     def parameters(self) -> int:
@@ -70,5 +73,6 @@ class Architecture:
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this Hugging Face name may be in a checkpoint and is not needed."""
         # A tied head may be stored a second time, and one that scores may have kept the head it was made from.
-        repeated = (self.spec.tied or self.scored is not None) and name == f"{self.family.names['head']}.weight"
-        return repeated or re.fullmatch(self.family.ignored, name) is not None
+        head = f"{self.prefixes.text(self.family.names['head'])}.weight"
+        repeated = (self.spec.tied or self.scored is not None) and name == head
+        return repeated or any(re.fullmatch(one, name) is not None for one in (self.family.ignored, self.beside))

@@ -26,6 +26,7 @@ Role = Literal[
     "head",
     "score_inner",
     "score",
+    "vision",  # of a tower or connector, which the kind of its first part tells from others
 ]
 
 # Of a layer, in the order in which they are loaded.
@@ -103,7 +104,9 @@ class WeightSpec:
 
     @property
     def key(self) -> str:
-        """Its name among the decoder's weights, such as ``3.qkv``."""
+        """Its name among the decoder's weights, such as ``3.qkv``, or among a vision model's."""
+        if self.role == "vision":
+            return self.parts[0].kind
         return self.role if self.layer is None else f"{self.layer}.{self.role}"
 
     @property

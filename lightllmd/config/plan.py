@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -10,6 +10,9 @@ import msgspec
 from lightllmd.architecture.families import architecture_of
 from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
+from lightllmd.architecture.prefixes import Prefixes
+from lightllmd.architecture.vision import text_config, vision_of
+from lightllmd.architecture.vision.spec import VisionSpec
 from lightllmd.architecture.weight_schemes import ALL_DENSE, WeightSchemes
 from lightllmd.config.parameters import Config, Params
 from lightllmd.config.stamps import Stamp
@@ -44,7 +47,10 @@ class ModelFacts(msgspec.Struct, frozen=True):
     stamps: list[Stamp] = []  # of every file that any of this, or a tokenizer, was read from
     outline: Outline | None = None  # of a model that transformers' modules compute; None: one of our families
     headless: bool = False  # its files hold no language model head
-    unprefixed: bool = False  # their tensors have the names of the decoder by itself, such as "layers.0.…"
+    untied: bool = False  # they hold one although the decoder's config says that the embedding is one
+    prefixes: Prefixes | None = None  # of their tensors' names; None: as the family has them
+    # Of a model with vision: its image processor's settings; empty: the model's folder has none.
+    preprocessor: dict[str, Any] = {}
     pooling: Pooling | None = None  # as sentence-transformers' settings beside it say; None: they don't
     pooling_refused: str = ""  # why what they say can't be done
     quantisation: dict[str, Any] = {}  # what the checkpoint says of how its matrices are stored; empty: they are dense
@@ -52,12 +58,24 @@ class ModelFacts(msgspec.Struct, frozen=True):
     schemes: WeightSchemes = ALL_DENSE  # what a quantised checkpoint's weights are stored by
     dequantised: list[str] = []  # its weights that are made dense while they are loaded, in words, and why
     sees: bool = False  # it has a vision tower
-    preprocessor: dict[str, Any] = {}  # preprocessor_config.json of a model that sees; empty: it has none
 
     @property
     def architecture(self) -> Architecture | Outline:
         """What the model is made of. Raises ConfigInvalid."""
-        return self.outline or architecture_of(self.model_type, self.hf_config).of_files(self.headless, self.unprefixed)
+        if self.outline is not None:
+            return self.outline
+        usual = architecture_of(self.model_type, self.hf_config)
+        return usual.of_files(self.headless, self.prefixes or usual.prefixes, self.untied)
+
+    @property
+    def vision(self) -> VisionSpec | None:
+        """How it sees images; None: it is a model of text. Raises ConfigInvalid."""
+        return vision_of({**self.hf_config, "model_type": self.model_type}, self.preprocessor or None, self.prefixes)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The config of its decoder, a part of `hf_config` where it is a model with vision. Raises ConfigInvalid."""
+        return text_config({**self.hf_config, "model_type": self.model_type})
 
     @property
     def weight_stamps(self) -> list[Stamp]:

@@ -7,7 +7,7 @@ when the plan is made, before anything is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ import msgspec
 
 from lightllmd.architecture.entries import NotBuilt, not_built
 from lightllmd.architecture.families import FAMILIES, architecture_of
-from lightllmd.architecture.family import PREFIX, Architecture
+from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.heads import is_base_model, scored_model
 from lightllmd.architecture.outline import Outline, Outlined
+from lightllmd.architecture.prefixes import PLAIN, UNPREFIXED
 from lightllmd.architecture.rotary import rope_words
+from lightllmd.architecture.vision import families as vision
+from lightllmd.architecture.vision import text_config, vision_of
+from lightllmd.architecture.vision.text import own_head_counts
 from lightllmd.config.plan import STEP, ModelFacts, Pooling
 from lightllmd.config.stamps import stamp, stamps_of
 from lightllmd.errors import ConfigInvalid, LightllmdError, Problem, WeightsInvalid, show
@@ -48,6 +52,7 @@ from lightllmd.weights.model_files import (
     added_tokens,
     chat_templates,
     eos_token_ids,
+    image_processor,
     invalid,
     present,
     read_json,
@@ -55,11 +60,12 @@ from lightllmd.weights.model_files import (
     text_files,
     text_of,
     tokenizer_config,
+    typed_eos_ids,
 )
 from lightllmd.weights.quantised.form import NOTHING
 from lightllmd.weights.quantised.formats import quantisation_of, settings_of
 from lightllmd.weights.quantised.stored import Matrices, matrices_of, schemes_of
-from lightllmd.weights.verify import verify
+from lightllmd.weights.verify import verify, verify_vision
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 LARGEST_ENTRY = 96 << 10  # bytes of one entry of the config that is carried on: a name for each of the most layers
@@ -141,6 +147,7 @@ def _architecture(config: dict[str, Any], where: Path) -> Architecture:
     try:
         if config.get("use_sliding_window"):
             raise not_built("use_sliding_window: attention over a sliding window is not available yet")
+        vision_of(config)
         return architecture_of(config["model_type"], config)
     except ConfigInvalid as refused:
         problems = [Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]
@@ -166,7 +173,7 @@ def _computed(
 
 def _no_family(config: dict[str, Any]) -> bool:
     kind = config.get("model_type")
-    return isinstance(kind, str) and kind not in FAMILIES
+    return isinstance(kind, str) and kind not in FAMILIES and vision.family_of(config) is None
 
 
 def _outline(path: Path, config: dict[str, Any], code: dict[str, str], load_way: str) -> Outline:
@@ -201,6 +208,8 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         yield f"model_type is {'missing' if kind is None else show(kind)}, a name is needed"
+    elif vision.family_of(config) is not None:
+        return
     elif kind not in FAMILIES:
         yield f"models of type {show(kind)} are not available yet; supported: {', '.join(FAMILIES)}"
     try:
@@ -244,7 +253,7 @@ def _facts(
         weight_elements=architecture.parameters,
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
         checkpoint_dtype=dtype,
-        context_length=outline.context if outline else _context_length(config),
+        context_length=outline.context if outline else _context_length(text_config(config)),
         eos_ids=eos_ids,
         has_tokenizer=has_tokenizer,
         has_chat_template=False,
@@ -260,7 +269,7 @@ def _is_small(entry: dict[str, Any]) -> bool:
         return False
 
 
-def _context_length(config: dict[str, Any]) -> int | None:
+def _context_length(config: Mapping[str, Any]) -> int | None:
     """The config has been read as a decoder's, so that its types are right."""
     context, rope = config.get("max_position_embeddings"), rope_words(config)
     if context is None:
@@ -305,12 +314,14 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
     architecture = _computed(path, config, code, load_way, backend)
     settings, where = settings_of(path, config)
     quantisation = quantisation_of(settings, where) if settings else None
+    if load_way == "DS" and vision.family_of(config) is not None:
+        raise invalid(f"{path}: load_way = {show(load_way)} is not available for models with vision")
     if quantisation is not None and load_way == "DS":
         raise invalid(f"{path}: load_way = {show(load_way)} is not available for quantised checkpoints")
     form, files, stored = _weights_of_directory(path, load_way, architecture)
     dummy, tensors = form == "dummy", [*stored.values()]
     if isinstance(architecture, Architecture):
-        architecture = _as_stored(architecture, stored, is_base_model(config))
+        architecture = _as_stored(architecture, stored, config)
     if isinstance(architecture, Outline):
         vocab = architecture.vocab
     else:
@@ -322,12 +333,20 @@ def _of_directory(path: Path, load_way: str, code: dict[str, str], backend: str)
             ignored = NOTHING if quantisation is None else quantisation.ignored
             verify(architecture, stored, SAFETENSORS_READABLE, str(path), matrices, ignored)
         tensors = [tensor for tensor in tensors if not architecture.ignores(tensor.name)]
-    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, vocab)
+    preprocessor = _vision(path, form, config, architecture, stored)
+    dtype, eos_ids = _dtype(config, tensors), _eos_ids(path, config, vocab)
     facts = _facts(path, form, config, architecture, tensors, files, dtype, eos_ids, _has_tokenizer(path), dummy)
     facts = msgspec.structs.replace(_pooled(facts, pooling_of(path)), remote_code=code)
     if isinstance(architecture, Outline):
         return msgspec.structs.replace(facts, headless=architecture.headless)
-    facts = msgspec.structs.replace(facts, headless=architecture.spec.headless, unprefixed=architecture.unprefixed)
+    facts = msgspec.structs.replace(
+        facts,
+        headless=architecture.spec.headless,
+        prefixes=architecture.prefixes,
+        untied=architecture.untied,
+        preprocessor=preprocessor,
+        sees=vision.family_of(config) is not None,
+    )
     if quantisation is None or not matrices:
         return facts
     schemes, dense = schemes_of(architecture.weights, matrices)
@@ -346,15 +365,37 @@ def _pooled(facts: ModelFacts, found: Pooling | str | None) -> ModelFacts:
     return msgspec.structs.replace(facts, pooling=found)
 
 
-def _as_stored(architecture: Architecture, stored: dict[str, TensorInfo], base: bool) -> Architecture:
+def _as_stored(architecture: Architecture, stored: dict[str, TensorInfo], config: dict[str, Any]) -> Architecture:
     """As its files have it: embedding models are stored without head, most under the names that the decoder has by
-    itself. `base`: the config says that it is one."""
+    itself; models with vision under several."""
     if architecture.scored is not None:
         return architecture
-    names = {role: f"{architecture.family.names[role]}.weight" for role in ("embed", "head")}
-    unprefixed = names["embed"] not in stored and names["embed"].removeprefix(PREFIX) in stored
-    headless = not architecture.spec.tied and names["head"] not in stored and (unprefixed or base)
-    return architecture.of_files(headless, unprefixed)
+    embed, head = (f"{architecture.family.names[role]}.weight" for role in ("embed", "head"))
+    if (sees := vision.family_of(config)) is not None:
+        prefixes = sees.prefixes.of(stored, embed, head, *sees.probes)
+        own_head = prefixes.text(head) in stored and own_head_counts(config)
+        return architecture.of_files(False, prefixes, architecture.spec.tied and own_head)
+    unprefixed = embed not in stored and UNPREFIXED.text(embed) in stored
+    headless = not architecture.spec.tied and head not in stored and (unprefixed or is_base_model(config))
+    return architecture.of_files(headless, UNPREFIXED if unprefixed else PLAIN)
+
+
+def _vision(
+    path: Path, form: str, config: dict[str, Any], architecture: Architecture | Outline, stored: dict[str, TensorInfo]
+) -> dict[str, Any]:
+    """The settings of the image processor, once tower, connector and their weights are known to be as the config says;
+    nothing of a model of text. Raises ConfigInvalid, WeightsInvalid."""
+    if isinstance(architecture, Outline) or (sees := vision.family_of(config)) is None:
+        return {}
+    settings, where = image_processor(path)
+    try:
+        spec = vision_of(config, settings or None, architecture.prefixes)
+    except ConfigInvalid as refused:
+        problems = [Problem("model_dir", f"{where}: {one.message}") for one in refused.problems]
+        raise type(refused)(problems) from None
+    if spec is not None and form != "dummy":
+        verify_vision(spec, sees, stored, SAFETENSORS_READABLE, str(path))
+    return settings
 
 
 def _weights_of_directory(
@@ -399,9 +440,10 @@ def _dtype(config: dict[str, Any], tensors: list[TensorInfo]) -> str | None:
     return DTYPES.get(max(volume, key=lambda kind: volume[kind])) if volume else None
 
 
-def _eos_ids(path: Path, vocab: int) -> list[int]:
+def _eos_ids(path: Path, config: dict[str, Any], vocab: int) -> list[int]:
     """What the settings name, and the ends of a turn of the chat template."""
-    found: list[int] = []
+    found = [] if vision.family_of(config) is None else typed_eos_ids(path / "config.json", dict(text_config(config)))
+    _require_in_vocabulary(found, vocab, path / "config.json")
     for name in ("generation_config.json", "config.json"):
         ids = eos_token_ids(path / name)
         _require_in_vocabulary(ids, vocab, path / name)
@@ -436,7 +478,7 @@ def _with_tokenizer(facts: ModelFacts, mode: str) -> ModelFacts:
         return facts
     tokenizer = open_tokenizer(facts.path, None, "fast" if mode == "auto" else mode, facts.eos_ids)
     chat, step = tokenizer.chat_template is not None, None
-    scored = scored_model(facts.hf_config)
+    scored = None if vision.family_of(facts.hf_config) else scored_model(facts.hf_config)
     if scored is not None and scored.steps:
         ids = tokenizer.encode(STEP, add_special_tokens=False)
         step = ids[0] if len(ids) == 1 and tokenizer.id_to_token(ids[0]) == STEP else None

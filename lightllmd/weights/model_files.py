@@ -41,6 +41,8 @@ TEXT_FILES = (
     "quantize_config.json",
     "quant_config.json",
     "hf_quant_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -213,12 +215,31 @@ def eos_token_ids(path: Path) -> list[int]:
     """What config.json or generation_config.json names, if it is there. Raises ConfigInvalid."""
     if not present(path):
         return []
-    given = read_typed(path, GenerationConfig, MAX_CONFIG).eos_token_id
+    return typed_eos_ids(path, read_json(path, MAX_CONFIG))
+
+
+def typed_eos_ids(path: Path, value: dict[str, Any]) -> list[int]:
+    """Those that `value`, which was read from `path`, names. Raises ConfigInvalid."""
+    given = typed(path, value, GenerationConfig).eos_token_id
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for number in ids:
         if not 0 <= number < 1 << 31:
             raise invalid(f"{path}: eos_token_id {_short(number)} is no token id")
     return ids
+
+
+def image_processor(directory: Path) -> tuple[dict[str, Any], Path]:
+    """The settings of a model's image processor, and the file that they are read from: preprocessor_config.json, or the
+    part of processor_config.json that transformers 5 keeps them in. Empty where there is neither. Raises
+    ConfigInvalid."""
+    path, whole = directory / "preprocessor_config.json", directory / "processor_config.json"
+    if present(path):
+        return read_json(path), path
+    if present(whole):
+        part = read_json(whole).get("image_processor")
+        if isinstance(part, dict):
+            return part, whole
+    return {}, directory / "config.json"
 
 
 def added_tokens(directory: Path, config: TokenizerConfig) -> dict[int, Token]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lightllmd.architecture.family import Architecture
+from lightllmd.architecture.vision.family import VisionFamily
+from lightllmd.architecture.vision.spec import VisionSpec
 from lightllmd.architecture.weights import WeightSpec
 from lightllmd.errors import WeightsInvalid, show
 from lightllmd.weights.headers import TensorInfo
@@ -37,7 +39,27 @@ def verify(
     """Every tensor is there, with its shape and a type of `readable`, and no other. `matrices`: what is stored
     otherwise, with tensors, shapes and types of its own; `ignored`: pattern of names that may be there beside. Raises
     WeightsInvalid naming the tensor, its file or (where it has none) `place`."""
-    wanted = {one.name: one for one in _wanted(architecture, readable, matrices or {})}
+    wanted = {one.name: one for one in _wanted(architecture.weights, readable, matrices or {})}
+    _require(wanted, tensors, place)
+    extra = [name for name in tensors if name not in wanted and not architecture.ignores(name)]
+    extra = [name for name in extra if not re.fullmatch(ignored, name)]
+    if extra and matrices:
+        zeros = zero_biases(matrices, tensors)
+        extra = [name for name in extra if name not in zeros]
+    _refuse_extra(extra, tensors)
+
+
+def verify_vision(
+    spec: VisionSpec, family: VisionFamily, tensors: Mapping[str, TensorInfo], readable: Collection[str], place: str
+) -> None:
+    """As `verify`, of tower and connector. Raises WeightsInvalid."""
+    wanted = {one.name: one for one in _wanted(spec.weights, readable, {})}
+    _require(wanted, tensors, place)
+    owned = [name for name in tensors if name not in wanted and re.fullmatch(family.owned, name)]
+    _refuse_extra([name for name in owned if not re.fullmatch(family.ignored, name)], tensors)
+
+
+def _require(wanted: Mapping[str, _Wanted], tensors: Mapping[str, TensorInfo], place: str) -> None:
     missing = [one for one in wanted.values() if one.name not in tensors and not one.optional]
     if missing:
         raise WeightsInvalid(f"{place}: {_missing(missing)}")
@@ -54,11 +76,9 @@ def verify(
                 f"{found.file}: tensor {one.name} is of type {found.type}, which is not available yet; "
                 f"available: {known}"
             )
-    extra = [name for name in tensors if name not in wanted and not architecture.ignores(name)]
-    extra = [name for name in extra if not re.fullmatch(ignored, name)]
-    if extra and matrices:
-        zeros = zero_biases(matrices, tensors)
-        extra = [name for name in extra if name not in zeros]
+
+
+def _refuse_extra(extra: list[str], tensors: Mapping[str, TensorInfo]) -> None:
     if extra:
         found = tensors[extra[0]]
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
@@ -69,8 +89,8 @@ def verify(
         )
 
 
-def _wanted(architecture: Architecture, readable: Collection[str], matrices: Matrices) -> Iterator[_Wanted]:
-    for weight in architecture.weights:
+def _wanted(weights: Iterable[WeightSpec], readable: Collection[str], matrices: Matrices) -> Iterator[_Wanted]:
+    for weight in weights:
         for part in weight.stored:
             matrix = matrices.get(part.name)
             if matrix is None:

@@ -10,6 +10,7 @@ from typing import Any
 from lightllmd.architecture.families import llama
 from lightllmd.architecture.family import Architecture, Family
 from lightllmd.architecture.heads import scored_model
+from lightllmd.architecture.vision import families as vision
 from lightllmd.errors import ConfigInvalid, Problem
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
@@ -27,7 +28,12 @@ def family_of(model_type: str) -> Family:
 
 
 def architecture_of(model_type: str, config: Mapping[str, Any]) -> Architecture:
-    """Of the model that a Hugging Face config describes. Raises ConfigInvalid."""
+    """Of the model that a Hugging Face config describes; of one with vision its decoder. Raises ConfigInvalid."""
+    sees = vision.family_of({**config, "model_type": model_type})
+    if sees is not None:
+        config = sees.text(config)
+        family = family_of(config["model_type"])
+        return Architecture(family, family.spec(config), prefixes=sees.prefixes.usual, beside=sees.owned)
     family, scored = family_of(model_type), scored_model(config)
     spec = family.spec(config)
     return Architecture(family, spec if scored is None else scored.decoder(spec), scored)

@@ -1,0 +1,1 @@
+"""Vision towers and their connectors, in torch: what makes image embeddings of prepared images."""
