@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
 from lightllmd.architecture.family import Architecture
@@ -141,6 +141,14 @@ class Footprint:
     gather_bytes: int = 0
     spare_slots: int = 0
     processes: int = 1
+
+    def and_rows(self, rows: Iterable[BudgetRow], times: int = 1) -> Footprint:
+        """With what another process takes there, or so many processes."""
+        more = [
+            row if times == 1 else BudgetRow(row.name, times * row.bytes, f"{times} x {size(row.bytes)}: {row.how}")
+            for row in rows
+        ]
+        return replace(self, rows=[*self.rows, *more])
 
     def on(self, memory_free: int, fraction: float, co_residents: tuple[CoResident, ...] = ()) -> Demand:
         """Of a device with so many bytes free, a `fraction` of which may be planned with."""

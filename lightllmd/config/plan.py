@@ -144,6 +144,7 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     # do: a lost GPU keeps CUDA from starting. Empty: the daemon's.
     visible: str = ""
     no_gpu: str = ""  # of a CPU that is used because there is no usable GPU: why there is none
+    host_free: int = 0  # bytes of host memory that can be had now, where the devices are GPUs; 0: not known
 
     @property
     def usable(self) -> list[Device]:
@@ -207,6 +208,7 @@ class Derived(msgspec.Struct, frozen=True):
 
 
 SPARE_ROW, RESERVE_ROW = "spare engine", "reserve"
+VISION_ROWS = ("vision weights", "vision activations", "vision runtime")
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
@@ -243,9 +245,14 @@ class Budget(msgspec.Struct, frozen=True):
         return self.row(RESERVE_ROW)
 
     @property
+    def vision(self) -> int:
+        """Of `needed`, what the visual worker takes."""
+        return sum(map(self.row, VISION_ROWS))
+
+    @property
     def taken(self) -> int:
         """Of `needed`, what the engine itself takes."""
-        return self.needed - self.spare - self.reserve
+        return self.needed - self.spare - self.reserve - self.vision
 
 
 class Vision(msgspec.Struct, frozen=True):
@@ -254,9 +261,14 @@ class Vision(msgspec.Struct, frozen=True):
     data_type: str  # of embeddings: the engine's
     most_tokens: int  # of one image
     token_bytes: int  # of one token's embedding, with what further layers are given
-    cached_bytes: int  # of host memory, that cache_capacity of the largest images take
+    capacity: int  # images whose embeddings are kept: cache_capacity, or as many as host memory has room for
     rows: list[BudgetRow] = []  # what each takes of its device; rows of that device's budget, too
     devices: list[int] = []  # by replica, the GPU; empty: the CPU
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of host memory, that so many of the largest images take."""
+        return self.capacity * self.most_tokens * self.token_bytes
 
 
 class Plan(msgspec.Struct, frozen=True):

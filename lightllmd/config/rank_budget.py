@@ -12,7 +12,7 @@ from lightllmd.architecture.ranks import ALONE, Rank, architecture_of_rank, size
 from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.config.budget import CoResident, Demand, Footprint, together
 from lightllmd.config.devices import Groups
-from lightllmd.config.plan import Budget, DeviceFacts
+from lightllmd.config.plan import Budget, BudgetRow, DeviceFacts
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,19 @@ def needs_of(
     device: DeviceFacts,
     fraction: float,
     co_residents: Iterable[CoResidentNeeds] = (),
+    beside: Iterable[BudgetRow] = (),
 ) -> Needs:
-    """Of `groups` whose ranks take these `footprints`."""
-    kept = tuple(co_residents)
+    """Of `groups` whose ranks take these `footprints`; each replica's first device has what is `beside`, too."""
+    kept, first = tuple(co_residents), tuple(beside)
     if device.kind == "cpu":
-        all_of_them = together(footprints, groups.replicas)
-        beside = tuple(found for other in kept if (found := other.on(0)) is not None)
-        return Needs((all_of_them.on(device.memory_free, fraction, beside),), (device.name,))
+        all_of_them = together(footprints, groups.replicas).and_rows(first, groups.replicas)
+        others = tuple(found for other in kept if (found := other.on(0)) is not None)
+        return Needs((all_of_them.on(device.memory_free, fraction, others),), (device.name,))
     demands, places = [], []
     for place, one in enumerate(groups.devices):
         rank = place % groups.ranks
-        beside = tuple(found for other in kept if (found := other.on(one.index)) is not None)
-        demands.append(footprints[rank].on(one.memory_free, fraction, beside))
+        others = tuple(found for other in kept if (found := other.on(one.index)) is not None)
+        taken = footprints[rank] if rank else footprints[rank].and_rows(first)
+        demands.append(taken.on(one.memory_free, fraction, others))
         places.append(one.title + (f", rank {rank}" if groups.ranks > 1 else ""))
     return Needs(tuple(demands), tuple(places))

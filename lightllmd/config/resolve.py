@@ -42,6 +42,7 @@ from lightllmd.config.report import budget_table, report
 from lightllmd.config.shares import shares
 from lightllmd.config.slots import Fitting, NoRoom
 from lightllmd.config.value import Value, batch_max_tokens
+from lightllmd.config.vision_budget import VisionNeeds
 from lightllmd.errors import ConfigInvalid, Problem
 
 __all__ = ["budget_table", "located", "report", "resolve"]
@@ -175,8 +176,7 @@ class _Fake(_Maker):
             return None
         fake = self.config.engine.fake
         each = fake.embedding_size * ITEM_BYTES[FAKE_EMBEDDINGS]
-        cached = self.params.cache_capacity * fake.image_tokens * each
-        return Vision(FAKE_EMBEDDINGS, fake.image_tokens, each, cached)
+        return Vision(FAKE_EMBEDDINGS, fake.image_tokens, each, self.params.cache_capacity)
 
     def _pooling(self) -> Pooling:
         written = self.config.engine.pooling
@@ -197,6 +197,16 @@ class _Real(_Maker):
         super().__init__(config, facts, config_file)
         self.model = model
         self.co_residents: tuple[CoResidentNeeds, ...] = ()
+
+    def sight(self, data_type: str) -> VisionNeeds | None:
+        """What images take; None where none are served."""
+        spec = self.model.vision if self.params.enable_multimodal and self.model.sees else None
+        return None if spec is None else VisionNeeds(spec, data_type)
+
+    @property
+    def _sees_on(self) -> str:
+        """Where images are encoded: "cuda" or "cpu"."""
+        return self.device.kind if self.config.images.device == "auto" else "cpu"
 
     @cached_property
     def architecture(self) -> Architecture | Outline:
@@ -250,6 +260,7 @@ class _Real(_Maker):
             device_budgets=budgets if len(budgets) > 1 else [],
             scoring=self._scoring(),
             embedding=self._embedding(),
+            vision=self._vision(data_type),
             schemes=self.quantisation.schemes,
             kv_scheme=self.quantisation.kv_scheme,
             decode_kernel=self.quantisation.decode_kernel,
@@ -269,7 +280,53 @@ class _Real(_Maker):
             self.groups,
             lambda count: not self.rank_faults(count),
             self.co_residents,
+            self._beside(data_type),
         )
+
+    def _beside(self, data_type: str) -> tuple[BudgetRow, ...]:
+        """Of the visual worker, on the engine's device."""
+        needs = self.sight(data_type)
+        if needs is None or self._sees_on != self.device.kind:
+            return ()
+        return tuple(needs.rows(self.config, self.device.kind))
+
+    def _vision(self, data_type: str) -> Vision | None:
+        needs = self.sight(data_type)
+        if needs is None:
+            return None
+        devices = [one.index for one in self.groups.devices[:: self.groups.ranks]] if self._sees_on == "cuda" else []
+        vision = Vision(
+            data_type,
+            needs.most_tokens,
+            needs.token_bytes,
+            self._kept_images(needs),
+            needs.rows(self.config, self._sees_on),
+            devices,
+        )
+        each, kept = size(needs.image_bytes), size(vision.kept_bytes)
+        how = (
+            f"{self.model.model_type}: up to {needs.most_tokens} tokens and {each} an image, encoded on the "
+            f"{'GPU' if devices else 'CPU'}; {vision.capacity} are kept, in up to {kept} of host memory"
+        )
+        self.derive("images", Value(True, how))
+        return vision
+
+    def _kept_images(self, needs: VisionNeeds) -> int:
+        """Raises ConfigInvalid."""
+        written, device = self.params.cache_capacity, self.device
+        free = device.memory_free if device.kind == "cpu" else device.host_free
+        if not free:
+            return written
+        fit, key = needs.kept(free), "cache_capacity"
+        what = (
+            f"the largest images take {size(needs.image_bytes)} each, and half of the host's {size(free)} may be used"
+        )
+        if fit >= written:
+            return written
+        if key in self.config.places or not fit:
+            self.problem(f"{key} = {written}: {what}; at most {key} = {fit} fits", key)
+            self.stop_if_problems()
+        return int(self.derive(key, Value(fit, f"{what}, which is less than {written} of them")))
 
     def _slots(self, fitting: Fitting) -> Value:
         """Raises ConfigInvalid."""
@@ -397,9 +454,16 @@ class _Real(_Maker):
             )
 
     def _check_vision(self) -> None:
-        if self.params.enable_multimodal is True:
+        sees = self.model.sees
+        if self.params.enable_multimodal is True and not sees:
             self.problem(
                 f"enable_multimodal = true, but {self.model.path} is a model of text ({self.model.model_type})",
+                "enable_multimodal",
+            )
+        if self.params.enable_multimodal and sees and self.model.outline is not None:
+            self.problem(
+                f"{self.model.path}: images of models that transformers computes are not available; "
+                'engine.backend = "lightllmd" or enable_multimodal = false works',
                 "enable_multimodal",
             )
 

@@ -16,7 +16,7 @@ from lightllmd.config.amount import size
 from lightllmd.config.budget import Demand, Footprint
 from lightllmd.config.devices import Groups, groups_of
 from lightllmd.config.parameters import Config, Params
-from lightllmd.config.plan import Device, DeviceFacts
+from lightllmd.config.plan import BudgetRow, Device, DeviceFacts
 from lightllmd.config.quantisation import Quantisation
 from lightllmd.config.rank_budget import CoResidentNeeds, Needs, Ranks, needs_of
 from lightllmd.config.value import Value, batch_max_tokens
@@ -44,6 +44,7 @@ class Fitting:
     groups: Groups
     can_share: Callable[[int], bool]  # whether so many ranks can share the model
     co_residents: tuple[CoResidentNeeds, ...] = ()
+    beside: tuple[BudgetRow, ...] = ()  # of the visual worker, on the first device of each replica
     cut: dict[int, Ranks] = field(default_factory=dict)  # by how many ranks, as needed
 
     @cached_property
@@ -65,7 +66,12 @@ class Fitting:
 
         fraction = self.config.engine.memory_fraction
         return needs_of(
-            self._ranks(groups.ranks).footprints(footprint), groups, self.device, fraction, self.co_residents
+            self._ranks(groups.ranks).footprints(footprint),
+            groups,
+            self.device,
+            fraction,
+            self.co_residents,
+            self.beside,
         )
 
     def _ranks(self, count: int) -> Ranks:

@@ -13,7 +13,7 @@ from lightllmd.config.plan import Device, DeviceFacts
 from lightllmd.errors import NoUsableDevice
 from lightllmd.probe import cuda_driver
 from lightllmd.probe.gpus import gpus
-from lightllmd.weights.device_facts import cpu_facts, usable_cores
+from lightllmd.weights.device_facts import cpu_facts, free_memory, usable_cores
 
 
 def device_facts(wanted: str, threads: int, quick: bool = False) -> DeviceFacts:
@@ -71,6 +71,7 @@ def facts_of(devices: list[Device], threads: int, visible: str = "") -> DeviceFa
         capability=first.capability,
         devices=devices,
         visible=visible,
+        host_free=free_memory(),
     )
 
 

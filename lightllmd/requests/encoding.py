@@ -74,7 +74,7 @@ class Encoder:
         inside = secrets.token_hex(16)
 
         def broken(text: str) -> str:
-            return image.tags.sub(lambda tag: tag[0][:1] + inside + tag[0][1:], text)
+            return image.pattern.sub(lambda tag: tag[0][:1] + inside + tag[0][1:], text)
 
         text = self.render(_texts(messages, broken), {**_texts(options, broken), "image_tag": image.tag})
         parts = image.parts(text)

@@ -107,7 +107,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._work = work
         self._http = plan.config.http
-        self._images = ImageIntake(plan, work, sight)
+        self._images = ImageIntake(plan, tokenizer, work, sight)
         self._scores = ScoringIntake(plan, self.limits, work, self._images)
 
     async def of(self, asked: Asked | ScoresAsked) -> Sequence[Job]:

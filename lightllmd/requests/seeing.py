@@ -6,11 +6,14 @@ then that id is repeated, and the run of it is an `ImageSpan`. No pixel and no f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple, Protocol, Self
 
 import msgspec
 
+from lightllmd.architecture.vision.placeholder import ImageTokens, Placeholder
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest, NotReady
 from lightllmd.ipc.messages import ImageSpan
@@ -19,8 +22,9 @@ from lightllmd.requests.images import AskedImage, images_in_markdown
 from lightllmd.requests.limits import Ids
 from lightllmd.requests.text_work import TextWork
 from lightllmd.text.image_places import ImageText
+from lightllmd.text.interface import Tokenizer
 
-FAKE_TAG = "<image>"  # of the fake engine
+FAKE = Placeholder("<image>", 0)  # of the fake engine
 
 
 class SeenImage(Protocol):
@@ -126,15 +130,16 @@ class EncodedPrompt(NamedTuple):
 
 
 def expanded(
-    ids: Sequence[int], places: Sequence[int], facts: Sequence[SeenImage]
+    ids: Sequence[int], places: Sequence[int], facts: Sequence[SeenImage], tokens: ImageTokens
 ) -> tuple[list[int], list[ImageSpan]]:
-    """With as many tokens in each of the `places` as the image there is."""
+    """With as many tokens in each of the `places` as the image there is, and what stands around them."""
     made: list[int] = []
     spans, end = [], 0
     for place, image in zip(places, facts, strict=True):
         made += ids[end:place]
-        spans.append(ImageSpan(len(made), image.tokens, image.key, image.grid))
-        made += [ids[place]] * image.tokens
+        start, own = tokens.of(image.tokens)
+        spans.append(ImageSpan(len(made) + start, image.tokens, image.key, image.grid))
+        made += own
         end = place + 1
     return [*made, *ids[end:]], spans
 
@@ -142,26 +147,44 @@ def expanded(
 class ImageIntake:
     """Of one plan. `sight`: None where no images are served."""
 
-    def __init__(self, plan: Plan, work: TextWork, sight: Sight | None) -> None:
-        self._work, self._sight = work, sight
-        self._text = image_text(plan)
-        self._refusal = "" if self._text is not None else refusal(plan)
+    def __init__(self, plan: Plan, tokenizer: Callable[[], Tokenizer], work: TextWork, sight: Sight | None) -> None:
+        self._work, self._sight, self._tokenizer = work, sight, tokenizer
+        self._placeholder = None if plan.vision is None else _placeholder(plan)
+        self._vocabulary = plan.vocab_size
+        self._refusal = "" if plan.vision is not None else refusal(plan)
         params, settings = plan.config.params, plan.config.images
         self._most, self._bound = settings.max_images, "images.max_images"
         if params.cache_capacity < self._most:
             self._most, self._bound = params.cache_capacity, "cache_capacity"
 
+    @cached_property
+    def _tokens(self) -> ImageTokens:
+        """Raises ConfigInvalid where the tokenizer has not what the model needs."""
+        assert self._placeholder is not None
+        return self._placeholder.resolved(_ids(self._tokenizer()))
+
+    @cached_property
+    def _text(self) -> ImageText:
+        assert self._placeholder is not None
+        return ImageText(self._placeholder.tag, self._placeholder.tags, self._tokens.image)
+
+    @cached_property
+    def _run(self) -> ImageTokens:
+        """As a prompt has them: an id outside the model's vocabulary is another one there, which nothing reads."""
+        tokens = self._tokens
+        return tokens if tokens.image < self._vocabulary else replace(tokens, image=0)
+
     def read(self, text: str, field: str) -> tuple[str, list[AskedImage]]:
         """A text whose images are Markdown's, with the model's tags in their places; where no images are served it is
         a text."""
-        return (text, []) if self._text is None else images_in_markdown(text, self._text.tag, field)
+        return (text, []) if self._placeholder is None else images_in_markdown(text, self._placeholder.tag, field)
 
     def check(self, images: Sequence[AskedImage]) -> None:
         """Of one prompt. Raises InvalidRequest where they are not served, or too many."""
         if not images:
             return
         field = images[0].field
-        if self._text is None:
+        if self._placeholder is None:
             raise InvalidRequest(f"{field}: {self._refusal}", param=field, code="images_not_served")
         if len(images) > self._most:
             field = images[self._most].field
@@ -192,22 +215,14 @@ class ImageIntake:
         """A prompt with `images`, at least one, which are among those that were `shown`, or are shown now. Raises
         InvalidRequest, and what `Sight.show` raises."""
         self.check(images)
-        assert self._text is not None
         ids, places = await self._work.encode_seeing(
             content, field, self._text, len(images), add_special_tokens=add_special_tokens, cut=cut
         )
         shown = shown or await self.show(images, holding)
         facts = shown.of(images)
         size = len(ids) + sum(image.tokens for image in facts)
-        made, spans = await self._work.compute(size, expanded, ids, places, facts)
+        made, spans = await self._work.compute(size, expanded, ids, places, facts, self._run)
         return EncodedPrompt(made, spans, shown.seen)
-
-
-def image_text(plan: Plan) -> ImageText | None:
-    """How this plan's prompts say that there is an image; None: it serves none."""
-    if plan.vision is None:
-        return None
-    return ImageText(FAKE_TAG)
 
 
 def refusal(plan: Plan) -> str:
@@ -219,3 +234,23 @@ def refusal(plan: Plan) -> str:
             "served with enable_multimodal = true"
         )
     return 'this server takes no images: enable_multimodal is false; true or "auto" switches them on'
+
+
+def _placeholder(plan: Plan) -> Placeholder:
+    """Of a plan that serves images."""
+    seen = plan.model.vision if plan.model is not None else None
+    return FAKE if seen is None else seen.placeholder
+
+
+def _ids(tokenizer: Tokenizer) -> Callable[[str], int | None]:
+    """The id of a token by its text."""
+
+    def id_of(text: str) -> int | None:
+        tokens = tokenizer.vocabulary.tokens
+        added = (number for number in tokenizer.vocabulary.added_ids if tokens[number] == text)
+        if (number := next(added, None)) is not None:
+            return number
+        ids = tokenizer.encode(text, False)
+        return ids[0] if len(ids) == 1 else None
+
+    return id_of

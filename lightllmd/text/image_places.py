@@ -15,28 +15,17 @@ class ImageText:
     """How a model's prompts say that there is an image."""
 
     tag: str  # what a text has in an image's place
-    # What stands around the one token that is an image's place, as text; of the n-th one `{number}` is n.
-    before: str = ""
-    behind: str = ""
-    token: int | None = None  # the id of that token; None: no text has such a token
-    pattern: str = ""  # of all that is such a tag; empty: `tag` alone
+    tags: tuple[str, ...]  # all that is such a tag, a longer one before what is a part of it
+    token: int  # the id that an image's tokens have
 
     @cached_property
-    def tags(self) -> re.Pattern[str]:
+    def pattern(self) -> re.Pattern[str]:
         """Matches one."""
-        return re.compile(self.pattern or re.escape(self.tag))
+        return re.compile("|".join(map(re.escape, self.tags)))
 
     def parts(self, text: str) -> list[str]:
         """The texts around the tags: one more than there are tags."""
-        parts, end = [], 0
-        for found in self.tags.finditer(text):
-            parts.append(text[end : found.start()])
-            end = found.end()
-        return [*parts, text[end:]]
-
-    def around(self, number: int) -> tuple[str, str]:
-        """What stands before and behind the place of the image of that number, from 1 on."""
-        return self.before.replace("{number}", str(number)), self.behind.replace("{number}", str(number))
+        return self.pattern.split(text)
 
 
 def encode_parts(
@@ -47,19 +36,14 @@ def encode_parts(
     The text is tokenised as a whole, with the image's own token in its place. What a client wrote may have that token,
     too, which is then no image. Where the tokenizer has no such token the parts are tokenised by themselves.
     """
-    texts = [parts[0]]
-    for number, part in enumerate(parts[1:], 1):
-        before, behind = image.around(number)
-        texts[-1] += before
-        texts.append(behind + part)
-    if image.token is None or image.token not in tokenizer.vocabulary.added_ids:
-        return _one_by_one(tokenizer, texts, image.token or 0, add_special_tokens)
+    if image.token not in tokenizer.vocabulary.added_ids:
+        return _one_by_one(tokenizer, parts, image.token, add_special_tokens)
     own = tokenizer.vocabulary.tokens[image.token] or ""
-    ids = tokenizer.encode(own.join(texts), add_special_tokens)
+    ids = tokenizer.encode(own.join(parts), add_special_tokens)
     found = [index for index, token in enumerate(ids) if token == image.token]
     places, at = [], 0
-    for text in texts[:-1]:
-        at += text.count(own)
+    for part in parts[:-1]:
+        at += part.count(own)
         places.append(found[at])
         at += 1
     return ids, places

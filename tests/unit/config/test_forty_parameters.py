@@ -429,7 +429,7 @@ def cache_capacity(folder: Path) -> None:
     few, many = (seeing(folder, enable_multimodal=True, cache_capacity=most).vision for most in (10, 30))
     assert few is not None
     assert many is not None
-    assert 3 * few.cached_bytes == many.cached_bytes > 0
+    assert 3 * few.kept_bytes == many.kept_bytes > 0
 
 
 @evidence

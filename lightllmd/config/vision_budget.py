@@ -1,0 +1,78 @@
+"""What images take: of the device the vision tower, its connector and what they compute; of the host's memory the
+embeddings that are kept. All sizes in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightllmd.architecture.dtypes import ITEM_BYTES
+from lightllmd.architecture.vision.spec import VisionSpec, VitSpec
+from lightllmd.config.amount import count, size
+from lightllmd.config.parameters import Config
+from lightllmd.config.plan import VISION_ROWS, BudgetRow
+
+WEIGHTS, ACTIVATIONS, RUNTIME = VISION_ROWS
+CUDA_RUNTIME = 700_000_000  # of the visual worker: CUDA context, cuBLAS, cuDNN
+CPU_RUNTIME = 600_000_000  # interpreter, torch and its thread pools
+MAX_HOST_SHARE = 0.5  # of the host's free memory, for embeddings
+
+
+@dataclass(frozen=True)
+class VisionNeeds:
+    """Of one visual worker."""
+
+    spec: VisionSpec
+    data_type: str
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one image."""
+        return self.spec.geometry.most.tokens
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's embedding, with what further layers are given."""
+        return self.spec.embedding_bytes(1, ITEM_BYTES[self.data_type])
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the largest image's embeddings."""
+        return self.spec.embedding_bytes(self.most_tokens, ITEM_BYTES[self.data_type])
+
+    def kept(self, host_free: int) -> int:
+        """Images whose embeddings may be in host memory."""
+        return int(host_free * MAX_HOST_SHARE) // self.image_bytes
+
+    def rows(self, config: Config, kind: str) -> list[BudgetRow]:
+        """What it takes of a device of this kind."""
+        item, weights = ITEM_BYTES[self.data_type], self.spec.parameters
+        runtime = CUDA_RUNTIME if kind == "cuda" else CPU_RUNTIME
+        return [
+            BudgetRow(WEIGHTS, weights * item, f"tower and connector, {count(weights)} parameters x {item} B"),
+            self._activations(config.images.batch, item),
+            BudgetRow(RUNTIME, runtime, "the visual worker's process before it has loaded anything"),
+        ]
+
+    def _activations(self, batch: int, item: int) -> BudgetRow:
+        """A block at its widest: residual, its norm, queries, keys, values and their result, or the MLP's inner rows
+        twice; the scores of one head in fp32 and their softmax; then the connector's rows; pixels before all that."""
+        tower = self.spec.tower
+        tokens, longest, images = self._tokens(batch)
+        inner = max(2 * tower.intermediate, 4 * tower.hidden)
+        each = (2 * tower.hidden + inner) * item
+        scores = 8 * tower.heads * longest * longest
+        made = images * self.image_bytes
+        how = (
+            f"{tokens} patches at a time x {size(each)}, {size(scores)} for attention, {size(made)} for results, twice"
+        )
+        return BudgetRow(ACTIVATIONS, tokens * each + scores + 2 * made, how)
+
+    def _tokens(self, batch: int) -> tuple[int, int, int]:
+        """Rows of the tower at a time, of them those that attend to each other, and images whose results are there. An
+        image is encoded as a whole, however many tiles it has."""
+        tower, most = self.spec.tower, self.spec.geometry.most
+        if isinstance(tower, VitSpec):
+            tiles = max(batch, most.tiles)
+            return tiles * tower.positions, tower.positions, -(-tiles // most.tiles)
+        patches = most.tokens * max(1, self.spec.connector.inputs // tower.hidden)
+        return patches, patches, 1
