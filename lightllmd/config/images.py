@@ -74,7 +74,8 @@ class ImagesSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_bytes: Annotated[
         int,
         Setting(
-            doc="Longest file of an image, as it is fetched or as base64 says it.",
+            doc="Longest file of an image, as it is fetched or as base64 says it; [http] max_body_bytes bounds what is "
+            "in a body, too.",
             unit="bytes",
             minimum=1024,
             maximum=1 << 30,

@@ -11,7 +11,7 @@ from lightllmd.api.web.errors import ErrorShape
 from lightllmd.errors import RequestError
 
 SAMPLE = "…"  # stands for the message
-_PRODUCT = "lightllmd."
+_ROOMS = ("lightllmd.errors", "lightllmd.api.")  # others' never reach a client as they are
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ErrorRow:
 
 def client_errors() -> list[type[RequestError]]:
     """All classes, by status. What is only a base of others is none."""
-    found = {kind for kind in _below(RequestError) if kind.__module__.startswith(_PRODUCT)}
+    found = {kind for kind in _below(RequestError) if kind.__module__.startswith(_ROOMS)}
     return sorted(found, key=lambda kind: (kind.status, kind.__name__))
 
 

@@ -118,7 +118,7 @@ def info(revision: Revision) -> dict[str, Any]:
         "model_sha": None,
         "model_dtype": f"torch.{plan.data_type}",
         "model_device_type": plan.device.kind,
-        "model_pipeline_tag": "text-generation",
+        "model_pipeline_tag": "text-generation" if plan.vision is None else "image-text-to-text",
         "max_concurrent_requests": limits.running_max_req_size + limits.max_queue,
         "max_best_of": min(MAX_BEST_OF, limits.running_max_req_size),
         "max_stop_sequences": MAX_STOPS,
