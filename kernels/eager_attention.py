@@ -28,10 +28,11 @@ def attention(
     qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
     q, k = qkv[:, : heads.query], qkv[:, heads.query : heads.query + heads.kv]
     if q_norm is not None and k_norm is not None:
-        q.copy_(rms_norm(q, q_norm, heads.norm_eps))
-        k.copy_(rms_norm(k, k_norm, heads.norm_eps))
+        q.copy_(rms_norm(q, q_norm, heads.norm_eps, heads.norm_offset))
+        k.copy_(rms_norm(k, k_norm, heads.norm_eps, heads.norm_offset))
     if rows.cos is not None and rows.sin is not None:
-        rotate_(qkv[:, : heads.query + heads.kv], rows.cos, rows.sin)
+        kind = slice(heads.rotary, heads.rotary + 1)
+        rotate_(qkv[:, : heads.query + heads.kv], rows.cos[:, kind], rows.sin[:, kind])
     cache.store(batch.slots, qkv[:, heads.query :])
     if len(rows.decode) == 1 and rows.decode[0].tokens is None:
         attended = decode_attention(q, cache, heads, rows.decode[0])

@@ -41,7 +41,9 @@ class FusedAttention:
     ) -> Tensor:
         qkv = qkv.view(-1, heads.query + 2 * heads.kv, heads.dim)
         read, slots = batch.metadata, batch.slots
-        rope_kv(qkv, read.cos_sin, read.angles, slots, cache, heads.query, heads.kv, q_norm, k_norm, heads.norm_eps)
+        angles = read.cos_sin[:, heads.rotary * heads.dim : (heads.rotary + 1) * heads.dim]
+        norms = q_norm, k_norm, heads.norm_eps, heads.norm_offset
+        rope_kv(qkv, angles, read.angles, slots, cache, heads.query, heads.kv, *norms)
         q, table_rows, positions = qkv[:, : heads.query], batch.rows, batch.positions
         if wanted is not None:
             # All that they see is in the cache by now, so each is read as a decode row is.

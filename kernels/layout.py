@@ -38,6 +38,8 @@ class Heads:
     norm_eps: float  # of the norm over each query and key head, where a model has one
     window: int | None = None  # tokens that one sees, itself and those right before it; None: all before it
     soft_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    rotary: int = 0  # which kind of positions a batch has the angles of, where a model has several
+    norm_offset: float = 0.0  # what is added to the weights of the norm over heads
 
 
 # --- rows are gathered in groups: what torch's own attention reads -----------------------------------------------
@@ -66,8 +68,8 @@ class PrefillRow:
 class GatheredRows:
     """Metadata of torch's own attention: what is gathered from the cache, and each token's rotation."""
 
-    cos: Tensor | None  # [T, 1, D]; None: the model has its positions elsewhere
-    sin: Tensor | None  # [T, 1, D], the first half negated
+    cos: Tensor | None  # [T, kinds, D], see `Heads.rotary`; None: the model has its positions elsewhere
+    sin: Tensor | None  # [T, kinds, D], the first half negated
     decode: list[DecodeGroup]
     prefill: list[PrefillRow]
 
@@ -114,6 +116,6 @@ class TableRows:
     decode: int
     prefill: PrefillTiles | None
     angles: Tensor  # [T] int32, each token's row of cos_sin
-    cos_sin: Tensor  # [P, D] fp32: cosines, then sines, of half a head each
+    cos_sin: Tensor  # [P, kinds D] fp32, see `Heads.rotary`: cosines, then sines, of half a head each
     table: Tensor  # [R, W] int32, request->slot
     last: Tensor  # [R] int32, the newest token of each table row

@@ -75,15 +75,17 @@ def rope_kv(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    offset: float = 0.0,
 ) -> None:
     """Turns the queries and keys of ``qkv [T, H + 2K, D]`` in place, after an RMS norm of each head where there are
-    weights ``[D]`` for one, and puts keys and values into the cache at ``slots [T]``. One rounding at the end.
+    weights ``[D]``, less `offset`, for one, and puts keys and values into the cache at ``slots [T]``. One rounding at
+    the end.
 
     ``cos_sin [P, D]``: cosines, then sines, of the D/2 pairs; ``angles [T]`` is each token's row of it.
     """
     q, k = qkv[:, :heads].float(), qkv[:, heads : heads + kv_heads].float()
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+        q, k = rms_norm(q, q_norm, eps, offset), rms_norm(k, k_norm, eps, offset)
     cos, sin = cos_sin[angles.long(), None].chunk(2, -1)
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     qkv[:, : heads + kv_heads] = rotate(torch.cat([q, k], 1), cos, sin).to(qkv.dtype)

@@ -31,6 +31,7 @@ def _rope_kv(
     heads,
     kv_heads,
     eps,
+    offset,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -50,10 +51,10 @@ def _rope_kv(
         mean = tl.sum(first * first + second * second, 1)[:, None] / (2 * HALF)
         scale = tl.rsqrt(mean + eps)
         of_q, of_k = q_norm + pair, k_norm + pair
-        first *= scale * tl.where(head < heads, tl.load(of_q).to(tl.float32), tl.load(of_k).to(tl.float32))
-        second *= scale * tl.where(
-            head < heads, tl.load(of_q + HALF).to(tl.float32), tl.load(of_k + HALF).to(tl.float32)
-        )
+        of_first = tl.where(head < heads, tl.load(of_q).to(tl.float32), tl.load(of_k).to(tl.float32))
+        of_second = tl.where(head < heads, tl.load(of_q + HALF).to(tl.float32), tl.load(of_k + HALF).to(tl.float32))
+        first *= scale * (offset + of_first)
+        second *= scale * (offset + of_second)
     angle = cos_sin + tl.load(angles + token).to(tl.int64) * angle_stride + pair
     cos, sin = tl.load(angle), tl.load(angle + HALF)
     kind = qkv.dtype.element_ty
@@ -81,13 +82,14 @@ def rope_kv(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    offset: float = 0.0,
 ) -> None:
     """Turns the queries and keys of ``qkv [T, H + 2K, D]`` in place, element i with i + D/2 (D a power of two), and
     copies keys and values to the cache at ``slots [T]`` int32. Where they are quantised there, `qkv` gets what will be
     read of them, rounded to its dtype: whatever attends to these tokens sees the same as who comes later.
 
     ``cos_sin [P, D]`` fp32: cosines, then sines, of the D/2 pairs; ``angles [T]`` int32 is each token's row of it.
-    `q_norm` and `k_norm` ``[D]``: weights of an RMS norm of each head before the turn; both or neither.
+    `q_norm` and `k_norm` ``[D]``: weights less `offset` of an RMS norm of each head before the turn; both or neither.
     """
     tokens, total, dim = qkv.shape
     half = dim // 2
@@ -106,6 +108,7 @@ def rope_kv(
         heads,
         kv_heads,
         eps,
+        offset,
         NORM=q_norm is not None,
         HEADS=block,
         HALF=half,

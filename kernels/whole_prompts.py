@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 def plan(layers: Iterable[Heads], dtype: torch.dtype, device: torch.device, longest: int) -> int:
     """Plans for rows of up to `longest` tokens. Returns the longest planned length, 0 without cuDNN or where a layer
     has a kind of attention that is not computed here: a soft cap, or a window that is shorter than the row."""
-    kinds = set(layers)
+    kinds = {replace(heads, rotary=0, norm_offset=0.0) for heads in layers}
     if device.type != "cuda" or dtype is torch.float32:
         return 0
     if any(heads.dim > 128 or heads.soft_cap is not None for heads in kinds):

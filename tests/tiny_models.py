@@ -85,9 +85,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "tie_word_embeddings": True,
     },
+    "gemma3": {  # both kinds of layers, each with rotary positions of its own
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+        "rope_theta": 1000.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "tie_word_embeddings": True,
+    },
 }
 IN_GRIDS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-UNLIKE_LLAMA = ("gemma2", "internlm2", "olmo2", *IN_GRIDS)  # their tensors are those of the list of weights
+UNLIKE_LLAMA = (
+    "gemma2",
+    "gemma3_text",
+    "internlm2",
+    "olmo2",
+    *IN_GRIDS,
+)  # their tensors are those of the list of weights
 
 
 def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:

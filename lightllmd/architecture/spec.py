@@ -72,6 +72,7 @@ class GroupedQuery:
     qk_norm: QkNorm | None = None
     window: int | None = None  # tokens that a query sees, its own included; None: all before it
     soft_cap: float | None = None  # attention logits become ``soft_cap * tanh(logits / soft_cap)``
+    rotary: int = 0  # which rotary positions it has: 0 for `DecoderSpec.positions`, n for the nth of the others
     shared: SharedHeads | None = None  # where `heads` and `kv_heads` are one rank's
 
     @property
@@ -131,6 +132,7 @@ class DecoderSpec:
     tied: bool  # the head's weight is the embedding
     embedding_scale: float | None = None  # of the embedded tokens
     logit_soft_cap: float | None = None  # logits become ``logit_soft_cap * tanh(logits / logit_soft_cap)``
+    other_positions: tuple[Positions, ...] = ()  # of layers whose `GroupedQuery.rotary` names them
     scores: ScoreHead | None = None  # what it ends in instead of a language model head
     headless: bool = False  # it ends in its last norm: what is wanted of it are its hidden states
 
@@ -143,6 +145,11 @@ class DecoderSpec:
     def norms_results(self) -> bool:
         """Whether norms stand behind the blocks of a layer."""
         return self.norm_placement != "pre"
+
+    @property
+    def rotated(self) -> int:
+        """Cosines and sines of one token: of each kind of positions as many as a head has rotated elements."""
+        return sum(kind.dim for kind in (self.positions, *self.other_positions))
 
     @property
     def attention(self) -> tuple[Attention, ...]:

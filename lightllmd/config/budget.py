@@ -258,7 +258,7 @@ def _activations(spec: DecoderSpec | Outline, tokens: int, data_type: str) -> Bu
         return BudgetRow("activations", step.fixed + tokens * per_token, how)
     inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
     hidden = 4 if spec.norms_results else 2
-    per_token = (hidden * spec.hidden + max(attention, inner) + 2 * spec.positions.dim) * item
+    per_token = (hidden * spec.hidden + max(attention, inner) + 2 * spec.rotated) * item
     return BudgetRow("activations", tokens * per_token, f"prefill of {tokens} tokens x {size(per_token)}")
 
 

@@ -106,7 +106,7 @@ def _token_bytes(spec: DecoderSpec | Outline, data_type: str) -> int:
         return spec.step[data_type].each + attention * item
     inner = 3 * max(layer.feed_forward.intermediate for layer in spec.layers)
     hidden = 3 if spec.norms_results else 2
-    return (hidden * spec.hidden + attention + inner) * item + 4 * spec.positions.dim
+    return (hidden * spec.hidden + attention + inner) * item + 4 * spec.rotated
 
 
 def _activations(spec: DecoderSpec | Outline, data_type: str, batch_max_tokens: int, running: int) -> BudgetRow:
@@ -161,7 +161,7 @@ def _sampling(spec: DecoderSpec | Outline, running: int) -> BudgetRow:
 
 
 def _tables(spec: DecoderSpec | Outline, running: int, width: int, batch_max_tokens: int) -> BudgetRow:
-    rotated = spec.attention[0].head_dim if isinstance(spec, Outline) else spec.positions.dim
+    rotated = spec.attention[0].head_dim if isinstance(spec, Outline) else spec.rotated
     rotations, tokens = width, batch_max_tokens + 2 * running
     numbers = tokens * STEP_NUMBERS
     if isinstance(spec, DecoderSpec) and spec.positions.axes:  # each token of a step may be an image's

@@ -43,7 +43,7 @@ class Decoder:
         device: torch.device,
     ) -> None:
         self.spec = spec
-        self.rope = Rope(spec.positions, device)
+        self.rope = Rope(spec.positions, device, spec.other_positions)
         self._tensors: dict[str, Tensor] = {}
         linears: list[dict[Role, Linear]] = [{} for _ in spec.layers]
         norms: list[dict[Role, Norm]] = [{} for _ in spec.layers]

@@ -27,7 +27,17 @@ class GroupedQueryAttention:
     """Grouped-query attention over the KV cache."""
 
     def __init__(self, spec: GroupedQuery, norm: RmsNorm, kernels: Kernels, weights: LayerWeights) -> None:
-        self.heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.scale, norm.eps, spec.window, spec.soft_cap)
+        self.heads = Heads(
+            query=spec.heads,
+            kv=spec.kv_heads,
+            dim=spec.head_dim,
+            scale=spec.scale,
+            norm_eps=norm.eps,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+            rotary=spec.rotary,
+            norm_offset=norm.offset,
+        )
         self._kernels = kernels
         self._norm = weights.norms.get("attention_norm")
         self._post_norm = weights.norms.get("attention_post_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +12,21 @@ from lightllmd.architecture.spec import Rotary
 
 
 class Rope:
-    """Angles of the rotary embedding. Where they depend on a sequence's length (`dynamic`), see `cos_sin`."""
+    """Angles of the rotary embedding. Where they depend on a sequence's length (`dynamic`), see `cos_sin`.
 
-    def __init__(self, spec: Rotary, device: torch.device) -> None:
+    `others`: of a model whose layers have several kinds of positions; they are "default", "linear" or "llama3"."""
+
+    def __init__(self, spec: Rotary, device: torch.device, others: Sequence[Rotary] = ()) -> None:
         self.spec = spec
+        self._others = [Rope(other, device) for other in others]
         self._exponents = torch.arange(0, spec.dim, 2, device=device).float() / spec.dim
         self._frequencies = _frequencies(spec, self._exponents)
         self._axes = torch.tensor(spec.axes, device=device, dtype=torch.int64)
+
+    @property
+    def pairs(self) -> int:
+        """Frequencies."""
+        return self.spec.dim // 2
 
     @property
     def by_length(self) -> bool:
@@ -31,7 +40,8 @@ class Rope:
 
     def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """fp32 ``[T, D]`` for ``positions [T]``, or for ``[3, T]`` where they may be `in_grids`: the cosines of half a
-        head, then the sines. Of a token whose three positions are equal they are those of the one.
+        head, then the sines; ``[T, N D]`` of N kinds of positions, one behind the other. Of a token whose three
+        positions are equal they are those of the one.
 
         `lengths` [T] is read by `dynamic` alone: how long the sequence was when the token first entered, the whole
         prompt for a prompt's token, its position + 1 for a generated one. So a token's angles never change, whether
@@ -45,7 +55,10 @@ class Rope:
             frequencies = self._frequencies
         by_pair = positions[self._axes].T if positions.dim() == 2 else positions[:, None]
         half = by_pair.float() * frequencies
-        return torch.cat([half.cos(), half.sin()], -1)
+        turned = torch.cat([half.cos(), half.sin()], -1)
+        return (
+            torch.cat([turned, *(other.cos_sin(positions) for other in self._others)], -1) if self._others else turned
+        )
 
 
 class NoRope:

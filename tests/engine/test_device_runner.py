@@ -22,7 +22,8 @@ pytest.importorskip("triton")
 IDS = [3, 14, 15, 92, 65, 35, 89]
 ON_GPU = torch.cuda.is_available()
 # In the interpreter a step takes a second: what differs in the kernels, and no more.
-CASES = list(VARIANTS) if ON_GPU else ["plain", "three heads", "biases", "rope dynamic", "qwen3", "olmo2", "gemma2"]
+FAMILIES = ["qwen3", "olmo2", "gemma2", "gemma3"]
+CASES = list(VARIANTS) if ON_GPU else ["plain", "three heads", "biases", "rope dynamic", *FAMILIES]
 
 
 def nothing() -> None:

@@ -53,6 +53,7 @@ FAMILIES = {
     "olmo2": VARIANTS["olmo2"] | UNEVEN,
     "olmo2, five": VARIANTS["olmo2"] | FIVE,
     "gemma2": VARIANTS["gemma2"] | UNEVEN,
+    "gemma3": VARIANTS["gemma3"] | UNEVEN,
 }
 WEIGHT_SCHEMES = {
     **{name: scheme for name, scheme in SCHEMES.items() if not scheme.dense},

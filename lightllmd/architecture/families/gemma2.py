@@ -44,7 +44,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     kinds = {WINDOWED: windowed, FULL: full}
     return replace(
         decoder,
-        layers=tuple(LayerSpec(kinds[kind], feed_forward) for kind in _kinds(config, len(decoder.layers))),
+        layers=tuple(LayerSpec(kinds[kind], feed_forward) for kind in layer_kinds(config, len(decoder.layers))),
         norm=RmsNorm(decoder.norm.eps, offset=1.0),
         norm_placement="pre_post",
         embedding_scale=decoder.hidden**0.5,
@@ -52,8 +52,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     )
 
 
-def _kinds(config: Mapping[str, Any], layers: int) -> list[str]:
-    """Of attention, layer by layer: as written, else every other one has a window, beginning with the first."""
+def layer_kinds(config: Mapping[str, Any], layers: int) -> list[str]:
+    """Of attention, layer by layer: as written, else every other one has a window, beginning with the first. Raises
+    ConfigInvalid."""
     written = config.get("layer_types")
     if written is None:
         return [FULL if layer % 2 else WINDOWED for layer in range(layers)]

@@ -65,7 +65,7 @@ class SlotTable:
         if rope.in_grids and any(row.positions is not None or row.shift for row in rows):
             positions = torch.from_numpy(np.concatenate([grid_positions(row) for row in rows], 1)).to(self._device)
         angles = rope.cos_sin(positions, None if lengths is None else self._to_device(lengths))
-        cos, sin = angles.unsqueeze(1).chunk(2, -1)
+        cos, sin = angles.view(len(angles), -1, 2, rope.pairs).unbind(2)
         return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)
 
     def _enter(self, table_row: int, first: int, slots: list[int]) -> None:
