@@ -40,7 +40,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 120,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -99,7 +99,10 @@ class VisionModel:
     def driver(self) -> Driver:
         """Of its decoder."""
         runner = CpuRunner()
-        plan = msgspec.structs.replace(plan_for(Path(self.facts.path)), model=self.facts)
+        plan = msgspec.structs.replace(
+            plan_for(Path(self.facts.path), slots=2048, max_req_input_len=2000, max_req_total_len=2040),
+            model=self.facts,
+        )
         runner.load(plan, lambda done, total: None)
         return Driver(runner)
 

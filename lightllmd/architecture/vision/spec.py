@@ -43,6 +43,7 @@ class VitSpec:
     post_norm: bool = False  # of the last layer's hidden states
     qkv_bias: bool = True
     qk_norm: bool = False  # RMS norms over all heads of the queries and of the keys
+    qk_norm_eps: float = 1e-6
     fused_qkv: bool = False  # one tensor in the checkpoint
     layer_scale: bool = False  # factors of what each block adds
     leading: int = 0  # dimensions of 1 that class token and positions are stored with

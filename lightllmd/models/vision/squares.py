@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
+from lightllmd.architecture.vision.anyres import AnyresLayout
 from lightllmd.architecture.vision.layout import ImageLayout, PreparedImage
 from lightllmd.architecture.vision.spec import MlpConnector, VisionSpec, VitSpec
 from lightllmd.models.vision.connectors import Mlp
@@ -35,4 +37,25 @@ class Squares:
 
     def _arranged(self, tiles: Tensor, layout: ImageLayout) -> Tensor:
         """``[tiles, tokens of a tile, out_hidden]`` -> ``[tokens, out_hidden]``."""
-        return tiles.flatten(0, 1)
+        if not isinstance(layout, AnyresLayout):
+            return tiles.flatten(0, 1)
+        assert self._connector.newline is not None
+        rows = in_one(tiles[1:], layout)
+        newlines = self._connector.newline.expand(len(rows), 1, -1)
+        return torch.cat([tiles[0], torch.cat([rows, newlines], 1).flatten(0, 1)])
+
+
+def in_one(squares: Tensor, layout: AnyresLayout) -> Tensor:
+    """``[rows * columns, side * side, hidden]`` of the squares of an image -> ``[height, width, hidden]`` of the image,
+    without its padding, as large as the layout has it."""
+    tokens, hidden = squares.shape[1:]
+    side = int(tokens**0.5)
+    grid = squares.view(layout.rows, layout.columns, side, side, hidden).transpose(1, 2)
+    whole = grid.reshape(layout.rows * side, layout.columns * side, hidden)
+    height, width = layout.kept
+    top, left = (whole.shape[0] - height) // 2, (whole.shape[1] - width) // 2
+    kept = whole[top : top + height, left : left + width]
+    if layout.scaled == layout.kept:
+        return kept
+    scaled = functional.interpolate(kept.permute(2, 0, 1)[None], layout.scaled, mode="bilinear")
+    return scaled[0].permute(1, 2, 0)

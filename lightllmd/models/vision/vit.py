@@ -55,8 +55,8 @@ class Vit:
         qkv = linear(self._norm(x, f"{layer}.norm1"), weights[f"{layer}.qkv"])
         if spec.qk_norm:
             query, key, value = qkv.chunk(3, -1)
-            query = rms_norm(query, weights[f"{layer}.q_norm"], spec.norm_eps)
-            key = rms_norm(key, weights[f"{layer}.k_norm"], spec.norm_eps)
+            query = rms_norm(query, weights[f"{layer}.q_norm"], spec.qk_norm_eps)
+            key = rms_norm(key, weights[f"{layer}.k_norm"], spec.qk_norm_eps)
             qkv = torch.cat([query, key, value], -1)
         added = linear(attend(qkv, spec.heads), weights[f"{layer}.out"])
         x = x + (added * weights[f"{layer}.scale1"].weight if spec.layer_scale else added)
