@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightllmd.architecture.prefixes import UNPREFIXED
 from lightllmd.config.plan import Plan, Pooling, PromptEmbedding
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.scheduling.admission import SchedulerLimits
@@ -78,7 +79,7 @@ def embedding_plan(folder: Path, *, base: bool = False, **options: Any) -> Plan:
     """As resolution would make it; `base`: of what `as_base_model` wrote."""
     plan = plan_for(folder, **options)
     embedding = PromptEmbedding(Pooling("last", unit=True), 64)
-    model = msgspec.structs.replace(plan.model, headless=base, unprefixed=base)
+    model = msgspec.structs.replace(plan.model, headless=base, prefixes=UNPREFIXED if base else None)
     return msgspec.structs.replace(plan, embedding=embedding, model=model)
 
 
