@@ -25,6 +25,15 @@ MOST = {
     "image_size": 1 << 14,
     "patch_size": 1 << 10,
     "num_channels": 3,
+    "in_channels": 3,
+    "embed_dim": 1 << 20,
+    "out_hidden_size": 1 << 20,
+    "num_heads": 1 << 16,
+    "depth": 4096,
+    "spatial_merge_size": 16,
+    "temporal_patch_size": 16,
+    "window_size": 1 << 14,
+    "num_position_embeddings": 1 << 20,
 }
 
 

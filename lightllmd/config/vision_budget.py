@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
-from lightllmd.architecture.vision.spec import VisionSpec, VitSpec
+from lightllmd.architecture.vision.spec import GridVitSpec, VisionSpec, VitSpec
 from lightllmd.config.amount import count, size
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import VISION_ROWS, BudgetRow
@@ -14,6 +14,9 @@ from lightllmd.config.plan import VISION_ROWS, BudgetRow
 WEIGHTS, ACTIVATIONS, RUNTIME = VISION_ROWS
 CUDA_RUNTIME = 700_000_000  # of the visual worker: CUDA context, cuBLAS, cuDNN
 CPU_RUNTIME = 600_000_000  # interpreter, torch and its thread pools
+GRID_TURNED = (
+    24  # of each element of a patch in a grid: queries and keys in fp32, while they are turned, and the result
+)
 MAX_HOST_SHARE = 0.5  # of the host's free memory, for embeddings
 
 
@@ -60,6 +63,8 @@ class VisionNeeds:
         tokens, longest, images = self._tokens(batch)
         inner = max(2 * tower.intermediate, 4 * tower.hidden)
         each = (2 * tower.hidden + inner) * item
+        if isinstance(tower, GridVitSpec):
+            each += GRID_TURNED * tower.hidden
         scores = 8 * tower.heads * longest * longest
         made = images * self.image_bytes
         how = (
@@ -69,10 +74,11 @@ class VisionNeeds:
 
     def _tokens(self, batch: int) -> tuple[int, int, int]:
         """Rows of the tower at a time, of them those that attend to each other, and images whose results are there. An
-        image is encoded as a whole, however many tiles it has."""
+        image is encoded as a whole, however many tiles it has. Where it is a grid, no scores are stored: attention of
+        torch's own takes keys in blocks, and images are encoded together as far as they are no larger than the largest
+        one."""
         tower, most = self.spec.tower, self.spec.geometry.most
         if isinstance(tower, VitSpec):
             tiles = max(batch, most.tiles)
             return tiles * tower.positions, tower.positions, -(-tiles // most.tiles)
-        patches = most.tokens * max(1, self.spec.connector.inputs // tower.hidden)
-        return patches, patches, 1
+        return most.tokens * tower.patches, 0, batch

@@ -129,7 +129,7 @@ class ImageSpan(msgspec.Struct, frozen=True, omit_defaults=True):
     start: int  # index of its first token in the prompt
     tokens: int  # how many; at least 1
     # 16 bytes, equal for equal embeddings alone: BLAKE2b, with a random key of the daemon, of the decoded picture and
-    # all else that its embeddings depend on. Nobody outside can choose two pictures with one key.
+    # all else that its embeddings depend on. No client can choose two pictures with one key.
     key: bytes
     grid: tuple[int, int, int] = (1, 0, 0)  # frames, rows and columns, where rotary positions are those of a grid
 

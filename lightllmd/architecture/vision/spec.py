@@ -91,8 +91,70 @@ class MlpConnector:
     newline: bool = False  # a learnt embedding ends each row of an image
 
 
-Tower = VitSpec
-Connector = MlpConnector
+@dataclass(frozen=True)
+class GridVitSpec:
+    """A vision transformer over all patches of an image, with rotary positions in rows and columns (Wang et al. 2024,
+    "Qwen2-VL"): half of a head's frequencies turn by the row, half by the column.
+
+    The patches of `merge` x `merge` adjacent ones follow each other, since they become one token.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    patch: int  # pixels a side
+    frames: int  # that a patch spans; an image's are all the same
+    merge: int  # patches a side that become one token together
+    activation: TowerActivation
+    norm: Literal["layer", "rms"]
+    gated: bool  # its feed-forward blocks, else they are two linears
+    names: Names
+    patch_bias: bool = False
+    # Side of the squares of tokens that attention stays in, but for the layers `whole` (Bai et al. 2025,
+    # "Qwen2.5-VL"); None: all layers attend to the whole image.
+    window: int | None = None
+    whole: frozenset[int] = frozenset()
+    # Side of the square of learnt positions that is stretched over each image, and added to the patches (Qwen3-VL).
+    table: int | None = None
+    # Layers whose hidden states are features too, which are added behind the first decoder layers (Meng et al. 2024,
+    # "DeepStack").
+    taps: tuple[int, ...] = ()
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head, a multiple of 4."""
+        return self.hidden // self.heads
+
+    @property
+    def patches(self) -> int:
+        """Of a token."""
+        return self.merge**2
+
+
+@dataclass(frozen=True)
+class MergerSpec:
+    """``fc2(gelu(fc1(norm(patches))))``: the patches of a token side by side become its embedding. There is one for the
+    last hidden states and one for each tap of the tower; those normalise a token's patches together."""
+
+    hidden: int  # elements of a patch
+    merge: int
+    outputs: int
+    norm: Literal["layer", "rms"]
+    taps: int
+    names: Names
+    norm_eps: float = 1e-6
+
+    @property
+    def inner(self) -> int:
+        """Elements of a token's patches side by side."""
+        return self.hidden * self.merge**2
+
+
+Tower = VitSpec | GridVitSpec
+Connector = MlpConnector | MergerSpec
 
 
 @dataclass(frozen=True)

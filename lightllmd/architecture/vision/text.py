@@ -7,6 +7,15 @@ from typing import Any
 
 from lightllmd.architecture.entries import not_built, switch, table, word
 
+_QWEN2_VL = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+}
 # What transformers' classes (and InternLM2's own) have where a config says nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -42,6 +51,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
+    },
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_vl_text": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 128000,
     },
     "internlm2": {
         "vocab_size": 103168,

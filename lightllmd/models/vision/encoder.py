@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture.vision.layout import PreparedImage
-from lightllmd.architecture.vision.spec import VisionSpec, VitSpec
+from lightllmd.architecture.vision.spec import GridVitSpec, VisionSpec, VitSpec
+from lightllmd.models.vision.grids import Grids
 from lightllmd.models.vision.layers import Weights, held
 from lightllmd.models.vision.squares import Squares
 from lightllmd.weights.loaded import LoadedWeight
@@ -29,7 +30,7 @@ class Maker(Protocol):
 
 
 # By the kind of tower that the specification names.
-TOWERS: dict[type, Maker] = {VitSpec: Squares}
+TOWERS: dict[type, Maker] = {VitSpec: Squares, GridVitSpec: Grids}
 
 
 class ImageEncoder:

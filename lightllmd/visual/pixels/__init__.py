@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightllmd.architecture.vision.anyres import Anyres
+from lightllmd.architecture.vision.grid import GridGeometry
 from lightllmd.architecture.vision.layout import PreparedImage
 from lightllmd.architecture.vision.spec import VisionSpec
 from lightllmd.architecture.vision.squares import OneSquare
 from lightllmd.architecture.vision.tiles import Tiles
+from lightllmd.visual.pixels.grid import one_grid
 from lightllmd.visual.pixels.square import one_square
 from lightllmd.visual.pixels.squares import anyres, tiled
 
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # By the kind of geometry: uint8 pixels of an image, as the tower takes them.
-MAKERS: dict[type, Callable[[Any, Image, Any], np.ndarray]] = {OneSquare: one_square, Anyres: anyres, Tiles: tiled}
+MAKERS: dict[type, Callable[[Any, Image, Any], np.ndarray]] = {
+    OneSquare: one_square,
+    Anyres: anyres,
+    Tiles: tiled,
+    GridGeometry: one_grid,
+}
 
 
 def prepare(spec: VisionSpec, image: Image) -> PreparedImage:
