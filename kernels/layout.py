@@ -17,6 +17,14 @@ Metadata = TypeVar("Metadata")
 
 
 @dataclass
+class ImageRows:
+    """What takes the place of the embeddings of N tokens of a step, and is added behind the decoder's first layers."""
+
+    places: Tensor  # [N] int64 among the step's tokens
+    values: Tensor  # [1 + deepstack, N, hidden]
+
+
+@dataclass
 class Batch(Generic[Metadata]):
     """The packed tokens of a step. Integers are int64 on a CPU, int32 where Triton's kernels read them."""
 
@@ -25,6 +33,7 @@ class Batch(Generic[Metadata]):
     positions: Tensor  # [T], in its sequence
     slots: Tensor  # [T], where its keys and values go
     metadata: Metadata  # what the device's attention needs to know of the rows: `GatheredRows` or `TableRows`
+    images: ImageRows | None = None  # None: all tokens are embedded by their ids
 
 
 @dataclass(frozen=True)

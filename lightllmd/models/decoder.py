@@ -11,7 +11,7 @@ from lightllmd.architecture.spec import DecoderSpec
 from lightllmd.architecture.weights import Role, WeightSpec
 from lightllmd.kernels.dispatch import Kernels
 from lightllmd.kernels.kv_cache import LayerCache
-from lightllmd.kernels.layout import Batch, Heads
+from lightllmd.kernels.layout import Batch, Heads, ImageRows
 from lightllmd.kernels.linear import Head, Linear, Norm
 from lightllmd.kernels.schemes import WHOLE, Shard
 from lightllmd.models.layer import DecoderLayer, LayerWeights
@@ -113,11 +113,33 @@ class Decoder:
         ``[T, hidden]`` of its tokens, or of those that are `wanted` [R], for `head` or `scores`. Calls `beat` once per
         layer."""
         x = self.embedding(batch)
+        if batch.images is not None:
+            return self._with_images(x, batch, batch.images, caches, beat, wanted)
         last = self.layers[-1]
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.forward(x, cache, batch, wanted if layer is last else None)
             beat()
         return x
+
+    def _with_images(
+        self,
+        x: Tensor,
+        batch: Batch,
+        images: ImageRows,
+        caches: list[LayerCache],
+        beat: Callable[[], None],
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """Every rank has the embeddings of all images, so they come behind what the ranks make of ids together."""
+        embeddings, *further = images.values
+        x.index_copy_(0, images.places, embeddings)
+        last = self.layers[-1] if len(further) < len(self.layers) else None
+        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x = layer.forward(x, cache, batch, wanted if layer is last else None)
+            if number < len(further):
+                x.index_add_(0, images.places, further[number])
+            beat()
+        return x if last is not None or wanted is None else x.index_select(0, wanted)
 
 
 def _shard(weight: WeightSpec) -> Shard:

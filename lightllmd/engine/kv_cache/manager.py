@@ -7,7 +7,8 @@ owner unless sequences of one request have a prefix in common (siblings, beams),
 
 from __future__ import annotations
 
-from lightllmd.engine.kv_cache.radix_tree import Node, RadixTree
+from lightllmd.engine.kv_cache.image_numbers import ImageNumbers
+from lightllmd.engine.kv_cache.radix_tree import Match, Node, RadixTree
 from lightllmd.engine.kv_cache.slots import Slots
 from lightllmd.engine.scheduling.sequence import Sequence
 
@@ -24,6 +25,7 @@ class KvCacheManager:
         self.slots = Slots(total)
         self.cache = cache
         self._tree = RadixTree(self.slots) if cache or forks else None
+        self.images = ImageNumbers()
         self._looked_up = self._found = self._evicted = 0  # tokens
 
     # --- how much there is ----------------------------------------------------------------------------------------
@@ -58,8 +60,18 @@ class KvCacheManager:
     def find(self, sequence: Sequence, step: int) -> None:
         """Locks the longest prefix of a sequence that steps before `step` computed; `enter` or `cancel` follows."""
         if self._tree is not None and self._reads(sequence):
-            match = self._tree.match(sequence.key[: sequence.needless], step)
+            match = self._match(self._tree, sequence, step)
             self._lock(sequence, match.node, match.length)
+
+    @staticmethod
+    def _match(tree: RadixTree, sequence: Sequence, step: int) -> Match:
+        """As `RadixTree.match`, of the tokens that it need not feed; no image is parted that is fed whole."""
+        key = sequence.key[: sequence.needless]
+        match = tree.match(key, step)
+        uncut = match.length if sequence.images is None else sequence.images.uncut(match.length)
+        if uncut == match.length:
+            return match
+        return tree.match(key[:uncut], step)._replace(fresh=match.fresh)
 
     def cancel(self, sequence: Sequence) -> None:
         """It was found a cached prefix and is not admitted."""
@@ -80,7 +92,7 @@ class KvCacheManager:
         in `step` itself, and it should wait for that."""
         if self._tree is None or not self._reads(sequence):
             return True
-        match = self._tree.match(sequence.key[: sequence.needless], step)
+        match = self._match(self._tree, sequence, step)
         if match.fresh >= WORTH_WAITING or (match.fresh and sequence.forks):
             return False
         if match.length > sequence.shared:

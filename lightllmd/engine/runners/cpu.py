@@ -8,7 +8,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightllmd.config.bounds import LOGIT_ROWS, SPARE_WIDTH
 from lightllmd.engine.ranks.process_group import open_process_group
 from lightllmd.engine.runners.base import BaseRunner, Beat, KeptWeights, Progress, ReadyResult
 from lightllmd.engine.runners.cpu_batch import SlotTable
+from lightllmd.engine.runners.image_rows import image_rows
 from lightllmd.engine.runners.loading import load_model, memory_errors
 from lightllmd.engine.runners.memory_meter import MemoryMeter
 from lightllmd.engine.sampling.cpu_sampler import Sampler, highest
@@ -144,7 +145,14 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
         begun = self.memory.begin_step()
         rows = self._rows(step)
         kept = _Kept.of(rows, len(step.decode.table_rows))
-        return _Packed(rows, self.table.pack(rows, self.decoder.rope), kept, kept.wanted(step.fed), begun)
+        return _Packed(rows, self._batch(rows), kept, kept.wanted(step.fed), begun)
+
+    def _batch(self, rows: list[Row]) -> Batch[GatheredRows]:
+        batch = self.table.pack(rows, self.decoder.rope)
+        if any(row.images for row in rows):
+            firsts = [0, *accumulate(len(row.tokens) for row in rows)][:-1]
+            batch.images = image_rows(rows, firsts, getattr(torch, self._plan.data_type), _CPU)
+        return batch
 
     def _forward(self, packed: _Packed, beat: Beat) -> Tensor:
         return self.decoder.forward(packed.batch, self.caches, beat, packed.wanted)
@@ -166,7 +174,7 @@ class CpuRunner(BaseRunner[_Packed, Tensor, KeptWeights]):
     @torch.inference_mode()
     def every_logits(self, step: Step) -> Tensor:
         """Computes a step without sampling: fp32 logits ``[T, vocab]`` behind each of its tokens."""
-        batch = self.table.pack(self._rows(step), self.decoder.rope)
+        batch = self._batch(self._rows(step))
         return self.decoder.head.logits(self.decoder.forward(batch, self.caches, lambda: None))
 
     def _rows(self, step: Step) -> list[Row]:

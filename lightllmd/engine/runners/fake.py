@@ -31,6 +31,7 @@ from lightllmd.engine.runners.fake_model import (
     ranking,
     token_at,
 )
+from lightllmd.engine.runners.fake_sight import Sight
 from lightllmd.engine.step import Masks, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
 
@@ -117,6 +118,15 @@ def end_by(way: str) -> NoReturn:
 
 
 @dataclass
+class _SeenPrompt:
+    """A row's prompt and what it had emitted, as they are seen as far as they have been fed."""
+
+    sampling: SamplingRow
+    tokens: list[int]
+    sees: bool  # some of them are those of an image
+
+
+@dataclass
 class _Branch:
     """What a table row's tokens depend on; of `history` nothing is kept where neither alternatives nor candidates are
     asked for."""
@@ -126,6 +136,7 @@ class _Branch:
     candidates: int
     history: int  # of all tokens that the scheduler named or the row was fed
     length: int  # tokens
+    prompt: _SeenPrompt | None = None  # until it is fed
     mask: int = 0  # its bits; 0: every token is allowed
     newest: int = 0  # token
 
@@ -165,7 +176,8 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         self._vocab: int | None = None  # None: as many as a mask has bits
         self._processed = False  # as [engine] logprobs
         self._branches: dict[int, _Branch] = {}  # by table row
-        self._prompts: dict[int, list[int]] = {}  # of those that generate nothing, by table row
+        self._prompts: dict[int, list[int]] = {}  # of those that generate nothing, by table row, as they are seen
+        self._sight = Sight()
         self._embeds = False  # vectors are hidden states, no scores
         self._poisoned = False  # a prompt that entered with the step that is made
         self._asleep = False
@@ -203,6 +215,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _free(self, weights_stay: bool) -> None:
         self._branches.clear()
         self._prompts.clear()
+        self._sight.clear()
         self._asleep = True
 
     def _restore_weights(self, staged: KeptWeights, progress: Progress) -> None:
@@ -217,6 +230,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
             self._branches.pop(table_row, None)
             self._prompts.pop(table_row, None)
         self._poisoned = False
+        self._sight.store(step)
         return step
 
     def _forward(self, packed: Step, beat: Beat) -> None:
@@ -226,11 +240,36 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         """Notes what a row's tokens depend on, and whether its prompt is poison."""
         params, prompt = sampling.params, sampling.prompt_ids
         key = branch_key(prompt, params.seed if params.do_sample else 0, row.branch, self._model)
+        whole = prompt + sampling.emitted
         history, length = EMPTY, 0
         if params.top_logprobs or params.candidates:
-            history, length = extended(EMPTY, prompt + sampling.emitted), len(prompt) + len(sampling.emitted)
-        self._branches[row.table_row] = _Branch(key, params.top_logprobs, params.candidates, history, length)
+            history, length = extended(EMPTY, whole), len(whole)
+        branch = _Branch(key, params.top_logprobs, params.candidates, history, length)
+        known = whole[: row.start]
+        past = self._sight.over(known, row.past or [])
+        if row.images or not row.sample or past != known:
+            branch.prompt = _SeenPrompt(sampling, past + whole[row.start :], past != known)
+        self._branches[row.table_row] = branch
         self._poisoned |= self._is_poison(prompt)
+
+    def _look(self, row: Row) -> None:
+        """What it is fed is seen; once that is all, what its tokens depend on is known."""
+        branch = self._branches[row.table_row]
+        if (prompt := branch.prompt) is None:
+            return
+        if row.images:
+            prompt.tokens[row.start : row.start + len(row.tokens)] = self._sight.tokens(row)
+            prompt.sees = True
+        if not row.sample:
+            return
+        branch.prompt = None
+        if not prompt.sees:
+            return
+        params, length = prompt.sampling.params, len(prompt.sampling.prompt_ids)
+        seed = params.seed if params.do_sample else 0
+        branch.key = branch_key(prompt.tokens[:length], seed, row.branch, self._model)
+        if params.top_logprobs or params.candidates:
+            branch.history = extended(EMPTY, prompt.tokens)
 
     def _is_poison(self, prompt: list[int]) -> bool:
         return bool(self._poison) and self._poison in bytes(token for token in prompt if token < 256)
@@ -243,6 +282,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         decode = step.decode
         for row in step.rows:
             if row.pooling is None:
+                self._look(row)
                 self._branches[row.table_row].feed(row.start, row.tokens)
         places = list(zip(decode.table_rows, decode.positions, strict=True))
         places += [(row.table_row, row.position) for row in step.rows if row.sample]
@@ -259,7 +299,9 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
             branch.newest = token
             result.tokens.append(token)
         result.pooled = [self._pooled(row, row.pooling) for row in step.rows if row.pooling is not None]
-        result.targets = [_scored(row, row.targets) for row in step.rows if row.targets is not None]
+        result.targets = [
+            _scored(row, row.targets, self._sight.tokens(row)) for row in step.rows if row.targets is not None
+        ]
         return _Pending(result, self._settings.poison_way if self._poisoned else "")
 
     def _rank(self, branch: _Branch, result: StepResult, index: int) -> None:
@@ -274,8 +316,12 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
     def _pooled(self, row: Row, pooling: PoolingRow) -> list[bytes]:
         """A vector for each place; what it depends on is the whole prompt before it."""
         if pooling.prompt_ids is not None:
-            self._prompts[row.table_row] = pooling.prompt_ids
+            known = pooling.prompt_ids[: row.start]
+            past = self._sight.over(known, row.past or [])
+            self._prompts[row.table_row] = past + pooling.prompt_ids[row.start :]
             self._poisoned |= self._is_poison(pooling.prompt_ids)
+        if row.images:
+            self._prompts[row.table_row][row.start : row.start + len(row.tokens)] = self._sight.tokens(row)
         if self._embeds:
             return self._states(row, pooling)
         prompt, labels = self._prompts[row.table_row], range(self._settings.score_labels)
@@ -286,17 +332,18 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         ]
 
     def _states(self, row: Row, pooling: PoolingRow) -> list[bytes]:
-        size = range(self._settings.embedding_size)
+        size, tokens = range(self._settings.embedding_size), self._sight.tokens(row)
         vectors = [
-            [fake_state(row.start + at, row.tokens[at], element, self._model) for element in size] for at in pooling.at
+            [fake_state(row.start + at, tokens[at], element, self._model) for element in size] for at in pooling.at
         ]
         if pooling.summed and vectors:
             vectors = [[sum(values) for values in zip(*vectors, strict=True)]]
         return [struct.pack(f"<{len(size)}f", *vector) for vector in vectors]
 
 
-def _scored(row: Row, targets: list[int]) -> TargetLogprobs:
-    places = [(row.start + index, row.tokens[index]) for index in range(len(targets))]
+def _scored(row: Row, targets: list[int], tokens: list[int]) -> TargetLogprobs:
+    """`tokens`: those that it feeds, as they are seen."""
+    places = [(row.start + index, tokens[index]) for index in range(len(targets))]
     logprobs = [fake_target(*place, target) for place, target in zip(places, targets, strict=True)]
     top = row.top_targets
     return TargetLogprobs(logprobs, [fake_target_alternatives(*place, top) for place in places] if top else None)

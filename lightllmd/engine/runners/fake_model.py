@@ -2,6 +2,7 @@
 
 Tokens depend on prompt, seed, branch and position; alternatives, which beams are made of, on all tokens before them;
 log-probabilities of a prompt on position, token and target. A mask changes a token and the candidates of its step.
+Where a prompt has images, the ids of their tokens are `seen_tokens` of their embeddings in all of that.
 """
 
 from __future__ import annotations
@@ -61,6 +62,16 @@ def fake_state(position: int, token: int, element: int, model: str = "") -> floa
 def _single(value: float) -> float:
     """As fp32 has it."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def seen_tokens(values: bytes | memoryview, layers: int, tokens: int) -> list[int]:
+    """What stands for the ids of an image's tokens: the CRC-32 of each one's embedding. `values`: as ImagePart's."""
+    size = len(values) // (layers * tokens)
+    found = [0] * tokens
+    for first in range(0, len(values), size):
+        token = first // size % tokens
+        found[token] = zlib.crc32(values[first : first + size], found[token])
+    return found
 
 
 # --- what a runner keeps between steps ----------------------------------------------------------------------------

@@ -156,7 +156,7 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         width = params.max_req_total_len + SPARE_WIDTH
         table = torch.zeros((self._rows + 1, width), dtype=torch.int32, device=device)
         most = most_step_tokens(plan.batch_max_tokens, self._rows)
-        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, heads, most)
+        self._packer = Packer(table, self._last, self.slots, self.decoder.rope, heads, most, self._dtype)
         if device.type == "cuda":  # without graphs too: the same launches, so the same bits
             self._shapes = StepShapes(self._rows, prefill_sizes(plan.batch_max_tokens), mixed_shapes(params))
         else:
@@ -275,7 +275,8 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         return self.decoder.head.logits(hidden[fed])
 
     def _hidden(self, packed: Packed, wanted: Tensor | None, beat: Beat) -> Tensor:
-        if self._graphs is not None and packed.shape in self._graphs:
+        # A graph embeds by ids alone.
+        if self._graphs is not None and packed.shape in self._graphs and packed.batch.images is None:
             return self._graphs.replay(packed.shape)
         return self.decoder.forward(packed.batch, self.caches, beat, wanted)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightllmd.config.bounds import FEW_ROWS, PREFILL_ROWS
 from lightllmd.engine.runners.cpu_batch import grid_positions, rope_lengths
+from lightllmd.engine.runners.image_rows import image_rows
 from lightllmd.engine.runners.step_shapes import StepShape, first_tokens
 from lightllmd.engine.runners.transfers import Numbers, Upload, pinned
 from lightllmd.engine.step import DecodeRows, Row, Step
@@ -52,11 +53,19 @@ class Packer:
     """`table` ``[rows + 1, width]`` and `last` ``[rows + 1]`` are the runner's; their last row is padding's."""
 
     def __init__(
-        self, table: Tensor, last: Tensor, pad_slot: int, rope: Rope | None, heads: Heads, tokens: int
+        self,
+        table: Tensor,
+        last: Tensor,
+        pad_slot: int,
+        rope: Rope | None,
+        heads: Heads,
+        tokens: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`tokens`: the most that a step feeds. Without `rope` heads are turned by no angle."""
+        """`tokens`: the most that a step feeds. Without `rope` heads are turned by no angle. `dtype`: of embeddings of
+        images."""
         device, (rows, width) = table.device, table.shape
-        self._table, self._last = table, last
+        self._table, self._last, self._dtype = table, last, dtype
         self._pad_row, self._pad_slot = rows - 1, pad_slot
         group = heads.query // heads.kv
         self._rope = rope if rope is not None else NoRope(heads.dim)
@@ -203,6 +212,7 @@ class Packer:
         packed = Packed(shape, batch, next(sent), next(sent), next(sent))
         if scored:
             packed.targets, packed.before = next(sent), next(sent)
+        packed.batch.images = image_rows(rows, firsts, self._dtype, self._table.device)
         if pooled:
             packed.pooled, packed.owners, packed.owned = next(sent), next(sent), owned
         if of_images:

@@ -39,6 +39,7 @@ class SchedulerLimits(NamedTuple):
     diverse_mode: bool = False
     priority_ageing: float = 0.0
     generates: bool = True  # False: all requests end with their prompts, and results are vectors
+    whole_images: bool = False  # the tokens of an image see each other in both directions, so they are fed together
 
     @classmethod
     def of(cls, plan: Plan) -> SchedulerLimits:
@@ -195,6 +196,8 @@ class Admission:
         if block and (feeds or sequence.state is not State.RUNNING):
             if sequence.fork_lead in (None, sequence):
                 self._blocks += -(-feeds // block)
+                if sequence.images is not None and sequence.images.whole:
+                    self._blocks += 2 * len(sequence.images.spans)  # a part ends before each, and another with it
             steps += self._blocks
         return _Estimate(held, to_come, steps)
 

@@ -34,6 +34,11 @@ class Composer:
         if self._keys.cache and sequence.first and not sequence.entered and not sequence.emitted:
             sequence.cached = sequence.shared
         first, end = sequence.fed, min(sequence.target, sequence.fed + most)
+        images = sequence.images
+        if images is not None:
+            end = images.end_of_part(first, end)
+            if end - first > most and self.fed:
+                return  # an image that is fed whole comes first in a step of its own, if it is larger than what is left
         prompt, emitted = sequence.prompt_ids, sequence.emitted
         tokens = prompt[first:end] + emitted[max(0, first - len(prompt)) : max(0, end - len(prompt))]
         targets = None
@@ -43,6 +48,8 @@ class Composer:
         entering = sequence.stale or not sequence.entered
         row = self._row(sequence, first, tokens)
         row.slots = sequence.slots[first:end]
+        if images is not None:
+            row.images, row.positions = images.parts(first, end), images.positions(first, end)
         row.sample = end == sequence.target and sequence.generates
         if not sequence.generates:
             row.pooling = self._pooling(sequence, first, end, entering)
@@ -97,6 +104,7 @@ class Composer:
             sampling=sampling,
             prompt_length=len(sequence.prompt_ids),
             past=sequence.slots[:start] if entering and start else None,
+            shift=sequence.shift,
         )
         self.rows.append(row)
         if entering:

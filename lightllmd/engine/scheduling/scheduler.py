@@ -20,6 +20,7 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from lightllmd.config.bounds import PREFILL_ROWS, prefill_budget
+from lightllmd.engine.images.prompt_images import PromptImages
 from lightllmd.engine.kv_cache.manager import KvCacheManager
 from lightllmd.engine.scheduling import beam_sequences as beams
 from lightllmd.engine.scheduling.admission import Admission, SchedulerLimits
@@ -408,9 +409,16 @@ class Scheduler:
             self._end(member)
 
     # --- coming and going -------------------------------------------------------------------------------------
-    def submit(self, message: Submit, now: float = 0.0, rows: list[GrammarRow] | None = None) -> Rejected | None:
+    def submit(
+        self,
+        message: Submit,
+        now: float = 0.0,
+        rows: list[GrammarRow] | None = None,
+        images: PromptImages | None = None,
+    ) -> Rejected | None:
         """Puts a request in line, if there is room for it or it is replayed. `now`: seconds of any clock, for `expire`.
-        `rows`: its grammar's, one for each branch, where they have been advanced by what is emitted.
+        `rows`: its grammar's, one for each branch, where they have been advanced by what is emitted. `images`: those of
+        the message's spans, which it holds on to until the request ends.
 
         A request that is already here, or whose api worker's process is dead, is ignored: no answer has a reader.
         """
@@ -425,6 +433,10 @@ class Scheduler:
             each = self._restrictions.each(message.params, len(sequences), beam, rows)
             for sequence, restriction in zip(sequences, each, strict=True):
                 sequence.restriction = restriction
+        if images is not None:
+            key = self.keys.images.key_of(message.prompt_ids, images.spans)
+            for sequence in sequences:
+                sequence.images, sequence.prompt_key = images, key
         for sequence in sequences:
             sequence.submission, sequence.since = submission, now
         if isinstance(message.params, SamplingParams) and message.params.n > 1:
@@ -505,7 +517,7 @@ class Scheduler:
             self._release(sequence)
         elif sequence.state is not State.ENDING:
             self.queues.remove(sequence)
-        sequence.state = State.ENDED
+        sequence.state, sequence.images = State.ENDED, None
         branches = self._requests[sequence.request]
         del branches[sequence.branch]
         if not branches:

@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from lightllmd.engine.images.prompt_images import PromptImages
 from lightllmd.engine.kv_cache.radix_tree import Node
 from lightllmd.engine.scheduling.beam_search import BeamSearch, HypothesisText
 from lightllmd.engine.scheduling.restriction import Restriction
@@ -103,7 +104,8 @@ class Sequence:
     restriction: Restriction | None = None
     masked: bool = False  # the runner has a mask of it that stays what it is
     cached: int = 0  # prompt tokens found in the prompt cache, until the api worker is told
-    prompt_key: TokenIds | None = None
+    images: PromptImages | None = None  # of its prompt, until it ends
+    prompt_key: TokenIds | None = None  # of the prompt, see `key`; set where it has images
     # --- what is made of its hidden states, where its params are PoolingParams
     pooled_places: int = 0  # of `places`, from the first: those that steps make vectors at, or made
     vectors: list[bytes] = field(default_factory=list)  # that are here; a pause does not undo them
@@ -148,12 +150,19 @@ class Sequence:
     def needless(self) -> int:
         """Tokens from the first on whose hidden states are not needed, so that their keys and values may come from the
         prompt cache: all before the last, or before the next of its places."""
-        last, places = self.length - 1, self.places
-        return min(last, places[self.pooled_places]) if self.pooled_places < len(places) else last
+        needed, places = self.length - 1, self.places
+        if self.pooled_places < len(places):
+            needed = min(needed, places[self.pooled_places])
+        return needed if self.images is None else self.images.uncut(needed)
+
+    @property
+    def shift(self) -> int:
+        """See `Row.shift`."""
+        return 0 if self.images is None else self.images.shift
 
     @property
     def key(self) -> TokenIds:
-        """The tokens that are known, as the prompt cache compares them."""
+        """The tokens that are known, as the prompt cache compares them: ids, or the numbers of `ImageNumbers`."""
         if self.prompt_key is None:
             self.prompt_key = np.array(self.prompt_ids, np.int32)
         return np.concatenate([self.prompt_key, np.array(self.emitted, np.int32)]) if self.emitted else self.prompt_key

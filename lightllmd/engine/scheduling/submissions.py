@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from lightllmd.engine.images.prompt_images import fault_of
 from lightllmd.engine.scheduling.admission import SchedulerLimits
 from lightllmd.engine.scheduling.queues import Queues
 from lightllmd.engine.scheduling.sequence import Owner, Submission
@@ -74,6 +75,15 @@ class Submissions:
                 return f"places {places[0]} to {places[-1]} are asked for of {prompt} tokens"
         elif any(len(emitted) >= params.max_new_tokens for emitted in message.emitted):
             return f"a branch has its {params.max_new_tokens} tokens already"
+        if message.images:
+            if fault := fault_of(message.images, prompt):
+                return fault
+            largest = max(span.tokens for span in message.images)
+            if self._limits.whole_images and largest > self._limits.batch_max_tokens:
+                return (
+                    f"an image of {largest} tokens, which this model is fed in one step, exceeds batch_max_tokens "
+                    f"{self._limits.batch_max_tokens}"
+                )
         width = params.n if self._limits.beam_mode else 1
         if width > self._limits.running_max_req_size:
             return f"{width} beams exceed running_max_req_size {self._limits.running_max_req_size}"

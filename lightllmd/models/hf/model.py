@@ -61,10 +61,23 @@ class TransformersModel:
         """See `LanguageModel.forward`."""
         step = StepAttention(self._attention, self.heads, caches, batch, beat)
         with received(step):
-            out = self._base(input_ids=_tokens(batch)[None], position_ids=batch.positions.long()[None], use_cache=False)
+            out = self._base(**self._inputs(batch), position_ids=batch.positions.long()[None], use_cache=False)
         step.require_all()
         hidden: Tensor = out[0][0]
         return hidden if wanted is None else hidden.index_select(0, wanted)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Ids, or where there are images the embeddings of all tokens."""
+        tokens = _tokens(batch)[None]
+        if batch.images is None:
+            return {"input_ids": tokens}
+        if len(batch.images.values) > 1:
+            raise EngineError("a model of transformers takes images at its beginning alone")
+        base: Any = self._base
+        embed = base.get_input_embeddings()
+        embedded: Tensor = embed(tokens)
+        embedded[0].index_copy_(0, batch.images.places, batch.images.values[0])
+        return {"inputs_embeds": embedded}
 
 
 def _tokens(batch: Batch) -> Tensor:
