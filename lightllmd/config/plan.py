@@ -323,6 +323,18 @@ class Plan(msgspec.Struct, frozen=True):
         return self.config.params.nccl_port + replica
 
     @property
+    def sees_both_ways(self) -> bool:
+        """Tokens of an image attend to all of its tokens, so that it is fed whole."""
+        sight = self.model.vision if self.vision is not None and self.model is not None else None
+        return sight is not None and sight.bidirectional
+
+    @property
+    def sees_in_grids(self) -> bool:
+        """Rotary positions of images are those of a grid."""
+        sight = self.model.vision if self.vision is not None and self.model is not None else None
+        return sight is not None and sight.positions == "grid"
+
+    @property
     def threads(self) -> int:
         """CPU threads of each rank: all that compute on one CPU share its cores."""
         together = self.config.engine.threads or self.device.cpu_threads

@@ -93,6 +93,21 @@ def _cut(embedding: ImageEmbedding, first: int, end: int) -> memoryview:
     return memoryview(rows[:, first:end].tobytes())
 
 
+def positions_in_grids(spans: Sequence[ImageSpan], length: int) -> Positions:
+    """Of a prompt of so many tokens, as Qwen2-VL has them (Wang et al. 2024, "Qwen2-VL", 2.1): of text all three go on
+    together; an image's begin where the text before it ended, with a place in its grid, and what follows it begins
+    behind the greatest of those."""
+    parts, next_, end = [], 0, 0
+    for span in [*spans, None]:
+        begin = length if span is None else span.start
+        parts.append(np.broadcast_to(np.arange(next_, next_ + begin - end, dtype=np.int32), (3, begin - end)))
+        next_ += begin - end
+        if span is not None:
+            parts.append(np.indices(span.grid, np.int32).reshape(3, -1) + np.int32(next_))
+            next_, end = next_ + max(span.grid), span.start + span.tokens
+    return np.concatenate(parts, 1)
+
+
 def fault_of(spans: Sequence[ImageSpan], prompt: int) -> str | None:
     """Why these can't be the images of a prompt of so many tokens."""
     end = 0

@@ -31,7 +31,7 @@ from lightllmd.engine.runners.fake_model import (
     ranking,
     token_at,
 )
-from lightllmd.engine.runners.fake_sight import Sight
+from lightllmd.engine.runners.fake_sight import FakeSight
 from lightllmd.engine.step import Masks, PoolingRow, Row, SamplingRow, Step, StepResult, TargetLogprobs
 from lightllmd.errors import ConfigInvalid, OutOfMemory, Problem
 
@@ -177,7 +177,7 @@ class FakeRunner(BaseRunner[Step, None, KeptWeights]):
         self._processed = False  # as [engine] logprobs
         self._branches: dict[int, _Branch] = {}  # by table row
         self._prompts: dict[int, list[int]] = {}  # of those that generate nothing, by table row, as they are seen
-        self._sight = Sight()
+        self._sight = FakeSight()
         self._embeds = False  # vectors are hidden states, no scores
         self._poisoned = False  # a prompt that entered with the step that is made
         self._asleep = False

@@ -7,7 +7,7 @@ from lightllmd.engine.runners.fake_model import seen_tokens
 from lightllmd.engine.step import Row, Step
 
 
-class Sight:
+class FakeSight:
     """What the KV cache has of images: by slot, what stands for the id of a token. Other slots are those of text."""
 
     def __init__(self) -> None:

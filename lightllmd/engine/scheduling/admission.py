@@ -61,6 +61,7 @@ class SchedulerLimits(NamedTuple):
             beam_mode=params.beam_mode,
             diverse_mode=params.diverse_mode,
             generates=plan.generates,
+            whole_images=plan.sees_both_ways,
         )
 
     @property
