@@ -38,7 +38,18 @@ from lightllmd.engine.ranks.member import Member
 from lightllmd.errors import ConfigInvalid, EngineError, InvalidRequest, Problem, RankGone
 from lightllmd.ipc.messages import StepOutput, Submit
 from lightllmd.observe.progress import LoadBar, RequestBar
-from lightllmd.offline_jobs import Embedded, Generated, OfflineJob, Output, Scored, ScoreJob, open_jobs, pooling_jobs
+from lightllmd.offline_images import OfflineSeen, OfflineSight
+from lightllmd.offline_jobs import (
+    Embedded,
+    Generated,
+    OfflineJob,
+    Output,
+    Scored,
+    ScoreJob,
+    chat_jobs,
+    open_jobs,
+    pooling_jobs,
+)
 from lightllmd.probe.facts import Request, probe
 from lightllmd.requests.intake import Intake
 from lightllmd.requests.limits import RequestLimits
@@ -93,10 +104,13 @@ class LLM:
         except BaseException:
             self._end_ranks()
             raise
+        self._sight = OfflineSight(self.plan) if self.plan.vision and self.plan.model else None
+        if self._sight is not None:
+            self._sight.load()
         self._scheduler = scheduler_for(self.plan, generation=1)
         self._loop = StepLoop(self._scheduler, self._runner)
         inline = Inline(lambda: self.tokenizer, RequestLimits.of(self.plan))
-        self.intake = Intake(self.plan, lambda: self.tokenizer, inline)
+        self.intake = Intake(self.plan, lambda: self.tokenizer, inline, self._sight)
         self._jobs: dict[int, Job] = {}  # in the engine now, by request number
         self._numbers = 0  # the newest request's
         self._unusable = ""  # why nothing can be generated any more
@@ -119,6 +133,7 @@ class LLM:
         prompts: str | Sequence[str] | None = None,
         *,
         prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        images: Sequence[Any] | None = None,
         parameters: Sequence[Mapping[str, Any]] | None = None,
         detokenize: bool = True,
         progress: bool = True,
@@ -126,6 +141,9 @@ class LLM:
         **sampling: Any,
     ) -> list[Output]:
         """Continues every prompt; outputs are in the prompts' order. Lists of any length are fed as there is room.
+
+        `images`, with ``enable_multimodal``: for each prompt a list of its images, one for each of the model's tags in
+        it; of a single prompt its list. An image is one of PIL's, its file as bytes, a path or a URL.
 
         `prompts` (text) or `prompt_token_ids`, one of the two. `sampling` has the names of the native API's
         ``parameters`` (max_new_tokens, do_sample, temperature, top_p, top_k, min_p, typical_p, seed, n or best_of,
@@ -144,8 +162,27 @@ class LLM:
         """
         self._check_usable()
         jobs = open_jobs(
-            self.intake, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize
+            self.intake, lambda: self.tokenizer, prompts, prompt_token_ids, parameters, sampling, detokenize, images
         )
+        self._run_all(jobs, progress, max_running)
+        return [job.output() for job in jobs]
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        parameters: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        max_running: int | None = None,
+        **sampling: Any,
+    ) -> list[Output]:
+        """Answers every conversation (or a single one): messages with ``role`` and ``content``, a text or a list of
+        parts: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` as `generate` has images, or OpenAI's
+        ``image_url``. `template`: further names for the model's chat template. The others are as `generate` has them.
+        """
+        self._check_usable()
+        jobs = chat_jobs(self.intake, lambda: self.tokenizer, conversations, parameters, sampling, dict(template or {}))
         self._run_all(jobs, progress, max_running)
         return [job.output() for job in jobs]
 
@@ -249,9 +286,11 @@ class LLM:
         number = self._numbers + 1
         branches = job.width
         # The number stands for the time of arrival: it orders requests as a clock would.
-        rejected = self._scheduler.submit(
-            Submit(number, *OWNER, number, job.prompt_ids, job.params, list(range(branches)), [[]] * branches)
-        )
+        message = Submit(number, *OWNER, number, job.prompt_ids, job.params, list(range(branches)), [[]] * branches)
+        message.images = [*job.images]
+        seen = job.seen
+        images = self._sight.of(message, seen) if self._sight and isinstance(seen, OfflineSeen) else None
+        rejected = self._scheduler.submit(message, images=images)
         if rejected is None:
             self._numbers = number
             self._jobs[number] = job
@@ -338,7 +377,7 @@ class LLM:
         if "tokenizer" in self.__dict__:
             self.tokenizer.close()
         self._end_ranks()
-        for name in ("_loop", "_scheduler", "_runner"):
+        for name in ("_loop", "_scheduler", "_runner", "_sight"):
             self.__dict__.pop(name, None)
         gc.collect()
         torch = sys.modules.get("torch")

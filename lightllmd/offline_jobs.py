@@ -5,8 +5,10 @@ Names, bounds and messages are the native HTTP API's, because it is the same dec
 
 from __future__ import annotations
 
+import asyncio
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -14,15 +16,18 @@ import msgspec
 from pydantic import Field, ValidationError, model_validator
 
 from lightllmd.errors import InvalidRequest
-from lightllmd.ipc.messages import FINISH_ABORT, PoolingParams, SamplingParams
-from lightllmd.requests.asked import FieldNames, Prompt
+from lightllmd.ipc.messages import FINISH_ABORT, ImageSpan, PoolingParams, SamplingParams
+from lightllmd.offline_images import asked_image
+from lightllmd.requests.asked import Chat, FieldNames, Prompt
 from lightllmd.requests.branch import Branch
 from lightllmd.requests.faults import contradiction, from_validation, shown
 from lightllmd.requests.fields import MAX_LOGPROBS
+from lightllmd.requests.images import AskedImage, unseen
 from lightllmd.requests.intake import AdmittedJob, Intake
 from lightllmd.requests.parameters import Parameters
 from lightllmd.requests.prompt_log import PromptLog
 from lightllmd.requests.scoring import ScoredPrompt, ScoresAsked, ScoringJob
+from lightllmd.requests.seeing import SeenImages
 from lightllmd.requests.text_work import without_waiting
 from lightllmd.text.interface import Tokenizer
 
@@ -138,6 +143,16 @@ class OfflineJob:
         return self._checked.prompt_ids
 
     @property
+    def images(self) -> Sequence[ImageSpan]:
+        """As `Submit.images`."""
+        return self._checked.images
+
+    @property
+    def seen(self) -> SeenImages | None:
+        """What is known of them."""
+        return self._checked.seen
+
+    @property
     def prompt_tokens(self) -> int:
         """Of the prompt, with what was healed."""
         return len(self._checked.given_ids)
@@ -200,6 +215,16 @@ class ScoreJob:
         return self._checked.prompt_ids
 
     @property
+    def images(self) -> Sequence[ImageSpan]:
+        """As `Submit.images`."""
+        return self._checked.images
+
+    @property
+    def seen(self) -> SeenImages | None:
+        """What is known of them."""
+        return self._checked.seen
+
+    @property
     def prompt_tokens(self) -> int:
         """Of the prompt."""
         return len(self._checked.given_ids)
@@ -257,23 +282,105 @@ def open_jobs(
     parameters: Sequence[Mapping[str, Any]] | None,
     sampling: Mapping[str, Any],
     detokenize: bool,
+    images: Sequence[Any] | None = None,
 ) -> list[OfflineJob]:
     """One per prompt. `tokenizer` is called when text is read or written. Raises InvalidRequest."""
     field, given = _one_of(prompts, prompt_token_ids)
+    shown_images = _images(images, prompts, given, field)
+    content: Sequence[Any]
     if prompt_token_ids is not None:
-        ids = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(given)]
+        content = [_token_ids(one, f"{field}[{number}]") for number, one in enumerate(given)]
+    elif images is not None:
+        content = _texts(given)
     else:
-        ids = _encode(given, tokenizer)
+        content = _encode(given, tokenizer)
+    asked = [
+        Prompt(one, f"{field}[{number}]", continued=prompt_token_ids is None, images=None if images is None else own)
+        for number, (one, own) in enumerate(zip(content, shown_images, strict=True))
+    ]
+    return _jobs(intake, tokenizer, asked, parameters, sampling, detokenize)
+
+
+def chat_jobs(
+    intake: Intake,
+    tokenizer: Callable[[], Tokenizer],
+    conversations: Sequence[Any],
+    parameters: Sequence[Mapping[str, Any]] | None,
+    sampling: Mapping[str, Any],
+    variables: dict[str, Any],
+) -> list[OfflineJob]:
+    """One per conversation. Raises InvalidRequest."""
+    single = bool(conversations) and isinstance(conversations[0], Mapping)
+    asked = []
+    for number, messages in enumerate([conversations] if single else conversations):
+        place = f"conversations[{number}]"
+        told = [_message(message, f"{place}[{index}]") for index, message in enumerate(messages)]
+        chat = Chat.of(told, {"add_generation_prompt": True, "variables": variables})
+        asked.append(Prompt(chat, place, continued=False))
+    return _jobs(intake, tokenizer, asked, parameters, sampling, True)
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidRequest(f"{place}: should be a dict with role and content; got {shown(message)}")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [_part(part, f"{place}.content[{index}]") for index, part in enumerate(content)]
+    return {**message, "content": content}
+
+
+def _part(part: Any, place: str) -> Any:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return asked_image(part.get("image"), f"{place}.image")
+    if kind == "image_url":
+        url = part.get("image_url")
+        return asked_image(url.get("url") if isinstance(url, Mapping) else url, f"{place}.image_url")
+    unseen(kind, place)
+    return part
+
+
+def _jobs(
+    intake: Intake,
+    tokenizer: Callable[[], Tokenizer],
+    prompts: Sequence[Prompt],
+    parameters: Sequence[Mapping[str, Any]] | None,
+    sampling: Mapping[str, Any],
+    detokenize: bool,
+) -> list[OfflineJob]:
     jobs = []
-    settings = _settings(len(ids), parameters, sampling)
-    for number, (one, (place, fields)) in enumerate(zip(ids, settings, strict=True)):
-        prompt = Prompt(one, f"{field}[{number}]", continued=prompt_token_ids is None)
+    settings = _settings(len(prompts), parameters, sampling)
+    for prompt, (place, fields) in zip(prompts, settings, strict=True):
         asked = fields.asked([prompt], _names(place, prompt), shows_prompt=True)
         if asked.stop_texts and not detokenize:
             got = shown(asked.stop_texts)
             raise InvalidRequest(f"{place}stop_sequences: texts need detokenize = True; got {got}")
-        jobs += without_waiting(intake.jobs(asked))
+        sees = prompt.images or (isinstance(prompt.content, Chat) and prompt.content.images)
+        jobs += (_in_a_thread if sees else without_waiting)(intake.jobs(asked))
     return [OfflineJob(job, tokenizer() if detokenize else None) for job in jobs]
+
+
+def _in_a_thread(work: Coroutine[Any, Any, list[AdmittedJob]]) -> list[AdmittedJob]:
+    """What may wait, for an image from the web; the caller's own thread may have an event loop."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def _images(
+    images: Sequence[Any] | None, prompts: str | Sequence[str] | None, given: Sequence[Any], field: str
+) -> list[list[AskedImage]]:
+    """Those of each prompt. Raises InvalidRequest."""
+    if images is None:
+        return [[] for _ in given]
+    if field != "prompts":
+        raise InvalidRequest("images: they are for prompts that are texts; prompt_token_ids have no tags")
+    lists = [images] if isinstance(prompts, str) else images
+    if len(lists) != len(given) or any(isinstance(one, str | bytes) or not isinstance(one, Sequence) for one in lists):
+        raise InvalidRequest(f"images: one list of images per prompt is needed, {len(given)} in all")
+    return [
+        [asked_image(image, f"images[{number}][{index}]") for index, image in enumerate(one)]
+        for number, one in enumerate(lists)
+    ]
 
 
 def _names(place: str, prompt: Prompt) -> FieldNames:
@@ -313,11 +420,15 @@ def _fields(given: Mapping[str, Any], place: str) -> Fields:
         raise InvalidRequest(place + refusal.message, **refusal.parameters) from None
 
 
-def _encode(texts: Sequence[str], tokenizer: Callable[[], Tokenizer]) -> list[list[int]]:
+def _texts(texts: Sequence[str]) -> Sequence[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidRequest(f"prompts[{number}]: should be a string; got {shown(text)}")
-    return tokenizer().encode_batch(texts) if texts else []
+    return texts
+
+
+def _encode(texts: Sequence[str], tokenizer: Callable[[], Tokenizer]) -> list[list[int]]:
+    return tokenizer().encode_batch(_texts(texts)) if texts else []
 
 
 def _token_ids(given: Sequence[int], field: str) -> list[int]:

@@ -87,7 +87,8 @@ class Prompt:
     content: str | list[int] | array[int] | Chat
     field: str
     continued: bool  # it is a text that the output goes on with, so that its last tokens may be healed
-    images: Sequence[AskedImage] = ()  # of a text: one for each of the model's tags for an image in it
+    # Of a text: one for each of the model's tags for an image in it. None: what looks like a tag is text.
+    images: Sequence[AskedImage] | None = None
     markdown: bool = False  # of a text: its images are Markdown's, where images are served
 
 

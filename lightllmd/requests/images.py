@@ -36,9 +36,9 @@ class AskedImage:
     """An image as the client names it; nothing of it has been looked at. What it holds is never shown."""
 
     field: str  # the dialect's name of it
-    kind: Literal["url", "data", "file"]
-    # A URL; base64, or a data URI; a path.
-    content: str = dataclasses.field(repr=False)
+    kind: Literal["url", "data", "file", "own"]
+    # A URL; base64, or a data URI; a path; what a caller in this process has.
+    content: Any = dataclasses.field(repr=False)
 
 
 def image_at(url: str, field: str) -> AskedImage:

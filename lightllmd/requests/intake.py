@@ -244,6 +244,8 @@ class Intake:
         asked = replace(asked, prompts=[self._read(prompt) for prompt in asked.prompts])
         for prompt in asked.prompts:
             self._images.check(_images(prompt))
+            if prompt.images is not None and isinstance(prompt.content, str):
+                self._images.check_tags(prompt.content, len(prompt.images), prompt.field)
         texts = [prompt for prompt in asked.prompts if isinstance(prompt.content, str) and not prompt.images]
         encoded = iter(
             await self._work.encode(
@@ -278,7 +280,7 @@ class Intake:
         prompt = self._read(prompt)
         assert isinstance(prompt.content, str)
         return await self._images.given(
-            prompt.content, prompt.images, prompt.field, holding, add_special_tokens=add_special_tokens, cut=cut
+            prompt.content, prompt.images or (), prompt.field, holding, add_special_tokens=add_special_tokens, cut=cut
         )
 
     async def _chat(self, asked: Asked, chat: Chat, field: str, holding: Holding) -> EncodedPrompt:
@@ -361,7 +363,7 @@ class Intake:
 
 def _images(prompt: Prompt) -> Sequence[AskedImage]:
     """Those of a prompt of any kind."""
-    return prompt.content.images if isinstance(prompt.content, Chat) else prompt.images
+    return prompt.content.images if isinstance(prompt.content, Chat) else prompt.images or ()
 
 
 def _size(prompts: Sequence[Ids]) -> int:

@@ -192,6 +192,17 @@ class ImageIntake:
                 f"{field}: {len(images)} images in a request, more than {self._bound} = {self._most}", param=field
             )
 
+    def check_tags(self, text: str, images: int, field: str) -> None:
+        """Of a text whose tags are images' places. Raises InvalidRequest for tags where it has no images; of others
+        that is found when it is tokenised."""
+        if self._placeholder is None or images or not any(tag in text for tag in self._placeholder.tags):
+            return
+        raise InvalidRequest(
+            f"{field}: it has an image tag ({self._placeholder.tag}) and the request no images; each tag is an image's "
+            "place",
+            param=field,
+        )
+
     async def show(self, images: Sequence[AskedImage], holding: Holding) -> ShownImages:
         """Those of one prompt, at least one. Raises what `Sight.show` raises, and what `check` raises."""
         self.check(images)

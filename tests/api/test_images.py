@@ -168,6 +168,7 @@ def test_the_images_of_a_client_that_leaves_are_let_go(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "more tags than images": ("/generate", native(URL, inputs="<image> <image>"), "it has 2 image tags", {}),
     "no tag": ("/generate", native(URL, inputs="a"), "it has 0 image tags (<image>), the request 1 images", {}),
+    "a tag without an image": ("/generate", {"inputs": "a <image>"}, "inputs: it has an image tag (<image>)", {}),
     "a scheme": ("/generate", native("ftp://x/y"), "multimodal_params.images.0.data: should be a URL", {}),
     "a file elsewhere": ("/generate", native("file://host/y"), "should be a URL of an image", {}),
     "a kind": (
