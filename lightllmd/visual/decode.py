@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,20 +36,21 @@ class ImageDecoder:
         self._orders: Orders | None = None
         self.peak = 0  # bytes of memory that an image took at most, beside its pixels' memfd
 
-    async def decode(self, file: ImageFile) -> Picture:
-        """Raises ImageRefused, which says what is wrong with the image or with its size; NotReady when no process can
-        be had."""
+    @contextlib.asynccontextmanager
+    async def decoded(self, file: ImageFile) -> AsyncIterator[Picture]:
+        """The picture, which is closed behind: it counts among those that are decoded at a time until then, so that no
+        more pixels are held.
+
+        Raises ImageRefused, which says what is wrong with the image or with its size; NotReady when no process can be
+        had.
+        """
         if file.size > self._limits.max_bytes:
             raise ImageRefused(
                 f"its file has {file.size} bytes; at most {self._limits.max_bytes} may be, [images] max_bytes"
             )
         async with self._turns:
-            for _ in range(_ATTEMPTS):
-                try:
-                    return await self._attempt(file)
-                except _EndedFromOutside:
-                    continue
-        raise NotReady("the processes that decode images are killed again and again")
+            with await self._decode(file) as picture:
+                yield picture
 
     async def start(self) -> None:
         """So that the first image finds a process. Raises NotReady."""
@@ -64,6 +66,12 @@ class ImageDecoder:
     def pid(self) -> int | None:
         """Of the process that forks the others; None while there is none."""
         return self._orders.pid if self._orders is not None else None
+
+    async def _decode(self, file: ImageFile) -> Picture:
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(_EndedFromOutside):
+                return await self._attempt(file)
+        raise NotReady("the processes that decode images are killed again and again")
 
     async def _attempt(self, file: ImageFile) -> Picture:
         orders = await self._ready()

@@ -7,7 +7,7 @@ import mmap
 import re
 
 from lightllmd.errors import show
-from lightllmd.visual.image_file import ImageFile, ImageRefused, MemoryWriter
+from lightllmd.visual.image_file import HeldBytes, ImageFile, ImageRefused, MemoryWriter
 
 _HEAD = 256  # bytes, of a data URI before its data
 _DATA = re.compile(rb"\s*(data:)?([^,;\s]*(?:;[^,;\s]*)*?)(;\s*base64)?,", re.IGNORECASE)
@@ -16,14 +16,15 @@ _PART = 64 << 10  # characters that are decoded while the interpreter does nothi
 _FOREIGN = re.compile(rb"[^A-Za-z0-9+/]")
 
 
-def decode(fd: int, size: int, max_bytes: int) -> ImageFile:
-    """The image of a text of `size` bytes in memfd `fd`. Takes time: for a thread. Raises ImageRefused, OSError.
+def decode(fd: int, size: int, max_bytes: int, held: HeldBytes | None = None) -> ImageFile:
+    """The image of a text of `size` bytes in memfd `fd`. Takes time: for a thread. Raises ImageRefused, OSError, and
+    NotReady where too much is held.
 
     Line breaks may be anywhere, all else has to be as it should.
     """
     if not size:
         raise ImageRefused("its data are empty")
-    with mmap.mmap(fd, size, prot=mmap.PROT_READ) as text, MemoryWriter("image") as out:
+    with mmap.mmap(fd, size, prot=mmap.PROT_READ) as text, MemoryWriter(held) as out:
         at = _begin(text)
         rest, ended = b"", False
         while at < size:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lightllmd.errors import NotReady, show
 from lightllmd.visual import encoded, local_file
-from lightllmd.visual.image_file import ImageFile, ImageRefused
+from lightllmd.visual.image_file import HeldBytes, ImageFile, ImageRefused
 from lightllmd.visual.limits import FetchLimits
 from lightllmd.visual.resolver import Resolve, SystemResolver
 from lightllmd.visual.web import Web
@@ -49,11 +49,12 @@ class Fetcher:
         self._limits = limits
         self._web = Web(limits, resolve or SystemResolver(), trust)
         self._fetches = asyncio.Semaphore(limits.fetches)
+        self.held = HeldBytes(limits.held_bytes)  # what it has fetched and its callers have not closed
 
     async def fetch(self, source: Source, memory: int = -1) -> ImageFile:
         """The image's file. `memory`: the memfd of "data" or "bytes", which stays the caller's.
 
-        Raises ImageRefused; NotReady when this process has no memory or no descriptor left.
+        Raises ImageRefused; NotReady when this process has no descriptor left, or holds as much as it may.
         """
         limits = self._limits
         try:
@@ -61,25 +62,31 @@ class Fetcher:
                 return _own(memory, limits.max_bytes)
             if source.kind == "data":
                 size = os.fstat(memory).st_size
-                return await asyncio.to_thread(encoded.decode, memory, size, limits.max_bytes)
+                return await asyncio.to_thread(encoded.decode, memory, size, limits.max_bytes, self.held)
             name = source.path if source.kind == "file" else source.url
             if source.kind == "file" or scheme_of(name) == "file":
-                return await asyncio.to_thread(local_file.read, name, limits.file_root, limits.max_bytes)
+                return await asyncio.to_thread(local_file.read, name, limits.file_root, limits.max_bytes, self.held)
             if not limits.urls:
                 raise ImageRefused(f"its URL {show(name)} is not fetched: [images] urls is false")
             async with self._fetches:
-                return await self._web.get(name)
+                return await self._web.get(name, self.held)
         except OSError as failure:
             raise NotReady(f"an image cannot be held: {failure.strerror}") from None
 
     async def fetch_all(self, sources: Sequence[tuple[Source, int]]) -> list[ImageFile]:
         """Of one request, each with its memfd (or -1). The first refusal, with its index as `index`, ends all."""
-        mine = asyncio.Semaphore(self._limits.request_fetches)
+        mine, most, total = asyncio.Semaphore(self._limits.request_fetches), self._limits.request_bytes, 0
 
         async def one(index: int, source: Source, memory: int) -> ImageFile:
             async with mine:
+                nonlocal total
                 try:
-                    return await self.fetch(source, memory)
+                    file = await self.fetch(source, memory)
+                    total += file.size
+                    if total > most:
+                        file.close()
+                        raise ImageRefused(f"the images of the request have more than {most} bytes together")
+                    return file
                 except (ImageRefused, NotReady) as refusal:
                     refusal.parameters["index"] = index
                     raise

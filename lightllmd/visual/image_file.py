@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from lightllmd.errors import InvalidRequest
+from lightllmd.errors import InvalidRequest, NotReady
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
@@ -28,17 +29,39 @@ def seal(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
+class HeldBytes:
+    """How many bytes of images this process holds, at most `most`. For any thread."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+        self._changing = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Raises NotReady where there is no room for so many more."""
+        with self._changing:
+            if self.held + size > self.most:
+                raise NotReady(f"images of {self.held} bytes are held; at most {self.most} may be")
+            self.held += size
+
+    def give_back(self, size: int) -> None:
+        """So many are held no more."""
+        with self._changing:
+            self.held -= size
+
+
 @dataclass
 class ImageFile:
-    """`fd`: a sealed memfd of `size` bytes, which this owns."""
+    """`fd`: a sealed memfd of `size` bytes, which this owns. `held`: where it counts until it is closed."""
 
     fd: int
     size: int
+    held: HeldBytes | None = None
 
     @classmethod
     def of(cls, data: bytes | memoryview) -> ImageFile:
         """A copy of `data`. Raises OSError."""
-        with MemoryWriter("image") as out:
+        with MemoryWriter() as out:
             out.write([data])
             return out.finish()
 
@@ -51,6 +74,8 @@ class ImageFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+            if self.held is not None:
+                self.held.give_back(self.size)
 
     def __del__(self) -> None:
         self.close()  # what a thread has made for a task that was cancelled meanwhile
@@ -65,15 +90,18 @@ class ImageFile:
 class MemoryWriter:
     """An image's bytes on their way into a memfd, which is closed unless all went well."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, held: HeldBytes | None = None) -> None:
         """Raises OSError."""
-        self._fd = new_memory(name)
+        self._fd = new_memory("image")
+        self._held = held
         self.size = 0  # bytes so far
 
     def write(self, parts: Iterable[bytes | memoryview]) -> None:
-        """Behind what is there. Raises OSError."""
+        """Behind what is there. Raises OSError, and NotReady where too much is held."""
         for part in parts:
             view = memoryview(part)
+            if self._held is not None:
+                self._held.take(len(view))
             self.size += len(view)
             while view:
                 view = view[os.write(self._fd, view) :]
@@ -82,7 +110,7 @@ class MemoryWriter:
         """Sealed."""
         seal(self._fd)
         fd, self._fd = self._fd, -1
-        return ImageFile(fd, self.size)
+        return ImageFile(fd, self.size, self._held)
 
     def __enter__(self) -> Self:
         return self
@@ -90,3 +118,5 @@ class MemoryWriter:
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            if self._held is not None:
+                self._held.give_back(self.size)

@@ -7,14 +7,14 @@ import stat
 from urllib.parse import unquote, urlsplit
 
 from lightllmd.errors import show
-from lightllmd.visual.image_file import ImageFile, ImageRefused, MemoryWriter
+from lightllmd.visual.image_file import HeldBytes, ImageFile, ImageRefused, MemoryWriter
 
 _READ = 1 << 20  # bytes
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 
-def read(name: str, root: str, max_bytes: int) -> ImageFile:
+def read(name: str, root: str, max_bytes: int, held: HeldBytes | None = None) -> ImageFile:
     """A copy of the file `name`: a file URL, or a path that is absolute or begins at `root`. For a thread.
 
     The way down is opened folder by folder and follows no symbolic link, so that nothing that changes meanwhile leads
@@ -28,7 +28,7 @@ def read(name: str, root: str, max_bytes: int) -> ImageFile:
     except (OSError, ValueError):
         raise ImageRefused(f"there is no file {show(name)} below [images] file_root that can be read") from None
     try:
-        return _copy(fd, name, max_bytes)
+        return _copy(fd, name, max_bytes, held)
     finally:
         os.close(fd)
 
@@ -70,11 +70,11 @@ def _open(root: str, parts: list[str]) -> int:
         os.close(here)
 
 
-def _copy(fd: int, name: str, max_bytes: int) -> ImageFile:
+def _copy(fd: int, name: str, max_bytes: int, held: HeldBytes | None) -> ImageFile:
     facts = os.fstat(fd)
     if not stat.S_ISREG(facts.st_mode):
         raise ImageRefused(f"{show(name)} is no regular file")
-    with MemoryWriter("image") as out:
+    with MemoryWriter(held) as out:
         while part := os.read(fd, _READ):
             out.write([part])
             if max(out.size, facts.st_size) > max_bytes:

@@ -12,7 +12,7 @@ import ssl
 from importlib.metadata import PackageNotFoundError, version
 
 from lightllmd.errors import show
-from lightllmd.visual.image_file import ImageFile, ImageRefused, MemoryWriter
+from lightllmd.visual.image_file import HeldBytes, ImageFile, ImageRefused, MemoryWriter
 from lightllmd.visual.limits import FetchLimits
 from lightllmd.visual.policy import Address, AddressPolicy
 from lightllmd.visual.resolver import Resolve
@@ -34,13 +34,13 @@ class Web:
         self._trust = trust
         self._agent = _agent()
 
-    async def get(self, url: str) -> ImageFile:
+    async def get(self, url: str, held: HeldBytes | None = None) -> ImageFile:
         """The body that `url` leads to. Raises ImageRefused, which names what the client has named alone: of a redirect
         neither host nor address."""
         place = WebAddress.of(url)
         asked = who = f"host {show(place.host)}"
         seconds = self._limits.timeout
-        with MemoryWriter("image") as out:
+        with MemoryWriter(held) as out:
             try:
                 async with asyncio.timeout(seconds):
                     for hop in range(self._limits.max_redirects + 1):

@@ -42,8 +42,9 @@ async def decoding(**limits: Any) -> AsyncIterator[ImageDecoder]:
 
 
 async def pixels(decoder: ImageDecoder, data: bytes) -> Image.Image:
-    with ImageFile.of(data) as file, await decoder.decode(file) as picture:
-        return picture.image()
+    with ImageFile.of(data) as file:
+        async with decoder.decoded(file) as picture:
+            return picture.image()
 
 
 async def outcome(decoder: ImageDecoder, data: bytes) -> Any:
@@ -102,6 +103,22 @@ def test_five_hundred_at_once_take_their_turns() -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             assert await pixels(decoder, GOOD) == quarters()
+
+    run(go())
+
+
+def test_no_more_pixels_are_held_than_are_decoded_at_a_time() -> None:
+    async def go() -> None:
+        async with decoding(processes=1) as decoder:
+            with ImageFile.of(GOOD) as file:
+                async with decoder.decoded(file) as picture:
+                    second = asyncio.create_task(pixels(decoder, GOOD))
+                    for _ in range(20):
+                        await asyncio.sleep(0.005)
+                        assert psutil.Process(decoder.pid).children() == []
+                    assert picture.image() == quarters()
+                assert await second == quarters()
+                assert picture.fd == -1
 
     run(go())
 

@@ -17,9 +17,11 @@ import pytest
 import tls_files
 from image_servers import Answer, Names, Server, Source, endless, ok, redirect, serving, silent
 from leftovers import no_new_descriptors, no_new_threads
+from lightllmd.config.images import ImagesSettings
+from lightllmd.errors import NotReady
 from lightllmd.visual.fetch import Fetcher
 from lightllmd.visual.image_file import ImageFile, ImageRefused
-from lightllmd.visual.limits import FetchLimits
+from lightllmd.visual.limits import DecodeLimits, FetchLimits
 from lightllmd.visual.resolver import Resolve, SystemResolver
 
 LOOPBACK = ("127.0.0.1/32",)
@@ -360,6 +362,40 @@ def test_so_many_are_fetched_at_a_time_and_the_first_refusal_ends_all() -> None:
                 await request
 
     run(go())
+
+
+def test_no_more_is_held_than_may_be_and_what_is_let_go_counts_no_more() -> None:
+    async def go() -> None:
+        async with serving(ok(BODY)) as server:
+            source = (Source(url=server.url()), -1)
+            fetcher = Fetcher(limits(held_bytes=5 * len(BODY), request_bytes=3 * len(BODY)), Names())
+            with pytest.raises(
+                ImageRefused, match=f"images of the request have more than {3 * len(BODY)} bytes together"
+            ):
+                await fetcher.fetch_all([source] * 4)
+            assert fetcher.held.held == 0
+            files = [*await fetcher.fetch_all([source] * 3), *await fetcher.fetch_all([source] * 2)]
+            with pytest.raises(NotReady, match=f"images of {5 * len(BODY)} bytes are held"):
+                await fetcher.fetch_all([source])
+            files.pop().close()
+            files += await fetcher.fetch_all([source])
+            for file in files:
+                file.close()
+            assert fetcher.held.held == 0
+
+    run(go())
+
+
+def test_limits_are_what_the_operator_has_set() -> None:
+    settings = ImagesSettings(
+        timeout=3.0, allowed_networks=["10.0.0.0/8"], file_root="/srv", max_bytes=1 << 30, max_pixels=7
+    )
+    fetching, decoding = FetchLimits.of(settings), DecodeLimits.of(settings)
+    assert (fetching.timeout, fetching.allowed_networks, fetching.file_root) == (3.0, ("10.0.0.0/8",), "/srv")
+    assert fetching.max_bytes == decoding.max_bytes == fetching.request_bytes == 1 << 30
+    assert decoding.max_pixels == 7
+    assert FetchLimits.of(ImagesSettings()) == FetchLimits()
+    assert DecodeLimits.of(ImagesSettings()) == DecodeLimits()
 
 
 # --- TLS ------------------------------------------------------------------------------------------------------------
