@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lightllmd.architecture.families import architecture_of
-from lightllmd.engine.scheduling.grid_positions import GridPositions
+from lightllmd.engine.images.prompt_images import PromptImages, positions_in_grids
 from lightllmd.engine.step import DecodeRows, Row, Step
 from lightllmd.errors import ConfigInvalid
+from lightllmd.ipc.messages import ImageSpan
 from tiny_models import UNLIKE_LLAMA, Driver, load, load_on_device, write_model
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -28,13 +29,7 @@ KINDS = {
 }
 
 
-class Span(NamedTuple):
-    start: int
-    tokens: int
-    grid: tuple[int, int, int]
-
-
-SPANS = [Span(3, 6, (1, 2, 3)), Span(9, 4, (1, 4, 1)), Span(15, 1, (1, 1, 1))]
+SPANS = [ImageSpan(3, 6, b"a", (1, 2, 3)), ImageSpan(9, 4, b"b", (1, 4, 1)), ImageSpan(15, 1, b"c", (1, 1, 1))]
 PROMPT, LONGER = 24, 4
 
 
@@ -45,12 +40,17 @@ def table(positions: bytes | None, count: int, plain: int) -> np.ndarray:
     return np.frombuffer(positions, "<i4").reshape(3, count)
 
 
-def drawn_spans(draw: random.Random) -> tuple[list[Span], int]:
+def placed_in(spans: list[ImageSpan], length: int) -> PromptImages:
+    """Of a prompt of so many tokens."""
+    return PromptImages(spans, [], positions=positions_in_grids(spans, length))
+
+
+def drawn_spans(draw: random.Random) -> tuple[list[ImageSpan], int]:
     """Some images, a few of them right behind each other or at the prompt's beginning, and how long it is."""
     spans, end = [], draw.choice([0, 0, 4])
     for _ in range(draw.randrange(1, 5)):
         grid = (1, draw.randrange(1, 7), draw.randrange(1, 7))
-        spans.append(Span(end, grid[1] * grid[2], grid))
+        spans.append(ImageSpan(end, grid[1] * grid[2], b"", grid))
         end += spans[-1].tokens + draw.choice([1, 2, 9])
     return spans, end
 
@@ -68,18 +68,14 @@ def test_positions_of_any_part_of_a_prompt_are_those_of_transformers(seed: int) 
     model.get_vision_position_ids = lambda *words, **named: Qwen3VLModel.get_vision_position_ids(model, *words, **named)
     grids = torch.tensor([(1, 2 * span.grid[1], 2 * span.grid[2]) for span in spans])
     truth, shift = Qwen3VLModel.get_rope_index(model, torch.zeros_like(kinds), kinds, image_grid_thw=grids)
-    ours = GridPositions(spans)
+    ours = placed_in(spans, length)
     assert ours.shift == int(shift)
     longer = np.concatenate([truth[:, 0].numpy(), table(None, 5, length + ours.shift)], 1)
     for _ in range(20):
         start = draw.randrange(length + 4)
         end = draw.randrange(start + 1, length + 6)
-        positions = ours.of(start, end)
+        positions = ours.positions(start, end)
         assert (table(positions, end - start, start + ours.shift) == longer[:, start:end]).all()
-
-
-def test_a_prompt_without_images_has_plain_positions() -> None:
-    assert (GridPositions([]).of(0, 9), GridPositions([]).shift) == (None, 0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +104,7 @@ class Case:
         self.folder = write_model(folder, {"architectures": ["TextForCausalLM"], "model_type": kind, **KINDS[kind]})
         self.kind = kind
         self.ids = random.Random(1).choices(range(128), k=PROMPT + LONGER)
-        self.grid = GridPositions(SPANS)
+        self.grid = placed_in(SPANS, PROMPT)
         self.truth = self._by_transformers()
 
     @torch.inference_mode()
@@ -122,13 +118,13 @@ class Case:
         head = tensors.pop("lm_head.weight")
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
         ends = len(self.ids)
-        positions = torch.from_numpy(table(self.grid.of(0, ends), ends, 0).astype(np.int64))
+        positions = torch.from_numpy(table(self.grid.positions(0, ends), ends, 0).astype(np.int64))
         hidden = model(input_ids=torch.tensor([self.ids]), position_ids=positions[:, None]).last_hidden_state
         return hidden[0] @ head.T
 
     def placed(self, row: Row) -> Row:
         """As a row of the prompt."""
-        row.positions, row.shift = self.grid.of(row.start, row.start + len(row.tokens)), self.grid.shift
+        row.positions, row.shift = self.grid.positions(row.start, row.start + len(row.tokens)), self.grid.shift
         return row
 
 
