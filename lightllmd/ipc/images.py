@@ -55,13 +55,13 @@ class ImageSource(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Show(msgspec.Struct, tag="show"):
-    """All images of a request, or of a part of it, which are kept until `Forget`, or the end of the connection."""
+    """All images of a request, or of a part of it, which are kept until `Unshow`, or the end of the connection."""
 
     request: int  # chosen by the sender, unique on its connection
     images: list[ImageSource]
 
 
-class Forget(msgspec.Struct, tag="forget"):
+class Unshow(msgspec.Struct, tag="unshow"):
     """The request needs its images no more, whether it was answered or not."""
 
     request: int
@@ -76,7 +76,7 @@ class Want(msgspec.Struct, tag="want"):
     key: bytes  # see `messages.ImageSpan.key`
 
 
-ToVisual: TypeAlias = Show | Forget | Want
+ToVisual: TypeAlias = Show | Unshow | Want
 
 
 # --- visual worker -> api -------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class NotSeen(msgspec.Struct, tag="not-seen"):
 # --- visual worker -> engine ----------------------------------------------------------------------------------------
 
 
-class Embedded(msgspec.Struct, tag="embedded"):
+class Wanted(msgspec.Struct, tag="wanted"):
     """Beside it a sealed memfd of `shape` values, little-endian."""
 
     key: bytes
@@ -119,7 +119,7 @@ class Embedded(msgspec.Struct, tag="embedded"):
     data_type: str  # the plan's
 
 
-class Missing(msgspec.Struct, tag="missing"):
+class Unknown(msgspec.Struct, tag="unknown"):
     """It is not known here (any more): an api worker that waits for an answer shows it again. Ask again. With `why` it
     can't be encoded."""
 
@@ -127,7 +127,7 @@ class Missing(msgspec.Struct, tag="missing"):
     why: str = ""
 
 
-FromVisual: TypeAlias = Seen | NotSeen | Embedded | Missing
+FromVisual: TypeAlias = Seen | NotSeen | Wanted | Unknown
 
 _to_visual: msgspec.msgpack.Decoder[ToVisual] = msgspec.msgpack.Decoder(ToVisual)
 _from_visual: msgspec.msgpack.Decoder[FromVisual] = msgspec.msgpack.Decoder(FromVisual)

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from lightllmd.ipc import images
-from lightllmd.ipc.images import Embedded, ImageFacts, ImageSource, NotSeen, Seen, Show, Want
+from lightllmd.ipc.images import ImageFacts, ImageSource, NotSeen, Seen, Show, Want, Wanted
 
 
 def _open_descriptors() -> int:
@@ -54,8 +54,8 @@ def test_each_answer_comes_back_as_it_was_sent() -> None:
     sent: list[images.FromVisual] = [
         Seen(1, [ImageFacts(b"k" * 16, 3, 4, 5, (1, 2, 3))]),
         NotSeen(2, 400, "why", 7),
-        Embedded(b"k" * 16, (1, 2, 3), "float16"),
-        images.Missing(b"k" * 16),
+        Wanted(b"k" * 16, (1, 2, 3), "float16"),
+        images.Unknown(b"k" * 16),
     ]
     for message in sent:
         assert worker.send(message)
