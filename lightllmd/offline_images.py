@@ -27,6 +27,7 @@ from lightllmd.visual.limits import FetchLimits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lightllmd.architecture.vision.layout import PreparedImage
     from lightllmd.models.vision.encoder import ImageEncoder
 
 _URLS = ("http://", "https://", "data:", "file:")
@@ -128,22 +129,36 @@ class OfflineSight:
     def embeddings(self, seen: OfflineSeen) -> dict[bytes, tuple[int, bytes]]:
         """By key how many layers there are values for, and ``[layers, tokens, hidden]`` of the plan's data type."""
         found = {key: self._kept[key] for key in seen.given if key in self._kept}
-        missing = [key for key in seen.given if key not in found]
-        for first in range(0, len(missing), self._plan.config.images.batch):
-            found |= self._encoded(missing[first : first + self._plan.config.images.batch], seen)
+        for batch in self._batches(seen, [key for key in seen.given if key not in found]):
+            found |= self._encoded(batch)
         self._keep(found)
         return found
 
-    def _encoded(self, keys: Sequence[bytes], seen: OfflineSeen) -> Iterator[tuple[bytes, tuple[int, bytes]]]:
-        import torch
-
+    def _batches(self, seen: OfflineSeen, keys: Sequence[bytes]) -> Iterator[list[tuple[bytes, PreparedImage]]]:
+        """As many at a time as there is memory for."""
         from lightllmd.visual.pixels import prepare
+
+        batch: list[tuple[bytes, PreparedImage]] = []
+        patches = 0
+        for key in keys:
+            prepared = prepare(self._spec, self._picture(seen.given[key], "images"))
+            own = self._spec.patches(prepared.layout)
+            if batch and patches + own > self._vision.patches:
+                yield batch
+                batch, patches = [], 0
+            batch.append((key, prepared))
+            patches += own
+        if batch:
+            yield batch
+
+    def _encoded(self, batch: Sequence[tuple[bytes, PreparedImage]]) -> Iterator[tuple[bytes, tuple[int, bytes]]]:
+        import torch
 
         if self._encoder is None:
             self.load()
         assert self._encoder is not None
-        prepared = [prepare(self._spec, self._picture(seen.given[key], "images")) for key in keys]
-        for key, made in zip(keys, self._encoder.encode(prepared), strict=True):
+        encoded = self._encoder.encode([prepared for _, prepared in batch])
+        for (key, _), made in zip(batch, encoded, strict=True):
             values = made.to("cpu").contiguous()
             yield key, (len(values), values.view(torch.uint8).numpy().tobytes())
 

@@ -176,7 +176,7 @@ class _Fake(_Maker):
             return None
         fake = self.config.engine.fake
         each = fake.embedding_size * ITEM_BYTES[FAKE_EMBEDDINGS]
-        return Vision(FAKE_EMBEDDINGS, fake.image_tokens, each, self.params.cache_capacity)
+        return Vision(FAKE_EMBEDDINGS, fake.image_tokens, each, fake.image_tokens, self.params.cache_capacity)
 
     def _pooling(self) -> Pooling:
         written = self.config.engine.pooling
@@ -299,6 +299,7 @@ class _Real(_Maker):
             data_type,
             needs.most_tokens,
             needs.token_bytes,
+            needs.patches(self.config.images.batch),
             self._kept_images(needs),
             needs.rows(self.config, self._sees_on),
             devices,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
-from lightllmd.architecture.vision.spec import GridVitSpec, VisionSpec, VitSpec
+from lightllmd.architecture.vision.spec import GridVitSpec, VisionSpec
 from lightllmd.config.amount import count, size
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import VISION_ROWS, BudgetRow
@@ -58,27 +58,23 @@ class VisionNeeds:
 
     def _activations(self, batch: int, item: int) -> BudgetRow:
         """A block at its widest: residual, its norm, queries, keys, values and their result, or the MLP's inner rows
-        twice; the scores of one head in fp32 and their softmax; then the connector's rows; pixels before all that."""
+        twice, of fused attention, which keeps no scores; an fp32 copy of a norm's input; the pixels, in fp32, too; then
+        the results, twice."""
         tower = self.spec.tower
-        tokens, longest, images = self._tokens(batch)
+        patches, images = self.patches(batch), self._images(batch)
         inner = max(2 * tower.intermediate, 4 * tower.hidden)
-        each = (2 * tower.hidden + inner) * item
-        if isinstance(tower, GridVitSpec):
-            each += GRID_TURNED * tower.hidden
-        scores = 8 * tower.heads * longest * longest
+        frames = tower.frames if isinstance(tower, GridVitSpec) else 1
+        pixels = 3 * frames * tower.patch**2 * (4 + item)
+        each = (2 * tower.hidden + inner) * item + 4 * tower.hidden + pixels
         made = images * self.image_bytes
-        how = (
-            f"{tokens} patches at a time x {size(each)}, {size(scores)} for attention, {size(made)} for results, twice"
-        )
-        return BudgetRow(ACTIVATIONS, tokens * each + scores + 2 * made, how)
+        how = f"{patches} patches at a time x {size(each)}, {size(made)} for results, twice"
+        return BudgetRow(ACTIVATIONS, patches * each + 2 * made, how)
 
-    def _tokens(self, batch: int) -> tuple[int, int, int]:
-        """Rows of the tower at a time, of them those that attend to each other, and images whose results are there. An
-        image is encoded as a whole, however many tiles it has. Where it is a grid, no scores are stored: attention of
-        torch's own takes keys in blocks, and images are encoded together as far as they are no larger than the largest
-        one."""
-        tower, most = self.spec.tower, self.spec.geometry.most
-        if isinstance(tower, VitSpec):
-            tiles = max(batch, most.tiles)
-            return tiles * tower.positions, tower.positions, -(-tiles // most.tiles)
-        return most.tokens * tower.patches, 0, batch
+    def patches(self, batch: int) -> int:
+        """Rows of the tower at a time: those of an image are encoded together, however many tiles or patches it has."""
+        tower, largest = self.spec.tower, self.spec.patches(self.spec.geometry.most)
+        return largest if isinstance(tower, GridVitSpec) else max(batch * tower.positions, largest)
+
+    def _images(self, batch: int) -> int:
+        """The largest, whose results are there at a time."""
+        return max(1, self.patches(batch) // self.spec.patches(self.spec.geometry.most))

@@ -21,6 +21,7 @@ from lightllmd.requests.asked import Chat
 from lightllmd.requests.images import AskedImage, images_in_markdown
 from lightllmd.requests.limits import Ids
 from lightllmd.requests.text_work import TextWork
+from lightllmd.text.ids import IdTokenizer
 from lightllmd.text.image_places import ImageText
 from lightllmd.text.interface import Tokenizer
 
@@ -161,7 +162,11 @@ class ImageIntake:
     def _tokens(self) -> ImageTokens:
         """Raises ConfigInvalid where the tokenizer has not what the model needs."""
         assert self._placeholder is not None
-        return self._placeholder.resolved(_ids(self._tokenizer()))
+        tokenizer = self._tokenizer()
+        if isinstance(tokenizer, IdTokenizer):  # random weights without a tokenizer: one token is as good as another
+            image = self._placeholder.image
+            return ImageTokens(image if isinstance(image, int) else 0)
+        return self._placeholder.resolved(_ids(tokenizer))
 
     @cached_property
     def _text(self) -> ImageText:

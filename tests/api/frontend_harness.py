@@ -77,7 +77,7 @@ def make_plan(
         log_stats_interval=10.0,
         vocab_size=257,
         scoring=scoring,
-        vision=Vision("float32", 4, 32, 200) if sees else None,
+        vision=Vision("float32", 4, 32, 4, 200) if sees else None,
         embedding=PromptEmbedding(pooling or Pooling("last", unit=True), SIZE) if scoring is None else None,
         model_name=model,
     )

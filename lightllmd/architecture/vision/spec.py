@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from lightllmd.architecture.vision.layout import Geometry
+from lightllmd.architecture.vision.layout import Geometry, ImageLayout
 from lightllmd.architecture.vision.pixels import PixelNorm
 from lightllmd.architecture.vision.placeholder import Placeholder
 from lightllmd.architecture.weights import WeightSpec
@@ -176,6 +176,11 @@ class VisionSpec:
     def parameters(self) -> int:
         """Elements of all weights."""
         return sum(weight.elements for weight in self.weights)
+
+    def patches(self, layout: ImageLayout) -> int:
+        """Rows of the tower that an image of this layout is."""
+        tower = self.tower
+        return layout.tokens * tower.patches if isinstance(tower, GridVitSpec) else layout.tiles * tower.positions
 
     def embedding_bytes(self, tokens: int, item: int) -> int:
         """Of one image with so many tokens, in elements of `item` bytes."""
