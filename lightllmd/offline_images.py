@@ -6,7 +6,6 @@ fetches it. Nothing is kept of an image but what it was given as, until it has b
 
 from __future__ import annotations
 
-import io
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from lightllmd.ipc.messages import Submit
 from lightllmd.requests.faults import shown
 from lightllmd.requests.images import AskedImage, image_at
 from lightllmd.visual.image_file import ImageFile, ImageRefused
-from lightllmd.visual.limits import FetchLimits
+from lightllmd.visual.limits import DecodeLimits, FetchLimits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,17 +78,7 @@ class OfflineSight:
         self._plan, self._vision, self._spec = plan, plan.vision, spec
         self._encoder: ImageEncoder | None = None
         self._kept: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()  # layers, values
-        settings = plan.config.images
-        self._limits = FetchLimits(
-            urls=settings.urls,
-            timeout=settings.timeout,
-            max_redirects=settings.max_redirects,
-            allowed_hosts=tuple(settings.allowed_hosts),
-            allowed_networks=tuple(settings.allowed_networks),
-            file_root=settings.file_root,
-            max_bytes=settings.max_bytes,
-        )
-        self._most_pixels = settings.max_pixels
+        self._limits = FetchLimits.of(plan.config.images)
 
     async def show(self, images: Sequence[AskedImage]) -> OfflineSeen:
         """See `Sight`."""
@@ -185,25 +174,19 @@ class OfflineSight:
 
     def _picture(self, given: Any, field: str) -> Image:
         """In RGB, turned as its EXIF says, over white where it is transparent. Raises InvalidRequest."""
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from lightllmd.visual.read_image import ReadImage, as_seen, check_size
 
+        limits = DecodeLimits.of(self._plan.config.images)
         try:
             if isinstance(given, Path):
                 given = given.read_bytes()
-            picture = given if hasattr(given, "getexif") else Image.open(io.BytesIO(given))
-            if picture.width * picture.height > self._most_pixels:
-                raise InvalidRequest(
-                    f"{field}: an image of {picture.width} x {picture.height} pixels, more than images.max_pixels = "
-                    f"{self._most_pixels}",
-                    param=field,
-                )
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                layered = picture.convert("RGBA")
-                picture = Image.new("RGB", layered.size, (255, 255, 255))
-                picture.paste(layered, mask=layered.getchannel("A"))
-            return picture.convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as unusable:
+            if not hasattr(given, "getexif"):
+                return ReadImage(bytes(given), limits).image()
+            check_size(given.width, given.height, limits)
+            return as_seen(given)
+        except ImageRefused as refused:
+            raise InvalidRequest(f"{field}: {refused.message}", param=field) from None
+        except (OSError, ValueError) as unusable:
             raise InvalidRequest(f"{field}: can't be read as an image: {unusable}", param=field) from None
 
 

@@ -113,7 +113,8 @@ def _become_decoder(parent: int, file: int, pixels: int, report: int, nowhere: i
         kept = sorted((2, file, pixels, report))
         for low, high in zip(kept, [*kept[1:], 1 << 30], strict=True):
             os.closerange(low + 1, high)
-        os.nice(_NICE)
+        with contextlib.suppress(OSError):
+            os.nice(_NICE)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as adjust:
             adjust.write("1000")
         told = _decode(file, pixels, limits)

@@ -51,16 +51,15 @@ class ReadImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if self.format == "WEBP":
-                header_read(_check_size(*self._webp_size(data), limits))
+                header_read(check_size(*self._webp_size(data), limits))
             image = self._named(lambda: Image.open(io.BytesIO(data), formats=[self.format]))
-            pixels = _check_size(*image.size, limits)
+            pixels = check_size(*image.size, limits)
             if image.mode in _DEEP:
                 raise ImageRefused(f"its samples are {_DEEP[image.mode]}; 8 and 16 bits are taken")
             self.first_of_several = self._named(lambda: bool(getattr(image, "is_animated", False)))
             header_read(pixels)
             self._named(image.load)
-            turn = _TURNS.get(_orientation(image))
-            self._image = image if turn is None else image.transpose(turn)
+            self._image = _turned(image)
         self.width, self.height = self._image.size
 
     def rows(self) -> Iterator[bytes]:
@@ -69,6 +68,10 @@ class ReadImage:
         for top in range(0, self.height, step):
             box = (0, top, self.width, min(self.height, top + step))
             yield self._named(partial(self._strip, box))
+
+    def image(self) -> Image.Image:
+        """The whole image, mode RGB. Raises ImageRefused."""
+        return self._named(lambda: _rgb(self._image))
 
     def _webp_size(self, data: bytes) -> tuple[int, int]:
         size = webp_size(data[:HEAD])
@@ -94,8 +97,18 @@ class ReadImage:
             raise ImageRefused(f"its {self.format} file is damaged: {text or type(failure).__name__}") from None
 
 
-def _check_size(width: int, height: int, limits: DecodeLimits) -> int:
-    """How many pixels there are."""
+def as_seen(image: Image.Image) -> Image.Image:
+    """One that the caller has made itself, in mode RGB. Raises ValueError for a mode that has no colours."""
+    return _rgb(_turned(image))
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def check_size(width: int, height: int, limits: DecodeLimits) -> int:
+    """How many pixels there are. Raises ImageRefused where there may not be so many, or no such sides."""
     if width < 1 or height < 1:
         raise ImageRefused(f"it has {width} x {height} pixels")
     if width * height > limits.max_pixels:

@@ -138,8 +138,8 @@ def test_a_conversation_has_images_among_its_parts(llm: LLM) -> None:
         ("a", [picture(5, 5)], "it has 0 image tags"),
         (["a<image>"], [picture(5, 5)], "one list of images per prompt"),
         ("a<image>", [7], "should be an image of PIL"),
-        ("a<image>", [b"no image"], "can't be read as an image"),
-        ("a<image>", ["/no/such/file.png"], "can't be read as an image"),
+        ("a<image>", [b"no image"], "its file is text"),
+        ("a<image>", ["/no/such/file.png"], "its file is text"),
     ],
 )
 def test_what_is_no_image_is_refused_by_name(llm: LLM, prompts: Any, images: Any, words: str) -> None:
