@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -76,7 +78,7 @@ def prefill_attention(q: Tensor, cache: LayerCache, heads: Heads, row: PrefillRo
     queries = q.transpose(0, 1).unsqueeze(0)
     keys, values = (kept.transpose(0, 1).unsqueeze(0) for kept in cache.gather(row.slots))
     window = heads.window if heads.window is not None and heads.window < length else None
-    if start == 0 and window is None and heads.soft_cap is None:
+    if start == 0 and window is None and heads.soft_cap is None and not row.bidirectional:
         out = functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=heads.scale, enable_gqa=True
         )
@@ -88,6 +90,9 @@ def prefill_attention(q: Tensor, cache: LayerCache, heads: Heads, row: PrefillRo
         # The keys that any of these queries sees.
         low, end = 0 if window is None else max(0, start + first + 1 - window), start + last
         mask = _causal_mask(q, start + first - low, last - first, window)
+        runs = [run for run in row.bidirectional if run[0] < end and start + first < run[1]]
+        if runs:
+            mask, low, end = _with_runs(mask, low, end, start + first, runs)
         seen = queries[:, :, first:last], keys[:, :, low:end], values[:, :, low:end]
         if heads.soft_cap is not None:
             parts.append(_soft_capped(*seen, heads, mask))
@@ -122,6 +127,18 @@ def _causal_mask(like: Tensor, before: int, count: int, window: int | None) -> T
     if window is not None:
         mask[:, :count] += hidden.tril(before - window)
     return mask
+
+
+def _with_runs(
+    mask: Tensor, low: int, end: int, first: int, runs: Sequence[tuple[int, int]]
+) -> tuple[Tensor, int, int]:
+    """Of queries from the token `first` to before `end` over the keys from `low` to before `end`: each token of a run
+    sees all of it. Returns the mask with its keys, which may be more."""
+    before, behind = max(0, low - runs[0][0]), max(0, runs[-1][1] - end)
+    mask = functional.pad(mask, (before, behind), value=float("-inf"))
+    for begin, run_end in runs:
+        mask[max(0, begin - first) : run_end - first, begin - low + before : run_end - low + before] = 0
+    return mask, low - before, end + behind
 
 
 def _soft_capped(q: Tensor, keys: Tensor, values: Tensor, heads: Heads, mask: Tensor | None) -> Tensor:

@@ -45,7 +45,9 @@ class FusedAttention:
         norms = q_norm, k_norm, heads.norm_eps, heads.norm_offset
         rope_kv(qkv, angles, read.angles, slots, cache, heads.query, heads.kv, *norms)
         q, table_rows, positions = qkv[:, : heads.query], batch.rows, batch.positions
-        if wanted is not None:
+        rows = read.prefill
+        causal = rows is None or rows.bidirectional is None
+        if wanted is not None and causal:
             # All that they see is in the cache by now, so each is read as a decode row is.
             q, table_rows, positions = (tensor.index_select(0, wanted) for tensor in (q, table_rows, positions))
             out = torch.empty_like(q)
@@ -54,7 +56,6 @@ class FusedAttention:
         out = qkv.new_empty(q.shape)
         if ahead := read.decode:
             self._decode(q[:ahead], cache, heads, read.table, table_rows[:ahead], positions[:ahead], out[:ahead])
-        rows = read.prefill
         if rows is not None:
             for span in rows.whole:
                 attended = whole_prompts.attend(qkv, heads, span)
@@ -63,7 +64,7 @@ class FusedAttention:
                 out[span.first : span.first + len(attended)] = attended
             if len(rows.tiles):
                 self._prefill(q[ahead:], cache, heads, read.table, rows, out[ahead:])
-        return out.flatten(1)
+        return out.flatten(1) if wanted is None else out.flatten(1).index_select(0, wanted)
 
     def _decode(
         self, q: Tensor, cache: LayerCache, heads: Heads, table: Tensor, rows: Tensor, positions: Tensor, out: Tensor

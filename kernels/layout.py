@@ -7,6 +7,7 @@ runner, carried through the decoder unread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -71,6 +72,8 @@ class PrefillRow:
     count: int
     start: int
     slots: Slots  # [start + count]
+    # Runs of its tokens, from first to behind the last one in the sequence: each token of one sees all of it.
+    bidirectional: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -112,6 +115,9 @@ class PrefillTiles:
     pairs: int  # (query, head of a group) pairs of a tile
     segments: int  # of the keys of each tile; 1: tiles are not split
     whole: list[Span]  # the rows that have no tiles
+    # [T - decode, 2], of each token behind the decode rows: where what it sees of its own row at least begins, and
+    # where it ends: both ends of a run whose tokens see all of it, else itself. None: there is no such run.
+    bidirectional: Tensor | None = None
 
 
 @dataclass

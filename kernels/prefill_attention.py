@@ -60,7 +60,7 @@ def tiles_for(counts: Sequence[int], starts: Sequence[int], group: int, pairs: i
     return np.stack([row, tile], 1)[order].astype(np.int32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles", "rows", "first", "counts", "starts"])
+@triton.jit(do_not_specialize_on_alignment=["tiles", "rows", "first", "counts", "starts", "runs"])
 def _prefill(
     on: Operands,
     tiles,
@@ -68,6 +68,7 @@ def _prefill(
     first,
     counts,
     starts,
+    runs,
     SHAPE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,11 +78,11 @@ def _prefill(
     index, begin, count, start = tile_at(tiles, counts, starts, tl.program_id(1), PARTS, BLOCK_M)
     if begin < count * SHAPE.GROUP:
         row, packed = tl.load(rows + index), tl.load(first + index)
-        low, end = keys_of(start, count, begin, SHAPE, BLOCK_M)
+        low, end = keys_of(runs, packed, start, count, begin, SHAPE, BLOCK_M)
         kv_head = tl.program_id(0)
         lowest: tl.constexpr = -1e30 if SHAPE.WINDOW else float("-inf")
         line, _, weight, value = attend(
-            on, row, packed, start, count, begin, kv_head, low, end, SHAPE, BLOCK_M, BLOCK_N, lowest
+            on, runs, row, packed, start, count, begin, kv_head, low, end, SHAPE, BLOCK_M, BLOCK_N, lowest
         )
         ours = begin + tl.arange(0, BLOCK_M) < count * SHAPE.GROUP
         store_lines(on.out, line, ours, value / weight[:, None], SHAPE.D)
@@ -105,7 +106,7 @@ def prefill_attention(
     parts = rows.pairs // block_m
     _prefill[(heads.kv, len(rows.tiles) * parts)](
         operands(q, cache, heads, table, out),
-        *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts),
+        *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts, rows.bidirectional),
         SHAPE=attention_shape(q, cache, heads),
         PARTS=parts,
         BLOCK_M=block_m,

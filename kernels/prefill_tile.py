@@ -26,15 +26,22 @@ def tile_at(tiles, counts, starts, part, PARTS: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def keys_of(start, count, begin, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The range of keys that any of the pairs from `begin` on sees."""
-    last = tl.minimum((begin + BLOCK_M - 1) // SHAPE.GROUP, count - 1)
-    return first_seen(start + begin // SHAPE.GROUP, SHAPE.WINDOW), start + last + 1
+def keys_of(runs, first, start, count, begin, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The range of keys that any of the pairs from `begin` on sees. What a token sees neither begins nor ends before
+    what an earlier one sees."""
+    earliest, last = begin // SHAPE.GROUP, tl.minimum((begin + BLOCK_M - 1) // SHAPE.GROUP, count - 1)
+    low, end = first_seen(start + earliest, SHAPE.WINDOW), start + last + 1
+    if runs is not None:
+        # A part of a tile may lie behind the last pair.
+        low = tl.minimum(low, tl.load(runs + (first + tl.minimum(earliest, last)) * 2))
+        end = tl.load(runs + (first + last) * 2 + 1)
+    return low, end
 
 
 @triton.jit
 def attend(
     on: Operands,
+    runs,
     row,
     first,
     start,
@@ -51,7 +58,7 @@ def attend(
     """The pairs from `begin` on of a row over its keys from `first_key` to `end_key`, whole blocks unless that is the
     last one: each pair's line (token and head) of `out`, its highest score (`LOWEST` or more), its sum of weights and
     its weighted sum of values. The scale of scores is above 0. `LOWEST` is finite where a pair may see nothing of a
-    block: without a score it has no weight and no value."""
+    block: without a score it has no weight and no value. `runs`: `PrefillTiles.bidirectional`."""
     D: tl.constexpr = SHAPE.D
     pair = begin + tl.arange(0, BLOCK_M)
     # Pairs behind the last one compute its token again.
@@ -59,9 +66,14 @@ def attend(
     head = kv_head * SHAPE.GROUP + pair % SHAPE.GROUP
     line = first.to(tl.int64) + token
     query = tl.load(on.q + line[:, None] * on.q_stride + head[:, None] * D + tl.arange(0, D)[None, :])
-    position = start + token  # the last key that a pair sees
-    _, keys = keys_of(start, count, begin, SHAPE, BLOCK_M)
+    position = start + token
+    last = position  # the last key that a pair sees
+    _, keys = keys_of(runs, first, start, count, begin, SHAPE, BLOCK_M)
     all_seen = start + begin // SHAPE.GROUP + 1  # keys that every pair sees
+    hidden = first_seen(start + tl.minimum((begin + BLOCK_M - 1) // SHAPE.GROUP, count - 1), SHAPE.WINDOW)
+    if runs is not None:
+        last = tl.load(runs + line * 2 + 1) - 1
+        all_seen = tl.load(runs + (first + begin // SHAPE.GROUP) * 2 + 1)
     slots_at = on.table + row.to(tl.int64) * on.table_stride
 
     best = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -81,10 +93,13 @@ def attend(
         if SHAPE.SOFT_CAP > 0:
             scores, scale = soft_capped(scores * scale, SHAPE.SOFT_CAP), 1.0
         if block + BLOCK_N > all_seen:
-            scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+            scores = tl.where(key[None, :] <= last[:, None], scores, float("-inf"))
         if SHAPE.WINDOW:
-            if block < first_seen(keys - 1, SHAPE.WINDOW):
-                scores = tl.where(key[None, :] > position[:, None] - SHAPE.WINDOW, scores, float("-inf"))
+            if block < hidden:
+                seen = key[None, :] > position[:, None] - SHAPE.WINDOW
+                if runs is not None:
+                    seen |= key[None, :] >= tl.load(runs + line * 2)[:, None]
+                scores = tl.where(seen, scores, float("-inf"))
         highest = tl.maximum(best, tl.max(scores, 1) * scale)
         share = tl.exp2(scores * scale - highest[:, None])
         shrink = tl.exp2(best - highest)

@@ -7,7 +7,7 @@ heads, K key/value heads (H a multiple of K), D head_dim, S slots of the cache. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -110,12 +110,19 @@ def embed(
 
 
 def attention(
-    q: Tensor, cache: Tensor, slots: Tensor, scale: float, window: int | None = None, soft_cap: float | None = None
+    q: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    bidirectional: Sequence[tuple[int, int]] = (),
 ) -> Tensor:
     """Causal attention of one row: ``q [t, H, D]`` are its newest t tokens, `slots` [length >= t] all of them.
 
     Returns ``[t, H, D]``. Grouped queries: head h reads key/value head ``h // (H / K)``. A token sees the last `window`
-    tokens up to itself (Beltagy et al. 2020); scores s are capped to ``soft_cap * tanh(s / soft_cap)``.
+    tokens up to itself (Beltagy et al. 2020); scores s are capped to ``soft_cap * tanh(s / soft_cap)``. A token of a
+    run (from first to behind the last one) that is `bidirectional` sees all of it, too.
     """
     count, heads, _ = q.shape
     length, kv_heads = len(slots), cache.shape[1] // 2
@@ -130,6 +137,9 @@ def attention(
     hidden = keys_at > newest
     if window is not None:
         hidden = hidden | (keys_at <= newest - window)
+    for begin, end in bidirectional:
+        inside = (newest >= begin) & (newest < end) & (keys_at >= begin) & (keys_at < end)
+        hidden = hidden & ~inside
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 

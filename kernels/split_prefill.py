@@ -37,7 +37,7 @@ def segments_for(tokens: int, group: int, kv_heads: int, width: int, multiproces
     return 1 << max(0, most.bit_length() - 1)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles", "number", "rows", "first", "counts", "starts"])
+@triton.jit(do_not_specialize_on_alignment=["tiles", "number", "rows", "first", "counts", "starts", "runs"])
 def _split_prefill(
     on: Operands,
     tiles,
@@ -45,6 +45,7 @@ def _split_prefill(
     first,
     counts,
     starts,
+    runs,
     number,
     partial: Partial,
     SHAPE: tl.constexpr,
@@ -59,7 +60,10 @@ def _split_prefill(
     kv_head, segment = tl.program_id(0), tl.program_id(1)
     for part in range(tl.program_id(2), tl.load(number) * PARTS, tl.num_programs(2)):
         index, begin, count, start = tile_at(tiles, counts, starts, part, PARTS, BLOCK_M)
-        low, end = keys_of(start, count, begin, SHAPE, BLOCK_M)
+        ahead = 0
+        if runs is not None:
+            ahead = tl.load(first + index)
+        low, end = keys_of(runs, ahead, start, count, begin, SHAPE, BLOCK_M)
         span = segment_length(end - low, SEGMENTS, BLOCK_N)
         first_key = low + segment * span
         if (begin < count * SHAPE.GROUP) & (first_key < end):
@@ -67,7 +71,7 @@ def _split_prefill(
             end_key = tl.minimum(first_key + span, end)
             # The highest score is finite: a pair may see nothing of a segment.
             line, best, weight, value = attend(
-                on, row, packed, start, count, begin, kv_head, first_key, end_key, SHAPE, BLOCK_M, BLOCK_N, -1e30
+                on, runs, row, packed, start, count, begin, kv_head, first_key, end_key, SHAPE, BLOCK_M, BLOCK_N, -1e30
             )
             value = value / tl.where(weight == 0, 1.0, weight)[:, None]
             ours = begin + tl.arange(0, BLOCK_M) < count * SHAPE.GROUP
@@ -104,7 +108,7 @@ def split_prefill(
     tiles = triton.cdiv(len(q) * heads.query, heads.kv * rows.pairs)
     _split_prefill[(heads.kv, rows.segments, tiles * parts)](
         operands(q, cache, heads, table, out),
-        *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts, rows.number),
+        *(rows.tiles, rows.rows, rows.first, rows.counts, rows.starts, rows.bidirectional, rows.number),
         partial,
         SHAPE=attention_shape(q, cache, heads),
         PARTS=parts,

@@ -47,29 +47,36 @@ def plan(layers: Iterable[Heads], dtype: torch.dtype, device: torch.device, long
     return max(lengths, default=0)
 
 
-def spans(counts: Sequence[int], starts: Sequence[int], first: int, longest: int) -> dict[int, Span]:
+def spans(
+    counts: Sequence[int], starts: Sequence[int], first: int, longest: int, causal: Sequence[bool] | None = None
+) -> dict[int, Span]:
     """Which rows are to be computed here, in spans by the index of their first row; they are packed from `first` on.
 
-    `longest` is what `plan` returned.
+    `longest` is what `plan` returned. `causal`: whether no token of a row sees later ones; None: of all rows.
     """
     found: dict[int, Span] = {}
     index = 0
     while index < len(counts):
         count, rows = counts[index], 1
         padded = -(-count // STEP) * STEP
-        if starts[index] == 0 and LEAST <= padded <= min(longest, WORTH * count):
+        if starts[index] == 0 and (causal is None or causal[index]) and LEAST <= padded <= min(longest, WORTH * count):
             if count == LEAST:
-                rows = _alike(counts[index:], starts[index:], longest)
+                rows = _alike(counts[index:], starts[index:], longest, None if causal is None else causal[index:])
             found[index] = Span(first, rows, count, padded)
         first += rows * count
         index += rows
     return found
 
 
-def _alike(counts: Sequence[int], starts: Sequence[int], longest: int) -> int:
-    """How many of the first rows go together: all whole, and of LEAST tokens."""
+def _alike(counts: Sequence[int], starts: Sequence[int], longest: int, causal: Sequence[bool] | None) -> int:
+    """How many of the first rows go together: all whole, causal, and of LEAST tokens."""
     for rows in TOGETHER:
-        if rows * LEAST <= longest and list(counts[:rows]) == [LEAST] * rows and not any(starts[:rows]):
+        if (
+            rows * LEAST <= longest
+            and list(counts[:rows]) == [LEAST] * rows
+            and not any(starts[:rows])
+            and (causal is None or all(causal[:rows]))
+        ):
             return rows
     return 1
 

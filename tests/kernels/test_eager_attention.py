@@ -108,3 +108,30 @@ def test_prefill_attention_is_causal_behind_a_cached_prefix(
     if count == 2:
         last = eager_attention.decode_attention(q[-1:], cache, shape, DecodeGroup(None, where, None))
         close(last, truth[-1:])
+
+
+RUNS = [
+    (0, 11, [(0, 4), (4, 11)]),
+    (9, 25, [(10, 13), (20, 34)]),
+    (30, 540, [(31, 300), (500, 570)]),  # longer than what is computed at a time
+]
+
+
+@kinds
+@pytest.mark.parametrize(("start", "count", "runs"), RUNS)
+def test_a_token_of_a_bidirectional_run_sees_all_of_it(
+    start: int,
+    count: int,
+    runs: list[tuple[int, int]],
+    window: int | None,
+    soft_cap: float | None,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    length = start + count
+    cache = cache_of(list(range(4, 4 + length)), 1400, 2, device, dtype)
+    q = random((count, 4, 16), device, dtype, 6)
+    slots = torch.arange(4, 4 + length, device=device)
+    truth = reference.attention(q, cache.entries, slots, 0.3, window, soft_cap, runs)
+    row = PrefillRow(0, count, start, slice(4, 4 + length), runs)
+    close(eager_attention.prefill_attention(q, cache, Heads(4, 2, 16, 0.3, 0.0, window, soft_cap), row), truth)

@@ -257,7 +257,13 @@ def decode_attention(
 
 
 def prefill_attention(
-    dtype: torch.dtype, dim: int, tokens: int, segments: int = 1, offset: int = 0, **kind: Any
+    dtype: torch.dtype,
+    dim: int,
+    tokens: int,
+    segments: int = 1,
+    offset: int = 0,
+    bidirectional: bool = False,
+    **kind: Any,
 ) -> None:
     """In segments: what a block of a prompt has beside decode rows."""
     from lightllmd.kernels import prefill_attention, split_prefill
@@ -267,6 +273,7 @@ def prefill_attention(
     given, index, out = attended(dtype, dim, offset, **kind)
     pairs = prefill_attention.pairs_per_tile(tokens, 4) if segments == 1 else split_prefill.PAIRS
     rows = PrefillTiles(index.view(2, 2), index, index, index, index, index, pairs, segments, [])
+    rows.bidirectional = index.view(2, 2) if bidirectional else None
     partial = partial_results(out, segments, torch.zeros(1024, dtype=torch.int32))
     if partial is None:
         prefill_attention.prefill_attention(*given, rows, out)
@@ -380,6 +387,12 @@ CASES: dict[str, Callable[[], None]] = {
     "split prefill attention fp32": partial(prefill_attention, FP32, 128, 256, 2),
     # Gemma 2's, whose largest heads are the ones that fill the registers.
     "decode attention bf16, window and cap": partial(decode_attention, BF16, 256, 16, True, window=4096, soft_cap=50.0),
+    "prefill attention bf16, bidirectional runs": partial(
+        prefill_attention, BF16, 256, 8192, window=1024, bidirectional=True
+    ),
+    "split prefill attention bf16, bidirectional runs": partial(
+        prefill_attention, BF16, 256, 256, 2, bidirectional=True
+    ),
     "prefill attention bf16, window and cap": partial(prefill_attention, BF16, 256, 8192, window=4096, soft_cap=50.0),
     "split prefill attention bf16, window and cap": partial(
         prefill_attention, BF16, 256, 256, 2, window=4096, soft_cap=50.0

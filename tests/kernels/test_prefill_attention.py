@@ -38,10 +38,11 @@ def check(
     kv_heads: int = 2,
     segments: int = 1,
     scheme: str = "dense",
+    bidirectional: dict[int, list[tuple[int, int]]] | None = None,
     **kind: Any,
 ) -> Tensor:
-    """`before` tokens of other rows are packed before those of these. `kind`: window and cap. Returns what it has found
-    right."""
+    """`before` tokens of other rows are packed before those of these. `kind`: window and cap; `bidirectional`: runs of
+    each row, by its index. Returns what it has found right."""
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     rows = KvRows.of(lengths, kv_heads, dim, dtype, device, scheme=KV_SCHEMES[scheme])
     heads, total = kv_heads * group, before + sum(counts)
@@ -58,6 +59,13 @@ def check(
     if segments > 1:  # behind the tiles come some that are not counted, of a row that is not there
         tiles = torch.cat([tiles, torch.full((3, 2), 1 << 20, dtype=torch.int32)])
     tiled = PrefillTiles(tiles.to(device), *where, pairs, segments, [])
+    if bidirectional is not None:
+        ranges = torch.full((total, 2), 1 << 20, dtype=torch.int32)
+        for index, (begin, start, count) in enumerate(zip(first, starts, counts, strict=True)):
+            ranges[begin : begin + count] = torch.arange(start, start + count)[:, None] + torch.tensor([0, 1])
+            for low, high in bidirectional.get(index, []):
+                ranges[begin + low - start : begin + high - start] = torch.tensor([low, high])
+        tiled.bidirectional = ranges.to(device)
     given = q, rows.cache, Heads(heads, kv_heads, dim, SCALE, 0.0, **kind), rows.table, tiled, out
     if segments == 1:
         prefill_attention(*given, shape=shape)
@@ -67,8 +75,9 @@ def check(
         split_prefill.split_prefill(*given, Partial(values, values[:, :, 0].clone(), arrived), shape=shape)
         assert not arrived.any()
     assert out[:before].isnan().all()
-    for (begin, end), slots in zip(pairwise([before, *ends]), rows.slots, strict=True):
-        truth = reference.attention(q[begin:end], rows.kept, slots, SCALE, **kind)
+    for index, ((begin, end), slots) in enumerate(zip(pairwise([before, *ends]), rows.slots, strict=True)):
+        runs = (bidirectional or {}).get(index, [])
+        truth = reference.attention(q[begin:end], rows.kept, slots, SCALE, **kind, bidirectional=runs)
         tolerance = TOLERANCES[dtype] * (1 if scheme == "dense" else 2)
         torch.testing.assert_close(out[begin:end], truth, rtol=tolerance, atol=tolerance)
     return out
@@ -154,6 +163,24 @@ def test_a_window_hides_what_lies_before_it(segments: int, window: int, device: 
     """Of prompts without and with a cached prefix. Tiles have pairs that see nothing of their first block."""
     counts, starts = [70, 1, 33], [0, 90, 150]
     check(counts, starts, 2, 16, torch.float32, device, kv_heads=1, segments=segments, shape=SMALL, window=window)
+
+
+@pytest.mark.parametrize(("window", "segments"), [(None, 1), (None, 4), (9, 1), (9, 4), (40, 2)])
+def test_a_token_of_a_bidirectional_run_sees_all_of_it(window: int | None, segments: int, device: str) -> None:
+    """Runs inside one tile and over several, shorter and longer than the window, side by side, at both ends of what a
+    row feeds and behind a cached prefix; a row has none."""
+    counts, starts = [90, 5, 41], [0, 40, 33]
+    runs = {0: [(0, 3), (7, 60), (60, 73)], 2: [(33, 35), (50, 74)]}
+    kind = {"window": window, "bidirectional": runs}
+    check(counts, starts, 2, 16, torch.float32, device, kv_heads=1, segments=segments, shape=SMALL, before=3, **kind)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_bidirectional_run_under_a_cap_over_quantised_keys(
+    segments: int, every_dtype: torch.dtype, device: str
+) -> None:
+    runs = {"bidirectional": {0: [(4, 39)]}, "window": 16, "soft_cap": 0.7}
+    check([40, 3], [0, 90], 3, 64, every_dtype, device, kv_heads=1, segments=segments, scheme="int8", **runs)
 
 
 @pytest.mark.parametrize("segments", [1, 4])

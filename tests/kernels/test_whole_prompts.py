@@ -13,6 +13,7 @@ from lightllmd.kernels.whole_prompts import LEAST, STEP, WORTH, attend, plan, sp
 def test_only_planned_lengths_and_little_padding_are_used() -> None:
     assert spans([LEAST], [0], 0, 0) == {}
     assert spans([100, LEAST], [0, 0], 7, LEAST) == {1: Span(107, 1, LEAST, LEAST)}
+    assert spans([LEAST] * 4, [0] * 4, 0, 9000, [True, True, False, True]).keys() == {0, 3}
     assert spans([LEAST], [5], 0, 9000) == {}, "behind a cached prefix the cache must be read"
     for count in range(1, 10_000, 7):
         for span in spans([count], [0], 3, 8 * STEP).values():

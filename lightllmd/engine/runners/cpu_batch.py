@@ -42,7 +42,13 @@ class SlotTable:
             first += len(row.tokens)
         single = [index for index, row in enumerate(rows) if len(row.tokens) == 1]
         prefill = [
-            PrefillRow(starts[index], len(row.tokens), row.start, self._row_slots(row))
+            PrefillRow(
+                starts[index],
+                len(row.tokens),
+                row.start,
+                self._row_slots(row),
+                [(row.start + begin, row.start + begin + tokens) for begin, tokens in row.bidirectional or ()],
+            )
             for index, row in enumerate(rows)
             if len(row.tokens) > 1
         ]

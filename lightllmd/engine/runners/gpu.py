@@ -275,8 +275,9 @@ class GpuRunner(BaseRunner[Packed, Tensor, HostCopy]):
         return self.decoder.head.logits(hidden[fed])
 
     def _hidden(self, packed: Packed, wanted: Tensor | None, beat: Beat) -> Tensor:
-        # A graph embeds by ids alone.
-        if self._graphs is not None and packed.shape in self._graphs and packed.batch.images is None:
+        # A graph embeds by ids alone, and its tokens see none behind them.
+        plain = packed.batch.images is None and packed.causal
+        if self._graphs is not None and plain and packed.shape in self._graphs:
             return self._graphs.replay(packed.shape)
         return self.decoder.forward(packed.batch, self.caches, beat, wanted)
 

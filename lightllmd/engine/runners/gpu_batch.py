@@ -18,7 +18,7 @@ from lightllmd.config.bounds import FEW_ROWS, PREFILL_ROWS
 from lightllmd.engine.runners.cpu_batch import grid_positions, rope_lengths
 from lightllmd.engine.runners.image_rows import image_rows
 from lightllmd.engine.runners.step_shapes import StepShape, first_tokens
-from lightllmd.engine.runners.transfers import Numbers, Upload, pinned
+from lightllmd.engine.runners.transfers import Numbers, Upload, pinned, send
 from lightllmd.engine.step import DecodeRows, Row, Step
 from lightllmd.kernels import split_prefill
 from lightllmd.kernels.layout import Batch, Heads, PrefillTiles, TableRows
@@ -47,6 +47,12 @@ class Packed:
     def whole(self) -> bool:
         """The hidden states of all tokens are asked for: by a graph, which has no others, for targets or vectors."""
         return self.shape.padded or self.targets is not None or self.pooled is not None
+
+    @property
+    def causal(self) -> bool:
+        """No token sees later ones: what graphs are captured for."""
+        prefill = self.batch.metadata.prefill
+        return prefill is None or prefill.bidirectional is None
 
 
 class Packer:
@@ -181,7 +187,8 @@ class Packer:
                 shape.prefill_tokens, self._group, self._kv_heads, self._table.shape[1]
             )
             pairs = pairs if segments == 1 else split_prefill.PAIRS
-        whole = {} if shape.padded else spans(counts, starts, shape.decode_tokens, self.longest_whole)
+        causal = [not row.bidirectional for row in longer]
+        whole = {} if shape.padded else spans(counts, starts, shape.decode_tokens, self.longest_whole, causal)
         if shape.prefill_tokens:
             apart = {index + number for index, span in whole.items() for number in range(span.rows)}
             tiles = tiles_for(
@@ -208,6 +215,8 @@ class Packer:
         if shape.prefill_tokens:
             flat, *others = (next(sent) for _ in range(6))
             prefill = PrefillTiles(flat.view(-1, 2), *others, pairs, segments, whole=list(whole.values()))
+            if not all(causal):
+                prefill.bidirectional = send(_runs(longer, shape.prefill_tokens), self._upload.device.device)
         batch = self._batch(tokens, shape.decode_tokens, prefill)
         packed = Packed(shape, batch, next(sent), next(sent), next(sent))
         if scored:
@@ -285,6 +294,18 @@ class Packer:
             self._cos_sin[: len(positions)] = self._rope.cos_sin(positions, apart[0])
         metadata = TableRows(decode, prefill, angles, self._cos_sin, self._table, self._last)
         return Batch(tokens, table_rows, positions, slots, metadata)
+
+
+def _runs(rows: list[Row], tokens: int) -> NDArray[np.int32]:
+    """See `PrefillTiles.bidirectional`, flat; of padding zeros."""
+    found = np.zeros((tokens, 2), np.int32)
+    first = 0
+    for row in rows:
+        own = found[first : (first := first + len(row.tokens))]
+        own[:] = np.arange(row.start, row.start + len(row.tokens))[:, None] + np.array([0, 1])
+        for begin, count in row.bidirectional or ():
+            own[begin : begin + count] = row.start + begin, row.start + begin + count
+    return found.reshape(-1)
 
 
 def _ints(numbers: Numbers) -> NDArray[np.int32]:

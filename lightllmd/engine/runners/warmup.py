@@ -49,6 +49,8 @@ def worst_steps(plan: Plan) -> Iterator[Step]:
     for row in scored.rows:
         row.targets, row.top_targets = row.tokens, 20
     yield scored
+    if plan.model is not None and plan.vision is not None and (seen := plan.model.vision) and seen.bidirectional:
+        yield _bidirectional(_step(most, longest, PLAIN))
     if params.splitfuse_mode:
         yield _beside_decode_rows(_step(most, longest, PLAIN), widest)
     rows = min(widest, most)
@@ -73,6 +75,13 @@ def _pooled(step: Step, summed: bool = False) -> Step:
     for row in step.rows:
         row.sample, row.sampling = False, None
         row.pooling = PoolingRow(list(range(len(row.tokens))), row.tokens, summed)
+    return step
+
+
+def _bidirectional(step: Step) -> Step:
+    """Each token of its rows sees all of its row."""
+    for row in step.rows:
+        row.bidirectional = [(0, len(row.tokens))]
     return step
 
 
