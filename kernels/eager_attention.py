@@ -92,7 +92,7 @@ def prefill_attention(q: Tensor, cache: LayerCache, heads: Heads, row: PrefillRo
         mask = _causal_mask(q, start + first - low, last - first, window)
         runs = [run for run in row.bidirectional if run[0] < end and start + first < run[1]]
         if runs:
-            mask, low, end = _with_runs(mask, low, end, start + first, runs)
+            mask, end = _with_runs(mask, end, start + first, runs)
         seen = queries[:, :, first:last], keys[:, :, low:end], values[:, :, low:end]
         if heads.soft_cap is not None:
             parts.append(_soft_capped(*seen, heads, mask))
@@ -129,16 +129,17 @@ def _causal_mask(like: Tensor, before: int, count: int, window: int | None) -> T
     return mask
 
 
-def _with_runs(
-    mask: Tensor, low: int, end: int, first: int, runs: Sequence[tuple[int, int]]
-) -> tuple[Tensor, int, int]:
-    """Of queries from the token `first` to before `end` over the keys from `low` to before `end`: each token of a run
-    sees all of it. Returns the mask with its keys, which may be more."""
-    before, behind = max(0, low - runs[0][0]), max(0, runs[-1][1] - end)
-    mask = functional.pad(mask, (before, behind), value=float("-inf"))
+def _with_runs(mask: Tensor, end: int, first: int, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    """Of queries from the token `first` to before `end` over keys up to `end`: each token of a run sees those behind
+    it up to the run's end. Returns the mask with its keys, which may be more, and where they end."""
+    behind = max(0, runs[-1][1] - end)
+    mask = functional.pad(mask, (0, behind), value=float("-inf"))
+    low = end + behind - mask.shape[1]
     for begin, run_end in runs:
-        mask[max(0, begin - first) : run_end - first, begin - low + before : run_end - low + before] = 0
-    return mask, low - before, end + behind
+        begin = max(begin, first)
+        later = mask[begin - first : run_end - first, begin - low : run_end - low]
+        later.masked_fill_(torch.ones_like(later, dtype=torch.bool).triu(), 0)
+    return mask, end + behind
 
 
 def _soft_capped(q: Tensor, keys: Tensor, values: Tensor, heads: Heads, mask: Tensor | None) -> Tensor:

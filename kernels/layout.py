@@ -72,7 +72,7 @@ class PrefillRow:
     count: int
     start: int
     slots: Slots  # [start + count]
-    # Runs of its tokens, from first to behind the last one in the sequence: each token of one sees all of it.
+    # Runs of its tokens, from first to behind the last one in the sequence: each token of one sees up to its end.
     bidirectional: Sequence[tuple[int, int]] = ()
 
 
@@ -115,8 +115,8 @@ class PrefillTiles:
     pairs: int  # (query, head of a group) pairs of a tile
     segments: int  # of the keys of each tile; 1: tiles are not split
     whole: list[Span]  # the rows that have no tiles
-    # [T - decode, 2], of each token behind the decode rows: where what it sees of its own row at least begins, and
-    # where it ends: both ends of a run whose tokens see all of it, else itself. None: there is no such run.
+    # [T - decode], how many tokens of its row each one behind the decode rows sees where no window hides some: up to
+    # itself, or up to the end of the run that it is in. None: there is no such run.
     bidirectional: Tensor | None = None
 
 

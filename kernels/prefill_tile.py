@@ -27,14 +27,12 @@ def tile_at(tiles, counts, starts, part, PARTS: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit
 def keys_of(runs, first, start, count, begin, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The range of keys that any of the pairs from `begin` on sees. What a token sees neither begins nor ends before
-    what an earlier one sees."""
+    """The range of keys that any of the pairs from `begin` on sees. What a token sees ends nowhere before what an
+    earlier one sees."""
     earliest, last = begin // SHAPE.GROUP, tl.minimum((begin + BLOCK_M - 1) // SHAPE.GROUP, count - 1)
     low, end = first_seen(start + earliest, SHAPE.WINDOW), start + last + 1
     if runs is not None:
-        # A part of a tile may lie behind the last pair.
-        low = tl.minimum(low, tl.load(runs + (first + tl.minimum(earliest, last)) * 2))
-        end = tl.load(runs + (first + last) * 2 + 1)
+        end = tl.load(runs + first + last)
     return low, end
 
 
@@ -72,8 +70,8 @@ def attend(
     all_seen = start + begin // SHAPE.GROUP + 1  # keys that every pair sees
     hidden = first_seen(start + tl.minimum((begin + BLOCK_M - 1) // SHAPE.GROUP, count - 1), SHAPE.WINDOW)
     if runs is not None:
-        last = tl.load(runs + line * 2 + 1) - 1
-        all_seen = tl.load(runs + (first + begin // SHAPE.GROUP) * 2 + 1)
+        last = tl.load(runs + line) - 1
+        all_seen = tl.load(runs + first + begin // SHAPE.GROUP)
     slots_at = on.table + row.to(tl.int64) * on.table_stride
 
     best = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -96,10 +94,7 @@ def attend(
             scores = tl.where(key[None, :] <= last[:, None], scores, float("-inf"))
         if SHAPE.WINDOW:
             if block < hidden:
-                seen = key[None, :] > position[:, None] - SHAPE.WINDOW
-                if runs is not None:
-                    seen |= key[None, :] >= tl.load(runs + line * 2)[:, None]
-                scores = tl.where(seen, scores, float("-inf"))
+                scores = tl.where(key[None, :] > position[:, None] - SHAPE.WINDOW, scores, float("-inf"))
         highest = tl.maximum(best, tl.max(scores, 1) * scale)
         share = tl.exp2(scores * scale - highest[:, None])
         shrink = tl.exp2(best - highest)

@@ -122,7 +122,7 @@ def attention(
 
     Returns ``[t, H, D]``. Grouped queries: head h reads key/value head ``h // (H / K)``. A token sees the last `window`
     tokens up to itself (Beltagy et al. 2020); scores s are capped to ``soft_cap * tanh(s / soft_cap)``. A token of a
-    run (from first to behind the last one) that is `bidirectional` sees all of it, too.
+    run (from first to behind the last one) that is `bidirectional` sees later tokens up to its end, too.
     """
     count, heads, _ = q.shape
     length, kv_heads = len(slots), cache.shape[1] // 2
@@ -135,11 +135,10 @@ def attention(
     newest = torch.arange(length - count, length, device=q.device)[:, None]
     keys_at = torch.arange(length, device=q.device)[None]
     hidden = keys_at > newest
+    for begin, end in bidirectional:
+        hidden = hidden & ~((newest >= begin) & (newest < end) & (keys_at < end))
     if window is not None:
         hidden = hidden | (keys_at <= newest - window)
-    for begin, end in bidirectional:
-        inside = (newest >= begin) & (newest < end) & (keys_at >= begin) & (keys_at < end)
-        hidden = hidden & ~inside
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 

@@ -124,8 +124,16 @@ def prompt_ids(model: VisionModel, images: Sequence[Image.Image], seed: int = 0)
     return ids, begins
 
 
-def logits(driver: Driver, ids: Sequence[int], begins: Sequence[int], embeddings: Sequence[Tensor]) -> Tensor:
-    """Ours ``[tokens, vocab]`` of one prompt, in one step, with embeddings in the place of those of the ids."""
+def logits(
+    driver: Driver,
+    ids: Sequence[int],
+    begins: Sequence[int],
+    embeddings: Sequence[Tensor],
+    *,
+    bidirectional: bool = False,
+) -> Tensor:
+    """Ours ``[tokens, vocab]`` of one prompt, in one step, with embeddings in the place of those of the ids.
+    `bidirectional`: the tokens of an image see each other."""
     decoder = driver.runner.decoder
     embed = decoder.embedding
 
@@ -138,7 +146,10 @@ def logits(driver: Driver, ids: Sequence[int], begins: Sequence[int], embeddings
     vocab = driver.runner.decoder.spec.vocab
     decoder.embedding = placed
     try:
-        return driver.logits(driver.row(0, [min(one, vocab - 1) for one in ids]))[0]
+        row = driver.row(0, [min(one, vocab - 1) for one in ids])
+        if bidirectional:
+            row.bidirectional = [(begin, rows.shape[1]) for begin, rows in zip(begins, embeddings, strict=True)]
+        return driver.logits(row)[0]
     finally:
         decoder.embedding = embed
         driver.release(0)

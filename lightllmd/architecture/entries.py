@@ -21,6 +21,7 @@ MOST = {
     "max_position_embeddings": 1 << 31,
     "original_max_position_embeddings": 1 << 31,
     "sliding_window_pattern": 1 << 16,
+    "mm_tokens_per_image": 1 << 16,
     "sliding_window": 1 << 31,
     "image_size": 1 << 14,
     "patch_size": 1 << 10,

@@ -85,8 +85,8 @@ class Row(msgspec.Struct):
     top_targets: int = 0  # alternatives reported beside each target
     pooling: PoolingRow | None = None  # of each row of a request with PoolingParams, which never has `sample`
     images: list[ImagePart] | None = None  # ascending by `first`; None: all fed tokens are embedded by their ids
-    # Runs of fed tokens, (index of the first one, tokens), ascending: each token of one sees all of it, whatever its
-    # layer's window is. Fed whole in one step.
+    # Runs of fed tokens, (index of the first one, tokens), ascending, each fed whole: its tokens see each other, later
+    # ones as earlier ones, of which a layer's window may hide some.
     bidirectional: list[tuple[int, int]] | None = None
     # Of a model whose rotary positions are in the grids of images: int32 little-endian [3, len(tokens)], frame, row and
     # column of each fed token; None: all three are its index + `shift`, which they are of each token behind the prompt.

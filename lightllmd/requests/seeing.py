@@ -171,7 +171,7 @@ class ImageIntake:
     @cached_property
     def _text(self) -> ImageText:
         assert self._placeholder is not None
-        return ImageText(self._placeholder.tag, self._placeholder.tags, self._tokens.image)
+        return ImageText(self._placeholder.tag, self._placeholder.tags, self._tokens.image, self._placeholder.around)
 
     @cached_property
     def _run(self) -> ImageTokens:

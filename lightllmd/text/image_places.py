@@ -17,6 +17,7 @@ class ImageText:
     tag: str  # what a text has in an image's place
     tags: tuple[str, ...]  # all that is such a tag, a longer one before what is a part of it
     token: int  # the id that an image's tokens have
+    around: tuple[str, str] = ("", "")  # see `Placeholder.around`
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -25,7 +26,14 @@ class ImageText:
 
     def parts(self, text: str) -> list[str]:
         """The texts around the tags: one more than there are tags."""
-        return self.pattern.split(text)
+        texts = self.pattern.split(text)
+        if not any(self.around):
+            return texts
+        before, behind = self.around
+        for number in range(1, len(texts)):
+            texts[number - 1] += before.replace("{number}", str(number))
+            texts[number] = behind + texts[number]
+        return texts
 
 
 def encode_parts(

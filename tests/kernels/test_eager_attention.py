@@ -119,7 +119,7 @@ RUNS = [
 
 @kinds
 @pytest.mark.parametrize(("start", "count", "runs"), RUNS)
-def test_a_token_of_a_bidirectional_run_sees_all_of_it(
+def test_tokens_of_a_bidirectional_run_see_those_behind_them(
     start: int,
     count: int,
     runs: list[tuple[int, int]],

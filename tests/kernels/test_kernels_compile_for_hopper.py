@@ -273,7 +273,7 @@ def prefill_attention(
     given, index, out = attended(dtype, dim, offset, **kind)
     pairs = prefill_attention.pairs_per_tile(tokens, 4) if segments == 1 else split_prefill.PAIRS
     rows = PrefillTiles(index.view(2, 2), index, index, index, index, index, pairs, segments, [])
-    rows.bidirectional = index.view(2, 2) if bidirectional else None
+    rows.bidirectional = index if bidirectional else None
     partial = partial_results(out, segments, torch.zeros(1024, dtype=torch.int32))
     if partial is None:
         prefill_attention.prefill_attention(*given, rows, out)

@@ -60,12 +60,12 @@ def check(
         tiles = torch.cat([tiles, torch.full((3, 2), 1 << 20, dtype=torch.int32)])
     tiled = PrefillTiles(tiles.to(device), *where, pairs, segments, [])
     if bidirectional is not None:
-        ranges = torch.full((total, 2), 1 << 20, dtype=torch.int32)
+        seen = torch.full((total,), 1 << 20, dtype=torch.int32)
         for index, (begin, start, count) in enumerate(zip(first, starts, counts, strict=True)):
-            ranges[begin : begin + count] = torch.arange(start, start + count)[:, None] + torch.tensor([0, 1])
+            seen[begin : begin + count] = torch.arange(start, start + count) + 1
             for low, high in bidirectional.get(index, []):
-                ranges[begin + low - start : begin + high - start] = torch.tensor([low, high])
-        tiled.bidirectional = ranges.to(device)
+                seen[begin + low - start : begin + high - start] = high
+        tiled.bidirectional = seen.to(device)
     given = q, rows.cache, Heads(heads, kv_heads, dim, SCALE, 0.0, **kind), rows.table, tiled, out
     if segments == 1:
         prefill_attention(*given, shape=shape)
@@ -166,7 +166,7 @@ def test_a_window_hides_what_lies_before_it(segments: int, window: int, device: 
 
 
 @pytest.mark.parametrize(("window", "segments"), [(None, 1), (None, 4), (9, 1), (9, 4), (40, 2)])
-def test_a_token_of_a_bidirectional_run_sees_all_of_it(window: int | None, segments: int, device: str) -> None:
+def test_tokens_of_a_bidirectional_run_see_those_behind_them(window: int | None, segments: int, device: str) -> None:
     """Runs inside one tile and over several, shorter and longer than the window, side by side, at both ends of what a
     row feeds and behind a cached prefix; a row has none."""
     counts, starts = [90, 5, 41], [0, 40, 33]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from lightllmd.architecture.vision.spec import MlpConnector
+from lightllmd.architecture.vision.spec import MlpConnector, PoolConnector
 from lightllmd.architecture.vision.vit import WeightList
 from lightllmd.architecture.weights import WeightSpec
 
@@ -18,3 +19,10 @@ def mlp_weights(spec: MlpConnector, prefix: str) -> Iterator[WeightSpec]:
     yield make.matrix("linear_2", (spec.outputs, spec.inner), spec.bias)
     if spec.newline:
         yield make.tensor("newline", (spec.outputs,))
+
+
+def pool_weights(spec: PoolConnector, prefix: str) -> Iterator[WeightSpec]:
+    """As `mlp_weights`. The projection is ``[in, out]``."""
+    make = WeightList(spec.names, prefix)
+    yield replace(make.norm("norm", spec.inputs, bias=False), neutral=0.0)
+    yield make.tensor("projection", (spec.inputs, spec.outputs))

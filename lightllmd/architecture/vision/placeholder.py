@@ -33,6 +33,8 @@ class Placeholder:
     before: tuple[Token, ...] = ()
     behind: tuple[Token, ...] = ()
     also: tuple[str, ...] = ()  # other tags that chat templates write for the same
+    # Text before and behind, which is tokenised with the prompt's own; "{number}" is the image's, from 1 on.
+    around: tuple[str, str] = ("", "")
 
     @property
     def tags(self) -> tuple[str, ...]:

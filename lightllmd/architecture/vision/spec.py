@@ -153,8 +153,21 @@ class MergerSpec:
         return self.hidden * self.merge**2
 
 
+@dataclass(frozen=True)
+class PoolConnector:
+    """``norm(mean of block x block adjacent features) @ projection``, with an RMS norm whose weight is stored less 1
+    (Gemma Team 2025, "Gemma 3")."""
+
+    inputs: int  # elements of a feature
+    outputs: int
+    side: int  # features a side
+    block: int  # of them a side of what becomes one; what is left over at the end is not read
+    norm_eps: float
+    names: Names
+
+
 Tower = VitSpec | GridVitSpec
-Connector = MlpConnector | MergerSpec
+Connector = MlpConnector | MergerSpec | PoolConnector
 
 
 @dataclass(frozen=True)

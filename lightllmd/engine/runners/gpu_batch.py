@@ -216,7 +216,7 @@ class Packer:
             flat, *others = (next(sent) for _ in range(6))
             prefill = PrefillTiles(flat.view(-1, 2), *others, pairs, segments, whole=list(whole.values()))
             if not all(causal):
-                prefill.bidirectional = send(_runs(longer, shape.prefill_tokens), self._upload.device.device)
+                prefill.bidirectional = send(_ends(longer, shape.prefill_tokens), self._upload.device.device)
         batch = self._batch(tokens, shape.decode_tokens, prefill)
         packed = Packed(shape, batch, next(sent), next(sent), next(sent))
         if scored:
@@ -296,16 +296,16 @@ class Packer:
         return Batch(tokens, table_rows, positions, slots, metadata)
 
 
-def _runs(rows: list[Row], tokens: int) -> NDArray[np.int32]:
-    """See `PrefillTiles.bidirectional`, flat; of padding zeros."""
-    found = np.zeros((tokens, 2), np.int32)
+def _ends(rows: list[Row], tokens: int) -> NDArray[np.int32]:
+    """See `PrefillTiles.bidirectional`; of padding zeros."""
+    found = np.zeros(tokens, np.int32)
     first = 0
     for row in rows:
         own = found[first : (first := first + len(row.tokens))]
-        own[:] = np.arange(row.start, row.start + len(row.tokens))[:, None] + np.array([0, 1])
+        own[:] = np.arange(row.start + 1, row.start + 1 + len(row.tokens))
         for begin, count in row.bidirectional or ():
-            own[begin : begin + count] = row.start + begin, row.start + begin + count
-    return found.reshape(-1)
+            own[begin : begin + count] = row.start + begin + count
+    return found
 
 
 def _ints(numbers: Numbers) -> NDArray[np.int32]:

@@ -49,7 +49,7 @@ def worst_steps(plan: Plan) -> Iterator[Step]:
     for row in scored.rows:
         row.targets, row.top_targets = row.tokens, 20
     yield scored
-    if plan.model is not None and plan.vision is not None and (seen := plan.model.vision) and seen.bidirectional:
+    if plan.sees_both_ways:
         yield _bidirectional(_step(most, longest, PLAIN))
     if params.splitfuse_mode:
         yield _beside_decode_rows(_step(most, longest, PLAIN), widest)

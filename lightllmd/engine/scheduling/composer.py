@@ -50,6 +50,8 @@ class Composer:
         row.slots = sequence.slots[first:end]
         if images is not None:
             row.images, row.positions = images.parts(first, end), images.positions(first, end)
+            if images.whole and row.images:
+                row.bidirectional = [(part.first, part.rows) for part in row.images]
         row.sample = end == sequence.target and sequence.generates
         if not sequence.generates:
             row.pooling = self._pooling(sequence, first, end, entering)

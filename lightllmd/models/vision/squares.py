@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightllmd.architecture.vision.anyres import AnyresLayout
 from lightllmd.architecture.vision.layout import ImageLayout, PreparedImage
-from lightllmd.architecture.vision.spec import MlpConnector, VisionSpec, VitSpec
-from lightllmd.models.vision.connectors import Mlp
+from lightllmd.architecture.vision.spec import VisionSpec, VitSpec
+from lightllmd.models.vision.connectors import CONNECTORS
 from lightllmd.models.vision.layers import Weights
 from lightllmd.models.vision.vit import Vit
 
@@ -22,9 +22,9 @@ class Squares:
 
     def __init__(self, spec: VisionSpec, weights: Weights, device: torch.device) -> None:
         assert isinstance(spec.tower, VitSpec)
-        assert isinstance(spec.connector, MlpConnector)
         self._spec, self._device = spec, device
-        self._tower, self._connector = Vit(spec.tower, weights, spec.norm), Mlp(spec.connector, weights)
+        self._tower = Vit(spec.tower, weights, spec.norm)
+        self._connector = CONNECTORS[type(spec.connector)](spec.connector, weights)
 
     def encode(self, prepared: Sequence[PreparedImage]) -> list[Tensor]:
         """See `ImageEncoder.encode`."""

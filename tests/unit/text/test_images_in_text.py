@@ -128,6 +128,12 @@ def test_a_tag_may_be_another_text_than_the_token_and_a_client_may_write_the_tok
     assert len(found) == 5
 
 
+def test_text_that_belongs_to_images_is_a_part_of_the_prompts_own() -> None:
+    image = ImageText(TAG, (TAG,), 0, ("Picture {number}: ", "\n"))
+    assert image.parts("a<image>b<image>") == ["aPicture 1: ", "\nbPicture 2: ", "\n"]
+    assert image.parts("{number}") == ["{number}"]
+
+
 def test_without_a_token_of_its_own_the_parts_are_tokenised_by_themselves() -> None:
     image = ImageText(TAG, (TAG,), 0)
     assert encode_parts(ByteTokenizer(), ["ab", "c"], image, True) == ([*b"ab", 0, *b"c"], [2])

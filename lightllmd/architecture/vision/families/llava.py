@@ -107,15 +107,20 @@ def connector_of(config: Mapping[str, Any], seen: VitSpec, outputs: int, newline
     )
 
 
-def image_token(config: Mapping[str, Any], usual: int) -> int:
-    """Its id, by either name. Raises ConfigInvalid."""
-    for key in ("image_token_index", "image_token_id"):
+def token_id(config: Mapping[str, Any], kind: str, usual: int) -> int:
+    """Of the token of this kind, such as "image", by either name. Raises ConfigInvalid."""
+    for key in (f"{kind}_token_index", f"{kind}_token_id"):
         value = config.get(key)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
                 raise invalid(f"{key} is {value!r}, a token's id is needed")
             return value
     return usual
+
+
+def image_token(config: Mapping[str, Any], usual: int) -> int:
+    """Its id, by either name. Raises ConfigInvalid."""
+    return token_id(config, "image", usual)
 
 
 def is_siglip(settings: Mapping[str, Any], seen: VitSpec) -> bool:
