@@ -24,6 +24,9 @@ from lightllmd.config.plan import Plan
 from lightllmd.engine.backends import grammars_for, runner_for, scheduler_for
 from lightllmd.engine.grammar_gate import GrammarGate, Refused, Waiting
 from lightllmd.engine.grammar_vocabulary import compiler_of
+from lightllmd.engine.images.client import EmbeddingClient
+from lightllmd.engine.images.gate import ImageGate, Seen
+from lightllmd.engine.images.prompt_images import PromptImages
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.ranks.guard import end_process
 from lightllmd.engine.ranks.leading import LeadingRunner, lead
@@ -36,6 +39,7 @@ from lightllmd.ipc import messages
 from lightllmd.ipc.bus import EngineSocket
 from lightllmd.ipc.channel import Channel
 from lightllmd.ipc.flight_record import Flight, FlightRecorder
+from lightllmd.ipc.images import visual_path
 from lightllmd.observe.metrics import EngineMetrics
 from lightllmd.observe.stats import Statistics
 
@@ -63,6 +67,11 @@ class EngineWorker:
         self._plan = plan
         self._grammars = grammars_for(plan)
         self._gate = GrammarGate(self._grammars, lambda: compiler_of(plan))
+        self._visual: EmbeddingClient | None = None
+        if plan.vision is not None:
+            path = visual_path(configure.endpoint)
+            self._visual = EmbeddingClient(path, plan.vision.data_type, plan.vision.token_bytes)
+        self._images = ImageGate(plan, self._visual)
         self._scheduler = scheduler_for(plan, configure.generation, self._grammars)
         params, engine = plan.config.params, plan.config.engine
         self._metrics = EngineMetrics(configure.replica, plan.replicas)
@@ -109,6 +118,8 @@ class EngineWorker:
                 if isinstance(self._runner, LeadingRunner):
                     self._runner.close()
         finally:
+            if self._visual is not None:
+                self._visual.close()
             self._socket.close()
 
     def _make_runner(self) -> Runner:
@@ -132,6 +143,7 @@ class EngineWorker:
         """What is still here is dropped: the api workers were told that this generation is down."""
         self._enter("sleep")
         self._gate.clear()
+        self._images.clear()
         self._scheduler.clear()
         while self._loop.busy:
             self._turn()
@@ -165,6 +177,8 @@ class EngineWorker:
         poller.register(self._socket.socket, zmq.POLLIN)
         poller.register(self._link, zmq.POLLIN)
         poller.register(self._gate.fileno(), zmq.POLLIN)
+        if self._visual is not None:
+            poller.register(self._visual.fileno(), zmq.POLLIN)
         while True:
             for source, _ in poller.poll(self._sleep()):
                 if source is self._socket.socket:
@@ -172,27 +186,31 @@ class EngineWorker:
                         self._hear_api(message)
                 elif source == self._gate.fileno():
                     self._take_compiled()
-                else:
+                elif source is self._link:
                     self._read_link()
             self._hear_supervisor()
             now = time.monotonic()
+            if self._visual is not None:
+                self._take_seen(now)
             if self._loop.busy and not self._pace.delay(now):
                 self._turn()
             if now >= self._next_beat:
                 self._beat(now)
             if not self._loop.busy:
                 self._statistics.idle()
+                self._expire_unseen(now)
                 self._tell_load(now)
             elif now >= self._next_load:
                 for owner, expired in self._scheduler.expire(now):
                     self._socket.send(*owner, expired)
+                self._expire_unseen(now)
                 self._tell_load(now)
 
     def _sleep(self) -> int:
         """Milliseconds until there is something to do of our own accord, rounded up. A step that is out is something to
         do: the pace of the fake back end alone puts it off, which then stands for the time that a device takes."""
         now = time.monotonic()
-        wait = self._next_beat - now
+        wait = min(self._next_beat, self._images.due) - now
         if self._loop.busy:
             wait = min(wait, self._pace.delay(now))
         return max(0, math.ceil(wait * 1000))
@@ -285,14 +303,42 @@ class EngineWorker:
                     self._submit(Waiting(message, now))
             case messages.Abort():
                 self._gate.abort(message.request, message.branches)
+                self._images.abort(message.request, message.branches)
                 self._scheduler.abort(message.request, message.branches)
             case messages.Hello():
                 self._peers.add((message.api, message.epoch))
                 self._told = None
 
     def _submit(self, one: Waiting) -> None:
-        """To the scheduler."""
-        rejected = self._scheduler.submit(one.message, one.since, one.rows)
+        """To the scheduler, once its images are here."""
+        message = one.message
+        if not message.images:
+            self._schedule(one)
+        elif len(self._images) >= self._plan.config.http.max_queue and not message.replay:
+            text = f"the queue is full: {len(self._images)} sequences wait for their images to be encoded"
+            self._reject(message, "queue_full", text)
+        else:
+            opened = self._images.open(one, time.monotonic())
+            if opened is not None:
+                self._open(opened)
+
+    def _take_seen(self, now: float) -> None:
+        """Requests whose images are here by now go to the scheduler."""
+        for opened in self._images.take(now):
+            self._open(opened)
+
+    def _open(self, opened: Seen | Refused) -> None:
+        if isinstance(opened, Refused):
+            self._reject(opened.message, "invalid", opened.why)
+        else:
+            self._schedule(opened.waiting, opened.images)
+
+    def _expire_unseen(self, now: float) -> None:
+        for message, why in self._images.expire(now):
+            self._reject(message, "queue_timeout", why)
+
+    def _schedule(self, one: Waiting, images: PromptImages | None = None) -> None:
+        rejected = self._scheduler.submit(one.message, one.since, one.rows, images)
         if rejected:
             self._socket.send(one.message.api, one.message.epoch, rejected)
 
@@ -305,7 +351,7 @@ class EngineWorker:
                 self._submit(one)
 
     def _reject(self, message: messages.Submit, reason: str, text: str) -> None:
-        after = RETRY_AFTER if reason == "queue_full" else None
+        after = None if reason == "invalid" else RETRY_AFTER
         rejected = messages.Rejected(self._generation, message.request, reason, text, after)
         self._socket.send(message.api, message.epoch, rejected)
 
@@ -325,6 +371,7 @@ class EngineWorker:
             match message:
                 case messages.ApiGone():
                     self._gate.api_gone((message.api, message.epoch))
+                    self._images.api_gone((message.api, message.epoch))
                     self._scheduler.api_gone(message.api, message.epoch)
                     self._peers.discard((message.api, message.epoch))
                 case messages.Stage() if self._phase == "ready":
@@ -367,7 +414,7 @@ class EngineWorker:
 
     def _beat(self, now: float) -> None:
         self._next_beat = now + HEARTBEAT
-        load = self._scheduler.load()
+        load = self._load()
         stats: dict[str, float] = {
             "tokens_out": self._tokens_out,
             "slots_total": load.slots_total,
@@ -388,10 +435,15 @@ class EngineWorker:
         busy = self._phase not in ("ready", "asleep") or self._loop.busy
         self._link.send(messages.Heartbeat(self._phase, self._progress, busy, self._total, stats), droppable=True)
 
+    def _load(self) -> messages.Load:
+        load = self._scheduler.load()
+        load.waiting += len(self._images)
+        return load
+
     def _tell_load(self, now: float) -> None:
         """To all api workers, when it changed: a few times a second while busy, at once when idle."""
         self._next_load = now + HEARTBEAT
-        load = self._scheduler.load()
+        load = self._load()
         if load == self._told:
             return
         self._told = load
