@@ -71,5 +71,5 @@ class VisualStandIn:
             return
         shape, values = known
         descriptor = sealed(values, self.seals)
-        link.send(images.Embedding(key, shape, self._data_type), [descriptor])
+        link.send(images.Embedded(key, shape, self._data_type), [descriptor])
         os.close(descriptor)

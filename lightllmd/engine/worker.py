@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from functools import partial
+from pathlib import PurePath
 from typing import NoReturn
 
 import zmq
@@ -25,7 +26,7 @@ from lightllmd.engine.backends import grammars_for, runner_for, scheduler_for
 from lightllmd.engine.grammar_gate import GrammarGate, Refused, Waiting
 from lightllmd.engine.grammar_vocabulary import compiler_of
 from lightllmd.engine.images.client import EmbeddingClient
-from lightllmd.engine.images.gate import ImageGate, Seen
+from lightllmd.engine.images.gate import ImageGate, WithImages
 from lightllmd.engine.images.prompt_images import PromptImages
 from lightllmd.engine.loop import StepLoop
 from lightllmd.engine.ranks.guard import end_process
@@ -69,7 +70,7 @@ class EngineWorker:
         self._gate = GrammarGate(self._grammars, lambda: compiler_of(plan))
         self._visual: EmbeddingClient | None = None
         if plan.vision is not None:
-            path = visual_path(configure.endpoint)
+            path = visual_path(str(PurePath(configure.endpoint.removeprefix("ipc://")).parent), configure.revision)
             self._visual = EmbeddingClient(path, plan.vision.data_type, plan.vision.token_bytes)
         self._images = ImageGate(plan, self._visual)
         self._scheduler = scheduler_for(plan, configure.generation, self._grammars)
@@ -186,7 +187,7 @@ class EngineWorker:
                         self._hear_api(message)
                 elif source == self._gate.fileno():
                     self._take_compiled()
-                elif source is self._link:
+                elif source == self._link.fileno():
                     self._read_link()
             self._hear_supervisor()
             now = time.monotonic()
@@ -327,7 +328,7 @@ class EngineWorker:
         for opened in self._images.take(now):
             self._open(opened)
 
-    def _open(self, opened: Seen | Refused) -> None:
+    def _open(self, opened: WithImages | Refused) -> None:
         if isinstance(opened, Refused):
             self._reject(opened.message, "invalid", opened.why)
         else:

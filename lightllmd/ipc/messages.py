@@ -265,6 +265,7 @@ class EngineConfigure(msgspec.Struct, tag="engine-configure"):
     ranks: int = 1  # processes of this generation
     device: int = 0  # index of this rank's GPU
     replica: int = 0  # which of the plan's groups of ranks this generation is one of
+    revision: int = 1  # the plan's number, which names the socket of its visual worker
 
 
 class ApiConfigure(msgspec.Struct, tag="api-configure"):

@@ -81,7 +81,7 @@ class EmbeddingClient:
         if self._link is not None:
             for message, descriptors in self._link.receive():
                 try:
-                    if isinstance(message, images.Embedding | images.Missing):
+                    if isinstance(message, images.Embedded | images.Missing):
                         self._take(message, descriptors, now, come)
                 finally:
                     for descriptor in descriptors:
@@ -100,7 +100,7 @@ class EmbeddingClient:
 
     def _take(
         self,
-        message: images.Embedding | images.Missing,
+        message: images.Embedded | images.Missing,
         descriptors: list[int],
         now: float,
         come: dict[bytes, ImageEmbedding | str],
@@ -121,7 +121,7 @@ class EmbeddingClient:
         else:
             self._known[key] = come[key] = embedding
 
-    def _mapped(self, message: images.Embedding, descriptors: list[int]) -> ImageEmbedding | None:
+    def _mapped(self, message: images.Embedded, descriptors: list[int]) -> ImageEmbedding | None:
         """None: it is not what this engine can use."""
         layers, tokens, hidden = message.shape
         size = layers * tokens * hidden * _ITEM.get(message.data_type, 0)

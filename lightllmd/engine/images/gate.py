@@ -14,7 +14,7 @@ from lightllmd.engine.scheduling.sequence import Owner
 from lightllmd.ipc.messages import Submit
 
 
-class Seen(NamedTuple):
+class WithImages(NamedTuple):
     """A request, and its images with their embeddings."""
 
     waiting: Waiting
@@ -47,7 +47,7 @@ class ImageGate:
         """When `take` has something to do though nothing was said; inf: never."""
         return float("inf") if self._client is None else self._client.due
 
-    def open(self, one: Waiting, now: float) -> Seen | Refused | None:
+    def open(self, one: Waiting, now: float) -> WithImages | Refused | None:
         """None: it waits here, and comes by `take`. `now`: monotonic seconds."""
         message = one.message
         if self._client is None:
@@ -66,14 +66,14 @@ class ImageGate:
         self._held[message.request] = held
         return None
 
-    def take(self, now: float) -> list[Seen | Refused]:
+    def take(self, now: float) -> list[WithImages | Refused]:
         """Requests that need not wait any more, in the order of their coming."""
         if self._client is None:
             return []
         come = self._client.handle(now)
         if not come:
             return []
-        taken: list[Seen | Refused] = []
+        taken: list[WithImages | Refused] = []
         for request, held in list(self._held.items()):
             why = ""
             for key in held.missing & come.keys():
@@ -90,7 +90,7 @@ class ImageGate:
             self._keep(lambda _: True)  # what none waits for any more is not asked for
         return taken
 
-    def _seen(self, held: _Held) -> Seen | Refused:
+    def _seen(self, held: _Held) -> WithImages | Refused:
         message = held.waiting.message
         ids, spans = message.prompt_ids, message.images
         embeddings = [held.found[span.key] for span in spans]
@@ -105,7 +105,7 @@ class ImageGate:
             if any(span.grid[0] * span.grid[1] * span.grid[2] != span.tokens for span in spans):
                 return Refused(message, "an image's grid has other places than its tokens")
             positions = positions_in_grids(spans, len(ids))
-        return Seen(held.waiting, PromptImages(spans, embeddings, whole=self._whole, positions=positions))
+        return WithImages(held.waiting, PromptImages(spans, embeddings, whole=self._whole, positions=positions))
 
     def expire(self, now: float) -> list[tuple[Submit, str]]:
         """Requests that have waited for too long, and why they wait: `queue_timeout`, where there is one, those that no

@@ -76,7 +76,8 @@ class Engine:
                 refused = refusal
                 break
         name = self.worker.name
-        self.generation = EngineGeneration(self._context, name, number, self.replica, self.encoded, ranks, refused)
+        which = number, self.replica, self.revision
+        self.generation = EngineGeneration(self._context, name, *which, self.encoded, ranks, refused)
         return self.generation.leader
 
     @property

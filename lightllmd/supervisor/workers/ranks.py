@@ -45,6 +45,7 @@ class EngineGeneration:
         worker: str,
         number: int,
         replica: int,
+        revision: int,
         plan: bytes,
         ranks: Sequence[EngineProcess],
         refused: SystemFailure | None = None,
@@ -77,6 +78,7 @@ class EngineGeneration:
                 ranks=len(self.ranks),
                 device=process.device,
                 replica=replica,
+                revision=revision,
             )
             process.child.configure(rank_name(worker, rank), number, metrics_id, first)
 

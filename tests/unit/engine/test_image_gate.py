@@ -10,7 +10,7 @@ import pytest
 
 from lightllmd.engine.grammar_gate import Refused, Waiting
 from lightllmd.engine.images.client import LAST_RETRY, EmbeddingClient
-from lightllmd.engine.images.gate import ImageGate, Seen
+from lightllmd.engine.images.gate import ImageGate, WithImages
 from lightllmd.ipc.messages import ImageSpan, SamplingParams, Submit
 from stand_in_visual import VisualStandIn
 from vision_plans import seeing_plan
@@ -52,7 +52,7 @@ def test_a_request_waits_for_all_its_images_and_others_pass(client: EmbeddingCli
     assert gate.open(request(2, b"c", b"c"), 0.0) is None
     visual.serve()
     (seen,) = gate.take(0.0)
-    assert isinstance(seen, Seen)
+    assert isinstance(seen, WithImages)
     assert seen.waiting.message.request == 2
     first, second = seen.images.parts(0, 9)
     assert (first.first, first.rows, bytes(first.values)) == (1, 3, VALUES[::-1])
@@ -76,7 +76,7 @@ def test_what_is_held_is_not_asked_for_again(client: EmbeddingClient, visual: Vi
     gate.open(request(1, b"a"), 0.0)
     visual.serve()
     (held,) = gate.take(0.0)
-    assert isinstance(gate.open(request(2, b"a"), 0.0), Seen)
+    assert isinstance(gate.open(request(2, b"a"), 0.0), WithImages)
     assert visual.wanted == [b"a"]
     del held
     assert client.mapped == 0
