@@ -67,9 +67,9 @@ class VisualStandIn:
             return
         known = self.known.get(key)
         if known is None or isinstance(known, str):
-            link.send(images.Missing(key, known or ""))
+            link.send(images.Unknown(key, known or ""))
             return
         shape, values = known
         descriptor = sealed(values, self.seals)
-        link.send(images.Embedded(key, shape, self._data_type), [descriptor])
+        link.send(images.Wanted(key, shape, self._data_type), [descriptor])
         os.close(descriptor)

@@ -81,7 +81,7 @@ class EmbeddingClient:
         if self._link is not None:
             for message, descriptors in self._link.receive():
                 try:
-                    if isinstance(message, images.Embedded | images.Missing):
+                    if isinstance(message, images.Wanted | images.Unknown):
                         self._take(message, descriptors, now, come)
                 finally:
                     for descriptor in descriptors:
@@ -100,7 +100,7 @@ class EmbeddingClient:
 
     def _take(
         self,
-        message: images.Embedded | images.Missing,
+        message: images.Wanted | images.Unknown,
         descriptors: list[int],
         now: float,
         come: dict[bytes, ImageEmbedding | str],
@@ -108,20 +108,20 @@ class EmbeddingClient:
         key = message.key
         if key not in self._wanted:
             return
-        if isinstance(message, images.Missing) and not message.why:
+        if isinstance(message, images.Unknown) and not message.why:
             self._unasked[key] = now + self._wanted[key]
             self._wanted[key] = min(2 * self._wanted[key], LAST_RETRY)
             return
         del self._wanted[key]
         self._unasked.pop(key, None)
-        if isinstance(message, images.Missing):
+        if isinstance(message, images.Unknown):
             come[key] = message.why
         elif (embedding := self._mapped(message, descriptors)) is None:
             come[key] = "the visual worker's embedding of the image can't be used"
         else:
             self._known[key] = come[key] = embedding
 
-    def _mapped(self, message: images.Embedded, descriptors: list[int]) -> ImageEmbedding | None:
+    def _mapped(self, message: images.Wanted, descriptors: list[int]) -> ImageEmbedding | None:
         """None: it is not what this engine can use."""
         layers, tokens, hidden = message.shape
         size = layers * tokens * hidden * _ITEM.get(message.data_type, 0)
