@@ -51,3 +51,9 @@ class FakeSight:
         seen = FakeSeen(self, images)
         self.held.add(seen)
         return seen
+
+    def at(self, path: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

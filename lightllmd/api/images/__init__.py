@@ -1,0 +1,1 @@
+"""The api worker's way to the visual worker."""
