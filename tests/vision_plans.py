@@ -10,4 +10,4 @@ from lightllmd.config.plan import Plan, Vision
 
 def seeing_plan(slots: int = 100, **params: object) -> Plan:
     plan = fake_plan(params, slots, 1)
-    return msgspec.structs.replace(plan, vision=Vision("float32", 8, 16, 4))
+    return msgspec.structs.replace(plan, vision=Vision("float32", most_tokens=8, token_bytes=16, patches=8, capacity=4))
