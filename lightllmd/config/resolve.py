@@ -16,6 +16,7 @@ from lightllmd.architecture.family import Architecture
 from lightllmd.architecture.outline import Outline
 from lightllmd.architecture.ranks import rank_faults
 from lightllmd.architecture.spec import DecoderSpec
+from lightllmd.architecture.vision.unbuilt import unbuilt
 from lightllmd.config.amount import size
 from lightllmd.config.bounds import DEVICE_HEAD_DIMS
 from lightllmd.config.devices import Groups, asked_for, degraded, groups_of, imbalance, too_few, unlike
@@ -456,7 +457,12 @@ class _Real(_Maker):
 
     def _check_vision(self) -> None:
         sees = self.model.sees
-        if self.params.enable_multimodal is True and not sees:
+        if self.params.enable_multimodal is True and (fault := unbuilt(self.model.hf_config)):
+            self.problem(
+                f"{self.model.path}: {fault}; enable_multimodal = false serves its text",
+                "enable_multimodal",
+            )
+        elif self.params.enable_multimodal is True and not sees:
             self.problem(
                 f"enable_multimodal = true, but {self.model.path} is a model of text ({self.model.model_type})",
                 "enable_multimodal",

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import msgspec
 
 from lightllmd.architecture.vision.placeholder import ImageTokens, Placeholder
+from lightllmd.architecture.vision.unbuilt import unbuilt
 from lightllmd.config.plan import Plan
 from lightllmd.errors import InvalidRequest, NotReady
 from lightllmd.ipc.messages import ImageSpan
@@ -244,6 +245,8 @@ class ImageIntake:
 def refusal(plan: Plan) -> str:
     """Why a plan serves no images, and what would."""
     model = plan.model
+    if model is not None and (fault := unbuilt(model.hf_config)):
+        return f"this server takes no images: {fault}"
     if model is not None and not model.sees:
         return (
             f"this server's model is one of text ({model.model_type}), which takes no images; a model that sees does, "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 import pytest
 
+from lightllmd.architecture.vision.unbuilt import unbuilt
 from lightllmd.config.load import load
 from lightllmd.config.plan import VISION_ROWS, Facts, Other, Plan
 from lightllmd.config.report import report
@@ -59,6 +61,34 @@ def test_images_of_a_model_of_text_are_refused_by_name() -> None:
     (problem,) = refused(ON)
     assert problem.key == "enable_multimodal"
     assert problem.message == "enable_multimodal = true, but /models/smollm2 is a model of text (llama)"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen", "visual": {"width": 1664}}, 'of type "qwen" are not available yet .*resampler'),
+        ({"model_type": "phi3_v"}, 'of type "phi3_v" are not available yet .*tiles'),
+        ({"model_type": "phi4mm"}, 'of type "phi4mm" are not available yet .*low-rank'),
+        ({"model_type": "phi4_multimodal"}, "low-rank parts for images"),
+        (
+            {"model_type": "internlm", "architectures": ["InternLMXComposer2ForCausalLM"]},
+            'of type "internlmxcomposer2" are not available yet .*low-rank',
+        ),
+        ({"model_type": "mllama", "vision_config": {"image_size": 448}}, 'of type "mllama" are not available yet'),
+    ],
+)
+def test_models_whose_images_are_not_built_are_refused_by_name(config: dict[str, Any], words: str) -> None:
+    assert re.search(words, unbuilt(config) or "")
+    model = msgspec.structs.replace(MODEL, hf_config={**MODEL.hf_config, "visual": {"width": 1664}})
+    (problem,) = refused(ON, model=model)
+    assert problem.key == "enable_multimodal"
+    assert "not available yet" in problem.message
+    assert "enable_multimodal = false serves its text" in problem.message
+
+
+@pytest.mark.parametrize("config", [SMOLLM2, LLAVA, {"model_type": "qwen"}])
+def test_models_of_text_and_those_that_see_are_not_unbuilt(config: dict[str, Any]) -> None:
+    assert unbuilt({"model_type": "llama", **config}) is None
 
 
 def test_the_visual_worker_is_in_the_budget_and_what_it_takes_is_no_slot() -> None:
