@@ -68,3 +68,18 @@ def soft_cap_(logits: Tensor, cap: float) -> Tensor:
     count = logits.numel()
     _soft_cap[(triton.cdiv(count, BLOCK),)](logits, count, SOFT_CAP=cap, BLOCK=BLOCK, num_warps=4)
     return logits
+
+
+@triton.jit
+def _quick_gelu(x, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, (y / (1.0 + tl.exp(-1.702 * y))).to(x.dtype.element_ty), mask=inside)
+
+
+def quick_gelu_(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)`` in place (Hendrycks and Gimpel 2016), of contiguous `x` of any shape; returns it."""
+    count = x.numel()
+    _quick_gelu[(triton.cdiv(count, BLOCK),)](x, count, BLOCK=BLOCK, num_warps=4)
+    return x

@@ -277,6 +277,11 @@ def _hf_config(header: GgufHeader) -> dict[str, Any]:
             )
         return value
 
+    if arch == "clip":
+        raise WeightsInvalid(
+            f"{header.path} is the vision tower of a model (mmproj); vision from GGUF files is not available yet, "
+            "safetensors are"
+        )
     if "token_embd.weight" not in shapes:
         raise WeightsInvalid(f"{header.path}: tensor token_embd.weight is missing: no language model")
     hidden, heads = need("embedding_length"), need("attention.head_count")

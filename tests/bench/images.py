@@ -3,8 +3,8 @@ the shape of a known model; and of preprocessing, which runs elsewhere meanwhile
 
     python tests/bench/images.py [--shape llava] [--batch 1 4 16] [--dtype bfloat16] [--layers 24] [--repeats 5]
 
-Their model has its fastest attention that needs no package (SDPA) and gets pixels that are on the device already; ours gets
-prepared bytes in host memory. The medians of `repeats`, taken in turns.
+Their model has its fastest attention that needs no package (SDPA) and gets pixels that are on the device already; ours
+gets prepared bytes in host memory. The medians of `repeats`, taken in turns.
 """
 
 from __future__ import annotations

@@ -77,6 +77,15 @@ def test_soft_cap(cap: float) -> None:
 
 
 @dtypes
+def test_quick_gelu(dtype: torch.dtype) -> None:
+    x = random(3, 700, dtype=dtype) * 8
+    x[0, :3] = torch.tensor([0.0, 60.0, -60.0])
+    truth = (x.float() * torch.sigmoid(1.702 * x.float())).to(dtype)
+    assert activation.quick_gelu_(x) is x
+    close(x, truth)
+
+
+@dtypes
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (9, 3, 64), (32, 8, 128), (5, 1, 256), (1, 1, 32)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rope_kv(normed: bool, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:

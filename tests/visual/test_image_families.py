@@ -3,124 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-)
+from transformers import InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from lightllmd.models.vision.layers import normalised
-from vision_models import SIZES, TEXT, VisionModel, logits, picture, prompt_ids, write_vision_model
-
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 7,
-}
-CLIP = {**TOWER, "model_type": "clip_vision_model", "projection_dim": 16}
-SIGLIP = {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
-INTERN = {**TOWER, "image_size": [28, 28], "patch_size": [7, 7]}
-PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-MANY = [[28 * height, 28 * width] for height in range(1, 5) for width in range(1, 5)]
-QWEN2, MISTRAL = {**TEXT, "model_type": "qwen2"}, {**TEXT, "model_type": "mistral", "sliding_window": None}
-
-
-@dataclass(frozen=True)
-class Case:
-    config: type
-    model: type
-    entries: dict[str, Any]
-    processor: Callable[..., Any]
-    settings: dict[str, Any]
-    native: bool = False
-
-
-NEXT_SETTINGS = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-CASES = {
-    "llava_next": Case(
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        {"vision_config": CLIP, "text_config": MISTRAL, "image_grid_pinpoints": PINPOINTS, "image_token_index": 119},
-        LlavaNextImageProcessorPil,
-        {**NEXT_SETTINGS, "image_grid_pinpoints": PINPOINTS, "do_pad": True},
-    ),
-    "llava_next, named as transformers 5 does": Case(
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        {
-            "vision_config": SIGLIP,
-            "text_config": TEXT,
-            "image_grid_pinpoints": MANY,
-            "image_token_index": 119,
-            "vision_feature_layer": [-1, 1],
-            "vision_feature_select_strategy": "full",
-        },
-        LlavaNextImageProcessorPil,
-        {**NEXT_SETTINGS, "image_grid_pinpoints": MANY, "do_pad": True},
-        native=True,
-    ),
-    "llava_onevision": Case(
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        {
-            "vision_config": SIGLIP,
-            "text_config": QWEN2,
-            "image_grid_pinpoints": MANY,
-            "image_token_index": 119,
-            "video_token_index": 118,
-            "vision_aspect_ratio": "anyres_max_3",
-            "tie_word_embeddings": True,
-        },
-        LlavaOnevisionImageProcessorPil,
-        {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": MANY, "do_pad": True},
-    ),
-    "internvl": Case(
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        {
-            "vision_config": {**INTERN, "attention_bias": True},
-            "text_config": QWEN2,
-            "image_token_id": 119,
-            "tie_word_embeddings": False,
-        },
-        GotOcr2ImageProcessorPil,
-        {"size": {"height": 28, "width": 28}, "max_patches": 5, "min_patches": 1},
-    ),
-    "internvl with all its norms, named as transformers 5 does": Case(
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        {
-            "vision_config": {**INTERN, "use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
-            "text_config": {**TEXT, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True},
-            "image_token_id": 119,
-        },
-        GotOcr2ImageProcessorPil,
-        {"size": {"height": 28, "width": 28}, "max_patches": 12, "min_patches": 2},
-        native=True,
-    ),
-}
-
-
-def theirs_of(case: Case) -> Any:
-    torch.manual_seed(0)
-    return case.model(case.config(**case.entries)).eval()
+from vision_cases import CASES, TOWER, Case, theirs_of
+from vision_models import SIZES, VisionModel, logits, picture, prompt_ids, write_vision_model
 
 
 def inputs_of(case: Case, images: list[Any]) -> tuple[dict[str, Any], list[torch.Tensor]]:

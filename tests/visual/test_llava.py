@@ -3,75 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from lightllmd.models.vision.layers import normalised
-from vision_models import SIZES, TEXT, VisionModel, logits, picture, prompt_ids, write_vision_model
-
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 30,  # no multiple of the patch: what is left over is not seen
-    "patch_size": 7,
-    "projection_dim": 16,
-}
-SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "vision_use_head": True}
-CLIP_PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 30},
-    "crop_size": {"height": 30, "width": 30},
-}
-SIGLIP_PROCESSOR = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30, "width": 30}}
-PADDING = {**CLIP_PROCESSOR, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
-PROCESSORS = {
-    "CLIPImageProcessor": CLIPImageProcessorPil,
-    "SiglipImageProcessor": SiglipImageProcessorPil,
-    "LlavaImageProcessor": LlavaImageProcessorPil,
-}
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
-    "CLIP": ({"vision_config": CLIP}, CLIP_PROCESSOR, TEXT, False),
-    "CLIP, all features of three layers, named as transformers 5 does": (
-        {
-            "vision_config": CLIP,
-            "vision_feature_layer": [-2, 0, -1],
-            "vision_feature_select_strategy": "full",
-            "multimodal_projector_bias": False,
-        },
-        CLIP_PROCESSOR,
-        {**TEXT, "model_type": "qwen2"},
-        True,
-    ),
-    "SigLIP, tied": (
-        {
-            "vision_config": SIGLIP,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-            "projector_hidden_act": "gelu_pytorch_tanh",
-            "tie_word_embeddings": True,
-        },
-        SIGLIP_PROCESSOR,
-        {**TEXT, "tie_word_embeddings": True},
-        False,
-    ),
-    "SigLIP, without its first patch": ({"vision_config": SIGLIP}, SIGLIP_PROCESSOR, TEXT, True),
-    "padded to a square": ({"vision_config": CLIP}, PADDING, TEXT, False),
-}
-
-
-def model_of(kind: str) -> LlavaForConditionalGeneration:
-    entries, _, text, _ = KINDS[kind]
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, image_token_index=119, **entries)).eval()
+from vision_cases import KINDS, PROCESSORS, model_of
+from vision_models import SIZES, VisionModel, logits, picture, prompt_ids, write_vision_model
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
 
 
 def activate(x: Tensor, activation: TowerActivation) -> Tensor:
-    """Elementwise."""
+    """Elementwise, perhaps in place."""
     match activation:
         case "silu":
             return functional.silu(x)
@@ -61,6 +61,10 @@ def activate(x: Tensor, activation: TowerActivation) -> Tensor:
         case "gelu_tanh":
             return functional.gelu(x, approximate="tanh")
         case "quick_gelu":
+            if x.is_cuda:  # one launch instead of three, each of which reads and writes all of it
+                from lightllmd.kernels.activation import quick_gelu_
+
+                return quick_gelu_(x)
             return x * torch.sigmoid(1.702 * x)
         case "relu":
             return functional.relu(x)
@@ -74,11 +78,21 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(images, tokens, wide // 3)
 
 
+class Normaliser:
+    """A `PixelNorm` on a device."""
+
+    def __init__(self, norm: PixelNorm, device: torch.device) -> None:
+        self._rescale = norm.rescale
+        self._mean, self._std = torch.tensor(norm.mean, device=device), torch.tensor(norm.std, device=device)
+
+    def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 ``[…, 3]`` -> the same in `dtype`, normalised in fp32 by channel."""
+        return ((pixels.float() * self._rescale - self._mean) / self._std).to(dtype)
+
+
 def normalised(pixels: Tensor, norm: PixelNorm, dtype: torch.dtype) -> Tensor:
     """uint8 ``[…, 3]`` -> the same in `dtype`, normalised in fp32 by channel."""
-    mean = torch.tensor(norm.mean, device=pixels.device)
-    std = torch.tensor(norm.std, device=pixels.device)
-    return ((pixels.float() * norm.rescale - mean) / std).to(dtype)
+    return Normaliser(norm, pixels.device)(pixels, dtype)
 
 
 def patches(pixels: Tensor, patch: int) -> Tensor:

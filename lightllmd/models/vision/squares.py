@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from lightllmd.architecture.vision.layout import ImageLayout, PreparedImage
 from lightllmd.architecture.vision.spec import VisionSpec, VitSpec
 from lightllmd.models.vision.connectors import CONNECTORS
 from lightllmd.models.vision.layers import Weights
+from lightllmd.models.vision.replayed import Replayed
 from lightllmd.models.vision.vit import Vit
 
 
@@ -22,18 +23,24 @@ class Squares:
 
     def __init__(self, spec: VisionSpec, weights: Weights, device: torch.device) -> None:
         assert isinstance(spec.tower, VitSpec)
-        self._spec, self._device = spec, device
         self._tower = Vit(spec.tower, weights, spec.norm)
         self._connector = CONNECTORS[type(spec.connector)](spec.connector, weights)
+        self._embeddings: Callable[[Tensor], Tensor] = self._run
+        if device.type == "cuda":
+            with torch.inference_mode():
+                self._embeddings = Replayed(self._run, spec.tower.image, device)
 
     def encode(self, prepared: Sequence[PreparedImage]) -> list[Tensor]:
         """See `ImageEncoder.encode`."""
         if not prepared:
             return []
-        pixels = torch.from_numpy(np.concatenate([one.pixels for one in prepared]))
-        embeddings = self._connector.embeddings(self._tower.features(pixels.to(self._device)))
+        embeddings = self._embeddings(torch.from_numpy(np.concatenate([one.pixels for one in prepared])))
         cut = embeddings.split([one.layout.tiles for one in prepared])
         return [self._arranged(tiles, one.layout)[None] for tiles, one in zip(cut, prepared, strict=True)]
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        """uint8 ``[tiles, image, image, 3]`` -> ``[tiles, tokens of a tile, out_hidden]``."""
+        return self._connector.embeddings(self._tower.features(pixels))
 
     def _arranged(self, tiles: Tensor, layout: ImageLayout) -> Tensor:
         """``[tiles, tokens of a tile, out_hidden]`` -> ``[tokens, out_hidden]``."""

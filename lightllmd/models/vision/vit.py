@@ -8,12 +8,12 @@ from torch import Tensor
 from lightllmd.architecture.vision.pixels import PixelNorm
 from lightllmd.architecture.vision.spec import VitSpec
 from lightllmd.models.vision.layers import (
+    Normaliser,
     Weights,
     activate,
     attend,
     layer_norm,
     linear,
-    normalised,
     patches,
     rms_norm,
 )
@@ -23,8 +23,9 @@ class Vit:
     """Runs any `VitSpec`."""
 
     def __init__(self, spec: VitSpec, weights: Weights, norm: PixelNorm) -> None:
-        self._spec, self._weights, self._pixels = spec, weights, norm
+        self._spec, self._weights = spec, weights
         self._patch = weights["patch"].weight.flatten(1)
+        self._normalised = Normaliser(norm, self._patch.device)
         positions = weights["position"].weight.view(spec.positions, spec.hidden)
         # Of each patch, and the first token as a whole: class token with its position.
         self._positions = positions[spec.class_token :]
@@ -33,7 +34,7 @@ class Vit:
     def features(self, pixels: Tensor) -> Tensor:
         """uint8 ``[tiles, image, image, 3]`` -> ``[tiles, tokens, width]``."""
         spec = self._spec
-        x = patches(normalised(pixels, self._pixels, self._patch.dtype), spec.patch)
+        x = patches(self._normalised(pixels, self._patch.dtype), spec.patch)
         x = torch.nn.functional.linear(x, self._patch, self._weights["patch"].bias) + self._positions
         if self._first is not None:
             x = torch.cat([self._first.expand(len(x), 1, -1), x], 1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 ROWS = 64  # of a padded image that exist at a time
+MOST_PADDED = 1 << 25  # pixels of a square that all rows of a tall image are padded to
 
 
 def one_square(geometry: OneSquare, image: Image.Image, layout: ImageLayout) -> np.ndarray:
@@ -68,11 +69,16 @@ def padded_square(
     image: Image.Image, background: tuple[int, int, int], width: int, height: int, resample: int
 ) -> Image.Image:
     """Made square with bars of one colour beside it or above and below, then resized. The square of a long image would
-    take any memory: pillow resizes rows, then columns, so that some rows of it suffice at a time."""
+    take any memory: pillow resizes rows, then columns, so that some rows of it suffice at a time. Of a very tall image
+    the columns are resized first, which rounds otherwise: its rows are almost nothing but bars."""
     size = max(image.size)
     if image.size == (size, size):
         return resize(image, width, height, resample)
     left, top = (size - image.width) // 2, (size - image.height) // 2
+    if image.height == size and size * size > MOST_PADDED:
+        low = Image.new("RGB", (size, height), background)
+        low.paste(resize(image, image.width, height, resample), (left, 0))
+        return resize(low, width, height, resample)
     narrow = Image.new("RGB", (width, size), background)
     for row in range(0, image.height, ROWS):
         below = min(image.height, row + ROWS)
