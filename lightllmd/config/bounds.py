@@ -34,6 +34,7 @@ MOST_PROGRAMS = 2 * MULTIPROCESSORS
 # Parts of all (token, query head) pairs together in a prefill attention that cuts the keys of its tiles into segments:
 # a multiprocessor each, for 128 pairs.
 SPLIT_LINES = MULTIPROCESSORS * 128
+GRAPH_TILES = 8  # of the largest CUDA graph of a vision tower; more tiles keep the device busy by themselves
 
 
 def batch_sizes(most: int) -> list[int]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightllmd.architecture.dtypes import ITEM_BYTES
-from lightllmd.architecture.vision.spec import GridVitSpec, VisionSpec
+from lightllmd.architecture.vision.spec import GridVitSpec, VisionSpec, VitSpec
 from lightllmd.config.amount import count, size
+from lightllmd.config.bounds import GRAPH_TILES
 from lightllmd.config.parameters import Config
 from lightllmd.config.plan import VISION_ROWS, BudgetRow
 
@@ -52,14 +53,14 @@ class VisionNeeds:
         runtime = CUDA_RUNTIME if kind == "cuda" else CPU_RUNTIME
         return [
             BudgetRow(WEIGHTS, weights * item, f"tower and connector, {count(weights)} parameters x {item} B"),
-            self._activations(config.images.batch, item),
+            self._activations(config.images.batch, item, kind),
             BudgetRow(RUNTIME, runtime, "the visual worker's process before it has loaded anything"),
         ]
 
-    def _activations(self, batch: int, item: int) -> BudgetRow:
+    def _activations(self, batch: int, item: int, kind: str) -> BudgetRow:
         """A block at its widest: residual, its norm, queries, keys, values and their result, or the MLP's inner rows
         twice, of fused attention, which keeps no scores; an fp32 copy of a norm's input; the pixels, in fp32, too; then
-        the results, twice."""
+        the results, twice. CUDA graphs of towers that see squares keep what theirs takes."""
         tower = self.spec.tower
         patches, images = self.patches(batch), self._images(batch)
         inner = max(2 * tower.intermediate, 4 * tower.hidden)
@@ -67,8 +68,10 @@ class VisionNeeds:
         pixels = 3 * frames * tower.patch**2 * (4 + item)
         each = (2 * tower.hidden + inner) * item + 4 * tower.hidden + pixels
         made = images * self.image_bytes
-        how = f"{patches} patches at a time x {size(each)}, {size(made)} for results, twice"
-        return BudgetRow(ACTIVATIONS, patches * each + 2 * made, how)
+        graphs = GRAPH_TILES * tower.positions if kind == "cuda" and isinstance(tower, VitSpec) else 0
+        captured = f" and {graphs} in CUDA graphs" if graphs else ""
+        how = f"{patches} patches at a time{captured} x {size(each)}, {size(made)} for results, twice"
+        return BudgetRow(ACTIVATIONS, (patches + graphs) * each + 2 * made, how)
 
     def patches(self, batch: int) -> int:
         """Rows of the tower at a time: those of an image are encoded together, however many tiles or patches it has."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GRAPH_TILES = 8  # of the largest one; what is larger keeps the device busy by itself
+from lightllmd.config.bounds import GRAPH_TILES
 
 
 class Replayed:
