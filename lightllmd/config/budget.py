@@ -142,13 +142,9 @@ class Footprint:
     spare_slots: int = 0
     processes: int = 1
 
-    def and_rows(self, rows: Iterable[BudgetRow], times: int = 1) -> Footprint:
-        """With what another process takes there, or so many processes."""
-        more = [
-            row if times == 1 else BudgetRow(row.name, times * row.bytes, f"{times} x {size(row.bytes)}: {row.how}")
-            for row in rows
-        ]
-        return replace(self, rows=[*self.rows, *more])
+    def and_rows(self, rows: Iterable[BudgetRow]) -> Footprint:
+        """With what another process takes there."""
+        return replace(self, rows=[*self.rows, *rows])
 
     def on(self, memory_free: int, fraction: float, co_residents: tuple[CoResident, ...] = ()) -> Demand:
         """Of a device with so many bytes free, a `fraction` of which may be planned with."""

@@ -256,15 +256,15 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 class Vision(msgspec.Struct, frozen=True):
-    """The visual workers, one for each replica: what they encode images to, where, and in how much memory."""
+    """The visual worker, which all replicas share: what it encodes images to, where, and in how much memory."""
 
     data_type: str  # of embeddings: the engine's
     most_tokens: int  # of one image
     token_bytes: int  # of one token's embedding, with what further layers are given
     patches: int  # rows of the vision tower that memory is planned for: no more are encoded at a time
     capacity: int  # images whose embeddings are kept: cache_capacity, or as many as host memory has room for
-    rows: list[BudgetRow] = []  # what each takes of its device; rows of that device's budget, too
-    devices: list[int] = []  # by replica, the GPU; empty: the CPU
+    rows: list[BudgetRow] = []  # what it takes of its device; rows of that device's budget, too
+    devices: list[int] = []  # the GPU; empty: the CPU
 
     @property
     def kept_bytes(self) -> int:

@@ -98,17 +98,17 @@ def needs_of(
     co_residents: Iterable[CoResidentNeeds] = (),
     beside: Iterable[BudgetRow] = (),
 ) -> Needs:
-    """Of `groups` whose ranks take these `footprints`; each replica's first device has what is `beside`, too."""
+    """Of `groups` whose ranks take these `footprints`; the first device of all has what is `beside`, too."""
     kept, first = tuple(co_residents), tuple(beside)
     if device.kind == "cpu":
-        all_of_them = together(footprints, groups.replicas).and_rows(first, groups.replicas)
+        all_of_them = together(footprints, groups.replicas).and_rows(first)
         others = tuple(found for other in kept if (found := other.on(0)) is not None)
         return Needs((all_of_them.on(device.memory_free, fraction, others),), (device.name,))
     demands, places = [], []
     for place, one in enumerate(groups.devices):
         rank = place % groups.ranks
         others = tuple(found for other in kept if (found := other.on(one.index)) is not None)
-        taken = footprints[rank] if rank else footprints[rank].and_rows(first)
+        taken = footprints[rank] if place else footprints[rank].and_rows(first)
         demands.append(taken.on(one.memory_free, fraction, others))
         places.append(one.title + (f", rank {rank}" if groups.ranks > 1 else ""))
     return Needs(tuple(demands), tuple(places))

@@ -295,7 +295,7 @@ class _Real(_Maker):
         needs = self.sight(data_type)
         if needs is None:
             return None
-        devices = [one.index for one in self.groups.devices[:: self.groups.ranks]] if self._sees_on == "cuda" else []
+        devices = [self.groups.devices[0].index] if self._sees_on == "cuda" else []
         vision = Vision(
             data_type,
             needs.most_tokens,

@@ -44,7 +44,7 @@ class Fitting:
     groups: Groups
     can_share: Callable[[int], bool]  # whether so many ranks can share the model
     co_residents: tuple[CoResidentNeeds, ...] = ()
-    beside: tuple[BudgetRow, ...] = ()  # of the visual worker, on the first device of each replica
+    beside: tuple[BudgetRow, ...] = ()  # of the visual worker, on the first device
     cut: dict[int, Ranks] = field(default_factory=dict)  # by how many ranks, as needed
 
     @cached_property
