@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from typing import Any
@@ -70,3 +71,22 @@ def text_bomb(kind: bytes = b"zTXt", size: int = 200 << 20) -> bytes:
 
 def frames(count: int = 3) -> list[Image.Image]:
     return [quarters(), *(Image.new("RGB", (64, 48), (5 * number, 9, 9)) for number in range(1, count))]
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """With some bytes changed, cut out or put in, rather in its header."""
+    body = bytearray(data)
+    for _ in range(draw.choice((1, 2, 5, 20))):
+        if len(body) < 50:
+            break
+        at = draw.randrange(len(body) if draw.random() < 0.5 else min(len(body), 120))
+        match draw.randrange(4):
+            case 0:
+                body[at] = draw.choice((0, 255, 127, 128, draw.randrange(256)))
+            case 1:
+                body[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff"))
+            case 2:
+                del body[at : at + draw.randrange(1, 30)]
+            case 3:
+                body[at:at] = body[at : at + draw.randrange(40)]
+    return bytes(body)
