@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,11 +121,25 @@ class ModelEncoder:
         import torch
 
         made = []
-        for tensor in self._encoder.encode(prepared):
+        for tensor in (tensor for part in self._parts(prepared) for tensor in self._encoder.encode(part)):
             rows, tokens, hidden = tensor.shape
             values = tensor.contiguous().to("cpu").view(torch.uint8).numpy()
             made.append(EncodedImage(memoryview(values).cast("B"), (rows, tokens, hidden)))
         return made
+
+    def _parts(self, prepared: Sequence[Any]) -> Iterator[list[Any]]:
+        """As many together as memory is planned for."""
+        part: list[Any] = []
+        patches = 0
+        for one in prepared:
+            own = self.spec.patches(one.layout)
+            if part and patches + own > self._vision.patches:
+                yield part
+                part, patches = [], 0
+            part.append(one)
+            patches += own
+        if part:
+            yield part
 
 
 def encoder_for(plan: Plan) -> PictureEncoder:
