@@ -228,3 +228,23 @@ def test_what_is_not_built_is_refused_by_name(entries: dict[str, Any], settings:
     config = {**theirs_config().to_dict(), **entries}
     with pytest.raises(ConfigInvalid, match=words):
         vision_of(config, {**SETTINGS, **settings})
+
+
+def test_a_config_of_the_hub_has_256_tokens_for_each_image() -> None:
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    spec = vision_of({"model_type": "gemma3", "vision_config": tower, "text_config": text})
+    assert spec is not None
+    assert spec.geometry.layout(3000, 20).tokens == 256
+    ids = spec.placeholder.resolved({}.get)
+    assert (ids.before, ids.image, ids.behind) == ((255999,), 262144, (256000,))
+    assert (spec.out_hidden, spec.bidirectional) == (2560, True)

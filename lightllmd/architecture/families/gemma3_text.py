@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightllmd.architecture.entries import dimension, invalid, not_built, number, optional, switch, table
+from lightllmd.architecture.entries import dimension, not_built, number, optional, switch, table
 from lightllmd.architecture.families import gemma2, llama
 from lightllmd.architecture.family import Family
 from lightllmd.architecture.rotary import rope_words, rotary
@@ -35,7 +35,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Raises ConfigInvalid naming the key where the config is incomplete or asks for what isn't built."""
     config = DEFAULTS | {key: value for key, value in config.items() if value is not None or key not in DEFAULTS}
     if switch(config, "use_bidirectional_attention"):
-        raise invalid("use_bidirectional_attention: attention to later tokens is not available yet")
+        raise not_built("use_bidirectional_attention: attention to later tokens is not available yet")
     full = replace(
         llama.attention(config),
         scale=number(config, "query_pre_attn_scalar", 256.0) ** -0.5,

@@ -78,3 +78,56 @@ def test_the_layers_have_the_windows_that_the_config_names() -> None:
 def test_what_gemma2_cannot_be_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigInvalid, match=words):
         gemma2(**changes)
+
+
+# As the hub has the one of 4 billion parameters.
+GEMMA3: dict[str, Any] = {
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 34,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+}
+
+
+def gemma3(**changes: Any) -> DecoderSpec:
+    return architecture_of("gemma3_text", GEMMA3 | changes).spec
+
+
+def test_a_gemma3_config_without_its_entries_means_what_transformers_takes() -> None:
+    spec = gemma3()
+    windows = [attention.window for attention in spec.attention]
+    assert windows == [None if layer % 6 == 5 else 1024 for layer in range(34)]
+    assert [attention.rotary for attention in spec.attention] == [int(window is not None) for window in windows]
+    (windowed,) = spec.other_positions
+    assert (spec.positions.kind, spec.positions.base, spec.positions.factor) == ("linear", 1e6, 8.0)
+    assert (windowed.kind, windowed.base) == ("default", 1e4)
+    assert spec.rotated == 512
+    first = spec.attention[0]
+    assert (first.heads, first.kv_heads, first.head_dim, first.soft_cap, first.qk_norm) == (8, 4, 256, None, "head")
+    assert (spec.vocab, spec.tied, spec.logit_soft_cap, spec.norm.offset) == (262208, True, None, 1.0)
+
+
+def test_gemma3_reads_the_rotary_positions_of_both_kinds_of_layers_in_either_spelling() -> None:
+    both = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert gemma3(rope_scaling=None, rope_parameters=both) == gemma3()
+    assert gemma3(rope_theta=5e5, rope_local_base_freq=2e4).positions.base == 5e5
+    assert gemma3(rope_local_base_freq=2e4).other_positions[0].base == 2e4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention: .*not available yet"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not available yet"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries, num_hidden_layers is 34"),
+    ],
+)
+def test_what_gemma3_cannot_be_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigInvalid, match=words):
+        gemma3(**changes)
