@@ -91,24 +91,25 @@ USED: dict[str, Callable[[Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_an_image_is_a_span_of_the_prompt_in_every_dialect(dialect: str, tmp_path: Path) -> None:
-    path, body, (before, behind), params = DIALECTS[dialect]
-    urls = [URL, DATA, "file:///srv/images/red%20one.png", *([BASE64] if body in (native, anthropic) else [])]
-
+@pytest.mark.parametrize("params", [{}, {"use_tgi_api": True}], ids=str)
+def test_an_image_is_a_span_of_the_prompt_in_every_dialect(params: dict[str, Any], tmp_path: Path) -> None:
     async def go() -> None:
         async with seeing(tmp_path, params=params) as (one, sight):
-            for url in urls:
-                answer = await one.client.post(path, json=body(url))
-                assert answer.status_code == 200, answer.text
-                submit = one.engines[0].submits[-1]
-                named = "/srv/images/red one.png" if url.startswith("file:") else url
-                assert submit.images == [span(len(before), named)]
-                assert submit.prompt_ids == [*before, *PLACE, *behind]
-                if dialect in USED:
-                    assert USED[dialect](answer.json()) == len(submit.prompt_ids)
-                if dialect == "TGI":
-                    assert answer.headers["x-prompt-tokens"] == str(len(submit.prompt_ids))
+            for dialect, (path, body, (before, behind), needed) in DIALECTS.items():
+                if needed != params:
+                    continue
+                kinds = [URL, DATA, "file:///srv/images/red%20one.png"]
+                for url in [*kinds, *([BASE64] if body in (native, anthropic) else [])]:
+                    answer = await one.client.post(path, json=body(url))
+                    assert answer.status_code == 200, (dialect, answer.text)
+                    submit = one.engines[0].submits[-1]
+                    named = "/srv/images/red one.png" if url.startswith("file:") else url
+                    assert submit.images == [span(len(before), named)]
+                    assert submit.prompt_ids == [*before, *PLACE, *behind]
+                    if dialect in USED:
+                        assert USED[dialect](answer.json()) == len(submit.prompt_ids)
+                    if dialect == "TGI":
+                        assert answer.headers["x-prompt-tokens"] == str(len(submit.prompt_ids))
             assert [image.kind for image in sight.shown[:3]] == ["url", "data", "file"]
             assert not sight.held
 
@@ -257,30 +258,36 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_can_not_be_seen_is_a_400_that_says_why(name: str, tmp_path: Path) -> None:
-    path, body, words, options = REFUSED[name]
+OPTIONS = [{}, *(options for *_, options in REFUSED.values() if options)]
 
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_can_not_be_seen_is_a_400_that_says_why(options: dict[str, Any], tmp_path: Path) -> None:
     async def go() -> None:
         async with seeing(tmp_path, **options) as (one, sight):
-            answer = await one.client.post(path, json=body)
-            assert answer.status_code == 400, answer.text
-            assert words in answer.text.replace("\\u0027", "'")
+            for name, (path, body, words, needed) in REFUSED.items():
+                if needed != options:
+                    continue
+                answer = await one.client.post(path, json=body)
+                assert answer.status_code == 400, (name, answer.text)
+                assert words in answer.text.replace("\\u0027", "'"), name
             assert not sight.held
             assert not one.engines[0].submits
 
     run(go())
 
 
-@pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "TGI"])
-def test_images_where_none_are_served_are_a_400_that_says_how_to_switch_them_on(dialect: str, tmp_path: Path) -> None:
-    path, body, _, params = DIALECTS[dialect]
-
+@pytest.mark.parametrize("params", [{}, {"use_tgi_api": True}], ids=str)
+def test_images_where_none_are_served_are_a_400_that_says_how_to_switch_them_on(
+    params: dict[str, Any], tmp_path: Path
+) -> None:
     async def go() -> None:
         async with stack(tmp_path, params) as one:
-            answer = await one.client.post(path, json=body(URL))
-            assert answer.status_code == 400
-            assert "enable_multimodal is false; true or" in answer.text
+            for dialect, (path, body, _, needed) in DIALECTS.items():
+                if needed == params and dialect != "TGI":
+                    answer = await one.client.post(path, json=body(URL))
+                    assert answer.status_code == 400, dialect
+                    assert "enable_multimodal is false; true or" in answer.text, dialect
 
     run(go())
 
