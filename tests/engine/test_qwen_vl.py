@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import lightllmd.offline
 from image_prompts import Served, bytes_of, streams
 from lightllmd.engine.images.prompt_images import ImageEmbedding, PromptImages, positions_in_grids
 from lightllmd.engine.runners.cpu import CpuRunner
@@ -20,6 +21,7 @@ from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.step import Row
 from lightllmd.ipc.messages import ImageSpan, SamplingParams, Submit
 from qwen_vl_models import IMAGE, VISION, processor_of, write_qwen_vl
+from rank_threads import ThreadRanks
 from tiny_models import Driver, plan_for
 from vision_models import VisionModel, picture, prompt_ids
 
@@ -57,9 +59,12 @@ class Scene:
 class Prompt:
     """Text and images in turns."""
 
-    def __init__(self, scene: Scene, images: list[Image.Image], seed: int) -> None:
+    def __init__(self, scene: Scene, images: list[Image.Image], seed: int, texts: list[str] | None = None) -> None:
+        """`texts`: of "a" and "b", before, between and behind the images."""
         self._scene = scene
         self.ids, begins = prompt_ids(scene.ours, images, seed)
+        if texts is not None:
+            self.ids, begins = ids_of(scene, images, texts)
         made = scene.ours.embeddings(images)
         layouts = [scene.ours.encoder.spec.geometry.layout(image.width, image.height) for image in images]
         self.spans = [
@@ -93,7 +98,11 @@ class Prompt:
     def generated(self, count: int) -> list[int]:
         """By transformers' generate, over its cache."""
         self._scene.theirs.model.rope_deltas = None
-        ids = self._scene.theirs.generate(**self.words([]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        words = self.words([])
+        mask = torch.ones_like(words["input_ids"])
+        ids = self._scene.theirs.generate(
+            **words, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
         return ids[0, len(self.ids) :].tolist()
 
     def row(self, driver: Driver, number: int, begin: int, end: int, emitted: list[int]) -> Row:
@@ -103,6 +112,17 @@ class Prompt:
             row.images, row.positions = self.images.parts(begin, end), self.images.positions(begin, end)
             row.shift = self.images.shift
         return row
+
+
+def ids_of(scene: Scene, images: list[Image.Image], texts: list[str]) -> tuple[list[int], list[int]]:
+    """As `prompt_ids` has them, of these texts."""
+    spec = scene.ours.encoder.spec
+    ids, begins = ["ab".index(one) for one in texts[0]], []
+    for image, text in zip(images, texts[1:], strict=True):
+        begin, span = spec.placeholder.resolved({}.get).of(spec.geometry.layout(image.width, image.height).tokens)
+        begins.append(len(ids) + begin)
+        ids += [*span, *("ab".index(one) for one in text)]
+    return ids, begins
 
 
 @pytest.fixture(scope="module", params=VISION)
@@ -209,3 +229,32 @@ def test_a_gpu_has_the_same_logits_and_tokens(scene: Scene) -> None:
     told = [serve(Served(scene.plan(**options), one), scene, params, 1, [], 2) for one in (runner, scene.runner)]
     ours, cpus = ({key: [token for token, _ in stream] for key, stream in streams(one).items()} for one in told)
     assert ours == cpus
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_offline_class_of_several_ranks_has_the_tokens_of_transformers(
+    scene: Scene, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From tags and pixels on: tokens, positions and what is added behind the first layers."""
+    made: list[ThreadRanks] = []
+
+    def start(plan: Any) -> ThreadRanks:
+        made.append(ThreadRanks(plan))
+        return made[-1]
+
+    monkeypatch.setattr(lightllmd.offline, "ChildRanks", start)
+    tag = scene.ours.encoder.spec.placeholder.tag
+    images = [[picture(90, 41), picture(64, 64)], [], [picture(33, 101)]]
+    asked = [f"ab{tag}{tag}ba", "ab", f"b{tag}a"]
+    sizes = {"max_total_token_num": 600, "max_req_input_len": 120, "max_req_total_len": 160, "running_max_req_size": 4}
+    quiet = {"device": "cpu", "threads": 1, "data_type": "float32", "progress": False}
+    with lightllmd.LLM(scene.folder, enable_multimodal=True, tp=tp, **quiet, **sizes) as llm:
+        told = llm.generate(asked, images=images, max_new_tokens=5, ignore_eos=True, detokenize=False, progress=False)
+    for output, text, given in zip(told, asked, images, strict=True):
+        prompt = Prompt(scene, given, 0, text.split(tag))
+        assert output.prompt_tokens == len(prompt.ids)
+        assert output.branches[0].token_ids == prompt.generated(5)
+        logprobs = prompt.truth(output.branches[0].token_ids)[len(prompt.ids) - 1 : -1].log_softmax(-1)
+        wanted = logprobs.gather(-1, torch.tensor(output.branches[0].token_ids)[:, None])[:, 0].tolist()
+        assert output.branches[0].logprobs == pytest.approx(wanted, abs=TOLERANCE)
+    assert [failure for ranks in made for failure in ranks.failures] == []
