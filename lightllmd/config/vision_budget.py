@@ -15,9 +15,7 @@ from lightllmd.config.plan import VISION_ROWS, BudgetRow
 WEIGHTS, ACTIVATIONS, RUNTIME = VISION_ROWS
 CUDA_RUNTIME = 700_000_000  # of the visual worker: CUDA context, cuBLAS, cuDNN
 CPU_RUNTIME = 600_000_000  # interpreter, torch and its thread pools
-GRID_TURNED = (
-    24  # of each element of a patch in a grid: queries and keys in fp32, while they are turned, and the result
-)
+TURNED = 16  # of each element of the queries or keys of a patch in a grid: in fp32, while they are turned
 MAX_HOST_SHARE = 0.5  # of the host's free memory, for embeddings
 
 
@@ -58,15 +56,19 @@ class VisionNeeds:
         ]
 
     def _activations(self, batch: int, item: int, kind: str) -> BudgetRow:
-        """A block at its widest: residual, its norm, queries, keys, values and their result, or the MLP's inner rows
-        twice, of fused attention, which keeps no scores; an fp32 copy of a norm's input; the pixels, in fp32, too; then
-        the results, twice. CUDA graphs of towers that see squares keep what theirs takes."""
+        """A block at its widest: residual, its norm and an fp32 copy of its input; queries, keys, values, their result
+        and its parts, of fused attention, which keeps no scores, or one of them turned; or the MLP's inner rows, with
+        what is multiplied and the result; the pixels, in fp32, too; then the results, twice. CUDA graphs of towers that
+        see squares keep what theirs takes."""
         tower = self.spec.tower
         patches, images = self.patches(batch), self._images(batch)
-        inner = max(2 * tower.intermediate, 4 * tower.hidden)
+        grid = isinstance(tower, GridVitSpec)
+        rows = 4 if isinstance(tower, GridVitSpec) and tower.gated else 3
+        attention = max(5 * item, 3 * item + TURNED * grid) * tower.hidden
+        inner = max(rows * item * tower.intermediate, attention)
         frames = tower.frames if isinstance(tower, GridVitSpec) else 1
         pixels = 3 * frames * tower.patch**2 * (4 + item)
-        each = (2 * tower.hidden + inner) * item + 4 * tower.hidden + pixels
+        each = 2 * tower.hidden * item + inner + 4 * tower.hidden + pixels
         made = images * self.image_bytes
         graphs = GRAPH_TILES * tower.positions if kind == "cuda" and isinstance(tower, VitSpec) else 0
         captured = f" and {graphs} in CUDA graphs" if graphs else ""

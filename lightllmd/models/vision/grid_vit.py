@@ -57,21 +57,28 @@ class GridVit:
     def _layers(
         self, x: Tensor, turns: Tensor, near: list[PatchRun], whole: list[PatchRun], orders: _Orders
     ) -> list[Tensor]:
-        spec, features = self._spec, []
-        for layer in range(spec.layers):
-            normed = self._norm(x, f"{layer}.norm1")
-            qkv = linear(normed, self._weights[f"{layer}.qkv"]).view(len(x), 3, spec.heads, spec.head_dim)
-            qkv = torch.cat([_turned(qkv[:, :2], turns), qkv[:, 2:]], 1)
-            if orders is not None and layer in spec.whole:
-                packed, back = orders
-                attended = self._by_token(_attend(self._by_token(qkv, back), whole), packed)
-            else:
-                attended = _attend(qkv, near)
-            x = x + linear(attended.flatten(1), self._weights[f"{layer}.out"])
+        features = []
+        for layer in range(self._spec.layers):
+            reordered = orders if layer in self._spec.whole else None
+            runs = near if reordered is None else whole
+            x = x + self._attention(self._norm(x, f"{layer}.norm1"), layer, turns, runs, reordered)
             x = x + self._feed_forward(self._norm(x, f"{layer}.norm2"), layer)
-            if layer in spec.taps:
+            if layer in self._spec.taps:
                 features.append(x)
         return [*features, x]
+
+    def _attention(self, x: Tensor, layer: int, turns: Tensor, runs: _Runs, orders: _Orders) -> Tensor:
+        """`orders`: where the tokens of `runs` are packed otherwise than those of `x`."""
+        spec = self._spec
+        qkv = linear(x, self._weights[f"{layer}.qkv"]).view(len(x), 3, spec.heads, spec.head_dim)
+        for part in (0, 1):
+            _turn_(qkv[:, part], turns)
+        if orders is not None:
+            packed, back = orders
+            attended = self._by_token(_attend(self._by_token(qkv, back), runs), packed)
+        else:
+            attended = _attend(qkv, runs)
+        return linear(attended.flatten(1), self._weights[f"{layer}.out"])
 
     def _feed_forward(self, x: Tensor, layer: int) -> Tensor:
         spec, weights = self._spec, self._weights
@@ -135,11 +142,14 @@ def _between(places: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return entries, torch.stack([1 - (at - low), at - low], 1)
 
 
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """``x [T, 2, H, D]`` by the angles whose cosines and sines are ``turns [2, T, D / 2]``, in fp32."""
-    cos, sin = turns[:, :, None, None]
+def _turn_(x: Tensor, turns: Tensor) -> None:
+    """``x [T, H, D]`` in place, by the angles whose cosines and sines are ``turns [2, T, D / 2]``, in fp32."""
+    cos, sin = turns[:, :, None]
     first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    half = x.shape[-1] // 2
+    turned = first * cos - second * sin  # in fp32 both halves are still read
+    x[..., half:] = second * cos + first * sin
+    x[..., :half] = turned
 
 
 def _attend(qkv: Tensor, runs: _Runs) -> Tensor:

@@ -26,24 +26,15 @@ class Grids:
         """See `ImageEncoder.encode`."""
         # Images of as many tokens follow each other: their attention is computed together.
         order = sorted(range(len(prepared)), key=lambda index: -prepared[index].layout.tokens)
-        found: dict[int, Tensor] = {}
-        part: list[int] = []
-        tokens = 0
-        for index in order:  # as many at a time as have the tokens of the largest one that there can be
-            tokens += prepared[index].layout.tokens
-            if part and tokens > self._spec.geometry.most.tokens:
-                found |= self._encoded(part, prepared)
-                part, tokens = [], prepared[index].layout.tokens
-            part.append(index)
-        if part:
-            found |= self._encoded(part, prepared)
+        if not order:
+            return []
+        patches = torch.cat([self._patches(prepared[index]) for index in order])
+        made = self._merger.embeddings(
+            self._vit.features(patches, [prepared[index].layout.grid[1:] for index in order])
+        )
+        cut = made.split([prepared[index].layout.tokens for index in order], 1)
+        found = dict(zip(order, cut, strict=True))
         return [found[index] for index in range(len(prepared))]
-
-    def _encoded(self, part: Sequence[int], prepared: Sequence[PreparedImage]) -> dict[int, Tensor]:
-        grids = [prepared[index].layout.grid[1:] for index in part]
-        patches = torch.cat([self._patches(prepared[index]) for index in part])
-        made = self._merger.embeddings(self._vit.features(patches, grids))
-        return dict(zip(part, made.split([prepared[index].layout.tokens for index in part], 1), strict=True))
 
     def _patches(self, one: PreparedImage) -> Tensor:
         """``[patches, 3 * frames * patch * patch]``, those of a token one behind the other, colours first, as the
