@@ -51,9 +51,3 @@ class FakeSight:
         seen = FakeSeen(self, images)
         self.held.add(seen)
         return seen
-
-    def at(self, path: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

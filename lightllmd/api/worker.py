@@ -13,7 +13,6 @@ import msgspec
 import zmq
 
 from lightllmd.api.app import build_app, dialects_of, error_answers
-from lightllmd.api.images.client import VisualClient
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.link import EngineLink
@@ -31,6 +30,7 @@ from lightllmd.ipc.channel import Channel
 from lightllmd.ipc.quota import Quota
 from lightllmd.observe.metrics import ApiMetrics
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.seeing import Sight
 from lightllmd.text import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,9 @@ class ApiWorker:
         )
         return Revision(plan, tokenizer, ledger, self._accounts, self._sight(plan))
 
-    def _sight(self, plan: Plan) -> VisualClient | None:
+    def _sight(self, plan: Plan) -> Sight | None:
         """The way to the visual worker of this plan."""
-        return None if plan.vision is None else VisualClient(plan.config.http.hold_timeout)
+        return None
 
     async def run(self) -> None:
         """Serves until told to retire or to stop."""

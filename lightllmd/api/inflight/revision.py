@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lightllmd.api.helpers.texts import TextHelpers
-from lightllmd.api.images.client import VisualClient
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.ledger import Ledger
@@ -16,12 +14,12 @@ from lightllmd.api.inflight.pending import Pending, Signal
 from lightllmd.api.web.tenants import Tenants
 from lightllmd.config.plan import Plan
 from lightllmd.dialogue.tools import Dialogue
-from lightllmd.ipc.images import visual_path
-from lightllmd.ipc.messages import EngineUp, PoolingParams, RequestParams, SamplingParams
+from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams
 from lightllmd.requests.asked import Chat, Prompt
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.intake import Intake, Job
 from lightllmd.requests.limits import RequestLimits
+from lightllmd.requests.seeing import Sight
 from lightllmd.requests.urgency import Turn
 from lightllmd.text.interface import Tokenizer
 
@@ -34,7 +32,7 @@ class Revision:
     """One of `Revisions`. All calls come from one event loop."""
 
     def __init__(
-        self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts, sight: VisualClient | None = None
+        self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts, sight: Sight | None = None
     ) -> None:
         """`sight`: None where the plan serves no images."""
         self.plan = plan
@@ -43,7 +41,6 @@ class Revision:
         self.ledger = ledger
         self.limits = RequestLimits.of(plan)
         self.texts = TextHelpers(tokenizer, self.limits)
-        self.sight = sight
         self.intake = Intake(plan, lambda: tokenizer, self.texts, sight)
         self.http = plan.config.http
         self.tenants = Tenants(self.http)
@@ -119,22 +116,8 @@ class Revision:
 
     def migrate(self, successor: Revision) -> None:
         """`successor` serves the same model: it goes on with what is in flight here, and gets what is on its way in."""
-        if self.sight is not None and successor.sight is not None:
-            self.sight.migrate(successor.sight)
         self.ledger.migrate(successor.ledger)
         self.successor = successor
-
-    def engine_up(self, up: EngineUp) -> None:
-        """A generation of its engine is ready; its visual worker listens beside it."""
-        self.ledger.engine_up(up.generation, up.endpoint, up.replica)
-        if self.sight is not None:
-            self.sight.at(visual_path(os.path.dirname(up.endpoint.removeprefix("ipc://")), up.revision))
-
-    def stop(self) -> None:
-        """What it has beside this process ends, for good."""
-        self.texts.stop()
-        if self.sight is not None:
-            self.sight.close()
 
     @property
     def in_flight(self) -> int:

@@ -106,7 +106,7 @@ class Revisions:
     def stop_helpers(self) -> None:
         """When the worker ends."""
         for revision in self._revisions.values():
-            revision.stop()
+            revision.texts.stop()
 
     def fail_all(self, error: RequestError) -> None:
         """Ends all requests in flight with `error`."""
@@ -176,16 +176,16 @@ class Revisions:
             self._coming.pop(number, None)
             return f"{type(failure).__name__}: {failure}"
         if number in self._revisions:
-            revision.stop()
+            revision.texts.stop()
             return ""  # it was asked for twice
         if number not in self._coming:
-            revision.stop()
+            revision.texts.stop()
             return "it was given up meanwhile"
         ups = self._coming.pop(number)
         revision.ledger.refuse(self.gate.refusal)
         self._revisions[number] = revision
         for up in ups.values():
-            revision.engine_up(up)
+            revision.ledger.engine_up(up.generation, up.endpoint, up.replica)
         return ""
 
     def commit(self, number: int, carry: bool) -> None:
@@ -214,13 +214,13 @@ class Revisions:
         revision = self._revisions.pop(number, None)
         if revision is not None:
             revision.ledger.abandon(reason)
-            revision.stop()
+            revision.texts.stop()
 
     def engine_up(self, message: EngineUp) -> None:
         """A generation of its revision's engine is ready."""
         revision = self._revisions.get(message.revision)
         if revision is not None:
-            revision.engine_up(message)
+            revision.ledger.engine_up(message.generation, message.endpoint, message.replica)
         elif message.revision in self._coming:
             self._coming[message.revision][message.replica] = message
 

@@ -1,1 +1,0 @@
-"""The api worker's way to the visual worker."""
