@@ -418,6 +418,7 @@ SMALLER = (
     *("decode attention fp32, small heads", "prefill attention fp32, small heads"),
     *("prefill attention bf16, small heads, few tokens", "split prefill attention bf16, small heads"),
     "split prefill attention bf16, eight segments",
+    *("prefill attention bf16, bidirectional runs", "split prefill attention bf16, bidirectional runs"),
     *("packed 4 bits, 1 row, narrow", "packed 4 bits, 8 rows", "packed 4 bits, 16 rows", "packed 4 bits, 32 rows"),
     *("packed 4 bits, 64 rows", "packed 4 bits, 128 rows", "packed 4 bits, 256 rows at once", "packed 4 bits, fp16"),
     *("packed 8 bits, 1 row", "packed 8 bits, 32 rows", "packed 8 bits, 64 rows", "packed 8 bits, 256 rows"),

@@ -12,13 +12,16 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from image_prompts import Prompt, Served, hidden, streams
+from lightllmd.architecture.schemes import scheme_of
 from lightllmd.architecture.vision import vision_of
+from lightllmd.architecture.weight_schemes import WeightSchemes
 from lightllmd.config.plan import Plan
 from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.errors import ConfigInvalid
 from lightllmd.ipc.messages import SamplingParams, StepOutput
 from lightllmd.models.vision.layers import normalised
+from rank_models import load_rank, ranks
 from tiny_models import DEVICE, Driver, plan_for
 from vision_models import SIZES, VisionModel, logits, picture, prompt_ids, write_vision_model
 
@@ -248,3 +251,31 @@ def test_a_config_of_the_hub_has_256_tokens_for_each_image() -> None:
     ids = spec.placeholder.resolved({}.get)
     assert (ids.before, ids.image, ids.behind) == ((255999,), 262144, (256000,))
     assert (spec.out_hidden, spec.bidirectional) == (2560, True)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "w8a16": {"schemes": WeightSchemes.all(scheme_of("w8a16"))},
+    "int8 keys and values": {"kv_scheme": "int8"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_compute_what_one_does_in_modes_of_precision_too(generating: Generating, mode: str) -> None:
+    plan = generating.plan(**MODES[mode])
+    ids, images = hidden(generating.prompts[0], generating.table, whole=True)
+
+    def walk(runner: CpuRunner) -> torch.Tensor:
+        driver = Driver(runner)
+        row, text = driver.row(0, ids), driver.row(1, [4, 5, 6])
+        row.images = images.parts(0, len(ids))
+        row.bidirectional = [(part.first, part.rows) for part in row.images or ()]
+        return torch.cat(driver.logits(row, text))
+
+    truth = walk(load_rank(None, plan))
+    with ranks(2) as on_all:
+        first, second = on_all(lambda group: walk(load_rank(group, plan)))
+    assert torch.equal(first, second)
+    difference = (first - truth).abs()
+    assert difference.median() < 1e-5
+    assert difference.max() < (1e-4 if "int8" not in mode else 0.1)
