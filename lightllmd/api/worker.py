@@ -13,6 +13,7 @@ import msgspec
 import zmq
 
 from lightllmd.api.app import build_app, dialects_of, error_answers
+from lightllmd.api.images.client import VisualClient
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.link import EngineLink
@@ -27,6 +28,7 @@ from lightllmd.config.plan import Plan
 from lightllmd.errors import NotReady, RequestError
 from lightllmd.ipc import messages
 from lightllmd.ipc.channel import Channel
+from lightllmd.ipc.images import visual_path
 from lightllmd.ipc.quota import Quota
 from lightllmd.observe.metrics import ApiMetrics
 from lightllmd.requests.limits import RequestLimits
@@ -46,6 +48,7 @@ class ApiWorker:
         self._channel = channel
         self._stop_timeout = plan.config.supervisor.stop_timeout
         self._context = zmq.Context(io_threads=1)
+        self._visual_dir = configure.visual_dir
         self._tally = Tally(configure.api, configure.epoch)
         self._accounts = Accounts(
             ApiMetrics(plan.config.params.max_req_input_len, plan.config.params.max_req_total_len)
@@ -69,7 +72,7 @@ class ApiWorker:
         self._broken: asyncio.Future[None] | None = None  # ends with the first exception in a callback
         self.revisions.current.texts.processes.start()  # last, but before any thread
 
-    def _revision(self, plan: Plan) -> Revision:
+    def _revision(self, number: int, plan: Plan) -> Revision:
         """May run in a thread."""
         tokenizer = load_tokenizer(plan, limits=msgspec.to_builtins(RequestLimits.of(plan)))
         for warning in tokenizer.warnings:
@@ -87,11 +90,13 @@ class ApiWorker:
             on_end=self._accounts.ended,
             cached=plan.config.params.use_dynamic_prompt_cache,
         )
-        return Revision(plan, tokenizer, ledger, self._accounts, self._sight(plan))
+        return Revision(plan, tokenizer, ledger, self._accounts, self._sight(number, plan))
 
-    def _sight(self, plan: Plan) -> Sight | None:
-        """The way to the visual worker of this plan."""
-        return None
+    def _sight(self, number: int, plan: Plan) -> Sight | None:
+        """The way to the visual worker of this revision."""
+        if plan.vision is None:
+            return None
+        return VisualClient(visual_path(self._visual_dir, number), plan.config.http.hold_timeout)
 
     async def run(self) -> None:
         """Serves until told to retire or to stop."""

@@ -282,6 +282,18 @@ class ApiConfigure(msgspec.Struct, tag="api-configure"):
     column: int = 0  # where this process counts there; no other living api worker has it
     store_dir: str = ""  # what all api workers share of the responses that are kept; empty: each keeps its own
     tls: Tls | None = None  # None: it serves HTTP
+    visual_dir: str = ""  # where the sockets of visual workers are
+
+
+class VisualConfigure(msgspec.Struct, tag="visual-configure"):
+    """First message to a visual worker."""
+
+    plan: bytes
+    path: str  # of the Unix socket that it listens on
+    secret: bytes  # of the daemon: see `ImageSpan.key`
+    metrics_dir: str
+    metrics_id: str  # names its files there; no other living process has it
+    device: int | None = None  # index of the GPU that it encodes on; None: the CPU
 
 
 class PushTarget(msgspec.Struct, tag="push-target"):
@@ -493,6 +505,7 @@ Down = (
     EngineConfigure
     | ApiConfigure
     | PushConfigure
+    | VisualConfigure
     | PushTarget
     | EngineUp
     | EngineDown

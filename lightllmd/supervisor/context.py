@@ -74,6 +74,10 @@ class Commands:
         """Pushes metrics to a gateway."""
         return [self.python, "-m", "lightllmd.push", str(channel_fd), str(os.getpid())]
 
+    def visual(self, channel_fd: int) -> list[str]:
+        """Sees images."""
+        return [self.python, "-m", "lightllmd.visual", str(channel_fd), str(os.getpid())]
+
     def early(self, plan: Plan) -> Sequence[str]:
         """What a spare engine of this plan imports; nothing: a spare would save too little to be kept."""
         if plan.config.engine.backend == "fake":
@@ -100,6 +104,7 @@ class Context:
     file_threads: FileThreads = field(default_factory=FileThreads)  # where files are read
     random: random.Random = field(default_factory=random.Random)
     quota: Quota = field(default_factory=Quota)  # what API keys have used of their limits
+    image_secret: bytes = field(default_factory=lambda: os.urandom(32))  # see `ImageSpan.key`
     tls: TlsPair | None = None  # what HTTPS is served with; None: HTTP is
     plan: bytes = b""  # the plan in force, encoded; empty before it is made
     revision: int = 1  # and its number

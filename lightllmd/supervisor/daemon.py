@@ -25,6 +25,7 @@ from lightllmd.supervisor.workers.engines import Engines
 from lightllmd.supervisor.workers.health_monitor import Monitor
 from lightllmd.supervisor.workers.lost_devices import LostDevices
 from lightllmd.supervisor.workers.pusher import Pusher
+from lightllmd.supervisor.workers.visuals import Visuals
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Daemon:
         self.engines = Engines(context, self.front.tell)
         self.lost = LostDevices(context, self.engines)
         self.pusher = Pusher(context)
+        self.visuals = Visuals(context, self.engines)
         self.certificate = CertificateInForce(context, self.front.tell)
         self.verbs = Verbs(context, self.engines, self.front, self.pusher, settings, self.certificate, self._relisten)
         self.keys = KeysInForce(context, settings, self.verbs.put_in_force)
@@ -78,7 +80,7 @@ class Daemon:
 
     def children(self) -> list[Child]:
         """All processes of workers, the spare's and those on their way out included."""
-        return [*self.front.children(), *self.engines.children(), *self.pusher.children()]
+        return [*self.front.children(), *self.engines.children(), *self.visuals.children(), *self.pusher.children()]
 
     async def call(self, act: Callable[[], Any]) -> Any:
         """Runs `act` inside the single-writer loop and returns (or raises) what it does."""

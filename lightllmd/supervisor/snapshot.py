@@ -66,7 +66,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child process, or the place of one that will be started again."""
 
     name: str  # "api-0", "engine-0": kind and index, stable over restarts; "engine-0.1": its rank 1; "spare"
-    kind: str  # "api" | "engine" | "push" | "spare": an engine that waits, "running" and "ready" once it can be taken
+    # "api" | "engine" | "visual" | "push" | "spare": an engine that waits, "running" and "ready" once it can be taken
+    kind: str
     index: int  # the api worker's number, the engine's among those that serve side by side
     rank: int | None  # engines only; restarts and the last exit are told with rank 0, which leads
     pid: int | None  # None: no process now

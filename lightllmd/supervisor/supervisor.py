@@ -146,6 +146,7 @@ class Supervisor(Daemon):
         self.verbs.step()
         self._systemd.reload()
         self._retire_drained()
+        self.visuals.step()
         health = status.health(self)
         if health[0] and self.front.ready and self.served_since is None:
             self._first_readiness()
@@ -178,7 +179,7 @@ class Supervisor(Daemon):
         self._ticks += 1
         for child in self.children():
             child.check()
-        for child in (*self.front.children(), *self.pusher.children()):
+        for child in (*self.front.children(), *self.visuals.children(), *self.pusher.children()):
             child.check_hang()
         self.engines.check_hang()
         self.monitor.tick(steady=self.state in ("serving", "degraded") and not self.verbs.jobs.running())
@@ -203,6 +204,7 @@ class Supervisor(Daemon):
     def _start_due(self) -> None:
         if self.plan is not None and not self.verbs.ending:
             self.engines.tick()
+            self.visuals.tick()
             self.front.tick()
             self.pusher.tick()
 
@@ -249,6 +251,8 @@ class Supervisor(Daemon):
                 api.became_ready(child)
         elif engine := self.engines.owner(child):
             self.engines.heard(engine, child, became_ready)
+        elif became_ready and (visual := self.visuals.owner(child)):
+            visual.worker.became_ready()
         elif became_ready and self.pusher.owns(child):
             self.pusher.worker.became_ready()
 
@@ -273,6 +277,10 @@ class Supervisor(Daemon):
         elif self.engines.spares.owns(child):
             self.engines.spares.died(child, ending)
             self._report(child, ending, None, None)
+            return
+        elif visual := self.visuals.owner(child):
+            visual.died(child, ending, again)
+            self._report(child, ending, visual.replicas, None)
             return
         elif self.pusher.owns(child):
             self.pusher.died(child, ending, again)

@@ -334,7 +334,10 @@ class ImageService:
         """Lets go of all clients and all memory."""
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
+            path = self._listener.getsockname()
             self._listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         for client in list(self.clients):
             self._lose(client)
         for task in list(self._tasks):

@@ -109,6 +109,11 @@ class ImageStore:
         return found
 
     @property
+    def encoding(self) -> bool:
+        """Whether any is being encoded."""
+        return any(one.encoding for one in self._records.values())
+
+    @property
     def queued(self) -> int:
         """Records that wait to be encoded, or are being encoded."""
         return sum(one.embedding is None and not one.failed for one in self._records.values())

@@ -33,12 +33,12 @@ class Revisions:
     """A request belongs to the revision that is in force when it passes the gate. Changed by the supervisor's messages
     only, all in one event loop.
 
-    `build` makes the revision of a plan. It reads the tokenizer's files, so that it takes up to seconds and may raise
-    anything; it runs in a thread for all revisions but the first.
+    `build` makes the revision of a number and a plan. It reads the tokenizer's files, so that it takes up to seconds
+    and may raise anything; it runs in a thread for all revisions but the first.
     """
 
     def __init__(
-        self, number: int, plan: Plan, build: Callable[[Plan], Revision], tally: Tally, accounts: Accounts
+        self, number: int, plan: Plan, build: Callable[[int, Plan], Revision], tally: Tally, accounts: Accounts
     ) -> None:
         self.number = number  # of the revision in force
         self.gate = Gate()
@@ -49,7 +49,7 @@ class Revisions:
         self.streams: set[EventStream] = set()  # those that are open
         self._tally = tally
         self._build = build
-        self._revisions = {number: build(plan)}
+        self._revisions = {number: build(number, plan)}
         # Revisions that are being prepared, each with its engines that are up, by replica.
         self._coming: dict[int, dict[int, EngineUp]] = {}
 
@@ -170,7 +170,9 @@ class Revisions:
         if number in self._revisions:
             return ""
         try:
-            revision = await asyncio.get_running_loop().run_in_executor(None, lambda: self._build(decode_plan(plan)))
+            revision = await asyncio.get_running_loop().run_in_executor(
+                None, lambda: self._build(number, decode_plan(plan))
+            )
         except Exception as failure:  # whatever a tokenizer's files make its library raise: the present one serves on
             log.exception("revision %d can't be prepared", number)
             self._coming.pop(number, None)

@@ -200,7 +200,7 @@ def workers(daemon: Daemon) -> list[snapshot.WorkerStatus]:
     apis = [api.worker.snapshot() for api in daemon.front.apis]
     ranks = [rank for engine in daemon.engines for rank in engine.snapshots()]
     pusher = [daemon.pusher.worker.snapshot()] if daemon.pusher.snapshot() or daemon.pusher.children() else []
-    return [*apis, *ranks, *daemon.engines.spares.snapshots(), *pusher]
+    return [*apis, *ranks, *daemon.visuals.snapshots(), *daemon.engines.spares.snapshots(), *pusher]
 
 
 def models(daemon: Daemon) -> list[snapshot.KnownModel]:

@@ -63,6 +63,7 @@ class Api:
             column=_column(metrics_id),
             store_dir=str(context.runtime.responses),
             tls=context.tls_message(),
+            visual_dir=str(context.runtime.ipc),
         )
         child.configure(self.worker.name, epoch, metrics_id, first)
         self._send_state(child)

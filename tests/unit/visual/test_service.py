@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import random
 import socket
@@ -12,7 +11,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from leftovers import no_new_descriptors
-from lightllmd.errors import InvalidRequest
 from lightllmd.ipc.images import (
     FromVisual,
     ImageSource,
@@ -27,25 +25,9 @@ from lightllmd.ipc.images import (
     to_visual,
 )
 from lightllmd.visual.encoders import FakeEncoder
-from lightllmd.visual.image_file import ImageFile
 from lightllmd.visual.service import ImageService
 from lightllmd.visual.store import ImageStore
-from lightllmd.visual.viewing import Viewed
-
-
-def key_of(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-class StubViewer:
-    """What is shown is its own picture; "broken" is none."""
-
-    async def view(self, sources: Sequence[tuple[ImageSource, int]]) -> list[Viewed]:
-        contents = [os.pread(fd, 100, 0) if fd >= 0 else one.url.encode() for one, fd in sources]
-        await asyncio.sleep(0)
-        if b"broken" in contents:
-            raise InvalidRequest("no image", index=contents.index(b"broken"))
-        return [Viewed(ImageFile.of(one), key_of(one), 1, 1, False, one) for one in contents]
+from stub_viewer import StubViewer, key_of, lost
 
 
 class EnginePeer:
@@ -92,11 +74,6 @@ async def serving(capacity: int = 8, *, room_timeout: float = 30.0, encoder: Any
 
 async def settled(service: ImageService) -> None:
     while any(client.shows for client in service.clients) or service.store.queued:
-        await asyncio.sleep(0.001)
-
-
-async def lost(service: ImageService, clients: int) -> None:
-    while len(service.clients) != clients:
         await asyncio.sleep(0.001)
 
 

@@ -1,0 +1,1 @@
+"""Images of requests, on their way to the visual worker."""
