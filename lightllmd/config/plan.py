@@ -330,6 +330,12 @@ class Plan(msgspec.Struct, frozen=True):
         return sight is not None and sight.bidirectional
 
     @property
+    def image_layers(self) -> int:
+        """Layers of an image embedding: the first one, and those for further layers of the decoder."""
+        sight = self.model.vision if self.vision is not None and self.model is not None else None
+        return 1 if sight is None else 1 + sight.deepstack
+
+    @property
     def sees_in_grids(self) -> bool:
         """Rotary positions of images are those of a grid."""
         sight = self.model.vision if self.vision is not None and self.model is not None else None

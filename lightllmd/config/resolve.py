@@ -282,6 +282,7 @@ class _Real(_Maker):
             lambda count: not self.rank_faults(count),
             self.co_residents,
             self._beside(data_type),
+            0 if (needs := self.sight(data_type)) is None else needs.token_bytes,
         )
 
     def _beside(self, data_type: str) -> tuple[BudgetRow, ...]:

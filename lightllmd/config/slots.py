@@ -32,6 +32,11 @@ class NoRoom(Exception):
         self.message, self.keys, self.needed, self.available = message, keys, needed, available
 
 
+def _image_embeddings(tokens: int, each: int) -> BudgetRow:
+    """All tokens of the largest prefill are images': their embeddings are on each rank's device while it computes."""
+    return BudgetRow("image embeddings", tokens * each, f"a step of {tokens} tokens of images x {size(each)}")
+
+
 @dataclass(frozen=True)
 class Fitting:
     """One model under one configuration, on the devices that its `groups` have."""
@@ -45,6 +50,7 @@ class Fitting:
     can_share: Callable[[int], bool]  # whether so many ranks can share the model
     co_residents: tuple[CoResidentNeeds, ...] = ()
     beside: tuple[BudgetRow, ...] = ()  # of the visual worker, on the first device
+    image_token_bytes: int = 0  # of one token's image embedding; 0: no images are served
     cut: dict[int, Ranks] = field(default_factory=dict)  # by how many ranks, as needed
 
     @cached_property
@@ -60,9 +66,11 @@ class Fitting:
 
         def footprint(architecture: Architecture | Outline, rank: Rank) -> Footprint:
             schemes, kv_scheme = self.quantisation.schemes, self.quantisation.kv_scheme
-            return budget.footprint(
+            made = budget.footprint(
                 config, architecture, self.device.kind, self.data_type, tokens, kv_scheme, schemes, rank
             )
+            each = self.image_token_bytes
+            return made.and_rows([_image_embeddings(tokens, each)]) if each else made
 
         fraction = self.config.engine.memory_fraction
         return needs_of(

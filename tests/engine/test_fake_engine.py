@@ -12,10 +12,13 @@ import pytest
 
 from engine_process import PATIENCE, Connect, EngineProcess, Start, expected
 from lightllmd import errors
-from lightllmd.engine.runners.fake_model import fake_token
+from lightllmd.engine.runners.fake_model import fake_token, seen_tokens
 from lightllmd.ipc import messages
-from lightllmd.ipc.messages import Failed, Load, StepOutput
+from lightllmd.ipc.images import visual_path
+from lightllmd.ipc.messages import Failed, ImageSpan, Load, StepOutput
 from lightllmd.ipc.waiting import wait_ready
+from stand_in_visual import VisualStandIn
+from vision_plans import seeing_plan
 
 
 def test_it_is_ready_only_after_a_real_token_and_has_imported_no_torch(start: Start) -> None:
@@ -289,3 +292,25 @@ def test_disable_log_stats_is_obeyed(start: Start, connect: Connect) -> None:
     request = api.submit(1, "x", 40)
     api.hear(lambda: len(api.tokens(request)) == 40)
     assert "throughput" not in engine.stderr.read_text()
+
+
+def test_a_request_with_images_waits_and_others_pass(start: Start, connect: Connect, tmp_path: Path) -> None:
+    engine = start(plan=seeing_plan(slots=400)).wait_ready()
+    api = connect(engine)
+    prompt, values = "a?????b", bytes(range(80))
+    span = ImageSpan(1, 5, b"k" * 16)
+    seeing = api.submit(1, prompt, 6, images=[span])
+    text = api.submit(2, "text", 6)
+    api.hear(lambda: len(api.tokens(text)) == 6)
+    assert api.tokens(seeing) == []
+    visual = VisualStandIn(visual_path(str(tmp_path), 1))
+    visual.known = {span.key: ((1, 5, 4), values)}
+
+    def answered() -> bool:
+        visual.serve()
+        return len(api.tokens(seeing)) == 6
+
+    api.hear(answered)
+    visual.die()
+    seen = [ord("a"), *seen_tokens(values, 1, 5), ord("b")]
+    assert api.tokens(seeing) == [fake_token(seen, 0, 0, position) for position in range(6)]

@@ -6,11 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from image_prompts import Prompt, Served, bytes_of, draw_prompts, hidden, plain, streams
+from lightllmd.config.plan import Vision
 from lightllmd.engine.runners.cpu import CpuRunner
+from lightllmd.engine.runners.warmup import worst_steps
 from lightllmd.engine.scheduling.scheduler import Scheduler
 from lightllmd.engine.step import ImagePart
 from lightllmd.ipc.messages import PoolingParams, RequestParams, SamplingParams, StepOutput, Submit
@@ -216,3 +219,13 @@ def test_an_image_that_is_fed_whole_and_exceeds_a_step_is_refused(model: Path, r
     assert "an image of 21 tokens" in refused.message
     assert "batch_max_tokens 20" in refused.message
     assert not scheduler.busy
+
+
+def test_the_worst_step_of_images_runs_before_a_gpu_is_ready(model: Path) -> None:
+    vision = Vision("float32", most_tokens=8, token_bytes=4 * 64, patches=8, capacity=4)
+    plan = msgspec.structs.replace(plan_for(model, slots=31), vision=vision)
+    (step,) = [step for step in worst_steps(plan) if any(row.images for row in step.rows)]
+    assert sum(part.rows for row in step.rows for part in row.images or ()) == step.fed == 31
+    runner = load_on_device(model)
+    result = runner.run(step, lambda: None)
+    assert len(result.tokens) == len(step.rows)

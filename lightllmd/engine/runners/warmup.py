@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightllmd.config.plan import Plan
 from lightllmd.engine.sampling.gpu_sampler import MOST_CANDIDATES
-from lightllmd.engine.step import DecodeRows, PoolingRow, Row, SamplingRow, Step, no_decode
+from lightllmd.engine.step import DecodeRows, ImagePart, PoolingRow, Row, SamplingRow, Step, no_decode
 from lightllmd.ipc.messages import SamplingParams
 
 PLAIN = SamplingParams()
@@ -45,6 +45,8 @@ def worst_steps(plan: Plan) -> Iterator[Step]:
         yield _pooled(_step(min(widest, most), 1, PLAIN))
     if not plan.generates:
         return
+    if plan.vision is not None:
+        yield _of_images(_step(most, longest, PLAIN), plan)
     scored = _step(most, longest, EVERYTHING)
     for row in scored.rows:
         row.targets, row.top_targets = row.tokens, 20
@@ -68,6 +70,18 @@ def _step(tokens: int, longest: int, params: SamplingParams) -> Step:
         slots = list(range(first, min(first + longest, tokens)))
         rows.append(Row(number, 0, 0, 0, [1] * len(slots), slots, True, 0, SamplingRow(params, [], [])))
     return Step(0, "prefill", no_decode(), rows, [])
+
+
+def _of_images(step: Step, plan: Plan) -> Step:
+    """All of its tokens are those of images."""
+    assert plan.vision is not None
+    each, layers = plan.vision.token_bytes, plan.image_layers
+    for row in step.rows:
+        count = len(row.tokens)
+        row.images = [ImagePart(0, count, memoryview(bytes(count * each)), layers)]
+        if plan.sees_both_ways:
+            row.bidirectional = [(0, count)]
+    return step
 
 
 def _pooled(step: Step, summed: bool = False) -> Step:

@@ -97,8 +97,9 @@ def test_the_visual_worker_is_in_the_budget_and_what_it_takes_is_no_slot() -> No
     taken = {row.name: row.bytes for row in on.vision.rows}
     assert tuple(taken) == VISION_ROWS
     assert taken["vision weights"] == 2 * sum(weight.elements for weight in SEEING.vision.weights)  # type: ignore[union-attr]
-    assert on.budget.vision == on.budget.needed - off.budget.needed == sum(taken.values())
-    assert on.budget.taken == off.budget.taken
+    own = on.budget.row("image embeddings")
+    assert on.budget.vision == on.budget.needed - off.budget.needed - own == sum(taken.values())
+    assert on.budget.taken == off.budget.taken + own
     room = small(4 * GB)
     slots = [seeing(flags, room).max_total_token_num for flags in ({}, ON)]
     assert 0 < slots[1] < slots[0]
@@ -165,4 +166,13 @@ def test_room_for_a_model_that_sees_has_room_for_its_visual_worker() -> None:
         return resolve(config, Facts(MODEL, CPU, {"other": other})).budget.reserve
 
     plan = seeing(ON)
-    assert reserve(SEEING, enable_multimodal=True) - reserve(SEEING) == plan.budget.vision > 0
+    own = 3072 * 576 * 2  # of the other's steps
+    assert reserve(SEEING, enable_multimodal=True) - reserve(SEEING) == plan.budget.vision + own > own > 0
+
+
+def test_a_step_of_images_is_in_the_engines_budget() -> None:
+    plan = seeing(ON)
+    row = plan.budget.row("image embeddings")
+    assert plan.vision is not None
+    assert row == plan.batch_max_tokens * plan.vision.token_bytes
+    assert seeing({"enable_multimodal": False}).budget.row("image embeddings") == 0
