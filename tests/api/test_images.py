@@ -26,7 +26,7 @@ PLACE = [0] * TOKENS
 @asynccontextmanager
 async def seeing(folder: Path, *, tokens: int = TOKENS, **options: Any) -> AsyncIterator[tuple[Stack, FakeSight]]:
     sight = FakeSight(tokens)
-    with patch.object(ApiWorker, "_sight", lambda worker, plan: sight):
+    with patch.object(ApiWorker, "_sight", lambda worker, number, plan: sight):
         async with stack(folder, plan=make_plan(sees=True, **options)) as one:
             yield one, sight
 
