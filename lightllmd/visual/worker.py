@@ -52,7 +52,8 @@ class VisualWorker:
             viewer,
             self._encoder,
             data_type=plan.vision.data_type,
-            batch=settings.batch,
+            # On a CPU one at a time: the end of each is progress, and a batch may last longer than a hang may.
+            batch=settings.batch if plan.vision.devices else 1,
             room_timeout=settings.room_timeout,
         )
         self._phase, self._progress, self._total = "boot", 0, 0
