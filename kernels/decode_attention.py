@@ -200,6 +200,8 @@ def decode_attention(
     padded = triton.next_power_of_2(count)
     on, shape = operands(q, cache, heads, table, out, paired=True), attention_shape(q, cache, heads, paired=True)
     block_n, warps, stages = tiles or decode_tiles(torch.int8 if shape.KV.PAIRED else q.dtype, heads.dim)
+    if cache.scheme.packed == 2:
+        block_n = max(32, block_n)  # Triton 3.6 multiplies fewer wrongly, once they are joined of two halves
     _decode[(len(q), heads.query // count, segments)](
         on,
         rows,

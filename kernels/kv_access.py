@@ -27,7 +27,7 @@ class KvPointers(NamedTuple):
     entries: Tensor  # [S, 2K, D], or of two elements a byte [S, 2K, D / 2]
     slot_stride: int  # elements from one slot to the next
     scales: Tensor | None  # fp16 [S, K, 2, G], or 2G; where they are folded and read: int32 [S, K], both of a head
-    scale_stride: int | None  # elements from one slot to the next
+    scale_stride: int | None  # fp16 elements from one slot to the next: never 1, which Triton makes a constant
 
 
 class KvStorage(NamedTuple):
@@ -56,7 +56,7 @@ def read_pointers(cache: LayerCache, paired: bool = False) -> KvPointers:
         return pointers
     both = cache.scales.flatten(-2).view(torch.int32)  # of a head, as one load of 32 bits
     entries = cache.entries.view(torch.int16) if storage.PAIRED else cache.entries
-    return KvPointers(entries, entries.stride(0), both, both.stride(0))
+    return KvPointers(entries, entries.stride(0), both, cache.scales.stride(0))
 
 
 def kv_storage(cache: LayerCache, dtype: torch.dtype | None = None, paired: bool = False) -> KvStorage:
@@ -89,7 +89,7 @@ def load_values(cache, kv_head, slot, inside, DTYPE: tl.constexpr, SHAPE: tl.con
 def load_scales(cache, kv_head, slot, inside, SHAPE: tl.constexpr):
     """Where they are folded: the scales of the keys and of the values at ``slot [N]``, fp32 ``[N]`` each; those of keys
     times `UNIT`, those of values times `LIFT`."""
-    at = cache.scales + slot * cache.scale_stride + kv_head
+    at = cache.scales + slot * (cache.scale_stride >> 1) + kv_head
     both = tl.load(at) if inside is None else tl.load(at, mask=inside, other=0)
     key = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     value = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -104,18 +104,23 @@ def _load(cache, kv_head, slot, inside, DTYPE: tl.constexpr, SHAPE: tl.constexpr
     PACKED: tl.constexpr = 2 if KV.VALUES == "int4" or KV.VALUES == "uint4" else 1
     WIDTH: tl.constexpr = D // PACKED
     OFFSET: tl.constexpr = PART * SHAPE.KV_HEADS * WIDTH
-    at = cache.entries + kv_head * WIDTH + tl.arange(0, WIDTH)[None, :] + slot[:, None] * cache.slot_stride + OFFSET
+    # Triton 3.6 multiplies wrongly what is joined of two halves of fewer than 16: a byte is loaded for each of them.
+    APART: tl.constexpr = PACKED == 2 and D < 32
+    element = tl.arange(0, D) // 2 if APART else tl.arange(0, WIDTH)
+    at = cache.entries + kv_head * WIDTH + element[None, :] + slot[:, None] * cache.slot_stride + OFFSET
     tile = tl.load(at) if inside is None else tl.load(at, mask=inside[:, None], other=0)
+    if APART:
+        tile = (tile >> (tl.arange(0, D) % 2 * 4)[None, :].to(tl.uint8)) & 15
     if KV.VALUES == "":
         tile = tile.to(DTYPE)
     elif KV.FOLDED:
-        tile = _numbers(tile, DTYPE, KV)
+        tile = _numbers(tile, DTYPE, KV, APART)
     else:
         G: tl.constexpr = D // KV.GROUP
         EACH: tl.constexpr = 2 * G if KV.VALUES == "uint4" else G
         row_at = cache.scales + kv_head * (2 * EACH) + slot * cache.scale_stride + PART * EACH
         scales_at = row_at[:, None] + tl.arange(0, G)[None, :]
-        numbers = _numbers(tile, tl.float32, KV).reshape(slot.shape[0], G, KV.GROUP)
+        numbers = _numbers(tile, tl.float32, KV, APART).reshape(slot.shape[0], G, KV.GROUP)
         numbers *= _load_fp16(scales_at, inside)[:, :, None]
         if KV.VALUES == "uint4":
             numbers += _load_fp16(scales_at + G, inside)[:, :, None]
@@ -130,14 +135,18 @@ def _load_fp16(at, inside):
 
 
 @triton.jit
-def _numbers(stored, DTYPE: tl.constexpr, KV: tl.constexpr):
-    """What stored values ``[N, W]`` stand for: ``[N, W]``, or ``[N, 2W]`` of two in a byte."""
+def _numbers(stored, DTYPE: tl.constexpr, KV: tl.constexpr, APART: tl.constexpr = False):
+    """What stored values ``[N, W]`` stand for: ``[N, W]``, or ``[N, 2W]`` of two in a byte that are not `APART` yet."""
     if KV.VALUES == "int8":
         numbers = stored
     elif KV.VALUES == "float8_e4m3fn":
         # Sign, exponent and mantissa where fp16 has them, whose exponent counts from 8 below.
         bits = stored.to(tl.int16)
         numbers = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    elif APART:
+        numbers = stored.to(tl.int32)
+        if KV.VALUES == "int4":
+            numbers = (numbers ^ 8) - 8
     else:
         low, high = (stored & 15).to(tl.int32), (stored >> 4).to(tl.int32)
         if KV.VALUES == "int4":

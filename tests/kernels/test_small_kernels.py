@@ -137,7 +137,8 @@ def test_rope_kv_quantises_what_it_stores(name: str, shape: tuple[int, int, int]
     values, scales = kv_reference.quantised(dense[:, heads:].cpu(), scheme)
     assert torch.equal(kv_reference.bytes_of(cache.entries[slots.long()]).cpu(), values)
     assert torch.equal(cache.tensors[1][slots.long()].transpose(1, 2).flatten(1, 2).cpu(), scales)
-    assert torch.equal(ours[:, :heads], dense[:, :heads])
+    # Another kernel: its compiler may contract other products and sums.
+    torch.testing.assert_close(ours[:, :heads], dense[:, :heads], rtol=1e-6, atol=1e-6)
     close(ours[:, heads:], torch.cat(cache.gather(slots.long()), 1))
 
 
