@@ -56,8 +56,8 @@ class FusedPackedLinear(FusedLinear):
 
     def _fuses(self, norm: Norm, x: Tensor, tile: PackedTile | None) -> bool:
         """Whether the matmul is given the norm's weight, too."""
-        skinny = tile is not None and not tile.wide
-        return skinny and self.order is None and packed_tiles.fuses_norm(len(x), x.dtype, norm.offset)
+        fuses = tile is not None and packed_tiles.fuses_norm(tile, len(x), x.dtype, norm.offset)
+        return fuses and self.order is None
 
     def _dense_matmul(self, x: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         """cuBLAS's, with some rows of the weight dense at a time."""

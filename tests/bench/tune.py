@@ -1,7 +1,7 @@
 """Makes the tables of tiles for the card at hand: ``python tests/bench/tune.py [--shape 8b] [--schemes dense,w4a16]``.
 
 Times candidate tiles of every linear of a model's shape, over rows of x, each result checked, and prints the tables as
-the source holds them: `TUNED` of `kernels/tiles.py` (dense) and of `kernels/packed_tiles.py` (w4a16, w8a16). Paste what
+the source holds them: `TUNED` of `kernels/tiles.py` (dense) and of `kernels/packed/tiles.py` (w4a16, w8a16). Paste what
 it prints under the card's kind. A shape takes about five minutes; ``8b/2`` is what each of two ranks has of one.
 
 ``--dry`` is for machines without a card: it compiles the candidates for Hopper and prints registers, spills and
@@ -46,7 +46,7 @@ class Tunable(Protocol):
     def candidates(self, product: Product, m: int) -> list[Any]:
         """Tiles, that of the rules first; empty where cuBLAS alone is worth a thought."""
 
-    def launch(self, product: Product, m: int, tile: Any) -> skinny.Launch:
+    def launches(self, product: Product, m: int, tile: Any) -> list[skinny.Launch]:
         """Of tensors without memory, to be compiled."""
 
     def times(self, product: Product, m: int, tiles: list[Any], report: Report) -> list[tuple[float, Any]]:
@@ -66,12 +66,12 @@ class Dense:
         rule = products.tiles.tile_for(m, product.n, product.k, products.DTYPE, product.gates)
         return list(dict.fromkeys([rule, *products.candidates(product, m)])) if m <= 128 else []
 
-    def launch(self, product: Product, m: int, tile: Any) -> skinny.Launch:
+    def launches(self, product: Product, m: int, tile: Any) -> list[skinny.Launch]:
         """As the linear launches it, with its norm inside where the kernel can."""
         operands = products.Operands(
             product, m, torch.empty(product.n * product.k, device="meta", dtype=products.DTYPE), "meta"
         )
-        return operands.launch(self._variant(product, m, tile), operands.weights[0])
+        return [operands.launch(self._variant(product, m, tile), operands.weights[0])]
 
     def times(self, product: Product, m: int, tiles: list[Any], report: Report) -> list[tuple[float, Any]]:
         """With norm and activation, which cuBLAS has in launches of their own."""
@@ -100,7 +100,7 @@ class Dense:
 class PackedBits:
     """Weights of 4 or 8 bits: `packed_skinny` and `packed_wide` beside a dense copy for cuBLAS."""
 
-    table = "kernels/packed_tiles.py"
+    table = "kernels/packed/tiles.py"
 
     def __init__(self, name: str) -> None:
         self._scheme, self._bits = SCHEMES[name], packed.BITS[name]
@@ -109,9 +109,9 @@ class PackedBits:
         """The head is not quantised."""
         return [] if product.name == "head" else packed.candidates(product, m, self._scheme)
 
-    def launch(self, product: Product, m: int, tile: Any) -> skinny.Launch:
+    def launches(self, product: Product, m: int, tile: Any) -> list[skinny.Launch]:
         """As the linear launches it."""
-        return packed.Operands.random(product, m, self._scheme, "meta").launch(tile)
+        return packed.Operands.random(product, m, self._scheme, "meta").launches(tile)
 
     def times(self, product: Product, m: int, tiles: list[Any], report: Report) -> list[tuple[float, Any]]:
         """Each beside the first's result."""
@@ -141,9 +141,9 @@ SCHEMES_OF: dict[str, Callable[[], Tunable]] = {
 
 def compile_one(name: str, product: Product, m: int, tile: Any) -> str | None:
     """In a process of its own: puts the kernel into Triton's cache on disk. Returns what went wrong."""
-    kernel, grid, arguments, options = SCHEMES_OF[name]().launch(product, m, tile)
     try:
-        kernel.warmup(*arguments, grid=grid, **options)
+        for kernel, grid, arguments, options in SCHEMES_OF[name]().launches(product, m, tile):
+            kernel.warmup(*arguments, grid=grid, **options)
     except Exception as error:
         return f"{type(error).__name__} {str(error)[:200]}"
     return None
@@ -155,8 +155,8 @@ def dry(names: list[str], found: list[Product], rows: list[int], most: int) -> N
 
     def launches(name: str, product: Product, m: int, tile: Any) -> Callable[[], None]:
         def launch() -> None:
-            kernel, grid, arguments, options = SCHEMES_OF[name]().launch(product, m, tile)
-            kernel[grid](*arguments, **options)
+            for kernel, grid, arguments, options in SCHEMES_OF[name]().launches(product, m, tile):
+                kernel[grid](*arguments, **options)
 
         return launch
 

@@ -102,11 +102,10 @@ def packed_products(bits: int, rows: int, names: str, dtype: torch.dtype = torch
         )
         gates, adds = name == "gate_up", name in ("o", "down")
         x, out = torch.empty(rows, k, dtype=dtype), torch.empty(rows, n // 2 if gates else n, dtype=dtype)
-        norm = (
-            None if adds or not packed_tiles.fuses_norm(rows, dtype, 0.0) else Norm(torch.empty(k, dtype=dtype), 1e-5)
-        )
         tile = packed_tiles.tile_for(H200, rows, n, k, bits, weight.group, gates)
         assert tile is not None
+        fuses = not adds and packed_tiles.fuses_norm(tile, rows, dtype, 0.0)
+        norm = Norm(torch.empty(k, dtype=dtype), 1e-5) if fuses else None
         arrived, pdl = torch.zeros(1024, dtype=torch.int32), packed_tiles.overlaps(rows, n)
         residual, activation = out if adds else None, "silu" if gates else None
         multiply(x, weight, out, tile, arrived, norm, None, residual, activation, pdl)
@@ -118,7 +117,7 @@ def packed_variants(*variants: tuple[int, int, torch.dtype | None, torch.dtype],
     from lightllmd.kernels.packed.tiles import PackedTile
 
     n, k = 1000, 576
-    tile = PackedTile(True, 64, 64, 4, 1, 4, splits=2) if wide else PackedTile(False, rows, 32, 4, 1, 3)
+    tile = PackedTile("wide", 64, 64, 4, 1, 4, splits=2) if wide else PackedTile("skinny", rows, 32, 4, 1, 3)
     for bits, group, zeros, dtype in variants:
         groups = -(-k // group) if group else 1
         weight = PackedWeight(

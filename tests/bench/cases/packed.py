@@ -20,10 +20,11 @@ from lightllmd.architecture.schemes import SCHEMES, Scheme
 from lightllmd.kernels import reference
 from lightllmd.kernels.cards import card_of
 from lightllmd.kernels.fused import FusedKernels
+from lightllmd.kernels.fused_linear import normed
 from lightllmd.kernels.linear import Linear, Norm
 from lightllmd.kernels.packed import tiles as packed_tiles
 from lightllmd.kernels.packed.linear import ARRIVALS, FusedPackedLinear
-from lightllmd.kernels.packed.matmul import PackedWeight, launch
+from lightllmd.kernels.packed.matmul import PackedWeight, launches
 from lightllmd.kernels.packed.tiles import PackedTile
 from lightllmd.kernels.quantised import quantise
 from lightllmd.kernels.skinny import Launch
@@ -157,19 +158,24 @@ class Operands(NamedTuple):
             torch.zeros(ARRIVALS, dtype=torch.int32, device=device),
         )
 
-    def launch(self, tile: PackedTile, index: int = 0) -> Launch:
-        """As the linear launches it, without a norm of its own."""
-        rows, fuses = len(self.x), packed_tiles.fuses_norm(len(self.x), DTYPE, 0.0)
-        norm = self.norm if self.product.normed and fuses and not tile.wide else None
+    def launches(self, tile: PackedTile, index: int = 0) -> list[Launch]:
+        """As the linear launches it, behind a norm of its own."""
+        rows = len(self.x)
+        fuses = self.product.normed and packed_tiles.fuses_norm(tile, rows, DTYPE, 0.0)
+        norm = self.norm if fuses else None
         residual, activation = self.out if self.product.adds else None, "silu" if self.product.gates else None
         pdl = packed_tiles.overlaps(rows, self.product.n)
         weight = self.weights[index % len(self.weights)]
-        return launch(self.x, weight, self.out, tile, self.arrived, norm, None, residual, activation, pdl)
+        return launches(self.x, weight, self.out, tile, self.arrived, norm, None, residual, activation, pdl)
 
     def calls(self, tile: PackedTile) -> list[Callable[[], object]]:
+        fuses = packed_tiles.fuses_norm(tile, len(self.x), DTYPE, 0.0)
+
         def call(index: int) -> None:
-            kernel, grid, arguments, options = self.launch(tile, index)
-            kernel[grid](*arguments, **options)
+            if self.product.normed and not fuses:
+                normed(self.x, self.norm)
+            for kernel, grid, arguments, options in self.launches(tile, index):
+                kernel[grid](*arguments, **options)
 
         return [functools.partial(call, index) for index in range(max(16, len(self.weights)))]
 
@@ -188,21 +194,22 @@ def candidates(product: Product, m: int, scheme: Scheme) -> list[PackedTile]:
     )
     derived = packed_tiles.tile_for(card, m, product.n, product.k, bits, scheme.group, product.gates)
     found = [] if derived is None else [derived]
-    if m <= 64:
-        block_m = max(8, 1 << (m - 1).bit_length())
-        for block_n in (16, 32, 64) if block_m <= 16 else (16, 32):
-            for warps in (4, 8):
-                found += [PackedTile(False, block_m, block_n, warps, 2, stages) for stages in (3, 4)]
-    if m > 16:
-        block_m = min(256, max(32, 1 << (m - 1).bit_length()))
-        for rows in {block_m, min(block_m, 128)}:
-            for block_n, warps in ((64, 4), (128, 8)):
-                if rows == 256 and block_n == 64:
-                    continue
-                splits = (1, 2, 4) if product.n <= 64 * card.multiprocessors else (1,)
-                found += [PackedTile(True, rows, block_n, warps, 2, 3, split) for split in splits]
-                found.append(PackedTile(True, rows, block_n, warps, 1, 4, splits[-1]))
     step = packed_tiles.largest_step(scheme.group, product.k)
+    if packed_tiles.fits_gemv(m, product.n, product.k, bits, scheme.group, product.gates):
+        for tiles in (2, 4, 8) if product.gates else (1, 2, 4):
+            found += [PackedTile("gemv", 1, 16 * tiles, warps, step, 1) for warps in (4, 8, 16)]
+    if m <= 16:
+        block_m = max(8, 1 << (m - 1).bit_length())
+        found += [PackedTile("skinny", block_m, 32, 8, 2, 3), PackedTile("skinny", block_m, 64, 4, 2, 3)]
+    if m > 1:
+        block_m = min(256, max(16, 1 << (m - 1).bit_length()))
+        for rows in {block_m, min(block_m, 128)}:
+            for block_n, warps in ((64, 4), (128, 4), (128, 8)):
+                if rows >= 128 and block_n // warps > 16:
+                    continue
+                splits = (1, 2, 4, 8) if product.n <= 64 * card.multiprocessors else (1,)
+                found += [PackedTile("wide", rows, block_n, warps, 2, 3, split) for split in splits]
+                found.append(PackedTile("wide", rows, block_n, warps, 1, 4, splits[-1]))
     fitting = [tile._replace(blocks=min(step, tile.blocks)) for tile in found]
     return list(dict.fromkeys(tile for tile in fitting if packed_tiles.staged(tile, bits) <= card.shared - 4096))
 
