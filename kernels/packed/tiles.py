@@ -65,7 +65,7 @@ TUNED: dict[str, Measured] = {
             (512, None),
         ],
         (4, True, 28672, 4096): [
-            (1, PackedTile("gemv", 1, 128, 16, 2, 1, 1)),
+            (1, PackedTile("gemv", 1, 64, 4, 2, 1, 1)),
             (8, PackedTile("wide", 16, 128, 4, 2, 3, 2)),
             (16, PackedTile("wide", 16, 64, 4, 2, 3, 1)),
             (32, PackedTile("wide", 32, 128, 8, 2, 3, 1)),
