@@ -79,7 +79,7 @@ TUNED: dict[str, Measured] = {
             (32, PackedTile("wide", 32, 128, 4, 2, 3, 8)),
             (64, PackedTile("wide", 64, 128, 8, 2, 3, 8)),
             (128, PackedTile("wide", 128, 128, 8, 2, 3, 4)),
-            (256, PackedTile("wide", 256, 128, 8, 2, 3, 4)),
+            (256, PackedTile("wide", 128, 128, 8, 2, 3, 2)),
         ],
         (8, False, 6144, 4096): [
             (1, PackedTile("gemv", 1, 16, 8, 2, 1, 1)),
