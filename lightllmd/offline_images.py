@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightllmd.config.plan import Plan
 from lightllmd.engine.images.prompt_images import ImageEmbedding, PromptImages, positions_in_grids
-from lightllmd.errors import InvalidRequest
+from lightllmd.errors import InvalidRequest, RequestError
 from lightllmd.ipc.messages import Submit
 from lightllmd.requests.faults import shown
 from lightllmd.requests.images import AskedImage, image_at
@@ -50,6 +50,9 @@ class OfflineSeen:
 
     def release(self) -> None:
         """See `SeenImages`."""
+
+    def when_lost(self, tell: Callable[[RequestError], None]) -> None:
+        """See `SeenImages`: they are not."""
 
 
 def asked_image(given: Any, field: str) -> AskedImage:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from lightllmd.errors import InvalidRequest
+from lightllmd.errors import InvalidRequest, RequestError
 from lightllmd.requests.images import AskedImage
 
 TOKENS = 4
@@ -34,6 +35,9 @@ class FakeSeen:
         self.released += 1
         self._sight.held.discard(self)
 
+    def when_lost(self, tell: Callable[[RequestError], None]) -> None:
+        self.lose = tell
+
 
 class FakeSight:
     """Refuses what has "broken" in its name."""
@@ -42,8 +46,11 @@ class FakeSight:
         self.tokens = tokens
         self.shown: list[AskedImage] = []
         self.held: set[FakeSeen] = set()
+        self.looked: asyncio.Event | None = None  # what is shown waits for it
 
     async def show(self, images: Sequence[AskedImage]) -> FakeSeen:
+        if self.looked is not None:
+            await self.looked.wait()
         for image in images:
             if "broken" in image.content:
                 raise InvalidRequest(f"{image.field}: no image", param=image.field)
@@ -51,3 +58,9 @@ class FakeSight:
         seen = FakeSeen(self, images)
         self.held.add(seen)
         return seen
+
+    def migrate(self, successor: FakeSight) -> None:
+        successor.held |= self.held
+
+    def close(self) -> None:
+        pass

@@ -14,6 +14,7 @@ import zmq
 
 from lightllmd.api.app import build_app, dialects_of, error_answers
 from lightllmd.api.images.client import VisualClient
+from lightllmd.api.images.held import KeptImageBytes
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.ledger import Ledger
 from lightllmd.api.inflight.link import EngineLink
@@ -32,7 +33,6 @@ from lightllmd.ipc.images import visual_path
 from lightllmd.ipc.quota import Quota
 from lightllmd.observe.metrics import ApiMetrics
 from lightllmd.requests.limits import RequestLimits
-from lightllmd.requests.seeing import Sight
 from lightllmd.text import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class ApiWorker:
         self._stop_timeout = plan.config.supervisor.stop_timeout
         self._context = zmq.Context(io_threads=1)
         self._visual_dir = configure.visual_dir
+        self._held_images = KeptImageBytes(plan.config.images.max_held_bytes)
         self._tally = Tally(configure.api, configure.epoch)
         self._accounts = Accounts(
             ApiMetrics(plan.config.params.max_req_input_len, plan.config.params.max_req_total_len)
@@ -92,11 +93,12 @@ class ApiWorker:
         )
         return Revision(plan, tokenizer, ledger, self._accounts, self._sight(number, plan))
 
-    def _sight(self, number: int, plan: Plan) -> Sight | None:
+    def _sight(self, number: int, plan: Plan) -> VisualClient | None:
         """The way to the visual worker of this revision."""
         if plan.vision is None:
             return None
-        return VisualClient(visual_path(self._visual_dir, number), plan.config.http.hold_timeout)
+        path = visual_path(self._visual_dir, number)
+        return VisualClient(path, plan.config.http.hold_timeout, self._held_images)
 
     async def run(self) -> None:
         """Serves until told to retire or to stop."""

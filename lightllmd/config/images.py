@@ -99,6 +99,16 @@ class ImagesSettings(msgspec.Struct, frozen=True, kw_only=True):
             maximum=65536,
         ),
     ] = 64
+    max_held_bytes: Annotated[
+        int,
+        Setting(
+            doc="Most bytes of images that an api worker keeps for requests that run or wait, so that a visual worker "
+            "that was started again is shown them; then 429.",
+            unit="bytes",
+            minimum=1 << 20,
+            maximum=1 << 40,
+        ),
+    ] = 1 << 30
     room_timeout: Annotated[
         float,
         Setting(

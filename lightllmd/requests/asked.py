@@ -131,3 +131,14 @@ class Asked:
     shows_prompt: bool = True  # the answer has room for log-probabilities of the prompt
     dialogue: Dialogue | None = None  # tools and reasoning of the only prompt, a chat; None: all output is text
     prompts_first: bool = False  # of several faults one in a prompt is told before one in another field
+
+    @property
+    def brings_images(self) -> bool:
+        """Whether a prompt has images, or may have some as Markdown."""
+        return any(map(_brings_images, self.prompts))
+
+
+def _brings_images(prompt: Prompt) -> bool:
+    if isinstance(prompt.content, Chat):
+        return bool(prompt.content.images)
+    return bool(prompt.images) or (prompt.markdown and isinstance(prompt.content, str) and "![" in prompt.content)

@@ -16,7 +16,7 @@ import msgspec
 from lightllmd.architecture.vision.placeholder import ImageTokens, Placeholder
 from lightllmd.architecture.vision.unbuilt import unbuilt
 from lightllmd.config.plan import Plan
-from lightllmd.errors import InvalidRequest, NotReady
+from lightllmd.errors import InvalidRequest, NotReady, RequestError
 from lightllmd.ipc.messages import ImageSpan
 from lightllmd.requests.asked import Chat
 from lightllmd.requests.images import AskedImage, images_in_markdown
@@ -54,6 +54,10 @@ class SeenImages(Protocol):
 
     def release(self) -> None:
         """The request needs them no more. A second time nothing happens."""
+
+    def when_lost(self, tell: Callable[[RequestError], None]) -> None:
+        """`tell` is called if they can't be kept any longer: an engine that has not had them yet will never have them.
+        Not after they were released."""
 
 
 class Sight(Protocol):

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import pytest
 
-from api.frontend_harness import Stack, expected, make_plan, run, stack
+from api.frontend_harness import Stack, expected, make_plan, run, stack, until
 from fake_sight import TOKENS, FakeSight, key_of
 from lightllmd.api.worker import ApiWorker
+from lightllmd.errors import NotReady
 from lightllmd.ipc.messages import ImageSpan
 
 URL = "http://images.example/red.png"
@@ -418,5 +419,64 @@ def test_the_oldest_images_go_with_their_messages(tmp_path: Path) -> None:
             told = await one.client.post("/v1/responses", json=body)
             assert told.status_code == 200, told.text
             assert one.engines[0].submits[0].images == [span(len(CHAT[0]), DATA, 40)]
+
+    run(go())
+
+
+def test_a_stream_is_kept_alive_while_its_images_are_looked_at(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with seeing(tmp_path, hold_keepalive=0.1) as (one, sight):
+            for path, body, options in STREAMS.values():
+                sight.looked = asyncio.Event()
+                async with (
+                    one.client.stream("POST", path, json=body(URL, **options)) as fine,
+                    one.client.stream("POST", path, json=body(f"{URL}-broken", **options)) as refused,
+                ):
+                    pieces, faults = fine.aiter_text(), refused.aiter_text()
+                    comments = [await anext(pieces), await anext(pieces), await anext(faults)]
+                    assert set("".join(comments).split("\n\n")) == {": held", ""}
+                    sight.looked.set()
+                    assert "data:" in "".join([piece async for piece in pieces])
+                    assert "no image" in "".join([piece async for piece in faults])
+            sight.looked = None
+            answer = await one.client.post("/generate_stream", json=native(f"{URL}-broken"))
+            assert answer.status_code == 400  # where nothing was sent yet
+            assert not sight.held
+
+    run(go())
+
+
+def test_images_that_are_lost_end_a_request_that_no_engine_has_had_them_for(tmp_path: Path) -> None:
+    gone = NotReady("they can't be seen any more")
+
+    async def go() -> None:
+        async with seeing(tmp_path) as (one, sight):
+            engine = one.engines[0]
+            engine.free_run = False
+            waits = asyncio.create_task(one.client.post("/generate", json=native(URL)))
+            await until(lambda: len(engine.running) == 1)
+            (first,) = sight.held
+            first.lose(gone)
+            answer = await waits
+            assert answer.status_code == 503
+            assert gone.message in answer.text
+            await until(lambda: not engine.running)  # it is told, too
+            bodies = [native(URL), native(DATA)]
+            goes_on, replayed = (asyncio.create_task(one.client.post("/generate", json=body)) for body in bodies)
+            await until(lambda: len(engine.running) == 2)
+            engine.step()
+            await until(lambda: all(entry.proven for entry in one.ledger.entries))
+            for seen in list(sight.held):
+                seen.lose(gone)
+            first_request = min(engine.running)
+            while first_request in engine.running:
+                engine.step(only={first_request})
+            done, _ = await asyncio.wait((goes_on, replayed), return_when=asyncio.FIRST_COMPLETED)
+            assert [task.result().status_code for task in done] == [200]
+            await one.kill()
+            await one.up()
+            (last,) = {goes_on, replayed} - done
+            assert (await last).status_code == 503
+            assert not sight.held
 
     run(go())

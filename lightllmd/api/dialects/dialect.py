@@ -109,7 +109,8 @@ class Responder:
             urgency = urgency_of(request.headers, body.urgency)
         make = partial(self._respond, request, translation, body, asked, arrived_at, urgency)
         if translation.streamed(body):
-            return await self._revisions.stream(make, translation.error_frame)
+            late = isinstance(asked, Asked) and asked.brings_images
+            return await self._revisions.stream(make, translation.error_frame, late=late)
         return await make()
 
     async def _respond(

@@ -22,6 +22,9 @@ class Owner(Protocol):
     def cancel(self, entry: Entry) -> None:
         """The client is gone. Nothing happens to an entry that has ended."""
 
+    def lose_images(self, entry: Entry, error: RequestError) -> None:
+        """No engine will have them that has not had them yet."""
+
 
 class Entry:
     """Changed by its ledger only; read by the response that shows it."""
@@ -59,6 +62,7 @@ class Entry:
         "suspect_at",
         "suspect_since",
         "turn",
+        "unseen",
         "vectors",
     )
 
@@ -88,6 +92,7 @@ class Entry:
         self.prompt_tokens = prompt_tokens  # of the prompt that was given: more than are run where some were taken back
         self.images = images  # in the prompt
         self.seen = seen  # the same, kept where they were seen until it has ended
+        self.unseen: RequestError | None = None  # why no other engine will have its images
         self.prompt_log = PromptLog()
         self.cached = 0  # prompt tokens that the engine that gave the first token found in its prompt cache
         self.params = params

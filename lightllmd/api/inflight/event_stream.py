@@ -132,8 +132,9 @@ class EventStream(Response):
 
 
 class LateStream(Response):
-    """Stands in for a stream whose request waits at the gate: comments every `idle` seconds until `make` has made the
-    real one, which goes on from there. What `make` raises is told by `error_frame` once the status line is sent."""
+    """Stands in for a stream whose request waits at the gate, or for its images: comments every `idle` seconds until
+    `make` has made the real one, which goes on from there. What `make` raises is told by `error_frame` once the status
+    line is sent."""
 
     def __init__(
         self, make: Callable[[], Awaitable[Response]], error_frame: Callable[[RequestError], bytes], idle: float
@@ -165,5 +166,4 @@ class LateStream(Response):
             making.cancel()
         assert isinstance(stream, EventStream)
         stream.started = started
-        stream.raw_headers = self.raw_headers
         await stream(scope, receive, send)

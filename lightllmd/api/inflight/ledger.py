@@ -118,6 +118,8 @@ class Ledger:
         self._place(entry, self.groups.of(only) if only is not None else None)
         self._entries[number] = entry  # not before: what can't be sent would stay for ever
         self._deadlines.add(entry)
+        if seen is not None:
+            seen.when_lost(lambda error: entry.ledger.lose_images(entry, error))
         return entry
 
     def cancel(self, entry: Entry) -> None:
@@ -133,6 +135,12 @@ class Ledger:
             entry.error = error
             self._end(entry, "failed")
             entry.notify()
+
+    def lose_images(self, entry: Entry, error: RequestError) -> None:
+        """No engine will have them that has not had them yet: one that has, goes on with the request."""
+        entry.unseen = error
+        if not entry.proven:
+            self.fail(entry, error)
 
     def refuse(self, reason: str | None) -> None:
         """From now on new requests are told `reason`; None takes them again."""
@@ -242,6 +250,9 @@ class Ledger:
 
     def _place(self, entry: Entry, group: EngineGroup | None = None) -> None:
         """Sends it to `group`, or where it is best; where it can go nowhere it is held."""
+        if entry.unseen is not None:
+            self.fail(entry, entry.unseen)
+            return
         if group is None:
             group = self._suspects_group(entry) if entry.suspect else None
         if group is None and (not entry.suspect or self._patience_over(entry)):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lightllmd.api.helpers.texts import TextHelpers
+from lightllmd.api.images.client import VisualClient
 from lightllmd.api.inflight.accounts import Accounts
 from lightllmd.api.inflight.entry import Entry
 from lightllmd.api.inflight.ledger import Ledger
@@ -19,7 +20,6 @@ from lightllmd.requests.asked import Chat, Prompt
 from lightllmd.requests.branch import TextOptions, open_branches
 from lightllmd.requests.intake import Intake, Job
 from lightllmd.requests.limits import RequestLimits
-from lightllmd.requests.seeing import Sight
 from lightllmd.requests.urgency import Turn
 from lightllmd.text.interface import Tokenizer
 
@@ -32,7 +32,7 @@ class Revision:
     """One of `Revisions`. All calls come from one event loop."""
 
     def __init__(
-        self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts, sight: Sight | None = None
+        self, plan: Plan, tokenizer: Tokenizer, ledger: Ledger, accounts: Accounts, sight: VisualClient | None = None
     ) -> None:
         """`sight`: None where the plan serves no images."""
         self.plan = plan
@@ -41,6 +41,7 @@ class Revision:
         self.ledger = ledger
         self.limits = RequestLimits.of(plan)
         self.texts = TextHelpers(tokenizer, self.limits)
+        self.sight = sight
         self.intake = Intake(plan, lambda: tokenizer, self.texts, sight)
         self.http = plan.config.http
         self.tenants = Tenants(self.http)
@@ -116,8 +117,16 @@ class Revision:
 
     def migrate(self, successor: Revision) -> None:
         """`successor` serves the same model: it goes on with what is in flight here, and gets what is on its way in."""
+        if self.sight is not None and successor.sight is not None:
+            self.sight.migrate(successor.sight)
         self.ledger.migrate(successor.ledger)
         self.successor = successor
+
+    def stop(self) -> None:
+        """What it has beside this process is let go of, for good."""
+        self.texts.stop()
+        if self.sight is not None:
+            self.sight.close()
 
     @property
     def in_flight(self) -> int:

@@ -85,10 +85,13 @@ class Revisions:
         return await self.current.texts.decode(raw, model, noting)
 
     async def stream(
-        self, make: Callable[[], Awaitable[Response]], error_frame: Callable[[RequestError], bytes]
+        self, make: Callable[[], Awaitable[Response]], error_frame: Callable[[RequestError], bytes], *, late: bool
     ) -> Response:
-        """What `make` makes of a request for a stream, or what keeps its connection open while the gate is shut."""
-        return LateStream(make, error_frame, self.current.http.hold_keepalive) if self.gate.shut else await make()
+        """What `make` makes of a request for a stream, or what keeps its connection open while that takes its time:
+        where it is `late`, as with images, and while the gate is shut."""
+        if late or self.gate.shut:
+            return LateStream(make, error_frame, self.current.http.hold_keepalive)
+        return await make()
 
     def tick(self, now: float) -> None:
         """Ends what was held too long, keeps quiet streams alive. Called a few times a second."""
@@ -106,7 +109,7 @@ class Revisions:
     def stop_helpers(self) -> None:
         """When the worker ends."""
         for revision in self._revisions.values():
-            revision.texts.stop()
+            revision.stop()
 
     def fail_all(self, error: RequestError) -> None:
         """Ends all requests in flight with `error`."""
@@ -178,10 +181,10 @@ class Revisions:
             self._coming.pop(number, None)
             return f"{type(failure).__name__}: {failure}"
         if number in self._revisions:
-            revision.texts.stop()
+            revision.stop()
             return ""  # it was asked for twice
         if number not in self._coming:
-            revision.texts.stop()
+            revision.stop()
             return "it was given up meanwhile"
         ups = self._coming.pop(number)
         revision.ledger.refuse(self.gate.refusal)
@@ -216,7 +219,7 @@ class Revisions:
         revision = self._revisions.pop(number, None)
         if revision is not None:
             revision.ledger.abandon(reason)
-            revision.texts.stop()
+            revision.stop()
 
     def engine_up(self, message: EngineUp) -> None:
         """A generation of its revision's engine is ready."""
