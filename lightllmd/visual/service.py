@@ -207,6 +207,9 @@ class ImageService:
             self._send(client, NotSeen(show.request, refusal.status, refusal.message, index), [])
         except OSError as failure:
             self._send(client, NotSeen(show.request, 503, f"an image can't be held: {failure.strerror}"), [])
+        except Exception:  # a fault of our own: the request that waits for an answer gets one
+            log.exception("images can't be seen")
+            self._send(client, NotSeen(show.request, 500, "the images could not be processed"), [])
         finally:
             for one in viewed:
                 one.file.close()

@@ -294,7 +294,7 @@ class NotSeenError(RequestError):
     def of(self, images: Sequence[AskedImage]) -> RequestError:
         """As a client is told it."""
         refused = self._message
-        kind = {429: QueueFull, 503: NotReady}.get(refused.status, InvalidRequest)
+        kind = {429: QueueFull, 500: RequestFailed, 503: NotReady}.get(refused.status, InvalidRequest)
         if refused.index is None or refused.index >= len(images):
             return kind(refused.message)
         image = images[refused.index]

@@ -11,7 +11,7 @@ import pytest
 from leftovers import no_new_descriptors
 from lightllmd.api.images.client import VisualClient
 from lightllmd.api.images.held import KeptImageBytes
-from lightllmd.errors import InvalidRequest, NotReady, QueueFull, RequestError
+from lightllmd.errors import InvalidRequest, NotReady, QueueFull, RequestError, RequestFailed
 from lightllmd.requests.images import AskedImage
 from lightllmd.visual.encoders import FakeEncoder
 from lightllmd.visual.service import ImageService
@@ -174,6 +174,24 @@ def test_no_more_bytes_are_kept_than_the_bound_says(tmp_path: Path) -> None:
         assert (bound.held, client.held) == (6, 1)
         kept.release()
         assert bound.held == 0
+        client.close()
+        await service.close()
+
+    with no_new_descriptors():
+        asyncio.run(go())
+
+
+def test_a_fault_of_the_visual_worker_s_own_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def faulty(viewer: StubViewer, sources: Any) -> Any:
+        raise RuntimeError("a fault")
+
+    async def go() -> None:
+        service, client = await service_at(tmp_path / "v"), client_of(tmp_path / "v")
+        with monkeypatch.context() as patched:
+            patched.setattr(StubViewer, "view", faulty)
+            with pytest.raises(RequestFailed, match="could not be processed"):
+                await client.show([AskedImage("a", "data", "one")])
+        (await client.show([AskedImage("a", "data", "one")])).release()
         client.close()
         await service.close()
 
