@@ -46,6 +46,8 @@ class FakeSight:
         self.tokens = tokens
         self.shown: list[AskedImage] = []
         self.held: set[FakeSeen] = set()
+        self.successor: FakeSight | None = None
+        self.closed = False
         self.looked: asyncio.Event | None = None  # what is shown waits for it
 
     async def show(self, images: Sequence[AskedImage]) -> FakeSeen:
@@ -60,7 +62,7 @@ class FakeSight:
         return seen
 
     def migrate(self, successor: FakeSight) -> None:
-        successor.held |= self.held
+        self.successor = successor
 
     def close(self) -> None:
-        pass
+        self.closed = True

@@ -97,6 +97,7 @@ class ApiWorker:
         """The way to the visual worker of this revision."""
         if plan.vision is None:
             return None
+        self._held_images.most = plan.config.images.max_held_bytes  # of the newest revision
         path = visual_path(self._visual_dir, number)
         return VisualClient(path, plan.config.http.hold_timeout, self._held_images)
 

@@ -32,20 +32,15 @@ class VisualWorker:
         self._channel, self._path = channel, configure.path
         self._encoder: PictureEncoder = encoder_for(plan)
         settings, params = plan.config.images, plan.config.params
-        limits = FetchLimits(
-            urls=settings.urls,
-            timeout=settings.timeout,
-            max_redirects=settings.max_redirects,
-            allowed_hosts=tuple(settings.allowed_hosts),
-            allowed_networks=tuple(settings.allowed_networks),
-            file_root=settings.file_root,
-            max_bytes=settings.max_bytes,
-        )
         capacity = plan.vision.capacity
-        self._decoder = ImageDecoder(DecodeLimits(max_bytes=settings.max_bytes, max_pixels=settings.max_pixels))
+        self._decoder = ImageDecoder(DecodeLimits.of(settings))
         self._store = ImageStore(capacity, reserved(capacity, params.cache_reserved_ratio))
         viewer = Viewer(
-            Fetcher(limits), self._decoder, self._encoder.prepare, configure.secret, self._store.__contains__
+            Fetcher(FetchLimits.of(settings)),
+            self._decoder,
+            self._encoder.prepare,
+            configure.secret,
+            self._store.__contains__,
         )
         self._service = ImageService(
             self._store,

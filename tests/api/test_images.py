@@ -16,7 +16,7 @@ from api.frontend_harness import Stack, expected, make_plan, run, stack, until
 from fake_sight import TOKENS, FakeSight, key_of
 from lightllmd.api.worker import ApiWorker
 from lightllmd.errors import NotReady
-from lightllmd.ipc.messages import ImageSpan
+from lightllmd.ipc.messages import Commit, Forget, ImageSpan
 
 URL = "http://images.example/red.png"
 DATA = "data:image/png;base64,aGVsbG8="
@@ -478,5 +478,31 @@ def test_images_that_are_lost_end_a_request_that_no_engine_has_had_them_for(tmp_
             (last,) = {goes_on, replayed} - done
             assert (await last).status_code == 503
             assert not sight.held
+
+    run(go())
+
+
+def test_a_reload_that_carries_requests_over_takes_their_images_along(tmp_path: Path) -> None:
+    sights = {number: FakeSight() for number in (1, 2)}
+    plan = make_plan(sees=True)
+
+    async def go() -> None:
+        with patch.object(ApiWorker, "_sight", lambda worker, number, plan: sights[number]):
+            async with stack(tmp_path, plan=plan) as one:
+                one.engines[0].free_run = False
+                asking = asyncio.create_task(one.client.post("/generate", json=native(URL)))
+                await one.engines[0].submitted(1)
+                await one.prepare(2, plan)
+                one.tell(Commit(2, True))
+                engine = await one.up(2)
+                await engine.submitted(1)
+                assert engine.submits[0].images == one.engines[0].submits[0].images
+                assert sights[1].successor is sights[2]
+                assert not sights[1].closed
+                one.tell(Forget(1, "it is over"))
+                await until(lambda: sights[1].closed)
+                engine.free_run = True
+                assert (await asking).status_code == 200
+                assert not sights[1].held
 
     run(go())
