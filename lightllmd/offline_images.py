@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightllmd.config.files import read_bytes
 from lightllmd.config.plan import Plan
 from lightllmd.engine.images.prompt_images import ImageEmbedding, PromptImages, positions_in_grids
 from lightllmd.errors import InvalidRequest, RequestError
@@ -182,7 +183,7 @@ class OfflineSight:
         limits = DecodeLimits.of(self._plan.config.images)
         try:
             if isinstance(given, Path):
-                given = given.read_bytes()
+                given = read_bytes(given, limits.max_bytes)
             if not hasattr(given, "getexif"):
                 return ReadImage(bytes(given), limits).image()
             check_size(given.width, given.height, limits)

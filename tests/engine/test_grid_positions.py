@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import ALL
 from lightllmd.architecture.families import architecture_of
 from lightllmd.engine.images.prompt_images import PromptImages, positions_in_grids
 from lightllmd.engine.step import DecodeRows, Row, Step
@@ -192,5 +193,6 @@ def test_a_gpu_has_the_same_logits_and_tokens(case: Case) -> None:
     if case.kind != "qwen3_vl_text" and not torch.cuda.is_available():
         pytest.skip("in the interpreter one kind is enough: a packer knows none of them")
     runner = load_on_device(case.folder)
-    check(case, Driver(runner, scattered=True, poisoned=True), 2e-4)
+    if ALL:  # in the interpreter test_qwen_vl has the same of a whole model
+        check(case, Driver(runner, scattered=True, poisoned=True), 2e-4)
     assert greedy(case, runner, True) == greedy(case, load(case.folder), False)

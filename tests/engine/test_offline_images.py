@@ -140,6 +140,7 @@ def test_a_conversation_has_images_among_its_parts(llm: LLM) -> None:
         ("a<image>", [7], "should be an image of PIL"),
         ("a<image>", [b"no image"], "its file is text"),
         ("a<image>", ["/no/such/file.png"], "can't be read as an image"),
+        ("a<image>", ["/dev/zero"], "it is a device, not a regular file"),
     ],
 )
 def test_what_is_no_image_is_refused_by_name(llm: LLM, prompts: Any, images: Any, words: str) -> None:

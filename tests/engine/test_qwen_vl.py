@@ -4,6 +4,7 @@ every way that a prompt may be computed."""
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightllmd.engine.runners.cpu import CpuRunner
 from lightllmd.engine.runners.gpu import GpuRunner
 from lightllmd.engine.step import Row
 from lightllmd.ipc.messages import ImageSpan, SamplingParams, Submit
+from long_run import LONG
 from qwen_vl_models import IMAGE, VISION, processor_of, write_qwen_vl
 from rank_threads import ThreadRanks
 from tiny_models import Driver, plan_for
@@ -130,6 +132,14 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Scene(tmp_path_factory.mktemp("vision"), request.param)
 
 
+def some_of(name: str, values: list[Any]) -> pytest.MarkDecorator:
+    """Each kind and each value once or more: what puts images and positions into batches knows no kind."""
+    kinds = list(VISION)
+    in_turn = [(kinds[at % len(kinds)], values[at % len(values)]) for at in range(max(len(kinds), len(values)))]
+    rows = list(product(kinds, values)) if LONG else in_turn
+    return pytest.mark.parametrize(("scene", name), rows, indirect=["scene"], scope="module")
+
+
 def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
     assert (ours.cpu() - theirs).abs().max() < tolerance
 
@@ -144,7 +154,7 @@ def test_logits_of_prompts_together_are_those_of_transformers(scene: Scene) -> N
     assert (driver.logits(blind)[0] - scene.prompts[0].truth([])).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("block", [1, 5, 16])
+@some_of("block", [1, 5, 16])
 def test_logits_in_blocks_beside_others_decoded_and_replayed_are_those_of_transformers(
     scene: Scene, block: int
 ) -> None:
@@ -184,7 +194,7 @@ WAYS: dict[str, tuple[SamplingParams, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@some_of("way", list(WAYS))
 def test_tokens_and_their_probabilities_are_those_of_transformers(scene: Scene, way: str) -> None:
     """Whatever is drawn: each token's log-probability is the one that transformers has behind what is before it."""
     params, options = WAYS[way]
@@ -231,7 +241,7 @@ def test_a_gpu_has_the_same_logits_and_tokens(scene: Scene) -> None:
     assert ours == cpus
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@some_of("tp", [2, 1])
 def test_an_offline_class_of_several_ranks_has_the_tokens_of_transformers(
     scene: Scene, tp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from scheduler_samples import limits
 from stand_in_visual import VisualStandIn
 from vision_plans import seeing_plan
 
-OPERATIONS = 100_000 if LONG else 10_000
+OPERATIONS = 100_000 if LONG else 5_000
 ROUND = 500
 HIDDEN = 4
 IMAGES = {bytes([number]) * 16: 1 + 3 * number % 11 for number in range(8)}  # key -> tokens
