@@ -344,9 +344,9 @@ class Intake:
         given, cut, new_tokens = fitted
         ids: list[int] = given.ids  # type: ignore[assignment]  # made by _fit
         run, healing, prompt_logprobs = ids, b"", params.prompt_logprobs
-        if prompt.continued and self._heals and prompt_logprobs < 0 and not given.ends_with_image():
-            # As many tokens may pass before one shows, and they count.
-            run, healing = roll_back(ids, self._tokenizer(), most=min(2, new_tokens - 1))
+        if prompt.continued and self._heals and prompt_logprobs < 0:
+            # As many tokens may pass before one shows, and they count. No image loses one.
+            run, healing = roll_back(ids, self._tokenizer(), most=min(2, new_tokens - 1, given.behind_images))
         if asked.shows_prompt and self.scores_prompts:
             prompt_logprobs = max(0, prompt_logprobs)
         own = msgspec.structs.replace(

@@ -197,7 +197,7 @@ class ScoringIntake:
     def _job(self, asked: ScoresAsked, scoring: Scoring | None, field: str, given: EncodedPrompt) -> ScoringJob:
         length, last = len(given.ids), given.ids[-1:]
         given = self._kept(asked, given, field)
-        if given.ids[-1:] != last and last[0] in self._endings and not given.ends_with_image():
+        if given.ids[-1:] != last and last[0] in self._endings and given.behind_images:
             given = given._replace(ids=[*given.ids[:-1], last[0]])  # where the model is read stays the end
         given = given.without(*self._limits.cut(len(given.ids), field), field)
         ids = [*given.ids]

@@ -110,9 +110,10 @@ class EncodedPrompt(NamedTuple):
     images: Sequence[ImageSpan] = ()
     seen: SeenImages | None = None
 
-    def ends_with_image(self) -> bool:
-        """Whether its last token is an image's."""
-        return bool(self.images) and self.images[-1].start + self.images[-1].tokens == len(self.ids)
+    @property
+    def behind_images(self) -> int:
+        """Tokens after the last one of an image: all, where there is no image."""
+        return len(self.ids) - (self.images[-1].start + self.images[-1].tokens if self.images else 0)
 
     def without(self, first: int, end: int, field: str) -> EncodedPrompt:
         """Without the tokens from `first` to `end`. Raises InvalidRequest where that cuts an image."""

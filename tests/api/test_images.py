@@ -117,6 +117,22 @@ def test_an_image_is_a_span_of_the_prompt_in_every_dialect(params: dict[str, Any
     run(go())
 
 
+def test_healing_takes_nothing_back_of_an_image(tmp_path: Path) -> None:
+    """Though its tokens, which have id 0 here, are tokens of text, too."""
+
+    async def go() -> None:
+        params = {"token_healing_mode": True}
+        async with seeing(tmp_path, params=params) as (one, _):
+            for text, taken in (("a <image>", b""), ("a <image>b", b"b"), ("a <image>bcd", b"cd")):
+                answer = await one.client.post("/generate", json=native(URL, inputs=text))
+                assert answer.status_code == 200, answer.text
+                submit = one.engines[0].submits[-1]
+                assert submit.params.healing == taken
+                assert submit.prompt_ids == [*b"a ", *PLACE, *text.partition(">")[2].encode().removesuffix(taken)]
+
+    run(go())
+
+
 STREAMS = {
     "native": ("/generate_stream", native, {}),
     "OpenAI": ("/v1/chat/completions", openai, {"stream": True}),
