@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 import signal
 import struct
 import time
@@ -20,11 +21,12 @@ import httpx
 import pytest
 from PIL import Image
 
+from closed_loop import ctl, jobs_of
 from colour_llava import COLOURS, COMMAND, QUESTION, png, prompt, write_llava
 from harness import Daemon, generate_stream, run, stream_frames, wait_for
 from lightllmd.engine.runners.fake_model import fake_token
 from long_run import LONG
-from swap_models import demo_file
+from swap_models import demo_file, write_fake_models
 
 NEW = 12  # tokens
 LONG_ONLY = pytest.mark.skipif(not LONG, reason="long run")
@@ -341,3 +343,40 @@ def test_a_llava_names_all_colours_in_each_dialect_and_after_kills(tmp_path: Pat
                     answers = list(asking.map(lambda one: _answer(client, one), asked))
                 named = [said(dialect, answer)[0].lower() for answer in answers]
                 assert [colour for colour, text in zip(COLOURS, named, strict=True) if colour in text] == [*COLOURS]
+
+
+def test_a_model_whose_visual_worker_fails_is_rolled_back_and_another_is_put_in_force(tmp_path: Path) -> None:
+    """A visual worker is restarted by name, too."""
+    models = write_fake_models(tmp_path / "models", "alpha", "beta")
+    flags = (
+        "--engine.fake.load_seconds",
+        "1.5",
+        "--model_dir",
+        str(models["alpha"]),
+        "--supervisor.abort_grace",
+        "0.2",
+    )
+    daemon = Daemon(tmp_path / "daemon", "--enable_multimodal", *flags)
+    (daemon.folder / "lightllmd.toml").write_text(f'[models.beta]\nmodel_dir = "{models["beta"]}"\n')
+
+    def visual(name: str) -> int | None:
+        return next((one["pid"] for one in daemon.workers("visual") if one["name"].startswith(name)), None)
+
+    image = native(picture((255, 0, 0)), "a", "b")
+    with daemon, httpx.Client(base_url=daemon.url, timeout=60) as client:
+        before = _asked(client, image).json()
+        assert ctl(daemon, "swap", "beta", "--no-block").code == 0
+        wait_for(lambda: visual("visual-of-"), what="the candidate's visual worker")
+        candidate = visual("visual-of-")
+        assert candidate is not None
+        os.kill(candidate, signal.SIGKILL)
+        wait_for(lambda: jobs_of(daemon)[-1]["outcome"] == "rolled-back", what="the swap is given up")
+        assert "visual worker" in jobs_of(daemon)[-1]["message"]
+        assert _asked(client, image).json() == before
+        assert ctl(daemon, "swap", "beta").code == 0
+        assert _asked(client, image).status_code == 200
+        old = visual("visual-0")
+        assert ctl(daemon, "restart", "visual-0").code == 0
+        assert visual("visual-0") not in (None, old)
+        assert _asked(client, image).status_code == 200
+        assert daemon.stop() == 0

@@ -99,12 +99,19 @@ class Handover:
         them. Raises ControlError as soon as one fails that is on trial."""
         for engine in engines:
             engine.worker.start()
-        while not (all(engine.worker.ready for engine in engines) and (in_force or self.front.prepared(new.revision))):
+        while not (all(engine.worker.ready for engine in engines) and (in_force or self._prepared(new))):
             self.check_trial(new)
             if not in_force and (fault := self.front.unprepared(new.revision)):
                 raise ControlError(f"the HTTP front end can't serve it: {fault}")
-            late = next((engine for engine in engines if not engine.worker.ready), engines[0])
-            yield f"{name_of(late)}: {describe(late.worker)}", fraction(late.worker)
+            late = next((engine.worker for engine in engines if not engine.worker.ready), new.visual)
+            if late is None or late.ready:
+                late = engines[0].worker
+            yield f"{name_of(engines[0])}: {describe(late)}", fraction(late)
+
+    def _prepared(self, new: Replicas) -> bool:
+        """Whether all beside its engines can serve it."""
+        sees = new.plan is not None and new.plan.vision is not None
+        return self.front.prepared(new.revision) and (not sees or (new.visual is not None and new.visual.ready))
 
     def wait_for_front_end(self, new: Replicas) -> Waiting[None]:
         """Until the api workers can serve it, or one says that it can't."""
@@ -145,6 +152,9 @@ class Handover:
             if engine.on_trial and engine.worker.starts and engine.child is None:
                 last = engine.worker.last_exit
                 raise ControlError(last.cause if last else "the candidate did not start")
+        visual = new.visual
+        if visual is not None and visual.starts and visual.down and any(engine.on_trial for engine in new.engines):
+            raise ControlError(f"its visual worker failed: {visual.trouble}")
 
 
 def name_of(engine: Engine) -> str:

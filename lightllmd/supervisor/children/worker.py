@@ -146,6 +146,11 @@ class Worker:
         return self.child is not None and self.child.ready
 
     @property
+    def down(self) -> bool:
+        """It has no process, and nothing brings one back."""
+        return self.child is None and self.due is None and self.fatal is None
+
+    @property
     def restarts(self) -> int:
         """Starts after the first, those of the places that this one succeeded included."""
         return self._restarts_before + max(self.starts - 1, 0)

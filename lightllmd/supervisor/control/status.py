@@ -79,7 +79,18 @@ def state(daemon: Daemon) -> str:
     if engines.candidate is not None and engines.serving.ready and engines.serving.down:
         return "swapping"  # one engine after the other
     workers = [*(engine.worker for engine in engines.serving.engines), *(api.worker for api in daemon.front.apis)]
+    if engines.serving.visual is not None:
+        workers.append(engines.serving.visual)
     return "serving" if all(worker.ready for worker in workers) else "degraded"
+
+
+def _blind(daemon: Daemon) -> str:
+    """Whether images wait, in words; empty: they don't, or there are none."""
+    visual, plan = daemon.engines.serving.visual, daemon.plan
+    if plan is None or plan.vision is None or visual is None or visual.ready:
+        return ""
+    why = f" after: {visual.last_exit.cause}" if visual.last_exit else ""
+    return f"images wait for {visual.name}: {describe(visual)}{why}"
 
 
 def sentence(daemon: Daemon) -> str:
@@ -96,8 +107,8 @@ def sentence(daemon: Daemon) -> str:
         return f"{job.snapshot.verb.capitalize()}: {job.snapshot.phase}"
     if worker.ready:
         if daemon.front.ready:
-            fewer = _fewer(daemon)
-            return f"Serving {daemon.plan.model_name}" + (f": {fewer}" if fewer else "")
+            less = [one for one in (_fewer(daemon), _blind(daemon)) if one]
+            return f"Serving {daemon.plan.model_name}" + (f": {'; '.join(less)}" if less else "")
         worker = daemon.front.apis[0].worker
     why = f" after: {worker.last_exit.cause}" if worker.last_exit else ""
     return f"{worker.name}: {describe(worker)}{why}" if worker.kind == "api" else describe(worker) + why

@@ -18,12 +18,14 @@ class Targets:
     engines: list[Engine]
     apis: list[Api]
     pusher: Pusher | None
+    visual: Worker | None = None
 
     @property
     def workers(self) -> list[Worker]:
         """Of all of them."""
         pusher = [self.pusher.worker] if self.pusher is not None else []
-        return [*(engine.worker for engine in self.engines), *(api.worker for api in self.apis), *pusher]
+        visual = [self.visual] if self.visual is not None else []
+        return [*(engine.worker for engine in self.engines), *(api.worker for api in self.apis), *visual, *pusher]
 
     def named(self, target: str) -> Targets:
         """Those of the kind or name `target`; empty: all. Raises NoSuchWorker."""
@@ -39,4 +41,5 @@ class Targets:
             [engine for engine in self.engines if engine.worker in chosen],
             [api for api in self.apis if api.worker in chosen],
             self.pusher if self.pusher is not None and self.pusher.worker in chosen else None,
+            self.visual if self.visual in chosen else None,
         )

@@ -198,6 +198,15 @@ class Verbs:
                     f"the replacement of {api.worker.name} failed, the old one goes on: {api.roll_failure}"
                 )
             done.append(f"{api.worker.name} was replaced")
+        if targets.visual is not None:
+            worker, old = targets.visual, targets.visual.number
+            worker.reset_failures()
+            if worker.child is not None:
+                worker.child.terminate("restart requested")
+            while worker.number == old or not worker.ready:
+                self._fail_if_given_up(worker)
+                yield f"replacing {worker.name}: {describe(worker)}", fraction(worker)
+            done.append(f"{worker.name} was replaced")
         if targets.pusher is not None:
             worker = targets.pusher.worker
             old = worker.number
@@ -385,7 +394,8 @@ class Verbs:
     def _targets(self, target: str) -> Targets:
         """Empty: all. Raises NoSuchWorker."""
         pusher = self._pusher if self._pusher.snapshot() is not None else None
-        return Targets(self._engines.serving.engines, self._front.apis, pusher).named(target)
+        serving = self._engines.serving
+        return Targets(serving.engines, self._front.apis, pusher, serving.visual).named(target)
 
     @staticmethod
     def _fail_if_given_up(worker: Worker) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lightllmd.config.plan import Facts, Plan, encode_plan
 from lightllmd.ipc.messages import Down
+from lightllmd.supervisor.children.worker import Worker
 from lightllmd.supervisor.context import Context
 from lightllmd.supervisor.workers.generation import Engine
 from lightllmd.supervisor.workers.spare import Spares
@@ -28,6 +29,7 @@ class Replicas:
         self.encoded = b""  # the plan
         self.engines = [self._engine(0)]  # by number
         self.dismissed: list[Engine] = []  # that there are too many of; they end
+        self.visual: Worker | None = None  # of a plan with images, once there is one
 
     def _engine(self, replica: int) -> Engine:
         return Engine(self._context, self.revision, replica, self._name(replica), self._spares, self._tell_apis)

@@ -1,7 +1,8 @@
 """The visual workers: one for each revision whose plan has images, for as long as that revision's engines are wanted.
 
 What should be there follows from the engines alone, so that a swap, a rollback, sleep and the end of the daemon need
-say nothing here. Neither readiness nor requests of text depend on a visual worker.
+say nothing here. Neither readiness nor requests of text depend on a visual worker, but a revision is put in force only
+once its own is ready.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Visual:
 
     def __init__(self, context: Context, replicas: Replicas) -> None:
         self._context, self.replicas = context, replicas
-        self.worker = Worker(context, KIND, 0, self._launch)
+        self.worker = replicas.visual = Worker(context, KIND, 0, self._launch)
         self._path = visual_path(str(context.runtime.ipc), replicas.revision)
         self.wanted = True
 
@@ -65,7 +66,12 @@ class Visual:
         child.dispose()
         self._context.runtime.release_metrics_id(child.metrics_id)
         Path(self._path).unlink(missing_ok=True)
-        self.worker.died(ending, again and self.wanted)
+        self.worker.died(ending, again and self.wanted and not self.on_trial)
+
+    @property
+    def on_trial(self) -> bool:
+        """Its revision is not in force yet, and will not be without it."""
+        return any(engine.on_trial for engine in self.replicas.engines)
 
 
 class Visuals:
@@ -96,7 +102,7 @@ class Visuals:
                 known = self._visuals[revision] = Visual(self._context, replicas)
                 known.rename(self._name(replicas))
                 known.worker.start()
-            elif not known.wanted and known.worker.child is None:
+            elif known.worker.child is None and (not known.wanted or (known.worker.down and not known.on_trial)):
                 known.wanted = True
                 known.worker.reset_failures()
             known.rename(self._name(replicas))
