@@ -39,7 +39,8 @@ def deepspeed_files(directory: Path, architecture: Architecture) -> list[Path]:
     one too many or has a name of another form, ConfigInvalid where there is none or the model is of another kind."""
     family = architecture.family
     if not has_llama_names(family):
-        known = ", ".join(name for name, one in FAMILIES.items() if has_llama_names(one))
+        alone = (name for name, one in FAMILIES.items() if has_llama_names(one) and not name.endswith("_text"))
+        known = ", ".join(alone)  # not those that are a part of a model with images
         fault = f"reads tensors with the names of Llama's ({known}), not {family.model_type}"
         raise invalid(f'{directory}: load_way = "DS" {fault}')
     if architecture.scored is not None:

@@ -39,12 +39,14 @@ CHOICES = st.sampled_from([DENSE, *(scheme_of(name, 32) for name in SCHEMES if n
 def models(draw: st.DrawFn) -> tuple[Architecture, int]:
     kv_heads = draw(st.integers(1, 5))
     heads = kv_heads * draw(st.integers(2, 4))
+    pairs = draw(st.integers(1, 9))
     config = {
         "hidden_size": 24,
         "num_hidden_layers": 1,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 9)),
+        "head_dim": 2 * pairs,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [pairs, 0, 0]},
         "intermediate_size": draw(st.integers(8, 200)),
         "vocab_size": draw(st.integers(1, 90)),
         "attention_bias": True,
