@@ -139,7 +139,11 @@ def file_cases() -> Iterator[tuple[str, Case]]:
         ("head_dim", 8, ("self_attn.q_proj.weight", "[8, 16]", "[32, 16]")),
         ("attention_bias", True, ("self_attn.q_proj.bias", "missing")),
         ("mlp_bias", True, ("mlp.gate_proj.bias", "missing")),
-        ("model_type", "gemma2", ("reads tensors with the names of Llama's (llama, mistral, qwen2, qwen3), not gemma2",)),
+        (
+            "model_type",
+            "gemma2",
+            ("reads tensors with the names of Llama's (llama, mistral, qwen2, qwen3), not gemma2",),
+        ),
     ):
         yield f"{key} = {value}", (configured(**{key: value}), words)
 
