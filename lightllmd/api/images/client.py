@@ -42,6 +42,7 @@ class _Shown:
     size: int = 0  # bytes of `memories`
     facts: Sequence[ImageFacts] = field(default_factory=list)
     expiry: asyncio.TimerHandle | None = None  # while it waits for a connection
+    refused: NotSeen | None = None  # by the visual worker
     lost: RequestError | None = None
     tell_lost: Callable[[RequestError], None] | None = None
 
@@ -103,9 +104,11 @@ class VisualClient:
                     shown.memories.append(await _written(image.content))
             self._last._take(shown)
             shown.facts = await answer
-        except NotSeenError as refusal:
+        except RequestError:
             shown.release()
-            raise refusal.of(images) from None
+            if shown.refused is not None:
+                raise _refusal(shown.refused, images) from None
+            raise
         except OSError as failure:
             shown.release()
             raise NotReady(f"an image cannot be held: {failure.strerror}") from None
@@ -260,7 +263,8 @@ class VisualClient:
             )
             shown.fail(NotReady(again))
         else:
-            shown.fail(NotSeenError(message))
+            shown.refused = message
+            shown.fail(_refusal(message))
 
     def _lose(self) -> None:
         """The visual worker is gone; what is held is shown to the next one."""
@@ -284,21 +288,13 @@ class VisualClient:
         stream.close()
 
 
-class NotSeenError(RequestError):
-    """What the visual worker refused."""
-
-    def __init__(self, message: NotSeen) -> None:
-        super().__init__(message.message)
-        self._message = message
-
-    def of(self, images: Sequence[AskedImage]) -> RequestError:
-        """As a client is told it."""
-        refused = self._message
-        kind = {429: QueueFull, 500: RequestFailed, 503: NotReady}.get(refused.status, InvalidRequest)
-        if refused.index is None or refused.index >= len(images):
-            return kind(refused.message)
-        image = images[refused.index]
-        return kind(f"{image.field}: {refused.message}", param=image.field)
+def _refusal(refused: NotSeen, images: Sequence[AskedImage] = ()) -> RequestError:
+    """As a client is told it, with the field of the image where it is known which of `images` it was."""
+    kind = {429: QueueFull, 500: RequestFailed, 503: NotReady}.get(refused.status, InvalidRequest)
+    if refused.index is None or refused.index >= len(images):
+        return kind(refused.message)
+    image = images[refused.index]
+    return kind(f"{image.field}: {refused.message}", param=image.field)
 
 
 def _source(image: AskedImage) -> ImageSource:

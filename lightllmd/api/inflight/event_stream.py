@@ -166,4 +166,6 @@ class LateStream(Response):
             making.cancel()
         assert isinstance(stream, EventStream)
         stream.started = started
+        have = {name for name, _ in stream.raw_headers}
+        stream.raw_headers += [(name, value) for name, value in self.raw_headers if name not in have]
         await stream(scope, receive, send)
