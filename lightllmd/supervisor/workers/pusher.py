@@ -80,9 +80,9 @@ class Pusher:
     def stop(self, why: str, now: bool) -> None:
         """For good. Unless it is `now` it pushes a last time: all whose metrics are to be in that have ended before."""
         self._ended = True
-        self._dismiss(why)
         for child in self.children() if now else ():
-            child.kill(why)
+            child.kill(why)  # not told to stop first: it would begin a push
+        self._dismiss(why)
 
     def _dismiss(self, why: str) -> None:
         self.worker.due = self.worker.due_at = None
