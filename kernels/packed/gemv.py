@@ -113,7 +113,11 @@ def whole_inputs(
             into = words + (((m * COUNT + number * BLOCKS + b) * HALVES + half) * 2 * WORDS)[:, None] + word[None, :]
             tl.store(into, tl.sum(((whole >> 8) & 255) << shift, 2), mask=there[:, None])
             tl.store(into + WORDS, tl.sum((whole & 255) << shift, 2), mask=there[:, None])
-    tl.store(units + m * (COUNT // BLOCKS) + number, most * (root / LARGEST), mask=there)
+    # What is no finite number is none among the whole ones: it stays told in what its unit is worth.
+    broken = tl.zeros([SPAN], tl.float32)
+    for i in tl.static_range(BLOCKS * HALVES):
+        broken += tl.sum(tl.sum(values[i] * 0.0, 2), 1)
+    tl.store(units + m * (COUNT // BLOCKS) + number, most * (root / LARGEST) + broken, mask=there)
     tl.store(totals + m * (COUNT // BLOCKS) + number, total, mask=there)
 
 

@@ -3,6 +3,7 @@
 M rows of x, weight ``[N, K]`` (N counts gate and up together). What was measured on a card is in `TUNED`, as
 `tests/bench/tune.py` prints it; else tiles are derived from the card's figures:
 
+- One row, or up to four of 8 bits, is multiplied without tensor cores (`packed_gemv`): programs of few weight rows.
 - A few rows stream the weight. Every program reads all of x through the second-level cache, which gives about 1.4 times
   what the memory does, so that tiles grow with M: at 8 rows, 32 weight rows of 4 bits are as many bytes as x.
 - For latency to be hidden each multiprocessor has about 24 KiB in flight (4 TB/s times 800 ns) and 8 warps or more.

@@ -141,6 +141,19 @@ def test_units_of_two_blocks_and_inputs_of_very_different_sizes(scheme: Scheme, 
     close(small, x.float() @ dense.T)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_no_number_is_none_in_the_result(value: float, device: str) -> None:
+    """A row of x alone: the one beside it is whole."""
+    x = random(2, 320, device=device)
+    x[1, 200] = value
+    out = torch.zeros(2, 32, device=device, dtype=DTYPE)
+    weight = packed(quantised(32, 320, W4, device))
+    multiply(x, weight, out, GEMV, torch.zeros(1, dtype=torch.int32, device=device))
+    assert bool(out[0].isfinite().all())
+    assert bool(out[1].isnan().all())
+
+
 @covering(1, tile=[SKINNY, SUBTRACTING, WIDE, SPLIT], scheme=[W4, W8])
 def test_steps_of_two_blocks(tile: PackedTile, scheme: Scheme, device: str) -> None:
     check(tile._replace(blocks=2), 3, 32, 576, scheme, device)
